@@ -1,0 +1,50 @@
+"""Advantage estimates over padded (N, T) episodes. Padding never takes part, whatever stands in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the entries where `mask` is set; 0 where none is."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns (Schulman et al., 2016, equation 16).
+
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1};  R_t = A_t + V(s_t).
+
+    Args:
+        rewards: `(N, T)`; the reward of an action stands at the action.
+        values: `(N, T)`, the value of the state before each action.
+        mask: bool `(N, T)`, the real steps; each row is real up to its end.
+        gamma: discount.
+        lam: lambda.
+        bootstrap: `(N,)`, value of the state after the last action of a truncated row; 0 if the row terminated.
+
+    Returns:
+        advantages and returns, `(N, T)` each, zero in the padding.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    following = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap  # V(s_{t+1})
+    running = torch.zeros_like(following)  # A_{t+1}
+    advantages = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = delta + gamma * lam * running
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        following = torch.where(mask[:, t], values[:, t], following)
+        running = advantages[:, t]
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scales real entries to variance 1, and to mean 0 unless `shift_mean` is off; zero in the padding."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean).square(), mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)

@@ -1,0 +1,110 @@
+"""What a policy writes, and how good it is: score, KL, judge, perplexity, diversity and length, always together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.token_model import TokenModel
+
+from .rollout import Rollout, collect, merge
+
+Judge = Callable[[list[str], list[str]], list[float]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One completion for each of N prompts.
+
+    Attributes:
+        transcripts: `prompt`, `completion` and the prompts' columns.
+        rollout: the same as tensors, in the same order.
+    """
+
+    transcripts: list[dict[str, Any]]
+    rollout: Rollout
+
+    @property
+    def completions(self) -> list[str]:
+        """The completions as text."""
+        return [transcript["completion"] for transcript in self.transcripts]
+
+
+def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, deterministic: bool = False) -> Samples:
+    """Completes chosen prompts of an environment.
+
+    Args:
+        policy: who writes; its sampling is seeded anew.
+        envs: a `TextVectorEnv`; it is taken over as agents do.
+        prompts: indices into the environment's prompts.
+        seed: of the sampling.
+        deterministic: the most likely token each time.
+    """
+    task = envs.unwrapped.task
+    envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
+    envs.unwrapped.array = "torch"
+    policy.seed(seed)
+    rollouts, transcripts = [], []
+    for start in range(0, len(prompts), envs.num_envs):
+        chosen = list(prompts[start : start + envs.num_envs])
+        padded = chosen + chosen[-1:] * (envs.num_envs - len(chosen))  # every row needs a prompt
+        rollout = collect(envs, policy, {"prompt_index": padded}, deterministic)
+        rollouts.append(rollout[: len(chosen)])
+        transcripts += [dict(transcript) for transcript in task.transcripts[: len(chosen)]]
+    return Samples(transcripts, merge(rollouts))
+
+
+def measure(samples: Samples, reference: TokenModel, judge: Judge | None = None) -> dict[str, float]:
+    """Figures of completions, all of the same samples.
+
+    Args:
+        samples: from `generate`; scores are in the units of the environment's reward.
+        reference: what KL and perplexity are measured to.
+        judge: scores `(prompts, completions)`; one that the policy was not trained on.
+
+    Returns:
+        `score` and `score_std`; `kl` (nats a sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the completion
+        tokens under the reference); `distinct_2` (distinct token bigrams over all); `length` (tokens); `ended_by_stop`.
+    """
+    rollout, mask = samples.rollout, samples.rollout.mask
+    reference_log_probs = reference.sequence_log_probs(rollout.sequences)
+    figures = {
+        "score": rollout.scores.mean(),
+        "score_std": rollout.scores.std(),
+        "kl": (rollout.log_probs - reference_log_probs).sum(1).mean(),
+        "reference_ppl": (-reference_log_probs.sum() / mask.sum()).exp(),
+        "distinct_2": distinct_2(rollout),
+        "length": rollout.sequences.response_lengths.float().mean(),
+        "ended_by_stop": rollout.ended_by_stop.float().mean(),
+    }
+    if judge is not None:
+        prompts = [transcript["prompt"] for transcript in samples.transcripts]
+        figures["judge"] = torch.tensor(np.mean(judge(prompts, samples.completions)))
+    return {name: float(figure) for name, figure in figures.items()}
+
+
+def distinct_2(rollout: Rollout) -> float:
+    """Distinct bigrams of response tokens over all of them; compare it between sets of the same size only."""
+    pairs: set[tuple[int, int]] = set()
+    total = 0
+    actions = rollout.sequences.pad(rollout.sequences.actions).tolist()
+    for row, length in zip(actions, rollout.sequences.response_lengths.tolist(), strict=True):
+        bigrams = list(zip(row[: length - 1], row[1:length], strict=True))
+        pairs.update(bigrams)
+        total += len(bigrams)
+    return len(pairs) / max(total, 1)
+
+
+def best_of_n(policy: ActorCritic, envs: Any, prompts: Sequence[int], n: int, seed: int) -> Samples:
+    """The best scored of n completions of each prompt. Its KL to the policy is at most log n - (n - 1) / n nats."""
+    rounds = [generate(policy, envs, prompts, seed + i) for i in range(n)]
+    scores = torch.stack([samples.rollout.scores for samples in rounds])  # (n, N)
+    best = scores.argmax(0).tolist()
+    chosen = [rounds[i].rollout[row : row + 1] for row, i in enumerate(best)]
+    return Samples([rounds[i].transcripts[row] for row, i in enumerate(best)], merge(chosen))

@@ -1,0 +1,227 @@
+"""OnPolicyAgent: the loop that every on-policy algorithm shares: collect, price, update, report, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import gymnasium as gym
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from textgym.data.files import atomic_folder
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.token_model import Observation
+from textgym.rewards.kl import KLPenalty
+
+from .rollout import Rollout, collect, merge
+
+Metrics = dict[str, float]
+Callback = Callable[["OnPolicyAgent", Metrics], bool | None]
+"""Called after every update with its metrics; returns `False` to stop."""
+
+
+@dataclasses.dataclass
+class OnPolicyConfig:
+    """What every on-policy algorithm can be told."""
+
+    episodes_per_update: int = 128
+    """Episodes collected before each update; a multiple of the number of rows of the environment."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    anneal_learning_rate: bool = True
+    """Whether the learning rate falls linearly to zero over `total_episodes`."""
+    adam_epsilon: float = 1e-5
+    """Adam's epsilon; a small one makes the first updates large."""
+    max_grad_norm: float = 1.0
+    """The gradient of a minibatch is scaled down to this norm."""
+    seed: int = 0
+    """Seeds prompts, sampling and minibatches."""
+    bf16: bool = False
+    """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32."""
+
+
+class OnPolicyAgent(ABC):
+    """Trains a policy in a `TextVectorEnv` by repeating: collect episodes, pay the KL, update.
+
+    The agent takes the environment over: rows that ended wait for the others, and arrays stay on the device.
+
+    Args:
+        policy: who writes and learns.
+        envs: a `TextVectorEnv`, from `gym.make_vec(..., kl_mode="deferred")`; wrappers are stepped through.
+        config: see the algorithm's config.
+
+    Raises:
+        ValueError: the environment pays the KL itself, so that it would be paid twice.
+    """
+
+    config_class: ClassVar[type[OnPolicyConfig]]
+
+    def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
+        self.policy, self.envs = policy, envs
+        self.config = config if config is not None else self.config_class()
+        task = envs.unwrapped.task
+        if task.kl_mode != "deferred":
+            raise ValueError(
+                f"{type(self).__name__} pays the KL itself, but the environment does so too (kl_mode={task.kl_mode!r}): "
+                "make it with kl_mode='deferred'"
+            )
+        if self.config.episodes_per_update % envs.num_envs:
+            raise ValueError(
+                f"episodes_per_update={self.config.episodes_per_update} must be a multiple of num_envs={envs.num_envs}"
+            )
+        envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
+        envs.unwrapped.array = "torch"
+        # Without a reference of its own the environment asks for no penalty; the KL is still measured.
+        self.penalty: KLPenalty = task.penalty or KLPenalty(policy.reference(), 0.0)
+        self.penalty.reference.temperature = policy.temperature
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in policy.parameters() if parameter.requires_grad],
+            lr=self.config.learning_rate,
+            eps=self.config.adam_epsilon,
+            weight_decay=0.0,
+        )
+        self.shuffler = torch.Generator().manual_seed(self.config.seed)
+        self.episodes = 0
+        self.updates = 0
+        self.total_episodes = 0
+        policy.seed(self.config.seed)
+        envs.reset(seed=self.config.seed)
+
+    @abstractmethod
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """One update of the policy from a rollout whose tokens diverge from the reference by `kl` `(N, T)` nats."""
+
+    def learn(self, total_episodes: int, callbacks: Sequence[Callback] = ()) -> Self:
+        """Trains until `total_episodes` have been collected since the agent was made; returns the agent.
+
+        After `load` the same total continues the run where it stopped. A callback that returns `False` ends it early.
+        """
+        self.total_episodes = total_episodes
+        while self.episodes < total_episodes:
+            started = time.perf_counter()
+            rounds = self.config.episodes_per_update // self.envs.num_envs
+            rollout = merge([collect(self.envs, self.policy) for _ in range(rounds)])
+            collected = time.perf_counter()
+            kl = self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
+            self._anneal()
+            metrics = {**self._describe(rollout, kl), **self.update(rollout, kl)}
+            self.penalty.controller.update(metrics["objective/kl"], len(rollout))
+            self.episodes += len(rollout)
+            self.updates += 1
+            metrics |= {
+                "episodes": self.episodes,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "time/rollout_s": collected - started,
+                "time/update_s": time.perf_counter() - collected,
+            }
+            if any([callback(self, metrics) is False for callback in callbacks]):
+                break
+        return self
+
+    def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
+        """The policy's action, `(B,)` or `()`."""
+        return self.policy.predict(observation, deterministic)
+
+    def step(self, loss: Tensor) -> float:
+        """One optimiser step with the gradient's norm clipped; returns the norm before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        return float(norm)
+
+    def _anneal(self) -> None:
+        left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * left
+
+    def _describe(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Figures of the episodes; sums over tokens are averaged over sequences (trap 20)."""
+        sequence_kl = kl.sum(1)  # (N,)
+        metrics = {
+            "objective/kl": sequence_kl.mean(),
+            "objective/scores": rollout.scores.mean(),
+            "objective/scores_std": rollout.scores.std(),
+            "objective/entropy": -rollout.log_probs.sum(1).mean(),
+            "objective/non_score_reward": -self.penalty.coef * sequence_kl.mean(),
+            "objective/rlhf_reward": (rollout.scores - self.penalty.coef * sequence_kl).mean(),
+            "objective/kl_coef": self.penalty.coef,
+            "val/response_tokens": rollout.sequences.response_lengths.float().mean(),
+            "val/ended_by_stop": rollout.ended_by_stop.float().mean(),
+        }
+        for key, values in rollout.components.items():
+            name = key.removeprefix("reward/")
+            metrics |= {f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": values[~values.isnan()].std()}
+        return {key: float(value) for key, value in metrics.items()}
+
+    # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---
+
+    def save(self, folder: str | Path) -> None:
+        """Writes all that `load` needs to go on bit for bit: `policy/` (a transformers folder), and the training state."""
+        task, envs = self.envs.unwrapped.task, self.envs.unwrapped
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.policy.generator.get_state(),
+            "shuffler": self.shuffler.get_state(),
+        }
+        meta = {
+            "config": dataclasses.asdict(self.config),
+            "progress": [self.episodes, self.updates, self.total_episodes],
+            "controller": vars(self.penalty.controller),
+            "prompt_queue": task.queue,
+            "np_random": envs.np_random.bit_generator.state,
+            "policy": {
+                "critic": "shared" if self.policy.critic is None else "separate",
+                "temperature": self.policy.temperature,
+            },
+            "env": envs.spec.to_json() if envs.spec is not None and _is_plain(envs.spec.kwargs) else None,
+            "num_envs": envs.num_envs,
+        }
+        with atomic_folder(folder) as temporary:
+            self.policy.save_pretrained(temporary / "policy", task.tokenizer)
+            torch.save(state, temporary / "state.pt")
+            (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path, envs: Any = None) -> Self:
+        """An agent as it was saved, ready to `learn` on.
+
+        Args:
+            folder: what `save` wrote.
+            envs: the environment to go on in. May be left out if the agent's was made by `gym.make_vec` from plain values.
+
+        Raises:
+            ValueError: the environment cannot be made again from what was saved; pass it as `envs`.
+        """
+        folder = Path(folder)
+        meta = json.loads((folder / "agent.json").read_text())
+        state = torch.load(folder / "state.pt", weights_only=True)
+        if envs is None:
+            if meta["env"] is None:
+                raise ValueError(f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)")
+            envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"])
+        policy = ActorCritic.from_pretrained(folder / "policy", **meta["policy"])
+        agent = cls(policy, envs, cls.config_class(**meta["config"]))
+        agent.optimizer.load_state_dict(state["optimizer"])
+        policy.generator.set_state(state["sampler"])
+        agent.shuffler.set_state(state["shuffler"])
+        agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
+        for name, value in meta["controller"].items():
+            setattr(agent.penalty.controller, name, value)
+        envs.unwrapped.task.queue = meta["prompt_queue"]
+        envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
+        return agent
+
+
+def _is_plain(kwargs: dict[str, Any]) -> bool:
+    try:
+        json.dumps(kwargs)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""collect: whole episodes from a TextVectorEnv, as padded tensors that never leave the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N finished episodes of at most T response tokens.
+
+    Attributes:
+        sequences: prompts and responses.
+        log_probs: `(N, T)` behaviour log-probs, of the distribution that was sampled from.
+        values: `(N, T)`, value of the state before each token.
+        scores: `(N,)`, as the environment paid them.
+        token_rewards: `(N, T)`, the part of the scores that token-level reward functions gave to single tokens.
+        ended_by_stop: bool `(N,)`.
+        components: `(N,)` for each reward function, unweighted.
+    """
+
+    sequences: Sequences
+    log_probs: Tensor
+    values: Tensor
+    scores: Tensor
+    token_rewards: Tensor
+    ended_by_stop: Tensor
+    components: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, rows: slice) -> Rollout:
+        """Some of the episodes, as wide as the longest of them."""
+        sequences = self.sequences[rows]
+        width = sequences.mask.shape[1]
+        return Rollout(
+            sequences,
+            self.log_probs[rows, :width],
+            self.values[rows, :width],
+            self.scores[rows],
+            self.token_rewards[rows, :width],
+            self.ended_by_stop[rows],
+            {name: values[rows] for name, values in self.components.items()},
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool `(N, T)`: the real response tokens."""
+        return self.sequences.mask
+
+    def rewards(self) -> Tensor:
+        """`(N, T)`: token-level rewards where they belong, the rest of the score at the last token."""
+        rewards = self.token_rewards.clone()
+        last = (self.sequences.response_lengths - 1)[:, None]
+        return rewards.scatter_add_(1, last, (self.scores - self.token_rewards.sum(1))[:, None])
+
+
+@torch.no_grad()
+def collect(envs: Any, policy: ActorCritic, options: dict[str, Any] | None = None, deterministic: bool = False) -> Rollout:
+    """Plays one episode in every row, from `reset` until the last row has ended.
+
+    Args:
+        envs: a `TextVectorEnv` with `array="torch"` and `autoreset_mode=DISABLED`: a row that ended waits, and the
+            decoder does no work for it.
+        policy: who writes.
+        options: for `reset`, such as `{"prompt_index": ...}`.
+        deterministic: the most likely token each time.
+    """
+    task = envs.unwrapped.task
+    restricted = task.episodes.restricts_actions()
+    observation, _ = envs.reset(options=options)
+    alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
+    scores = torch.zeros(envs.num_envs, device=task.device)
+    by_stop = torch.zeros_like(alive)
+    components: dict[str, Tensor] = {}
+    # A separate critic reads whole episodes in one pass afterwards; a shared one comes free with every token.
+    shared = policy.critic is None
+    log_probs, values = [], []
+    while alive.any():
+        masks = task.episodes.action_masks() if restricted else None
+        step = policy.act(observation, deterministic, masks, with_value=shared)
+        observation, rewards, terminated, truncated, infos = envs.step(step.action)
+        log_probs.append(torch.where(alive, step.log_prob, 0.0))
+        values.append(torch.where(alive, step.value, 0.0))
+        scores += torch.where(alive, rewards, 0.0)
+        alive = alive & ~(terminated | truncated)
+        if infos:
+            ended = torch.as_tensor(infos["_score"], device=task.device)
+            by_stop |= ended & torch.as_tensor(infos["ended_by_stop"], device=task.device)
+            for name in (key for key in infos if key.startswith("reward/")):
+                component = torch.as_tensor(infos[name], device=task.device)
+                components[name] = torch.where(ended, component, components.get(name, torch.zeros_like(component)))
+    sequences = task.episodes.sequences()
+    return Rollout(
+        sequences,
+        torch.stack(log_probs, 1),
+        torch.stack(values, 1) if shared else policy.sequence_values(sequences),
+        scores,
+        _token_rewards(task.token_rewards, sequences.mask),
+        by_stop,
+        components,
+    )
+
+
+def merge(rollouts: list[Rollout]) -> Rollout:
+    """Several rollouts as one, padded to the longest response."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    parts = [rollout.sequences for rollout in rollouts]
+    sequences = replace(
+        parts[0],
+        input_ids=torch.cat([part.input_ids for part in parts]),
+        prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
+        response_lengths=torch.cat([part.response_lengths for part in parts]),
+    )
+    longest = max(rollout.log_probs.shape[1] for rollout in rollouts)
+
+    def padded(name: str) -> Tensor:
+        columns = [getattr(rollout, name) for rollout in rollouts]
+        return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1])) for x in columns])
+
+    return Rollout(
+        sequences,
+        padded("log_probs"),
+        padded("values"),
+        torch.cat([rollout.scores for rollout in rollouts]),
+        padded("token_rewards"),
+        torch.cat([rollout.ended_by_stop for rollout in rollouts]),
+        {name: torch.cat([rollout.components[name] for rollout in rollouts]) for name in rollouts[0].components},
+    )
+
+
+def _token_rewards(given: list[Any], mask: Tensor) -> Tensor:
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    for row, values in enumerate(given):
+        if values is not None:
+            rewards[row, : len(values)] = torch.as_tensor(values, dtype=rewards.dtype)
+    return rewards

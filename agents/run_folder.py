@@ -1,0 +1,181 @@
+"""A run's folder and its live display: config, metrics, TensorBoard events, curves, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .on_policy import Metrics, OnPolicyAgent
+
+CURVES = {
+    "score": "objective/scores",
+    "KL to the reference (nats a sequence)": "objective/kl",
+    "response tokens": "val/response_tokens",
+    "entropy (nats a token)": "policy/entropy_avg",
+    "approximate KL of an update": "policy/approxkl_avg",
+    "explained variance of the critic": "val/explained_variance",
+}
+
+
+class RunFolder:
+    """Writes `config.json`, `metrics.jsonl`, TensorBoard events, `curves.png` and `samples.md` into one folder.
+
+    It is a callback of agents. What was written stays when the run is interrupted.
+
+    Args:
+        folder: made if missing.
+        config: a dataclass or dict, written at once.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, config: Any) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        self.write_json("config.json", plain)
+        self.metrics = (self.folder / "metrics.jsonl").open("w")
+        self.history: list[Metrics] = []
+        self.events = _summary_writer(self.folder / "tensorboard")
+
+    def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:
+        """Appends an update's metrics."""
+        self.history.append(metrics)
+        self.metrics.write(json.dumps(metrics) + "\n")
+        self.metrics.flush()
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, int(metrics["episodes"]))
+
+    def write(self, name: str, text: str) -> None:
+        """A text file that appears whole or not at all."""
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        temporary.write_text(text)
+        os.replace(temporary, self.folder / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A JSON file that appears whole or not at all."""
+        self.write(name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def draw_curves(self) -> None:
+        """`curves.png`, from what has been logged so far."""
+        if not self.history:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+        for axis, (title, key) in zip(axes.flat, CURVES.items(), strict=True):
+            axis.plot([row["episodes"] for row in self.history], [row[key] for row in self.history], linewidth=1.5)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("episodes", fontsize=9)
+            axis.grid(alpha=0.3)
+        temporary = self.folder / f".curves.{os.getpid()}.png"
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, self.folder / "curves.png")
+        pyplot.close(figure)
+
+    def write_samples(self, columns: dict[str, Sequence[str]], prompts: Sequence[str]) -> None:
+        """`samples.md`: a table of prompts and their completions, a column for each policy."""
+        lines = ["| prompt | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+        for row, prompt in enumerate(prompts):
+            cells = [_cell(prompt), *(_cell(texts[row]) for texts in columns.values())]
+            lines.append("| " + " | ".join(cells) + " |")
+        self.write("samples.md", "\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.metrics.close()
+        self.events.close()
+
+
+class LiveProgress:
+    """Stage, bar, time left, and the few numbers that matter, on one line of the terminal; a callback of agents."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def stage(self, description: str, total: float | None = None) -> None:
+        """Begins the next stage, of `total` steps if that is known."""
+        self.finish()
+        self.task = self.progress.add_task(description, total=total, note="")
+
+    def advance(self, completed: float, note: str = "") -> None:
+        """Steps done so far in this stage."""
+        self.progress.update(self.task, completed=completed, note=note)
+
+    def finish(self) -> None:
+        """Completes the stage under way."""
+        for task in self.progress.tasks:
+            if not task.finished:
+                self.progress.update(task.id, total=task.total or 1, completed=task.total or 1)
+
+    def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:
+        """Shows an update's figures."""
+        note = (
+            f"score {metrics['objective/scores']:+.2f}  KL {metrics['objective/kl']:.1f}  "
+            f"tokens {metrics['val/response_tokens']:.1f}"
+        )
+        self.advance(metrics["episodes"], note)
+
+
+def figures_table(title: str, rows: dict[str, dict[str, float]]) -> Table:
+    """Figures of several policies, a row each."""
+    table = Table(title=title, title_justify="left")
+    names = list(next(iter(rows.values())))
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, figures in rows.items():
+        table.add_row(label, *(f"{figures[name]:.3g}" if name in figures else "" for name in names))
+    return table
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+class _NoEvents:
+    """Stands in for TensorBoard where it is not installed."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        Console().print("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
+        return _NoEvents()
+    return SummaryWriter(str(folder))

@@ -1,0 +1,216 @@
+"""Pretrains the embedded language model and writes `textgym/models/assets/tiny`.
+
+    python scripts/pretrain_tiny.py                       # the shipped model: one CPU core, about an hour and a half
+    python scripts/pretrain_tiny.py --steps 50 --output-dir /tmp/tiny    # a trial
+
+A byte-level BPE and a Llama-architecture decoder, trained on chitchat-dataset and the train split of the movie-review
+snippets. Every row of a batch begins at the beginning of a document, because that is where generation begins. It leaves
+out what a model of two million parameters does not need: warm restarts, dropout, data parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from textgym.data.sources import chitchat, movie_snippets
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+# Turns that look like contact details, or that nobody should be greeted with, are left out of the training text.
+UNWANTED = re.compile(r"\S+@\S+\.\w+|\d{3}[-. ]\d{3}[-. ]\d{4}|\b(fuck|cunt|nigg|fag|rape|porn|slut|whore|dick|pussy)", re.I)
+
+
+@dataclass
+class Config:
+    output_dir: Path = Path("textgym/models/assets/tiny")
+    steps: int = 25_000
+    batch_size: int = 16
+    context: int = 128
+    vocab_size: int = 2048
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 416
+    matrix_lr: float = 0.02
+    """Muon's learning rate for the weight matrices."""
+    embedding_lr: float = 5e-3
+    """AdamW's learning rate for the embeddings and norms."""
+    review_weight: int = 3
+    """How often a review is drawn for each time a chat turn is."""
+    seed: int = 0
+    eval_every: int = 1000
+
+
+@dataclass
+class Documents:
+    """Texts of one kind: `train` and `heldout` are lists of groups, a group being turns that follow each other."""
+
+    train: list[list[str]]
+    heldout: list[list[str]]
+
+
+def load_documents() -> dict[str, Documents]:
+    """Chat is held out by conversation (every fiftieth), reviews by `Snippet.split`."""
+    chats = [[turn for turn in talk if turn and not UNWANTED.search(turn)] for talk in chitchat()]
+    reviews = movie_snippets()
+    return {
+        "chat": Documents([c for i, c in enumerate(chats) if i % 50], [c for i, c in enumerate(chats) if i % 50 == 0]),
+        "reviews": Documents(
+            [[s.text] for s in reviews if s.split == "train"], [[s.text] for s in reviews if s.split != "train"]
+        ),
+    }
+
+
+def train_tokenizer(documents: dict[str, Documents], vocab_size: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((turn for docs in documents.values() for group in docs.train for turn in group), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+class Stream:
+    """Documents laid end to end, each closed by EOS; batches are windows that begin where a document begins."""
+
+    def __init__(self, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
+        self.rng = rng
+        order = rng.permutation(len(groups))
+        turns = [turn + EOS for index in order for turn in groups[index]]
+        encoded = tokenizer(turns)["input_ids"]
+        self.starts = np.cumsum([0, *map(len, encoded)])[:-1]
+        self.ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+
+    def windows(self, count: int, length: int) -> np.ndarray:
+        starts = self.starts[self.rng.integers(len(self.starts), size=count)]
+        return self.ids[(starts[:, None] + np.arange(length + 1)) % len(self.ids)]  # (count, length + 1)
+
+
+def make_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def nll(model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=-100, reduction=reduction)
+
+
+@torch.no_grad()
+def bits_per_character(model: torch.nn.Module, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast) -> float:
+    """Bits that the model needs to code held-out groups, each after one EOS and cut at 512 tokens, over their characters."""
+    bits, characters = 0.0, 0
+    for group in groups:
+        ids = tokenizer(EOS + "".join(turn + EOS for turn in group))["input_ids"][:512]
+        characters += len(tokenizer.decode(ids[1:]).replace(EOS, "\n"))
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]  # (T - 1, V)
+        bits += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item() / math.log(2)
+    return bits / characters
+
+
+def train(config: Config) -> dict[str, object]:
+    torch.set_num_threads(1)
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng(config.seed)
+    documents = load_documents()
+    tokenizer = train_tokenizer(documents, config.vocab_size)
+    chat, reviews = documents["chat"], documents["reviews"]
+    stream = Stream(chat.train + reviews.train * config.review_weight, tokenizer, rng)
+    model = make_model(config, tokenizer)
+    compiled = torch.compile(model)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(others, lr=config.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: schedule(step, config.steps)) for o in optimizers]
+    started = time.time()
+    for step in range(1, config.steps + 1):
+        batch = torch.from_numpy(stream.windows(config.batch_size, config.context))
+        loss = nll(compiled, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if step % config.eval_every == 0 or step == config.steps:
+            figures = {
+                "step": step,
+                "minutes": round((time.time() - started) / 60, 1),
+                "train_loss": round(loss.item(), 3),
+                "chat_bpc": round(bits_per_character(model, chat.heldout, tokenizer), 4),
+                "reviews_bpc": round(bits_per_character(model, reviews.heldout[:500], tokenizer), 4),
+            }
+            print(json.dumps(figures), flush=True)
+            save(model, tokenizer, config.output_dir)
+    chat_bpc = bits_per_character(model, chat.heldout, tokenizer)
+    reviews_bpc = bits_per_character(model, reviews.heldout, tokenizer)
+    chat_share = num_characters(chat) / (num_characters(chat) + config.review_weight * num_characters(reviews))
+    return {
+        # Held-out text in the proportions of the training mixture.
+        "bits_per_character": chat_share * chat_bpc + (1 - chat_share) * reviews_bpc,
+        "bits_per_character_chat": chat_bpc,
+        "bits_per_character_reviews": reviews_bpc,
+        "tokens_seen": config.steps * config.batch_size * config.context,
+        "config": {name: str(value) for name, value in asdict(config).items()},
+    }
+
+
+def num_characters(documents: Documents) -> int:
+    return sum(len(turn) + 1 for group in documents.train for turn in group)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over 200 steps, level, then linear to zero over the last 60%."""
+    return min(step / 200, 1.0, (steps - step) / (0.6 * steps))
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """fp16 safetensors and tokenizer, written beside the target and moved over it."""
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    half = LlamaForCausalLM(model.config)
+    half.load_state_dict(model.state_dict())
+    half.half().save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if (folder / "README.md").exists():
+        shutil.copy(folder / "README.md", temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(tyro.cli(Config)), indent=2))

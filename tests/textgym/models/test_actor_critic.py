@@ -1,0 +1,296 @@
+"""ActorCritic: sampling and scoring agree, whatever the padding, batch, temperature or mode."""
+
+from __future__ import annotations
+
+import copy
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+from textgym.rewards.kl import ESTIMATORS, KLPenalty
+from textgym.testing import mock_lm
+
+V = 258
+
+
+def observe(ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
+def play(policy: ActorCritic, sequences: Sequences, **act: Any) -> tuple[Sequences, Tensor, Tensor]:
+    """Samples all response tokens step by step; returns the sequences written, their log-probs and values."""
+    ids, lengths = sequences.input_ids.clone(), sequences.prompt_lengths.clone()
+    mask, log_probs, values = sequences.mask, [], []
+    for t in range(mask.shape[1]):
+        step = policy.act(observe(ids, lengths), **act)
+        log_probs.append(step.log_prob * mask[:, t])
+        values.append(step.value * mask[:, t])
+        rows = mask[:, t].nonzero()[:, 0]
+        ids[rows, lengths[rows]] = step.action[rows]
+        lengths = lengths + mask[:, t]
+    return (
+        Sequences(ids, sequences.prompt_lengths, sequences.response_lengths, sequences.stop),
+        torch.stack(log_probs, 1),
+        torch.stack(values, 1),
+    )
+
+
+def blank(prompts: list[int], responses: list[int], width: int = 24, stop: StopRule | None = None) -> Sequences:
+    ids = torch.randint(V, (len(prompts), width), generator=torch.Generator().manual_seed(5))
+    return Sequences(ids, torch.tensor(prompts), torch.tensor(responses), stop or StopRule())
+
+
+EIGHT = ([3, 1, 7, 4, 2, 6, 5, 8], [5, 9, 1, 12, 3, 12, 8, 2])
+
+
+def policy_of(architecture: str = "llama", critic: str = "shared", temperature: float = 1.0, **config: Any) -> ActorCritic:
+    policy = ActorCritic.from_pretrained(mock_lm(architecture=architecture, **config), critic, temperature)
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(3))
+    policy.seed(0)
+    return policy
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("minibatch", [1, 3, 8])
+def test_trap_01_ratio_is_one_before_the_first_update(architecture: str, critic: str, minibatch: int) -> None:
+    policy = policy_of(architecture, critic)
+    sequences, log_probs, values = play(policy, blank(*EIGHT))
+    for rows in torch.randperm(8).split(minibatch):
+        new = policy.evaluate(sequences[rows])
+        width = new.log_prob.shape[1]
+        assert (new.log_prob - log_probs[rows, :width]).abs().max() < 1e-4
+        assert (new.value - values[rows, :width]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_trap_02_kl_is_zero_at_step_zero(estimator: Any, temperature: float) -> None:
+    policy = policy_of(temperature=temperature)
+    sequences, log_probs, _ = play(policy, blank(*EIGHT))
+    kl = KLPenalty(policy.reference(), 0.1, estimator).of_sequences(policy, sequences, log_probs)
+    assert kl.abs().max() < 1e-5
+
+
+def test_trap_02_kl_is_zero_through_lora_with_the_adapter_off() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    policy = ActorCritic.from_pretrained(mock_lm(), lora=lora)
+    before = copy.deepcopy(policy)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    sequences, log_probs, _ = play(before, blank(*EIGHT))
+    reference = policy.reference()
+    torch.testing.assert_close(reference.sequence_log_probs(sequences), log_probs, atol=1e-5, rtol=0)
+    assert (policy.evaluate(sequences).log_prob - log_probs).abs().max() > 0.1, "the adapter does nothing: vacuous"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_trap_03_dropout_is_off_even_in_training_mode(architecture: str) -> None:
+    rates = {"gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}, "llama": {"attention_dropout": 0.5}}
+    policy = policy_of(architecture, critic="separate", **rates[architecture])
+    policy.train()
+    sequences, log_probs, values = play(policy, blank(*EIGHT))
+    new = policy.evaluate(sequences)
+    assert (new.log_prob - log_probs).abs().max() < 1e-4
+    assert (new.value - values).abs().max() < 1e-4
+    reference = policy.reference().train()
+    assert (reference.sequence_log_probs(sequences) - log_probs).abs().max() < 1e-4
+
+
+def test_trap_04_temperature_is_in_training_and_reference_too() -> None:
+    policy = policy_of(temperature=0.7)
+    sequences, log_probs, _ = play(policy, blank(*EIGHT))
+    assert (policy.evaluate(sequences).log_prob - log_probs).abs().max() < 1e-4
+    assert policy.reference().temperature == 0.7
+    plain = torch.log_softmax(policy.lm(sequences.input_ids[:1, :3]).logits[0, -1] / 0.7, -1)
+    torch.testing.assert_close(plain[sequences.input_ids[0, 3]], log_probs[0, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("pads", [0, 1, 5])
+def test_trap_06_right_padding_invariance(architecture: str, pads: int) -> None:
+    policy = policy_of(architecture)
+    sequences = blank([4], [6], width=10)
+    plain = policy.evaluate(sequences)
+    junk = torch.randint(V, (1, pads))
+    wider = Sequences(torch.cat([sequences.input_ids, junk], 1), sequences.prompt_lengths, sequences.response_lengths)
+    padded = policy.evaluate(wider)
+    logits = policy.lm(sequences.input_ids).logits.log_softmax(-1)[0]
+    expected = logits[3:9].gather(1, sequences.input_ids[0, 4:10, None])[:, 0]
+    for result in (plain, padded):
+        torch.testing.assert_close(result.log_prob[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result.value, plain.value, atol=1e-5, rtol=0)
+    lengths = torch.tensor([10])
+    step = policy.act(observe(wider.input_ids, lengths), deterministic=True)
+    assert step.action[0] == logits[-1].argmax()
+
+
+def test_trap_07_pad_token_equal_to_eos() -> None:
+    """EOS inside a response, and the same id in the padding: lengths decide, so its log-prob stays."""
+    policy = policy_of()
+    sequences = blank([3, 3], [6, 2])
+    eos = V - 2
+    sequences.input_ids[0, 5] = eos
+    sequences.input_ids[1, 5:] = eos
+    result = policy.evaluate(sequences)
+    assert result.log_prob[0, 2] < 0
+    assert (result.log_prob[1, 2:] == 0).all()
+    assert sequences.mask.sum(1).tolist() == [6, 2]
+
+
+def test_trap_08_masks_come_from_lengths_not_from_ids() -> None:
+    """The pad id sampled as an ordinary token: log-probs after it still agree."""
+    policy = policy_of("gpt2")
+    pad = V - 1
+    only_pad = torch.zeros(8, V, dtype=torch.bool)
+    only_pad[:, pad] = True
+    sequences, _, _ = play(policy, blank(*EIGHT), action_masks=only_pad)
+    assert (sequences.actions == pad).all()
+    stepped = []
+    for t in range(12):
+        lengths = torch.minimum(sequences.prompt_lengths + t, sequences.lengths - 1)
+        stepped.append(policy.log_prob(observe(sequences.input_ids, lengths), torch.full((8,), pad)))
+    new = policy.evaluate(sequences)
+    torch.testing.assert_close(new.log_prob, torch.stack(stepped, 1) * sequences.mask, atol=1e-4, rtol=0)
+
+
+def test_trap_16_no_off_by_one() -> None:
+    """A model whose next token is planted: id + 1. Log-prob t belongs to token t, value t to the state before it."""
+    policy = policy_of()
+    ids = torch.arange(10, 34)[None].clone()
+    sequences = Sequences(ids, torch.tensor([4]), torch.tensor([6]))
+    hidden = policy.lm.base_model(ids).last_hidden_state[0]
+
+    class Planted(torch.nn.Module):
+        def forward(self, states: Tensor) -> Tensor:
+            position = torch.cdist(states, hidden).argmin(1)  # which context this state belongs to
+            return 50.0 * torch.nn.functional.one_hot(ids[0, position] + 1, V).float()
+
+    policy.head = Planted()
+    assert policy.evaluate(sequences).log_prob.abs().max() < 1e-4
+    expected = policy.value_head(hidden[3:9])[:, 0]
+    torch.testing.assert_close(policy.evaluate(sequences).value[0], expected, atol=1e-5, rtol=0)
+
+
+def test_trap_22_log_softmax_in_float32() -> None:
+    """bf16 weights: the log-probs are float32, sum to one, and stay within the documented band of the fp32 model's."""
+    policy = policy_of()
+    sequences, _, _ = play(policy, blank(*EIGHT))
+    exact = policy.evaluate(sequences)
+    half = ActorCritic.from_pretrained(copy.deepcopy(policy.lm).bfloat16())
+    result = half.evaluate(sequences)
+    assert result.log_prob.dtype == torch.float32
+    hidden = half.states(sequences)
+    total = (half.head(hidden).float().log_softmax(-1)).logsumexp(-1)
+    assert total.abs().max() < 1e-5
+    assert (result.log_prob - exact.log_prob).abs().max() < 0.3
+
+
+def test_trap_23_batch_composition_changes_nothing() -> None:
+    policy = policy_of("gpt2")
+    sequences, _, _ = play(policy, blank(*EIGHT))
+    together = policy.evaluate(sequences)
+    for row in range(8):
+        alone = policy.evaluate(sequences[row : row + 1])
+        width = alone.log_prob.shape[1]
+        for name in ("log_prob", "value", "entropy"):
+            expected = getattr(alone, name)[0]
+            torch.testing.assert_close(getattr(together, name)[row, :width], expected, atol=1e-5, rtol=0)
+
+
+def test_trap_26_value_loss_leaves_the_policy_alone_with_a_separate_critic() -> None:
+    policy = policy_of(critic="separate")
+    policy.evaluate(blank(*EIGHT)).value.square().sum().backward()
+    assert all(parameter.grad is None for parameter in policy.lm.parameters())
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in policy.critic.parameters())
+
+
+def test_trap_26_a_fresh_value_head_says_zero() -> None:
+    assert (ActorCritic.from_pretrained(mock_lm()).evaluate(blank(*EIGHT)).value == 0).all()
+
+
+def test_stop_tokens_are_banned_before_the_minimum_everywhere() -> None:
+    eos = V - 2
+    stop = StopRule((eos,), min_new_tokens=4)
+    policy = policy_of()
+    with torch.no_grad():
+        policy.lm.lm_head.weight[eos] *= 30  # EOS would be drawn at once
+    masks = torch.ones(8, V, dtype=torch.bool)
+    masks[:, eos] = False
+    sequences, log_probs, _ = play(policy, blank(EIGHT[0], [4] * 8, stop=stop), action_masks=masks)
+    assert (sequences.actions != eos).all()
+    torch.testing.assert_close(policy.evaluate(sequences).log_prob, log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy.reference().sequence_log_probs(sequences), log_probs, atol=1e-4, rtol=0)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of()
+    sequences = blank(*EIGHT)
+
+    def gradients() -> list[Tensor]:
+        policy.zero_grad()
+        result = policy.evaluate(sequences, entropy_gradient=True)
+        (result.log_prob.sum() + 0.1 * result.entropy.sum()).backward()
+        return [parameter.grad.clone() for parameter in policy.lm.parameters()]
+
+    whole = gradients()
+    monkeypatch.setattr("textgym.models.log_probs.CHUNK_ELEMENTS", 7 * V)
+    for expected, actual in zip(whole, gradients(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_follows_the_distribution_and_the_seed() -> None:
+    policy = policy_of()
+    ids, lengths = torch.full((4000, 4), 7), torch.full((4000,), 4)
+    policy.seed(1)
+    first = policy.act(observe(ids, lengths)).action
+    policy.seed(1)
+    assert (policy.act(observe(ids, lengths)).action == first).all()
+    expected = policy.lm(ids[:1]).logits[0, -1].softmax(-1)
+    frequency = torch.bincount(first, minlength=V) / 4000
+    assert (frequency - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    policy = policy_of(critic="separate")
+    policy.save_pretrained(tmp_path / "policy")
+    again = ActorCritic.from_pretrained(tmp_path / "policy", critic="separate")
+    for key, value in policy.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.randint(V, (1, 5))
+    torch.testing.assert_close(plain(ids).logits, policy.lm(ids).logits)
+
+
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of()
+    policy.save_pretrained(tmp_path / "policy")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()}
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("textgym.models.actor_critic.save_file", full)
+    with pytest.raises(OSError, match="free some space"):
+        policy.save_pretrained(tmp_path / "policy")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert safetensors.load_file(tmp_path / "policy" / "critic.safetensors")
+
+
+def test_unknown_names_are_explained() -> None:
+    with pytest.raises(ValueError, match="cannot load a model called 'no/such-model': use 'tiny'"):
+        ActorCritic.from_pretrained("/no/such-model"[1:])
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        ActorCritic.from_pretrained(mock_lm(), temperature=0.0)

@@ -1,0 +1,201 @@
+"""The `textgym` command: demo, train, reward-model, evaluate.
+
+    textgym demo
+    textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
+    textgym reward-model --output-dir runs/reward
+    textgym evaluate --policy runs/ppo/policy
+
+It sits on top of both packages, so it alone in `textgym` may import `textgym.agents`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import torch
+import tyro
+
+from textgym.agents.demo import DemoConfig
+from textgym.agents.demo import run as run_demo
+from textgym.agents.evaluation import Judge, generate, measure
+from textgym.agents.ppo import PPO, PPOConfig
+from textgym.agents.run_folder import LiveProgress, RunFolder, figures_table
+from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.sources import FetchError, movie_snippets
+from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.functions import lexicon_sentiment
+from textgym.rewards.kl import AdaptiveKL, Estimator
+from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
+
+
+@dataclass
+class Train:
+    """Trains a policy with token-level PPO and leaves a run folder."""
+
+    output_dir: Path
+    """Where the run folder is written."""
+    env: str = "textgym/Sentiment-v0"
+    """Id of the environment."""
+    model: str = "tiny"
+    """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
+    total_episodes: int = 4096
+    """Episodes to play."""
+    num_envs: int = 64
+    """Rows of the environment."""
+    critic: str = "shared"
+    """'shared', 'separate', or a model whose trunk the critic starts from."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and training alike."""
+    kl_coef: float | None = None
+    """beta; the environment's own if not given."""
+    kl_target: float | None = None
+    """Steer beta so that the KL comes to this many nats an episode."""
+    kl_estimator: Estimator = "k1"
+    """How the KL is estimated."""
+    env_kwargs: str = "{}"
+    """Further arguments of the environment, as JSON."""
+    ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+    """PPO's own settings."""
+
+
+@dataclass
+class TrainReward:
+    """Trains a reward model on preferences made from human ratings."""
+
+    output_dir: Path
+    """Folder for the reward model."""
+    model: str = "tiny"
+    """The trunk it starts from."""
+    settings: tyro.conf.OmitArgPrefixes[RewardModelConfig] = field(default_factory=RewardModelConfig)
+    """Its training."""
+
+
+@dataclass
+class Evaluate:
+    """Prints what a policy writes and how good it is, beside its reference."""
+
+    policy: str
+    """A policy folder, or any model name."""
+    env: str = "textgym/Sentiment-v0"
+    """Id of the environment."""
+    reference: str = "tiny"
+    """What KL and perplexity are measured to, and what the policy is compared with."""
+    prompts: int = 128
+    """How many prompts, the environment's first ones."""
+    num_envs: int = 64
+    """Rows of the environment."""
+    samples: int = 5
+    """How many completions to show."""
+    seed: int = 0
+    """Of the sampling."""
+    env_kwargs: str = "{}"
+    """Further arguments of the environment, as JSON."""
+
+
+Command = (
+    Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
+    | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; exits with 130 after Ctrl-C and with 1 and one line after an error of the user's making."""
+    torch.set_num_threads(1)  # two threads collapse when another process runs
+    command: Any = tyro.cli(Command, args=arguments, prog="textgym")  # type: ignore[call-overload]
+    runs = {DemoConfig: run_demo, Train: train, TrainReward: train_reward, Evaluate: evaluate}
+    try:
+        runs[type(command)](command)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, FetchError) as error:
+        sys.exit(f"textgym: {error}")
+
+
+def train(command: Train) -> None:
+    """PPO on an environment by its id."""
+    policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
+    agent = PPO(policy, envs, command.ppo)
+    folder = RunFolder(command.output_dir, command)
+    try:
+        with LiveProgress() as live:
+            live.stage("PPO", command.total_episodes)
+            agent.learn(command.total_episodes, [folder, live])
+    finally:  # also after Ctrl-C: what was learned is kept
+        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.task.tokenizer)
+        _write_samples(policy, envs, folder, command)
+        folder.draw_curves()
+        folder.close()
+        live.console.print(f"run folder: {command.output_dir}")
+
+
+def train_reward(command: TrainReward) -> None:
+    """A reward model from the human-rated movie snippets."""
+    snippets = movie_snippets()
+    pairs = make_preferences([s for s in snippets if s.split == "train"], seed=command.settings.seed)
+    heldout = heldout_pairs([s for s in snippets if s.split != "train"])
+    with LiveProgress() as live:
+        live.stage("training the reward model")
+        reward, accuracy = train_reward_model(pairs, command.model, config=command.settings, heldout=heldout)
+        reward.calibrate([s.text for s in snippets if s.split == "train"][:1000])
+        live.finish()
+    reward.save_pretrained(command.output_dir)
+    lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
+    live.console.print(f"held-out pairwise accuracy: reward model {accuracy:.3f}, lexicon {lexicon:.3f}")
+    live.console.print(f"reward model: {command.output_dir}")
+
+
+def evaluate(command: Evaluate) -> None:
+    """Figures and samples of a policy and its reference on the same prompts and seeds."""
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, reference=command.reference)
+    prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))
+    policies = {"reference": command.reference, "policy": command.policy}
+    samples = {
+        name: generate(ActorCritic.from_pretrained(model), envs, prompts, command.seed)
+        for name, model in policies.items()
+    }
+    scorer = envs.unwrapped.task.penalty.reference
+    judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
+    live = LiveProgress()
+    live.console.print(
+        figures_table(f"{len(prompts)} prompts", {name: measure(s, scorer, judge) for name, s in samples.items()})
+    )
+    for transcript in samples["policy"].transcripts[: command.samples]:
+        live.console.print(f"{transcript['prompt']}[bold]{transcript['completion']}[/bold]")
+
+
+def _make_envs(env: str, num_envs: int, env_kwargs: str, **kwargs: Any) -> Any:
+    try:
+        further = json.loads(env_kwargs)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--env-kwargs is not JSON: {error}") from error
+    return gym.make_vec(env, num_envs=num_envs, kl_mode="deferred", array="torch", **{**kwargs, **further})
+
+
+def _kl_arguments(command: Train) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"tokenizer": command.model, "reference": command.model}
+    arguments["kl_estimator"] = command.kl_estimator
+    if command.kl_target is not None:
+        arguments["kl_coef"] = AdaptiveKL(command.kl_target, coef=command.kl_coef or 0.1)
+    elif command.kl_coef is not None:
+        arguments["kl_coef"] = command.kl_coef
+    return arguments
+
+
+def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:
+    prompts = range(min(64, len(envs.unwrapped.task.rows)))
+    start = ActorCritic.from_pretrained(command.model, temperature=command.temperature)
+    before, after = (generate(p, envs, prompts, command.ppo.seed) for p in (start, policy))
+    texts = [transcript["prompt"] for transcript in before.transcripts]
+    folder.write_samples({"before": before.completions, "after": after.completions}, texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Preference pairs from texts that people rated.
+
+A pair is a plain dict: `chosen` and `rejected` (texts), `margin` (how much higher the chosen one was rated) and `group`
+(texts that were compared with each other share one). `textgym.rewards.model.train_reward_model` takes such pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from textgym.data.sources import Snippet
+
+Pair = dict[str, Any]
+
+
+def make_preferences(
+    snippets: Sequence[Snippet], *, min_gap: float = 0.5, group_size: int = 8, seed: int = 0
+) -> list[Pair]:
+    """All comparisons within shuffled groups of snippets.
+
+    A group of K snippets gives up to K(K-1)/2 pairs and is trained on as one element of a batch, so that each text is
+    encoded once for all its comparisons (Ouyang et al. 2022, section 3.5).
+
+    Args:
+        min_gap: pairs whose ratings differ by less, in rating points, are left out: people would not agree on them.
+        group_size: K, the number of snippets compared with each other.
+        seed: of the shuffle.
+
+    >>> make_preferences([Snippet("dull", -2.0), Snippet("a joy", 3.0)])
+    [{'chosen': 'a joy', 'rejected': 'dull', 'margin': 5.0, 'group': 0}]
+
+    Raises:
+        ValueError: a group of fewer than two, or snippets of which no two differ by `min_gap`.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size is {group_size}: a comparison needs at least 2 snippets")
+    shuffled = list(snippets)
+    random.Random(seed).shuffle(shuffled)
+    groups = [shuffled[start : start + group_size] for start in range(0, len(shuffled), group_size)]
+    pairs = [
+        _pair(first, second, index)
+        for index, group in enumerate(groups)
+        for first, second in itertools.combinations(group, 2)
+        if abs(first.rating - second.rating) >= min_gap and first.text != second.text
+    ]
+    if not pairs:
+        raise ValueError(f"no two of the {len(shuffled)} snippets differ by a rating gap of {min_gap}: lower min_gap")
+    return pairs
+
+
+def heldout_pairs(
+    snippets: Sequence[Snippet], *, num_pairs: int = 5000, min_gap: float = 1.0, seed: int = 0
+) -> list[Pair]:
+    """Random pairs to measure accuracy on: any two snippets whose ratings differ by more than `min_gap`.
+
+    Draws with replacement, from `seed` only, so every scorer is measured on the same pairs; `group` numbers them.
+
+    Raises:
+        ValueError: snippets of which no two differ by more than `min_gap`.
+    """
+    ratings = [snippet.rating for snippet in snippets]
+    if not ratings or max(ratings) - min(ratings) <= min_gap:
+        raise ValueError(f"no two of the {len(ratings)} snippets differ by a rating gap above {min_gap}: lower min_gap")
+    rng = random.Random(seed)
+    pairs: list[Pair] = []
+    while len(pairs) < num_pairs:
+        first, second = rng.choice(snippets), rng.choice(snippets)
+        if abs(first.rating - second.rating) > min_gap and first.text != second.text:
+            pairs.append(_pair(first, second, len(pairs)))
+    return pairs
+
+
+def _pair(first: Snippet, second: Snippet, group: int) -> Pair:
+    chosen, rejected = (first, second) if first.rating > second.rating else (second, first)
+    return {
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "margin": chosen.rating - rejected.rating,
+        "group": group,
+    }

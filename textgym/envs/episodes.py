@@ -1,0 +1,100 @@
+"""Episodes: the token state of a batch of rows. The one place where a token is appended."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from textgym.models.loading import Device
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+
+
+class Ends(NamedTuple):
+    """Rows that ended with this token: by a stop token or by length, bool `(B,)` each."""
+
+    by_stop: Tensor
+    by_length: Tensor
+
+
+class Episodes:
+    """B rows of tokens, each a prompt and a growing response, right-padded so that a token's slot is its position.
+
+    A row is alive from `begin` until it ends; rows that are not alive ignore what is appended.
+
+    Args:
+        num_rows: B.
+        max_prompt_tokens: longest prompt.
+        max_new_tokens: a response ends at this length.
+        stop: which tokens end a row, and the shortest response.
+        vocab_size: V.
+        pad_token_id: what fills the slots not yet written.
+        device: where the state lives.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        stop: StopRule,
+        vocab_size: int,
+        pad_token_id: int,
+        device: Device = None,
+    ) -> None:
+        self.num_rows, self.max_new_tokens = num_rows, max_new_tokens
+        self.width = max_prompt_tokens + max_new_tokens
+        self.stop, self.vocab_size, self.pad_token_id = stop, vocab_size, pad_token_id
+        self.input_ids = torch.full((num_rows, self.width), pad_token_id, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.prompt_lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.alive = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.slots = torch.arange(self.width, device=device)
+        self.is_stop = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.is_stop[list(stop.ids)] = True
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """`(B,)`, tokens appended so far."""
+        return self.lengths - self.prompt_lengths
+
+    def begin(self, rows: Tensor, prompts: Tensor, lengths: Tensor) -> None:
+        """Starts rows `(k,)` anew with right-padded prompts `(k, P)` of these lengths `(k,)`."""
+        width = prompts.shape[1]
+        fresh = torch.full((len(rows), self.width), self.pad_token_id, dtype=torch.long, device=rows.device)
+        fresh[:, :width] = torch.where(self.slots[:width] < lengths[:, None], prompts, self.pad_token_id)
+        self.input_ids[rows] = fresh
+        self.lengths[rows] = self.prompt_lengths[rows] = lengths
+        self.alive[rows] = True
+
+    def append(self, actions: Tensor) -> Ends:
+        """Appends one token `(B,)` to every row that is alive; says which rows it ended."""
+        slot = self.lengths.clamp(max=self.width - 1)[:, None]
+        kept = self.input_ids.gather(1, slot)[:, 0]
+        self.input_ids.scatter_(1, slot, torch.where(self.alive, actions, kept)[:, None])
+        may_stop = self.response_lengths >= self.stop.min_new_tokens
+        self.lengths += self.alive
+        by_stop = self.alive & self.is_stop[actions] & may_stop
+        by_length = self.alive & ~by_stop & (self.response_lengths >= self.max_new_tokens)
+        self.alive &= ~(by_stop | by_length)
+        return Ends(by_stop, by_length)
+
+    def observation(self) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, int64 `(B, W)`, fresh tensors."""
+        mask = (self.slots < self.lengths[:, None]).long()
+        return {"input_ids": self.input_ids.clone(), "attention_mask": mask}
+
+    def action_masks(self) -> Tensor:
+        """Bool `(B, V)`: every token, except stop tokens where the response is still too short to end."""
+        banned = self.response_lengths < self.stop.min_new_tokens
+        return ~(banned[:, None] & self.is_stop)
+
+    def restricts_actions(self) -> bool:
+        """Whether any action is ever masked out."""
+        return self.stop.min_new_tokens > 0 and bool(self.stop.ids)
+
+    def sequences(self) -> Sequences:
+        """All rows as whole sequences, a copy."""
+        return Sequences(self.input_ids.clone(), self.prompt_lengths.clone(), self.response_lengths, self.stop)

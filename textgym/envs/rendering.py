@@ -1,0 +1,33 @@
+"""Text renderings of an episode."""
+
+from __future__ import annotations
+
+import html
+import warnings
+from typing import Any
+
+RENDER_MODES = ("ansi", "human", "html")
+
+
+def checked_render_mode(render_mode: str | None) -> str | None:
+    """The mode, or `None` with a warning for one that text has no use for, such as the `"rgb_array"` SB3 asks for."""
+    if render_mode is None or render_mode in RENDER_MODES:
+        return render_mode
+    warnings.warn(f"render_mode={render_mode!r} is ignored: text renders as one of {RENDER_MODES}", stacklevel=4)
+    return None
+
+
+def render(mode: str | None, transcript: dict[str, Any], score: float | None) -> str | None:
+    """The episode as a string (`"ansi"`, `"html"`), or printed (`"human"`)."""
+    prompt, completion = transcript["prompt"], transcript["completion"]
+    note = "" if score is None else f"score {score:+.3f}"
+    if mode == "ansi":
+        return f"{prompt}\x1b[1m{completion}\x1b[0m" + (f"\n{note}" if note else "")
+    if mode == "html":
+        return f"<p>{html.escape(prompt)}<b>{html.escape(completion)}</b></p>" + (f"<p>{note}</p>" if note else "")
+    if mode == "human":
+        from rich import print as rich_print
+        from rich.text import Text
+
+        rich_print(Text.assemble(prompt, (completion, "bold"), (f"  [{note}]" if note else "", "dim")))
+    return None

@@ -1,0 +1,310 @@
+"""TextTask: what an episode is about and what it pays. `TextEnv` and `TextVectorEnv` are two views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from textgym.data.prompts import load_prompts
+from textgym.envs.episodes import Ends, Episodes
+from textgym.envs.stopping import StopStrings, stop_rule
+from textgym.models.loading import Device, load_tokenizer
+from textgym.models.token_model import Observation, TokenModel
+from textgym.rewards.kl import Estimator, KLController, KLPenalty
+from textgym.rewards.scoring import Finished, RewardSpec, Scorer, Scores
+
+KLMode = Literal["reference", "exact", "deferred"]
+KL_MODES = ("reference", "exact", "deferred")
+LENGTH_LIMITS = ("terminate", "truncate")
+
+
+class Policy(Protocol):
+    """What `attach_policy` takes: anything that answers with the log-prob of an action."""
+
+    def log_prob(self, observation: Observation, action: Any) -> Tensor:
+        """Log-probs `(B,)` of actions `(B,)` in observed states."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step of all rows brought.
+
+    Attributes:
+        rewards: `(B,)` float32, on the task's device.
+        ends: which rows ended, and how.
+        ended: host copy of the rows that ended, bool `(B,)`.
+        infos: numpy arrays `(B,)` for each key, set where `ended`; empty if no row ended.
+    """
+
+    rewards: Tensor
+    ends: Ends
+    ended: np.ndarray
+    infos: dict[str, np.ndarray]
+
+
+class TextTask:
+    """Prompts, stop rule, reward and KL of B rows. The arguments are those of `TextEnv`."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        prompts: Any,
+        tokenizer: Any,
+        reward: RewardSpec | Sequence[RewardSpec],
+        reward_weights: Sequence[float] | None,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        stop: Sequence[str | int],
+        reference: str | nn.Module | None,
+        kl_coef: float | KLController,
+        kl_estimator: Estimator,
+        kl_mode: KLMode,
+        missing_eos_penalty: float,
+        length_limit: Literal["terminate", "truncate"],
+        device: Device,
+    ) -> None:
+        _check_arguments(max_prompt_tokens, max_new_tokens, min_new_tokens, kl_mode, length_limit)
+        self.device = torch.device(device or "cpu")
+        self.rows = load_prompts(prompts)
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.scorer = Scorer(reward, reward_weights, self.tokenizer)
+        self.kl_mode, self.truncates = kl_mode, length_limit == "truncate"
+        self.missing_eos_penalty = missing_eos_penalty
+        self.penalty = self._make_penalty(reference, kl_coef, kl_estimator)
+        self.vocab_size = len(self.tokenizer)
+        if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
+            self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
+        self.stop_strings = StopStrings([text for text in stop if isinstance(text, str)], self.tokenizer)
+        self.episodes = Episodes(
+            num_rows,
+            max_prompt_tokens,
+            max_new_tokens,
+            stop_rule(stop, min_new_tokens, self.tokenizer),
+            self.vocab_size,
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
+            self.device,
+        )
+        self.prompt_ids, self.prompt_lengths = self._encode_prompts(max_prompt_tokens)
+        self.queue: list[int] = []
+        self.current = np.zeros(num_rows, dtype=np.int64)
+        self.transcripts: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+        self.token_rewards: list[np.ndarray | None] = [None] * num_rows
+        self.kl_sum = torch.zeros(num_rows, device=self.device)
+        self.kl_paid = torch.zeros(num_rows, device=self.device)
+        self.policy: Policy | None = None
+        self.observation_space = gym.spaces.Dict(
+            {
+                "input_ids": gym.spaces.Box(0, self.vocab_size - 1, (self.episodes.width,), np.int64),
+                "attention_mask": gym.spaces.Box(0, 1, (self.episodes.width,), np.int64),
+            }
+        )
+        self.action_space = gym.spaces.Discrete(self.vocab_size)
+
+    def attach_policy(self, policy: Policy) -> None:
+        """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
+        self.policy = policy
+
+    def forget_prompts(self) -> None:
+        """Begins a new epoch of prompts, as a new seed does."""
+        self.queue = []
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """The next prompts, without replacement until all have been seen, then anew: indices `(count,)`."""
+        while len(self.queue) < count:
+            self.queue += rng.permutation(len(self.rows)).tolist()
+        drawn, self.queue = self.queue[:count], self.queue[count:]
+        return np.asarray(drawn)
+
+    def begin(self, rows: np.ndarray, prompts: np.ndarray) -> None:
+        """Starts rows (indices) anew with prompts (indices)."""
+        index = torch.as_tensor(rows, device=self.device)
+        self.episodes.begin(
+            index,
+            torch.as_tensor(self.prompt_ids[prompts], dtype=torch.long, device=self.device),
+            torch.as_tensor(self.prompt_lengths[prompts], device=self.device),
+        )
+        self.current[rows] = prompts
+        self.kl_sum[index] = self.kl_paid[index] = 0.0
+
+    def play(self, actions: Tensor) -> Outcome:
+        """Appends one token `(B,)` to every row that is alive, and pays for it.
+
+        Raises:
+            ValueError: an action outside the vocabulary; `kl_mode="exact"` without a policy.
+        """
+        in_range = (actions >= 0) & (actions < self.vocab_size)
+        if not bool((in_range | ~self.episodes.alive).all()):
+            wrong = actions[~in_range & self.episodes.alive].tolist()
+            raise ValueError(f"actions {wrong} are outside the vocabulary: use token ids from 0 to {self.vocab_size - 1}")
+        actions = actions.clamp(0, self.vocab_size - 1)
+        paid = self._pay_kl(actions)
+        ends = self.episodes.append(actions)
+        if self.stop_strings.texts:
+            ends = self._end_by_string(actions, ends)
+        ended = (ends.by_stop | ends.by_length).cpu().numpy()
+        rewards = torch.zeros_like(self.kl_paid) if paid is None else paid
+        infos: dict[str, np.ndarray] = {}
+        if ended.any():
+            score, infos = self._settle(np.flatnonzero(ended), ends.by_stop.cpu().numpy())
+            rewards = rewards + score
+        return Outcome(rewards, ends, ended, infos)
+
+    def transcript(self, row: int) -> dict[str, Any]:
+        """Prompt, completion and columns of a row's last finished episode, or of the one under way."""
+        if self.transcripts[row] and not bool(self.episodes.alive[row]):
+            return self.transcripts[row]
+        columns = self.rows[self.current[row]]
+        return {**columns, "completion": self._texts(np.array([row]))[0]}
+
+    def _pay_kl(self, actions: Tensor) -> Tensor | None:
+        """The KL term of the reward of each row's next token, `(B,)`; `None` where the environment pays none."""
+        if self.kl_mode == "exact" and self.policy is None:
+            raise ValueError(
+                "kl_mode='exact' needs the policy's log-probs: call env.unwrapped.attach_policy(policy) first, "
+                "or use kl_mode='reference'"
+            )
+        if self.penalty is None or self.kl_mode == "deferred":
+            return None
+        observation = self.episodes.observation()
+        extra = (self.episodes.action_masks(),) if self.episodes.restricts_actions() else ()
+        reference = self.penalty.reference.log_prob(observation, actions, *extra).to(self.device)
+        alive = self.episodes.alive
+        if self.kl_mode == "reference":
+            paid = torch.where(alive, self.penalty.coef * reference, 0.0)
+        else:
+            assert self.policy is not None
+            log_prob = torch.as_tensor(self.policy.log_prob(observation, actions, *extra)).to(self.device).float()
+            kl = self.penalty.of_log_probs(log_prob, reference, alive)
+            self.kl_sum += kl
+            paid = -self.penalty.coef * kl
+        self.kl_paid += paid
+        return paid
+
+    def _end_by_string(self, actions: Tensor, ends: Ends) -> Ends:
+        playing = self.episodes.alive | ends.by_length
+        rows = self.stop_strings.candidates(actions, playing, self.episodes)
+        hits = [row for row in rows if self.stop_strings.found_in(self._decode(self._response_ids(np.array([row]))[0]))]
+        by_string = torch.zeros_like(ends.by_stop)
+        by_string[hits] = True
+        self.episodes.alive &= ~by_string
+        return Ends(ends.by_stop | by_string, ends.by_length & ~by_string)
+
+    def _settle(self, rows: np.ndarray, by_stop: np.ndarray) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """Scores the rows that ended, all in one call: the score of every row `(B,)`, and the infos."""
+        finished = self._finished(rows)
+        scores = self.scorer(finished)
+        score = scores.score - self.missing_eos_penalty * ~by_stop[rows]
+        self._remember(rows, finished, scores)
+        everywhere = torch.zeros_like(self.kl_paid)
+        everywhere[torch.as_tensor(rows, device=self.device)] = torch.as_tensor(
+            score, dtype=everywhere.dtype, device=self.device
+        )
+        kl = self.kl_sum if self.kl_mode == "exact" else torch.full_like(self.kl_sum, torch.nan)
+        values: dict[str, np.ndarray] = {
+            "score": score,
+            "kl": kl.cpu().numpy().astype(np.float64)[rows],
+            "kl_reward": self.kl_paid.cpu().numpy().astype(np.float64)[rows],
+            "response_tokens": np.array([len(ids) for ids in finished.completion_ids], dtype=np.int64),
+            "is_success": score > 0,
+            "ended_by_stop": by_stop[rows],
+            **{f"reward/{name}": values for name, values in scores.components.items()},
+        }
+        return everywhere, {key: _scatter(value, rows, len(by_stop)) for key, value in values.items()}
+
+    def _finished(self, rows: np.ndarray) -> Finished:
+        columns = [self.rows[index] for index in self.current[rows]]
+        names = [name for name in columns[0] if name != "prompt"]
+        return Finished(
+            prompts=[column["prompt"] for column in columns],
+            completions=self._texts(rows),
+            prompt_ids=[self.prompt_ids[i, : self.prompt_lengths[i]].tolist() for i in self.current[rows]],
+            completion_ids=self._response_ids(rows),
+            columns={name: [column[name] for column in columns] for name in names},
+        )
+
+    def _remember(self, rows: np.ndarray, finished: Finished, scores: Scores) -> None:
+        for i, row in enumerate(rows):
+            self.transcripts[row] = {**self.rows[self.current[row]], "completion": finished.completions[i]}
+            self.token_rewards[row] = scores.token_rewards[i] if scores.token_rewards is not None else None
+
+    def _response_ids(self, rows: np.ndarray) -> list[list[int]]:
+        index = torch.as_tensor(rows, device=self.device)
+        state = self.episodes
+        ids, first, last = (x[index].tolist() for x in (state.input_ids, state.prompt_lengths, state.lengths))
+        return [row[a:b] for row, a, b in zip(ids, first, last, strict=True)]
+
+    def _texts(self, rows: np.ndarray) -> list[str]:
+        """Responses as text, without the stop token or stop string that ended them."""
+        return [self.stop_strings.cut(self._decode(ids)) for ids in self._response_ids(rows)]
+
+    def _decode(self, ids: list[int]) -> str:
+        while ids and ids[-1] in self.episodes.stop.ids:
+            ids = ids[:-1]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _make_penalty(
+        self, reference: str | nn.Module | None, coef: float | KLController, estimator: Estimator
+    ) -> KLPenalty | None:
+        if reference is None:
+            if self.kl_mode != "deferred" and coef != 0:
+                raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
+            return None
+        allowed = {"reference": ("k1",), "exact": ("k1", "k2", "k3"), "deferred": ("k1", "k2", "k3", "full")}
+        if estimator not in allowed[self.kl_mode]:
+            raise ValueError(
+                f"kl_estimator={estimator!r} cannot be paid in kl_mode={self.kl_mode!r}, which knows "
+                f"{allowed[self.kl_mode]}; 'deferred' knows them all"
+            )
+        model = reference if isinstance(reference, str | nn.Module) else str(reference)
+        return KLPenalty(TokenModel.load(model, device=self.device), coef, estimator)
+
+    def _encode_prompts(self, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """All prompts as right-padded ids `(P, L)`, cut from the left to the budget, and their lengths `(P,)`."""
+        encoded = self.tokenizer([row["prompt"] for row in self.rows], add_special_tokens=True)["input_ids"]
+        encoded = [ids[-max_prompt_tokens:] for ids in encoded]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        if not lengths.all():
+            row = int(np.flatnonzero(lengths == 0)[0])
+            raise ValueError(f"prompt {row} ({self.rows[row]['prompt']!r}) has no tokens: give it some text")
+        ids = np.zeros((len(encoded), lengths.max()), dtype=np.int32)
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
+        return ids, lengths
+
+
+def prompt_choice(options: Mapping[str, Any] | None, count: int, num_prompts: int) -> np.ndarray | None:
+    """`options["prompt_index"]` as indices `(count,)`, or `None` if the options choose no prompts."""
+    if options is None or "prompt_index" not in options:
+        return None
+    chosen = np.asarray(options["prompt_index"], dtype=np.int64).reshape(-1)
+    if len(chosen) != count or (chosen < 0).any() or (chosen >= num_prompts).any():
+        raise ValueError(f"options['prompt_index'] must hold {count} indices from 0 to {num_prompts - 1}, got {chosen}")
+    return chosen
+
+
+def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    array = np.zeros(count, dtype=values.dtype)
+    array[rows] = values
+    return array
+
+
+def _check_arguments(
+    max_prompt_tokens: int, max_new_tokens: int, min_new_tokens: int, kl_mode: str, length_limit: str
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}: an episode without a token has no action")
+    if max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens must be from 0 to max_new_tokens={max_new_tokens}, got {min_new_tokens}")
+    if kl_mode not in KL_MODES:
+        raise ValueError(f"unknown kl_mode {kl_mode!r}; use one of {KL_MODES}")
+    if length_limit not in LENGTH_LIMITS:
+        raise ValueError(f"unknown length_limit {length_limit!r}; use one of {LENGTH_LIMITS}")

@@ -1,0 +1,58 @@
+"""textgym/Sentiment-v0: continue a movie review so that a reward model learned from human ratings likes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgym.envs.text import TextEnv
+from textgym.envs.vector import TextVectorEnv
+
+DEFAULTS: dict[str, Any] = {
+    "prompts": "openings",
+    "tokenizer": "tiny",
+    "reward": "tiny",
+    "reference": "tiny",
+    "kl_coef": 0.05,
+    "max_prompt_tokens": 48,
+    "max_new_tokens": 24,
+}
+
+
+class SentimentEnv(TextEnv):
+    """Movie-review continuation, scored by a learned reward model.
+
+    ## Description
+    A review has been begun; write the rest. The reward model was trained on pairwise preferences made from human ratings
+    of movie-review snippets (Hutto and Gilbert, 2014), so it prefers what people rated as positive. Everything is
+    embedded: tokenizer, reference, reward model and 200 openings. `prompts="textgym.data.prompts:policy_snippets"` takes
+    the first halves of real snippets instead, which are fetched once.
+
+    ## Action Space
+    `Discrete(2048)`, the embedded tokenizer's byte-level vocabulary.
+
+    ## Observation Space
+    As `TextEnv`, `W = 48 + 24`.
+
+    ## Rewards
+    On the last token the reward model's score, whose mean is 0 and deviation 1 on the reference's own samples; on every
+    token 0.05 times the log-prob under the reference (`kl_mode="reference"`).
+
+    ## Starting State
+    One of the prompts.
+
+    ## Episode End
+    The model's end-of-text token, or 24 tokens.
+
+    ## Arguments
+    All of `TextEnv`'s; what is not given is as above.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**DEFAULTS, **kwargs})
+
+
+class SentimentVectorEnv(TextVectorEnv):
+    """Many rows of `SentimentEnv`, see there; arguments as `TextVectorEnv`."""
+
+    def __init__(self, num_envs: int, **kwargs: Any) -> None:
+        super().__init__(num_envs, **{**DEFAULTS, **kwargs})

@@ -1,0 +1,229 @@
+"""TextVectorEnv: many rows of text, one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor, nn
+
+from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
+from textgym.envs.task import KLMode, Outcome, Policy, TextTask, prompt_choice
+from textgym.models.loading import Device
+from textgym.rewards.kl import Estimator, KLController
+from textgym.rewards.scoring import RewardSpec
+
+Array = Any
+"""A numpy array, or with `array="torch"` a tensor on the device."""
+
+
+class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
+    """B rows of `TextEnv` in one batch: row i equals a `TextEnv` given the same prompts and actions.
+
+    All rows that end in one step are scored in one call of each reward function. There is no Python loop over rows in
+    `step`. Prompts are drawn without replacement over all rows together. Spaces, rewards, ends and infos are those of
+    `TextEnv`, batched as Gymnasium batches them.
+
+    ## Arguments
+    Args:
+        num_envs: B.
+        autoreset_mode: `NEXT_STEP`: the step after an end resets the row and ignores its action; `SAME_STEP`: the row is
+            reset at once and the end is in `infos["final_obs"]` and `infos["final_info"]`; `DISABLED`: a row that ended
+            waits, whatever its action, until `reset(options={"reset_mask": mask})`.
+        array: `"numpy"`, or `"torch"` to keep observations, rewards and flags on the device.
+        prompts: and all further arguments: see `TextEnv`.
+
+    Raises:
+        ValueError: bad arguments or actions, see `TextEnv`.
+        gymnasium.error.ResetNeeded: `step` before `reset`.
+
+    >>> import gymnasium as gym, textgym
+    >>> envs = gym.make_vec("textgym/Sentiment-v0", num_envs=2, max_new_tokens=3)
+    >>> observations, infos = envs.reset(seed=0)
+    >>> observations["input_ids"].shape == (2, 48 + 3)
+    True
+    >>> for _ in range(3):
+    ...     observations, rewards, terminated, truncated, infos = envs.step([9, 10])
+    >>> terminated.tolist(), infos["response_tokens"].tolist()
+    ([True, True], [3, 3])
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 8}
+
+    def __init__(
+        self,
+        num_envs: int,
+        prompts: Any,
+        tokenizer: Any,
+        reward: RewardSpec | Sequence[RewardSpec],
+        *,
+        reward_weights: Sequence[float] | None = None,
+        max_prompt_tokens: int = 64,
+        max_new_tokens: int = 32,
+        min_new_tokens: int = 0,
+        stop: Sequence[str | int] = (),
+        reference: str | nn.Module | None = None,
+        kl_coef: float | KLController = 0.0,
+        kl_estimator: Estimator = "k1",
+        kl_mode: KLMode = "reference",
+        missing_eos_penalty: float = 0.0,
+        length_limit: Literal["terminate", "truncate"] = "terminate",
+        render_mode: str | None = None,
+        device: Device = None,
+        info_text: bool = False,
+        info_action_mask: bool = False,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        array: Literal["numpy", "torch"] = "numpy",
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if array not in ("numpy", "torch"):
+            raise ValueError(f"array must be 'numpy' or 'torch', got {array!r}")
+        self.task = TextTask(
+            num_envs,
+            prompts=prompts,
+            tokenizer=tokenizer,
+            reward=reward,
+            reward_weights=reward_weights,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            stop=stop,
+            reference=reference,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_mode=kl_mode,
+            missing_eos_penalty=missing_eos_penalty,
+            length_limit=length_limit,
+            device=device,
+        )
+        self.num_envs, self.array = num_envs, array
+        self.single_observation_space = self.task.observation_space
+        self.single_action_space = self.task.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.render_mode = checked_render_mode(render_mode)
+        self.info_text, self.info_action_mask = info_text, info_action_mask
+        self.set_autoreset_mode(autoreset_mode)
+        self.waiting: np.ndarray | None = None  # rows that ended and were not reset yet
+
+    def set_autoreset_mode(self, autoreset_mode: AutoresetMode | str) -> None:
+        """Changes the mode; the next call must be `reset`."""
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        self.waiting = None
+
+    def reset(  # type: ignore[override]
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Starts episodes in all rows, or in those of `options["reset_mask"]` (bool `(B,)`).
+
+        `options["prompt_index"]` chooses the prompts of the rows that are reset.
+        """
+        if seed is not None:
+            self._np_random = np.random.default_rng(seed)
+            self._np_random_seed = seed if isinstance(seed, int) else None
+            self.task.forget_prompts()
+        mask = self._reset_mask(options)
+        rows = np.flatnonzero(mask)
+        prompts = prompt_choice(options, len(rows), len(self.task.rows))
+        self.task.begin(rows, self.task.draw(len(rows), self.np_random) if prompts is None else prompts)
+        self.waiting = np.zeros(self.num_envs, dtype=bool) if self.waiting is None else self.waiting & ~mask
+        return self._observation(), self._with_mask({})
+
+    def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
+        """Appends one token to every row that is under way."""
+        if self.waiting is None:
+            raise gym.error.ResetNeeded("there are no episodes under way: call envs.reset() before envs.step(actions)")
+        outcome = self.task.play(self._as_actions(actions))
+        infos = self._infos(outcome)
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            self._restart(self.waiting)
+            self.waiting = outcome.ended
+        elif self.autoreset_mode == AutoresetMode.SAME_STEP:
+            if outcome.ended.any():
+                infos = self._final(outcome.ended, infos)
+            self._restart(outcome.ended)
+        else:
+            self.waiting = self.waiting | outcome.ended
+        truncated = outcome.ends.by_length if self.task.truncates else torch.zeros_like(outcome.ends.by_length)
+        terminated = (outcome.ends.by_stop | outcome.ends.by_length) & ~truncated
+        return (
+            self._observation(),
+            self._out(outcome.rewards),
+            self._out(terminated),
+            self._out(truncated),
+            self._with_mask(infos),
+        )
+
+    def render(self) -> tuple[str | None, ...] | None:
+        """Every row's episode so far, see `render_mode`."""
+        return tuple(render(self.render_mode, transcript, None) for transcript in self.transcript)
+
+    def action_masks(self) -> Array:
+        """Bool `(B, V)`: the actions that are allowed now."""
+        return self._out(self.task.episodes.action_masks())
+
+    def attach_policy(self, policy: Policy) -> None:
+        """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""
+        self.task.attach_policy(policy)
+
+    @property
+    def transcript(self) -> list[dict[str, Any]]:
+        """`prompt`, `completion` and columns of each row's last finished episode, or of its first one under way."""
+        finished = self.task.transcripts
+        return [finished[row] or self.task.transcript(row) for row in range(self.num_envs)]
+
+    def _restart(self, mask: np.ndarray) -> None:
+        rows = np.flatnonzero(mask)
+        if len(rows):
+            self.task.begin(rows, self.task.draw(len(rows), self.np_random))
+
+    def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
+        if self.waiting is None or options is None or "reset_mask" not in options:
+            return np.ones(self.num_envs, dtype=bool)
+        given = options["reset_mask"]
+        mask = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise ValueError(
+                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one True, got {given}"
+            )
+        return mask
+
+    def _as_actions(self, actions: Array) -> Tensor:
+        tensor = torch.as_tensor(actions, device=self.task.device).long()
+        if tensor.shape != (self.num_envs,):
+            raise ValueError(f"expected one action for each of the {self.num_envs} rows, got shape {tuple(tensor.shape)}")
+        return tensor
+
+    def _observation(self) -> dict[str, Array]:
+        return {key: self._out(value) for key, value in self.task.episodes.observation().items()}
+
+    def _out(self, values: Tensor) -> Array:
+        return values if self.array == "torch" else values.cpu().numpy()
+
+    def _infos(self, outcome: Outcome) -> dict[str, Any]:
+        """The infos of rows that ended, each key with its `_key` mask, as Gymnasium lays them out."""
+        infos: dict[str, Any] = dict(outcome.infos)
+        if infos and self.info_text:
+            for key in self.task.transcript(int(np.argmax(outcome.ended))):
+                texts = [self.task.transcripts[row].get(key) if outcome.ended[row] else None for row in range(self.num_envs)]
+                infos[key] = np.array([*texts, None], dtype=object)[:-1]
+        return {**infos, **{f"_{key}": outcome.ended.copy() for key in infos}}
+
+    def _final(self, ended: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
+        observation = self._observation()
+        final = np.full(self.num_envs, None, dtype=object)
+        for row in np.flatnonzero(ended):
+            final[row] = {key: value[row] for key, value in observation.items()}
+        return {"final_obs": final, "_final_obs": ended.copy(), "final_info": infos, "_final_info": ended.copy()}
+
+    def _with_mask(self, infos: dict[str, Any]) -> dict[str, Any]:
+        if not self.info_action_mask:
+            return infos
+        return {**infos, "action_mask": self.action_masks(), "_action_mask": np.ones(self.num_envs, dtype=bool)}

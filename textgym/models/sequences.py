@@ -1,0 +1,76 @@
+"""Sequences: prompts with their responses, the form in which whole episodes are scored and trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from textgym.models.attention import Packed, pack, ragged
+from textgym.models.log_probs import StopRule
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """N prompts with their responses. Masks come from lengths, never from token ids (trap 8).
+
+    Attributes:
+        input_ids: `(N, W)` int64, right-padded: prompt, then response.
+        prompt_lengths: `(N,)`, at least 1.
+        response_lengths: `(N,)`, at least 1.
+        stop: which tokens end a response and how early they may, see `StopRule`.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    stop: StopRule = field(default_factory=StopRule)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> Sequences:
+        """Some of the rows."""
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            response_lengths=self.response_lengths[rows],
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool `(N, T)`, T the longest response: the real response tokens."""
+        steps = torch.arange(int(self.response_lengths.max()), device=self.input_ids.device)
+        return steps < self.response_lengths[:, None]
+
+    @property
+    def lengths(self) -> Tensor:
+        """`(N,)`, prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def actions(self) -> Tensor:
+        """`(M,)`, the response tokens of all rows, row by row; `pad` is the way back to `(N, T)`."""
+        rows, steps = ragged(self.response_lengths)
+        return self.input_ids[rows, self.prompt_lengths[rows] + steps]
+
+    @property
+    def banned(self) -> Tensor | None:
+        """Bool `(M,)`: at which response tokens the stop ids were not allowed; `None` if at none."""
+        return self.stop.applies(ragged(self.response_lengths)[1])
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """Lays a value for each response token `(M,)` out as `(N, T)`, zero in the padding."""
+        mask = self.mask
+        return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+    def packed(self) -> tuple[Packed, Tensor]:
+        """The states before each response token, packed, and where those states are in the flattened rows `(M,)`.
+
+        The last token of a response is left out: nothing is predicted from it.
+        """
+        packed = pack(self.input_ids, self.lengths - 1)
+        rows, steps = ragged(self.response_lengths)
+        return packed, packed.starts[rows] + self.prompt_lengths[rows] - 1 + steps

@@ -1,0 +1,132 @@
+"""TokenModel: a causal language model as a distribution over the next token."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textgym.models.attention import check_supported, packed_hidden
+from textgym.models.decoding import CachedDecoder
+from textgym.models.loading import Device, freeze, load_causal_lm
+from textgym.models.log_probs import token_log_probs
+from textgym.models.sequences import Sequences
+
+Observation = Mapping[str, Any]
+"""`input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch, as the environments give them."""
+
+
+class TokenModel(nn.Module):
+    """Scores tokens with a causal language model: one at a time from observations, or whole sequences.
+
+    Args:
+        lm: a causal language model of transformers. Its dropout is removed.
+        temperature: divides the logits everywhere.
+        adapter: the peft model that `lm` lives in; where given, its adapter is switched off while this model runs.
+    """
+
+    def __init__(self, lm: Any, temperature: float = 1.0, adapter: Any = None) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}; for greedy actions use deterministic=True")
+        check_supported(lm)
+        self.lm = lm
+        self.temperature = temperature
+        self.__dict__["adapter"] = adapter  # not a submodule: its weights are those of `lm`
+        self.head = lm.get_output_embeddings()
+        self.vocab_size = self.head.weight.shape[0]
+        self._decoder: CachedDecoder | None = None
+
+    @classmethod
+    def load(cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None) -> TokenModel:
+        """A frozen scorer, from a name, a path, a language model (copied by nobody) or another `TokenModel`."""
+        if isinstance(model, TokenModel):
+            return model
+        return freeze(cls(load_causal_lm(model, device=device), temperature))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def log_prob(self, observation: Observation, action: Any, action_masks: Any = None) -> Tensor:
+        """Log-prob `(B,)` or `()` of one action in each state, by cached decoding.
+
+        Args:
+            observation: the state before the action.
+            action: `(B,)` token ids.
+            action_masks: bool `(B, V)`, the allowed actions; `None` allows all.
+        """
+        hidden, batched = self._advance(observation)
+        action = torch.as_tensor(action, device=self.device).reshape(-1)
+        with torch.no_grad():
+            logits = self._logits(hidden)
+            free = logits.gather(1, action[:, None])[:, 0]
+            if action_masks is not None:
+                allowed = torch.as_tensor(action_masks, device=self.device).reshape(-1, self.vocab_size)
+                legal = allowed.gather(1, action[:, None])  # an illegal action is scored without the mask
+                logits = logits.masked_fill(~(allowed | ~legal), torch.finfo(logits.dtype).min)
+            log_prob = free - logits.logsumexp(-1)
+        return log_prob if batched else log_prob[0]
+
+    @torch.no_grad()
+    def sequence_log_probs(self, sequences: Sequences) -> Tensor:
+        """Log-probs `(N, T)` of the response tokens in one packed pass, zero in the padding."""
+        log_probs, _ = token_log_probs(self.states(sequences), **self._scoring(sequences))
+        return sequences.pad(log_probs)
+
+    def states(self, sequences: Sequences) -> Tensor:
+        """Hidden states `(M, d)` before each response token of whole sequences."""
+        packed, index = sequences.packed()
+        with self._active():
+            return packed_hidden(self.lm, packed)[index]
+
+    def reset_cache(self) -> None:
+        """Frees the key-value cache."""
+        self._decoder = None
+
+    def _scoring(self, sequences: Sequences) -> dict[str, Any]:
+        """The arguments of `token_log_probs` for the response tokens of these sequences."""
+        return {
+            "head": self.head,
+            "actions": sequences.actions,
+            "vocab_size": self.vocab_size,
+            "temperature": self.temperature,
+            "banned": sequences.banned,
+            "stop_ids": sequences.stop.ids,
+        }
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden).float() / self.temperature  # (B, V)
+
+    def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
+        """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""
+        input_ids = torch.as_tensor(observation["input_ids"], device=self.device)
+        lengths = torch.as_tensor(observation["attention_mask"], device=self.device).sum(-1)
+        batched = input_ids.ndim == 2
+        if not batched:
+            input_ids, lengths = input_ids[None], lengths[None]
+        shape = tuple(input_ids.shape)
+        if self._decoder is None or (self._decoder.num_rows, self._decoder.max_tokens) != shape:
+            self._decoder = CachedDecoder(self.lm, *shape)
+        with self._active():
+            return self._decoder.advance(input_ids, lengths), batched
+
+    def _active(self) -> contextlib.AbstractContextManager[Any]:
+        adapter = self.__dict__["adapter"]
+        return contextlib.nullcontext() if adapter is None else adapter.disable_adapter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenModel:
+        """A copy without the cache: `spec` of a Gymnasium environment copies its arguments."""
+        decoder, self._decoder = self._decoder, None
+        try:
+            new = self.__class__.__new__(self.__class__)
+            memo[id(self)] = new
+            new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        finally:
+            self._decoder = decoder
+        return new

@@ -1,0 +1,128 @@
+"""The KL penalty to a reference model: estimators, coefficient controllers, and the pass that prices an episode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from textgym.models.log_probs import full_kl
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+
+Estimator = Literal["k1", "k2", "k3", "full"]
+ESTIMATORS = get_args(Estimator)
+
+
+def estimate_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estimator) -> Tensor:
+    """Estimates KL(pi, pi_ref) from the log-probs of a token drawn from pi, elementwise, in nats.
+
+    With d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020): `k1` = d, unbiased and of either sign;
+    `k2` = d^2 / 2, biased with low variance; `k3` = exp(-d) - 1 + d, unbiased and never negative.
+
+    Raises:
+        ValueError: `"full"`, which needs the distributions and not only the log-probs of what was drawn.
+    """
+    difference = log_probs - reference_log_probs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    if estimator == "k3":
+        return (-difference).exp() - 1 + difference
+    raise ValueError(f"cannot estimate {estimator!r} from the log-probs of the drawn tokens; use 'k1', 'k2' or 'k3'")
+
+
+class KLController(Protocol):
+    """A penalty coefficient that may follow the measured KL."""
+
+    coef: float
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Takes the mean KL of so many episodes, in nats an episode."""
+
+
+@dataclass
+class FixedKL:
+    """A coefficient that stays."""
+
+    coef: float
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Does nothing."""
+
+
+@dataclass
+class AdaptiveKL:
+    """A coefficient that steers the KL to `target` nats an episode (Ziegler et al., 2019, section 2.2).
+
+    e = clip(KL / target - 1, -0.2, 0.2) and coef <- coef * (1 + e * n / horizon) after n episodes.
+    """
+
+    target: float
+    horizon: int = 10_000
+    coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.target <= 0 or self.horizon <= 0:
+            raise ValueError(f"target and horizon must be above 0, got {self.target} and {self.horizon}")
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """One step of the controller."""
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_episodes / self.horizon
+
+
+class KLPenalty:
+    """beta times an estimate of KL(pi, pi_ref), paid token by token.
+
+    Args:
+        reference: a model name, a language model, or a `TokenModel`; it is frozen.
+        coef: beta, or a controller that moves it.
+        estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
+    """
+
+    def __init__(
+        self, reference: str | nn.Module | TokenModel, coef: float | KLController, estimator: Estimator = "k1"
+    ) -> None:
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown kl_estimator {estimator!r}; use one of {ESTIMATORS}")
+        self.reference = TokenModel.load(reference)
+        self.controller: KLController = FixedKL(float(coef)) if isinstance(coef, int | float) else coef
+        self.estimator: Estimator = estimator
+        if self.controller.coef < 0:
+            raise ValueError(f"kl_coef must not be negative, got {self.controller.coef}: it would reward divergence")
+
+    @property
+    def coef(self) -> float:
+        """beta, in units of reward a nat."""
+        return self.controller.coef
+
+    @torch.no_grad()
+    def of_sequences(self, policy: TokenModel, sequences: Sequences, log_probs: Tensor) -> Tensor:
+        """The estimate for every response token, `(N, T)` nats, in one packed pass of the reference.
+
+        Args:
+            policy: the policy that wrote the sequences; asked for its distributions by `"full"` alone.
+            sequences: whole episodes.
+            log_probs: `(N, T)` behaviour log-probs.
+        """
+        if self.estimator != "full":
+            return self.of_log_probs(log_probs, self.reference.sequence_log_probs(sequences), sequences.mask)
+        flat = full_kl(
+            policy.states(sequences),
+            policy.head,
+            self.reference.states(sequences),
+            self.reference.head,
+            policy.vocab_size,
+            temperature=policy.temperature,
+            banned=sequences.banned,
+            stop_ids=sequences.stop.ids,
+        )
+        return sequences.pad(flat)
+
+    def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
+        """The estimate where `mask` is set, zero elsewhere, whatever stands there (trap 15)."""
+        return torch.where(mask, estimate_kl(log_probs, reference_log_probs, self.estimator), 0.0)
