@@ -19,7 +19,7 @@ import gymnasium as gym
 import torch
 
 from textgym.data.preferences import heldout_pairs, make_preferences
-from textgym.data.prompts import policy_snippets, test_snippets
+from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
@@ -90,10 +90,10 @@ def improve(
     reference = policy.reference()
     live.stage("calibrating the reward model on the reference's samples")
     calibrate(reward, policy, config)
-    test = make_envs(config, reward, test_snippets())
+    test = make_envs(config, reward, snippet_prompts("test"))
     live.stage("measuring before")
     before = generate(policy, test, range(config.eval_prompts), config.seed)
-    agent = PPO(policy, make_envs(config, reward, policy_snippets()), config.ppo)
+    agent = PPO(policy, make_envs(config, reward, snippet_prompts("policy")), config.ppo)
     live.stage("PPO", config.total_episodes)
     agent.learn(config.total_episodes, [folder, live])
     live.stage("measuring after")
@@ -143,7 +143,7 @@ def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
 
 def calibrate(reward: RewardModel, reference: ActorCritic, config: DemoConfig) -> None:
     """Moves the scores of the reference's own samples to mean 0 and deviation 1."""
-    prompts = policy_snippets()
+    prompts = snippet_prompts("policy")
     envs = make_envs(config, reward, prompts)
     samples = generate(reference, envs, range(min(512, len(prompts))), config.seed + 1)
     reward.calibrate([row["prompt"] + row["completion"] for row in samples.transcripts])

@@ -17,7 +17,9 @@ def import_attribute(name: str) -> Any:
     """
     module_name, _, path = name.partition(":")
     if not module_name or not path:
-        raise ValueError(f"{name!r} does not name an object: write 'module:attribute', such as 'my_package.rewards:brevity'")
+        raise ValueError(
+            f"{name!r} does not name an object: write 'module:attribute', such as 'my_package.rewards:brevity'"
+        )
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from textgym.data.sources import movie_snippets
 Row = dict[str, Any]
 OPENINGS = Path(__file__).parent / "openings.txt"
 ACCEPTED = (
-    "prompts are a list of strings or of dicts with a 'prompt', the path of a .jsonl or .txt file, a `datasets` object, "
-    "'module:attribute', or 'openings'"
+    "prompts are a list of strings or of dicts with a 'prompt', the path of a .jsonl or .txt file, "
+    "one split of a `datasets` data set, 'module:attribute', or 'openings'"
 )
 
 
@@ -69,7 +69,7 @@ def snippet_prompts(split: str) -> list[Row]:
 
 
 def policy_snippets() -> list[Row]:
-    """`snippet_prompts("policy")`: prompts to train a policy on, as `prompts="textgym.data.prompts:policy_snippets"`."""
+    """`snippet_prompts("policy")`, to train on with `prompts="textgym.data.prompts:policy_snippets"`."""
     return snippet_prompts("policy")
 
 
@@ -81,10 +81,15 @@ def _read(prompts: Any) -> Iterator[tuple[str, Any]]:
         yield from _read_file(Path(prompts))
     elif isinstance(prompts, str):
         yield from _read_attribute(prompts)
-    elif isinstance(prompts, list | tuple) or (isinstance(prompts, Iterable) and hasattr(prompts, "column_names")):
+    elif isinstance(prompts, list | tuple) or _is_dataset(prompts):
         yield from ((f"row {index} of the prompts", row) for index, row in enumerate(prompts))
     else:
         raise ValueError(f"cannot read prompts from {_named(prompts)}: {ACCEPTED}")
+
+
+def _is_dataset(prompts: Any) -> bool:
+    """Whether it is like a `datasets.Dataset`; a `DatasetDict` is not, for it yields the names of its splits."""
+    return isinstance(prompts, Iterable) and hasattr(prompts, "column_names") and not isinstance(prompts, Mapping)
 
 
 def _read_attribute(name: str) -> Iterator[tuple[str, Any]]:
@@ -101,7 +106,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"cannot read prompts from {str(path)!r}: {ACCEPTED}")
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r} with prompts; the working folder is {os.getcwd()!r}")
+        raise ValueError(f"there is no file {str(path)!r} with prompts; the working folder is {str(Path.cwd())!r}")
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -113,16 +118,20 @@ def _parsed(line: str, place: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}): write one object a line, such as {{\"prompt\": \"...\"}}") from error
+        raise ValueError(
+            f'{place} is not JSON ({error}): write one object a line, such as {{"prompt": "..."}}'
+        ) from error
 
 
 def _checked(row: Any, place: str) -> Row:
     row = {"prompt": row} if isinstance(row, str) else row
-    if not hasattr(row, "keys"):
+    if not isinstance(row, Mapping):
         raise ValueError(f"{place} is {row!r}: a row is a string or a dict with a 'prompt'")
     row = dict(row)
     if "prompt" not in row:
-        raise ValueError(f"{place} has no 'prompt', only {sorted(row)}: rename the column that holds the text to 'prompt'")
+        raise ValueError(
+            f"{place} has no 'prompt', only {list(row)}: rename the column that holds the text to 'prompt'"
+        )
     prompt = row["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"the prompt of {place} is {prompt!r}: give it some text, or leave the row out")

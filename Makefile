@@ -1,0 +1,37 @@
+# Everything runs in .venv, which every target below makes or brings up to date first.
+PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: venv demo test lint type format bench bench-demo
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,metrics,plots,trackers]'
+	@touch $@
+
+demo: $(INSTALLED)  ## trains the embedded model on real human ratings and shows before and after
+	$(BIN)/textgym demo
+
+test: $(INSTALLED)  ## one thread: two OpenMP threads collapse when another process runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(INSTALLED)
+	@mkdir -p build/types/textgym && ln -sfn ../../../agents build/types/textgym/agents
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/rollout.py
+
+bench-demo: $(INSTALLED)
+	$(BIN)/python benchmarks/sentiment.py

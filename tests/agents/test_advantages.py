@@ -1,0 +1,111 @@
+"""GAE, whitening and masked means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from textgym.agents.advantages import gae, masked_mean, whiten
+
+
+def batch(seed: int = 0, pads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([5, 1, 3, 8])
+    rewards, values = torch.randn(4, 8, generator=rng), torch.randn(4, 8, generator=rng)
+    mask = torch.arange(8) < lengths[:, None]
+    junk = torch.full((4, pads), 77.0)
+    return (
+        torch.cat([rewards, junk], 1),
+        torch.cat([values, junk], 1),
+        torch.cat([mask, torch.zeros(4, pads, dtype=torch.bool)], 1),
+    )
+
+
+def quadratic_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """The definition: A_t = sum_l (gamma lam)^l delta_{t+l}, each sum written out."""
+    advantages = torch.zeros_like(rewards)
+    for row in range(len(rewards)):
+        n = int(mask[row].sum())
+        v = [*values[row, :n].tolist(), 0.0]
+        deltas = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(n)]
+        for t in range(n):
+            advantages[row, t] = sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t))
+    return advantages
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_trap_12_gae_equals_its_definition(gamma: float, lam: float) -> None:
+    rewards, values, mask = batch()
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    expected = quadratic_gae(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(returns, torch.where(mask, expected + values, 0.0), atol=1e-6, rtol=1e-6)
+
+
+def test_trap_12_lambda_zero_is_td_and_lambda_one_is_monte_carlo() -> None:
+    rewards, values, mask = batch()
+    rewards, values = rewards * mask, values * mask
+    following = torch.cat([values[:, 1:], torch.zeros(4, 1)], 1)
+    td, _ = gae(rewards, values, mask, 0.9, 0.0)
+    torch.testing.assert_close(td, (rewards + 0.9 * following - values) * mask, atol=1e-6, rtol=1e-6)
+    _, returns = gae(rewards, values, mask, 1.0, 1.0)
+    monte_carlo = rewards.flip(1).cumsum(1).flip(1) * mask
+    torch.testing.assert_close(returns, monte_carlo, atol=1e-5, rtol=1e-5)
+
+
+def test_trap_12_padding_changes_nothing() -> None:
+    plain = gae(*batch(), 0.99, 0.95)
+    padded = gae(*batch(pads=5), 0.99, 0.95)
+    for expected, actual in zip(plain, padded, strict=True):
+        torch.testing.assert_close(actual[:, :8], expected, atol=0, rtol=0)
+        assert (actual[:, 8:] == 0).all()
+
+
+def test_trap_10_the_score_belongs_to_eos() -> None:
+    """Five tokens, the fifth is EOS, gamma 1, lambda 0.95, V = 0: A_t = 0.95^(4 - t) score."""
+    score = 2.0
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0, score, 0.0]])
+    mask = torch.tensor([[True] * 5 + [False]])
+    advantages, _ = gae(rewards, torch.zeros(1, 6), mask, 1.0, 0.95)
+    expected = torch.tensor([[0.95**4, 0.95**3, 0.95**2, 0.95, 1.0, 0.0]]) * score
+    torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=0)
+
+
+def test_trap_11_a_terminated_row_is_not_bootstrapped_and_a_truncated_one_is() -> None:
+    rewards, values, mask = torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    _, terminated = gae(rewards, values, mask, 0.9, 1.0)
+    _, truncated = gae(rewards, values, mask, 0.9, 1.0, bootstrap=torch.tensor([10.0]))
+    torch.testing.assert_close(terminated, torch.tensor([[2.71, 1.9, 1.0]]))
+    torch.testing.assert_close(truncated, torch.tensor([[2.71 + 7.29, 1.9 + 8.1, 1.0 + 9.0]]))
+
+
+@pytest.mark.parametrize("pads", [0, 7])
+def test_trap_13_whitening_over_real_tokens_only(pads: int) -> None:
+    rewards, _, mask = batch(pads=pads)
+    whitened = whiten(rewards, mask)
+    real = whitened[mask]
+    assert abs(real.mean()) < 1e-6
+    assert abs(real.var(correction=0) - 1) < 1e-5
+    assert (whitened[~mask] == 0).all()
+    torch.testing.assert_close(whitened[:, :8], whiten(*batch()[::2]), atol=1e-6, rtol=0)
+    kept = whiten(rewards, mask, shift_mean=False)[mask]
+    torch.testing.assert_close(kept.mean(), rewards[mask].mean(), atol=1e-6, rtol=1e-5)
+
+
+def test_trap_13_degenerate_batches_are_finite() -> None:
+    one = torch.tensor([[True, False]])
+    assert whiten(torch.tensor([[3.0, 9.0]]), one).isfinite().all()
+    assert whiten(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)).isfinite().all()
+    assert masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+def test_trap_15_junk_in_padding_stays_there(junk: float) -> None:
+    rewards, values, mask = batch()
+    expected = gae(rewards, values, mask, 0.99, 0.95)
+    planted = gae(torch.where(mask, rewards, junk), torch.where(mask, values, junk), mask, 0.99, 0.95)
+    for clean, dirty in zip(expected, planted, strict=True):
+        torch.testing.assert_close(dirty, clean, atol=0, rtol=0)
+    assert whiten(torch.where(mask, rewards, junk), mask).isfinite().all()

@@ -1,0 +1,148 @@
+"""PPO end to end on a mock model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.rollout import collect
+from textgym.models.actor_critic import ActorCritic
+from textgym.testing import byte_tokenizer, mock_lm
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def make_envs(**changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "prompts": ["one", "three", "a longer prompt"],
+        "tokenizer": byte_tokenizer(),
+        "reward": vowels,
+        "reference": mock_lm(),
+        "kl_coef": 0.02,
+        "kl_mode": "deferred",
+        "max_prompt_tokens": 8,
+        "max_new_tokens": 6,
+    }
+    return gym.make_vec("textgym/Text-v0", num_envs=16, **{**settings, **changes})
+
+
+def make_agent(critic: str = "shared", envs: Any = None, **config: Any) -> PPO:
+    policy = ActorCritic.from_pretrained(mock_lm(), critic=critic)
+    settings = {"episodes_per_update": 32, "minibatch_size": 8, "learning_rate": 3e-3, **config}
+    return PPO(policy, envs if envs is not None else make_envs(), PPOConfig(**settings))
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_learns(critic: str) -> None:
+    history: list[dict[str, float]] = []
+    make_agent(critic).learn(32 * 25, [lambda agent, metrics: history.append(metrics)])
+    assert history[-1]["objective/scores"] > history[0]["objective/scores"] + 1.0
+    assert history[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert all(value == value for metrics in history for value in metrics.values())
+
+
+@pytest.mark.parametrize("minibatch_size", [4, 8, 32])
+def test_trap_01_first_update_starts_at_ratio_one(minibatch_size: int) -> None:
+    """With learning rate 0 the ratio is 1 in every minibatch of every epoch."""
+    history: list[dict[str, float]] = []
+    agent = make_agent(learning_rate=0.0, minibatch_size=minibatch_size, num_epochs=2)
+    agent.learn(64, [lambda agent, metrics: history.append(metrics)])
+    for metrics in history:
+        assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert metrics["policy/approxkl_avg"] < 1e-8
+        assert metrics["policy/clipfrac_avg"] == 0
+
+
+def test_trap_20_kl_is_the_mean_over_sequences_of_the_sum_over_tokens() -> None:
+    agent = make_agent(envs=make_envs(reference=mock_lm(seed=5)), learning_rate=0.0, episodes_per_update=16)
+    seen: list[dict[str, float]] = []
+    agent.learn(16, [lambda agent, metrics: seen.append(metrics)])
+    again = make_agent(envs=make_envs(reference=mock_lm(seed=5)), learning_rate=0.0, episodes_per_update=16)
+    rollout = collect(again.envs, again.policy)
+    total = 0.0
+    for row in range(16):
+        ids = rollout.sequences.input_ids[row : row + 1, : rollout.sequences.lengths[row]]
+        first = int(rollout.sequences.prompt_lengths[row])
+        p, q = (lm(ids).logits.log_softmax(-1)[0, :-1] for lm in (mock_lm(), mock_lm(seed=5)))
+        total += float((p - q).detach().gather(1, ids[0, 1:, None])[first - 1 :].sum())
+    assert seen[0]["objective/kl"] == pytest.approx(total / 16, abs=1e-4)
+
+
+def test_trap_25_gradient_clipping_acts() -> None:
+    """A reward of a million: the gradient explodes, the step taken is still one of norm max_grad_norm."""
+    agent = make_agent(value_coef=1.0, clip_range_value=None, max_grad_norm=0.5)
+    seen = {}
+
+    def look(*_: Any) -> None:
+        seen["norm"] = torch.stack([p.grad.norm() for p in agent.policy.parameters() if p.grad is not None]).norm()
+
+    agent.optimizer.register_step_pre_hook(look)
+    loss = 1e6 * agent.policy.evaluate(collect(agent.envs, agent.policy).sequences).log_prob.sum()
+    assert agent.step(loss) > 1e5
+    assert seen["norm"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_trap_27_frozen_models_do_not_move() -> None:
+    envs = make_envs()
+    reference = envs.unwrapped.task.penalty.reference
+
+    def fingerprint() -> str:
+        return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in reference.parameters())).hexdigest()
+
+    before = fingerprint()
+    make_agent(envs=envs).learn(64)
+    assert fingerprint() == before
+    assert not reference.training
+    assert all(not p.requires_grad and p.grad is None for p in reference.parameters())
+
+
+def test_the_kl_is_not_paid_twice() -> None:
+    with pytest.raises(ValueError, match="make it with kl_mode='deferred'"):
+        make_agent(envs=make_envs(kl_mode="reference"))
+    with pytest.raises(ValueError, match="must be a multiple of num_envs=16"):
+        make_agent(episodes_per_update=20)
+
+
+def test_options_run() -> None:
+    agent = make_agent(
+        envs=make_envs(min_new_tokens=3, kl_estimator="full", missing_eos_penalty=1.0),
+        whiten_rewards=True,
+        entropy_coef=0.01,
+        target_kl=1e-9,
+        bf16=True,
+        anneal_learning_rate=False,
+    )
+    history: list[dict[str, float]] = []
+    agent.learn(64, [lambda agent, metrics: history.append(metrics)])
+    assert history[0]["val/response_tokens"] >= 4 or history[0]["val/ended_by_stop"] == 0
+    assert history[1]["lr"] == 3e-3
+
+
+def test_a_callback_stops_the_run() -> None:
+    assert make_agent().learn(3200, [lambda agent, metrics: False]).updates == 1
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_trap_35_resume_bit_for_bit(tmp_path: Path, critic: str) -> None:
+    whole = make_agent(critic).learn(128)
+    part = make_agent(critic)
+    part.learn(128, [lambda agent, metrics: agent.updates < 2])
+    part.save(tmp_path / "agent")
+    resumed = PPO.load(tmp_path / "agent", envs=make_envs()).learn(128)
+    assert resumed.updates == whole.updates == 4
+    for (name, expected), actual in zip(whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected), name
+
+
+def test_predict() -> None:
+    agent = make_agent()
+    observation, _ = agent.envs.reset(seed=0)
+    assert torch.equal(agent.predict(observation), agent.policy.act(observation, deterministic=True).action)

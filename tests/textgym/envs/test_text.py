@@ -1,0 +1,250 @@
+"""TextEnv: the contract of an environment, step by step."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import textgym
+from textgym.envs.text import TextEnv
+from textgym.models.actor_critic import ActorCritic
+from textgym.testing import byte_tokenizer, mock_lm
+
+EOS = 256
+
+
+def test_gymnasiums_and_sb3s_checkers_have_nothing_to_say(settings: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gym.make("textgym/Text-v0", disable_env_checker=True, **settings).unwrapped
+        check_env(env, skip_render_check=True)
+        sb3_check_env(env)
+
+
+@pytest.mark.parametrize("env_id", ["textgym/Text-v0", "textgym:textgym/Text-v0"])
+def test_made_by_id(env_id: str, settings: dict[str, Any]) -> None:
+    textgym.registration.register_environments()  # a second time: nothing happens
+    env = gym.make(env_id, **settings)
+    assert isinstance(env.unwrapped, TextEnv)
+
+
+def test_plain_arguments_keep_the_spec_json() -> None:
+    env = gym.make("textgym/Text-v0", prompts=["a b"], tokenizer="tiny", reward="builtins:len", max_new_tokens=3)
+    assert gym.envs.registration.EnvSpec.from_json(env.spec.to_json()).kwargs["max_new_tokens"] == 3
+
+
+def test_each_observation_is_the_last_plus_one_token(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+    observation, info = env.reset(seed=0, options={"prompt_index": 1})
+    assert bytes(observation["input_ids"][:8].tolist()) == b"good day"
+    assert observation["attention_mask"].sum() == 8
+    for t, action in enumerate([97, 98, 99]):
+        following, *_ = env.step(action)
+        assert following["input_ids"][8 + t] == action
+        changed = (following["input_ids"] != observation["input_ids"]).nonzero()[0]
+        assert changed.tolist() == [8 + t]
+        assert following["attention_mask"].sum() == 9 + t
+        assert following["input_ids"] is not observation["input_ids"]
+        observation = following
+
+
+def test_long_prompts_are_cut_from_the_left(settings: dict[str, Any]) -> None:
+    observation, _ = TextEnv(**settings).reset(options={"prompt_index": 0})
+    assert bytes(observation["input_ids"][:8].tolist()) == b"lo world"
+
+
+def test_eos_ends_the_row_and_gets_the_score(settings: dict[str, Any]) -> None:
+    env = TextEnv(**{**settings, "kl_coef": 0.0})
+    env.reset(seed=0)
+    assert env.step(97)[1:] == (0.0, False, False, {})
+    _, reward, terminated, truncated, info = env.step(EOS)
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert info["ended_by_stop"] is True
+    assert info["response_tokens"] == 2
+    assert info["reward/length_reward"] == info["score"] == 1.0
+    assert all(type(value) in (bool, int, float) for value in info.values())
+    assert env.transcript["completion"] == "a"
+
+
+def test_trap_11_the_length_limit_terminates_unless_asked_to_truncate(settings: dict[str, Any]) -> None:
+    for limit, expected in (("terminate", (True, False)), ("truncate", (False, True))):
+        env = TextEnv(**{**settings, "length_limit": limit, "missing_eos_penalty": 2.0, "kl_coef": 0.0})
+        env.reset(seed=0)
+        for _ in range(5):
+            _, reward, *flags, info = env.step(97)
+        assert tuple(flags) == expected
+        assert reward == info["score"] == 5.0 - 2.0
+        assert info["ended_by_stop"] is False
+
+
+def test_stop_ids_and_stop_strings(settings: dict[str, Any]) -> None:
+    env = TextEnv(**{**settings, "stop": [ord("!"), "yz"], "missing_eos_penalty": 1.0, "kl_coef": 0.0})
+    env.reset(seed=0)
+    assert env.step(ord("!"))[2]
+    env.reset()
+    assert [env.step(ord(letter))[2] for letter in "zyz"] == [False, False, True]
+    assert env.transcript["completion"] == "z"
+    env.reset()
+    for letter in "abcyz":  # the stop string at the length limit is a stop, not a cut
+        _, reward, _, _, info = env.step(ord(letter))
+    assert info["ended_by_stop"] is True
+    assert reward == 3.0
+
+
+def test_min_new_tokens_masks_the_stop_tokens(settings: dict[str, Any]) -> None:
+    env = TextEnv(**{**settings, "min_new_tokens": 2, "info_action_mask": True})
+    _, info = env.reset(seed=0)
+    assert not env.action_masks()[EOS]
+    assert not info["action_mask"][EOS]
+    assert env.action_masks().sum() == 257
+    env.step(97)
+    assert not env.action_masks()[EOS]
+    _, _, _, _, info = env.step(97)
+    assert info["action_mask"].all()
+    assert env.step(EOS)[2]
+
+
+def test_reference_mode_pays_the_log_prob_of_the_reference(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+    observation, _ = env.reset(options={"prompt_index": 2})
+    ids, rewards = [ord("a")], []
+    for action in [98, 99, 100, 101, 102]:
+        rewards.append(env.step(action)[1])
+        ids.append(action)
+    log_probs = settings["reference"](torch.tensor([ids])).logits.log_softmax(-1)[0]
+    expected = 0.1 * log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    expected[-1] += 5.0
+    np.testing.assert_allclose(rewards, expected.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_exact_mode_pays_the_kl_of_the_attached_policy(settings: dict[str, Any], estimator: str) -> None:
+    policy = ActorCritic.from_pretrained(mock_lm(seed=7))
+    env = TextEnv(**{**settings, "kl_mode": "exact", "kl_estimator": estimator})
+    env.reset(options={"prompt_index": 2})
+    with pytest.raises(ValueError, match=r"attach_policy\(policy\)"):
+        env.step(98)
+    env.attach_policy(policy)
+    ids = [ord("a"), 98, 99, 100, 101, 102]
+    rewards = [env.step(action)[1] for action in ids[1:-1]]
+    *_, info = env.step(ids[-1])
+    p, q = (lm(torch.tensor([ids])).logits.log_softmax(-1)[0] for lm in (policy.lm, settings["reference"]))
+    d = (p - q)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach()
+    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+    np.testing.assert_allclose(rewards, -0.1 * kl[:-1], atol=1e-5)
+    assert info["kl"] == pytest.approx(kl.sum().item(), abs=1e-4)
+    assert info["kl_reward"] == pytest.approx(-0.1 * kl.sum().item(), abs=1e-4)
+
+
+def test_columns_reach_the_reward_and_the_transcript(settings: dict[str, Any]) -> None:
+    def reward(prompts: list[str], completions: list[str], *, completion_ids: Any, answer: list[str]) -> list[float]:
+        assert completion_ids == [[ord("7"), EOS]]
+        return [float(text == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+    env = TextEnv(**{**settings, "prompts": [{"prompt": "3+4=", "answer": "7"}], "reward": reward, "info_text": True})
+    env.reset()
+    env.step(ord("7"))
+    *_, info = env.step(EOS)
+    assert info["reward/reward"] == 1.0
+    assert info["is_success"] is True
+    assert (info["prompt"], info["completion"], info["answer"]) == ("3+4=", "7", "7")
+
+
+def test_prompts_are_drawn_without_replacement(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+    env.reset(seed=3)
+    drawn = [int(env.task.current[0])]
+    for _ in range(9):
+        env.reset()
+        drawn.append(int(env.task.current[0]))
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+
+
+def test_trap_36_same_seed_same_episodes_and_global_generators_untouched(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+
+    def episode() -> tuple[Any, ...]:
+        observation, _ = env.reset(seed=11)
+        total = sum(env.step(97 + t)[1] for t in range(5))
+        env.reset()
+        return observation["input_ids"].tolist(), total, env.transcript["prompt"]
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    assert episode() == episode()
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_rendering(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for mode, expected in (("ansi", "\x1b[1mx\x1b[0m"), ("html", "<b>x</b>")):
+        env = TextEnv(**settings, render_mode=mode)
+        env.reset(seed=0)
+        env.step(ord("x"))
+        assert expected in env.render()
+    env = TextEnv(**settings, render_mode="human")
+    env.reset(options={"prompt_index": 3})
+    env.step(ord("x"))
+    assert "fourx" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="'rgb_array' is ignored"):
+        TextEnv(**settings, render_mode="rgb_array")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "no prompts in a list"),
+        ({"prompts": [{"text": "no"}]}, "has no 'prompt', only"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1"),
+        ({"min_new_tokens": 9}, "min_new_tokens must be from 0"),
+        ({"tokenizer": "/no/such/tokenizer"}, "cannot load a tokenizer called"),
+        ({"reference": "/no/such/model"}, "cannot load a model called"),
+        ({"reference": None}, "there is no reference"),
+        ({"kl_mode": "sometimes"}, "unknown kl_mode"),
+        ({"kl_estimator": "k3"}, "'deferred' knows them all"),
+        ({"kl_coef": -1.0}, "must not be negative"),
+        ({"length_limit": "stop"}, "unknown length_limit"),
+        ({"stop": "end"}, "write stop="),
+        ({"stop": [999]}, "outside the tokenizer's vocabulary"),
+        ({"reward": []}, "reward is empty"),
+        ({"reward_weights": [1.0, 2.0]}, "2 values for 1 reward"),
+        ({"reward": "no.such.module:reward"}, "there is no module 'no'"),
+    ],
+)
+def test_bad_arguments_are_explained(settings: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextEnv(**{**settings, **change})
+
+
+def test_a_tokenizer_without_eos_is_refused(settings: dict[str, Any]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no EOS token"):
+        TextEnv(**{**settings, "tokenizer": tokenizer})
+
+
+def test_bad_steps_are_explained(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+    with pytest.raises(gym.error.ResetNeeded, match=r"call env.reset\(\)"):
+        env.step(97)
+    env.reset(seed=0)
+    for action in (-1, 258, 10_000):
+        with pytest.raises(ValueError, match="use token ids from 0 to 257"):
+            env.step(action)
+    env.step(EOS)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(97)
+    with pytest.raises(ValueError, match="prompt_index"):
+        env.reset(options={"prompt_index": 5})

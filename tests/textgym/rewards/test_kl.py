@@ -1,0 +1,66 @@
+"""KL estimators, controllers, and the penalty on whole sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, estimate_kl
+from textgym.testing import mock_lm
+
+P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+Q = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1])
+
+
+def test_estimators_against_the_exact_kl_of_a_categorical() -> None:
+    exact = (P * (P / Q).log()).sum()
+    k1, k2, k3 = (estimate_kl(P.log(), Q.log(), name) for name in ("k1", "k2", "k3"))
+    torch.testing.assert_close((P * k1).sum(), exact)
+    torch.testing.assert_close((P * k3).sum(), exact)
+    assert (k3 >= 0).all()
+    torch.testing.assert_close(k2, 0.5 * (P / Q).log().square())
+    with pytest.raises(ValueError, match="use 'k1', 'k2' or 'k3'"):
+        estimate_kl(P.log(), Q.log(), "full")
+
+
+def test_trap_20_kl_is_summed_over_tokens_and_the_full_form_is_exact() -> None:
+    policy, reference = ActorCritic.from_pretrained(mock_lm(seed=0)), mock_lm(seed=1)
+    ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
+    sequences = Sequences(ids, torch.tensor([3, 4, 2]), torch.tensor([9, 5, 1]), StopRule((256,), 0))
+    log_probs = policy.evaluate(sequences).log_prob.detach()
+    full = KLPenalty(reference, 0.1, "full").of_sequences(policy, sequences, log_probs)
+    p, q = (lm(ids).logits.log_softmax(-1) for lm in (policy.lm, reference))
+    by_hand = (p.exp() * (p - q)).sum(-1)  # (N, W), the KL at each position
+    for row, (start, count) in enumerate(((3, 9), (4, 5), (2, 1))):
+        expected = by_hand[row, start - 1 : start - 1 + count]
+        torch.testing.assert_close(full[row, :count], expected, atol=1e-4, rtol=1e-4)
+        assert (full[row, count:] == 0).all()
+    k1 = KLPenalty(reference, 0.1).of_sequences(policy, sequences, log_probs)
+    drawn = (p - q)[0, 2:11].gather(1, ids[0, 3:12, None]).sum()
+    torch.testing.assert_close(k1.sum(1)[0], drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_adaptive_controller() -> None:
+    """Twice the target for n episodes: the coefficient grows by 1 + 0.2 n / horizon, the error being clipped at 0.2."""
+    controller = AdaptiveKL(target=6.0, horizon=1000, coef=0.1)
+    controller.update(12.0, 100)
+    assert controller.coef == pytest.approx(0.1 * 1.02)
+    controller.update(0.0, 100)
+    assert controller.coef == pytest.approx(0.1 * 1.02 * 0.98)
+    controller.update(6.6, 100)
+    assert controller.coef == pytest.approx(0.1 * 1.02 * 0.98 * 1.01)
+    fixed = FixedKL(0.3)
+    fixed.update(100.0, 100)
+    assert fixed.coef == 0.3
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="unknown kl_estimator"):
+        KLPenalty(mock_lm(), 0.1, "k4")
+    with pytest.raises(ValueError, match="must not be negative"):
+        KLPenalty(mock_lm(), -0.1)
+    with pytest.raises(ValueError, match="must be above 0"):
+        AdaptiveKL(target=0.0)
