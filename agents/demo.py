@@ -22,12 +22,13 @@ from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 
 from .evaluation import Samples, generate, measure
 from .ppo import PPO, PPOConfig
-from .run_folder import LiveProgress, RunFolder, figures_table
+from .run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 
 
 @dataclass
@@ -86,10 +87,7 @@ def improve(
     config: DemoConfig, reward: RewardModel, accuracies: dict[str, float], folder: RunFolder, live: LiveProgress
 ) -> dict[str, dict[str, float]]:
     """Measures, trains and measures again; writes policy, samples and figures."""
-    policy = ActorCritic.from_pretrained(config.model)
-    reference = policy.reference()
-    live.stage("calibrating the reward model on the reference's samples")
-    calibrate(reward, policy, config)
+    policy, reference = start(config, reward, folder.folder / "reward_model")
     test = make_envs(config, reward, snippet_prompts("test"))
     live.stage("measuring before")
     before = generate(policy, test, range(config.eval_prompts), config.seed)
@@ -101,19 +99,33 @@ def improve(
     live.finish()
     figures = {name: measure(s, reference, lexicon_sentiment) for name, s in (("before", before), ("after", after))}
     policy.save_pretrained(folder.folder / "policy", test.unwrapped.task.tokenizer)
-    reward.save_pretrained(folder.folder / "reward_model")
     report(figures, accuracies, before, after, folder, live)
     return figures
+
+
+def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
+    """The policy before training, its critic on the reward model's trunk, and the frozen reference.
+
+    The reward model has learned what a value needs to know, so a critic that starts from it is of use at once. Its
+    scores are calibrated here: mean 0 and deviation 1 on the reference's own samples.
+    """
+    policy = ActorCritic.from_pretrained(config.model)
+    calibrate(reward, policy, config)
+    reward.save_pretrained(reward_folder)
+    policy = ActorCritic.from_pretrained(config.model, critic=str(reward_folder))
+    return policy, policy.reference()
 
 
 def learn_reward(
     config: DemoConfig, snippets: Sequence[Snippet], live: LiveProgress
 ) -> tuple[RewardModel, dict[str, float]]:
-    """A reward model from preferences between train snippets, and its accuracy on held-out pairs beside the lexicon's."""
-    live.stage("training the reward model")
+    """A reward model from preferences between train snippets; its held-out accuracy beside the lexicon's."""
+    live.stage("training the reward model", 1)
     pairs = make_preferences([s for s in snippets if s.split == "train"], seed=config.seed)
     heldout = heldout_pairs([s for s in snippets if s.split != "train"], seed=0)
-    reward, accuracy = train_reward_model(pairs, config.model, config=config.reward_model, heldout=heldout)
+    reward, accuracy = train_reward_model(
+        pairs, config.model, config=config.reward_model, heldout=heldout, callbacks=[TrainingProgress(live)]
+    )
     accuracies = {"reward model": accuracy, "lexicon": pairwise_accuracy(lexicon_sentiment, heldout)}
     live.finish()
     live.console.print(

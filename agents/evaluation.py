@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,12 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
         prompts: indices into the environment's prompts.
         seed: of the sampling.
         deterministic: the most likely token each time.
+
+    Raises:
+        ValueError: no prompts.
     """
+    if len(prompts) == 0:
+        raise ValueError("there are no prompts to complete: choose at least one")
     task = envs.unwrapped.task
     envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
     envs.unwrapped.array = "torch"
@@ -69,14 +75,15 @@ def measure(samples: Samples, reference: TokenModel, judge: Judge | None = None)
         judge: scores `(prompts, completions)`; one that the policy was not trained on.
 
     Returns:
-        `score` and `score_std`; `kl` (nats a sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the completion
-        tokens under the reference); `distinct_2` (distinct token bigrams over all); `length` (tokens); `ended_by_stop`.
+        `score` and `score_std`; `kl` (nats a sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the
+        completion tokens under the reference); `distinct_2` (distinct token bigrams over all); `length` (tokens);
+        `ended_by_stop` (share).
     """
     rollout, mask = samples.rollout, samples.rollout.mask
     reference_log_probs = reference.sequence_log_probs(rollout.sequences)
-    figures = {
+    figures: dict[str, Any] = {
         "score": rollout.scores.mean(),
-        "score_std": rollout.scores.std(),
+        "score_std": rollout.scores.std(correction=0),
         "kl": (rollout.log_probs - reference_log_probs).sum(1).mean(),
         "reference_ppl": (-reference_log_probs.sum() / mask.sum()).exp(),
         "distinct_2": distinct_2(rollout),
@@ -85,7 +92,7 @@ def measure(samples: Samples, reference: TokenModel, judge: Judge | None = None)
     }
     if judge is not None:
         prompts = [transcript["prompt"] for transcript in samples.transcripts]
-        figures["judge"] = torch.tensor(np.mean(judge(prompts, samples.completions)))
+        figures["judge"] = np.mean(judge(prompts, samples.completions))
     return {name: float(figure) for name, figure in figures.items()}
 
 
@@ -95,7 +102,7 @@ def distinct_2(rollout: Rollout) -> float:
     total = 0
     actions = rollout.sequences.pad(rollout.sequences.actions).tolist()
     for row, length in zip(actions, rollout.sequences.response_lengths.tolist(), strict=True):
-        bigrams = list(zip(row[: length - 1], row[1:length], strict=True))
+        bigrams = list(itertools.pairwise(row[:length]))
         pairs.update(bigrams)
         total += len(bigrams)
     return len(pairs) / max(total, 1)

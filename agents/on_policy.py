@@ -69,7 +69,7 @@ class OnPolicyAgent(ABC):
         task = envs.unwrapped.task
         if task.kl_mode != "deferred":
             raise ValueError(
-                f"{type(self).__name__} pays the KL itself, but the environment does so too (kl_mode={task.kl_mode!r}): "
+                f"{type(self).__name__} pays the KL itself, and so does the environment (kl_mode={task.kl_mode!r}): "
                 "make it with kl_mode='deferred'"
             )
         if self.config.episodes_per_update % envs.num_envs:
@@ -78,8 +78,8 @@ class OnPolicyAgent(ABC):
             )
         envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
         envs.unwrapped.array = "torch"
-        # Without a reference of its own the environment asks for no penalty; the KL is still measured.
-        self.penalty: KLPenalty = task.penalty or KLPenalty(policy.reference(), 0.0)
+        # Where the environment names no reference, the policy's own start is one.
+        self.penalty: KLPenalty = task.penalty or KLPenalty(policy.reference(), task.kl_coef, task.kl_estimator)
         self.penalty.reference.temperature = policy.temperature
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
@@ -121,7 +121,7 @@ class OnPolicyAgent(ABC):
                 "time/rollout_s": collected - started,
                 "time/update_s": time.perf_counter() - collected,
             }
-            if any([callback(self, metrics) is False for callback in callbacks]):
+            if False in [callback(self, metrics) for callback in callbacks]:
                 break
         return self
 
@@ -144,7 +144,7 @@ class OnPolicyAgent(ABC):
     def _describe(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Figures of the episodes; sums over tokens are averaged over sequences (trap 20)."""
         sequence_kl = kl.sum(1)  # (N,)
-        metrics = {
+        metrics: dict[str, Any] = {
             "objective/kl": sequence_kl.mean(),
             "objective/scores": rollout.scores.mean(),
             "objective/scores_std": rollout.scores.std(),
@@ -163,7 +163,7 @@ class OnPolicyAgent(ABC):
     # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---
 
     def save(self, folder: str | Path) -> None:
-        """Writes all that `load` needs to go on bit for bit: `policy/` (a transformers folder), and the training state."""
+        """Writes what `load` needs to go on bit for bit: `policy/`, a transformers folder, and the training state."""
         task, envs = self.envs.unwrapped.task, self.envs.unwrapped
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -194,7 +194,7 @@ class OnPolicyAgent(ABC):
 
         Args:
             folder: what `save` wrote.
-            envs: the environment to go on in. May be left out if the agent's was made by `gym.make_vec` from plain values.
+            envs: the environment to go on in; not needed if `gym.make_vec` made the agent's from plain values.
 
         Raises:
             ValueError: the environment cannot be made again from what was saved; pass it as `envs`.
@@ -204,7 +204,9 @@ class OnPolicyAgent(ABC):
         state = torch.load(folder / "state.pt", weights_only=True)
         if envs is None:
             if meta["env"] is None:
-                raise ValueError(f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)")
+                raise ValueError(
+                    f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
+                )
             envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"])
         policy = ActorCritic.from_pretrained(folder / "policy", **meta["policy"])
         agent = cls(policy, envs, cls.config_class(**meta["config"]))

@@ -7,7 +7,7 @@ One update:
     2. Price every token: reward - beta KL(pi, pi_ref), the score on the last token.                 textgym/rewards
     3. Advantages by GAE, whitened over real tokens.                                                 advantages.py
     4. Several epochs of minibatches of whole sequences: clipped policy and value losses.            losses.py
-Every mean is over real tokens; importance ratios start from the behaviour log-probs, so they are 1 in the first minibatch.
+Every mean is over real tokens. Importance ratios start from the behaviour log-probs, so the first ratio is 1.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ class Rollout:
 
 
 @torch.no_grad()
-def collect(envs: Any, policy: ActorCritic, options: dict[str, Any] | None = None, deterministic: bool = False) -> Rollout:
+def collect(
+    envs: Any, policy: ActorCritic, options: dict[str, Any] | None = None, deterministic: bool = False
+) -> Rollout:
     """Plays one episode in every row, from `reset` until the last row has ended.
 
     Args:

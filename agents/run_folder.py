@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import TrainerCallback
 
 from .on_policy import Metrics, OnPolicyAgent
 
@@ -32,7 +34,7 @@ class RunFolder:
 
     Args:
         folder: made if missing.
-        config: a dataclass or dict, written at once.
+        config: a dataclass, written at once.
 
     Raises:
         OSError: the folder cannot be written.
@@ -41,8 +43,7 @@ class RunFolder:
     def __init__(self, folder: str | Path, config: Any) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-        self.write_json("config.json", plain)
+        self.write_json("config.json", dataclasses.asdict(config))
         self.metrics = (self.folder / "metrics.jsonl").open("w")
         self.history: list[Metrics] = []
         self.events = _summary_writer(self.folder / "tensorboard")
@@ -57,9 +58,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """A text file that appears whole or not at all."""
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        temporary.write_text(text)
-        os.replace(temporary, self.folder / name)
+        with self._replacing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file that appears whole or not at all."""
@@ -69,21 +69,20 @@ class RunFolder:
         """`curves.png`, from what has been logged so far."""
         if not self.history:
             return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-        for axis, (title, key) in zip(axes.flat, CURVES.items(), strict=True):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            Console().print("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
+            return
+        # Without pyplot, which would change a notebook's backend.
+        figure = Figure(figsize=(13, 6.5), layout="constrained")
+        for axis, (title, key) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
             axis.plot([row["episodes"] for row in self.history], [row[key] for row in self.history], linewidth=1.5)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("episodes", fontsize=9)
             axis.grid(alpha=0.3)
-        temporary = self.folder / f".curves.{os.getpid()}.png"
-        figure.savefig(temporary, dpi=110)
-        os.replace(temporary, self.folder / "curves.png")
-        pyplot.close(figure)
+        with self._replacing("curves.png") as temporary:
+            figure.savefig(temporary, dpi=110)
 
     def write_samples(self, columns: dict[str, Sequence[str]], prompts: Sequence[str]) -> None:
         """`samples.md`: a table of prompts and their completions, a column for each policy."""
@@ -97,6 +96,16 @@ class RunFolder:
         """Closes the files."""
         self.metrics.close()
         self.events.close()
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """A temporary path that becomes the file `name` if all goes well; nothing of it is left if not."""
+        temporary = self.folder / f".{os.getpid()}.{name}"
+        try:
+            yield temporary
+            os.replace(temporary, self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 class LiveProgress:
@@ -144,6 +153,18 @@ class LiveProgress:
             f"tokens {metrics['val/response_tokens']:.1f}"
         )
         self.advance(metrics["episodes"], note)
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows the share of a `transformers.Trainer` run that is done, as the stage under way of `LiveProgress`."""
+
+    def __init__(self, live: LiveProgress) -> None:
+        self.live = live
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer after each of its updates."""
+        loss = [row["loss"] for row in state.log_history if "loss" in row][-1:]
+        self.live.advance(state.global_step / state.max_steps, f"loss {loss[0]:.3f}" if loss else "")
 
 
 def figures_table(title: str, rows: dict[str, dict[str, float]]) -> Table:

@@ -44,7 +44,9 @@ def zero_reward(completions: list[str]) -> list[float]:
 def make_sides(config: Config) -> tuple[Callable[[], dict[str, float]], Callable[[], None], ActorCritic]:
     policy = ActorCritic.from_pretrained(config.model)
     tokenizer = load_tokenizer(config.model)
-    ids = torch.randint(300, len(tokenizer), (config.rows, config.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        300, len(tokenizer), (config.rows, config.prompt_tokens), generator=torch.Generator().manual_seed(0)
+    )
     envs: Any = gym.make_vec(
         "textgym/Text-v0",
         num_envs=config.rows,

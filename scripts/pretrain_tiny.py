@@ -31,7 +31,9 @@ from textgym.data.sources import chitchat, movie_snippets
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 # Turns that look like contact details, or that nobody should be greeted with, are left out of the training text.
-UNWANTED = re.compile(r"\S+@\S+\.\w+|\d{3}[-. ]\d{3}[-. ]\d{4}|\b(fuck|cunt|nigg|fag|rape|porn|slut|whore|dick|pussy)", re.I)
+UNWANTED = re.compile(
+    r"\S+@\S+\.\w+|\d{3}[-. ]\d{3}[-. ]\d{4}|\b(fuck|cunt|nigg|fag|rape|porn|slut|whore|dick|pussy)", re.I
+)
 
 
 @dataclass
@@ -86,7 +88,9 @@ def train_tokenizer(documents: dict[str, Documents], vocab_size: int) -> PreTrai
         show_progress=False,
     )
     bpe.train_from_iterator((turn for docs in documents.values() for group in docs.train for turn in group), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
 
 
 class Stream:
@@ -130,7 +134,7 @@ def nll(model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
 
 @torch.no_grad()
 def bits_per_character(model: torch.nn.Module, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast) -> float:
-    """Bits that the model needs to code held-out groups, each after one EOS and cut at 512 tokens, over their characters."""
+    """Bits to code held-out groups, each after one EOS and cut at 512 tokens, over their characters."""
     bits, characters = 0.0, 0
     for group in groups:
         ids = tokenizer(EOS + "".join(turn + EOS for turn in group))["input_ids"][:512]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import gymnasium as gym
 import torch
 import tyro
+from rich.text import Text
 
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
@@ -106,16 +108,22 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with 130 after Ctrl-C and with 1 and one line after an error of the user's making."""
+    """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
     torch.set_num_threads(1)  # two threads collapse when another process runs
-    command: Any = tyro.cli(Command, args=arguments, prog="textgym")  # type: ignore[call-overload]
-    runs = {DemoConfig: run_demo, Train: train, TrainReward: train_reward, Evaluate: evaluate}
+    sys.path.insert(0, str(Path.cwd()))  # for "module:attribute" of a file beside the user, as `python -m` finds it
+    command: Any = tyro.cli(Command, args=arguments, prog="textgym")
+    runs: dict[type, Callable[[Any], Any]] = {
+        DemoConfig: run_demo,
+        Train: train,
+        TrainReward: train_reward,
+        Evaluate: evaluate,
+    }
     try:
         runs[type(command)](command)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, ImportError, FetchError) as error:
-        sys.exit(f"textgym: {error}")
+    except (ValueError, OSError, ImportError, FetchError, gym.error.Error) as error:
+        sys.exit(f"textgym: {' '.join(str(error).split())}")
 
 
 def train(command: Train) -> None:
@@ -124,13 +132,16 @@ def train(command: Train) -> None:
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
     agent = PPO(policy, envs, command.ppo)
     folder = RunFolder(command.output_dir, command)
+    live = LiveProgress()
     try:
-        with LiveProgress() as live:
+        with live:
             live.stage("PPO", command.total_episodes)
             agent.learn(command.total_episodes, [folder, live])
+            live.stage("writing samples")
+            _write_samples(policy, envs, folder, command)
+            live.finish()
     finally:  # also after Ctrl-C: what was learned is kept
         policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.task.tokenizer)
-        _write_samples(policy, envs, folder, command)
         folder.draw_curves()
         folder.close()
         live.console.print(f"run folder: {command.output_dir}")
@@ -154,7 +165,8 @@ def train_reward(command: TrainReward) -> None:
 
 def evaluate(command: Evaluate) -> None:
     """Figures and samples of a policy and its reference on the same prompts and seeds."""
-    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, reference=command.reference)
+    models = {"tokenizer": command.reference, "reference": command.reference}
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))
     policies = {"reference": command.reference, "policy": command.policy}
     samples = {
@@ -168,7 +180,7 @@ def evaluate(command: Evaluate) -> None:
         figures_table(f"{len(prompts)} prompts", {name: measure(s, scorer, judge) for name, s in samples.items()})
     )
     for transcript in samples["policy"].transcripts[: command.samples]:
-        live.console.print(f"{transcript['prompt']}[bold]{transcript['completion']}[/bold]")
+        live.console.print(Text.assemble(transcript["prompt"], (transcript["completion"], "bold")))
 
 
 def _make_envs(env: str, num_envs: int, env_kwargs: str, **kwargs: Any) -> Any:
@@ -176,7 +188,12 @@ def _make_envs(env: str, num_envs: int, env_kwargs: str, **kwargs: Any) -> Any:
         further = json.loads(env_kwargs)
     except json.JSONDecodeError as error:
         raise ValueError(f"--env-kwargs is not JSON: {error}") from error
-    return gym.make_vec(env, num_envs=num_envs, kl_mode="deferred", array="torch", **{**kwargs, **further})
+    if not isinstance(further, dict):
+        raise ValueError(f"--env-kwargs must be a JSON object of arguments, got {env_kwargs}")
+    try:
+        return gym.make_vec(env, num_envs, **{"kl_mode": "deferred", "array": "torch", **kwargs, **further})
+    except TypeError as error:
+        raise ValueError(f"{env} cannot be made: {error}. Its further arguments go into --env-kwargs") from error
 
 
 def _kl_arguments(command: Train) -> dict[str, Any]:

@@ -138,7 +138,9 @@ def test_trap_35_resume_bit_for_bit(tmp_path: Path, critic: str) -> None:
     part.save(tmp_path / "agent")
     resumed = PPO.load(tmp_path / "agent", envs=make_envs()).learn(128)
     assert resumed.updates == whole.updates == 4
-    for (name, expected), actual in zip(whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True):
+    for (name, expected), actual in zip(
+        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
         assert torch.equal(actual, expected), name
 
 

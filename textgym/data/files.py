@@ -23,7 +23,8 @@ class atomic_folder:
         if error is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-                raise OSError(f"could not write {self.folder}: {error}. Nothing was changed; free some space?") from error
+                message = f"could not write {self.folder}: {error}. Nothing was changed; free some space?"
+                raise OSError(message) from error
             return
         self.temporary.chmod(0o755)
         old = self.folder.with_name(f".{self.folder.name}-old-{os.getpid()}")

@@ -71,11 +71,10 @@ CHITCHAT = Archive(
     "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
     8_105_664,
 )
-SNIPPETS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def cache_dir() -> Path:
-    """The folder that fetched and converted files live in: `$TEXTGYM_CACHE`, or `textgym` in the user's cache folder."""
+    """Where fetched and converted files live: `$TEXTGYM_CACHE`, or `textgym` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "textgym"
     return Path(os.environ.get("TEXTGYM_CACHE", default))
 
@@ -86,12 +85,11 @@ def movie_snippets() -> list[Snippet]:
     Raises:
         FetchError: no network, a wrong checksum, or a changed archive.
     """
-    outer = tarfile.open(_fetch(VADER), "r:gz")
-    inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-    assert inner is not None, "the archive matched its checksum, so its members are known"
-    member = tarfile.open(fileobj=io.BytesIO(inner.read()), mode="r:gz").extractfile(SNIPPETS_MEMBER)
-    assert member is not None
-    rows = [line.split("\t", 2) for line in member.read().decode("utf-8-sig").splitlines() if line.strip()]
+    with tarfile.open(_fetch(VADER), "r:gz") as outer:
+        nested = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(nested), mode="r:gz") as inner:
+        table = _member(inner, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8-sig")
+    rows = [line.split("\t", 2) for line in table.splitlines() if line.strip()]
     return [Snippet(text=" ".join(text.split()), rating=float(rating)) for _, rating, text in rows]
 
 
@@ -104,6 +102,12 @@ def chitchat() -> list[list[str]]:
     with zipfile.ZipFile(_fetch(CHITCHAT)) as wheel:
         conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
     return [[_joined(turn) for turn in conversation["messages"]] for conversation in conversations.values()]
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file is not None, "the archive matched its checksum, so its members are known"
+    return file.read()
 
 
 def _joined(turn: list[dict[str, str]]) -> str:

@@ -78,7 +78,8 @@ class TextTask:
         self.scorer = Scorer(reward, reward_weights, self.tokenizer)
         self.kl_mode, self.truncates = kl_mode, length_limit == "truncate"
         self.missing_eos_penalty = missing_eos_penalty
-        self.penalty = self._make_penalty(reference, kl_coef, kl_estimator)
+        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.penalty = self._make_penalty(reference)
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
             self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
@@ -143,7 +144,9 @@ class TextTask:
         in_range = (actions >= 0) & (actions < self.vocab_size)
         if not bool((in_range | ~self.episodes.alive).all()):
             wrong = actions[~in_range & self.episodes.alive].tolist()
-            raise ValueError(f"actions {wrong} are outside the vocabulary: use token ids from 0 to {self.vocab_size - 1}")
+            raise ValueError(
+                f"actions {wrong} are outside the vocabulary: use token ids from 0 to {self.vocab_size - 1}"
+            )
         actions = actions.clamp(0, self.vocab_size - 1)
         paid = self._pay_kl(actions)
         ends = self.episodes.append(actions)
@@ -248,12 +251,11 @@ class TextTask:
     def _decode(self, ids: list[int]) -> str:
         while ids and ids[-1] in self.episodes.stop.ids:
             ids = ids[:-1]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _make_penalty(
-        self, reference: str | nn.Module | None, coef: float | KLController, estimator: Estimator
-    ) -> KLPenalty | None:
-        if reference is None:
+    def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
+        coef, estimator = self.kl_coef, self.kl_estimator
+        if reference is None:  # an agent that pays a deferred penalty then refers to its own start
             if self.kl_mode != "deferred" and coef != 0:
                 raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
             return None
@@ -263,8 +265,7 @@ class TextTask:
                 f"kl_estimator={estimator!r} cannot be paid in kl_mode={self.kl_mode!r}, which knows "
                 f"{allowed[self.kl_mode]}; 'deferred' knows them all"
             )
-        model = reference if isinstance(reference, str | nn.Module) else str(reference)
-        return KLPenalty(TokenModel.load(model, device=self.device), coef, estimator)
+        return KLPenalty(TokenModel.load(reference, device=self.device), coef, estimator)
 
     def _encode_prompts(self, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """All prompts as right-padded ids `(P, L)`, cut from the left to the budget, and their lengths `(P,)`."""
@@ -299,7 +300,9 @@ def _check_arguments(
     max_prompt_tokens: int, max_new_tokens: int, min_new_tokens: int, kl_mode: str, length_limit: str
 ) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}: an episode without a token has no action")
+        raise ValueError(
+            f"max_new_tokens must be at least 1, got {max_new_tokens}: an episode without a token has no action"
+        )
     if max_prompt_tokens < 1:
         raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
     if not 0 <= min_new_tokens <= max_new_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -53,14 +53,14 @@ class TextEnv(gym.Env[ObsType, int]):
     `length_limit="truncate"` reports the length limit as truncation, for agents that bootstrap there.
 
     ## Information
-    At the end: `score`, `kl` (nats in the episode; NaN where the environment does not know the policy), `kl_reward` (the
-    KL term paid in the episode), `response_tokens`, `is_success` (score above 0), `ended_by_stop`, and `reward/<name>`
-    for each function. Text is in `env.unwrapped.transcript`, and in `info` with `info_text=True`.
+    At the end: `score`, `kl` (nats in the episode; NaN where the environment does not know the policy), `kl_reward`
+    (the KL term paid in the episode), `response_tokens`, `is_success` (score above 0), `ended_by_stop`, and
+    `reward/<name>` for each function. Text is in `env.unwrapped.transcript`, and in `info` with `info_text=True`.
 
     ## Arguments
     Args:
-        prompts: list of strings, or of dicts with a `prompt` and any columns; a .jsonl or .txt path; a `datasets` object;
-            a `"module:attribute"` string.
+        prompts: list of strings, or of dicts with a `prompt` and any columns; a .jsonl or .txt path; a `datasets`
+            object; a `"module:attribute"` string.
         tokenizer: name, path or tokenizer; `"tiny"` is the embedded one.
         reward: a reward function, a `"module:attribute"` string, a `RewardModel` or its name; or a list of them.
         reward_weights: one for each function; a function of weight 0 is only reported.
@@ -84,7 +84,8 @@ class TextEnv(gym.Env[ObsType, int]):
         gymnasium.error.ResetNeeded: `step` before `reset`, or after the end.
 
     >>> import gymnasium as gym, textgym
-    >>> env = gym.make("textgym/Text-v0", prompts=["Hello"], tokenizer="tiny", reward=lambda completions: [1.0], max_new_tokens=2)
+    >>> env = gym.make("textgym/Text-v0", prompts=["Hello"], tokenizer="tiny",
+    ...                reward=lambda completions: [1.0], max_new_tokens=2)
     >>> observation, info = env.reset(seed=0)
     >>> int(observation["attention_mask"].sum())
     2
@@ -94,7 +95,10 @@ class TextEnv(gym.Env[ObsType, int]):
     (1.0, True, False)
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 8}
+    metadata: dict[str, Any] = {  # noqa: RUF012  (as Gymnasium declares it)
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 8,
+    }
 
     def __init__(
         self,
@@ -136,8 +140,8 @@ class TextEnv(gym.Env[ObsType, int]):
             length_limit=length_limit,
             device=device,
         )
-        self.observation_space = self.task.observation_space
-        self.action_space = self.task.action_space
+        self.observation_space: gym.Space[Any] = self.task.observation_space
+        self.action_space: gym.Space[Any] = self.task.action_space
         self.render_mode = checked_render_mode(render_mode)
         self.info_text, self.info_action_mask = info_text, info_action_mask
         self._score: float | None = None
@@ -171,7 +175,7 @@ class TextEnv(gym.Env[ObsType, int]):
             self.render()
         return self._observation(), float(outcome.rewards[0]), terminated, truncated, self._with_mask(info)
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The episode so far, see `render_mode`."""
         return render(self.render_mode, self.transcript, self._score)
 

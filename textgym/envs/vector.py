@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -32,8 +32,8 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     ## Arguments
     Args:
         num_envs: B.
-        autoreset_mode: `NEXT_STEP`: the step after an end resets the row and ignores its action; `SAME_STEP`: the row is
-            reset at once and the end is in `infos["final_obs"]` and `infos["final_info"]`; `DISABLED`: a row that ended
+        autoreset_mode: `NEXT_STEP`: the step after an end resets the row and ignores its action; `SAME_STEP`: the row
+            is reset at once, its end is in `infos["final_obs"]` and `infos["final_info"]`; `DISABLED`: a row that ended
             waits, whatever its action, until `reset(options={"reset_mask": mask})`.
         array: `"numpy"`, or `"torch"` to keep observations, rewards and flags on the device.
         prompts: and all further arguments: see `TextEnv`.
@@ -53,7 +53,10 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     ([True, True], [3, 3])
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": list(RENDER_MODES), "render_fps": 8}
+    metadata: dict[str, Any] = {  # noqa: RUF012  (as Gymnasium declares it; instances replace it, none writes into it)
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 8,
+    }
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.waiting = None
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """Starts episodes in all rows, or in those of `options["reset_mask"]` (bool `(B,)`).
@@ -161,7 +164,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             self._with_mask(infos),
         )
 
-    def render(self) -> tuple[str | None, ...] | None:
+    def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # a row not rendered is None
         """Every row's episode so far, see `render_mode`."""
         return tuple(render(self.render_mode, transcript, None) for transcript in self.transcript)
 
@@ -191,14 +194,16 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         mask = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
         if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
             raise ValueError(
-                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with at least one True, got {given}"
+                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with a True in it, got {given}"
             )
         return mask
 
     def _as_actions(self, actions: Array) -> Tensor:
         tensor = torch.as_tensor(actions, device=self.task.device).long()
         if tensor.shape != (self.num_envs,):
-            raise ValueError(f"expected one action for each of the {self.num_envs} rows, got shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"expected one action for each of the {self.num_envs} rows, got shape {tuple(tensor.shape)}"
+            )
         return tensor
 
     def _observation(self) -> dict[str, Array]:
@@ -212,7 +217,9 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         infos: dict[str, Any] = dict(outcome.infos)
         if infos and self.info_text:
             for key in self.task.transcript(int(np.argmax(outcome.ended))):
-                texts = [self.task.transcripts[row].get(key) if outcome.ended[row] else None for row in range(self.num_envs)]
+                texts = [
+                    self.task.transcripts[row].get(key) if outcome.ended[row] else None for row in range(self.num_envs)
+                ]
                 infos[key] = np.array([*texts, None], dtype=object)[:-1]
         return {**infos, **{f"_{key}": outcome.ended.copy() for key in infos}}
 

@@ -74,7 +74,7 @@ class ActorCritic(TokenModel):
         device: Device = None,
         trust_remote_code: bool = False,
     ) -> ActorCritic:
-        """A policy from a model name (`"tiny"`, `"smollm2"`, a hub id), a path, or a module, which is then trained in place.
+        """A policy from a model name (`"tiny"`, `"smollm2"`, a hub id), a path, or a module, which is trained in place.
 
         Args:
             critic: `"shared"`: a value head on the policy's trunk; `"separate"`: on a copy of the trunk; otherwise the
@@ -120,10 +120,7 @@ class ActorCritic(TokenModel):
             allowed = torch.as_tensor(action_masks, device=self.device).reshape(logits.shape)
             logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
         log_probs = logits.log_softmax(-1)  # (B, V)
-        if deterministic:
-            action = log_probs.argmax(-1)
-        else:
-            action = self._draw(log_probs.exp())
+        action = log_probs.argmax(-1) if deterministic else self._draw(log_probs.exp())
         log_prob = log_probs.gather(1, action[:, None])[:, 0]
         value = torch.zeros_like(log_prob)
         if with_value:

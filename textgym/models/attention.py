@@ -108,7 +108,9 @@ def check_supported(lm: Any) -> None:
     kind = type(lm).__name__
     other = set(getattr(lm.config, "layer_types", None) or ()) - {FULL, SLIDING}
     if other:
-        raise ValueError(f"{kind} has layers of kind {sorted(other)}; textgym decodes full and sliding-window attention")
+        raise ValueError(
+            f"{kind} has layers of kind {sorted(other)}; textgym decodes full and sliding-window attention"
+        )
     if lm.config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"{kind} runs {lm.config._attn_implementation!r} attention, which ignores explicit masks: "

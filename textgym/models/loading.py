@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from textgym.data.files import atomic_folder
 from textgym.data.sources import cache_dir
 
 ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ("tiny", "smollm2")
+"""Names whose weights never change, so that frozen copies can be shared."""
 Device = torch.device | str | None
 
 
@@ -79,7 +81,9 @@ def load_causal_lm(
     if isinstance(name, nn.Module):
         model: Any = name if dtype is None and device is None else name.to(device=device, dtype=dtype)
     else:
-        model = _load(AutoModelForCausalLM, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation)
+        model = _load(
+            AutoModelForCausalLM, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation
+        )
     return disable_dropout(model)
 
 
@@ -183,10 +187,7 @@ def _converted_smollm2() -> Path:
     del config.quantization_config
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    with atomic_folder(target) as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
-        os.replace(temporary, target)
-        os.mkdir(temporary)  # so that the context manager finds something to remove
     return target

@@ -72,7 +72,8 @@ def token_log_probs(
         expected = (source - total[:, None]).exp().mul(source).sum(-1)
         return log_prob, total - expected
 
-    return in_chunks(score, vocab_size, hidden, actions, banned)
+    log_probs, entropies = in_chunks(score, vocab_size, hidden, actions, banned)
+    return log_probs, entropies
 
 
 def masked_logits(

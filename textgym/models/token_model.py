@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from textgym.models.attention import check_supported, packed_hidden
 from textgym.models.decoding import CachedDecoder
-from textgym.models.loading import Device, freeze, load_causal_lm
+from textgym.models.loading import EMBEDDED, Device, freeze, load_causal_lm, shared_causal_lm
 from textgym.models.log_probs import token_log_probs
 from textgym.models.sequences import Sequences
 
@@ -32,7 +32,9 @@ class TokenModel(nn.Module):
     def __init__(self, lm: Any, temperature: float = 1.0, adapter: Any = None) -> None:
         super().__init__()
         if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}; for greedy actions use deterministic=True")
+            raise ValueError(
+                f"temperature must be above 0, got {temperature}; for greedy actions use deterministic=True"
+            )
         check_supported(lm)
         self.lm = lm
         self.temperature = temperature
@@ -42,10 +44,14 @@ class TokenModel(nn.Module):
         self._decoder: CachedDecoder | None = None
 
     @classmethod
-    def load(cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None) -> TokenModel:
+    def load(
+        cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None
+    ) -> TokenModel:
         """A frozen scorer, from a name, a path, a language model (copied by nobody) or another `TokenModel`."""
         if isinstance(model, TokenModel):
             return model
+        if isinstance(model, str) and model in EMBEDDED:
+            return freeze(cls(shared_causal_lm(model, device=device), temperature))
         return freeze(cls(load_causal_lm(model, device=device), temperature))
 
     @property

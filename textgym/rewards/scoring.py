@@ -4,16 +4,18 @@ The protocol is the one that TRL's GRPO users write:
 
     def reward(prompts, completions, *, completion_ids, **columns) -> list[float | None]
 
-sync or async. A function that takes fewer keywords gets fewer. `None` leaves a row out of that function; a list in place
-of a float is a token-level reward, one value for each completion token.
+sync or async. A function that takes fewer keywords gets fewer. `None` leaves a row out of that function; a list in
+place of a float is a token-level reward, one value for each completion token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -130,8 +132,9 @@ def load_reward(spec: RewardSpec) -> RewardFunction:
 def _unique_names(functions: list[RewardFunction]) -> list[str]:
     names: list[str] = []
     for function in functions:
-        name = getattr(function, "__name__", type(function).__name__)
-        names.append(name if name not in names else f"{name}_{len(names) + 1}")
+        base = getattr(function, "__name__", type(function).__name__)
+        candidates = itertools.chain([base], (f"{base}_{copy}" for copy in itertools.count(2)))
+        names.append(next(name for name in candidates if name not in names))
     return names
 
 
@@ -151,9 +154,17 @@ def _call(name: str, function: RewardFunction, keywords: set[str] | None, finish
         "prompt_ids": finished.prompt_ids,
         "completion_ids": finished.completion_ids,
     }
+    arguments = {key: offered[key] for key in offered if keywords is None or key in keywords}
     try:
-        result = function(**{key: offered[key] for key in offered if keywords is None or key in keywords})
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise RewardError(
+            f"reward function {name!r} cannot be called: {error}. It is offered {', '.join(offered)}; "
+            "anything else must be a column of the prompts"
+        ) from error
+    try:
+        result = function(**arguments)
+        return _waited_for(result) if inspect.isawaitable(result) else result
     except RewardError:
         raise
     except Exception as error:
@@ -163,21 +174,28 @@ def _call(name: str, function: RewardFunction, keywords: set[str] | None, finish
         ) from error
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+def _waited_for(result: Awaitable[Any]) -> Any:
+    """What an async function comes to, in a thread of its own: notebooks have a loop running in the main one."""
+
+    async def awaited() -> Any:
+        return await result
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, awaited()).result()
 
 
-def _validated(name: str, values: Any, finished: Finished) -> list[None | float | np.ndarray]:
+def _validated(name: str, values: Any, finished: Finished) -> list[float | np.ndarray | None]:
     values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor of any device
     if not isinstance(values, list | tuple) or len(values) != len(finished):
         got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)
         raise RewardError(
-            f"reward function {name!r} must return a list of {len(finished)} values, one for each completion; got {got}"
+            f"reward function {name!r} must return a list of {len(finished)} values, one for each completion, "
+            f"the first being {_row(finished, 0)}; got {got}"
         )
     return [_validated_value(name, value, finished, row) for row, value in enumerate(values)]
 
 
-def _validated_value(name: str, value: Any, finished: Finished, row: int) -> None | float | np.ndarray:
+def _validated_value(name: str, value: Any, finished: Finished, row: int) -> float | np.ndarray | None:
     """A row's value: booleans count as 0 and 1, a list is a token-level reward."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None:
@@ -185,7 +203,8 @@ def _validated_value(name: str, value: Any, finished: Finished, row: int) -> Non
     entries = value if isinstance(value, list | tuple) else [value]
     for entry in entries:
         if not isinstance(entry, Real) or not math.isfinite(entry):
-            raise RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {_row(finished, row)}")
+            where = _row(finished, row)
+            raise RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {where}")
     if entries is not value:
         return float(value)
     if len(value) != len(finished.completion_ids[row]):

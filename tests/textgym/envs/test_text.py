@@ -43,7 +43,7 @@ def test_plain_arguments_keep_the_spec_json() -> None:
 
 def test_each_observation_is_the_last_plus_one_token(settings: dict[str, Any]) -> None:
     env = TextEnv(**settings)
-    observation, info = env.reset(seed=0, options={"prompt_index": 1})
+    observation, _ = env.reset(seed=0, options={"prompt_index": 1})
     assert bytes(observation["input_ids"][:8].tolist()) == b"good day"
     assert observation["attention_mask"].sum() == 8
     for t, action in enumerate([97, 98, 99]):
@@ -114,7 +114,7 @@ def test_min_new_tokens_masks_the_stop_tokens(settings: dict[str, Any]) -> None:
 
 def test_reference_mode_pays_the_log_prob_of_the_reference(settings: dict[str, Any]) -> None:
     env = TextEnv(**settings)
-    observation, _ = env.reset(options={"prompt_index": 2})
+    env.reset(options={"prompt_index": 2})
     ids, rewards = [ord("a")], []
     for action in [98, 99, 100, 101, 102]:
         rewards.append(env.step(action)[1])

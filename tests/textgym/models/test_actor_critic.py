@@ -52,7 +52,9 @@ def blank(prompts: list[int], responses: list[int], width: int = 24, stop: StopR
 EIGHT = ([3, 1, 7, 4, 2, 6, 5, 8], [5, 9, 1, 12, 3, 12, 8, 2])
 
 
-def policy_of(architecture: str = "llama", critic: str = "shared", temperature: float = 1.0, **config: Any) -> ActorCritic:
+def policy_of(
+    architecture: str = "llama", critic: str = "shared", temperature: float = 1.0, **config: Any
+) -> ActorCritic:
     policy = ActorCritic.from_pretrained(mock_lm(architecture=architecture, **config), critic, temperature)
     torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(3))
     policy.seed(0)
@@ -213,7 +215,9 @@ def test_trap_26_value_loss_leaves_the_policy_alone_with_a_separate_critic() -> 
     policy = policy_of(critic="separate")
     policy.evaluate(blank(*EIGHT)).value.square().sum().backward()
     assert all(parameter.grad is None for parameter in policy.lm.parameters())
-    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in policy.critic.parameters())
+    assert any(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in policy.critic.parameters()
+    )
 
 
 def test_trap_26_a_fresh_value_head_says_zero() -> None:

@@ -22,10 +22,10 @@ class SentimentEnv(TextEnv):
     """Movie-review continuation, scored by a learned reward model.
 
     ## Description
-    A review has been begun; write the rest. The reward model was trained on pairwise preferences made from human ratings
-    of movie-review snippets (Hutto and Gilbert, 2014), so it prefers what people rated as positive. Everything is
-    embedded: tokenizer, reference, reward model and 200 openings. `prompts="textgym.data.prompts:policy_snippets"` takes
-    the first halves of real snippets instead, which are fetched once.
+    A review has been begun; write the rest. The reward model was trained on pairwise preferences made from human
+    ratings of movie-review snippets (Hutto and Gilbert, 2014), so it prefers what people rated as positive. Everything
+    is embedded: tokenizer, reference, reward model and 200 openings. The first halves of real snippets, fetched once,
+    are taken instead with `prompts="textgym.data.prompts:policy_snippets"`.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's byte-level vocabulary.

@@ -1,0 +1,156 @@
+"""What a policy writes and how it is measured, against computations by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents.evaluation import Samples, best_of_n, distinct_2, generate, measure
+from textgym.agents.rollout import Rollout
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+from textgym.testing import byte_tokenizer, mock_lm
+
+TEXTS = ["one", "three", "a", "hello", "xy"]
+
+
+def letters(completions: list[str]) -> list[float]:
+    return [float(sum(letter.isalpha() for letter in text)) for text in completions]
+
+
+def make_envs(**changes: Any) -> Any:
+    settings: dict[str, Any] = {"prompts": [{"prompt": text, "row": i} for i, text in enumerate(TEXTS)], **changes}
+    return gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=3,
+        tokenizer=byte_tokenizer(),
+        reward=letters,
+        kl_mode="deferred",
+        stop=list(range(64)),
+        max_prompt_tokens=8,
+        max_new_tokens=6,
+        **settings,
+    )
+
+
+@pytest.fixture
+def policy() -> ActorCritic:
+    return ActorCritic.from_pretrained(mock_lm())
+
+
+def prompts_of(samples: Samples) -> list[str]:
+    sequences = samples.rollout.sequences
+    rows = zip(sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), strict=True)
+    return [bytes(ids[:length]).decode() for ids, length in rows]
+
+
+@pytest.mark.parametrize("chosen", [[4, 0, 2, 1, 3], [1], [2, 2, 2], range(4)])
+def test_samples_are_in_the_order_of_the_prompts(policy: ActorCritic, chosen: list[int]) -> None:
+    """Also where the last batch is not full."""
+    samples = generate(policy, make_envs(), chosen, seed=0)
+    assert [transcript["row"] for transcript in samples.transcripts] == list(chosen)
+    assert [transcript["prompt"] for transcript in samples.transcripts] == [TEXTS[i] for i in chosen]
+    assert prompts_of(samples) == [TEXTS[i] for i in chosen]
+    assert samples.rollout.scores.tolist() == letters(samples.completions)
+    assert len(samples.rollout) == len(chosen)
+
+
+def test_generation_depends_on_the_seed_alone(policy: ActorCritic) -> None:
+    envs = make_envs()
+    first = generate(policy, envs, range(5), seed=0)
+    other = generate(policy, envs, range(5), seed=1)
+    again = generate(policy, envs, range(5), seed=0)
+    fresh = generate(ActorCritic.from_pretrained(mock_lm()), make_envs(), range(5), seed=0)
+    assert first.completions == again.completions == fresh.completions != other.completions
+    greedy = [generate(policy, envs, range(5), seed, deterministic=True).completions for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_an_environment_made_for_stepping_is_taken_over(policy: ActorCritic) -> None:
+    envs = make_envs(autoreset_mode="SameStep", array="numpy")
+    envs.reset(seed=0)
+    envs.step(np.full(3, 97))
+    assert len(generate(policy, envs, range(5), seed=0).completions) == 5
+
+
+def test_no_prompts_is_an_error(policy: ActorCritic) -> None:
+    with pytest.raises(ValueError, match="choose at least one"):
+        generate(policy, make_envs(), [], seed=0)
+
+
+def test_figures_against_a_computation_by_hand(policy: ActorCritic) -> None:
+    samples = generate(policy, make_envs(), range(5), seed=0)
+    other = mock_lm(seed=3)
+
+    def judge(prompts: list[str], completions: list[str]) -> list[float]:
+        assert prompts == TEXTS
+        return [float(len(completion)) for completion in completions]
+
+    kl, reference_total, count, bigrams = 0.0, 0.0, 0, []
+    for row in range(5):
+        first, last = int(samples.rollout.sequences.prompt_lengths[row]), int(samples.rollout.sequences.lengths[row])
+        ids = samples.rollout.sequences.input_ids[row : row + 1, :last]
+        with torch.no_grad():
+            p, q = (lm(ids).logits.log_softmax(-1)[0, first - 1 : last - 1] for lm in (policy.lm, other))
+        tokens = ids[0, first:]
+        kl += float((p - q).gather(1, tokens[:, None]).sum()) / 5
+        reference_total += float(q.gather(1, tokens[:, None]).sum())
+        count += len(tokens)
+        bigrams += [tuple(pair) for pair in tokens.unfold(0, 2, 1).tolist()] if len(tokens) > 1 else []
+    scores = letters(samples.completions)
+    expected = {
+        "score": np.mean(scores),
+        "score_std": np.std(scores),
+        "kl": kl,
+        "reference_ppl": np.exp(-reference_total / count),
+        "distinct_2": len(set(bigrams)) / len(bigrams),
+        "length": count / 5,
+        "ended_by_stop": np.mean([ended for ended in samples.rollout.ended_by_stop.tolist()]),
+        "judge": np.mean([len(text) for text in samples.completions]),
+    }
+    figures = measure(samples, TokenModel.load(other), judge)
+    assert figures == pytest.approx(expected, abs=1e-4)
+    assert "judge" not in measure(samples, TokenModel.load(other))
+
+
+def test_figures_of_a_policy_to_itself(policy: ActorCritic) -> None:
+    figures = measure(generate(policy, make_envs(), [0], seed=0), policy.reference())
+    assert figures["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert figures["score_std"] == 0, "one sample has no spread"
+
+
+def test_distinct_2() -> None:
+    """[1 2 1 2], [1 2] and [5]: four bigrams, of which (1, 2) and (2, 1) are distinct."""
+    responses = [[1, 2, 1, 2], [1, 2], [5]]
+    ids = torch.tensor([[9, *response, *[0] * (4 - len(response))] for response in responses])
+    lengths = torch.tensor([len(response) for response in responses])
+    assert distinct_2(rollout_of(Sequences(ids, torch.ones_like(lengths), lengths))) == 2 / 4
+    one = Sequences(ids[2:], torch.ones(1, dtype=torch.long), lengths[2:])
+    assert distinct_2(rollout_of(one)) == 0
+
+
+def rollout_of(sequences: Sequences) -> Rollout:
+    nothing = torch.zeros(sequences.mask.shape)
+    ended = torch.ones(len(sequences), dtype=torch.bool)
+    return Rollout(sequences, nothing, nothing, nothing.sum(1), nothing, ended, {})
+
+
+def test_best_of_n_picks_the_best_scored(policy: ActorCritic) -> None:
+    envs = make_envs()
+    rounds = [generate(policy, envs, range(5), seed) for seed in (7, 8, 9)]
+    best = best_of_n(policy, envs, range(5), n=3, seed=7)
+    scores = torch.stack([samples.rollout.scores for samples in rounds])
+    assert len(set(scores.argmax(0).tolist())) > 1
+    assert torch.equal(best.rollout.scores, scores.max(0).values)
+    assert letters(best.completions) == best.rollout.scores.tolist()
+    assert prompts_of(best) == [transcript["prompt"] for transcript in best.transcripts] == TEXTS
+    for row, score in enumerate(best.rollout.scores):
+        candidates = [samples.completions[row] for samples in rounds if samples.rollout.scores[row] == score]
+        assert best.completions[row] == candidates[0]
+    log_probs = policy.evaluate(best.rollout.sequences).log_prob.detach()
+    torch.testing.assert_close(best.rollout.log_probs, log_probs, atol=1e-5, rtol=1e-5)
