@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -72,7 +72,7 @@ class RunFolder:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            Console().print("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
+            _note("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
             return
         # Without pyplot, which would change a notebook's backend.
         figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -117,9 +117,7 @@ class LiveProgress:
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("{task.fields[note]}"),
             console=self.console,
         )
@@ -168,15 +166,20 @@ class TrainingProgress(TrainerCallback):
 
 
 def figures_table(title: str, rows: dict[str, dict[str, float]]) -> Table:
-    """Figures of several policies, a row each."""
+    """Figures of several policies: a column each, since a terminal has more lines than room for names."""
     table = Table(title=title, title_justify="left")
-    names = list(next(iter(rows.values())))
     table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for label, figures in rows.items():
-        table.add_row(label, *(f"{figures[name]:.3g}" if name in figures else "" for name in names))
+    for label in rows:
+        table.add_column(label, justify="right")
+    for name in dict.fromkeys(name for figures in rows.values() for name in figures):
+        # Adding zero takes the sign off a negative one.
+        cells = [f"{round(figures[name], 3) + 0.0:.3f}" if name in figures else "" for figures in rows.values()]
+        table.add_row(name, *cells)
     return table
+
+
+def _note(text: str) -> None:
+    Console().print(text, markup=False)  # with markup, [brackets] would be a style
 
 
 def _cell(text: str) -> str:
@@ -197,6 +200,6 @@ def _summary_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        Console().print("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
+        _note("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
         return _NoEvents()
     return SummaryWriter(str(folder))

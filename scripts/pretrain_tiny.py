@@ -1,7 +1,8 @@
 """Pretrains the embedded language model and writes `textgym/models/assets/tiny`.
 
     python scripts/pretrain_tiny.py                       # the shipped model: one CPU core, about an hour and a half
-    python scripts/pretrain_tiny.py --steps 50 --output-dir /tmp/tiny    # a trial
+    python scripts/pretrain_tiny.py --steps 50 --output-dir runs/tiny      # a trial
+    python scripts/pretrain_tiny.py --evaluate                            # the figures of the model card, a few minutes
 
 A byte-level BPE and a Llama-architecture decoder, trained on chitchat-dataset and the train split of the movie-review
 snippets. Every row of a batch begins at the beginning of a document, because that is where generation begins. It leaves
@@ -12,12 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from textgym.data.files import atomic_folder
 from textgym.data.sources import chitchat, movie_snippets
+from textgym.models.loading import load_causal_lm, load_tokenizer
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 # Turns that look like contact details, or that nobody should be greeted with, are left out of the training text.
@@ -55,6 +57,8 @@ class Config:
     """How often a review is drawn for each time a chat turn is."""
     seed: int = 0
     eval_every: int = 1000
+    evaluate: bool = False
+    """Measure the model in `output_dir` instead of training one."""
 
 
 @dataclass
@@ -144,11 +148,9 @@ def bits_per_character(model: torch.nn.Module, groups: list[list[str]], tokenize
     return bits / characters
 
 
-def train(config: Config) -> dict[str, object]:
-    torch.set_num_threads(1)
+def train(config: Config, documents: dict[str, Documents]) -> None:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
-    documents = load_documents()
     tokenizer = train_tokenizer(documents, config.vocab_size)
     chat, reviews = documents["chat"], documents["reviews"]
     stream = Stream(chat.train + reviews.train * config.review_weight, tokenizer, rng)
@@ -181,17 +183,29 @@ def train(config: Config) -> dict[str, object]:
             }
             print(json.dumps(figures), flush=True)
             save(model, tokenizer, config.output_dir)
-    chat_bpc = bits_per_character(model, chat.heldout, tokenizer)
-    reviews_bpc = bits_per_character(model, reviews.heldout, tokenizer)
-    chat_share = num_characters(chat) / (num_characters(chat) + config.review_weight * num_characters(reviews))
+
+
+def report(config: Config, documents: dict[str, Documents]) -> dict[str, Any]:
+    """The figures of the model card: held-out bits per character, and samples."""
+    model, tokenizer = load_causal_lm(config.output_dir), load_tokenizer(config.output_dir)
+    bpc = {kind: bits_per_character(model, docs.heldout, tokenizer) for kind, docs in documents.items()}
+    weights = {"chat": num_characters(documents["chat"])}
+    weights["reviews"] = config.review_weight * num_characters(documents["reviews"])
+    torch.manual_seed(config.seed)
+    prompts = ["The movie", "A film that", "Hi, how are", "I think that"]
     return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         # Held-out text in the proportions of the training mixture.
-        "bits_per_character": chat_share * chat_bpc + (1 - chat_share) * reviews_bpc,
-        "bits_per_character_chat": chat_bpc,
-        "bits_per_character_reviews": reviews_bpc,
-        "tokens_seen": config.steps * config.batch_size * config.context,
-        "config": {name: str(value) for name, value in asdict(config).items()},
+        "bits_per_character": sum(bpc[kind] * weights[kind] for kind in bpc) / sum(weights.values()),
+        **{f"bits_per_character_{kind}": value for kind, value in bpc.items()},
+        "samples": [sample(model, tokenizer, prompt) for prompt in prompts for _ in range(2)],
     }
+
+
+def sample(model: Any, tokenizer: Any, prompt: str) -> str:
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=40)
+    return tokenizer.decode(written[0], skip_special_tokens=True)
 
 
 def num_characters(documents: Documents) -> int:
@@ -205,16 +219,24 @@ def schedule(step: int, steps: int) -> float:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """fp16 safetensors and tokenizer, written beside the target and moved over it."""
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if (folder / "README.md").exists():
-        shutil.copy(folder / "README.md", temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    card = folder / "README.md"
+    text = card.read_text() if card.exists() else None
+    with atomic_folder(folder) as temporary:
+        half.half().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if text is not None:
+            (temporary / card.name).write_text(text)
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    documents = load_documents()
+    if not config.evaluate:
+        train(config, documents)
+    print(json.dumps(report(config, documents), indent=2))
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(tyro.cli(Config)), indent=2))
+    main(tyro.cli(Config))

@@ -26,7 +26,7 @@ from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, generate, measure
 from textgym.agents.ppo import PPO, PPOConfig
-from textgym.agents.run_folder import LiveProgress, RunFolder, figures_table
+from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.sources import FetchError, movie_snippets
 from textgym.models.actor_critic import ActorCritic
@@ -153,8 +153,10 @@ def train_reward(command: TrainReward) -> None:
     pairs = make_preferences([s for s in snippets if s.split == "train"], seed=command.settings.seed)
     heldout = heldout_pairs([s for s in snippets if s.split != "train"])
     with LiveProgress() as live:
-        live.stage("training the reward model")
-        reward, accuracy = train_reward_model(pairs, command.model, config=command.settings, heldout=heldout)
+        live.stage("training the reward model", 1)
+        reward, accuracy = train_reward_model(
+            pairs, command.model, config=command.settings, heldout=heldout, callbacks=[TrainingProgress(live)]
+        )
         reward.calibrate([s.text for s in snippets if s.split == "train"][:1000])
         live.finish()
     reward.save_pretrained(command.output_dir)

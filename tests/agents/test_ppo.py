@@ -9,10 +9,12 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.rollout import collect
 from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.model import RewardModel
 from textgym.testing import byte_tokenizer, mock_lm
 
 
@@ -91,17 +93,26 @@ def test_trap_25_gradient_clipping_acts() -> None:
 
 
 def test_trap_27_frozen_models_do_not_move() -> None:
-    envs = make_envs()
+    classifier = LlamaForSequenceClassification(LlamaConfig(**{**mock_lm().config.to_dict(), "num_labels": 1}))
+    reward = RewardModel(classifier, byte_tokenizer())
+    envs = make_envs(reward=reward)
     reference = envs.unwrapped.task.penalty.reference
 
-    def fingerprint() -> str:
-        return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in reference.parameters())).hexdigest()
+    def fingerprints() -> list[str]:
+        return [
+            hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+            for model in (reference, reward.model)
+        ]
 
-    before = fingerprint()
-    make_agent(envs=envs).learn(64)
-    assert fingerprint() == before
-    assert not reference.training
-    assert all(not p.requires_grad and p.grad is None for p in reference.parameters())
+    before = fingerprints()
+    agent = make_agent(envs=envs)
+    weights = [p.detach().clone() for p in agent.policy.parameters()]
+    agent.learn(64)
+    assert fingerprints() == before
+    assert any(not torch.equal(p, w) for p, w in zip(agent.policy.parameters(), weights, strict=True)), "vacuous"
+    for model in (reference, reward.model):
+        assert not model.training
+        assert all(not p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_the_kl_is_not_paid_twice() -> None:

@@ -13,8 +13,8 @@ from textgym.agents.rollout import Rollout, collect, merge
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
-ROWS, MAX_NEW_TOKENS, PAD = 6, 7, 257
-STOP = range(64)  # a quarter of the vocabulary, so that a random model ends rows at different times
+ROWS, MAX_NEW_TOKENS, PAD = 6, 5, 257
+STOP = range(50)  # a fifth of the vocabulary, so that a random model ends rows at different times
 PROMPTS = [{"prompt": text, "bonus": float(i)} for i, text in enumerate(["one", "three", "a", "hello", "xy", "four"])]
 
 
@@ -122,10 +122,10 @@ def test_log_probs_and_values_are_those_of_the_states(critic: str) -> None:
 
 
 def test_stop_tokens_are_masked_before_the_minimum() -> None:
-    rollout = collect(make_envs(min_new_tokens=4), make_policy())
-    assert min(lengths_of(rollout)) >= 5, "the fifth token is the first that may end a row"
+    rollout = collect(make_envs(min_new_tokens=3), make_policy())
+    assert min(lengths_of(rollout)) >= 4, "the fourth token is the first that may end a row"
     for tokens in tokens_of(rollout):
-        assert not set(tokens[:4]) & set(STOP)
+        assert not set(tokens[:3]) & set(STOP)
 
 
 def test_scores_and_columns_belong_to_their_rows() -> None:
@@ -163,8 +163,9 @@ def test_token_rewards_are_paid_at_their_tokens() -> None:
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
+    policies = [make_policy(seed=seed) for seed in (0, 0, 1)]
     before = torch.get_rng_state()
-    first, again, other = (collect(make_envs(), make_policy(seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (collect(make_envs(), policy) for policy in policies)
     assert tokens_of(first) == tokens_of(again) != tokens_of(other)
     assert torch.equal(torch.get_rng_state(), before)
     greedy = [tokens_of(collect(make_envs(), make_policy(seed=seed), deterministic=True)) for seed in (0, 1)]

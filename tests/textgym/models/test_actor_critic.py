@@ -167,6 +167,22 @@ def test_trap_08_masks_come_from_lengths_not_from_ids() -> None:
     torch.testing.assert_close(new.log_prob, torch.stack(stepped, 1) * sequences.mask, atol=1e-4, rtol=0)
 
 
+def test_trap_14_entropy_is_exact_positive_and_blind_to_padding() -> None:
+    policy = policy_of(temperature=0.7)
+    sequences = blank([4, 2], [6, 3])
+    entropy = policy.evaluate(sequences).entropy
+    log_p = (policy.lm(sequences.input_ids[:1, :10]).logits / 0.7).log_softmax(-1)[0, 3:9]
+    torch.testing.assert_close(entropy[0], -(log_p.exp() * log_p).sum(-1), atol=1e-4, rtol=1e-4)
+    assert (entropy[sequences.mask] >= 0).all()
+    assert (entropy[~sequences.mask] == 0).all()
+    wider = Sequences(
+        torch.cat([sequences.input_ids, torch.zeros(2, 9, dtype=torch.long)], 1),
+        sequences.prompt_lengths,
+        sequences.response_lengths,
+    )
+    torch.testing.assert_close(policy.evaluate(wider).entropy, entropy)
+
+
 def test_trap_16_no_off_by_one() -> None:
     """A model whose next token is planted: id + 1. Log-prob t belongs to token t, value t to the state before it."""
     policy = policy_of()

@@ -1,0 +1,225 @@
+"""The command line: its flags, the run folder it leaves, Ctrl-C, and errors of one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from textgym import cli
+from textgym.agents import PPOConfig
+from textgym.agents.demo import DemoConfig
+from textgym.agents.run_folder import LiveProgress
+from textgym.data.sources import Snippet
+from textgym.models.loading import ASSETS
+from textgym.rewards.model import RewardModel, RewardModelConfig
+
+REWARDS = """
+def text_length(completions):
+    return [float(len(text)) for text in completions]
+
+def broken(completions):
+    return [float("nan")] * len(completions)
+"""
+SMALL = ["--total-episodes", "24", "--num-envs", "4", "--episodes-per-update", "8", "--minibatch-size", "8"]
+
+
+def env_kwargs(**changes: Any) -> list[str]:
+    return ["--env-kwargs", json.dumps({"reward": "my_rewards:text_length", "max_new_tokens": 3, **changes})]
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the user's own, with a file of reward functions beside the run folders."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return tmp_path
+
+
+def parsed(arguments: str) -> Any:
+    return tyro.cli(cli.Command, args=arguments.split(), prog="textgym")
+
+
+def error_of(*arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments])
+    assert isinstance(caught.value.code, str), "one line for stderr, and exit code 1"
+    assert "\n" not in caught.value.code
+    return caught.value.code
+
+
+# --- flags ---
+
+
+def test_flags_of_train() -> None:
+    command = parsed(
+        "train --env textgym/Text-v0 --model smollm2 --total-episodes 10 --output-dir out --seed 3 --critic separate "
+        "--kl-coef 0.1 --kl-target 6 --kl-estimator full --temperature 0.7 --bf16 --target-kl 0.02 "
+        "--no-whiten-advantages"
+    )
+    assert isinstance(command, cli.Train)
+    assert (command.env, command.model, command.total_episodes) == ("textgym/Text-v0", "smollm2", 10)
+    assert (command.output_dir, command.critic, command.temperature) == (Path("out"), "separate", 0.7)
+    assert (command.kl_coef, command.kl_target, command.kl_estimator) == (0.1, 6.0, "full")
+    assert command.ppo == PPOConfig(seed=3, bf16=True, target_kl=0.02, whiten_advantages=False)
+
+
+def test_flags_of_the_others() -> None:
+    reward = parsed("reward-model --output-dir out --model tiny --epochs 1 --seed 2")
+    assert reward == cli.TrainReward(Path("out"), settings=RewardModelConfig(epochs=1.0, seed=2))
+    evaluate = parsed("evaluate --policy out/policy --prompts 8 --seed 1")
+    assert evaluate == cli.Evaluate("out/policy", prompts=8, seed=1)
+    demo = parsed("demo --output-dir out --seed 4")
+    assert isinstance(demo, DemoConfig)
+    assert (demo.output_dir, demo.ppo.seed, demo.reward_model.seed) == (Path("out"), 4, 4)
+
+
+def test_every_field_of_ppo_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(PPOConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown
+
+
+# --- train and evaluate ---
+
+
+def test_train_leaves_a_run_folder_and_evaluate_reads_it(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs(), "--learning-rate", "1e-3"])
+    run = working_folder / "run"
+    expected = {"config.json", "metrics.jsonl", "tensorboard", "curves.png", "samples.md", "policy"}
+    assert {path.name for path in run.iterdir()} == expected
+    assert json.loads((run / "config.json").read_text())["ppo"]["learning_rate"] == 1e-3
+    assert [json.loads(line)["episodes"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [8, 16, 24]
+    assert len((run / "samples.md").read_text().splitlines()) == 2 + 64
+
+    policy, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "policy", ASSETS / "tiny"))
+    assert not torch.equal(policy.get_output_embeddings().weight, start.get_output_embeddings().weight.float())
+    assert AutoTokenizer.from_pretrained(run / "policy").eos_token_id == policy.config.eos_token_id
+
+    capsys.readouterr()
+    cli.main(["evaluate", "--policy", "run/policy", "--prompts", "5", "--samples", "1", *env_kwargs()])
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    figures = {line[0]: line[1:] for line in lines if len(line) == 3}
+    assert {"score", "kl", "judge", "reference_ppl", "distinct_2", "length"} <= set(figures)
+    assert float(figures["kl"][0]) == pytest.approx(0.0, abs=1e-3), "the reference to itself"
+    assert lines[-1][:5] == ["The", "first", "half", "hour", "of"]
+
+
+def test_evaluate_shows_brackets_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are text, not markup of the terminal's: `[/x]` would be an error, `[x]` would vanish."""
+    generate = cli.generate
+
+    def with_brackets(*arguments: Any) -> Any:
+        samples = generate(*arguments)
+        samples.transcripts[0]["completion"] = " a [b] c [/b]"
+        return samples
+
+    monkeypatch.setattr(cli, "generate", with_brackets)
+    cli.main(["evaluate", "--policy", "tiny", "--prompts", "1", "--num-envs", "1", *env_kwargs()])
+    assert "a [b] c [/b]" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_metrics_policy_and_curves(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: LiveProgress, agent: Any, metrics: dict[str, float]) -> None:
+        if agent.updates == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LiveProgress, "__call__", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs()])
+    assert caught.value.code == 130
+    run = working_folder / "run"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (run / "curves.png").stat().st_size > 0
+    assert AutoModelForCausalLM.from_pretrained(run / "policy").config.vocab_size == 2048
+    assert not list(run.rglob(".*")), "nothing half-written"
+
+
+def test_ctrl_c_before_the_first_update(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("textgym.agents.on_policy.collect", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs()])
+    assert caught.value.code == 130
+    assert (working_folder / "run" / "policy" / "model.safetensors").exists()
+
+
+def test_reward_model_is_trained_and_saved(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snippets = [Snippet(f"{word} film {i}", rating) for i in range(30) for word, rating in (("good", 3), ("bad", -3))]
+    assert {snippet.split for snippet in snippets} == {"train", "policy", "test"}
+    monkeypatch.setattr(cli, "movie_snippets", lambda: snippets)
+    cli.main(["reward-model", "--output-dir", "reward", "--epochs", "3"])
+    assert "held-out pairwise accuracy: reward model " in capsys.readouterr().out
+    model = RewardModel.from_pretrained(working_folder / "reward")
+    good, bad = model(["", ""], ["good film", "bad film"])
+    assert good > bad
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such-model"], "textgym: cannot load a model called 'no/such-model': use 'tiny', 'smollm2'"),
+        (["--env", "textgym/Nope-v0"], "textgym: Environment `Nope` doesn't exist"),
+        (
+            ["--env", "textgym/Text-v0"],
+            "missing 1 required positional argument: 'prompts'. Its further",
+        ),
+        (["--env-kwargs", "{"], "textgym: --env-kwargs is not JSON: "),
+        (["--env-kwargs", "[1]"], "textgym: --env-kwargs must be a JSON object of arguments, got [1]"),
+        (env_kwargs(colour=1), "got an unexpected keyword argument 'colour'"),
+        (env_kwargs(num_envs=1), "got multiple values for argument 'num_envs'"),
+        (env_kwargs(kl_mode="reference"), "make it with kl_mode='deferred'"),
+        (env_kwargs(max_new_tokens=0), "textgym: max_new_tokens must be at least 1, got 0"),
+        (env_kwargs(reward="my_rewards:nothing"), "'my_rewards' has no 'nothing'. It has: broken, text_length"),
+        (env_kwargs(prompts="no.jsonl"), "there is no file 'no.jsonl' with prompts"),
+        (["--num-envs", "7"], "textgym: episodes_per_update=8 must be a multiple of num_envs=7"),
+        (["--temperature", "0"], "textgym: temperature must be above 0"),
+        (["--output-dir", "my_rewards.py"], "my_rewards.py"),
+    ],
+)
+def test_errors_of_the_users_making_are_one_line(arguments: list[str], message: str, working_folder: Path) -> None:
+    assert message in error_of("train", "--output-dir", "run", *SMALL, *env_kwargs(), *arguments)
+    assert not (working_folder / "run").exists()
+
+
+def test_a_reward_that_breaks_while_training(working_folder: Path) -> None:
+    line = error_of("train", "--output-dir", "run", *SMALL, *env_kwargs(reward="my_rewards:broken"))
+    assert line.startswith("textgym: reward function 'broken' returned nan, not a finite number, for row 0 (prompt '")
+    assert (working_folder / "run" / "policy" / "model.safetensors").exists()
+
+
+def test_evaluate_needs_prompts() -> None:
+    assert "choose at least one" in error_of("evaluate", "--policy", "tiny", "--prompts", "0", *env_kwargs())
+
+
+def test_the_installed_command(working_folder: Path) -> None:
+    """In a process of its own: exit code 1, one line on stderr, no traceback."""
+    command = [str(Path(sys.executable).with_name("textgym")), "train", "--output-dir", "run", "--env-kwargs", "{"]
+    result = subprocess.run(command, cwd=working_folder, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("textgym: --env-kwargs is not JSON")
