@@ -39,16 +39,16 @@ class DemoConfig:
     """Where the run folder is written."""
     model: str = "tiny"
     """The language model: start of the policy, and the reference."""
-    total_episodes: int = 3072
+    total_episodes: int = 2560
     """Episodes that PPO plays."""
     num_envs: int = 64
     """Rows of the environment."""
     eval_prompts: int = 256
     """Held-out prompts that the policy is measured on, before and after."""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     """beta: reward (in deviations of the reference's scores) that a nat of divergence costs."""
-    min_new_tokens: int = 0
-    """0 lets texts end where the model ends them; 24 makes all of them 24 tokens long."""
+    min_new_tokens: int = 24
+    """24 makes every text 24 tokens long; 0 lets texts end where the model ends them."""
     max_new_tokens: int = 24
     """Longest completion, in tokens."""
     missing_eos_penalty: float = 0.0
@@ -57,7 +57,7 @@ class DemoConfig:
     """Of everything."""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """Training of the reward model."""
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=6e-4, minibatch_size=64, value_coef=0.5))
     """Training of the policy."""
 
     def __post_init__(self) -> None:

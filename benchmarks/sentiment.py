@@ -44,7 +44,7 @@ from textgym.rewards.functions import lexicon_sentiment
 @dataclass
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
-    total_episodes: int = 12_288
+    total_episodes: int = 6144
     best_of: int = 16
     sft_epochs: int = 2
     output_dir: Path = Path("runs/bench-demo")

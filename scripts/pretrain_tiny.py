@@ -121,7 +121,7 @@ def make_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaForCa
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
-            max_position_embeddings=512,
+            max_position_embeddings=config.context,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -137,14 +137,26 @@ def nll(model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_character(model: torch.nn.Module, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast) -> float:
-    """Bits to code held-out groups, each after one EOS and cut at 512 tokens, over their characters."""
+def bits_per_character(
+    model: Any, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast, context: int, stride: int = 64
+) -> float:
+    """Bits to code held-out groups, each after one EOS, over their characters.
+
+    Every token is predicted from the last `context - stride` to `context` tokens: windows overlap, and count what is new.
+    """
     bits, characters = 0.0, 0
     for group in groups:
-        ids = tokenizer(EOS + "".join(turn + EOS for turn in group))["input_ids"][:512]
-        characters += len(tokenizer.decode(ids[1:]).replace(EOS, "\n"))
-        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]  # (T - 1, V)
-        bits += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item() / math.log(2)
+        text = "".join(turn + EOS for turn in group)
+        ids = tokenizer(EOS + text)["input_ids"]
+        characters += len(text) - (len(EOS) - 1) * len(group)  # an EOS counts as one character
+        for start in range(0, max(len(ids) - context, 0) + stride, stride):
+            window = ids[start : start + context + 1]
+            known = 0 if start == 0 else context - stride  # predicted in the window before
+            if len(window) - 1 <= known:
+                break
+            logits = model(input_ids=torch.tensor([window[:-1]])).logits[0, known:]
+            targets = torch.tensor(window[known + 1 :])
+            bits += F.cross_entropy(logits, targets, reduction="sum").item() / math.log(2)
     return bits / characters
 
 
@@ -178,8 +190,8 @@ def train(config: Config, documents: dict[str, Documents]) -> None:
                 "step": step,
                 "minutes": round((time.time() - started) / 60, 1),
                 "train_loss": round(loss.item(), 3),
-                "chat_bpc": round(bits_per_character(model, chat.heldout, tokenizer), 4),
-                "reviews_bpc": round(bits_per_character(model, reviews.heldout[:500], tokenizer), 4),
+                "chat_bpc": round(bits_per_character(model, chat.heldout, tokenizer, config.context), 4),
+                "reviews_bpc": round(bits_per_character(model, reviews.heldout[:500], tokenizer, config.context), 4),
             }
             print(json.dumps(figures), flush=True)
             save(model, tokenizer, config.output_dir)
@@ -188,7 +200,7 @@ def train(config: Config, documents: dict[str, Documents]) -> None:
 def report(config: Config, documents: dict[str, Documents]) -> dict[str, Any]:
     """The figures of the model card: held-out bits per character, and samples."""
     model, tokenizer = load_causal_lm(config.output_dir), load_tokenizer(config.output_dir)
-    bpc = {kind: bits_per_character(model, docs.heldout, tokenizer) for kind, docs in documents.items()}
+    bpc = {kind: bits_per_character(model, docs.heldout, tokenizer, config.context) for kind, docs in documents.items()}
     weights = {"chat": num_characters(documents["chat"])}
     weights["reviews"] = config.review_weight * num_characters(documents["reviews"])
     torch.manual_seed(config.seed)

@@ -17,7 +17,7 @@ Pair = dict[str, Any]
 
 
 def make_preferences(
-    snippets: Sequence[Snippet], *, min_gap: float = 0.5, group_size: int = 8, seed: int = 0
+    snippets: Sequence[Snippet], *, min_gap: float = 1.0, group_size: int = 64, rounds: int = 2, seed: int = 0
 ) -> list[Pair]:
     """All comparisons within shuffled groups of snippets.
 
@@ -27,9 +27,10 @@ def make_preferences(
     Args:
         min_gap: pairs whose ratings differ by less, in rating points, are left out: people would not agree on them.
         group_size: K, the number of snippets compared with each other.
-        seed: of the shuffle.
+        rounds: how often each snippet is compared, each time within another group.
+        seed: of the shuffles.
 
-    >>> make_preferences([Snippet("dull", -2.0), Snippet("a joy", 3.0)])
+    >>> make_preferences([Snippet("dull", -2.0), Snippet("a joy", 3.0)], rounds=1)
     [{'chosen': 'a joy', 'rejected': 'dull', 'margin': 5.0, 'group': 0}]
 
     Raises:
@@ -37,9 +38,12 @@ def make_preferences(
     """
     if group_size < 2:
         raise ValueError(f"group_size is {group_size}: a comparison needs at least 2 snippets")
-    shuffled = list(snippets)
-    random.Random(seed).shuffle(shuffled)
-    groups = [shuffled[start : start + group_size] for start in range(0, len(shuffled), group_size)]
+    rng = random.Random(seed)
+    groups = [
+        shuffled[start : start + group_size]
+        for shuffled in (rng.sample(snippets, len(snippets)) for _ in range(rounds))
+        for start in range(0, len(shuffled), group_size)
+    ]
     pairs = [
         _pair(first, second, index)
         for index, group in enumerate(groups)
@@ -47,12 +51,12 @@ def make_preferences(
         if abs(first.rating - second.rating) >= min_gap and first.text != second.text
     ]
     if not pairs:
-        raise ValueError(f"no two of the {len(shuffled)} snippets differ by a rating gap of {min_gap}: lower min_gap")
+        raise ValueError(f"no two of the {len(snippets)} snippets differ by a rating gap of {min_gap}: lower min_gap")
     return pairs
 
 
 def heldout_pairs(
-    snippets: Sequence[Snippet], *, num_pairs: int = 5000, min_gap: float = 1.0, seed: int = 0
+    snippets: Sequence[Snippet], *, num_pairs: int = 20_000, min_gap: float = 1.0, seed: int = 0
 ) -> list[Pair]:
     """Random pairs to measure accuracy on: any two snippets whose ratings differ by more than `min_gap`.
 
@@ -61,14 +65,15 @@ def heldout_pairs(
     Raises:
         ValueError: snippets of which no two differ by more than `min_gap`.
     """
-    ratings = [snippet.rating for snippet in snippets]
+    distinct = list({snippet.text: snippet for snippet in snippets}.values())
+    ratings = [snippet.rating for snippet in distinct]
     if not ratings or max(ratings) - min(ratings) <= min_gap:
         raise ValueError(f"no two of the {len(ratings)} snippets differ by a rating gap above {min_gap}: lower min_gap")
     rng = random.Random(seed)
     pairs: list[Pair] = []
     while len(pairs) < num_pairs:
-        first, second = rng.choice(snippets), rng.choice(snippets)
-        if abs(first.rating - second.rating) > min_gap and first.text != second.text:
+        first, second = rng.choice(distinct), rng.choice(distinct)
+        if abs(first.rating - second.rating) > min_gap:
             pairs.append(_pair(first, second, len(pairs)))
     return pairs
 

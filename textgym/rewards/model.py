@@ -11,9 +11,7 @@ import json
 import math
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +19,19 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.trainer_callback import PrinterCallback
 from transformers.utils import cached_file
 
 from textgym.data.files import atomic_folder
 from textgym.models.loading import ASSETS, Device, disable_dropout, freeze, load_classifier, load_tokenizer
+from textgym.rewards.last_token import LastTokenScorer, batches_by_length, pad_right, score_head
+from textgym.rewards.pairwise import RewardModelConfig, fit, pairwise_loss
+
+__all__ = ["RewardModel", "RewardModelConfig", "pairwise_accuracy", "pairwise_loss", "train_reward_model"]
 
 SETTINGS_FILE = "reward_model.json"
 TINY = ASSETS / "tiny_reward"
-
-
-class LastTokenScorer(nn.Module):
-    """The raw score of right-padded rows, in fp32 whatever the model's dtype (traps 22, 28)."""
-
-    def __init__(self, classifier: PreTrainedModel) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Scores `(B,)` of `input_ids` `(B, T)`, of which row i holds `lengths[i]` tokens and then padding."""
-        mask = (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()  # (B, T)
-        head = score_head(self.classifier)
-        if head is None:  # an encoder such as BERT, which pools by itself and is told what is padding
-            return self.classifier(input_ids=input_ids, attention_mask=mask).logits[:, 0].float()
-        hidden = self.classifier.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]  # (B, T, d)
-        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]  # (B, d)
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return F.linear(last.float(), head.weight.float(), bias)[:, 0]
-
-
-def score_head(classifier: PreTrainedModel) -> nn.Linear | None:
-    """The head that decoder-only classifiers of transformers read the score with; `None` for encoders."""
-    head = getattr(classifier, "score", None)
-    return head if isinstance(head, nn.Linear) else None
 
 
 class RewardModel:
@@ -171,7 +145,7 @@ class RewardModel:
         Returns:
             `(B,)` float32 on the model's device.
         """
-        return self.gain * self.scorer(input_ids, lengths) + self.bias
+        return self.gain * self.scorer(input_ids, lengths).last + self.bias
 
     def score_texts(self, texts: Sequence[str]) -> Tensor:
         """Scores `(N,)` of whole texts, each prompt + completion."""
@@ -190,7 +164,9 @@ class RewardModel:
         if not texts:
             return []
         if score_head(self.model) is None:  # encoders: their tokenizer knows where its special tokens go
-            encoded: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length).input_ids
+            encoded: list[list[int]] = self.tokenizer(
+                list(texts), truncation=True, max_length=self.max_length
+            ).input_ids
             return encoded
         return [self._closed(ids) for ids in self.tokenizer(list(texts)).input_ids]
 
@@ -247,36 +223,6 @@ class RewardModel:
         return closed
 
 
-@dataclass
-class RewardModelConfig:
-    """How a reward model is trained."""
-
-    learning_rate: float = 5e-4
-    """Peak of AdamW's learning rate."""
-    epochs: float = 2.0
-    """Passes over the preference pairs."""
-    groups_per_batch: int = 4
-    """Groups of compared texts in one update."""
-    warmup: float = 0.1
-    """Share of the updates over which the learning rate rises, before it falls along a cosine."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    use_margin: bool = False
-    """Ask for a difference of scores above the pair's `margin` (Touvron et al. 2023, equation 2)."""
-    center_coefficient: float = 0.0
-    """Weight of the squared sum of a pair's scores, which keeps them around zero (Eisenstein et al. 2023)."""
-    max_length: int = 512
-    """Tokens of a text that are read; longer ones lose their beginning."""
-    heldout_fraction: float = 0.1
-    """Share of the groups kept for the reported accuracy, where no held-out pairs are given."""
-    bf16: bool = False
-    """Train under bfloat16 autocast, which pays on hardware with matrix units for it."""
-    num_threads: int = 1
-    """Torch threads while training on a CPU: two collapse when another process runs."""
-    seed: int = 0
-    """Of the reward head and the order of the groups."""
-
-
 def train_reward_model(
     preferences: Sequence[Mapping[str, Any]],
     base: str | os.PathLike[str] = "tiny",
@@ -315,22 +261,10 @@ def train_reward_model(
         model = load_classifier(base)
         model.config.pad_token_id = tokenizer.pad_token_id
         reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
-        _train(reward_model, groups, config, list(callbacks))
+        model.requires_grad_(True)
+        fit(reward_model.scorer, groups, reward_model.encode, config, callbacks)
+        reward_model.scorer = LastTokenScorer(freeze(model))  # without the wrapping that accelerate put on
         return reward_model, pairwise_accuracy(reward_model, heldout) if heldout else math.nan
-
-
-def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0) -> Tensor:
-    """Mean of `-log sigmoid(chosen - rejected - margin)` plus centring, as in TRL's RewardTrainer.
-
-    Args:
-        chosen: `(P,)` scores of the preferred texts.
-        rejected: `(P,)` scores of the others.
-        margin: `(P,)`, how much higher the preferred text ought to score.
-        center_coefficient: weight of the mean of `(chosen + rejected)^2`.
-    """
-    difference = chosen - rejected if margin is None else chosen - rejected - margin
-    loss = -F.logsigmoid(difference).mean()
-    return loss + center_coefficient * (chosen + rejected).square().mean()
 
 
 def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Mapping[str, Any]]) -> float:
@@ -346,98 +280,6 @@ def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Mapping[str, A
     return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
 
 
-class PairwiseTrainer(Trainer):
-    """`transformers.Trainer` with the pairwise loss over the batches of `GroupCollator`."""
-
-    def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.config = config
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        """The loss of one batch of groups; every text in it is encoded once."""
-        scores = torch.cat([model(input_ids, lengths) for input_ids, lengths in inputs["texts"]])  # (N,)
-        chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]  # (P,)
-        margin = inputs["margin"] if self.config.use_margin else None
-        loss = pairwise_loss(chosen, rejected, margin, self.config.center_coefficient)
-        return (loss, scores) if return_outputs else loss
-
-
-class GroupCollator:
-    """Puts groups of pairs into one batch: each text once, sorted by length, and pairs as indices into the texts."""
-
-    def __init__(self, reward_model: RewardModel, texts: Sequence[str], chunk_size: int = 16) -> None:
-        self.rows = dict(zip(texts, reward_model.encode(texts), strict=True))
-        self.chunk_size = chunk_size
-
-    def __call__(self, groups: list[list[Mapping[str, Any]]]) -> dict[str, Any]:
-        """`texts`: chunks of padded ids `(B, T)` with lengths `(B,)`; `chosen`, `rejected`, `margin`: `(P,)`."""
-        pairs = [pair for group in groups for pair in group]
-        chosen, rejected = [_text(pair, "chosen") for pair in pairs], [_text(pair, "rejected") for pair in pairs]
-        texts = list(dict.fromkeys(chosen + rejected))
-        rows = [self.rows[text] for text in texts]
-        chunks = batches_by_length(rows, self.chunk_size)
-        slot = {texts[index]: slot for slot, index in enumerate(index for chunk in chunks for index in chunk)}
-        return {
-            "texts": [pad_right([rows[index] for index in chunk]) for chunk in chunks],
-            "chosen": torch.tensor([slot[text] for text in chosen]),
-            "rejected": torch.tensor([slot[text] for text in rejected]),
-            "margin": torch.tensor([float(pair.get("margin") or 0.0) for pair in pairs]),
-        }
-
-
-def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of the rows in batches of similar length."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids `(B, T)`, zeros after the end of a row, and lengths `(B,)`; nobody may read the padding."""
-    lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), lengths
-
-
-def _train(
-    reward_model: RewardModel,
-    groups: list[list[Mapping[str, Any]]],
-    config: RewardModelConfig,
-    callbacks: list[TrainerCallback],
-) -> None:
-    texts = dict.fromkeys(_text(pair, side) for group in groups for pair in group for side in ("chosen", "rejected"))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.groups_per_batch,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=config.warmup,
-            weight_decay=config.weight_decay,
-            max_grad_norm=1.0,
-            bf16=config.bf16,
-            seed=config.seed,
-            save_strategy="no",
-            report_to=[],
-            logging_steps=10,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
-        reward_model.model.requires_grad_(True)
-        trainer = PairwiseTrainer(
-            config,
-            model=reward_model.scorer,
-            args=arguments,
-            train_dataset=groups,
-            data_collator=GroupCollator(reward_model, list(texts)),
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    reward_model.scorer = LastTokenScorer(freeze(reward_model.model))  # without the wrapping that accelerate put on
-
-
 def _grouped(preferences: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for index, pair in enumerate(preferences):
@@ -447,11 +289,6 @@ def _grouped(preferences: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str,
     if not groups:
         raise ValueError("there are no preferences to train on: give at least one pair of 'chosen' and 'rejected'")
     return list(groups.values())
-
-
-def _text(pair: Mapping[str, Any], side: str) -> str:
-    text: str = pair.get("prompt", "") + pair[side]
-    return text
 
 
 def _before(ids: Sequence[int], stop: int | None) -> list[int]:
@@ -469,7 +306,7 @@ def _encodes_alike(first: Tokenizer, second: Tokenizer) -> bool:
 
 
 def _restore_head(model: PreTrainedModel, path: str) -> None:
-    """Takes over what `AutoModelForSequenceClassification` ignores: a bias of the head (trap 29), or that there is none.
+    """Takes over what `AutoModelForSequenceClassification` ignores: a bias of the head, or that there is none (trap 29).
 
     Raises:
         ValueError: a checkpoint without a reward head, which transformers replaces by a random one.
@@ -480,7 +317,7 @@ def _restore_head(model: PreTrainedModel, path: str) -> None:
     found: dict[str, Tensor] = {}
     for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            found |= {key: tensors.get_tensor(key) for key in ("score.weight", "score.bias") if key in tensors.keys()}
+            found |= {key: tensors.get_tensor(key) for key in {"score.weight", "score.bias"} & set(tensors.keys())}
     if "score.weight" not in found:
         raise ValueError(f"{path} has no trained reward head: train one with train_reward_model(preferences, {path!r})")
     if "score.bias" in found:
@@ -490,14 +327,14 @@ def _restore_head(model: PreTrainedModel, path: str) -> None:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators, which `Trainer` does too, and puts them back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (others' generators, kept for them)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

@@ -1,0 +1,64 @@
+"""Trains a reward model on human preferences between movie-review snippets, and scores a few sentences with it.
+
+    python examples/train_reward_model.py                                       # under a minute on two CPU cores
+    python examples/train_reward_model.py --num-snippets 8000 --output-dir runs/reward_model
+    python examples/train_reward_model.py --reward-model.learning-rate 1e-3 --reward-model.use-margin
+
+What it leaves out: PPO against the reward model, which `examples/ppo_sentiment.py` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+
+from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.sources import movie_snippets
+from textgym.rewards.functions import lexicon_sentiment
+from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
+
+
+@dataclass
+class Args:
+    base: str = "tiny"
+    """Language model to start from: 'tiny', 'smollm2', a hub id or a path."""
+    num_snippets: int = 4000
+    """Rated snippets to make preferences from, of 8,554."""
+    num_heldout_pairs: int = 2000
+    """Pairs of snippets, unseen in training, to measure accuracy on."""
+    output_dir: Path | None = None
+    """Where to save the reward model; nowhere if not given."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)  # two threads collapse when another process runs
+
+    # 1. Human ratings -> preferences. Snippets of the other splits are held out.
+    snippets = movie_snippets()
+    train = [snippet for snippet in snippets if snippet.split == "train"][: args.num_snippets]
+    heldout = heldout_pairs([s for s in snippets if s.split != "train"], num_pairs=args.num_heldout_pairs)
+    preferences = make_preferences(train, seed=args.reward_model.seed)
+    print(f"{len(preferences)} comparisons between {len(train)} snippets, for example:\n{preferences[0]}\n")
+
+    # 2. Pairwise loss, -log sigmoid(r_chosen - r_rejected).
+    reward_model, accuracy = train_reward_model(preferences, args.base, config=args.reward_model, heldout=heldout)
+    lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
+    print(f"held-out pairwise accuracy: reward model {accuracy:.3f}, lexicon {lexicon:.3f}")
+
+    # 3. Mean 0 and deviation 1 on texts like those it will score. From here on it is a reward function.
+    reward_model.calibrate([snippet.text for snippet in train[:500]])
+    completions = ["a joy from start to finish.", "a mess from start to finish.", "two hours long."]
+    for completion, score in zip(completions, reward_model(["This film is "] * 3, completions), strict=True):
+        print(f"{score:+.2f}  This film is {completion}")
+
+    if args.output_dir is not None:
+        reward_model.save_pretrained(args.output_dir)
+        print(f"saved to {args.output_dir}: RewardModel.from_pretrained({str(args.output_dir)!r})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

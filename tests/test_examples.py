@@ -1,0 +1,90 @@
+"""Runs every example with small settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from textgym.data import sources
+from textgym.rewards.model import RewardModel
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def output_of(name: str, capsys: pytest.CaptureFixture[str], **settings: Any) -> str:
+    module = load(name)
+    capsys.readouterr()
+    module.main(module.Args(**settings))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_header_names_the_command_and_every_setting_has_a_default(name: str) -> None:
+    module = load(name)
+    assert f"    python examples/{name}.py" in (module.__doc__ or "")
+    assert module.Args() == module.Args()
+
+
+def test_gym_make(capsys: pytest.CaptureFixture[str]) -> None:
+    output = output_of("gym_make", capsys, episodes=2, num_envs=3)
+    assert "textgym/Sentiment-v0: Discrete(2048), observations of 72 slots" in output
+    assert output.count("  score ") == 2
+    assert "episodes in 3 rows: mean score " in output
+
+
+def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
+    output = output_of("custom_reward", capsys, total_episodes=16, num_envs=4, max_new_tokens=4, samples=2)
+    assert [line.split()[1] for line in output.splitlines() if line.startswith("episode")] == ["8", "16"]
+    assert output.count("  before:") == output.count("  after: ") == 2
+
+
+def test_custom_reward_counts_words() -> None:
+    module = load("custom_reward")
+    assert module.word_count([" one two", ""], [2, 5]) == [0.0, -5.0]
+    assert module.full_stop(["done.", "not"]) == [True, False]
+
+
+def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"total_episodes": 16, "num_envs": 8, "max_new_tokens": 4, "eval_prompts": 12}
+    output = output_of("ppo_sentiment", capsys, output_dir=working_folder / "policy", **settings)
+    assert "before" in output
+    for figure in ("score", "kl", "reference_ppl", "distinct_2", "length"):
+        assert figure in output
+    assert "judge" not in output
+    assert AutoModelForCausalLM.from_pretrained(working_folder / "policy").config.vocab_size == 2048
+
+
+def test_train_reward_model(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On made-up ratings, for tests download nothing."""
+    rated = [(f"{word} film {i}", rating) for i in range(30) for word, rating in (("good", 3.0), ("bad", -3.0))]
+    monkeypatch.setattr(sources, "movie_snippets", lambda: [sources.Snippet(*row) for row in rated])
+    folder = working_folder / "reward"
+    output = output_of("train_reward_model", capsys, num_snippets=40, num_heldout_pairs=20, output_dir=folder)
+    assert "held-out pairwise accuracy: reward model " in output
+    assert output.count("This film is ") == 3
+    assert len(RewardModel.from_pretrained(folder)(["This film is"], [" good"])) == 1

@@ -1,0 +1,112 @@
+"""The README: its code runs as pasted, its commands exist, its tables say what the code says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from textgym import cli
+from textgym.agents import PPOConfig
+from textgym.envs.tasks.sentiment import DEFAULTS
+from textgym.envs.text import TextEnv
+from textgym.envs.vector import TextVectorEnv
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE_ROW = re.compile(r"^\| `(\w+)` \| (required|`[^`]+`) \| ", re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command of the shell blocks, and every one in backticks that begins like one, split into words."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines += re.findall(r"`((?:make|textgym|python) [^`]+)`", README)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def heading_of(block: str) -> str:
+    before = README[: README.index(block)]
+    return re.findall(r"^## (.+)$", before, re.MULTILINE)[-1]
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=heading_of)
+def test_python_blocks_run_as_pasted(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_blocks_of_each_kind() -> None:
+    assert len(blocks("python")) >= 5
+    assert [words[0] for words in commands()[:2]] == ["make", "make"]
+    assert [words[1] for words in commands()[:2]] == ["demo", "test"]
+
+
+def test_lengths_that_are_promised() -> None:
+    first, second = ([line for line in block.splitlines() if line] for block in blocks("python")[:2])
+    assert len(first) <= 10
+    assert len(second) <= 8
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for words in commands() if words[0] == "make" for target in words[1:]}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_textgym_commands_parse() -> None:
+    named = [words[1:] for words in commands() if words[0] == "textgym"]
+    complete = [words for words in named if len(words) > 1 and words[-1] != "--help"]
+    assert len(complete) >= 4
+    for words in complete:
+        tyro.cli(cli.Command, args=words, prog="textgym")
+    subcommands = {"demo", "train", "reward-model", "evaluate"}
+    assert {words[0] for words in named} == subcommands
+
+
+def test_scripts_and_links_exist() -> None:
+    scripts = {words[1] for words in commands() if words[0] == "python"}
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link}
+    assert scripts
+    assert links
+    missing = [path for path in scripts | links if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_anchors_exist() -> None:
+    titles = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+def test_tables_of_arguments_are_those_of_the_code() -> None:
+    shown = {name: default.strip("`") for name, default in TABLE_ROW.findall(README)}
+    for environment in (TextEnv, TextVectorEnv):
+        parameters = inspect.signature(environment).parameters
+        assert set(parameters) <= set(shown)
+        for name, parameter in parameters.items():
+            default = "required" if parameter.default is parameter.empty else repr_of(parameter.default)
+            assert shown[name] == default, name
+    assert set(shown) == set(inspect.signature(TextVectorEnv).parameters)
+
+
+def repr_of(default: object) -> str:
+    return str(default) if type(default).__name__ == "AutoresetMode" else repr(default)
+
+
+def test_defaults_of_the_sentiment_task_are_those_of_the_code() -> None:
+    paragraph = README.split("`textgym/Sentiment-v0` sets ")[1].split("\n\n")[0]
+    for name, default in DEFAULTS.items():
+        assert f"`{name}={default!r}`".replace("'", '"') in paragraph
+
+
+def test_settings_that_are_named_exist() -> None:
+    for name in re.findall(r"PPOConfig\(([^)]*)\)", README):
+        assert {pair.split("=")[0].strip() for pair in name.split(",")} <= set(PPOConfig.__dataclass_fields__)

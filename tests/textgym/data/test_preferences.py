@@ -1,0 +1,70 @@
+"""Preference pairs from ratings."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.sources import Snippet
+
+SNIPPETS = [Snippet(f"text {index}", rating=(index * 7 % 20) / 2.5 - 4) for index in range(20)]
+
+
+def test_a_pair_has_the_higher_rated_text_as_chosen() -> None:
+    rating = {snippet.text: snippet.rating for snippet in SNIPPETS}
+    pairs = make_preferences(SNIPPETS, min_gap=0.1)
+    assert pairs
+    for pair in pairs:
+        assert set(pair) == {"chosen", "rejected", "margin", "group"}
+        assert pair["margin"] == pytest.approx(rating[pair["chosen"]] - rating[pair["rejected"]])
+        assert pair["margin"] >= 0.1
+
+
+def test_groups_partition_the_snippets_and_hold_all_their_comparisons() -> None:
+    pairs = make_preferences(SNIPPETS, min_gap=0.0, group_size=8)
+    texts = {
+        group: {pair[side] for pair in pairs if pair["group"] == group for side in ("chosen", "rejected")}
+        for group in {pair["group"] for pair in pairs}
+    }
+    assert sorted(map(len, texts.values())) == [4, 8, 8]
+    assert len(pairs) == 6 + 28 + 28
+    for one, other in itertools.combinations(texts.values(), 2):
+        assert not one & other
+
+
+def test_the_gap_leaves_out_what_people_would_not_agree_on() -> None:
+    everything, clear = (make_preferences(SNIPPETS, min_gap=gap) for gap in (0.0, 2.0))
+    assert len(clear) < len(everything)
+    assert all(pair["margin"] >= 2.0 for pair in clear)
+
+
+def test_pairs_depend_on_the_seed_only() -> None:
+    assert make_preferences(SNIPPETS, seed=3) == make_preferences(SNIPPETS, seed=3)
+    assert make_preferences(SNIPPETS, seed=3) != make_preferences(SNIPPETS, seed=4)
+    assert heldout_pairs(SNIPPETS, num_pairs=50, seed=3) == heldout_pairs(SNIPPETS, num_pairs=50, seed=3)
+
+
+def test_heldout_pairs_have_a_gap_above_the_minimum() -> None:
+    pairs = heldout_pairs(SNIPPETS, num_pairs=100)
+    assert len(pairs) == 100
+    assert all(pair["margin"] > 1.0 for pair in pairs)
+
+
+def test_a_text_is_never_compared_with_itself() -> None:
+    doubled = [Snippet("same", -3.0), Snippet("same", 3.0), Snippet("other", 0.0)]
+    for pair in make_preferences(doubled) + heldout_pairs(doubled, num_pairs=20):
+        assert pair["chosen"] != pair["rejected"]
+
+
+def test_what_cannot_be_compared_is_an_error_that_says_so() -> None:
+    alike = [Snippet("a", 1.0), Snippet("b", 1.1)]
+    with pytest.raises(ValueError, match="lower min_gap"):
+        make_preferences(alike)
+    with pytest.raises(ValueError, match="lower min_gap"):
+        heldout_pairs(alike)
+    with pytest.raises(ValueError, match="lower min_gap"):
+        heldout_pairs([Snippet("same", -3.0), Snippet("same", 3.0)])
+    with pytest.raises(ValueError, match="at least 2"):
+        make_preferences(SNIPPETS, group_size=1)

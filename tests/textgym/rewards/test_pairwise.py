@@ -1,0 +1,180 @@
+"""Training on preference pairs: the loss, batches of groups, the optimiser, and what training leaves behind."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.pairwise import GroupCollator, MuonAndAdamW, pairwise_loss
+from textgym.testing import byte_tokenizer, mock_lm
+
+EOS = 256
+
+GOOD, BAD = ["good film", "a good play", "very good", "good"], ["bad film", "a bad play", "very bad", "bad"]
+PAIRS = [
+    {"chosen": good, "rejected": bad, "margin": 1.0, "group": group}
+    for group in range(4)
+    for good, bad in zip(GOOD, BAD, strict=True)
+]
+EXACT: dict[str, Any] = {"token_dropout": 0.0, "mean_coefficient": 0.0}
+FAST = RewardModelConfig(epochs=8, **EXACT)
+
+
+def test_it_learns_what_was_preferred(mock_folder: Path) -> None:
+    heldout = [{"prompt": "one ", "chosen": "good day", "rejected": "bad day"}]
+    model, accuracy = train_reward_model(PAIRS, mock_folder, config=FAST, heldout=heldout)
+    assert accuracy == 1.0
+    assert pairwise_accuracy(model, PAIRS) == 1.0
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+    model.save_pretrained(mock_folder / "reward")
+    assert pairwise_accuracy(RewardModel.from_pretrained(mock_folder / "reward"), PAIRS) == 1.0
+
+
+def test_training_is_quiet_and_leaves_no_trace(
+    mock_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    files = sorted(tmp_path.rglob("*"))
+    state = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+    threads = torch.get_num_threads()
+    capfd.readouterr()
+    train_reward_model(PAIRS, mock_folder, config=RewardModelConfig(epochs=1))
+    assert capfd.readouterr() == ("", "")
+    assert sorted(tmp_path.rglob("*")) == files
+    assert random.getstate() == state[0]
+    assert np.random.get_state()[1].tolist() == state[1]
+    assert torch.equal(torch.get_rng_state(), state[2])
+    assert torch.get_num_threads() == threads
+
+
+def test_the_seed_decides(mock_folder: Path) -> None:
+    scores = [
+        train_reward_model(PAIRS, mock_folder, config=RewardModelConfig(epochs=1, seed=seed))[0].score_texts(GOOD)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+def test_margin_and_centring_act(mock_folder: Path) -> None:
+    def gap_and_sum(**settings: Any) -> tuple[float, float]:
+        config = RewardModelConfig(epochs=8, **EXACT, **settings)
+        model, _ = train_reward_model(PAIRS, mock_folder, config=config)
+        good, bad = model.score_texts(GOOD), model.score_texts(BAD)
+        return (good - bad).mean().item(), (good + bad).square().mean().item()
+
+    plain_gap, plain_sum = gap_and_sum()
+    assert gap_and_sum(use_margin=True)[0] > plain_gap
+    assert gap_and_sum(center_coefficient=1.0)[1] < plain_sum
+
+
+GROUP = [
+    {"chosen": "a", "rejected": "bb", "margin": 1.0},
+    {"chosen": "a", "rejected": "ccc"},
+    {"chosen": "bb", "rejected": "ccc", "prompt": ""},
+]
+
+
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    return [[*text.replace("bb", "BB").encode(), EOS] for text in texts]
+
+
+def test_a_text_is_encoded_once_a_batch() -> None:
+    groups = [GROUP, [{"chosen": "a", "rejected": "bb", "margin": 2.0}]]
+    collate = GroupCollator(groups, encode, RewardModelConfig(token_dropout=0.0), chunk_size=2)
+    batch = collate(groups)
+    (first, first_lengths), (second, second_lengths) = batch["texts"]
+    assert first.tolist() == [[97, EOS, 0], [66, 66, EOS]]
+    assert second.tolist() == [[99, 99, 99, EOS]]
+    assert [*first_lengths, *second_lengths] == [2, 3, 4]
+    assert batch["chosen"].tolist() == [0, 0, 1, 0]
+    assert batch["rejected"].tolist() == [1, 2, 2, 1]
+    assert batch["margin"].tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
+def test_token_dropout_keeps_the_ends() -> None:
+    pair = {"chosen": "a" * 500, "rejected": ""}
+    (short, _), (long, lengths) = GroupCollator([[pair]], encode, RewardModelConfig(token_dropout=0.5), 1)([[pair]])[
+        "texts"
+    ]
+    assert short.tolist() == [[EOS]]
+    assert (long[0, 0], long[0, -1]) == (97, EOS), "encoders read the score at the first token, decoders at the last"
+    assert 200 < lengths.item() < 300
+
+
+def test_the_mean_over_tokens_is_trained_too() -> None:
+    model = RewardModel(AutoModelForSequenceClassification.from_config(mock_lm(num_labels=1).config), byte_tokenizer())
+    batch = GroupCollator([GROUP], encode, RewardModelConfig(token_dropout=0.0))([GROUP])
+    last, mean = model.scorer(*batch["texts"][0])
+    # By hand: the score after each token of the longest text, which no padding touches.
+    prefixes = [
+        model.score(torch.tensor([[99, 99, 99, EOS][:length]]), torch.tensor([length])) for length in (1, 2, 3, 4)
+    ]
+    torch.testing.assert_close(last[-1:], prefixes[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mean[-1:], sum(prefixes) / 4, atol=1e-5, rtol=0)
+
+
+def test_the_optimiser_moves_matrices_by_muon_and_the_rest_by_adamw() -> None:
+    model = RewardModel(AutoModelForSequenceClassification.from_config(mock_lm(num_labels=1).config), byte_tokenizer())
+    optimizer = MuonAndAdamW(model.scorer, RewardModelConfig())
+    by_muon, by_adamw = ({id(p) for p in part.param_groups[0]["params"]} for part in optimizer.parts)
+    assert not by_muon & by_adamw
+    assert len(by_muon | by_adamw) == len(list(model.model.parameters()))
+    names = {name for name, parameter in model.model.named_parameters() if id(parameter) in by_adamw}
+    assert {name.split(".")[-2] for name in names if "norm" not in name} == {"embed_tokens", "score"}
+    # Schedulers write into the groups that both parts step with.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.clone() for parameter in model.model.parameters()]
+    model.model.requires_grad_(True)
+    model.scorer(torch.tensor([[97, EOS]]), torch.tensor([2])).last.sum().backward()
+    optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(before, model.model.parameters(), strict=True))
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert sum(not torch.equal(*pair) for pair in zip(before, model.model.parameters(), strict=True)) == len(by_muon)
+
+
+def test_callbacks_of_transformers_are_called(mock_folder: Path) -> None:
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+
+    count = Count()
+    train_reward_model(
+        PAIRS, mock_folder, config=RewardModelConfig(epochs=1, groups_per_batch=1), heldout=PAIRS, callbacks=[count]
+    )
+    assert count.steps == 4
+
+
+def test_the_one_thread_is_given_back(mock_folder: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    train_reward_model(PAIRS[:1], mock_folder, config=RewardModelConfig(epochs=1))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_trap_28_loss_is_that_of_trl_on_the_same_logits() -> None:
+    chosen, rejected, margin = torch.tensor([[2.0, 0.5, -1.0], [1.0, 1.0, 2.0], [0.5, 0.0, 1.0]])
+    # TRL's RewardTrainer: -logsigmoid(chosen - rejected - margin).mean() + coefficient * mean((chosen + rejected)^2)
+    plain = np.mean([math.log1p(math.exp(-difference)) for difference in (1.0, -0.5, -3.0)])
+    with_margin = np.mean([math.log1p(math.exp(-difference)) for difference in (0.5, -0.5, -4.0)])
+    assert pairwise_loss(chosen, rejected).item() == pytest.approx(plain, abs=1e-6)
+    assert pairwise_loss(chosen, rejected, margin).item() == pytest.approx(with_margin, abs=1e-6)
+    centred = pairwise_loss(chosen, rejected, center_coefficient=0.01).item()
+    assert centred == pytest.approx(plain + 0.01 * (9.0 + 2.25 + 1.0) / 3, abs=1e-6)

@@ -1,0 +1,59 @@
+"""Reads a score at the last real token of right-padded rows, found by length and never by looking for a pad id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+
+class TextScores(NamedTuple):
+    """Raw scores of texts, `(B,)` float32: read at the last token, and the mean over all tokens."""
+
+    last: Tensor
+    mean: Tensor
+
+
+class LastTokenScorer(nn.Module):
+    """The raw score of right-padded rows, in fp32 whatever the model's dtype (traps 22, 28)."""
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> TextScores:
+        """Scores of `input_ids` `(B, T)`, of which row i holds `lengths[i]` tokens and then padding."""
+        mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
+        head = score_head(self.classifier)
+        if head is None:  # an encoder such as BERT, which pools by itself and is told what is padding
+            logits = self.classifier(input_ids=input_ids, attention_mask=mask.long()).logits[:, 0].float()
+            return TextScores(logits, logits)
+        hidden = self.classifier.base_model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            scores = F.linear(hidden.float(), head.weight.float(), bias)[..., 0]  # (B, T)
+        last = scores[torch.arange(len(lengths), device=scores.device), lengths - 1]
+        return TextScores(last, torch.where(mask, scores, 0.0).sum(1) / lengths)
+
+
+def score_head(classifier: PreTrainedModel) -> nn.Linear | None:
+    """The head that decoder-only classifiers of transformers read the score with; `None` for encoders."""
+    head = getattr(classifier, "score", None)
+    return head if isinstance(head, nn.Linear) else None
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices of the rows in batches of similar length."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids `(B, T)`, zeros after the end of a row, and lengths `(B,)`; nobody may read the padding."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), lengths

@@ -1,0 +1,208 @@
+"""Trains a scorer on preference pairs, on `transformers.Trainer`: loss, batches, optimiser."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from textgym.rewards.last_token import LastTokenScorer, batches_by_length, pad_right
+
+Pair = Mapping[str, Any]
+
+
+@dataclass
+class RewardModelConfig:
+    """How a reward model is trained."""
+
+    matrix_learning_rate: float = 0.02
+    """Peak learning rate of Muon, which moves the weight matrices."""
+    learning_rate: float = 0.01
+    """Peak learning rate of AdamW, which moves embeddings, norms and the reward head."""
+    epochs: float = 1.0
+    """Passes over the preference pairs."""
+    groups_per_batch: int = 1
+    """Groups of compared texts in one update."""
+    warmup: float = 0.1
+    """Share of the updates over which the learning rate rises, before it falls along a cosine."""
+    weight_decay: float = 0.1
+    """Of the weight matrices."""
+    token_dropout: float = 0.15
+    """Share of a text's tokens left out each time it is trained on; few texts are then learned less by heart."""
+    mean_coefficient: float = 1.0
+    """Weight of the same loss on the mean score over all tokens, which teaches every token, not the last alone."""
+    use_margin: bool = False
+    """Ask for a difference of scores above the pair's `margin` (Touvron et al. 2023, equation 2)."""
+    center_coefficient: float = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps them near zero (Eisenstein et al. 2023)."""
+    max_length: int = 512
+    """Tokens of a text that are read; longer ones lose their beginning."""
+    heldout_fraction: float = 0.1
+    """Share of the groups kept for the reported accuracy, where no held-out pairs are given."""
+    bf16: bool = False
+    """Train under bfloat16 autocast, which pays on hardware with matrix units for it."""
+    num_threads: int = 1
+    """Torch threads while training on a CPU: two collapse when another process runs."""
+    seed: int = 0
+    """Of the reward head, the order of the groups and the tokens left out."""
+
+
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0
+) -> Tensor:
+    """Mean of `-log sigmoid(chosen - rejected - margin)` plus centring, as in TRL's RewardTrainer.
+
+    Args:
+        chosen: `(P,)` scores of the preferred texts.
+        rejected: `(P,)` scores of the others.
+        margin: `(P,)`, how much higher the preferred text ought to score.
+        center_coefficient: weight of the mean of `(chosen + rejected)^2`.
+    """
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    loss = -F.logsigmoid(difference).mean()
+    return loss + center_coefficient * (chosen + rejected).square().mean()
+
+
+def fit(
+    scorer: LastTokenScorer,
+    groups: list[list[Pair]],
+    encode: Callable[[Sequence[str]], list[list[int]]],
+    config: RewardModelConfig,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """Trains all weights of a scorer on groups of pairs; quiet, and it leaves no files.
+
+    Args:
+        scorer: its weights require gradients.
+        groups: each trained on as one element of a batch.
+        encode: texts to ids, closed as the model reads them.
+        config: learning rates, epochs, loss.
+        callbacks: of transformers, for progress.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.groups_per_batch,
+            lr_scheduler_type="cosine",
+            warmup_steps=config.warmup,
+            max_grad_norm=1.0,
+            bf16=config.bf16,
+            use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused on a CPU
+            seed=config.seed,
+            save_strategy="no",
+            report_to=[],
+            logging_steps=10,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        trainer = PairwiseTrainer(
+            config,
+            model=scorer,
+            args=arguments,
+            train_dataset=groups,
+            data_collator=GroupCollator(groups, encode, config),
+            callbacks=list(callbacks),
+            optimizers=(MuonAndAdamW(scorer, config), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+class PairwiseTrainer(Trainer):
+    """`transformers.Trainer` with the pairwise loss over the batches of `GroupCollator`."""
+
+    def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch of groups; every text in it is encoded once."""
+        scores = [model(input_ids, lengths) for input_ids, lengths in inputs["texts"]]
+        last, mean = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,) each
+        loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
+        return (loss, last) if return_outputs else loss
+
+    def _loss(self, scores: Tensor, inputs: dict[str, Any]) -> Tensor:
+        chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]  # (P,)
+        margin = inputs["margin"] if self.config.use_margin else None
+        return pairwise_loss(chosen, rejected, margin, self.config.center_coefficient)
+
+
+class GroupCollator:
+    """Puts groups of pairs into one batch: each text once, sorted by length, and pairs as indices into the texts."""
+
+    def __init__(
+        self,
+        groups: list[list[Pair]],
+        encode: Callable[[Sequence[str]], list[list[int]]],
+        config: RewardModelConfig,
+        chunk_size: int = 16,
+    ) -> None:
+        texts = list(
+            dict.fromkeys(text_of(pair, side) for group in groups for pair in group for side in ("chosen", "rejected"))
+        )
+        self.rows = dict(zip(texts, encode(texts), strict=True))
+        self.token_dropout, self.chunk_size = config.token_dropout, chunk_size
+        self.rng = random.Random(config.seed)
+
+    def __call__(self, groups: list[list[Pair]]) -> dict[str, Any]:
+        """`texts`: chunks of padded ids `(B, T)` with lengths `(B,)`; `chosen`, `rejected`, `margin`: `(P,)`."""
+        pairs = [pair for group in groups for pair in group]
+        chosen, rejected = [text_of(pair, "chosen") for pair in pairs], [text_of(pair, "rejected") for pair in pairs]
+        texts = list(dict.fromkeys(chosen + rejected))
+        rows = [self._thinned(self.rows[text]) for text in texts]
+        chunks = batches_by_length(rows, self.chunk_size)
+        slot = {texts[index]: slot for slot, index in enumerate(index for chunk in chunks for index in chunk)}
+        return {
+            "texts": [pad_right([rows[index] for index in chunk]) for chunk in chunks],
+            "chosen": torch.tensor([slot[text] for text in chosen]),
+            "rejected": torch.tensor([slot[text] for text in rejected]),
+            "margin": torch.tensor([float(pair.get("margin") or 0.0) for pair in pairs]),
+        }
+
+    def _thinned(self, row: list[int]) -> list[int]:
+        """A text with some tokens left out, but never the ends, where decoders (last) and encoders (first) read."""
+        return row[:1] + [token for token in row[1:-1] if self.rng.random() >= self.token_dropout] + row[1:][-1:]
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices and AdamW for embeddings, norms and heads, as Muon's authors advise."""
+
+    def __init__(self, scorer: LastTokenScorer, config: RewardModelConfig) -> None:
+        embeddings = {id(module.weight) for module in scorer.modules() if isinstance(module, nn.Embedding)}
+        matrices = [p for p in scorer.parameters() if p.ndim == 2 and min(p.shape) > 1 and id(p) not in embeddings]
+        chosen = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in scorer.parameters() if id(parameter) not in chosen]
+        self.parts = [
+            torch.optim.Muon(matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both, with the learning rates that schedulers have written into this object's groups."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups = [group]
+            part.step()
+
+
+def text_of(pair: Pair, side: str) -> str:
+    """The whole text of a pair's `"chosen"` or `"rejected"` side."""
+    text: str = pair.get("prompt", "") + pair[side]
+    return text
