@@ -55,7 +55,7 @@ class DemoConfig:
     """Taken off the score of a text that did not end within `max_new_tokens`."""
     seed: int = 0
     """Of everything."""
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
     """Training of the reward model."""
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=6e-4, minibatch_size=64, value_coef=0.5))
     """Training of the policy."""
@@ -182,10 +182,11 @@ def report(
 def samples_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[str], rows: int = 8) -> Any:
     """The first few prompts with their completions before and after."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="samples", title_justify="left", show_lines=True)
     for name in ("prompt", "before", "after"):
         table.add_column(name, ratio=1)
     for row in list(zip(prompts, before, after, strict=True))[:rows]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

@@ -147,7 +147,7 @@ class OnPolicyAgent(ABC):
         metrics: dict[str, Any] = {
             "objective/kl": sequence_kl.mean(),
             "objective/scores": rollout.scores.mean(),
-            "objective/scores_std": rollout.scores.std(),
+            "objective/scores_std": rollout.scores.std(correction=0),
             "objective/entropy": -rollout.log_probs.sum(1).mean(),
             "objective/non_score_reward": -self.penalty.coef * sequence_kl.mean(),
             "objective/rlhf_reward": (rollout.scores - self.penalty.coef * sequence_kl).mean(),
@@ -156,8 +156,9 @@ class OnPolicyAgent(ABC):
             "val/ended_by_stop": rollout.ended_by_stop.float().mean(),
         }
         for key, values in rollout.components.items():
-            name = key.removeprefix("reward/")
-            metrics |= {f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": values[~values.isnan()].std()}
+            name, given = key.removeprefix("reward/"), values[~values.isnan()]
+            if len(given):  # a function may leave every row out
+                metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
         return {key: float(value) for key, value in metrics.items()}
 
     # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ class RunFolder:
         self.write_json("config.json", dataclasses.asdict(config))
         self.metrics = (self.folder / "metrics.jsonl").open("w")
         self.history: list[Metrics] = []
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # an earlier run's, as metrics.jsonl is new too
         self.events = _summary_writer(self.folder / "tensorboard")
 
     def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:

@@ -48,7 +48,7 @@ class Config:
     best_of: int = 16
     sft_epochs: int = 2
     output_dir: Path = Path("runs/bench-demo")
-    demo: tyro.conf.OmitArgPrefixes[DemoConfig] = field(default_factory=DemoConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
 
 
 def supervised(config: DemoConfig, snippets: list[Snippet], epochs: int) -> ActorCritic:
@@ -101,9 +101,8 @@ def one_seed(config: Config, seed: int, live: LiveProgress) -> dict[str, dict[st
         row["length_ratio"] = row["length"] / before["length"]
         row["distinct_2_ratio"] = row["distinct_2"] / before["distinct_2"]
         row["judge_gain"] = row["judge"] - before["judge"]
-    folder.write_samples(
-        {name: s.completions for name, s in samples.items()}, [t["prompt"] for t in test.unwrapped.task.rows]
-    )
+    texts = [transcript["prompt"] for transcript in samples["reference"].transcripts]
+    folder.write_samples({name: s.completions for name, s in samples.items()}, texts)
     folder.write_json("evaluation.json", figures)
     folder.draw_curves()
     folder.close()

@@ -142,7 +142,7 @@ def bits_per_character(
 ) -> float:
     """Bits to code held-out groups, each after one EOS, over their characters.
 
-    Every token is predicted from the last `context - stride` to `context` tokens: windows overlap, and count what is new.
+    Every token is predicted from the last `context - stride` to `context` tokens: windows overlap.
     """
     bits, characters = 0.0, 0
     for group in groups:

@@ -1,7 +1,7 @@
 """Trains the embedded reward model on the embedded language model's trunk; writes `textgym/models/assets/tiny_reward`.
 
-    python scripts/train_tiny_reward.py                            # the shipped model: one CPU core, a few minutes
-    python scripts/train_tiny_reward.py --reward-model.epochs 0.1 --output-dir /tmp/tiny_reward    # a trial
+    python scripts/train_tiny_reward.py                            # the shipped model: one CPU core, a minute
+    python scripts/train_tiny_reward.py --reward-model.epochs 0.1 --output-dir runs/tiny_reward    # a trial
 
 Preferences come from the human ratings of the train split; accuracy is measured on pairs of the other two. Gain and
 bias are set on the reference model's own completions of the bundled openings, so that the score of
@@ -34,7 +34,7 @@ class Config:
     base: str = "tiny"
     output_dir: Path = Path("textgym/models/assets/tiny_reward")
     calibration_samples: int = 1000
-    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(epochs=3.0))
+    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
 
 
 def main(config: Config) -> None:

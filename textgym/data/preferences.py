@@ -17,9 +17,15 @@ Pair = dict[str, Any]
 
 
 def make_preferences(
-    snippets: Sequence[Snippet], *, min_gap: float = 1.0, group_size: int = 64, rounds: int = 2, seed: int = 0
+    snippets: Sequence[Snippet],
+    *,
+    min_gap: float = 1.0,
+    group_size: int = 128,
+    pairs_per_group: int = 1024,
+    rounds: int = 3,
+    seed: int = 0,
 ) -> list[Pair]:
-    """All comparisons within shuffled groups of snippets.
+    """Comparisons within shuffled groups of snippets.
 
     A group of K snippets gives up to K(K-1)/2 pairs and is trained on as one element of a batch, so that each text is
     encoded once for all its comparisons (Ouyang et al. 2022, section 3.5).
@@ -27,6 +33,7 @@ def make_preferences(
     Args:
         min_gap: pairs whose ratings differ by less, in rating points, are left out: people would not agree on them.
         group_size: K, the number of snippets compared with each other.
+        pairs_per_group: at most so many of a group's pairs, drawn at random.
         rounds: how often each snippet is compared, each time within another group.
         seed: of the shuffles.
 
@@ -44,12 +51,14 @@ def make_preferences(
         for shuffled in (rng.sample(snippets, len(snippets)) for _ in range(rounds))
         for start in range(0, len(shuffled), group_size)
     ]
-    pairs = [
-        _pair(first, second, index)
-        for index, group in enumerate(groups)
-        for first, second in itertools.combinations(group, 2)
-        if abs(first.rating - second.rating) >= min_gap and first.text != second.text
-    ]
+    pairs = []
+    for index, group in enumerate(groups):
+        found = [
+            _pair(first, second, index)
+            for first, second in itertools.combinations(group, 2)
+            if abs(first.rating - second.rating) >= min_gap and first.text != second.text
+        ]
+        pairs += rng.sample(found, min(pairs_per_group, len(found)))
     if not pairs:
         raise ValueError(f"no two of the {len(snippets)} snippets differ by a rating gap of {min_gap}: lower min_gap")
     return pairs

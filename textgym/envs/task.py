@@ -112,6 +112,8 @@ class TextTask:
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
         self.policy = policy
+        if self.penalty is not None and isinstance(policy, TokenModel):
+            self.penalty.reference.temperature = policy.temperature  # one temperature on both sides (trap 4)
 
     def forget_prompts(self) -> None:
         """Begins a new epoch of prompts, as a new seed does."""

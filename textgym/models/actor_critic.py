@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from textgym.data.files import atomic_folder
 from textgym.models.attention import packed_hidden
 from textgym.models.decoding import CachedDecoder
-from textgym.models.loading import Device, disable_dropout, freeze, load_causal_lm, load_classifier, resolve
+from textgym.models.loading import Device, disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
 from textgym.models.log_probs import token_log_probs
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
@@ -174,7 +174,7 @@ class ActorCritic(TokenModel):
         Raises:
             OSError: the disk is full or the folder not writable.
         """
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary, quiet():
             lm = self.lm if self.lora is None else copy.deepcopy(self.lora).merge_and_unload()
             lm.save_pretrained(temporary)
             critic = {f"value_head.{name}": weight for name, weight in self.value_head.state_dict().items()}

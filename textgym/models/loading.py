@@ -93,11 +93,15 @@ def load_classifier(
     dtype: torch.dtype | None = None,
     device: Device = None,
     trust_remote_code: bool = False,
+    num_layers: int | None = None,
 ) -> PreTrainedModel:
-    """A fresh one-label sequence classifier (the shape of a reward model) from a trunk or a saved reward model."""
-    return disable_dropout(
-        _load(AutoModelForSequenceClassification, name, dtype, device, trust_remote_code, num_labels=1)
-    )
+    """A fresh one-label sequence classifier (the shape of a reward model) from a trunk or a saved reward model.
+
+    Args:
+        num_layers: how many of the trunk's layers to keep, the lowest ones; `None` keeps all.
+    """
+    shape = {"num_labels": 1, "num_hidden_layers": num_layers}
+    return disable_dropout(_load(AutoModelForSequenceClassification, name, dtype, device, trust_remote_code, **shape))
 
 
 @lru_cache(maxsize=8)
@@ -126,7 +130,7 @@ def _load(
     auto_class: Any, name: Any, dtype: torch.dtype | None, device: Device, trust_remote_code: bool, **kwargs: Any
 ) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    with _explained(str(name), "model"), _quiet():
+    with _explained(str(name), "model"), quiet():
         model = auto_class.from_pretrained(
             resolve(name),
             dtype=dtype or torch.float32,
@@ -154,8 +158,8 @@ class _explained:
             ) from error
 
 
-class _quiet:
-    """Silences the loading bars and the notes on fresh heads, which say nothing a caller did not ask for."""
+class quiet:
+    """Silences transformers' bars and its notes on fresh heads, which say nothing a caller did not ask for."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

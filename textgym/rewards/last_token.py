@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from textgym.models.attention import pack, packed_hidden, ragged
+
 
 class TextScores(NamedTuple):
     """Raw scores of texts, `(B,)` float32: read at the last token, and the mean over all tokens."""
@@ -27,17 +29,19 @@ class LastTokenScorer(nn.Module):
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> TextScores:
         """Scores of `input_ids` `(B, T)`, of which row i holds `lengths[i]` tokens and then padding."""
-        mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
         head = score_head(self.classifier)
         if head is None:  # an encoder such as BERT, which pools by itself and is told what is padding
+            mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
             logits = self.classifier(input_ids=input_ids, attention_mask=mask.long()).logits[:, 0].float()
             return TextScores(logits, logits)
-        hidden = self.classifier.base_model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)[0]
+        packed = pack(input_ids, lengths)
+        hidden = packed_hidden(self.classifier, packed)  # (R * L, d)
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if head.bias is None else head.bias.float()
-            scores = F.linear(hidden.float(), head.weight.float(), bias)[..., 0]  # (B, T)
-        last = scores[torch.arange(len(lengths), device=scores.device), lengths - 1]
-        return TextScores(last, torch.where(mask, scores, 0.0).sum(1) / lengths)
+            scores = F.linear(hidden.float(), head.weight.float(), bias)[:, 0]  # (R * L,)
+        rows, positions = ragged(lengths)
+        total = torch.zeros_like(scores[: len(lengths)]).index_add(0, rows, scores[packed.starts[rows] + positions])
+        return TextScores(scores[packed.starts + lengths - 1], total / lengths)
 
 
 def score_head(classifier: PreTrainedModel) -> nn.Linear | None:

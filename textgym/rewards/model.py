@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
 from textgym.data.files import atomic_folder
-from textgym.models.loading import ASSETS, Device, disable_dropout, freeze, load_classifier, load_tokenizer
+from textgym.models.loading import ASSETS, Device, disable_dropout, freeze, load_classifier, load_tokenizer, quiet
 from textgym.rewards.last_token import LastTokenScorer, batches_by_length, pad_right, score_head
 from textgym.rewards.pairwise import RewardModelConfig, fit, pairwise_loss
 
@@ -198,7 +198,7 @@ class RewardModel:
             "append_eos": self.append_eos,
             "max_length": self.max_length,
         }
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary, quiet():
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -258,7 +258,7 @@ def train_reward_model(
         groups = groups[num_heldout:]
     with _seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
-        model = load_classifier(base)
+        model = load_classifier(base, num_layers=config.num_layers)
         model.config.pad_token_id = tokenizer.pad_token_id
         reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
         model.requires_grad_(True)
@@ -306,7 +306,7 @@ def _encodes_alike(first: Tokenizer, second: Tokenizer) -> bool:
 
 
 def _restore_head(model: PreTrainedModel, path: str) -> None:
-    """Takes over what `AutoModelForSequenceClassification` ignores: a bias of the head, or that there is none (trap 29).
+    """Takes over what `AutoModelForSequenceClassification` ignores: the bias of a head (trap 29), or its absence.
 
     Raises:
         ValueError: a checkpoint without a reward head, which transformers replaces by a random one.

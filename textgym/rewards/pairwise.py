@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from textgym.rewards.last_token import LastTokenScorer, batches_by_length, pad_right
+from textgym.rewards.last_token import LastTokenScorer, pad_right
 
 Pair = Mapping[str, Any]
 
@@ -27,6 +26,8 @@ class RewardModelConfig:
     """Peak learning rate of Muon, which moves the weight matrices."""
     learning_rate: float = 0.01
     """Peak learning rate of AdamW, which moves embeddings, norms and the reward head."""
+    num_layers: int | None = None
+    """Layers of the trunk to keep, the lowest ones; the upper ones of a small model know little but the next token."""
     epochs: float = 1.0
     """Passes over the preference pairs."""
     groups_per_batch: int = 1
@@ -35,8 +36,6 @@ class RewardModelConfig:
     """Share of the updates over which the learning rate rises, before it falls along a cosine."""
     weight_decay: float = 0.1
     """Of the weight matrices."""
-    token_dropout: float = 0.15
-    """Share of a text's tokens left out each time it is trained on; few texts are then learned less by heart."""
     mean_coefficient: float = 1.0
     """Weight of the same loss on the mean score over all tokens, which teaches every token, not the last alone."""
     use_margin: bool = False
@@ -52,7 +51,7 @@ class RewardModelConfig:
     num_threads: int = 1
     """Torch threads while training on a CPU: two collapse when another process runs."""
     seed: int = 0
-    """Of the reward head, the order of the groups and the tokens left out."""
+    """Of the reward head and the order of the groups."""
 
 
 def pairwise_loss(
@@ -110,7 +109,7 @@ def fit(
             model=scorer,
             args=arguments,
             train_dataset=groups,
-            data_collator=GroupCollator(groups, encode, config),
+            data_collator=GroupCollator(groups, encode),
             callbacks=list(callbacks),
             optimizers=(MuonAndAdamW(scorer, config), None),
         )
@@ -133,8 +132,7 @@ class PairwiseTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one batch of groups; every text in it is encoded once."""
-        scores = [model(input_ids, lengths) for input_ids, lengths in inputs["texts"]]
-        last, mean = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,) each
+        last, mean = model(*inputs["texts"])  # (N,) each
         loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
         return (loss, last) if return_outputs else loss
 
@@ -145,40 +143,30 @@ class PairwiseTrainer(Trainer):
 
 
 class GroupCollator:
-    """Puts groups of pairs into one batch: each text once, sorted by length, and pairs as indices into the texts."""
+    """Puts groups of pairs into one batch: each text once, and pairs as indices into the texts."""
 
     def __init__(
         self,
         groups: list[list[Pair]],
         encode: Callable[[Sequence[str]], list[list[int]]],
-        config: RewardModelConfig,
-        chunk_size: int = 16,
     ) -> None:
         texts = list(
             dict.fromkeys(text_of(pair, side) for group in groups for pair in group for side in ("chosen", "rejected"))
         )
         self.rows = dict(zip(texts, encode(texts), strict=True))
-        self.token_dropout, self.chunk_size = config.token_dropout, chunk_size
-        self.rng = random.Random(config.seed)
 
     def __call__(self, groups: list[list[Pair]]) -> dict[str, Any]:
-        """`texts`: chunks of padded ids `(B, T)` with lengths `(B,)`; `chosen`, `rejected`, `margin`: `(P,)`."""
+        """`texts`: padded ids `(N, T)` and lengths `(N,)`; `chosen`, `rejected`, `margin`: `(P,)`."""
         pairs = [pair for group in groups for pair in group]
         chosen, rejected = [text_of(pair, "chosen") for pair in pairs], [text_of(pair, "rejected") for pair in pairs]
         texts = list(dict.fromkeys(chosen + rejected))
-        rows = [self._thinned(self.rows[text]) for text in texts]
-        chunks = batches_by_length(rows, self.chunk_size)
-        slot = {texts[index]: slot for slot, index in enumerate(index for chunk in chunks for index in chunk)}
+        slot = {text: index for index, text in enumerate(texts)}
         return {
-            "texts": [pad_right([rows[index] for index in chunk]) for chunk in chunks],
+            "texts": pad_right([self.rows[text] for text in texts]),
             "chosen": torch.tensor([slot[text] for text in chosen]),
             "rejected": torch.tensor([slot[text] for text in rejected]),
             "margin": torch.tensor([float(pair.get("margin") or 0.0) for pair in pairs]),
         }
-
-    def _thinned(self, row: list[int]) -> list[int]:
-        """A text with some tokens left out, but never the ends, where decoders (last) and encoders (first) read."""
-        return row[:1] + [token for token in row[1:-1] if self.rng.random() >= self.token_dropout] + row[1:][-1:]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
