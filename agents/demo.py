@@ -57,7 +57,7 @@ class DemoConfig:
     """Of everything."""
     reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
     """Training of the reward model."""
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=6e-4, minibatch_size=64, value_coef=0.5))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=3e-4, minibatch_size=64, value_coef=0.5))
     """Training of the policy."""
 
     def __post_init__(self) -> None:
@@ -104,15 +104,19 @@ def improve(
 
 
 def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
-    """The policy before training, its critic on the reward model's trunk, and the frozen reference.
+    """The policy before training, its critic a copy of the reward model, and the frozen reference.
 
-    The reward model has learned what a value needs to know, so a critic that starts from it is of use at once. Its
-    scores are calibrated here: mean 0 and deviation 1 on the reference's own samples.
+    What the reward model says of a text so far is a first guess at what it will say of the whole, so a critic that
+    starts as its copy is of use at once. Its scores are calibrated here: mean 0 and deviation 1 on the reference's own
+    samples.
     """
     policy = ActorCritic.from_pretrained(config.model)
     calibrate(reward, policy, config)
     reward.save_pretrained(reward_folder)
     policy = ActorCritic.from_pretrained(config.model, critic=str(reward_folder))
+    with torch.no_grad():
+        policy.value_head.weight.copy_(reward.gain * reward.model.score.weight)
+        policy.value_head.bias.fill_(reward.bias)
     return policy, policy.reference()
 
 

@@ -87,8 +87,8 @@ class TextEnv(gym.Env[ObsType, int]):
     >>> env = gym.make("textgym/Text-v0", prompts=["Hello"], tokenizer="tiny",
     ...                reward=lambda completions: [1.0], max_new_tokens=2)
     >>> observation, info = env.reset(seed=0)
-    >>> int(observation["attention_mask"].sum())
-    2
+    >>> observation["input_ids"].shape, int(observation["attention_mask"].sum())
+    ((66,), 1)
     >>> env.step(5)[1:4]
     (0.0, False, False)
     >>> env.step(6)[1:4]

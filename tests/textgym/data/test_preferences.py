@@ -22,8 +22,18 @@ def test_a_pair_has_the_higher_rated_text_as_chosen() -> None:
         assert pair["margin"] >= 0.1
 
 
+def test_every_round_regroups_and_large_groups_are_sampled() -> None:
+    pairs = make_preferences(SNIPPETS, min_gap=0.0, group_size=8, rounds=2)
+    first, second = ([p for p in pairs if (p["group"] < 3) == early] for early in (True, False))
+    assert len(first) == len(second) == 2 * 28 + 6
+    assert {p["chosen"] + p["rejected"] for p in first} != {p["chosen"] + p["rejected"] for p in second}
+    few = make_preferences(SNIPPETS, min_gap=0.0, group_size=8, rounds=1, pairs_per_group=5)
+    assert len(few) == 15
+    assert all(any(pair == full for full in first) for pair in few)
+
+
 def test_groups_partition_the_snippets_and_hold_all_their_comparisons() -> None:
-    pairs = make_preferences(SNIPPETS, min_gap=0.0, group_size=8)
+    pairs = make_preferences(SNIPPETS, min_gap=0.0, group_size=8, rounds=1)
     texts = {
         group: {pair[side] for pair in pairs if pair["group"] == group for side in ("chosen", "rejected")}
         for group in {pair["group"] for pair in pairs}

@@ -25,7 +25,7 @@ PAIRS = [
     for group in range(4)
     for good, bad in zip(GOOD, BAD, strict=True)
 ]
-EXACT: dict[str, Any] = {"token_dropout": 0.0, "mean_coefficient": 0.0}
+EXACT: dict[str, Any] = {"mean_coefficient": 0.0}
 FAST = RewardModelConfig(epochs=8, **EXACT)
 
 
@@ -93,31 +93,19 @@ def encode(texts: Sequence[str]) -> list[list[int]]:
 
 def test_a_text_is_encoded_once_a_batch() -> None:
     groups = [GROUP, [{"chosen": "a", "rejected": "bb", "margin": 2.0}]]
-    collate = GroupCollator(groups, encode, RewardModelConfig(token_dropout=0.0), chunk_size=2)
-    batch = collate(groups)
-    (first, first_lengths), (second, second_lengths) = batch["texts"]
-    assert first.tolist() == [[97, EOS, 0], [66, 66, EOS]]
-    assert second.tolist() == [[99, 99, 99, EOS]]
-    assert [*first_lengths, *second_lengths] == [2, 3, 4]
+    batch = GroupCollator(groups, encode)(groups)
+    ids, lengths = batch["texts"]
+    assert ids.tolist() == [[97, EOS, 0, 0], [66, 66, EOS, 0], [99, 99, 99, EOS]]
+    assert lengths.tolist() == [2, 3, 4]
     assert batch["chosen"].tolist() == [0, 0, 1, 0]
     assert batch["rejected"].tolist() == [1, 2, 2, 1]
     assert batch["margin"].tolist() == [1.0, 0.0, 0.0, 2.0]
 
 
-def test_token_dropout_keeps_the_ends() -> None:
-    pair = {"chosen": "a" * 500, "rejected": ""}
-    (short, _), (long, lengths) = GroupCollator([[pair]], encode, RewardModelConfig(token_dropout=0.5), 1)([[pair]])[
-        "texts"
-    ]
-    assert short.tolist() == [[EOS]]
-    assert (long[0, 0], long[0, -1]) == (97, EOS), "encoders read the score at the first token, decoders at the last"
-    assert 200 < lengths.item() < 300
-
-
 def test_the_mean_over_tokens_is_trained_too() -> None:
     model = RewardModel(AutoModelForSequenceClassification.from_config(mock_lm(num_labels=1).config), byte_tokenizer())
-    batch = GroupCollator([GROUP], encode, RewardModelConfig(token_dropout=0.0))([GROUP])
-    last, mean = model.scorer(*batch["texts"][0])
+    batch = GroupCollator([GROUP], encode)([GROUP])
+    last, mean = model.scorer(*batch["texts"])
     # By hand: the score after each token of the longest text, which no padding touches.
     prefixes = [
         model.score(torch.tensor([[99, 99, 99, EOS][:length]]), torch.tensor([length])) for length in (1, 2, 3, 4)
