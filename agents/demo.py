@@ -24,6 +24,7 @@ from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
+from textgym.rewards.kl import AdaptiveKL
 from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 
 from .evaluation import Samples, generate, measure
@@ -47,6 +48,8 @@ class DemoConfig:
     """Held-out prompts that the policy is measured on, before and after."""
     kl_coef: float = 0.1
     """beta: reward (in deviations of the reference's scores) that a nat of divergence costs."""
+    kl_target: float | None = None
+    """Steer beta so that the KL comes to this many nats a text; `kl_coef` is then where it starts."""
     min_new_tokens: int = 24
     """24 makes every text 24 tokens long; 0 lets texts end where the model ends them."""
     max_new_tokens: int = 24
@@ -148,7 +151,7 @@ def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
         tokenizer=config.model,
         reward=reward,
         reference=config.model,
-        kl_coef=config.kl_coef,
+        kl_coef=AdaptiveKL(config.kl_target, 1000, config.kl_coef) if config.kl_target else config.kl_coef,
         kl_mode="deferred",
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,

@@ -44,15 +44,15 @@ from textgym.rewards.functions import lexicon_sentiment
 
 
 def careful() -> DemoConfig:
-    """The demo with twice the episodes in every update and a dearer KL: slower, and further for each nat."""
+    """The demo with twice the episodes in every update and a beta that steers the KL: slower, further for each nat."""
     ppo = PPOConfig(learning_rate=3e-4, episodes_per_update=256, minibatch_size=128, value_coef=0.5)
-    return DemoConfig(kl_coef=0.12, ppo=ppo)
+    return DemoConfig(kl_target=8.5, ppo=ppo)
 
 
 @dataclass
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
-    total_episodes: int = 9216
+    total_episodes: int = 6656
     best_of: int = 16
     sft_epochs: int = 2
     jobs: int = 2
