@@ -31,7 +31,7 @@ class Args:
     """Pairs of snippets, unseen in training, to measure accuracy on."""
     output_dir: Path | None = None
     """Where to save the reward model; nowhere if not given."""
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
 
 
 def main(args: Args) -> None:
