@@ -33,7 +33,7 @@ from rich.console import Console
 
 from textgym.agents.demo import DemoConfig, learn_reward, make_envs, start
 from textgym.agents.evaluation import Samples, best_of_n, generate, measure
-from textgym.agents.ppo import PPO, PPOConfig
+from textgym.agents.ppo import PPO
 from textgym.agents.run_folder import LiveProgress, RunFolder, figures_table
 from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import Snippet, movie_snippets
@@ -43,22 +43,16 @@ from textgym.models.sequences import Sequences
 from textgym.rewards.functions import lexicon_sentiment
 
 
-def careful() -> DemoConfig:
-    """The demo with twice the episodes in every update and a beta that steers the KL: slower, further for each nat."""
-    ppo = PPOConfig(learning_rate=3e-4, episodes_per_update=256, minibatch_size=128, value_coef=0.5)
-    return DemoConfig(kl_target=8.5, ppo=ppo)
-
-
 @dataclass
 class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
-    total_episodes: int = 6656
+    total_episodes: int = 4096
     best_of: int = 16
     sft_epochs: int = 2
-    jobs: int = 2
+    jobs: int = 3
     """Seeds that run side by side, each on one thread."""
     output_dir: Path = Path("runs/bench-demo")
-    demo: DemoConfig = field(default_factory=careful)
+    demo: DemoConfig = field(default_factory=lambda: DemoConfig(kl_coef=0.15))
 
 
 def supervised(config: DemoConfig, snippets: list[Snippet], epochs: int) -> ActorCritic:
