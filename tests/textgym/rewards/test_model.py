@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import pickle
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,20 +263,16 @@ def test_saving_replaces_the_folder_whole(reward_model: RewardModel, tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """No file may grow beyond 4 kB, as on a disk that fills up while the weights are written."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RewardModel(classifier(), byte_tokenizer())
     model.save_pretrained(tmp_path / "old")
     model.gain = 7.0
-    request.getfixturevalue("small_disk")
+
+    def fills_up(folder: Path) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half of")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model.tokenizer, "save_pretrained", fills_up)
     for name in ("old", "new"):
         with pytest.raises(OSError, match=f"could not write .*{name}"):
             model.save_pretrained(tmp_path / name)
