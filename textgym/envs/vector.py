@@ -25,9 +25,9 @@ Array = Any
 class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     """B rows of `TextEnv` in one batch: row i equals a `TextEnv` given the same prompts and actions.
 
-    All rows that end in one step are scored in one call of each reward function. `step` has no
-    Python loop over rows, only over those that end (their final observations) or may hold a stop string. Prompts are drawn without replacement over all rows together. Spaces, rewards, ends and infos are those of
-    `TextEnv`, batched as Gymnasium batches them.
+    All rows that end in one step are scored in one call of each reward function. `step` has no Python loop over rows,
+    only over those that end (their final observations) or may hold a stop string. Prompts are drawn without replacement
+    over all rows together. Spaces, rewards, ends and infos are those of `TextEnv`, batched as Gymnasium batches them.
 
     ## Arguments
     Args:
