@@ -72,6 +72,11 @@ class OnPolicyAgent(ABC):
                 f"{type(self).__name__} pays the KL itself, and so does the environment (kl_mode={task.kl_mode!r}): "
                 "make it with kl_mode='deferred'"
             )
+        if task.action_mask is not None:
+            raise ValueError(
+                f"{type(self).__name__} does not know the environment's action_mask and would score its actions "
+                "without it: make the environment without, or use textgym.sb3 with sb3-contrib's MaskablePPO"
+            )
         if self.config.episodes_per_update % envs.num_envs:
             raise ValueError(
                 f"episodes_per_update={self.config.episodes_per_update} must be a multiple of num_envs={envs.num_envs}"
@@ -161,6 +166,11 @@ class OnPolicyAgent(ABC):
                 metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
         return {key: float(value) for key, value in metrics.items()}
 
+    @property
+    def _sampler(self) -> torch.Generator:
+        assert self.policy.generator is not None  # seeded in __init__
+        return self.policy.generator
+
     # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---
 
     def save(self, folder: str | Path) -> None:
@@ -168,7 +178,7 @@ class OnPolicyAgent(ABC):
         task, envs = self.envs.unwrapped.task, self.envs.unwrapped
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "sampler": self.policy.generator.get_state(),
+            "sampler": self._sampler.get_state(),
             "shuffler": self.shuffler.get_state(),
         }
         meta = {
@@ -212,7 +222,7 @@ class OnPolicyAgent(ABC):
         policy = ActorCritic.from_pretrained(folder / "policy", **meta["policy"])
         agent = cls(policy, envs, cls.config_class(**meta["config"]))
         agent.optimizer.load_state_dict(state["optimizer"])
-        policy.generator.set_state(state["sampler"])
+        agent._sampler.set_state(state["sampler"])
         agent.shuffler.set_state(state["shuffler"])
         agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
         for name, value in meta["controller"].items():

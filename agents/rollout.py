@@ -77,7 +77,7 @@ def collect(
         deterministic: the most likely token each time.
     """
     task = envs.unwrapped.task
-    restricted = task.episodes.restricts_actions()
+    restricted = task.restricts_actions
     observation, _ = envs.reset(options=options)
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
@@ -87,7 +87,7 @@ def collect(
     shared = policy.critic is None
     log_probs, values = [], []
     while alive.any():
-        masks = task.episodes.action_masks() if restricted else None
+        masks = task.action_masks() if restricted else None
         step = policy.act(observation, deterministic, masks, with_value=shared)
         observation, rewards, terminated, truncated, infos = envs.step(step.action)
         log_probs.append(torch.where(alive, step.log_prob, 0.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from textgym.data.prompts import load_prompts
 from textgym.envs.episodes import Ends, Episodes
+from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.models.loading import Device, load_tokenizer
+from textgym.models.masks import ActionMask, FunctionMask, narrow
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import Estimator, KLController, KLPenalty
 from textgym.rewards.scoring import Finished, RewardSpec, Scorer, Scores
 
+MaskSpec = ActionMask | Callable[[Observation], Any]
 KLMode = Literal["reference", "exact", "deferred"]
 KL_MODES = ("reference", "exact", "deferred")
 LENGTH_LIMITS = ("terminate", "truncate")
@@ -67,6 +70,7 @@ class TextTask:
         kl_coef: float | KLController,
         kl_estimator: Estimator,
         kl_mode: KLMode,
+        action_mask: MaskSpec | None,
         missing_eos_penalty: float,
         length_limit: Literal["terminate", "truncate"],
         device: Device,
@@ -107,13 +111,28 @@ class TextTask:
                 "attention_mask": gym.spaces.Box(0, 1, (self.episodes.width,), np.int64),
             }
         )
-        self.action_space = gym.spaces.Discrete(self.vocab_size)
+        self.action_mask = action_mask
+        if action_mask is not None and not isinstance(action_mask, ActionMask):
+            self.action_mask = FunctionMask(action_mask)
+        self.action_space = TokenSpace(self.vocab_size, self.episodes.stop, self._kl_payer(), self.action_mask)
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
         self.policy = policy
-        if self.penalty is not None and isinstance(policy, TokenModel):
-            self.penalty.reference.temperature = policy.temperature  # one temperature on both sides (trap 4)
+        if self.penalty is not None:  # one temperature on both sides (trap 4); a policy that has none samples at 1
+            self.penalty.reference.temperature = getattr(policy, "temperature", 1.0)
+
+    @property
+    def restricts_actions(self) -> bool:
+        """Whether any action is ever masked out."""
+        return self.episodes.restricts_actions() or self.action_mask is not None
+
+    def action_masks(self) -> Tensor:
+        """Bool `(B, V)`: the actions allowed now. Stop tokens are not while a response is too short to end."""
+        allowed = self.episodes.action_masks()
+        if self.action_mask is None:
+            return allowed
+        return narrow(allowed, self.action_mask(self.episodes.observation()))
 
     def forget_prompts(self) -> None:
         """Begins a new epoch of prompts, as a new seed does."""
@@ -179,7 +198,7 @@ class TextTask:
         if self.penalty is None or self.kl_mode == "deferred":
             return None
         observation = self.episodes.observation()
-        extra = (self.episodes.action_masks(),) if self.episodes.restricts_actions() else ()
+        extra = (self.action_masks(),) if self.restricts_actions else ()
         reference = self.penalty.reference.log_prob(observation, actions, *extra).to(self.device)
         alive = self.episodes.alive
         if self.kl_mode == "reference":
@@ -268,6 +287,12 @@ class TextTask:
                 f"{allowed[self.kl_mode]}; 'deferred' knows them all"
             )
         return KLPenalty(TokenModel.load(reference, device=self.device), coef, estimator)
+
+    def _kl_payer(self) -> KLPayer:
+        coef = self.kl_coef if isinstance(self.kl_coef, int | float) else self.kl_coef.coef
+        if coef == 0:
+            return "nobody"
+        return "agent" if self.kl_mode == "deferred" else "environment"
 
     def _encode_prompts(self, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """All prompts as right-padded ids `(P, L)`, cut from the left to the budget, and their lengths `(P,)`."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.task import KLMode, Policy, TextTask, prompt_choice
+from textgym.envs.task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
 from textgym.models.loading import Device
 from textgym.rewards.kl import Estimator, KLController
 from textgym.rewards.scoring import RewardSpec
@@ -27,7 +27,8 @@ class TextEnv(gym.Env[ObsType, int]):
     written, or the length limit is reached, reward functions score the completion.
 
     ## Action Space
-    `Discrete(V)`: a token id. `action_masks()` says which are allowed; all are, unless `min_new_tokens` is set.
+    `Discrete(V)`: a token id. `action_masks()` says which are allowed; all are, unless `min_new_tokens` or
+    `action_mask` is set.
 
     ## Observation Space
     `Dict(input_ids=Box(0, V-1, (W,), int64), attention_mask=Box(0, 1, (W,), int64))` with
@@ -72,6 +73,8 @@ class TextEnv(gym.Env[ObsType, int]):
         kl_coef: beta, in reward a nat, or a controller.
         kl_estimator: `"k1"`, `"k2"`, `"k3"` or `"full"`.
         kl_mode: `"reference"`, `"exact"` or `"deferred"`.
+        action_mask: `TopPMask`, `TopKMask` or any function of the observation that returns the allowed tokens, bool
+            `(B, V)`; it narrows `action_masks()`, and the reference is narrowed alike.
         missing_eos_penalty: taken off the score of a row that ended by length.
         length_limit: `"terminate"` or `"truncate"`.
         render_mode: `"ansi"`, `"human"` or `"html"`; others warn.
@@ -115,6 +118,7 @@ class TextEnv(gym.Env[ObsType, int]):
         kl_coef: float | KLController = 0.0,
         kl_estimator: Estimator = "k1",
         kl_mode: KLMode = "reference",
+        action_mask: MaskSpec | None = None,
         missing_eos_penalty: float = 0.0,
         length_limit: Literal["terminate", "truncate"] = "terminate",
         render_mode: str | None = None,
@@ -136,6 +140,7 @@ class TextEnv(gym.Env[ObsType, int]):
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             kl_mode=kl_mode,
+            action_mask=action_mask,
             missing_eos_penalty=missing_eos_penalty,
             length_limit=length_limit,
             device=device,
@@ -181,7 +186,7 @@ class TextEnv(gym.Env[ObsType, int]):
 
     def action_masks(self) -> np.ndarray:
         """Bool `(V,)`: the actions that are allowed now."""
-        return self.task.episodes.action_masks()[0].cpu().numpy()
+        return self.task.action_masks()[0].cpu().numpy()
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""

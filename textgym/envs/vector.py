@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.task import KLMode, Outcome, Policy, TextTask, prompt_choice
+from textgym.envs.task import KLMode, MaskSpec, Outcome, Policy, TextTask, prompt_choice
 from textgym.models.loading import Device
 from textgym.rewards.kl import Estimator, KLController
 from textgym.rewards.scoring import RewardSpec
@@ -74,6 +74,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         kl_coef: float | KLController = 0.0,
         kl_estimator: Estimator = "k1",
         kl_mode: KLMode = "reference",
+        action_mask: MaskSpec | None = None,
         missing_eos_penalty: float = 0.0,
         length_limit: Literal["terminate", "truncate"] = "terminate",
         render_mode: str | None = None,
@@ -101,6 +102,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             kl_mode=kl_mode,
+            action_mask=action_mask,
             missing_eos_penalty=missing_eos_penalty,
             length_limit=length_limit,
             device=device,
@@ -170,7 +172,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
 
     def action_masks(self) -> Array:
         """Bool `(B, V)`: the actions that are allowed now."""
-        return self._out(self.task.episodes.action_masks())
+        return self._out(self.task.action_masks())
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""

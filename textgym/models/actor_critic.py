@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from textgym.data.files import atomic_folder
-from textgym.models.attention import packed_hidden
+from textgym.models.attention import PackedStates
 from textgym.models.decoding import CachedDecoder
 from textgym.models.loading import Device, disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
 from textgym.models.log_probs import token_log_probs
@@ -35,6 +35,7 @@ class Evaluation(NamedTuple):
     """Whole sequences under the policy: `log_prob`, `value`, `entropy`, `(N, T)` each, zero in the padding.
 
     Entry t belongs to response token t: its log-prob, the value of the state before it, the entropy it was drawn from.
+    Of single states instead of sequences, each is `(M,)`.
     """
 
     log_prob: Tensor
@@ -60,7 +61,7 @@ class ActorCritic(TokenModel):
         self.value_head = nn.Linear(trunk.config.hidden_size, 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.generator = torch.Generator(self.device)
+        self.generator: torch.Generator | None = torch.Generator(self.device)
         self._critic_decoder: CachedDecoder | None = None
 
     @classmethod
@@ -98,8 +99,8 @@ class ActorCritic(TokenModel):
         return policy
 
     def seed(self, seed: int) -> None:
-        """Seeds the sampling of actions; torch's global generator is never used."""
-        self.generator.manual_seed(seed)
+        """Seeds the sampling of actions, which has a generator of its own; torch's global one is not used."""
+        self.generator = torch.Generator(self.device).manual_seed(seed)
 
     @torch.no_grad()
     def act(
@@ -131,24 +132,63 @@ class ActorCritic(TokenModel):
         """The action of `act`, nothing else."""
         return self.act(observation, deterministic).action
 
+    @torch.no_grad()
+    def value(self, observation: Observation) -> Tensor:
+        """Value `(B,)` of each state: by cached decoding where the cache has this shape, otherwise past the cache."""
+        input_ids = torch.as_tensor(observation["input_ids"], device=self.device)
+        if self._decoder is not None and (self._decoder.num_rows, self._decoder.max_tokens) == tuple(input_ids.shape):
+            hidden, _ = self._advance(observation)
+            return self.value_head(self._critic_hidden(hidden).float())[:, 0]
+        lengths = torch.as_tensor(observation["attention_mask"], device=self.device).sum(-1)
+        return self.state_values(PackedStates.whole(input_ids, lengths))
+
     def evaluate(self, sequences: Sequences, entropy_gradient: bool = False) -> Evaluation:
         """Log-probs, values and entropies of whole sequences in one packed pass, with gradients."""
         if torch.is_grad_enabled():
             self.reset_cache()  # an update follows; some fused optimisers change weights without a trace
-        packed, index = sequences.packed()
-        hidden = packed_hidden(self.lm, packed)[index]  # (M, d)
+        states = sequences.states()
+        hidden = states.hidden(self.lm)  # (M, d)
         log_prob, entropy = token_log_probs(hidden, **self._scoring(sequences), entropy_gradient=entropy_gradient)
-        if self.critic is not None:
-            hidden = packed_hidden(_Trunk(self.critic), packed)[index]
-        value = self.value_head(hidden.float())[:, 0]
+        value = self.state_values(states, hidden)
         return Evaluation(sequences.pad(log_prob), sequences.pad(value), sequences.pad(entropy))
+
+    def evaluate_states(self, states: PackedStates, actions: Tensor, action_masks: Tensor | None = None) -> Evaluation:
+        """Log-probs, values and entropies `(M,)` of one action in each state, with gradients through all three.
+
+        Args:
+            states: M states.
+            actions: `(M,)` token ids, allowed ones.
+            action_masks: bool `(M, V)`; `None` allows all.
+        """
+        if torch.is_grad_enabled():
+            self.reset_cache()
+        hidden = states.hidden(self.lm)
+        log_prob, entropy = token_log_probs(
+            hidden,
+            self.head,
+            actions,
+            self.vocab_size,
+            temperature=self.temperature,
+            allowed=action_masks,
+            entropy_gradient=True,
+        )
+        return Evaluation(log_prob, self.state_values(states, hidden), entropy)
 
     @torch.no_grad()
     def sequence_values(self, sequences: Sequences) -> Tensor:
         """Values `(N, T)` of the states before each response token, in one packed pass of the critic."""
-        packed, index = sequences.packed()
-        hidden = packed_hidden(self.lm if self.critic is None else _Trunk(self.critic), packed)[index]
-        return sequences.pad(self.value_head(hidden.float())[:, 0])
+        return sequences.pad(self.state_values(sequences.states()))
+
+    def state_values(self, states: PackedStates, hidden: Tensor | None = None) -> Tensor:
+        """Values `(M,)` of states, in one packed pass of the critic, with gradients.
+
+        A critic that shares the policy's trunk takes its `hidden` states `(M, d)` where they are given.
+        """
+        if self.critic is not None:
+            hidden = states.hidden(_Trunk(self.critic))
+        elif hidden is None:
+            hidden = states.hidden(self.lm)
+        return self.value_head(hidden.float())[:, 0]
 
     def reset_cache(self) -> None:
         """Frees the key-value caches of policy and critic."""

@@ -6,6 +6,7 @@ scoring, and several sequences laid side by side in one row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,36 @@ class Packed(NamedTuple):
     position_ids: Tensor
     segments: Tensor
     starts: Tensor
+
+
+@dataclass(frozen=True)
+class PackedStates:
+    """M states, each a prefix of one of several packed sequences, so that one pass over the sequences gives them all.
+
+    Attributes:
+        packed: the sequences.
+        index: `(M,)`, where the last token of each state is in `packed.input_ids.flatten()`.
+    """
+
+    packed: Packed
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, chosen: slice | Tensor) -> PackedStates:
+        """Some of the states."""
+        return PackedStates(self.packed, self.index[chosen])
+
+    @classmethod
+    def whole(cls, input_ids: Tensor, lengths: Tensor) -> PackedStates:
+        """The N rows of `input_ids` `(N, W)`, each to its full length `(N,)`, as N states."""
+        packed = pack(input_ids, lengths)
+        return cls(packed, packed.starts + lengths - 1)
+
+    def hidden(self, lm: Any) -> Tensor:
+        """Last hidden state `(M, d)` of each state."""
+        return packed_hidden(lm, self.packed)[self.index]
 
 
 def pack(input_ids: Tensor, lengths: Tensor) -> Packed:

@@ -46,6 +46,7 @@ def token_log_probs(
     temperature: float = 1.0,
     banned: Tensor | None = None,
     stop_ids: tuple[int, ...] = (),
+    allowed: Tensor | None = None,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each action, and the entropy of the distribution it was drawn from.
@@ -58,21 +59,26 @@ def token_log_probs(
         temperature: divides the logits, in sampling and here alike (trap 4).
         banned: bool `(M,)`, the tokens at which `stop_ids` may not be chosen. An agent that chooses one all the same
             gets its log-prob under the distribution without the ban, so the result stays finite.
+        allowed: bool `(M, V)`, which tokens may be chosen at all; every action must be. `None` allows all.
         entropy_gradient: whether the entropy is to be differentiated; without, it is only a figure to report.
 
     Returns:
         log-probs `(M,)` and entropies `(M,)` in nats, float32.
     """
 
-    def score(hidden: Tensor, actions: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(
+        hidden: Tensor, actions: Tensor, banned: Tensor | None, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         logits, free = masked_logits(head, hidden, temperature, banned, stop_ids, actions)
+        if allowed is not None:
+            logits = free = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
         normaliser = logits.logsumexp(-1)
         log_prob = free.gather(1, actions[:, None])[:, 0] - normaliser
         source, total = (logits, normaliser) if entropy_gradient else (logits.detach(), normaliser.detach())
         expected = (source - total[:, None]).exp().mul(source).sum(-1)
         return log_prob, total - expected
 
-    log_probs, entropies = in_chunks(score, vocab_size, hidden, actions, banned)
+    log_probs, entropies = in_chunks(score, vocab_size, hidden, actions, banned, allowed)
     return log_probs, entropies
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from textgym.models.attention import Packed, pack, ragged
+from textgym.models.attention import PackedStates, pack, ragged
 from textgym.models.log_probs import StopRule
 
 
@@ -66,11 +66,8 @@ class Sequences:
         mask = self.mask
         return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
-    def packed(self) -> tuple[Packed, Tensor]:
-        """The states before each response token, packed, and where those states are in the flattened rows `(M,)`.
-
-        The last token of a response is left out: nothing is predicted from it.
-        """
+    def states(self) -> PackedStates:
+        """The states before each response token. The last token is left out: nothing is predicted from it."""
         packed = pack(self.input_ids, self.lengths - 1)
         rows, steps = ragged(self.response_lengths)
-        return packed, packed.starts[rows] + self.prompt_lengths[rows] - 1 + steps
+        return PackedStates(packed, packed.starts[rows] + self.prompt_lengths[rows] - 1 + steps)

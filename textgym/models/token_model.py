@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from textgym.models.attention import check_supported, packed_hidden
+from textgym.models.attention import PackedStates, check_supported
 from textgym.models.decoding import CachedDecoder
 from textgym.models.loading import EMBEDDED, Device, freeze, load_causal_lm, shared_causal_lm
 from textgym.models.log_probs import token_log_probs
@@ -82,14 +82,30 @@ class TokenModel(nn.Module):
     @torch.no_grad()
     def sequence_log_probs(self, sequences: Sequences) -> Tensor:
         """Log-probs `(N, T)` of the response tokens in one packed pass, zero in the padding."""
-        log_probs, _ = token_log_probs(self.states(sequences), **self._scoring(sequences))
+        log_probs, _ = token_log_probs(self.hidden(sequences.states()), **self._scoring(sequences))
         return sequences.pad(log_probs)
 
-    def states(self, sequences: Sequences) -> Tensor:
-        """Hidden states `(M, d)` before each response token of whole sequences."""
-        packed, index = sequences.packed()
+    @torch.no_grad()
+    def state_log_probs(self, states: PackedStates, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
+        """Log-probs `(M,)` of one action in each state, in one packed pass; `action_masks` bool `(M, V)`."""
+        return token_log_probs(
+            self.hidden(states), self.head, actions, self.vocab_size, temperature=self.temperature, allowed=action_masks
+        )[0]
+
+    def logits(self, states: PackedStates) -> Tensor:
+        """Logits `(M, V)` of the next token in each state, divided by the temperature, float32."""
+        return self._logits(self.hidden(states))
+
+    def hidden(self, states: PackedStates) -> Tensor:
+        """Last hidden state `(M, d)` of each state, in one packed pass."""
         with self._active():
-            return packed_hidden(self.lm, packed)[index]
+            return states.hidden(self.lm)
+
+    def next_logits(self, observation: Observation) -> Tensor:
+        """Logits `(B, V)` of the next token, by cached decoding: `logits` without gradients, from observations."""
+        hidden, _ = self._advance(observation)
+        with torch.no_grad():
+            return self._logits(hidden)
 
     def reset_cache(self) -> None:
         """Frees the key-value cache."""

@@ -111,10 +111,11 @@ class KLPenalty:
         """
         if self.estimator != "full":
             return self.of_log_probs(log_probs, self.reference.sequence_log_probs(sequences), sequences.mask)
+        states = sequences.states()
         flat = full_kl(
-            policy.states(sequences),
+            policy.hidden(states),
             policy.head,
-            self.reference.states(sequences),
+            self.reference.hidden(states),
             self.reference.head,
             policy.vocab_size,
             temperature=policy.temperature,

@@ -209,7 +209,7 @@ def test_trap_22_log_softmax_in_float32() -> None:
     half = ActorCritic.from_pretrained(copy.deepcopy(policy.lm).bfloat16())
     result = half.evaluate(sequences)
     assert result.log_prob.dtype == torch.float32
-    hidden = half.states(sequences)
+    hidden = half.hidden(sequences.states())
     total = (half.head(hidden).float().log_softmax(-1)).logsumexp(-1)
     assert total.abs().max() < 1e-5
     assert (result.log_prob - exact.log_prob).abs().max() < 0.3

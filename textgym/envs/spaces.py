@@ -1,0 +1,97 @@
+"""TokenSpace: the action space of a text environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+
+from textgym.models.log_probs import StopRule
+from textgym.models.masks import ActionMask
+
+KLPayer = Literal["environment", "agent", "nobody"]
+
+
+class TokenSpace(gym.spaces.Discrete):
+    """`Discrete(V)`, the token ids, with what an agent must know of the tokens and has no other way to learn.
+
+    Libraries such as Stable-Baselines3 build policies and buffers from the two spaces and nothing else. Equality is
+    that of `Discrete`; pickles and copies keep V, `stop` and `kl_payer` alone.
+
+    Args:
+        n: V.
+        stop: which tokens end a row, and from when on they may.
+        kl_payer: who pays the KL penalty: the environment, the agent (`kl_mode="deferred"`), or nobody, there being
+            none.
+        action_mask: what narrows the actions further.
+
+    Attributes:
+        agent_pays: whether an agent's buffer or callback has said that it pays.
+        temperature: of the policy that acts here.
+        observation: what the rows show now, where the environment keeps it up to date.
+        explorer: draws the tokens of `sample`; without one they are uniform.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        stop: StopRule | None = None,
+        kl_payer: KLPayer = "nobody",
+        action_mask: ActionMask | None = None,
+    ) -> None:
+        super().__init__(n)
+        self.stop = stop if stop is not None else StopRule()
+        self.kl_payer = kl_payer
+        self._detach()
+        self.action_mask = action_mask
+
+    def sample(self, mask: Any = None, probability: Any = None) -> np.int64:
+        """A token: by `explorer` if there is one and no mask or probabilities are given, otherwise as `Discrete`."""
+        if self.explorer is not None and mask is None and probability is None:
+            return np.int64(self.explorer())
+        return super().sample(mask, probability)
+
+    def pay_kl(self, payer: str) -> None:
+        """An agent's part says that it pays the KL penalty.
+
+        Raises:
+            ValueError: the environment pays it already.
+        """
+        if self.kl_payer == "environment":
+            raise ValueError(
+                f"the KL penalty would be paid twice, by the environment and by {payer}: make the environment with "
+                f"kl_mode='deferred', or let {payer} pay none (kl_coef=0)"
+            )
+        self.agent_pays = True
+
+    def check_kl_is_paid(self) -> None:
+        """Asked before an agent learns.
+
+        Raises:
+            ValueError: the environment leaves the penalty to the agent, and no part of the agent pays it.
+        """
+        if self.kl_payer == "agent" and not self.agent_pays:
+            raise ValueError(
+                "nobody pays the KL penalty: the environment leaves it to the agent (kl_mode='deferred'). Use "
+                "EpisodeRolloutBuffer with rollout_buffer_kwargs={'reference': ..., 'kl_coef': ...}, or "
+                "KLCallback(reference, kl_coef), or make the environment with kl_mode='reference' or with kl_coef=0"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("agent_pays", "temperature", "observation", "explorer", "action_mask"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._detach()
+
+    def _detach(self) -> None:
+        self.agent_pays = False
+        self.temperature = 1.0
+        self.observation: dict[str, np.ndarray] | None = None
+        self.explorer: Callable[[], int] | None = None
+        self.action_mask: ActionMask | None = None

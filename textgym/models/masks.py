@@ -1,0 +1,142 @@
+"""Action masks: which tokens may come next, as a function of the context.
+
+A mask by a language model is the remedy for large action spaces: of tens of thousands of tokens it leaves the few that
+make sense (NLPO: Ramamurthy et al., 2022, section 3.2).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textgym.models.attention import ragged
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import Observation, TokenModel
+
+CONTEXTS = 256
+"""Contexts that a plain function of the context is asked about at once."""
+
+
+class ActionMask(ABC):
+    """Answers with the allowed tokens, for contexts one by one and for whole sequences alike.
+
+    Environment, buffer and callbacks hold the same mask, so that a refresh reaches all of them; copying returns it.
+    """
+
+    @abstractmethod
+    def __call__(self, observation: Observation) -> Tensor:
+        """Bool `(B, V)`: the tokens allowed after each observed context."""
+
+    @abstractmethod
+    def of_sequences(self, sequences: Sequences) -> Tensor:
+        """Bool `(M, V)`: the same for the states before each response token, row by row."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActionMask:
+        return self
+
+
+class FunctionMask(ActionMask):
+    """A mask by any function of the context.
+
+    Args:
+        function: takes `input_ids` and `attention_mask` `(B, W)`, returns bool `(B, V)`. What `input_ids` holds beyond
+            the attention mask means nothing.
+    """
+
+    def __init__(self, function: Callable[[Observation], Any]) -> None:
+        self.function = function
+
+    def __call__(self, observation: Observation) -> Tensor:
+        """Asks the function."""
+        return torch.as_tensor(self.function(observation), dtype=torch.bool)
+
+    def of_sequences(self, sequences: Sequences) -> Tensor:
+        """Asks the function about every context that the sequences went through."""
+        rows, steps = ragged(sequences.response_lengths)
+        slots = torch.arange(sequences.input_ids.shape[1], device=rows.device)
+        parts = []
+        for row, step in zip(rows.split(CONTEXTS), steps.split(CONTEXTS), strict=True):
+            lengths = sequences.prompt_lengths[row] + step
+            mask = (slots < lengths[:, None]).long()
+            parts.append(self({"input_ids": sequences.input_ids[row], "attention_mask": mask}))
+        return torch.cat(parts)
+
+
+class ModelMask(ActionMask):
+    """A mask by a language model's own opinion of the next token.
+
+    Args:
+        model: a name, a path, a language model or a `TokenModel`; frozen.
+    """
+
+    def __init__(self, model: str | nn.Module | TokenModel) -> None:
+        self.model = TokenModel.load(model)
+
+    @abstractmethod
+    def choose(self, logits: Tensor) -> Tensor:
+        """Bool `(m, V)`, from logits `(m, V)`."""
+
+    def refresh(self, model: TokenModel) -> None:
+        """Goes by `model` from now on, frozen by the caller: `mask.refresh(policy.reference())`."""
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, observation: Observation) -> Tensor:
+        """By cached decoding."""
+        return self.choose(self.model.next_logits(observation))
+
+    @torch.no_grad()
+    def of_sequences(self, sequences: Sequences) -> Tensor:
+        """In one packed pass."""
+        return self.choose(self.model.logits(sequences.states()))
+
+
+class TopPMask(ModelMask):
+    """The fewest tokens that hold at least the share `p` of the model's probability (its nucleus).
+
+    >>> mask = TopPMask("tiny", p=0.5)
+    >>> mask.choose(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()).tolist()
+    [[True, True, False, False]]
+    """
+
+    def __init__(self, model: str | nn.Module | TokenModel, p: float = 0.9) -> None:
+        if not 0 < p <= 1:
+            raise ValueError(f"p is a share of probability, above 0 and at most 1; got {p}")
+        super().__init__(model)
+        self.p = p
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The tokens before which less than `p` has been gathered, most likely first."""
+        probabilities, order = logits.softmax(-1).sort(-1, descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, before < self.p)
+
+
+class TopKMask(ModelMask):
+    """The `k` tokens that the model finds most likely.
+
+    >>> mask = TopKMask("tiny", k=1)
+    >>> mask.choose(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()).tolist()
+    [[True, False, False, False]]
+    """
+
+    def __init__(self, model: str | nn.Module | TokenModel, k: int = 50) -> None:
+        super().__init__(model)
+        if not 1 <= k <= self.model.vocab_size:
+            raise ValueError(f"k must be from 1 to the {self.model.vocab_size} tokens of the vocabulary, got {k}")
+        self.k = k
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The k largest."""
+        chosen = logits.topk(self.k, dim=-1).indices
+        return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def narrow(allowed: Tensor, mask: Tensor) -> Tensor:
+    """Both at once, bool `(B, V)`; where nothing would be left, `allowed` alone."""
+    both = allowed & mask.to(allowed.device)
+    return torch.where(both.any(-1, keepdim=True), both, allowed)

@@ -1,0 +1,1 @@
+"""Stock Stable-Baselines3 and sb3-contrib algorithms on text environments, see the README's section."""

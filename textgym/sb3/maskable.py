@@ -1,0 +1,120 @@
+"""MaskablePPO's policy and buffer: action masks in acting, in scoring and in the reference alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textgym.models.attention import ragged
+from textgym.models.masks import narrow
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import Observation, TokenModel
+from textgym.sb3.policies import TextObs, TextPolicy
+from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer
+
+try:
+    from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableDictRolloutBufferSamples
+    from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution
+    from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+except ImportError as error:
+    raise ImportError("MaskablePPO is in sb3-contrib: pip install 'textgym[contrib]'") from error
+
+
+class MaskableTextActorCriticPolicy(TextPolicy, MaskableActorCriticPolicy):
+    """For MaskablePPO: `MaskablePPO(MaskableTextActorCriticPolicy, env, policy_kwargs={"model": "tiny"})`.
+
+    Arguments as `TextPolicy`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, obs: Observation, deterministic: bool = False, action_masks: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions `(B,)`, values `(B, 1)` and log-probs `(B,)` under the masked distribution."""
+        return self.act(obs, deterministic, action_masks)
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: TextObs, actions: Tensor, action_masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values `(M, 1)`, log-probs and entropies `(M,)` under the masked distribution."""
+        return self.score(obs, actions, None if action_masks is None else action_masks.bool())
+
+    def get_distribution(self, obs: TextObs, action_masks: Any = None) -> Any:  # type: ignore[override]
+        """sb3-contrib's maskable distribution over the next token in each state."""
+        distribution = make_masked_proba_distribution(self.action_space).proba_distribution(self.next_logits(obs))
+        distribution.apply_masking(action_masks)
+        return distribution
+
+    def log_prob(self, observation: Observation, action: Any, action_masks: Any = None) -> Tensor:
+        """Log-prob `(B,)` of tokens under the masked distribution, for `attach_policy`."""
+        return self.actor_critic.log_prob(observation, action, action_masks)
+
+    def _predict(  # type: ignore[override]
+        self, observation: Observation, deterministic: bool = False, action_masks: Any = None
+    ) -> Tensor:
+        return self.actor_critic.act(observation, deterministic, action_masks, with_value=False).action
+
+
+class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableDictRolloutBuffer):
+    """`EpisodeRolloutBuffer` for MaskablePPO. Masks are computed again where they are needed, never stored.
+
+    They are those of the environment: stop tokens before `min_new_tokens`, and its `action_mask`. The reference is
+    masked too, so that the KL is that of two distributions over the same tokens.
+
+    Raises:
+        ValueError: when training, if masks computed again are not those that were acted under. A model that
+            `MaskablePPO.load` made needs the environment's: `load(path, env=env, action_space=env.action_space)`.
+    """
+
+    def reset(self) -> None:
+        """Empties the buffer."""
+        super().reset()
+        self.num_allowed = np.zeros((self.buffer_size, self.n_envs), dtype=np.int32)
+
+    def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
+        """One step of all rows; of the masks only the number of allowed tokens is kept, to check them by."""
+        self.num_allowed[self.pos] = -1 if action_masks is None else action_masks.reshape(self.n_envs, -1).sum(1)
+        super().add(*args, **kwargs)
+
+    def nbytes(self) -> int:
+        """Bytes held for the rollout."""
+        return super().nbytes() + self.num_allowed.nbytes
+
+    def _segment_samples(self, chosen: np.ndarray) -> Any:
+        return MaskableDictRolloutBufferSamples(*super()._segment_samples(chosen), self._masks(chosen))
+
+    def _reference_log_probs(self, reference: TokenModel, chosen: np.ndarray) -> Tensor:
+        sequences = self._sequences(chosen)
+        return reference.state_log_probs(sequences.states(), sequences.actions, self._masks(chosen))
+
+    def _masks(self, chosen: np.ndarray) -> Tensor | None:
+        """Bool `(M, V)` for the tokens of these segments; `None` if the algorithm was told not to mask."""
+        acted_under = self.to_torch(self.num_allowed[self._where(chosen)])
+        if bool((acted_under < 0).any()):
+            return None
+        sequences = self._sequences(chosen)
+        masks = self._allowed_by_length(sequences, chosen)
+        if self.tokens.action_mask is not None:
+            masks = narrow(masks, self.tokens.action_mask.of_sequences(sequences))
+        # A model's mask is computed in another order here, and a token at its very edge may fall on either side.
+        masks[torch.arange(len(masks), device=masks.device), sequences.actions] = True
+        differs = ((masks.sum(1) - acted_under).abs() > 1 + 0.01 * acted_under).float().mean()
+        if differs > 0.01:
+            raise ValueError(
+                f"{differs:.0%} of the action masks are not those that were acted under. Masks come from the "
+                "environment's min_new_tokens and action_mask, must depend on the context alone, and are refreshed "
+                "between rollouts alone; after MaskablePPO.load pass action_space=env.action_space as well"
+            )
+        return masks
+
+    def _allowed_by_length(self, sequences: Sequences, chosen: np.ndarray) -> Tensor:
+        stop = self.tokens.stop
+        rows, steps = ragged(sequences.response_lengths)
+        before = [len(self.segments[index].context) - self.segments[index].prompt_length for index in chosen]
+        banned = stop.applies(steps + self.to_torch(np.array(before))[rows])
+        masks = torch.ones(len(rows), int(self.tokens.n), dtype=torch.bool, device=self.device)
+        if banned is not None:
+            masks[:, list(stop.ids)] = ~banned[:, None]
+        return masks

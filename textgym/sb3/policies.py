@@ -1,0 +1,268 @@
+"""TextActorCriticPolicy: a language model as the policy of SB3's PPO and A2C, and of sb3-contrib's TRPO."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import torch
+from stable_baselines3.common.distributions import make_proba_distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from textgym.envs.spaces import TokenSpace
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.attention import PackedStates
+from textgym.models.token_model import Observation
+from textgym.sb3.flat import FlatWeights
+
+TextObs = PackedStates | Observation
+"""What an algorithm hands on untouched: packed states from our buffers, or observations as the environment gave them."""
+
+
+class TextPolicy(BasePolicy):
+    """What the policies with and without masks share: an `ActorCritic` behind SB3's interface.
+
+    Acting decodes through the key-value cache; a buffer's packed states are evaluated in one pass. Nothing pretrained
+    is ever initialised anew, dropout is off, and the value head starts at zero.
+
+    Args:
+        observation_space: of the environment.
+        action_space: of the environment, a `TokenSpace`.
+        lr_schedule: the algorithm's.
+        model: name or path of the language model. SB3's `save` pickles the policy's arguments, so no modules.
+        critic: `"shared"`, `"separate"`, or the name of a model whose trunk the critic starts from.
+        temperature: divides the logits, in acting and training alike.
+        lora: a `peft.LoraConfig`; the adapter alone is trained.
+        ortho_init: taken as every SB3 policy takes it; there is no layer here that it may touch.
+        use_sde: not for discrete actions.
+        optimizer_class: Adam if not given, as in SB3.
+        optimizer_kwargs: for Adam `{"eps": 1e-5}` if not given, as in SB3.
+
+    Raises:
+        TypeError: `model` or `critic` is not a name.
+        ValueError: the model's vocabulary is not the environment's, or the environment is not one of textgym.
+    """
+
+    actor_critic: ActorCritic
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        model: str | os.PathLike[str],
+        critic: str = "shared",
+        temperature: float = 1.0,
+        lora: Any = None,
+        ortho_init: bool = False,
+        use_sde: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if use_sde:
+            raise ValueError("use_sde is for continuous actions; tokens are discrete")
+        check_name("model", model)
+        self.tokens = token_space(action_space)
+        self.flat: FlatWeights | None = None
+        self.model_kwargs: dict[str, Any] = {
+            "model": model,
+            "critic": critic,
+            "temperature": temperature,
+            "lora": lora,
+        }
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=[],
+            ortho_init=False,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        kwargs = dict(self.model_kwargs)
+        self.actor_critic = ActorCritic.from_pretrained(kwargs.pop("model"), **kwargs)
+        self.actor_critic.generator = None  # torch's own, which `model.set_random_seed` seeds
+        check_vocabulary(self.actor_critic.vocab_size, self.tokens)
+        self.tokens.temperature = self.temperature
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            **self.model_kwargs,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits."""
+        return self.actor_critic.temperature
+
+    def act(self, obs: Observation, deterministic: bool, action_masks: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions `(B,)`, values `(B, 1)` and log-probs `(B,)`, by cached decoding."""
+        step = self.actor_critic.act(obs, deterministic, action_masks)
+        return step.action, step.value[:, None], step.log_prob
+
+    def score(self, obs: TextObs, actions: Tensor, action_masks: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Values `(M, 1)`, log-probs and entropies `(M,)`, in one pass, with gradients."""
+        evaluation = self.actor_critic.evaluate_states(self.states(obs), actions, action_masks)
+        return evaluation.value[:, None], evaluation.log_prob, evaluation.entropy
+
+    def next_logits(self, obs: TextObs) -> Tensor:
+        """Logits `(M, V)` for a distribution. Only TRPO asks for one in training, and differentiates it twice."""
+        if not self.training:
+            return self.actor_critic.logits(self.states(obs))
+        if self.flat is None:
+            self._use_eager_attention()
+            self.flat = FlatWeights(self.actor_critic)
+        return self.flat.logits(self.states(obs))
+
+    def predict_values(self, obs: TextObs) -> Tensor:  # type: ignore[override]
+        """Values `(M, 1)`."""
+        if not self.training and not isinstance(obs, PackedStates):
+            return self.actor_critic.value(obs)[:, None]
+        states = self.states(obs)
+        if self.flat is None:
+            return self.actor_critic.state_values(states)[:, None]
+        self._leave_flat_weights()  # TRPO's critic step, which leaves the policy alone
+        hidden = None if self.actor_critic.critic is not None else self.actor_critic.hidden(states).detach()
+        return self.actor_critic.state_values(states, hidden)[:, None]
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switches between acting and training; the key-value cache is dropped, since weights will have changed."""
+        if mode:
+            self.tokens.check_kl_is_paid()
+        if mode != self.training:
+            self._leave_flat_weights()
+            self.flat = None
+            self.reset_cache()
+        super().set_training_mode(mode)
+
+    def reset_cache(self) -> None:
+        """Frees the key-value cache."""
+        self.actor_critic.reset_cache()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes a plain transformers folder and the critic beside it, see `ActorCritic.save_pretrained`."""
+        self._leave_flat_weights()
+        self.actor_critic.save_pretrained(folder, tokenizer)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; while TRPO takes its step, one vector stands for the language model's weights."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            if self.flat is None or ".lm." not in name:
+                yield name, parameter
+        if self.flat is not None:
+            yield "flat", self.flat.vector
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self._leave_flat_weights()
+        return super().state_dict(*args, **kwargs)
+
+    def states(self, obs: TextObs) -> PackedStates:
+        """Packed states as they are; observations are packed here, one pass over all contexts."""
+        if isinstance(obs, PackedStates):
+            return obs
+        input_ids = torch.as_tensor(obs["input_ids"], device=self.device)
+        lengths = torch.as_tensor(obs["attention_mask"], device=self.device).sum(-1)
+        return PackedStates.whole(input_ids, lengths)
+
+    def _leave_flat_weights(self) -> None:
+        if self.flat is not None:
+            self.flat.write_back()
+
+    def _use_eager_attention(self) -> None:
+        lm = self.actor_critic.lm
+        if lm.config._attn_implementation != "eager":
+            lm.set_attn_implementation("eager")
+            warnings.warn(
+                "TRPO differentiates twice, which fused attention cannot: the policy now runs eager attention",
+                stacklevel=4,
+            )
+
+
+class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):
+    """For PPO, A2C and TRPO: `PPO(TextActorCriticPolicy, env, policy_kwargs={"model": "tiny"})`.
+
+    These algorithms know no action masks, so every token may be drawn: in an environment that masks (`min_new_tokens`,
+    `action_mask`) a token that is not allowed is written all the same and ends nothing. MaskablePPO with
+    `MaskableTextActorCriticPolicy` masks. Arguments as `TextPolicy`.
+    """
+
+    def forward(self, obs: Observation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Actions `(B,)`, values `(B, 1)` and log-probs `(B,)`."""
+        return self.act(obs, deterministic)
+
+    def evaluate_actions(self, obs: TextObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        """Values `(M, 1)`, log-probs and entropies `(M,)`."""
+        return self.score(obs, actions)
+
+    def get_distribution(self, obs: TextObs) -> Any:  # type: ignore[override]
+        """SB3's categorical distribution over the next token in each state."""
+        return make_proba_distribution(self.action_space).proba_distribution(self.next_logits(obs))
+
+    def log_prob(self, observation: Observation, action: Any, action_masks: Any = None) -> Tensor:
+        """Log-prob `(B,)` of tokens, for `attach_policy`.
+
+        Raises:
+            ValueError: the environment masks actions, which this policy does not (trap 5).
+        """
+        if action_masks is not None:
+            raise ValueError(
+                "the environment masks actions, but this policy draws from all of them, so its KL would be wrong: use "
+                "MaskablePPO with MaskableTextActorCriticPolicy, or an environment without min_new_tokens and "
+                "action_mask"
+            )
+        return self.actor_critic.log_prob(observation, action)
+
+    def _predict(self, observation: Observation, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+        return self.actor_critic.act(observation, deterministic, with_value=False).action
+
+
+def token_space(space: gym.Space[Any]) -> TokenSpace:
+    """The space as what it is in every environment of textgym.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if not isinstance(space, TokenSpace):
+        raise ValueError(f"{space} is not the action space of a textgym environment, which textgym.sb3 is made for")
+    return space
+
+
+def check_name(what: str, value: Any) -> None:
+    """Refuses modules, which SB3's `save` would pickle whole.
+
+    Raises:
+        TypeError: not a name or path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(
+            f"{what} must be a name or a path, since SB3 pickles what it is given when it saves; got "
+            f"{type(value).__name__}: write it with save_pretrained(folder) and pass the folder"
+        )
+
+
+def check_vocabulary(vocab_size: int, tokens: TokenSpace) -> None:
+    """Refuses a model whose tokens are not the environment's.
+
+    Raises:
+        ValueError: other sizes.
+    """
+    if vocab_size != tokens.n:
+        raise ValueError(
+            f"the model has {vocab_size} tokens and the environment {tokens.n}: make the environment with the model's "
+            "tokenizer"
+        )

@@ -1,0 +1,270 @@
+"""EpisodeRolloutBuffer: SB3's rollout buffer at sequence cost, which also pays the KL."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
+from torch import Tensor
+
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+from textgym.rewards.kl import Estimator, KLController, KLPenalty
+from textgym.sb3.policies import check_name, check_vocabulary, token_space
+
+CHUNK_TOKENS = 4096
+"""Tokens whose KL is computed at once."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive steps of one row within one episode: what one forward pass can share.
+
+    Attributes:
+        row: of the environment.
+        start: first step in the buffer.
+        context: token ids before the first action.
+        prompt_length: how many of them are prompt; the others were written before this rollout began.
+    """
+
+    row: int
+    start: int
+    context: np.ndarray
+    prompt_length: int
+
+
+class EpisodeRolloutBuffer(DictRolloutBuffer):
+    """Keeps one token a step and one context an episode; hands out minibatches of whole segments of episodes.
+
+    The observations of a minibatch are `PackedStates`: all its states share one forward pass over their sequences. With
+    a reference the KL penalty is taken off the rewards before GAE, from the log-probs that the tokens were drawn with:
+    reward - coef * KL estimate, for every token.
+
+    A minibatch is about `batch_size` steps, since segments are not cut; with `batch_size=None` it is everything.
+
+    Args:
+        buffer_size: steps a row.
+        observation_space: of a text environment.
+        action_space: of a text environment.
+        device: of what is handed out.
+        gae_lambda: GAE's lambda.
+        gamma: discount; anything but 1 warns, since text has no reason to hurry.
+        n_envs: rows.
+        reference: name or path of the model that the KL is measured to.
+        kl_coef: beta, in reward a nat, or a controller such as `AdaptiveKL`, which hears the mean KL of the episodes
+            that ended in a rollout.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+
+    Attributes:
+        episode_kl: the KL of each episode that ended in the last rollout, in nats.
+
+    Raises:
+        ValueError: the environment pays a KL already, a coefficient without a reference, or an estimator that needs the
+            policy.
+        TypeError: the reference is not a name.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: gym.spaces.Dict,
+        action_space: gym.Space[Any],
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        reference: str | os.PathLike[str] | None = None,
+        kl_coef: float | KLController = 0.0,
+        kl_estimator: Estimator = "k1",
+    ) -> None:
+        self.tokens = token_space(action_space)
+        self.penalty: KLPenalty | None = None
+        self.prompt_lengths = np.zeros(n_envs, dtype=np.int64)
+        self.kl_so_far = np.zeros(n_envs)
+        self.episode_kl: list[float] = []
+        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs=n_envs)
+        warn_of_discount(gamma)
+        if reference is not None:
+            self.penalty = self._make_penalty(reference, kl_coef, kl_estimator)
+        elif kl_coef != 0:
+            raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
+
+    def reset(self) -> None:
+        """Empties the buffer; what is known of episodes under way stays."""
+        shape = (self.buffer_size, self.n_envs)
+        self.actions = np.zeros(shape, dtype=np.min_scalar_type(int(self.tokens.n) - 1))
+        self.rewards, self.returns, self.values, self.log_probs, self.advantages = (
+            np.zeros(shape, dtype=np.float32) for _ in range(5)
+        )
+        self.episode_starts = np.zeros(shape, dtype=bool)
+        self.segments: list[Segment] = []
+        BaseBuffer.reset(self)
+
+    def add(  # type: ignore[override]
+        self,
+        obs: dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: Tensor,
+        log_prob: Tensor,
+    ) -> None:
+        """One step of all rows.
+
+        Raises:
+            ValueError: an observation is not the last one with the action appended.
+        """
+        begins = np.asarray(episode_start, dtype=bool)
+        lengths = obs["attention_mask"].sum(1)
+        new = np.ones_like(begins) if self.pos == 0 else begins
+        if self.pos and not (lengths == self.lengths + 1)[~new].all():
+            raise ValueError("EpisodeRolloutBuffer is for environments whose observation grows by the action")
+        self.lengths = lengths
+        self.prompt_lengths = np.where(begins | (self.prompt_lengths == 0), lengths, self.prompt_lengths)
+        for row in np.flatnonzero(new):
+            context = obs["input_ids"][row, : lengths[row]].astype(self.actions.dtype)
+            self.segments.append(Segment(int(row), self.pos, context, int(self.prompt_lengths[row])))
+        self.actions[self.pos] = action.reshape(-1)
+        self.rewards[self.pos] = reward
+        self.episode_starts[self.pos] = begins
+        self.values[self.pos] = value.cpu().numpy().flatten()
+        self.log_probs[self.pos] = log_prob.cpu().numpy()
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
+        """Pays the KL, then GAE as SB3 computes it."""
+        self.segment_lengths = self._measure_segments()
+        if self.penalty is not None:
+            kl = self._kl(self.penalty)
+            self.rewards -= np.float32(self.penalty.coef) * kl
+            self._count_episodes(kl, dones)
+            if self.episode_kl:
+                self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
+        super().compute_returns_and_advantage(last_values, dones)
+
+    def get(self, batch_size: int | None = None) -> Generator[DictRolloutBufferSamples, None, None]:
+        """Minibatches of whole segments in random order, of about `batch_size` steps each."""
+        assert self.full, "the rollout is not complete"
+        for chosen in self._batches(np.random.permutation(len(self.segments)), batch_size):  # noqa: NPY002  (as SB3)
+            yield self._segment_samples(chosen)
+
+    def nbytes(self) -> int:
+        """Bytes held for the rollout."""
+        arrays = (
+            self.actions,
+            self.rewards,
+            self.returns,
+            self.values,
+            self.log_probs,
+            self.advantages,
+            self.episode_starts,
+            *(segment.context for segment in self.segments),
+        )
+        return sum(array.nbytes for array in arrays)
+
+    def _segment_samples(self, chosen: np.ndarray) -> Any:
+        """What SB3's algorithms train on, of these segments, in the order of their tokens."""
+        sequences = self._sequences(chosen)
+        where = self._where(chosen)
+        return DictRolloutBufferSamples(
+            sequences.states(),  # type: ignore[arg-type]  # handed on to our policy as it is
+            sequences.actions,
+            *(self.to_torch(x[where]) for x in (self.values, self.log_probs, self.advantages, self.returns)),
+        )
+
+    def _sequences(self, chosen: np.ndarray) -> Sequences:
+        """Segments as sequences: the context is the prompt, the actions are the response."""
+        segments = [self.segments[index] for index in chosen]
+        responses = [
+            self.actions[segment.start : segment.start + length, segment.row]
+            for segment, length in zip(segments, self.segment_lengths[chosen], strict=True)
+        ]
+        contexts = [len(segment.context) for segment in segments]
+        lengths = np.array(contexts) + self.segment_lengths[chosen]
+        ids = np.zeros((len(segments), lengths.max()), dtype=np.int64)
+        parts = [part for pair in zip((s.context for s in segments), responses, strict=True) for part in pair]
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(parts)
+        return Sequences(
+            self.to_torch(ids), self.to_torch(np.array(contexts)), self.to_torch(self.segment_lengths[chosen])
+        )
+
+    def _where(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Step and row of every token of these segments, in order."""
+        lengths = self.segment_lengths[chosen]
+        starts = np.array([self.segments[index].start for index in chosen])
+        rows = np.array([self.segments[index].row for index in chosen])
+        steps = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+        return steps, np.repeat(rows, lengths)
+
+    def _batches(self, order: np.ndarray, batch_size: int | None) -> Iterator[np.ndarray]:
+        """Splits segments so that every part holds about equally many tokens, near `batch_size`."""
+        ends = self.segment_lengths[order].cumsum()
+        parts = 1 if batch_size is None else max(1, round(ends[-1] / batch_size))
+        middles = ends - self.segment_lengths[order] / 2
+        part = (middles * parts / ends[-1]).astype(int)
+        yield from (order[part == index] for index in range(parts) if (part == index).any())
+
+    def _measure_segments(self) -> np.ndarray:
+        """Steps of each segment: up to the next segment of its row."""
+        lengths = np.zeros(len(self.segments), dtype=np.int64)
+        following = np.full(self.n_envs, self.buffer_size)
+        for index in reversed(range(len(self.segments))):
+            segment = self.segments[index]
+            lengths[index] = following[segment.row] - segment.start
+            following[segment.row] = segment.start
+        return lengths
+
+    def _kl(self, penalty: KLPenalty) -> np.ndarray:
+        """KL estimate of every token, `(buffer_size, n_envs)` nats, in a few packed passes of the reference."""
+        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides (trap 4)
+        kl = np.zeros_like(self.rewards)
+        for chosen in self._batches(np.arange(len(self.segments)), CHUNK_TOKENS):
+            where = self._where(chosen)
+            reference = self._reference_log_probs(penalty.reference, chosen)
+            log_probs = self.to_torch(self.log_probs[where])
+            every = torch.ones_like(reference, dtype=torch.bool)
+            kl[where] = penalty.of_log_probs(log_probs, reference, every).cpu().numpy()
+        return kl
+
+    def _reference_log_probs(self, reference: TokenModel, chosen: np.ndarray) -> Tensor:
+        sequences = self._sequences(chosen)
+        return reference.state_log_probs(sequences.states(), sequences.actions)
+
+    def _count_episodes(self, kl: np.ndarray, dones: np.ndarray) -> None:
+        """Adds up the KL of episodes, which may have begun in an earlier rollout."""
+        self.episode_kl = []
+        for segment, length in zip(self.segments, self.segment_lengths, strict=True):
+            end = segment.start + length
+            self.kl_so_far[segment.row] += kl[segment.start : end, segment.row].sum()
+            if dones[segment.row] if end == self.buffer_size else self.episode_starts[end, segment.row]:
+                self.episode_kl.append(float(self.kl_so_far[segment.row]))
+                self.kl_so_far[segment.row] = 0.0
+
+    def _make_penalty(self, reference: Any, kl_coef: float | KLController, kl_estimator: Estimator) -> KLPenalty:
+        check_name("reference", reference)
+        if kl_estimator == "full":
+            raise ValueError("kl_estimator='full' needs the policy, which a buffer does not see: use 'k1', 'k2' or 'k3'")
+        model = TokenModel.load(str(reference), device=self.device)
+        check_vocabulary(model.vocab_size, self.tokens)
+        if kl_coef != 0:
+            self.tokens.pay_kl("EpisodeRolloutBuffer")
+        return KLPenalty(model, kl_coef, kl_estimator)
+
+
+def warn_of_discount(gamma: float) -> None:
+    """Says once that SB3's default discount is not meant for text."""
+    if gamma != 1.0:
+        warnings.warn(
+            f"gamma={gamma} discounts a score that is paid at the end of the text: short texts are preferred. "
+            "Pass gamma=1.0",
+            stacklevel=2,
+        )

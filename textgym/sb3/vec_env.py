@@ -1,0 +1,133 @@
+"""make_vec_env: a text environment of many rows in the form that Stable-Baselines3 takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from textgym.envs.spaces import TokenSpace
+from textgym.envs.task import Policy
+
+PER_ROW = ("action_masks", "render", "transcript")
+"""What the environment answers with one entry a row; anything else is the same for all rows."""
+
+
+def make_vec_env(id_or_env: str | Any, n_envs: int = 1, **env_kwargs: Any) -> VecMonitor:
+    """A `VecEnv` whose rows are one batch of a `TextVectorEnv`, monitored as SB3's own `make_vec_env` does.
+
+    Unless told otherwise the environment leaves the KL to the agent (`kl_mode="deferred"`): `EpisodeRolloutBuffer` or
+    `KLCallback` pay it. Algorithms without behaviour log-probs, such as DQN, ask for `kl_mode="reference"`.
+
+    Args:
+        id_or_env: a registered id, or a `TextVectorEnv`.
+        n_envs: rows.
+        env_kwargs: arguments of the environment, as of `gym.make_vec`.
+
+    Raises:
+        ValueError: arguments beside an environment that is already made.
+
+    >>> env = make_vec_env("textgym/Sentiment-v0", n_envs=2, max_new_tokens=2)
+    >>> observations = env.reset()
+    >>> for _ in range(2):
+    ...     observations, rewards, dones, infos = env.step([9, 10])
+    >>> dones.tolist(), int(infos[0]["episode"]["l"]), infos[0]["terminal_observation"]["input_ids"].shape
+    ([True, True], 2, (50,))
+    """
+    if isinstance(id_or_env, str):
+        envs: Any = gym.make_vec(id_or_env, num_envs=n_envs, **{"kl_mode": "deferred", **env_kwargs})
+    elif env_kwargs or n_envs not in (1, id_or_env.num_envs):
+        raise ValueError("n_envs and arguments are for an id; an environment that is made already has its own")
+    else:
+        envs = id_or_env
+    return VecMonitor(TextVecEnv(envs))
+
+
+class TextVecEnv(VecEnv):
+    """A `TextVectorEnv` as a `VecEnv`: rows reset in the step that ends them, and there is no loop over the others.
+
+    Args:
+        envs: a `TextVectorEnv`; it is taken over (SAME_STEP, NumPy arrays).
+    """
+
+    action_space: TokenSpace
+
+    def __init__(self, envs: Any) -> None:
+        self.envs = envs
+        envs.unwrapped.set_autoreset_mode(AutoresetMode.SAME_STEP)
+        envs.unwrapped.array = "numpy"
+        super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+    def reset(self) -> VecEnvObs:
+        """Starts an episode in every row, by the seed and options that were set."""
+        options: dict[str, Any] = {key: value for key, value in self._options[0].items() if key != "prompt_index"}
+        if "prompt_index" in self._options[0]:
+            options["prompt_index"] = [options["prompt_index"] for options in self._options]
+        observation, _ = self.envs.reset(seed=self._seeds[0], options=options or None)
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self._reset_seeds()
+        self._reset_options()
+        self.action_space.observation = observation
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Takes one token for each row."""
+        self.actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Appends the tokens."""
+        observation, rewards, terminated, truncated, infos = self.envs.step(self.actions)
+        self.action_space.observation = observation
+        return observation, rewards, terminated | truncated, self._row_infos(infos, truncated)
+
+    def close(self) -> None:
+        """Closes the environment."""
+        self.envs.close()
+
+    def attach_policy(self, policy: Policy) -> None:
+        """Hands over the policy whose exact KL is paid in `kl_mode="exact"`, such as `model.policy`."""
+        self.envs.unwrapped.attach_policy(policy)
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of the `TextVectorEnv`, once for each row."""
+        return self._rows(attr_name, getattr(self.envs.unwrapped, attr_name), indices)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Sets an attribute of the `TextVectorEnv`, which all rows share."""
+        setattr(self.envs.unwrapped, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Calls a method of the `TextVectorEnv` once; its answer for each row."""
+        answer = getattr(self.envs.unwrapped, method_name)(*method_args, **method_kwargs)
+        return self._rows(method_name, answer, indices)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """No row is wrapped: the rows are one batch."""
+        return [False for _ in self._get_indices(indices)]
+
+    def _rows(self, name: str, answer: Any, indices: VecEnvIndices) -> list[Any]:
+        return [answer[row] if name in PER_ROW and not callable(answer) else answer for row in self._get_indices(indices)]
+
+    def _row_infos(self, infos: dict[str, Any], truncated: np.ndarray) -> list[dict[str, Any]]:
+        """One dict a row, as SB3 wants them: empty, but for the rows that ended."""
+        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if "final_info" in infos:
+            final: dict[str, np.ndarray] = infos["final_info"]
+            names: Sequence[str] = [name for name in final if not name.startswith("_")]
+            for row in np.flatnonzero(infos["_final_info"]):
+                rows[row] = {name: final[name][row].item() for name in names if _is_number(final[name])}
+                rows[row] |= {name: final[name][row] for name in names if not _is_number(final[name])}
+                rows[row]["terminal_observation"] = infos["final_obs"][row]
+                rows[row]["TimeLimit.truncated"] = bool(truncated[row])
+        return rows
+
+
+def _is_number(values: np.ndarray) -> bool:
+    return values.dtype != object
