@@ -31,7 +31,7 @@ class TokenSpace(gym.spaces.Discrete):
         agent_pays: whether an agent's buffer or callback has said that it pays.
         temperature: of the policy that acts here.
         observation: what the rows show now, where the environment keeps it up to date.
-        explorer: draws the tokens of `sample`; without one they are uniform.
+        explorer: draws the tokens of `sample`; without one, or where it answers `None`, they are uniform.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class TokenSpace(gym.spaces.Discrete):
         super().__init__(n)
         self.stop = stop if stop is not None else StopRule()
         self.kl_payer = kl_payer
-        self._detach()
-        self.action_mask = action_mask
+        self._detach(action_mask)
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.int64:
         """A token: by `explorer` if there is one and no mask or probabilities are given, otherwise as `Discrete`."""
         if self.explorer is not None and mask is None and probability is None:
-            return np.int64(self.explorer())
+            token = self.explorer()
+            if token is not None:
+                return np.int64(token)
         return super().sample(mask, probability)
 
     def pay_kl(self, payer: str) -> None:
@@ -87,11 +88,11 @@ class TokenSpace(gym.spaces.Discrete):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
-        self._detach()
+        self._detach(None)
 
-    def _detach(self) -> None:
+    def _detach(self, action_mask: ActionMask | None) -> None:
         self.agent_pays = False
         self.temperature = 1.0
         self.observation: dict[str, np.ndarray] | None = None
-        self.explorer: Callable[[], int] | None = None
-        self.action_mask: ActionMask | None = None
+        self.explorer: Callable[[], int | None] | None = None
+        self.action_mask = action_mask

@@ -111,9 +111,9 @@ class TextTask:
                 "attention_mask": gym.spaces.Box(0, 1, (self.episodes.width,), np.int64),
             }
         )
-        self.action_mask = action_mask
-        if action_mask is not None and not isinstance(action_mask, ActionMask):
-            self.action_mask = FunctionMask(action_mask)
+        self.action_mask = (
+            action_mask if action_mask is None or isinstance(action_mask, ActionMask) else FunctionMask(action_mask)
+        )
         self.action_space = TokenSpace(self.vocab_size, self.episodes.stop, self._kl_payer(), self.action_mask)
 
     def attach_policy(self, policy: Policy) -> None:

@@ -199,6 +199,10 @@ class ActorCritic(TokenModel):
         """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""
         if self.lora is not None:
             return TokenModel(self.lm, self.temperature, adapter=self.lora).eval()
+        return self.frozen_copy()
+
+    def frozen_copy(self) -> TokenModel:
+        """The policy as it is now, with its adapter where it has one."""
         return freeze(TokenModel(copy.deepcopy(self.lm), self.temperature))
 
     @property

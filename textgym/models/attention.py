@@ -51,10 +51,15 @@ class PackedStates:
         return PackedStates(self.packed, self.index[chosen])
 
     @classmethod
-    def whole(cls, input_ids: Tensor, lengths: Tensor) -> PackedStates:
-        """The N rows of `input_ids` `(N, W)`, each to its full length `(N,)`, as N states."""
+    def prefixes(cls, input_ids: Tensor, lengths: Tensor, rows: Tensor, sizes: Tensor) -> PackedStates:
+        """The first `sizes` `(M,)` tokens of `rows` `(M,)` of right-padded `input_ids` `(N, W)` of these lengths."""
         packed = pack(input_ids, lengths)
-        return cls(packed, packed.starts + lengths - 1)
+        return cls(packed, packed.starts[rows] + sizes - 1)
+
+    @classmethod
+    def whole(cls, input_ids: Tensor, lengths: Tensor) -> PackedStates:
+        """Every row of `input_ids` `(N, W)` to its full length `(N,)`: N states."""
+        return cls.prefixes(input_ids, lengths, torch.arange(len(lengths), device=lengths.device), lengths)
 
     def hidden(self, lm: Any) -> Tensor:
         """Last hidden state `(M, d)` of each state."""

@@ -66,9 +66,7 @@ def token_log_probs(
         log-probs `(M,)` and entropies `(M,)` in nats, float32.
     """
 
-    def score(
-        hidden: Tensor, actions: Tensor, banned: Tensor | None, allowed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def score(hidden: Tensor, actions: Tensor, banned: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         logits, free = masked_logits(head, hidden, temperature, banned, stop_ids, actions)
         if allowed is not None:
             logits = free = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)

@@ -81,7 +81,7 @@ class ModelMask(ActionMask):
         """Bool `(m, V)`, from logits `(m, V)`."""
 
     def refresh(self, model: TokenModel) -> None:
-        """Goes by `model` from now on, frozen by the caller: `mask.refresh(policy.reference())`."""
+        """Goes by `model` from now on, frozen by the caller: `mask.refresh(policy.frozen_copy())`."""
         self.model = model
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from textgym.models.attention import PackedStates, pack, ragged
+from textgym.models.attention import PackedStates, ragged
 from textgym.models.log_probs import StopRule
 
 
@@ -68,6 +68,5 @@ class Sequences:
 
     def states(self) -> PackedStates:
         """The states before each response token. The last token is left out: nothing is predicted from it."""
-        packed = pack(self.input_ids, self.lengths - 1)
         rows, steps = ragged(self.response_lengths)
-        return PackedStates(packed, packed.starts[rows] + self.prompt_lengths[rows] - 1 + steps)
+        return PackedStates.prefixes(self.input_ids, self.lengths - 1, rows, self.prompt_lengths[rows] + steps)

@@ -103,9 +103,12 @@ class TokenModel(nn.Module):
 
     def next_logits(self, observation: Observation) -> Tensor:
         """Logits `(B, V)` of the next token, by cached decoding: `logits` without gradients, from observations."""
-        hidden, _ = self._advance(observation)
         with torch.no_grad():
-            return self._logits(hidden)
+            return self._logits(self.next_hidden(observation))
+
+    def next_hidden(self, observation: Observation) -> Tensor:
+        """Last hidden state `(B, d)` of each observed context, by cached decoding."""
+        return self._advance(observation)[0]
 
     def reset_cache(self) -> None:
         """Frees the key-value cache."""

@@ -1,1 +1,70 @@
-"""Stock Stable-Baselines3 and sb3-contrib algorithms on text environments, see the README's section."""
+"""Stock Stable-Baselines3 and sb3-contrib algorithms on text environments, at the cost of whole sequences.
+
+>>> from stable_baselines3 import PPO
+>>> from textgym.sb3 import EpisodeRolloutBuffer, TextActorCriticPolicy, make_vec_env
+>>> env = make_vec_env("textgym/Sentiment-v0", n_envs=4, max_new_tokens=4)
+>>> model = PPO(TextActorCriticPolicy, env, n_steps=8, batch_size=32, gamma=1.0, policy_kwargs={"model": "tiny"},
+...             rollout_buffer_class=EpisodeRolloutBuffer,
+...             rollout_buffer_kwargs={"reference": "tiny", "kl_coef": 0.05})
+>>> model.learn(32).num_timesteps
+32
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from textgym.models.masks import TopKMask, TopPMask
+    from textgym.sb3.callbacks import KLCallback, MaskRefreshCallback
+    from textgym.sb3.maskable import MaskableEpisodeRolloutBuffer, MaskableTextActorCriticPolicy
+    from textgym.sb3.policies import TextActorCriticPolicy
+    from textgym.sb3.q_policies import TextQPolicy
+    from textgym.sb3.quantile import TextQuantilePolicy
+    from textgym.sb3.replay_buffer import EpisodeReplayBuffer
+    from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer
+    from textgym.sb3.vec_env import TextVecEnv, make_vec_env
+
+__all__ = [
+    "EpisodeReplayBuffer",
+    "EpisodeRolloutBuffer",
+    "KLCallback",
+    "MaskRefreshCallback",
+    "MaskableEpisodeRolloutBuffer",
+    "MaskableTextActorCriticPolicy",
+    "TextActorCriticPolicy",
+    "TextQPolicy",
+    "TextQuantilePolicy",
+    "TextVecEnv",
+    "TopKMask",
+    "TopPMask",
+    "make_vec_env",
+]
+
+# Loaded on first use, so that sb3-contrib is needed by its own algorithms alone.
+_HOMES = {
+    "EpisodeReplayBuffer": "replay_buffer",
+    "EpisodeRolloutBuffer": "rollout_buffer",
+    "KLCallback": "callbacks",
+    "MaskRefreshCallback": "callbacks",
+    "MaskableEpisodeRolloutBuffer": "maskable",
+    "MaskableTextActorCriticPolicy": "maskable",
+    "TextActorCriticPolicy": "policies",
+    "TextQPolicy": "q_policies",
+    "TextQuantilePolicy": "quantile",
+    "TextVecEnv": "vec_env",
+    "make_vec_env": "vec_env",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("TopKMask", "TopPMask"):
+        return getattr(importlib.import_module("textgym.models.masks"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"textgym.sb3.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'textgym.sb3' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

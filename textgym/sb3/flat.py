@@ -41,9 +41,7 @@ class FlatWeights:
 
     def _views(self) -> dict[str, Tensor]:
         parts = self.vector.split([weight.numel() for weight in self.weights.values()])
-        return {
-            name: part.view_as(weight) for (name, weight), part in zip(self.weights.items(), parts, strict=True)
-        }
+        return {name: part.view_as(weight) for (name, weight), part in zip(self.weights.items(), parts, strict=True)}
 
 
 class _Logits(nn.Module):

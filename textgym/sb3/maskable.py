@@ -23,7 +23,7 @@ except ImportError as error:
     raise ImportError("MaskablePPO is in sb3-contrib: pip install 'textgym[contrib]'") from error
 
 
-class MaskableTextActorCriticPolicy(TextPolicy, MaskableActorCriticPolicy):
+class MaskableTextActorCriticPolicy(TextPolicy, MaskableActorCriticPolicy):  # type: ignore[misc]  # as the other
     """For MaskablePPO: `MaskablePPO(MaskableTextActorCriticPolicy, env, policy_kwargs={"model": "tiny"})`.
 
     Arguments as `TextPolicy`.
@@ -83,7 +83,8 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableDictRolloutBuff
         return super().nbytes() + self.num_allowed.nbytes
 
     def _segment_samples(self, chosen: np.ndarray) -> Any:
-        return MaskableDictRolloutBufferSamples(*super()._segment_samples(chosen), self._masks(chosen))
+        samples = super()._segment_samples(chosen)._asdict()
+        return MaskableDictRolloutBufferSamples(**samples, action_masks=self._masks(chosen))  # type: ignore[arg-type]
 
     def _reference_log_probs(self, reference: TokenModel, chosen: np.ndarray) -> Tensor:
         sequences = self._sequences(chosen)

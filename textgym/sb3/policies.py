@@ -21,7 +21,7 @@ from textgym.models.token_model import Observation
 from textgym.sb3.flat import FlatWeights
 
 TextObs = PackedStates | Observation
-"""What an algorithm hands on untouched: packed states from our buffers, or observations as the environment gave them."""
+"""What an algorithm hands on untouched: packed states from our buffers, or the environment's observations."""
 
 
 class TextPolicy(BasePolicy):
@@ -116,23 +116,23 @@ class TextPolicy(BasePolicy):
 
     def score(self, obs: TextObs, actions: Tensor, action_masks: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         """Values `(M, 1)`, log-probs and entropies `(M,)`, in one pass, with gradients."""
-        evaluation = self.actor_critic.evaluate_states(self.states(obs), actions, action_masks)
+        evaluation = self.actor_critic.evaluate_states(pack_observation(obs, self.device), actions, action_masks)
         return evaluation.value[:, None], evaluation.log_prob, evaluation.entropy
 
     def next_logits(self, obs: TextObs) -> Tensor:
         """Logits `(M, V)` for a distribution. Only TRPO asks for one in training, and differentiates it twice."""
         if not self.training:
-            return self.actor_critic.logits(self.states(obs))
+            return self.actor_critic.logits(pack_observation(obs, self.device))
         if self.flat is None:
             self._use_eager_attention()
             self.flat = FlatWeights(self.actor_critic)
-        return self.flat.logits(self.states(obs))
+        return self.flat.logits(pack_observation(obs, self.device))
 
-    def predict_values(self, obs: TextObs) -> Tensor:  # type: ignore[override]
+    def predict_values(self, obs: TextObs) -> Tensor:
         """Values `(M, 1)`."""
         if not self.training and not isinstance(obs, PackedStates):
             return self.actor_critic.value(obs)[:, None]
-        states = self.states(obs)
+        states = pack_observation(obs, self.device)
         if self.flat is None:
             return self.actor_critic.state_values(states)[:, None]
         self._leave_flat_weights()  # TRPO's critic step, which leaves the policy alone
@@ -171,14 +171,6 @@ class TextPolicy(BasePolicy):
         self._leave_flat_weights()
         return super().state_dict(*args, **kwargs)
 
-    def states(self, obs: TextObs) -> PackedStates:
-        """Packed states as they are; observations are packed here, one pass over all contexts."""
-        if isinstance(obs, PackedStates):
-            return obs
-        input_ids = torch.as_tensor(obs["input_ids"], device=self.device)
-        lengths = torch.as_tensor(obs["attention_mask"], device=self.device).sum(-1)
-        return PackedStates.whole(input_ids, lengths)
-
     def _leave_flat_weights(self) -> None:
         if self.flat is not None:
             self.flat.write_back()
@@ -193,7 +185,7 @@ class TextPolicy(BasePolicy):
             )
 
 
-class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):
+class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):  # type: ignore[misc]  # what it takes is TextObs
     """For PPO, A2C and TRPO: `PPO(TextActorCriticPolicy, env, policy_kwargs={"model": "tiny"})`.
 
     These algorithms know no action masks, so every token may be drawn: in an environment that masks (`min_new_tokens`,
@@ -229,6 +221,14 @@ class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):
 
     def _predict(self, observation: Observation, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         return self.actor_critic.act(observation, deterministic, with_value=False).action
+
+
+def pack_observation(obs: TextObs, device: torch.device) -> PackedStates:
+    """Packed states as they are; observations are packed here, one pass over all contexts."""
+    if isinstance(obs, PackedStates):
+        return obs
+    input_ids = torch.as_tensor(obs["input_ids"], device=device)
+    return PackedStates.whole(input_ids, torch.as_tensor(obs["attention_mask"], device=device).sum(-1))
 
 
 def token_space(space: gym.Space[Any]) -> TokenSpace:

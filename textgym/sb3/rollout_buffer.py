@@ -88,6 +88,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.tokens = token_space(action_space)
         self.penalty: KLPenalty | None = None
         self.prompt_lengths = np.zeros(n_envs, dtype=np.int64)
+        self.lengths = np.zeros(n_envs, dtype=np.int64)
         self.kl_so_far = np.zeros(n_envs)
         self.episode_kl: list[float] = []
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs=n_envs)
@@ -151,7 +152,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
                 self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
         super().compute_returns_and_advantage(last_values, dones)
 
-    def get(self, batch_size: int | None = None) -> Generator[DictRolloutBufferSamples, None, None]:
+    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of whole segments in random order, of about `batch_size` steps each."""
         assert self.full, "the rollout is not complete"
         for chosen in self._batches(np.random.permutation(len(self.segments)), batch_size):  # noqa: NPY002  (as SB3)
@@ -252,7 +253,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
     def _make_penalty(self, reference: Any, kl_coef: float | KLController, kl_estimator: Estimator) -> KLPenalty:
         check_name("reference", reference)
         if kl_estimator == "full":
-            raise ValueError("kl_estimator='full' needs the policy, which a buffer does not see: use 'k1', 'k2' or 'k3'")
+            raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
         model = TokenModel.load(str(reference), device=self.device)
         check_vocabulary(model.vocab_size, self.tokens)
         if kl_coef != 0:

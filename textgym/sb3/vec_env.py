@@ -113,7 +113,9 @@ class TextVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
     def _rows(self, name: str, answer: Any, indices: VecEnvIndices) -> list[Any]:
-        return [answer[row] if name in PER_ROW and not callable(answer) else answer for row in self._get_indices(indices)]
+        return [
+            answer[row] if name in PER_ROW and not callable(answer) else answer for row in self._get_indices(indices)
+        ]
 
     def _row_infos(self, infos: dict[str, Any], truncated: np.ndarray) -> list[dict[str, Any]]:
         """One dict a row, as SB3 wants them: empty, but for the rows that ended."""

@@ -1,0 +1,167 @@
+"""KLCallback and MaskRefreshCallback: what SB3's algorithms leave to callbacks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textgym.models.masks import ModelMask
+from textgym.rewards.kl import Estimator, KLController, KLPenalty
+from textgym.sb3.policies import check_vocabulary, token_space
+from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer, warn_of_discount
+
+
+class KLCallback(BaseCallback):
+    """Logs what a text run is judged by, and pays the KL where the algorithm's own buffer does not.
+
+    Logged at the end of each rollout, of the episodes that ended in it: `textgym/kl` (nats an episode),
+    `textgym/score`, `textgym/response_tokens`, `textgym/completions` (a few, as text) and `textgym/kl_coef`.
+
+    Without a reference it only logs; the KL is then the one that `EpisodeRolloutBuffer` or `kl_mode="exact"` measured.
+    With one it prices each token as it is written, by cached decoding; with a coefficient it takes the penalty off the
+    rewards, before they reach the buffer.
+
+    Args:
+        reference: name, path or model that the KL is measured to.
+        kl_coef: beta, in reward a nat, or a controller; 0 measures only.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+        num_completions: how many completions to log.
+        verbose: as of every SB3 callback.
+
+    Raises:
+        ValueError: when training starts, if the KL would be paid twice, or the algorithm has no log-probs to pay from.
+    """
+
+    def __init__(
+        self,
+        reference: str | torch.nn.Module | None = None,
+        kl_coef: float | KLController = 0.0,
+        kl_estimator: Estimator = "k1",
+        num_completions: int = 3,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        if reference is None and kl_coef != 0:
+            raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
+        if kl_estimator == "full":
+            raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
+        self.penalty = None if reference is None else KLPenalty(reference, kl_coef, kl_estimator)
+        self.pays = kl_coef != 0
+        self.num_completions = num_completions
+        self.scores: list[float] = []
+        self.lengths: list[float] = []
+        self.episode_kl: list[float] = []
+
+    def _on_training_start(self) -> None:
+        self.tokens = token_space(self.model.action_space)
+        self.buffer = getattr(self.model, "rollout_buffer", None)
+        self.kl_so_far = np.zeros(self.training_env.num_envs)
+        if not isinstance(self.buffer, EpisodeRolloutBuffer):  # which has said so itself
+            warn_of_discount(self.model.gamma)  # type: ignore[attr-defined]  # every algorithm for tokens has one
+        if self.penalty is not None:
+            self._check(self.penalty)
+        self._forget()
+
+    def _check(self, penalty: KLPenalty) -> None:
+        if self.buffer is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no log-probs to measure a KL from: let the environment pay it, with "
+                "kl_mode='reference', and use KLCallback() to log"
+            )
+        check_vocabulary(penalty.reference.vocab_size, self.tokens)
+        if self.pays and isinstance(self.buffer, EpisodeRolloutBuffer) and self.buffer.penalty is not None:
+            raise ValueError("the KL would be paid twice, by EpisodeRolloutBuffer and by KLCallback: give one of them")
+        if self.pays:
+            self.tokens.pay_kl("KLCallback")
+        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides (trap 4)
+        penalty.reference.to(self.model.device)
+
+    def _on_step(self) -> bool:
+        if self.penalty is not None:
+            self._price(self.penalty)
+        for row in np.flatnonzero(self.locals["dones"]):
+            info = self.locals["infos"][row]
+            self.scores.append(info.get("score", math.nan))
+            self.lengths.append(info.get("response_tokens", math.nan))
+            if self.penalty is not None:
+                self.episode_kl.append(float(self.kl_so_far[row]))
+                self.kl_so_far[row] = 0.0
+            elif not math.isnan(info.get("kl", math.nan)):
+                self.episode_kl.append(info["kl"])
+        return True
+
+    def _price(self, penalty: KLPenalty) -> None:
+        """The KL of this step's tokens; off the rewards, which SB3 hands to its buffer after the callbacks."""
+        log_probs = self.locals["log_probs"]
+        actions, masks = self.locals["actions"].reshape(-1), self.locals.get("action_masks")
+        reference = penalty.reference.log_prob(self.locals["obs_tensor"], actions, masks)
+        kl = penalty.of_log_probs(log_probs, reference, torch.ones_like(reference, dtype=torch.bool)).cpu().numpy()
+        self.kl_so_far += kl
+        if self.pays:
+            self.locals["rewards"][:] -= penalty.coef * kl
+
+    def _on_rollout_end(self) -> None:
+        if self.penalty is None and isinstance(self.buffer, EpisodeRolloutBuffer):
+            self.episode_kl = self.buffer.episode_kl
+        figures = {"kl": self.episode_kl, "score": self.scores, "response_tokens": self.lengths}
+        for name, values in figures.items():
+            if values:
+                self.logger.record_mean(f"textgym/{name}", float(np.mean(values)))
+        if self.penalty is not None and self.pays and self.episode_kl:
+            self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
+        payer = self.buffer.penalty if isinstance(self.buffer, EpisodeRolloutBuffer) else self.penalty
+        if payer is not None:
+            self.logger.record("textgym/kl_coef", payer.coef)
+        if self.scores:
+            self.logger.record("textgym/completions", self._completions())
+        self._forget()
+
+    def _completions(self) -> str:
+        transcripts: list[dict[str, Any]] = self.training_env.get_attr("transcript", range(self.training_env.num_envs))
+        return " | ".join(f"{t['prompt']} >{t['completion']}" for t in transcripts[: self.num_completions])
+
+    def _forget(self) -> None:
+        self.scores, self.lengths, self.episode_kl = [], [], []
+
+
+class MaskRefreshCallback(BaseCallback):
+    """Lets the environment's mask go by the policy as it is after every so many updates.
+
+    With MaskablePPO and a `TopPMask` this is NLPO (Ramamurthy et al., 2022): a mask by what the policy was a while ago
+    keeps it from tokens it has left. Refreshed between rollouts alone, so that a rollout is trained on under the masks
+    that it was sampled under.
+
+    Args:
+        target_update_interval: updates from one refresh to the next.
+        verbose: as of every SB3 callback.
+
+    Raises:
+        ValueError: when training starts, if the environment has no mask that goes by a model.
+    """
+
+    def __init__(self, target_update_interval: int = 20, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if target_update_interval < 1:
+            raise ValueError(f"target_update_interval must be at least 1, got {target_update_interval}")
+        self.target_update_interval = target_update_interval
+
+    def _on_training_start(self) -> None:
+        mask = token_space(self.training_env.action_space).action_mask
+        if not isinstance(mask, ModelMask):
+            raise ValueError(
+                "the environment has no mask that goes by a model: make_vec_env(..., action_mask=TopPMask('tiny'))"
+            )
+        self.mask = mask
+        self.rollouts = 0
+
+    def _on_rollout_start(self) -> None:
+        if self.rollouts and self.rollouts % self.target_update_interval == 0:
+            self.mask.refresh(self.model.policy.actor_critic.frozen_copy())  # type: ignore[operator,union-attr]
+        self.rollouts += 1
+
+    def _on_step(self) -> bool:
+        return True

@@ -1,0 +1,160 @@
+"""TextQPolicy: a language model as the Q-network of SB3's DQN."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from typing import Any
+
+import gymnasium as gym
+import torch
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.dqn.policies import DQNPolicy
+from torch import Tensor, nn
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.loading import load_causal_lm
+from textgym.models.token_model import Observation, TokenModel
+from textgym.sb3.exploration import Explorer
+from textgym.sb3.policies import TextObs, check_name, check_vocabulary, pack_observation, token_space
+
+
+class TextQNetwork(BasePolicy):
+    """Q(s, a) = v(s) + q_scale * log p(a | s): the model's log-probs are the advantages, a new head is the value.
+
+    So it starts as greedy decoding of the language model, v being zero. Where the environment pays
+    beta log pi_ref(a | s) (`kl_mode="reference"`) that is, at `q_scale=beta`, the reward itself.
+
+    Args:
+        observation_space: of the environment.
+        action_space: of the environment.
+        model: name or path of the language model.
+        q_scale: reward units a nat.
+    """
+
+    def __init__(
+        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], model: str, q_scale: float
+    ) -> None:
+        super().__init__(observation_space, action_space)
+        self.model = TokenModel(load_causal_lm(model))
+        check_vocabulary(self.model.vocab_size, token_space(action_space))
+        self.q_scale = q_scale
+        self.value_head = zero_linear(self.model.lm.config.hidden_size, 1)
+
+    def forward(self, obs: TextObs) -> Tensor:
+        """Q-values `(M, V)`, in one pass over packed states or over all contexts."""
+        return self.q_values(self.model.hidden(pack_observation(obs, self.device)))
+
+    def q_values(self, hidden: Tensor) -> Tensor:
+        """Q-values `(M, V)` from hidden states `(M, d)`."""
+        log_probs = self.model.head(hidden).float().log_softmax(-1)
+        return self.value_head(hidden.float()) + self.q_scale * log_probs
+
+    def _predict(self, observation: Observation, deterministic: bool = True) -> Tensor:  # type: ignore[override]
+        return self.q_values(self.model.next_hidden(observation)).argmax(-1)
+
+
+class ExploringPolicy(BasePolicy):
+    """What the policies of DQN and QRDQN share.
+
+    The environment pays the KL (`make_vec_env(..., kl_mode="reference")`), since there are no log-probs. Random
+    actions, of the warm-up too, are drawn from the language model as it was, not uniformly (see `Explorer`). Two copies
+    of the model are trained on, as these algorithms have it, and a third explores.
+
+    Args:
+        observation_space: of the environment.
+        action_space: of the environment.
+        lr_schedule: the algorithm's.
+        model: name or path of the language model.
+        q_scale: see `TextQNetwork`.
+        optimizer_class: Adam if not given.
+        optimizer_kwargs: for the optimizer.
+        network_kwargs: of the network, see the subclass.
+
+    Raises:
+        TypeError: `model` is not a name.
+        ValueError: the model's vocabulary is not the environment's, or the environment is not one of textgym.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        model: str | os.PathLike[str],
+        q_scale: float = 1.0,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        **network_kwargs: Any,
+    ) -> None:
+        check_name("model", model)
+        self.model_kwargs: dict[str, Any] = {"model": model, "q_scale": q_scale, **network_kwargs}
+        self.tokens = token_space(action_space)
+        self.tokens.explorer = self.explorer = Explorer(self.tokens, model)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=[],
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            **network_kwargs,
+        )
+
+    @property
+    @abstractmethod
+    def online(self) -> TextQNetwork:
+        """The network that is trained."""
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switches between acting and training; the key-value cache is dropped, since weights will have changed."""
+        if mode:
+            self.tokens.check_kl_is_paid()
+        if mode != self.training:
+            self.online.model.reset_cache()
+        super().set_training_mode(mode)
+
+    def is_vectorized_observation(self, observation: Any) -> bool:
+        """SB3 asks this of the observation that it is about to act on at random, which tells the explorer."""
+        self.explorer.to(self.device).look(observation)
+        return super().is_vectorized_observation(observation)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Writes the language model as a plain transformers folder; decoding it greedily is DQN's policy."""
+        ActorCritic(self.online.model.lm).save_pretrained(folder, tokenizer)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            **self.model_kwargs,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+
+class TextQPolicy(ExploringPolicy, DQNPolicy):
+    """For DQN: `DQN(TextQPolicy, env, policy_kwargs={"model": "tiny"}, replay_buffer_class=EpisodeReplayBuffer)`.
+
+    Arguments as `ExploringPolicy`, which see.
+    """
+
+    @property
+    def online(self) -> TextQNetwork:
+        """The network that is trained."""
+        return self.q_net  # type: ignore[return-value]  # SB3 takes it for its own
+
+    def make_q_net(self) -> Any:
+        """A Q-network that starts from the language model."""
+        return TextQNetwork(self.observation_space, self.action_space, **self.model_kwargs).to(self.device)
+
+
+def zero_linear(size: int, outputs: int) -> nn.Linear:
+    """A linear layer that starts at zero."""
+    layer = nn.Linear(size, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
