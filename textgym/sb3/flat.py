@@ -23,9 +23,7 @@ class FlatWeights:
 
     def __init__(self, actor_critic: ActorCritic) -> None:
         self.module = _Logits(actor_critic)
-        self.weights = {
-            name: weight for name, weight in self.module.named_parameters() if ".lm." in name and weight.requires_grad
-        }
+        self.weights = {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
         with torch.no_grad():
             self.vector = nn.Parameter(torch.cat([weight.reshape(-1) for weight in self.weights.values()]))
 
@@ -45,11 +43,16 @@ class FlatWeights:
 
 
 class _Logits(nn.Module):
-    """`ActorCritic.logits` as a forward pass, which `functional_call` wants."""
+    """`ActorCritic.logits` as a forward pass, which `functional_call` wants.
+
+    Only the language model is its submodule: `ActorCritic` holds the output embedding a second time, and a module that
+    is found twice would be left with the vector's weights.
+    """
 
     def __init__(self, actor_critic: ActorCritic) -> None:
         super().__init__()
-        self.actor_critic = actor_critic
+        self.lm = actor_critic.lm
+        self.__dict__["actor_critic"] = actor_critic
 
     def forward(self, states: PackedStates) -> Tensor:
         return self.actor_critic.logits(states)

@@ -39,7 +39,7 @@ class TextPolicy(BasePolicy):
         temperature: divides the logits, in acting and training alike.
         lora: a `peft.LoraConfig`; the adapter alone is trained.
         ortho_init: taken as every SB3 policy takes it; there is no layer here that it may touch.
-        use_sde: not for discrete actions.
+        use_sde: taken as every SB3 policy takes it; SB3 refuses it for discrete actions.
         optimizer_class: Adam if not given, as in SB3.
         optimizer_kwargs: for Adam `{"eps": 1e-5}` if not given, as in SB3.
 
@@ -65,8 +65,6 @@ class TextPolicy(BasePolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if use_sde:
-            raise ValueError("use_sde is for continuous actions; tokens are discrete")
         check_name("model", model)
         self.tokens = token_space(action_space)
         self.flat: FlatWeights | None = None

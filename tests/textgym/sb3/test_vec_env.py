@@ -1,0 +1,154 @@
+"""TextVecEnv: SB3's interface, and equality with SB3's own DummyVecEnv over single environments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common import env_util
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv, VecMonitor, VecNormalize
+
+import textgym  # noqa: F401  (registers the ids)
+from textgym.envs.text import TextEnv
+from textgym.envs.vector import TextVectorEnv
+from textgym.sb3 import TextActorCriticPolicy, TextVecEnv, make_vec_env
+
+MakeEnv = Any
+
+
+def dummy_beside(env: Any, settings: dict[str, Any], **changes: Any) -> VecEnv:
+    """SB3's DummyVecEnv over `TextEnv`s that start from the prompts that the rows of `env` drew."""
+    task = env.unwrapped.envs.unwrapped.task
+
+    class Pinned(gym.Wrapper):
+        def __init__(self, row: int) -> None:
+            super().__init__(TextEnv(**{**settings, **changes, "kl_mode": "deferred"}))
+            self.row = row
+
+        def reset(self, **kwargs: Any) -> Any:
+            return self.env.reset(options={"prompt_index": int(task.current[self.row])})
+
+    return DummyVecEnv([lambda row=row: Monitor(Pinned(row)) for row in range(env.num_envs)])
+
+
+@pytest.mark.parametrize("length_limit", ["terminate", "truncate"])
+def test_trap_39_ends_are_delivered_as_dummy_vec_env_does(
+    make_env: MakeEnv, settings: dict[str, Any], length_limit: str
+) -> None:
+    env = make_env(3, length_limit=length_limit)
+    dummy = dummy_beside(env, settings, length_limit=length_limit)
+    assert_observations_equal(env.reset(), dummy.reset())
+    rng, ends, truncations = np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        actions = rng.integers(30, 120, 3)
+        mine, theirs = env.step(actions), dummy.step(actions)
+        assert_observations_equal(mine[0], theirs[0])
+        np.testing.assert_allclose(mine[1], theirs[1], atol=1e-6)
+        np.testing.assert_array_equal(mine[2], theirs[2])
+        for done, info, other in zip(mine[2], mine[3], theirs[3], strict=True):
+            if not done:
+                assert info == {}
+                continue
+            ends += 1
+            truncations += info["TimeLimit.truncated"]
+            assert_observations_equal(info.pop("terminal_observation"), other.pop("terminal_observation"))
+            assert info["episode"]["r"] == pytest.approx(other.pop("episode")["r"], abs=1e-5)
+            info.pop("episode")
+            np.testing.assert_equal(info, other)
+    assert ends > 15
+    assert (truncations > 0) == (length_limit == "truncate")
+
+
+def assert_observations_equal(mine: Any, theirs: Any) -> None:
+    assert set(mine) == set(theirs)
+    for key in mine:
+        np.testing.assert_array_equal(mine[key], theirs[key])
+
+
+def test_wrappers_of_sb3_work_on_top(make_env: MakeEnv) -> None:
+    env = VecCheckNan(VecNormalize(VecMonitor(make_env()), norm_obs=False), raise_exception=True)
+    observation = env.reset()
+    for _ in range(12):
+        observation, rewards, _, _ = env.step(np.full(4, 97))
+    assert observation["input_ids"].shape == (4, 13)
+    assert rewards.dtype == np.float32
+    assert isinstance(env.unwrapped, TextVecEnv)
+
+
+def test_returns_are_monitored(make_env: MakeEnv) -> None:
+    env = make_env(2, kl_coef=0.0)
+    env.reset()
+    for _ in range(5):
+        _, _, dones, infos = env.step([ord("a"), ord("b")])
+    assert dones.all()
+    assert [info["episode"]["r"] for info in infos] == [5.0, 0.0]
+    assert [info["episode"]["l"] for info in infos] == [5, 5]
+
+
+def test_seed_and_options_reach_the_next_reset(make_env: MakeEnv) -> None:
+    env = make_env(4)
+    first = env.reset()
+    env.seed(0)
+    assert_observations_equal(first, env.reset())
+    env.set_options([{"prompt_index": 2}] * 4)
+    env.reset()
+    assert [transcript["prompt"] for transcript in env.get_attr("transcript")] == ["a"] * 4
+    env.reset()
+    assert {transcript["prompt"] for transcript in env.get_attr("transcript")} != {"a"}
+
+
+def test_attributes_and_methods_of_the_rows(make_env: MakeEnv) -> None:
+    env = make_env(4, min_new_tokens=2)
+    env.reset()
+    masks = np.stack(env.env_method("action_masks"))
+    assert masks.shape == (4, 258)
+    assert not masks[:, 256].any()
+    assert env.get_attr("num_envs", indices=[0, 2]) == [4, 4]
+    assert len(env.env_method("action_masks", indices=1)) == 1
+    assert env.has_attr("action_masks")
+    assert not env.has_attr("nothing_of_the_kind")
+    assert env.env_is_wrapped(Monitor) == [False] * 4
+    env.set_attr("info_text", True)
+    for _ in range(5):
+        _, _, _, infos = env.step(np.full(4, 97))
+    assert infos[0]["completion"] == "aaaaa"
+    env.close()
+
+
+def test_environment_made_already(settings: dict[str, Any]) -> None:
+    env = make_vec_env(TextVectorEnv(3, **settings))
+    assert env.num_envs == 3
+    assert env.action_space.kl_payer == "environment"
+    with pytest.raises(ValueError, match="has its own"):
+        make_vec_env(TextVectorEnv(3, **settings), n_envs=4)
+    with pytest.raises(ValueError, match="has its own"):
+        make_vec_env(TextVectorEnv(3, **settings), max_new_tokens=4)
+
+
+def test_observations_are_not_overwritten_by_later_steps(make_env: MakeEnv) -> None:
+    env = make_env(2)
+    first = env.reset()
+    kept = {key: value.copy() for key, value in first.items()}
+    env.step([97, 97])
+    assert_observations_equal(first, kept)
+
+
+def test_sb3_check_env_passes(settings: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    check_env(TextEnv(**settings))
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_stock_make_vec_env_and_stock_buffer_train(settings: dict[str, Any], lm_folder: str) -> None:
+    env = env_util.make_vec_env("textgym/Text-v0", n_envs=3, seed=0, env_kwargs=settings)
+    model = PPO(
+        TextActorCriticPolicy, env, n_steps=8, batch_size=12, n_epochs=1, gamma=1.0, policy_kwargs={"model": lm_folder}
+    )
+    before = model.policy.parameters_to_vector()
+    model.learn(48)
+    assert np.isfinite(model.policy.parameters_to_vector()).all()
+    assert (model.policy.parameters_to_vector() != before).any()
