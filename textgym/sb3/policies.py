@@ -90,6 +90,7 @@ class TextPolicy(BasePolicy):
         self.actor_critic.generator = None  # torch's own, which `model.set_random_seed` seeds
         check_vocabulary(self.actor_critic.vocab_size, self.tokens)
         self.tokens.temperature = self.temperature
+        self.eval()
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
     ) -> None:
         """One step of all rows."""
         rows, lengths = np.arange(self.n_envs), obs["attention_mask"].sum(1)
-        for row in np.flatnonzero(lengths != self.lengths):  # a new episode; what was under way was abandoned
+        for row in np.flatnonzero(~self._continues(obs["input_ids"], lengths)):  # what was under way was abandoned
             self._close(row, terminated=False)
             self.input_ids[row, : lengths[row]] = obs["input_ids"][row, : lengths[row]]
             self.prompt_lengths[row] = lengths[row]
@@ -148,6 +148,12 @@ class EpisodeReplayBuffer(ReplayBuffer):
         return sum(e.input_ids.nbytes + e.rewards.nbytes for e in self.episodes) + (
             self.input_ids.nbytes + self.rewards.nbytes
         )
+
+    def _continues(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Bool `(B,)`: the rows that show the episode under way."""
+        beyond = np.arange(input_ids.shape[1]) >= lengths[:, None]
+        same = (input_ids == self.input_ids[:, : input_ids.shape[1]]) | beyond
+        return np.asarray((lengths == self.lengths) & same.all(1))
 
     def _transitions(self, piece: Piece) -> tuple[np.ndarray, ...]:
         """Sizes of the states before and after, rewards, ends and discounts, of n-step transitions."""

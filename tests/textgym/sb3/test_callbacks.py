@@ -1,0 +1,111 @@
+"""KLCallback: the KL paid where the buffer is SB3's own, and what is logged."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.logger import configure
+
+from textgym.rewards.kl import AdaptiveKL
+from textgym.sb3 import EpisodeReplayBuffer, KLCallback, TextQPolicy
+from textgym.testing import mock_lm
+
+MakeEnv = Any
+STOCK: dict[str, Any] = {"rollout_buffer_class": DictRolloutBuffer, "rollout_buffer_kwargs": {}}
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_pays_what_the_buffer_pays(
+    make_env: MakeEnv, lm_folder: str, make_model: Any, shift_weights: Any, algorithm: Any
+) -> None:
+    vectors, callbacks = [], (None, KLCallback(mock_lm(), 0.1))
+    for ours, callback in zip((True, False), callbacks, strict=True):
+        model = make_model(make_env(), algorithm, **({} if ours else STOCK))
+        shift_weights(model)
+        model.learn(2 * 48, callback=callback)
+        vectors.append(model.policy.parameters_to_vector())
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-6)
+
+
+def logged(model: Any, folder: Path, callback: Any, steps: int = 4 * 48) -> list[dict[str, str]]:
+    model.set_logger(configure(str(folder), ["csv"]))
+    model.learn(steps, callback=callback, log_interval=1)
+    with (folder / "progress.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_logs_beside_the_episode_buffer(make_env: MakeEnv, make_model: Any, shift_weights: Any, tmp_path: Path) -> None:
+    model = make_model(make_env())
+    shift_weights(model)
+    rows = logged(model, tmp_path, KLCallback())
+    assert all(float(row["textgym/kl"]) for row in rows)
+    assert all(0 < float(row["textgym/response_tokens"]) <= 5 for row in rows)
+    assert all(float(row["textgym/score"]) >= 0 for row in rows)
+    assert all(float(row["textgym/kl_coef"]) == pytest.approx(0.1) for row in rows)
+    assert all(" >" in row["textgym/completions"] for row in rows)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_measures_the_same_whether_it_pays_or_not(
+    make_env: MakeEnv, lm_folder: str, make_model: Any, shift_weights: Any, tmp_path: Path, pays: bool
+) -> None:
+    figures = []
+    for name, callback in (("paid", KLCallback(lm_folder, 0.1 if pays else 0.0)), ("logged", KLCallback())):
+        changes = STOCK if name == "paid" else {}
+        model = make_model(make_env(kl_coef=0.1 if pays or name == "logged" else 0.0), **changes)
+        shift_weights(model)
+        rows = logged(model, tmp_path / name, callback, steps=48)
+        figures.append(float(rows[0]["textgym/kl"]))
+    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+
+
+def test_coefficient_follows_its_controller(
+    make_env: MakeEnv, lm_folder: str, make_model: Any, shift_weights: Any
+) -> None:
+    controller = AdaptiveKL(target=1e-6, horizon=100, coef=0.1)
+    model = make_model(make_env(), **STOCK)
+    shift_weights(model)
+    model.learn(48, callback=KLCallback(lm_folder, controller))
+    assert controller.coef > 0.1
+
+
+def test_paying_twice_is_refused(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
+    with pytest.raises(ValueError, match="by EpisodeRolloutBuffer and by KLCallback"):
+        make_model(make_env()).learn(48, callback=KLCallback(lm_folder, 0.1))
+    with pytest.raises(ValueError, match="by the environment and by KLCallback"):
+        make_model(make_env(kl_mode="reference"), **STOCK).learn(48, callback=KLCallback(lm_folder, 0.1))
+
+
+def test_algorithms_without_log_probs(make_env: MakeEnv, lm_folder: str, tmp_path: Path) -> None:
+    env = make_env(kl_mode="reference")
+    model = DQN(
+        TextQPolicy,
+        env,
+        learning_starts=20,
+        batch_size=8,
+        gamma=1.0,
+        policy_kwargs={"model": lm_folder},
+        replay_buffer_class=EpisodeReplayBuffer,
+    )
+    with pytest.raises(ValueError, match="DQN has no log-probs"):
+        model.learn(40, callback=KLCallback(lm_folder, 0.1))
+    rows = logged(model, tmp_path, KLCallback(), steps=200)
+    assert any(row["textgym/score"] for row in rows)
+
+
+def test_discount_warns(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
+    with pytest.warns(UserWarning, match=r"gamma=0.99 discounts"):
+        make_model(make_env(), gamma=0.99, **STOCK).learn(48, callback=KLCallback(lm_folder, 0.1))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="there is no reference"):
+        KLCallback(kl_coef=0.1)
+    with pytest.raises(ValueError, match="whole distributions"):
+        KLCallback("tiny", kl_estimator="full")

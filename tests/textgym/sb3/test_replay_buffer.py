@@ -1,0 +1,177 @@
+"""EpisodeReplayBuffer: the transitions of SB3's own buffer, from episodes that are kept once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.buffers import DictReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from textgym.models.attention import PackedStates
+from textgym.sb3 import EpisodeReplayBuffer
+
+MakeEnv = Any
+Transition = tuple[Any, ...]
+
+
+def played(env: Any, buffers: list[Any], steps: int = 40, seed: int = 0) -> None:
+    """Random play, stored as SB3's off-policy algorithms store it."""
+    rng, observation = np.random.default_rng(seed), env.reset()
+    for _ in range(steps):
+        actions = rng.integers(30, 120, env.num_envs)
+        following, rewards, dones, infos = env.step(actions)
+        stored = {key: value.copy() for key, value in following.items()}
+        for row in np.flatnonzero(dones):
+            for key in stored:
+                stored[key][row] = infos[row]["terminal_observation"][key]
+        for buffer in buffers:
+            buffer.add(observation, stored, actions, rewards, dones, infos)
+        observation = following
+
+
+def contexts(states: PackedStates) -> list[tuple[int, ...]]:
+    """The token ids of each packed state."""
+    ids, segments = states.packed.input_ids.flatten(), states.packed.segments.flatten()
+    found = []
+    for last in states.index.tolist():
+        first = int(states.packed.starts[segments[last] - 1])
+        found.append(tuple(ids[first : last + 1].tolist()))
+    return found
+
+
+def transitions(batch: Any) -> list[Transition]:
+    columns = (batch.actions, batch.rewards, batch.dones)
+    rest = zip(*(column.flatten().tolist() for column in columns), strict=True)
+    return [
+        (before, after, *values)
+        for before, after, values in zip(
+            contexts(batch.observations), contexts(batch.next_observations), rest, strict=True
+        )
+    ]
+
+
+def stock_transitions(buffer: DictReplayBuffer) -> set[Transition]:
+    """All that SB3's buffer holds, in the same form."""
+
+    def context(store: Any, step: int, row: int) -> tuple[int, ...]:
+        length = store["attention_mask"][step, row].sum()
+        return tuple(store["input_ids"][step, row, :length].tolist())
+
+    return {
+        (
+            context(buffer.observations, step, row),
+            context(buffer.next_observations, step, row),
+            int(buffer.actions[step, row, 0]),
+            float(buffer.rewards[step, row]),
+            float(buffer.dones[step, row] * (1 - buffer.timeouts[step, row])),
+        )
+        for step in range(buffer.pos)
+        for row in range(buffer.n_envs)
+    }
+
+
+@pytest.mark.parametrize("length_limit", ["terminate", "truncate"])
+def test_trap_11_transitions_are_those_of_the_stock_buffer(make_env: MakeEnv, length_limit: str) -> None:
+    env = make_env(3, kl_mode="reference", length_limit=length_limit)
+    spaces = (env.observation_space, env.action_space)
+    ours = EpisodeReplayBuffer(1000, *spaces, n_envs=3)
+    stock = DictReplayBuffer(1000, *spaces, n_envs=3)
+    played(env, [ours, stock])
+    assert ours.size() == 120
+    np.random.seed(0)
+    seen = {transition for _ in range(200) for transition in transitions(ours.sample(32))}
+    assert seen == stock_transitions(stock)
+
+
+def test_every_transition_is_as_likely(make_env: MakeEnv) -> None:
+    env = make_env(3, kl_mode="reference")
+    buffer = EpisodeReplayBuffer(1000, env.observation_space, env.action_space, n_envs=3)
+    played(env, [buffer], steps=12)
+    np.random.seed(0)
+    counts: dict[Transition, int] = {}
+    for _ in range(2000):
+        for transition in transitions(buffer.sample(64)):
+            counts[transition] = counts.get(transition, 0) + 1
+    shares = np.array(list(counts.values())) / (2000 * 64) * len(counts)
+    assert len(counts) == 36
+    assert shares.min() > 0.85
+    assert shares.max() < 1.15
+
+
+def test_batch_has_the_size_asked_for_and_one_pass_an_episode(make_env: MakeEnv) -> None:
+    env = make_env(3, kl_mode="reference", stop=())
+    buffer = EpisodeReplayBuffer(1000, env.observation_space, env.action_space, n_envs=3)
+    played(env, [buffer])
+    for size in (1, 7, 50):
+        batch = buffer.sample(size)
+        assert len(batch.actions) == len(batch.observations) == len(batch.next_observations) == size
+        assert batch.discounts is None
+        assert len(batch.observations.packed.starts) == -(-size // 5)  # every episode has 5 tokens
+
+
+def test_n_step_transitions(make_env: MakeEnv) -> None:
+    env = make_env(1, kl_mode="reference", stop=())
+    spaces = (env.observation_space, env.action_space)
+    one = EpisodeReplayBuffer(1000, *spaces)
+    three = EpisodeReplayBuffer(1000, *spaces, n_steps=3, gamma=0.5)
+    played(env, [one, three], steps=5)
+    rewards = one.episodes[0].rewards
+    batch = three.sample(5)
+    expected = [sum(0.5**k * rewards[t + k] for k in range(3) if t + k < 5) for t in range(5)]
+    np.testing.assert_allclose(batch.rewards.flatten(), expected, rtol=1e-6)
+    assert batch.dones.flatten().tolist() == [0, 0, 1, 1, 1]
+    assert batch.discounts.flatten().tolist() == [0.125, 0.125, 0.125, 0.25, 0.5]
+    ends = [len(context) for context in contexts(batch.next_observations)]
+    starts = [len(context) for context in contexts(batch.observations)]
+    assert [b - a for a, b in zip(starts, ends, strict=True)] == [3, 3, 3, 2, 1]
+
+
+def test_oldest_episodes_make_room(make_env: MakeEnv) -> None:
+    env = make_env(2, kl_mode="reference", stop=())
+    buffer = EpisodeReplayBuffer(20, env.observation_space, env.action_space, n_envs=2)
+    played(env, [buffer], steps=50)
+    assert 10 < buffer.num_transitions <= 20
+    assert buffer.size() == buffer.num_transitions
+    buffer.reset()
+    assert buffer.size() == 0
+    with pytest.raises(ValueError, match="is empty"):
+        buffer.sample(4)
+
+
+def test_episodes_cut_short_by_a_reset_end_without_an_end(make_env: MakeEnv) -> None:
+    env = make_env(2, kl_mode="reference", stop=())
+    buffer = EpisodeReplayBuffer(100, env.observation_space, env.action_space, n_envs=2)
+    played(env, [buffer], steps=3)
+    played(env, [buffer], steps=5)
+    assert [len(episode.rewards) for episode in buffer.episodes] == [3, 3, 5, 5]
+    assert [episode.terminated for episode in buffer.episodes] == [False, False, True, True]
+
+
+def test_memory_a_transition(make_env: MakeEnv) -> None:
+    env = make_env(4, kl_mode="reference")
+    buffer = EpisodeReplayBuffer(10**6, env.observation_space, env.action_space, n_envs=4)
+    played(env, [buffer], steps=500)
+    assert buffer.nbytes() / buffer.size() < 20
+
+
+def test_rewards_are_normalised_by_the_environment(make_env: MakeEnv) -> None:
+    env = VecNormalize(make_env(2, kl_mode="reference", stop=()), norm_obs=False)
+    buffer = EpisodeReplayBuffer(100, env.observation_space, env.action_space, n_envs=2)
+    played(env.venv, [buffer], steps=5)
+    env.ret_rms.var = np.array(25.0)
+    np.random.seed(0)
+    plain = buffer.sample(5).rewards
+    np.random.seed(0)
+    torch.testing.assert_close(buffer.sample(5, env=env).rewards, plain / 5, atol=1e-6, rtol=1e-5)
+
+
+def test_bad_arguments(make_env: MakeEnv) -> None:
+    env = make_env(1)
+    spaces = (env.observation_space, env.action_space)
+    with pytest.raises(ValueError, match="leave optimize_memory_usage off"):
+        EpisodeReplayBuffer(10, *spaces, optimize_memory_usage=True)
+    with pytest.raises(ValueError, match="n_steps must be at least 1"):
+        EpisodeReplayBuffer(10, *spaces, n_steps=0)
