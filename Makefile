@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test lint type format bench bench-demo
+.PHONY: venv demo test lint type format bench bench-demo bench-sb3
 
 venv: $(INSTALLED)
 
@@ -35,3 +35,7 @@ bench: $(INSTALLED)
 
 bench-demo: $(INSTALLED)
 	$(BIN)/python benchmarks/sentiment.py
+
+bench-sb3: $(INSTALLED)
+	$(BIN)/python benchmarks/sb3.py
+	$(BIN)/python benchmarks/sb3_learning.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,15 @@ def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str])
         assert figure in output
     assert "judge" not in output
     assert AutoModelForCausalLM.from_pretrained(working_folder / "policy").config.vocab_size == 2048
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("sb3_")])
+def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stock algorithms, each in a file of at most 40 lines."""
+    assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 40
+    output = output_of(name, capsys, total_timesteps=48, n_envs=2)
+    assert re.search(r"before [+-]\d+\.\d\d, after [+-]\d+\.\d\d", output)
+    assert output.count(" >") >= 2
 
 
 def test_train_reward_model(

@@ -113,7 +113,8 @@ class TopPMask(ModelMask):
         """The tokens before which less than `p` has been gathered, most likely first."""
         probabilities, order = logits.softmax(-1).sort(-1, descending=True)
         before = probabilities.cumsum(-1) - probabilities
-        return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, before < self.p)
+        kept = (before < self.p) | (self.p == 1)  # sums reach 1 before the last tokens, by rounding
+        return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
 class TopKMask(ModelMask):
