@@ -50,33 +50,42 @@ class Setting:
 
 
 SETTINGS = {
-    "PPO": Setting(PPO, 73_728, 32, {"n_steps": 24, "batch_size": 768, "n_epochs": 2, "learning_rate": 1e-4}),
+    "PPO": Setting(
+        PPO, 73_728, 32, {"n_steps": 24, "batch_size": 768, "n_epochs": 2, "learning_rate": 1e-4}, kl_coef=0.07
+    ),
     "A2C": Setting(
-        A2C, 61_440, 32, {"n_steps": 24, "learning_rate": 1e-4, "gae_lambda": 0.95, "normalize_advantage": True}
+        A2C,
+        81_408,
+        32,
+        {"n_steps": 24, "learning_rate": 1e-4, "gae_lambda": 0.95, "normalize_advantage": True},
+        kl_coef=0.08,
     ),
     "TRPO": Setting(
         TRPO,
-        36_864,
+        55_296,
         64,
         {
             "n_steps": 24,
             "batch_size": 384,
             "learning_rate": 3e-4,
-            "target_kl": 0.2,
-            "cg_max_steps": 5,
+            "target_kl": 0.35,
+            "cg_damping": 4.0,  # the Fisher matrix of some thousand tokens is too noisy to trust
+            "cg_max_steps": 3,
             "n_critic_updates": 4,
         },
-        policy={"critic": "separate"},
     ),
     "MaskablePPO": Setting(
         MaskablePPO,
-        73_728,
+        79_872,
         32,
         {"n_steps": 24, "batch_size": 768, "n_epochs": 2, "learning_rate": 1e-4},
+        kl_coef=0.09,
         env={"min_new_tokens": 24},
     ),
 }
 Q_ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "replay_buffer_kwargs": {"n_steps": 24},
     "batch_size": 256,
     "learning_starts": 1000,
     "train_freq": 8,
@@ -86,20 +95,20 @@ Q_ARGUMENTS: dict[str, Any] = {
     "exploration_final_eps": 0.05,
 }
 SETTINGS |= {
-    "DQN": Setting(DQN, 40_000, 16, {**Q_ARGUMENTS, "learning_rate": 1e-4}, env={"kl_mode": "reference"}),
-    "QRDQN": Setting(QRDQN, 40_000, 16, {**Q_ARGUMENTS, "learning_rate": 1e-4}, env={"kl_mode": "reference"}),
+    "DQN": Setting(DQN, 30_000, 16, Q_ARGUMENTS, kl_coef=0.01, env={"kl_mode": "reference"}),
+    "QRDQN": Setting(QRDQN, 30_000, 16, Q_ARGUMENTS, kl_coef=0.01, env={"kl_mode": "reference"}),
 }
 VALUE_BASED = {"DQN": sb3.TextQPolicy, "QRDQN": sb3.TextQuantilePolicy}
 ENUMERABLE: dict[str, Any] = {
-    "learning_rate": 1e-3,
     "batch_size": 256,
-    "buffer_size": 50_000,
+    "buffer_size": 100_000,
     "learning_starts": 1000,
     "train_freq": 4,
-    "gradient_steps": 4,
-    "target_update_interval": 500,
-    "exploration_fraction": 0.9,
-    "exploration_final_eps": 0.1,
+    "gradient_steps": 5,
+    "target_update_interval": 300,
+    "exploration_fraction": 0.3,
+    "exploration_final_eps": 0.4,  # 20,736 texts are to be told apart
+    "max_grad_norm": 1.0,
 }
 
 
@@ -140,14 +149,12 @@ def train_on_text(name: str, seed: int) -> Any:
 
 
 def test_envs(setting: Setting) -> Any:
-    masks = {key: value for key, value in setting.env.items() if key != "kl_mode"}
     return gym.make_vec(
         "textgym/Sentiment-v0",
         num_envs=64,
         prompts=snippet_prompts("test"),
-        kl_mode="deferred",
         array="torch",
-        **masks,
+        **{**setting.env, "kl_mode": "deferred"},
     )
 
 
@@ -204,12 +211,13 @@ def on_enumerable(name: str, seed: int, config: Config) -> float:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     with tempfile.TemporaryDirectory() as folder:
-        mock_lm(enumerable.VOCAB_SIZE, seed=seed, initializer_range=0.02).save_pretrained(folder)
+        mock_lm(enumerable.VOCAB_SIZE, hidden_size=64, seed=seed, initializer_range=0.02).save_pretrained(folder)
         letter_tokenizer(enumerable.VOCAB_SIZE).save_pretrained(folder)
         env = sb3.make_vec_env("textgym/Text-v0", n_envs=16, **enumerable.settings(folder))
         model = SETTINGS[name].algorithm(
             VALUE_BASED[name],
             env,
+            learning_rate=lambda left: 2e-3 * min(1.0, left / 0.3),
             gamma=1.0,
             seed=seed,
             policy_kwargs={"model": folder},

@@ -17,7 +17,7 @@ from textgym.sb3 import EpisodeRolloutBuffer, KLCallback, TextActorCriticPolicy,
 
 @dataclass
 class Args:
-    total_timesteps: int = 81_920
+    total_timesteps: int = 81_408
     n_envs: int = 32
 
 

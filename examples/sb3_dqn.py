@@ -23,10 +23,11 @@ class Args:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
-    env = make_vec_env("textgym/Sentiment-v0", n_envs=args.n_envs, kl_mode="reference", kl_coef=0.02)
+    env = make_vec_env("textgym/Sentiment-v0", n_envs=args.n_envs, kl_mode="reference", kl_coef=0.01)
     model = DQN(TextQPolicy, env, learning_rate=1e-4, buffer_size=50_000, learning_starts=1000, batch_size=256,
                 gamma=1.0, train_freq=8, gradient_steps=2, target_update_interval=1000, exploration_fraction=0.5,
-                policy_kwargs={"model": "tiny"}, replay_buffer_class=EpisodeReplayBuffer, seed=0)  # fmt: skip
+                policy_kwargs={"model": "tiny"}, replay_buffer_class=EpisodeReplayBuffer,
+                replay_buffer_kwargs={"n_steps": 24}, seed=0)  # fmt: skip
     before, _ = evaluate_policy(model, env, n_eval_episodes=16 * args.n_envs)
     model.learn(args.total_timesteps, callback=KLCallback(), log_interval=200)
     after, _ = evaluate_policy(model, env, n_eval_episodes=16 * args.n_envs)

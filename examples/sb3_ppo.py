@@ -17,19 +17,19 @@ from textgym.sb3 import EpisodeRolloutBuffer, KLCallback, TextActorCriticPolicy,
 
 @dataclass
 class Args:
-    total_timesteps: int = 61_440
-    n_envs: int = 64
+    total_timesteps: int = 73_728
+    n_envs: int = 32
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     env = make_vec_env("textgym/Sentiment-v0", n_envs=args.n_envs)
-    model = PPO(TextActorCriticPolicy, env, n_steps=24, batch_size=6 * args.n_envs, n_epochs=4, learning_rate=1e-4,
+    model = PPO(TextActorCriticPolicy, env, n_steps=24, batch_size=24 * args.n_envs, n_epochs=2, learning_rate=1e-4,
                 gamma=1.0, policy_kwargs={"model": "tiny"}, rollout_buffer_class=EpisodeRolloutBuffer,
-                rollout_buffer_kwargs={"reference": "tiny", "kl_coef": 0.05}, seed=0, verbose=1)  # fmt: skip
-    before, _ = evaluate_policy(model, env, n_eval_episodes=4 * args.n_envs, deterministic=False)
-    model.learn(args.total_timesteps, callback=KLCallback(), log_interval=4)
-    after, _ = evaluate_policy(model, env, n_eval_episodes=4 * args.n_envs, deterministic=False)
+                rollout_buffer_kwargs={"reference": "tiny", "kl_coef": 0.07}, seed=0, verbose=1)  # fmt: skip
+    before, _ = evaluate_policy(model, env, n_eval_episodes=8 * args.n_envs, deterministic=False)
+    model.learn(args.total_timesteps, callback=KLCallback(), log_interval=16)
+    after, _ = evaluate_policy(model, env, n_eval_episodes=8 * args.n_envs, deterministic=False)
     for transcript in env.get_attr("transcript")[:5]:
         print(f"{transcript['prompt']} >{transcript['completion']}")
     print(f"score before {before:+.2f}, after {after:+.2f}")

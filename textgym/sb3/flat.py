@@ -52,7 +52,8 @@ class _Logits(nn.Module):
     def __init__(self, actor_critic: ActorCritic) -> None:
         super().__init__()
         self.lm = actor_critic.lm
-        self.__dict__["actor_critic"] = actor_critic
+        self.__dict__["logits"] = actor_critic.logits
 
     def forward(self, states: PackedStates) -> Tensor:
-        return self.actor_critic.logits(states)
+        logits: Tensor = self.__dict__["logits"](states)
+        return logits

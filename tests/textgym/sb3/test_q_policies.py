@@ -201,12 +201,12 @@ def test_learns_the_best_of_a_few_texts(algorithm: Any, policy: Any, make_q: Any
         policy_kwargs={"model": str(tmp_path)},
         learning_rate=3e-3,
         batch_size=64,
-        train_freq=1,
+        train_freq=2,
         exploration_fraction=0.8,
         target_update_interval=100,
         learning_starts=100,
     )
-    model.learn(3000)
+    model.learn(2400)
     observation = env.reset()
     for _ in range(2):
         observation, rewards, _, _ = env.step(model.predict(observation, deterministic=True)[0])
