@@ -27,13 +27,13 @@ def main(args: Args) -> None:
     model = MaskablePPO(sb3.MaskableTextActorCriticPolicy, env, n_steps=24, batch_size=24 * args.n_envs, n_epochs=2,
                         gamma=1.0, learning_rate=1e-4, policy_kwargs={"model": "tiny"}, seed=0, verbose=1,
                         rollout_buffer_class=sb3.MaskableEpisodeRolloutBuffer,
-                        rollout_buffer_kwargs={"reference": "tiny", "kl_coef": 0.05})  # fmt: skip
+                        rollout_buffer_kwargs={"reference": "tiny", "kl_coef": 0.1})  # fmt: skip
     before, _ = evaluate_policy(model, env, n_eval_episodes=8 * args.n_envs, deterministic=False)
     model.learn(args.total_timesteps, callback=[sb3.KLCallback(), sb3.MaskRefreshCallback(10)], log_interval=16)
     after, _ = evaluate_policy(model, env, n_eval_episodes=8 * args.n_envs, deterministic=False)
     for transcript in env.get_attr("transcript")[:5]:
         print(f"{transcript['prompt']} >{transcript['completion']}")
-    print(f"score before {before:+.2f}, after {after:+.2f}")
+    print(f"before {before:+.2f}, after {after:+.2f}, KL {sum(kl := model.rollout_buffer.episode_kl) / len(kl):.1f}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(args: Args) -> None:
     after, _ = evaluate_policy(model, env, n_eval_episodes=4 * args.n_envs, deterministic=False)
     for transcript in env.get_attr("transcript")[:5]:
         print(f"{transcript['prompt']} >{transcript['completion']}")
-    print(f"score before {before:+.2f}, after {after:+.2f}")
+    print(f"before {before:+.2f}, after {after:+.2f}, KL {sum(kl := model.rollout_buffer.episode_kl) / len(kl):.1f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from textgym.envs.vector import TextVectorEnv
     from textgym.models.actor_critic import ActorCritic
     from textgym.models.decoding import CachedDecoder
-    from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty
+    from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
     from textgym.rewards.model import RewardModel, train_reward_model
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "RewardModel",
     "TextEnv",
     "TextVectorEnv",
+    "ThresholdKL",
     "train_reward_model",
 ]
 
@@ -43,6 +44,7 @@ _HOMES = {
     "RewardModel": "textgym.rewards.model",
     "TextEnv": "textgym.envs.text",
     "TextVectorEnv": "textgym.envs.vector",
+    "ThresholdKL": "textgym.rewards.kl",
     "train_reward_model": "textgym.rewards.model",
 }
 

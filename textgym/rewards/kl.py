@@ -75,6 +75,32 @@ class AdaptiveKL:
         self.coef *= 1 + error * num_episodes / self.horizon
 
 
+@dataclass
+class ThresholdKL:
+    """A coefficient that keeps the KL between two bounds, in nats an episode (PPO-penalty; Schulman et al., 2017).
+
+    Above `high` it is multiplied by `factor`, below `low` divided by it; in between it stays.
+    """
+
+    low: float
+    high: float
+    factor: float = 2.0
+    coef: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ValueError(f"the bounds must be 0 < low < high, got low={self.low} and high={self.high}")
+        if self.factor <= 1:
+            raise ValueError(f"factor must be above 1, got {self.factor}")
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """One step of the controller, however many episodes."""
+        if kl > self.high:
+            self.coef *= self.factor
+        elif kl < self.low:
+            self.coef /= self.factor
+
+
 class KLPenalty:
     """beta times an estimate of KL(pi, pi_ref), paid token by token.
 

@@ -8,7 +8,7 @@ import torch
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
-from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, estimate_kl
+from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL, estimate_kl
 from textgym.testing import mock_lm
 
 P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
@@ -43,7 +43,7 @@ def test_trap_20_kl_is_summed_over_tokens_and_the_full_form_is_exact() -> None:
     torch.testing.assert_close(k1.sum(1)[0], drawn, atol=1e-4, rtol=1e-4)
 
 
-def test_adaptive_controller() -> None:
+def test_trap_21_adaptive_controller() -> None:
     """Twice the target for n episodes: the coefficient grows by 1 + 0.2 n / horizon, the error being clipped at 0.2."""
     controller = AdaptiveKL(target=6.0, horizon=1000, coef=0.1)
     controller.update(12.0, 100)
@@ -57,7 +57,19 @@ def test_adaptive_controller() -> None:
     assert fixed.coef == 0.3
 
 
+def test_trap_21_threshold_controller() -> None:
+    """PPO-penalty: raised above the upper bound, lowered below the lower one, kept in between."""
+    controller = ThresholdKL(low=2.0, high=6.0, factor=1.5, coef=0.1)
+    for kl, coef in ((4.0, 0.1), (6.1, 0.15), (2.0, 0.15), (1.9, 0.1), (100.0, 0.15)):
+        controller.update(kl, num_episodes=7)
+        assert controller.coef == pytest.approx(coef)
+
+
 def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="0 < low < high"):
+        ThresholdKL(low=3.0, high=2.0)
+    with pytest.raises(ValueError, match="factor must be above 1"):
+        ThresholdKL(low=1.0, high=2.0, factor=0.5)
     with pytest.raises(ValueError, match="unknown kl_estimator"):
         KLPenalty(mock_lm(), 0.1, "k4")
     with pytest.raises(ValueError, match="must not be negative"):
