@@ -62,7 +62,7 @@ SETTINGS = {
     ),
     "TRPO": Setting(
         TRPO,
-        55_296,
+        43_008,
         64,
         {
             "n_steps": 24,
