@@ -62,24 +62,24 @@ SETTINGS = {
     ),
     "TRPO": Setting(
         TRPO,
-        43_008,
+        50_688,
         64,
         {
             "n_steps": 24,
             "batch_size": 384,
             "learning_rate": 3e-4,
-            "target_kl": 0.35,
-            "cg_damping": 4.0,  # the Fisher matrix of some thousand tokens is too noisy to trust
+            "target_kl": 0.3,
+            "cg_damping": 5.0,  # the Fisher matrix of some thousand tokens is too noisy to trust
             "cg_max_steps": 3,
             "n_critic_updates": 4,
         },
     ),
     "MaskablePPO": Setting(
         MaskablePPO,
-        79_872,
+        82_944,
         32,
         {"n_steps": 24, "batch_size": 768, "n_epochs": 2, "learning_rate": 1e-4},
-        kl_coef=0.09,
+        kl_coef=0.08,
         env={"min_new_tokens": 24},
     ),
 }

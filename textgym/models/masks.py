@@ -92,7 +92,7 @@ class ModelMask(ActionMask):
     @torch.no_grad()
     def of_sequences(self, sequences: Sequences) -> Tensor:
         """In one packed pass."""
-        return self.choose(self.model.logits(sequences.states()))
+        return self.choose(self.model.logits(sequences.to(self.model.device).states()))
 
 
 class TopPMask(ModelMask):

@@ -39,6 +39,15 @@ class Sequences:
             response_lengths=self.response_lengths[rows],
         )
 
+    def to(self, device: torch.device) -> Sequences:
+        """The same on a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            prompt_lengths=self.prompt_lengths.to(device),
+            response_lengths=self.response_lengths.to(device),
+        )
+
     @property
     def mask(self) -> Tensor:
         """Bool `(N, T)`, T the longest response: the real response tokens."""

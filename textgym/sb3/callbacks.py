@@ -10,6 +10,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.models.masks import ModelMask
+from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import Estimator, KLController, KLPenalty
 from textgym.sb3.policies import check_vocabulary, token_space
 from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer, warn_of_discount
@@ -49,7 +50,8 @@ class KLCallback(BaseCallback):
             raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
         if kl_estimator == "full":
             raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
-        self.penalty = None if reference is None else KLPenalty(reference, kl_coef, kl_estimator)
+        self.reference, self.kl_coef, self.kl_estimator = reference, kl_coef, kl_estimator
+        self.penalty: KLPenalty | None = None
         self.pays = kl_coef != 0
         self.num_completions = num_completions
         self.scores: list[float] = []
@@ -62,7 +64,9 @@ class KLCallback(BaseCallback):
         self.kl_so_far = np.zeros(self.training_env.num_envs)
         if not isinstance(self.buffer, EpisodeRolloutBuffer):  # which has said so itself
             warn_of_discount(self.model.gamma)  # type: ignore[attr-defined]  # every algorithm for tokens has one
-        if self.penalty is not None:
+        if self.reference is not None:
+            reference = TokenModel.load(self.reference, device=self.model.device)
+            self.penalty = KLPenalty(reference, self.kl_coef, self.kl_estimator)
             self._check(self.penalty)
         self._forget()
 
@@ -78,7 +82,6 @@ class KLCallback(BaseCallback):
         if self.pays:
             self.tokens.pay_kl("KLCallback")
         penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides (trap 4)
-        penalty.reference.to(self.model.device)
 
     def _on_step(self) -> bool:
         if self.penalty is not None:

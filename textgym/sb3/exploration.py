@@ -9,7 +9,8 @@ import torch
 
 from textgym.envs.spaces import TokenSpace
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.token_model import Observation, TokenModel
+from textgym.models.loading import freeze, load_causal_lm
+from textgym.models.token_model import Observation
 
 
 class Explorer:
@@ -27,7 +28,7 @@ class Explorer:
 
     def __init__(self, tokens: TokenSpace, model: str | os.PathLike[str]) -> None:
         self.tokens = tokens
-        self.actor = ActorCritic(TokenModel.load(str(model)).lm)
+        self.actor = freeze(ActorCritic(load_causal_lm(model)))  # a copy of its own, since it moves with the policy
         self.actor.generator = None  # torch's own, which `model.set_random_seed` seeds
         self.draws: list[int] = []
         self.drawn_for: object = None

@@ -245,6 +245,8 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.episode_kl = []
         for segment, length in zip(self.segments, self.segment_lengths, strict=True):
             end = segment.start + length
+            if self.episode_starts[segment.start, segment.row]:
+                self.kl_so_far[segment.row] = 0.0  # an episode that was abandoned by a reset does not count
             self.kl_so_far[segment.row] += kl[segment.start : end, segment.row].sum()
             if dones[segment.row] if end == self.buffer_size else self.episode_starts[end, segment.row]:
                 self.episode_kl.append(float(self.kl_so_far[segment.row]))

@@ -124,6 +124,23 @@ def test_kl_of_an_episode_is_its_sum_over_rollouts(
     np.testing.assert_allclose(totals[3], totals[60], atol=1e-5)
 
 
+def test_kl_of_an_abandoned_episode_does_not_count(
+    make_env: MakeEnv, make_model: Any, collect: Any, shift_weights: Any
+) -> None:
+    """A second `learn` resets the environment in the middle of episodes."""
+    model = make_model(make_env(stop=()), n_steps=3)
+    shift_weights(model)
+    collect(model)
+    buffer = collect(model)
+    assert buffer.episode_kl == []
+    np.testing.assert_allclose(buffer.kl_so_far, (collect_kl(buffer)).sum(0), atol=1e-6)
+
+
+def collect_kl(buffer: Any) -> Any:
+    """The KL that was taken off the rewards, which pay nothing else before the fifth token."""
+    return -buffer.rewards / 0.1
+
+
 def test_coefficient_follows_its_controller(
     make_env: MakeEnv, lm_folder: str, make_model: Any, collect: Any, shift_weights: Any
 ) -> None:
