@@ -79,7 +79,7 @@ SETTINGS = {
         82_944,
         32,
         {"n_steps": 24, "batch_size": 768, "n_epochs": 2, "learning_rate": 1e-4},
-        kl_coef=0.08,
+        kl_coef=0.085,
         env={"min_new_tokens": 24},
     ),
 }

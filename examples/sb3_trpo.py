@@ -24,8 +24,8 @@ class Args:
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     env = make_vec_env("textgym/Sentiment-v0", n_envs=args.n_envs)
-    model = TRPO(TextActorCriticPolicy, env, n_steps=24, batch_size=384, learning_rate=3e-4, gamma=1.0, target_kl=0.35,
-                 cg_damping=4.0, cg_max_steps=3, n_critic_updates=4, policy_kwargs={"model": "tiny"},
+    model = TRPO(TextActorCriticPolicy, env, n_steps=24, batch_size=384, learning_rate=3e-4, gamma=1.0, target_kl=0.3,
+                 cg_damping=5.0, cg_max_steps=3, n_critic_updates=4, policy_kwargs={"model": "tiny"},
                  rollout_buffer_class=EpisodeRolloutBuffer,
                  rollout_buffer_kwargs={"reference": "tiny", "kl_coef": 0.05}, seed=0, verbose=1)  # fmt: skip
     before, _ = evaluate_policy(model, env, n_eval_episodes=4 * args.n_envs, deterministic=False)
