@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ import gymnasium as gym
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
+from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.token_model import Observation
+from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
+from textgym.rewards.reference import own_copy
 
 from .rollout import Rollout, collect, merge
 
@@ -84,7 +87,9 @@ class OnPolicyAgent(ABC):
         envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
         envs.unwrapped.array = "torch"
         # Where the environment names no reference, the policy's own start is one.
-        self.penalty: KLPenalty = task.penalty or KLPenalty(policy.reference(), task.kl_coef, task.kl_estimator)
+        self.penalty: KLPenalty = task.penalty or KLPenalty(
+            policy.reference(), task.kl_coef, task.kl_estimator, task.kl_clamp
+        )
         self.penalty.reference.temperature = policy.temperature
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in policy.parameters() if parameter.requires_grad],
@@ -111,6 +116,7 @@ class OnPolicyAgent(ABC):
         self.total_episodes = total_episodes
         while self.episodes < total_episodes:
             started = time.perf_counter()
+            self._tell_rewards()
             rounds = self.config.episodes_per_update // self.envs.num_envs
             rollout = merge([collect(self.envs, self.policy) for _ in range(rounds)])
             collected = time.perf_counter()
@@ -151,8 +157,8 @@ class OnPolicyAgent(ABC):
         sequence_kl = kl.sum(1)  # (N,)
         metrics: dict[str, Any] = {
             "objective/kl": sequence_kl.mean(),
-            "objective/scores": rollout.scores.mean(),
-            "objective/scores_std": rollout.scores.std(correction=0),
+            "objective/scores": rollout.raw_scores.mean(),
+            "objective/scores_std": rollout.raw_scores.std(correction=0),
             "objective/entropy": -rollout.log_probs.sum(1).mean(),
             "objective/non_score_reward": -self.penalty.coef * sequence_kl.mean(),
             "objective/rlhf_reward": (rollout.scores - self.penalty.coef * sequence_kl).mean(),
@@ -161,10 +167,23 @@ class OnPolicyAgent(ABC):
             "val/ended_by_stop": rollout.ended_by_stop.float().mean(),
         }
         for key, values in rollout.components.items():
-            name, given = key.removeprefix("reward/"), values[~values.isnan()]
-            if len(given):  # a function may leave every row out
+            kind, name = key.split("/", 1)
+            given = values[~values.isnan()]
+            if len(given) and kind == "metric":
+                metrics[name] = given.mean()
+            elif len(given):  # a function may leave every row out
                 metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
+        scorer = self.envs.unwrapped.task.scorer
+        if scorer.scale.active:
+            metrics["objective/scores_paid"] = rollout.scores.mean()
+        if scorer.on_error != "raise":
+            metrics |= {f"rewards/{name}/errors": count for name, count in scorer.errors.items()}
         return {key: float(value) for key, value in metrics.items()}
+
+    def _tell_rewards(self) -> None:
+        """Reward functions that ask for `trainer_state`, for a curriculum, see how far training is."""
+        rounds = math.ceil(self.total_episodes / self.config.episodes_per_update)
+        self.envs.unwrapped.task.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=rounds)
 
     @property
     def _sampler(self) -> torch.Generator:
@@ -185,6 +204,7 @@ class OnPolicyAgent(ABC):
             "config": dataclasses.asdict(self.config),
             "progress": [self.episodes, self.updates, self.total_episodes],
             "controller": vars(self.penalty.controller),
+            "scorer": task.scorer.state(),
             "prompt_queue": task.queue,
             "np_random": envs.np_random.bit_generator.state,
             "policy": {
@@ -197,6 +217,8 @@ class OnPolicyAgent(ABC):
         with atomic_folder(folder) as temporary:
             self.policy.save_pretrained(temporary / "policy", task.tokenizer)
             torch.save(state, temporary / "state.pt")
+            if task.penalty is None or self.penalty.owns_reference:  # it is nowhere else to be found
+                own_copy(self.penalty.reference).lm.save_pretrained(temporary / "reference")
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
@@ -227,6 +249,10 @@ class OnPolicyAgent(ABC):
         agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
         for name, value in meta["controller"].items():
             setattr(agent.penalty.controller, name, value)
+        if (folder / "reference").exists():
+            reference = TokenModel.load(str(folder / "reference"), temperature=policy.temperature, device=policy.device)
+            agent.penalty.reference, agent.penalty.owns_reference = reference, True
+        envs.unwrapped.task.scorer.load_state(meta["scorer"])
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
         return agent

@@ -21,15 +21,18 @@ class Rollout:
         log_probs: `(N, T)` behaviour log-probs, of the distribution that was sampled from.
         values: `(N, T)`, value of the state before each token.
         scores: `(N,)`, as the environment paid them.
+        raw_scores: `(N,)`, before scaling and clipping; the same where there is none.
         token_rewards: `(N, T)`, the part of the scores that token-level reward functions gave to single tokens.
         ended_by_stop: bool `(N,)`.
-        components: `(N,)` for each reward function, unweighted.
+        components: `(N,)` for each `reward/<name>` (unweighted) and `metric/<name>` (of the batch that the row was
+            scored in); NaN where the function left the row out.
     """
 
     sequences: Sequences
     log_probs: Tensor
     values: Tensor
     scores: Tensor
+    raw_scores: Tensor
     token_rewards: Tensor
     ended_by_stop: Tensor
     components: dict[str, Tensor]
@@ -46,6 +49,7 @@ class Rollout:
             self.log_probs[rows, :width],
             self.values[rows, :width],
             self.scores[rows],
+            self.raw_scores[rows],
             self.token_rewards[rows, :width],
             self.ended_by_stop[rows],
             {name: values[rows] for name, values in self.components.items()},
@@ -81,7 +85,7 @@ def collect(
     observation, _ = envs.reset(options=options)
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
-    by_stop = torch.zeros_like(alive)
+    raw_scores, by_stop = torch.zeros_like(scores), torch.zeros_like(alive)
     components: dict[str, Tensor] = {}
     # A separate critic reads whole episodes in one pass afterwards; a shared one comes free with every token.
     shared = policy.critic is None
@@ -97,15 +101,18 @@ def collect(
         if infos:
             ended = torch.as_tensor(infos["_score"], device=task.device)
             by_stop |= ended & torch.as_tensor(infos["ended_by_stop"], device=task.device)
-            for name in (key for key in infos if key.startswith("reward/")):
+            raw_scores = torch.where(ended, torch.as_tensor(infos["score"], device=task.device).float(), raw_scores)
+            for name in (key for key in infos if key.startswith(("reward/", "metric/"))):
                 component = torch.as_tensor(infos[name], device=task.device)
-                components[name] = torch.where(ended, component, components.get(name, torch.zeros_like(component)))
+                unknown = torch.full_like(component, torch.nan)
+                components[name] = torch.where(ended, component, components.get(name, unknown))
     sequences = task.episodes.sequences()
     return Rollout(
         sequences,
         torch.stack(log_probs, 1),
         torch.stack(values, 1) if shared else policy.sequence_values(sequences),
         scores,
+        raw_scores,
         _token_rewards(task.token_rewards, sequences.mask),
         by_stop,
         components,
@@ -124,6 +131,7 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         response_lengths=torch.cat([part.response_lengths for part in parts]),
     )
     longest = max(rollout.log_probs.shape[1] for rollout in rollouts)
+    names = dict.fromkeys(name for rollout in rollouts for name in rollout.components)
 
     def padded(name: str) -> Tensor:
         columns = [getattr(rollout, name) for rollout in rollouts]
@@ -134,10 +142,17 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         padded("log_probs"),
         padded("values"),
         torch.cat([rollout.scores for rollout in rollouts]),
+        torch.cat([rollout.raw_scores for rollout in rollouts]),
         padded("token_rewards"),
         torch.cat([rollout.ended_by_stop for rollout in rollouts]),
-        {name: torch.cat([rollout.components[name] for rollout in rollouts]) for name in rollouts[0].components},
+        {name: torch.cat([_component(rollout, name) for rollout in rollouts]) for name in names},
     )
+
+
+def _component(rollout: Rollout, name: str) -> Tensor:
+    """A component's values; NaN if nothing gave it, as a metric that is logged now and then."""
+    unknown = torch.full_like(rollout.scores, torch.nan, dtype=torch.float64)
+    return rollout.components.get(name, unknown)
 
 
 def _token_rewards(given: list[Any], mask: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from textgym.models.decoding import CachedDecoder
     from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
     from textgym.rewards.model import RewardModel, train_reward_model
+    from textgym.rewards.reference import SyncReference
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "FixedKL",
     "KLPenalty",
     "RewardModel",
+    "SyncReference",
     "TextEnv",
     "TextVectorEnv",
     "ThresholdKL",
@@ -42,6 +44,7 @@ _HOMES = {
     "FixedKL": "textgym.rewards.kl",
     "KLPenalty": "textgym.rewards.kl",
     "RewardModel": "textgym.rewards.model",
+    "SyncReference": "textgym.rewards.reference",
     "TextEnv": "textgym.envs.text",
     "TextVectorEnv": "textgym.envs.vector",
     "ThresholdKL": "textgym.rewards.kl",

@@ -1,19 +1,48 @@
-"""Preference pairs from texts that people rated.
+"""Preference pairs: read from wherever they are, or made from texts that people rated.
 
-A pair is a plain dict: `chosen` and `rejected` (texts), `margin` (how much higher the chosen one was rated) and `group`
-(texts that were compared with each other share one). `textgym.rewards.model.train_reward_model` takes such pairs.
+A pair is a plain dict in the format of TRL: `chosen` and `rejected` are texts or conversations, with or without a
+`prompt` before both. Further keys, where they exist: `margin` (how much better the chosen one is), `probability` (how
+likely a rater prefers it) and `group` (texts that were compared with each other share one).
+`textgym.rewards.model.train_reward_model` takes such pairs.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from textgym.data.messages import is_messages
+from textgym.data.rows import named, read_rows
 from textgym.data.sources import Snippet
 
 Pair = dict[str, Any]
+ACCEPTED = (
+    "preferences are a list of dicts with 'chosen' and 'rejected', the path of a .jsonl file, "
+    "one split of a `datasets` data set, or 'module:attribute'"
+)
+
+
+def load_preferences(preferences: Any) -> list[Pair]:
+    """Pairs that all have `chosen` and `rejected`.
+
+    Args:
+        preferences: a list of dicts, the path of a `.jsonl` file (one such dict a line), a `datasets.Dataset` or any
+            other iterable of mappings with `column_names`, or `"module:attribute"`, which names one of these.
+
+    >>> load_preferences([{"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No."}])
+    [{'prompt': 'Is it good?', 'chosen': ' Yes.', 'rejected': ' No.'}]
+
+    Raises:
+        ValueError: none of these, no pairs, or a pair that is not one; the message names the row or the line.
+    """
+    pairs = [_checked(row, place) for place, row in read_rows(preferences, "preferences", ACCEPTED)]
+    if not pairs:
+        raise ValueError(
+            f"there are no preferences in {named(preferences)}: give at least one pair of 'chosen' and 'rejected'"
+        )
+    return pairs
 
 
 def make_preferences(
@@ -87,11 +116,41 @@ def heldout_pairs(
     return pairs
 
 
+def preference_probability(first: Sequence[float], second: Sequence[float]) -> float:
+    """How likely a rater drawn from those of the first text rates it above what one of the second rates the other.
+
+    A tie counts one half.
+
+    >>> preference_probability([3, 4], [1, 3])
+    0.875
+    """
+    wins = sum((a > b) + 0.5 * (a == b) for a in first for b in second)
+    return wins / (len(first) * len(second))
+
+
 def _pair(first: Snippet, second: Snippet, group: int) -> Pair:
     chosen, rejected = (first, second) if first.rating > second.rating else (second, first)
-    return {
+    pair: Pair = {
         "chosen": chosen.text,
         "rejected": rejected.text,
         "margin": chosen.rating - rejected.rating,
         "group": group,
     }
+    if chosen.ratings and rejected.ratings:
+        pair["probability"] = preference_probability(chosen.ratings, rejected.ratings)
+    return pair
+
+
+def _checked(row: Any, place: str) -> Pair:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{place} is {row!r}: a preference is a dict with 'chosen' and 'rejected'")
+    if "chosen" not in row or "rejected" not in row:
+        raise ValueError(f"{place} has the keys {sorted(row)}: it needs 'chosen' and 'rejected'")
+    for side in ("prompt", "chosen", "rejected"):
+        text = row.get(side)
+        if not (isinstance(text, str) or is_messages(text) or (side == "prompt" and text is None)):
+            raise ValueError(f"{side!r} of {place} is {text!r}: it must be a text or a list of messages")
+    probability = row.get("probability")
+    if probability is not None and not 0 <= float(probability) <= 1:
+        raise ValueError(f"'probability' of {place} is {probability!r}: it must be from 0 to 1")
+    return dict(row)

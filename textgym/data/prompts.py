@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textgym.data.importing import import_attribute
+from textgym.data.messages import is_messages
+from textgym.data.rows import named, read_rows
 from textgym.data.sources import movie_snippets
 
 Row = dict[str, Any]
@@ -24,7 +23,8 @@ def load_prompts(prompts: Any) -> list[Row]:
 
     Args:
         prompts: one of
-            - a list of strings, or of dicts with a `prompt` key and any columns;
+            - a list of strings, or of dicts with a `prompt` key and any columns; a prompt may be a conversation, a
+              list of messages with `role` and `content`;
             - the path of a `.jsonl` file (one such dict or string a line) or of a `.txt` file (one prompt a line);
               empty lines are skipped;
             - a `datasets.Dataset`, or any other iterable of mappings with `column_names`;
@@ -38,9 +38,10 @@ def load_prompts(prompts: Any) -> list[Row]:
         ValueError: none of these, no rows, a missing or malformed file, or a row without a prompt; the message names
             the row or the line.
     """
-    rows = [_checked(row, place) for place, row in _read(prompts)]
+    source = OPENINGS if isinstance(prompts, str) and prompts == "openings" else prompts
+    rows = [_checked(row, place) for place, row in read_rows(source, "prompts", ACCEPTED, (".jsonl", ".txt"))]
     if not rows:
-        raise ValueError(f"no prompts in {_named(prompts)}: give at least one")
+        raise ValueError(f"no prompts in {named(prompts)}: give at least one")
     columns = {name: None for row in rows for name in row}  # a dict, for it keeps the order
     return [{**columns, **row} for row in rows]
 
@@ -73,56 +74,6 @@ def policy_snippets() -> list[Row]:
     return snippet_prompts("policy")
 
 
-def _read(prompts: Any) -> Iterator[tuple[str, Any]]:
-    """Unchecked rows, each with the words that an error names it by."""
-    if isinstance(prompts, str) and prompts == "openings":
-        prompts = OPENINGS
-    if isinstance(prompts, os.PathLike) or (isinstance(prompts, str) and prompts.endswith((".jsonl", ".txt"))):
-        yield from _read_file(Path(prompts))
-    elif isinstance(prompts, str):
-        yield from _read_attribute(prompts)
-    elif isinstance(prompts, list | tuple) or _is_dataset(prompts):
-        yield from ((f"row {index} of the prompts", row) for index, row in enumerate(prompts))
-    else:
-        raise ValueError(f"cannot read prompts from {_named(prompts)}: {ACCEPTED}")
-
-
-def _is_dataset(prompts: Any) -> bool:
-    """Whether it is like a `datasets.Dataset`; a `DatasetDict` is not, for it yields the names of its splits."""
-    return isinstance(prompts, Iterable) and hasattr(prompts, "column_names") and not isinstance(prompts, Mapping)
-
-
-def _read_attribute(name: str) -> Iterator[tuple[str, Any]]:
-    if ":" not in name:
-        raise ValueError(f"cannot read prompts from {name!r}: {ACCEPTED}. A single prompt is a list of one")
-    found = import_attribute(name)
-    found = found() if callable(found) else found
-    if isinstance(found, str):  # it could name itself
-        raise ValueError(f"{name!r} is the string {found!r}: {ACCEPTED}")
-    yield from ((f"{place} ({name!r})", row) for place, row in _read(found))
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"cannot read prompts from {str(path)!r}: {ACCEPTED}")
-    if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r} with prompts; the working folder is {str(Path.cwd())!r}")
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"line {number} of {str(path)!r}"
-                yield place, _parsed(line, place) if path.suffix == ".jsonl" else line.rstrip("\n")
-
-
-def _parsed(line: str, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f'{place} is not JSON ({error}): write one object a line, such as {{"prompt": "..."}}'
-        ) from error
-
-
 def _checked(row: Any, place: str) -> Row:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
@@ -133,10 +84,8 @@ def _checked(row: Any, place: str) -> Row:
             f"{place} has no 'prompt', only {list(row)}: rename the column that holds the text to 'prompt'"
         )
     prompt = row["prompt"]
+    if is_messages(prompt):
+        return {**row, "prompt": [dict(message) for message in prompt]}
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"the prompt of {place} is {prompt!r}: give it some text, or leave the row out")
     return row
-
-
-def _named(prompts: Any) -> str:
-    return repr(os.fspath(prompts)) if isinstance(prompts, str | os.PathLike) else f"a {type(prompts).__name__}"

@@ -9,6 +9,7 @@ Sources (licences as their packages state them):
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -41,10 +42,11 @@ class Archive:
 
 @dataclass(frozen=True)
 class Snippet:
-    """One human-rated text. `rating` is the mean of about 20 ratings from -4 (negative) to 4 (positive)."""
+    """One human-rated text. `rating` is the mean of about 20 `ratings` from -4 (negative) to 4 (positive)."""
 
     text: str
     rating: float
+    ratings: tuple[int, ...] = ()
 
     @property
     def split(self) -> str:
@@ -88,9 +90,16 @@ def movie_snippets() -> list[Snippet]:
     with tarfile.open(_fetch(VADER), "r:gz") as outer:
         nested = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(nested), mode="r:gz") as inner:
-        table = _member(inner, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").decode("utf-8-sig")
-    rows = [line.split("\t", 2) for line in table.splitlines() if line.strip()]
-    return [Snippet(text=" ".join(text.split()), rating=float(rating)) for _, rating, text in rows]
+        texts, raters = (
+            _member(inner, f"hutto_ICWSM_2014/movieReviewSnippets_{name}.txt").decode("utf-8-sig")
+            for name in ("GroundTruth", "anonDataRatings")
+        )
+    rows = [line.split("\t", 2) for line in texts.splitlines() if line.strip()]
+    given = {line.split("\t")[0]: json.loads(line.split("\t")[3]) for line in raters.splitlines() if line.strip()}
+    return [
+        Snippet(text=" ".join(text.split()), rating=float(rating), ratings=tuple(given[number]))
+        for number, rating, text in rows
+    ]
 
 
 def chitchat() -> list[list[str]]:
@@ -164,11 +173,10 @@ def _watch(process: subprocess.Popen[str], folder: Path, archive: Archive) -> No
 
 def _largest_file(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip moves its files while we look
-            continue
+    for root, _, names in os.walk(folder):  # which passes over folders that pip takes away meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(Path(root, name).stat().st_size)
     return max(sizes)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from textgym.data.messages import Text, content, encode, render
 from textgym.data.prompts import load_prompts
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
@@ -18,8 +19,9 @@ from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.models.loading import Device, load_tokenizer
 from textgym.models.masks import ActionMask, FunctionMask, narrow
 from textgym.models.token_model import Observation, TokenModel
-from textgym.rewards.kl import Estimator, KLController, KLPenalty
-from textgym.rewards.scoring import Finished, RewardSpec, Scorer, Scores
+from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
+from textgym.rewards.scaling import Scaling
+from textgym.rewards.scoring import Finished, OnRewardError, RewardSpec, Scorer, Scores
 
 MaskSpec = ActionMask | Callable[[Observation], Any]
 KLMode = Literal["reference", "exact", "deferred"]
@@ -62,6 +64,10 @@ class TextTask:
         tokenizer: Any,
         reward: RewardSpec | Sequence[RewardSpec],
         reward_weights: Sequence[float] | None,
+        on_reward_error: OnRewardError,
+        reward_timeout: float | None,
+        score_scaling: Scaling | None,
+        score_clip: float | None,
         max_prompt_tokens: int,
         max_new_tokens: int,
         min_new_tokens: int,
@@ -70,6 +76,7 @@ class TextTask:
         kl_coef: float | KLController,
         kl_estimator: Estimator,
         kl_mode: KLMode,
+        kl_clamp: float | None,
         action_mask: MaskSpec | None,
         missing_eos_penalty: float,
         length_limit: Literal["terminate", "truncate"],
@@ -79,10 +86,22 @@ class TextTask:
         self.device = torch.device(device or "cpu")
         self.rows = load_prompts(prompts)
         self.tokenizer = load_tokenizer(tokenizer)
-        self.scorer = Scorer(reward, reward_weights, self.tokenizer)
+        self.scorer = Scorer(
+            reward,
+            reward_weights,
+            self.tokenizer,
+            on_error=on_reward_error,
+            timeout=reward_timeout,
+            scaling=score_scaling,
+            clip=score_clip,
+            device=device,
+        )
         self.kl_mode, self.truncates = kl_mode, length_limit == "truncate"
         self.missing_eos_penalty = missing_eos_penalty
-        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.kl_coef, self.kl_estimator, self.kl_clamp = kl_coef, kl_estimator, kl_clamp
+        self.action_mask = (
+            action_mask if action_mask is None or isinstance(action_mask, ActionMask) else FunctionMask(action_mask)
+        )
         self.penalty = self._make_penalty(reference)
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
@@ -97,6 +116,7 @@ class TextTask:
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
             self.device,
         )
+        self.prompt_texts = [self._prompt_text(row["prompt"]) for row in self.rows]
         self.prompt_ids, self.prompt_lengths = self._encode_prompts(max_prompt_tokens)
         self.queue: list[int] = []
         self.current = np.zeros(num_rows, dtype=np.int64)
@@ -110,9 +130,6 @@ class TextTask:
                 "input_ids": gym.spaces.Box(0, self.vocab_size - 1, (self.episodes.width,), np.int64),
                 "attention_mask": gym.spaces.Box(0, 1, (self.episodes.width,), np.int64),
             }
-        )
-        self.action_mask = (
-            action_mask if action_mask is None or isinstance(action_mask, ActionMask) else FunctionMask(action_mask)
         )
         self.action_space = TokenSpace(self.vocab_size, self.episodes.stop, self._kl_payer(), self.action_mask)
 
@@ -185,8 +202,7 @@ class TextTask:
         """Prompt, completion and columns of a row's last finished episode, or of the one under way."""
         if self.transcripts[row] and not bool(self.episodes.alive[row]):
             return self.transcripts[row]
-        columns = self.rows[self.current[row]]
-        return {**columns, "completion": self._texts(np.array([row]))[0]}
+        return self._transcript(row, self._texts(np.array([row]))[0])
 
     def _pay_kl(self, actions: Tensor) -> Tensor | None:
         """The KL term of the reward of each row's next token, `(B,)`; `None` where the environment pays none."""
@@ -225,22 +241,28 @@ class TextTask:
         """Scores the rows that ended, all in one call: the score of every row `(B,)`, and the infos."""
         finished = self._finished(rows)
         scores = self.scorer(finished)
-        score = scores.score - self.missing_eos_penalty * ~by_stop[rows]
+        penalty = self.missing_eos_penalty * ~by_stop[rows]
+        paid = scores.score - penalty
         self._remember(rows, finished, scores)
         everywhere = torch.zeros_like(self.kl_paid)
         everywhere[torch.as_tensor(rows, device=self.device)] = torch.as_tensor(
-            score, dtype=everywhere.dtype, device=self.device
+            paid, dtype=everywhere.dtype, device=self.device
         )
         kl = self.kl_sum if self.kl_mode == "exact" else torch.full_like(self.kl_sum, torch.nan)
         values: dict[str, np.ndarray] = {
-            "score": score,
+            "score": scores.raw - penalty,
             "kl": kl.cpu().numpy().astype(np.float64)[rows],
             "kl_reward": self.kl_paid.cpu().numpy().astype(np.float64)[rows],
             "response_tokens": np.array([len(ids) for ids in finished.completion_ids], dtype=np.int64),
-            "is_success": score > 0,
+            "is_success": scores.raw - penalty > 0,
             "ended_by_stop": by_stop[rows],
             **{f"reward/{name}": values for name, values in scores.components.items()},
+            **{f"metric/{name}": np.full(len(rows), value) for name, value in scores.metrics.items()},
         }
+        if self.scorer.scale.active:
+            values["score_paid"] = paid
+        if self.scorer.on_error != "raise":
+            values["reward_errors"] = scores.errors
         return everywhere, {key: _scatter(value, rows, len(by_stop)) for key, value in values.items()}
 
     def _finished(self, rows: np.ndarray) -> Finished:
@@ -248,7 +270,10 @@ class TextTask:
         names = [name for name in columns[0] if name != "prompt"]
         return Finished(
             prompts=[column["prompt"] for column in columns],
-            completions=self._texts(rows),
+            completions=[
+                text if isinstance(column["prompt"], str) else [{"role": "assistant", "content": text}]
+                for text, column in zip(self._texts(rows), columns, strict=True)
+            ],
             prompt_ids=[self.prompt_ids[i, : self.prompt_lengths[i]].tolist() for i in self.current[rows]],
             completion_ids=self._response_ids(rows),
             columns={name: [column[name] for column in columns] for name in names},
@@ -256,8 +281,13 @@ class TextTask:
 
     def _remember(self, rows: np.ndarray, finished: Finished, scores: Scores) -> None:
         for i, row in enumerate(rows):
-            self.transcripts[row] = {**self.rows[self.current[row]], "completion": finished.completions[i]}
+            logged = {name: values[i] for name, values in scores.columns.items()}
+            self.transcripts[row] = {**self._transcript(row, content(finished.completions[i])), **logged}
             self.token_rewards[row] = scores.token_rewards[i] if scores.token_rewards is not None else None
+
+    def _transcript(self, row: int, completion: str) -> dict[str, Any]:
+        index = self.current[row]
+        return {**self.rows[index], "prompt": self.prompt_texts[index], "completion": completion}
 
     def _response_ids(self, rows: np.ndarray) -> list[list[int]]:
         index = torch.as_tensor(rows, device=self.device)
@@ -286,7 +316,9 @@ class TextTask:
                 f"kl_estimator={estimator!r} cannot be paid in kl_mode={self.kl_mode!r}, which knows "
                 f"{allowed[self.kl_mode]}; 'deferred' knows them all"
             )
-        return KLPenalty(TokenModel.load(reference, device=self.device), coef, estimator)
+        if self.kl_mode != "deferred" and coef != 0:
+            warn_of_filter(self.action_mask, estimator)
+        return KLPenalty(TokenModel.load(reference, device=self.device), coef, estimator, self.kl_clamp)
 
     def _kl_payer(self) -> KLPayer:
         coef = self.kl_coef if isinstance(self.kl_coef, int | float) else self.kl_coef.coef
@@ -294,10 +326,13 @@ class TextTask:
             return "nobody"
         return "agent" if self.kl_mode == "deferred" else "environment"
 
+    def _prompt_text(self, prompt: Text) -> str:
+        return prompt if isinstance(prompt, str) else render(prompt, self.tokenizer, add_generation_prompt=True)
+
     def _encode_prompts(self, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """All prompts as right-padded ids `(P, L)`, cut from the left to the budget, and their lengths `(P,)`."""
-        encoded = self.tokenizer([row["prompt"] for row in self.rows], add_special_tokens=True)["input_ids"]
-        encoded = [ids[-max_prompt_tokens:] for ids in encoded]
+        prompts = [row["prompt"] for row in self.rows]
+        encoded = [ids[-max_prompt_tokens:] for ids in encode(prompts, self.tokenizer, add_generation_prompt=True)]
         lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
         if not lengths.all():
             row = int(np.flatnonzero(lengths == 0)[0])

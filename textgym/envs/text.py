@@ -14,7 +14,8 @@ from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
 from textgym.models.loading import Device
 from textgym.rewards.kl import Estimator, KLController
-from textgym.rewards.scoring import RewardSpec
+from textgym.rewards.scaling import Scaling
+from textgym.rewards.scoring import OnRewardError, RewardSpec
 
 ObsType = dict[str, np.ndarray]
 
@@ -56,7 +57,9 @@ class TextEnv(gym.Env[ObsType, int]):
     ## Information
     At the end: `score`, `kl` (nats in the episode; NaN where the environment does not know the policy), `kl_reward`
     (the KL term paid in the episode), `response_tokens`, `is_success` (score above 0), `ended_by_stop`, and
-    `reward/<name>` for each function. Text is in `env.unwrapped.transcript`, and in `info` with `info_text=True`.
+    `reward/<name>` for each function. Where they occur: `metric/<name>` (what a function logged), `score_paid` (the
+    score as scaled and clipped) and `reward_errors` (functions that failed). Text is in `env.unwrapped.transcript`,
+    and in `info` with `info_text=True`.
 
     ## Arguments
     Args:
@@ -65,6 +68,12 @@ class TextEnv(gym.Env[ObsType, int]):
         tokenizer: name, path or tokenizer; `"tiny"` is the embedded one.
         reward: a reward function, a `"module:attribute"` string, a `RewardModel` or its name; or a list of them.
         reward_weights: one for each function; a function of weight 0 is only reported.
+        on_reward_error: where a function breaks its contract, `"raise"`, or count it, warn once and go on:
+            `"penalise"` takes its value for -1, `"skip"` leaves the row out of it.
+        reward_timeout: seconds that an async reward function has.
+        score_scaling: `"running"` takes the running mean off scores and divides them by their running deviation,
+            `"running_std"` only divides.
+        score_clip: scores are then cut to -score_clip and score_clip.
         max_prompt_tokens: longer prompts are cut from the left.
         max_new_tokens: length limit of a completion.
         min_new_tokens: before so many tokens the stop tokens are masked out.
@@ -73,6 +82,7 @@ class TextEnv(gym.Env[ObsType, int]):
         kl_coef: beta, in reward a nat, or a controller.
         kl_estimator: `"k1"`, `"k2"`, `"k3"` or `"full"`.
         kl_mode: `"reference"`, `"exact"` or `"deferred"`.
+        kl_clamp: the KL estimate of a token is cut to -kl_clamp and kl_clamp.
         action_mask: `TopPMask`, `TopKMask` or any function of the observation that returns the allowed tokens, bool
             `(B, V)`; it narrows `action_masks()`, and the reference is narrowed alike.
         missing_eos_penalty: taken off the score of a row that ended by length.
@@ -110,6 +120,10 @@ class TextEnv(gym.Env[ObsType, int]):
         reward: RewardSpec | Sequence[RewardSpec],
         *,
         reward_weights: Sequence[float] | None = None,
+        on_reward_error: OnRewardError = "raise",
+        reward_timeout: float | None = None,
+        score_scaling: Scaling | None = None,
+        score_clip: float | None = None,
         max_prompt_tokens: int = 64,
         max_new_tokens: int = 32,
         min_new_tokens: int = 0,
@@ -118,6 +132,7 @@ class TextEnv(gym.Env[ObsType, int]):
         kl_coef: float | KLController = 0.0,
         kl_estimator: Estimator = "k1",
         kl_mode: KLMode = "reference",
+        kl_clamp: float | None = None,
         action_mask: MaskSpec | None = None,
         missing_eos_penalty: float = 0.0,
         length_limit: Literal["terminate", "truncate"] = "terminate",
@@ -132,6 +147,10 @@ class TextEnv(gym.Env[ObsType, int]):
             tokenizer=tokenizer,
             reward=reward,
             reward_weights=reward_weights,
+            on_reward_error=on_reward_error,
+            reward_timeout=reward_timeout,
+            score_scaling=score_scaling,
+            score_clip=score_clip,
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -140,6 +159,7 @@ class TextEnv(gym.Env[ObsType, int]):
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             kl_mode=kl_mode,
+            kl_clamp=kl_clamp,
             action_mask=action_mask,
             missing_eos_penalty=missing_eos_penalty,
             length_limit=length_limit,

@@ -16,7 +16,8 @@ from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Outcome, Policy, TextTask, prompt_choice
 from textgym.models.loading import Device
 from textgym.rewards.kl import Estimator, KLController
-from textgym.rewards.scoring import RewardSpec
+from textgym.rewards.scaling import Scaling
+from textgym.rewards.scoring import OnRewardError, RewardSpec
 
 Array = Any
 """A numpy array, or with `array="torch"` a tensor on the device."""
@@ -66,6 +67,10 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         reward: RewardSpec | Sequence[RewardSpec],
         *,
         reward_weights: Sequence[float] | None = None,
+        on_reward_error: OnRewardError = "raise",
+        reward_timeout: float | None = None,
+        score_scaling: Scaling | None = None,
+        score_clip: float | None = None,
         max_prompt_tokens: int = 64,
         max_new_tokens: int = 32,
         min_new_tokens: int = 0,
@@ -74,6 +79,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         kl_coef: float | KLController = 0.0,
         kl_estimator: Estimator = "k1",
         kl_mode: KLMode = "reference",
+        kl_clamp: float | None = None,
         action_mask: MaskSpec | None = None,
         missing_eos_penalty: float = 0.0,
         length_limit: Literal["terminate", "truncate"] = "terminate",
@@ -94,6 +100,10 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             tokenizer=tokenizer,
             reward=reward,
             reward_weights=reward_weights,
+            on_reward_error=on_reward_error,
+            reward_timeout=reward_timeout,
+            score_scaling=score_scaling,
+            score_clip=score_clip,
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -102,6 +112,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             kl_mode=kl_mode,
+            kl_clamp=kl_clamp,
             action_mask=action_mask,
             missing_eos_penalty=missing_eos_penalty,
             length_limit=length_limit,

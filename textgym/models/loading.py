@@ -94,14 +94,30 @@ def load_classifier(
     device: Device = None,
     trust_remote_code: bool = False,
     num_layers: int | None = None,
+    trained: bool = False,
+    auto_class: Any = AutoModelForSequenceClassification,
 ) -> PreTrainedModel:
     """A fresh one-label sequence classifier (the shape of a reward model) from a trunk or a saved reward model.
 
     Args:
         num_layers: how many of the trunk's layers to keep, the lowest ones; `None` keeps all.
+        trained: whether it must have been trained as a classifier; it then keeps its labels, however many.
+        auto_class: of transformers, for classifiers of another kind.
+
+    Raises:
+        ValueError: unknown name, or a model that was to be trained and has no head, which transformers would replace by
+            a random one.
     """
-    shape = {"num_labels": 1, "num_hidden_layers": num_layers}
-    return disable_dropout(_load(AutoModelForSequenceClassification, name, dtype, device, trust_remote_code, **shape))
+    if not trained:
+        shape = {"num_labels": 1, "num_hidden_layers": num_layers}
+        return disable_dropout(_load(auto_class, name, dtype, device, trust_remote_code, **shape))
+    model, info = _load(auto_class, name, dtype, device, trust_remote_code, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name} has no trained reward head (missing: {', '.join(sorted(info['missing_keys']))}): train one with "
+            f"train_reward_model(preferences, {str(name)!r})"
+        )
+    return disable_dropout(model.to(device) if device is not None else model)
 
 
 @lru_cache(maxsize=8)
@@ -138,7 +154,7 @@ def _load(
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-    return model.to(device) if device is not None else model
+    return model.to(device) if device is not None and isinstance(model, nn.Module) else model
 
 
 class _explained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.log_probs import full_kl
+from textgym.models.masks import ModelMask
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
@@ -108,14 +110,26 @@ class KLPenalty:
         reference: a model name, a language model, or a `TokenModel`; it is frozen.
         coef: beta, or a controller that moves it.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
+        clamp: the estimate of a token is cut to -clamp and clamp, so that no single one rules an update.
+
+    Raises:
+        ValueError: an unknown estimator, a negative coefficient, or a clamp that is not above 0.
     """
 
     def __init__(
-        self, reference: str | nn.Module | TokenModel, coef: float | KLController, estimator: Estimator = "k1"
+        self,
+        reference: str | nn.Module | TokenModel,
+        coef: float | KLController,
+        estimator: Estimator = "k1",
+        clamp: float | None = None,
     ) -> None:
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown kl_estimator {estimator!r}; use one of {ESTIMATORS}")
+        if clamp is not None and not clamp > 0:
+            raise ValueError(f"kl_clamp must be above 0 nats, got {clamp}")
         self.reference = TokenModel.load(reference)
+        self.owns_reference = False  # others may share its weights, so nobody may change them
+        self.clamp = clamp
         self.controller: KLController = FixedKL(float(coef)) if isinstance(coef, int | float) else coef
         self.estimator: Estimator = estimator
         if self.controller.coef < 0:
@@ -148,8 +162,27 @@ class KLPenalty:
             banned=sequences.banned,
             stop_ids=sequences.stop.ids,
         )
-        return sequences.pad(flat)
+        return self._clamped(sequences.pad(flat))
 
     def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
         """The estimate where `mask` is set, zero elsewhere, whatever stands there (trap 15)."""
-        return torch.where(mask, estimate_kl(log_probs, reference_log_probs, self.estimator), 0.0)
+        estimate = self._clamped(estimate_kl(log_probs, reference_log_probs, self.estimator))
+        return torch.where(mask, estimate, 0.0)
+
+    def _clamped(self, kl: Tensor) -> Tensor:
+        return kl if self.clamp is None else kl.clamp(-self.clamp, self.clamp)
+
+
+def warn_of_filter(action_mask: object | None, estimator: Estimator) -> None:
+    """Says what a KL means where sampling is filtered by top-k or top-p, and k1 estimates it (trap 5).
+
+    Policy and reference are filtered alike, so k1 is right for the KL between the two *filtered* distributions, which
+    does not see tokens that the filter took away.
+    """
+    if isinstance(action_mask, ModelMask) and estimator == "k1":
+        warnings.warn(
+            f"sampling is filtered by {type(action_mask).__name__} and the KL estimator is 'k1': the penalty is that "
+            "between the filtered policy and the filtered reference, and may be small while the models are far apart. "
+            "kl_estimator='k3' has less noise and never is negative; compare with the KL of unfiltered samples",
+            stacklevel=3,
+        )

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 
 from textgym.models.attention import pack, packed_hidden, ragged
 
+MAX_PADDING = 0.1
+"""Share of padding that is computed for the sake of larger batches."""
+
 
 class TextScores(NamedTuple):
-    """Raw scores of texts, `(B,)` float32: read at the last token, and the mean over all tokens."""
+    """Raw scores of texts, `(B, K)` float32 for K labels: read at the last token, and the mean over all tokens."""
 
     last: Tensor
     mean: Tensor
@@ -32,16 +35,16 @@ class LastTokenScorer(nn.Module):
         head = score_head(self.classifier)
         if head is None:  # an encoder such as BERT, which pools by itself and is told what is padding
             mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
-            logits = self.classifier(input_ids=input_ids, attention_mask=mask.long()).logits[:, 0].float()
+            logits = self.classifier(input_ids=input_ids, attention_mask=mask.long()).logits.float()
             return TextScores(logits, logits)
         packed = pack(input_ids, lengths)
         hidden = packed_hidden(self.classifier, packed)  # (R * L, d)
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if head.bias is None else head.bias.float()
-            scores = F.linear(hidden.float(), head.weight.float(), bias)[:, 0]  # (R * L,)
+            scores = F.linear(hidden.float(), head.weight.float(), bias)  # (R * L, K)
         rows, positions = ragged(lengths)
         total = torch.zeros_like(scores[: len(lengths)]).index_add(0, rows, scores[packed.starts[rows] + positions])
-        return TextScores(scores[packed.starts + lengths - 1], total / lengths)
+        return TextScores(scores[packed.starts + lengths - 1], total / lengths[:, None])
 
 
 def score_head(classifier: PreTrainedModel) -> nn.Linear | None:
@@ -50,10 +53,24 @@ def score_head(classifier: PreTrainedModel) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of the rows in batches of similar length."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def batches_by_length(
+    rows: Sequence[Sequence[int]], batch_size: int, max_padding: float = MAX_PADDING
+) -> list[list[int]]:
+    """Indices of the rows in batches of similar length: of its slots at most the share `max_padding` is padding.
+
+    >>> batches_by_length([[1], [1] * 10, [1] * 11, [1]], batch_size=64)
+    [[0, 3], [1, 2]]
+    """
+    batches: list[list[int]] = []
+    tokens = 0  # real ones in the batch under way
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
+        width, size = len(rows[index]), len(batches[-1]) + 1 if batches else 0
+        if not batches or size > batch_size or tokens + width < (1 - max_padding) * size * width:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += width
+    return batches
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

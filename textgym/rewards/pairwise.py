@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from textgym.data.messages import Text
 from textgym.rewards.last_token import LastTokenScorer, pad_right
 
 Pair = Mapping[str, Any]
@@ -22,10 +24,12 @@ Pair = Mapping[str, Any]
 class RewardModelConfig:
     """How a reward model is trained."""
 
-    matrix_learning_rate: float = 0.02
-    """Peak learning rate of Muon, which moves the weight matrices."""
-    learning_rate: float = 0.01
-    """Peak learning rate of AdamW, which moves embeddings, norms and the reward head."""
+    matrix_learning_rate: float | None = None
+    """Peak learning rate of Muon, which moves the weight matrices; 0 leaves them to AdamW. None: 0.02 for "tiny", whose
+    best it is, and 0 for other trunks, which know more than preferences teach."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW, which moves embeddings, norms and the reward head. None: 0.01 for "tiny", 2e-5 for
+    other trunks."""
     num_layers: int | None = None
     """Layers of the trunk to keep, the lowest ones; the upper ones of a small model know little but the next token."""
     epochs: float = 1.0
@@ -40,6 +44,10 @@ class RewardModelConfig:
     """Weight of the same loss on the mean score over all tokens, which teaches every token, not the last alone."""
     use_margin: bool = False
     """Ask for a difference of scores above the pair's `margin` (Touvron et al. 2023, equation 2)."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be the wrong way round."""
+    use_probability: bool = False
+    """Train on a pair's `probability`, how likely a rater prefers `chosen`, in place of certainty."""
     center_coefficient: float = 0.0
     """Weight of the squared sum of a pair's scores, which keeps them near zero (Eisenstein et al. 2023)."""
     max_length: int = 512
@@ -53,27 +61,48 @@ class RewardModelConfig:
     seed: int = 0
     """Of the reward head and the order of the groups."""
 
+    def resolved(self, base: object) -> RewardModelConfig:
+        """With the learning rates for a trunk where none are set."""
+        matrix, other = (0.02, 0.01) if str(base) == "tiny" else (0.0, 2e-5)
+        return replace(
+            self,
+            matrix_learning_rate=matrix if self.matrix_learning_rate is None else self.matrix_learning_rate,
+            learning_rate=other if self.learning_rate is None else self.learning_rate,
+        )
+
 
 def pairwise_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, center_coefficient: float = 0.0
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    center_coefficient: float = 0.0,
+    label_smoothing: float = 0.0,
+    probability: Tensor | None = None,
 ) -> Tensor:
-    """Mean of `-log sigmoid(chosen - rejected - margin)` plus centring, as in TRL's RewardTrainer.
+    """Mean of `-p log sigmoid(d) - (1 - p) log sigmoid(-d)` plus centring, with `d = chosen - rejected - margin`.
+
+    With p = 1, as by default, it is the loss of TRL's RewardTrainer (Bradley and Terry, 1952).
 
     Args:
         chosen: `(P,)` scores of the preferred texts.
         rejected: `(P,)` scores of the others.
         margin: `(P,)`, how much higher the preferred text ought to score.
         center_coefficient: weight of the mean of `(chosen + rejected)^2`.
+        label_smoothing: epsilon, the share of pairs that are taken to be the wrong way round: p = 1 - epsilon.
+        probability: `(P,)`, p, how likely a rater prefers the chosen text; smoothed towards 1/2 in the same way.
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
-    loss = -F.logsigmoid(difference).mean()
+    p = torch.ones_like(difference) if probability is None else probability
+    p = p * (1 - label_smoothing) + (1 - p) * label_smoothing
+    # log sigmoid(-d) = log sigmoid(d) - d
+    loss = -(F.logsigmoid(difference) - (1 - p) * difference).mean()
     return loss + center_coefficient * (chosen + rejected).square().mean()
 
 
 def fit(
     scorer: LastTokenScorer,
     groups: list[list[Pair]],
-    encode: Callable[[Sequence[str]], list[list[int]]],
+    encode: Callable[[Sequence[Text]], list[list[int]]],
     config: RewardModelConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
@@ -132,14 +161,21 @@ class PairwiseTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one batch of groups; every text in it is encoded once."""
-        last, mean = model(*inputs["texts"])  # (N,) each
+        last, mean = (scores[:, 0] for scores in model(*inputs["texts"]))  # (N,) each
         loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
         return (loss, last) if return_outputs else loss
 
     def _loss(self, scores: Tensor, inputs: dict[str, Any]) -> Tensor:
         chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]  # (P,)
-        margin = inputs["margin"] if self.config.use_margin else None
-        return pairwise_loss(chosen, rejected, margin, self.config.center_coefficient)
+        config = self.config
+        return pairwise_loss(
+            chosen,
+            rejected,
+            inputs["margin"] if config.use_margin else None,
+            config.center_coefficient,
+            config.label_smoothing,
+            inputs["probability"] if config.use_probability else None,
+        )
 
 
 class GroupCollator:
@@ -148,17 +184,20 @@ class GroupCollator:
     def __init__(
         self,
         groups: list[list[Pair]],
-        encode: Callable[[Sequence[str]], list[list[int]]],
+        encode: Callable[[Sequence[Text]], list[list[int]]],
     ) -> None:
-        texts = list(
-            dict.fromkeys(text_of(pair, side) for group in groups for pair in group for side in ("chosen", "rejected"))
-        )
-        self.rows = dict(zip(texts, encode(texts), strict=True))
+        texts = {
+            text_key(text): text
+            for group in groups
+            for pair in group
+            for text in (text_of(pair, "chosen"), text_of(pair, "rejected"))
+        }
+        self.rows = dict(zip(texts, encode(list(texts.values())), strict=True))
 
     def __call__(self, groups: list[list[Pair]]) -> dict[str, Any]:
-        """`texts`: padded ids `(N, T)` and lengths `(N,)`; `chosen`, `rejected`, `margin`: `(P,)`."""
+        """`texts`: padded ids `(N, T)` and lengths `(N,)`; `chosen`, `rejected`, `margin`, `probability`: `(P,)`."""
         pairs = [pair for group in groups for pair in group]
-        chosen, rejected = [text_of(pair, "chosen") for pair in pairs], [text_of(pair, "rejected") for pair in pairs]
+        chosen, rejected = ([text_key(text_of(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
         texts = list(dict.fromkeys(chosen + rejected))
         slot = {text: index for index, text in enumerate(texts)}
         return {
@@ -166,19 +205,30 @@ class GroupCollator:
             "chosen": torch.tensor([slot[text] for text in chosen]),
             "rejected": torch.tensor([slot[text] for text in rejected]),
             "margin": torch.tensor([float(pair.get("margin") or 0.0) for pair in pairs]),
+            "probability": torch.tensor(
+                [1.0 if (p := pair.get("probability")) is None else float(p) for pair in pairs]
+            ),
         }
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices and AdamW for embeddings, norms and heads, as Muon's authors advise."""
+    """Muon for the weight matrices and AdamW for embeddings, norms and heads, as Muon's authors advise.
+
+    Without a learning rate for the matrices AdamW has them too.
+    """
 
     def __init__(self, scorer: LastTokenScorer, config: RewardModelConfig) -> None:
+        assert config.matrix_learning_rate is not None
+        assert config.learning_rate is not None
         embeddings = {id(module.weight) for module in scorer.modules() if isinstance(module, nn.Embedding)}
         matrices = [p for p in scorer.parameters() if p.ndim == 2 and min(p.shape) > 1 and id(p) not in embeddings]
         chosen = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in scorer.parameters() if id(parameter) not in chosen]
-        self.parts = [
-            torch.optim.Muon(matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay),
+        decay = config.weight_decay
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=config.matrix_learning_rate, weight_decay=decay)
+            if config.matrix_learning_rate > 0
+            else torch.optim.AdamW(matrices, lr=config.learning_rate, weight_decay=decay),
             torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -190,7 +240,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def text_of(pair: Pair, side: str) -> str:
-    """The whole text of a pair's `"chosen"` or `"rejected"` side."""
-    text: str = pair.get("prompt", "") + pair[side]
-    return text
+def text_of(pair: Pair, side: str) -> Text:
+    """The whole text, or conversation, of a pair's `"chosen"` or `"rejected"` side."""
+    prompt, text = pair.get("prompt"), pair[side]
+    if isinstance(text, str):
+        if prompt is not None and not isinstance(prompt, str):
+            return [*prompt, {"role": "assistant", "content": text}]
+        return (prompt or "") + text
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    return [*said, *text]
+
+
+def text_key(text: Text) -> str:
+    """What equal texts share and others do not."""
+    return text if isinstance(text, str) else json.dumps(text)

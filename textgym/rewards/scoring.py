@@ -1,4 +1,4 @@
-"""Runs reward functions on finished completions: keywords, validation, weights, components.
+"""Runs reward functions on finished completions: weights, components, errors, scaling.
 
 The protocol is the one that TRL's GRPO users write:
 
@@ -10,49 +10,29 @@ place of a float is a token-level reward, one value for each completion token.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from textgym.data.importing import import_attribute
+from textgym.models.loading import Device
+from textgym.rewards.calling import Log, RewardFunction, accepted_keywords, arguments_for, start
+from textgym.rewards.checking import Value, checked
+from textgym.rewards.finished import Finished, RewardError
 from textgym.rewards.model import RewardModel
+from textgym.rewards.scaling import RunningScale, Scaling
 
-RewardFunction = Callable[..., Any]
+__all__ = ["Finished", "OnRewardError", "RewardError", "RewardSpec", "Scorer", "Scores", "load_reward"]
+
 RewardSpec = RewardFunction | str
-
-
-class RewardError(ValueError):
-    """A reward function broke its contract; the message names the function, the row and its text."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Completions to score, N rows.
-
-    Attributes:
-        prompts: the prompts as text.
-        completions: the responses as text, without the stop token.
-        prompt_ids: the prompts as the policy saw them.
-        completion_ids: the tokens as they were sampled, stop token included.
-        columns: further columns of the prompts' rows, each a list of N values.
-    """
-
-    prompts: list[str]
-    completions: list[str]
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    columns: dict[str, list[Any]]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
+OnRewardError = Literal["raise", "penalise", "skip"]
+PENALTY = -1.0
+"""What a function is taken to have given in rows where it failed, with `on_error="penalise"`."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +40,22 @@ class Scores:
     """What reward functions gave.
 
     Attributes:
-        score: `(N,)` float64, the weighted sum over the functions, token-level rewards summed over their tokens.
-        token_rewards: the weighted token-level rewards of each row, or `None` if no function gave any.
+        raw: `(N,)` float64, the weighted sum over the functions, token-level rewards summed over their tokens.
+        score: `(N,)` float64, what is paid: `raw`, scaled and clipped where that was asked for.
+        token_rewards: the weighted token-level rewards of each row, scaled alike, or `None` if no function gave any.
         components: `(N,)` float64 for each function, unweighted; NaN where the function left the row out.
+        errors: `(N,)`, how many functions failed in each row.
+        metrics: what functions logged of the whole batch.
+        columns: what functions logged of each row.
     """
 
+    raw: np.ndarray
     score: np.ndarray
     token_rewards: list[np.ndarray] | None
     components: dict[str, np.ndarray]
+    errors: np.ndarray
+    metrics: dict[str, float]
+    columns: dict[str, list[Any]]
 
 
 class Scorer:
@@ -77,56 +65,132 @@ class Scorer:
         reward: a function, a `"module:attribute"` string, a `RewardModel` or its name, or a list of them.
         weights: one for each function, 1 if not given; a function of weight 0 is only reported.
         tokenizer: the policy's; a reward model that shares it is handed ids instead of text.
+        on_error: where a function breaks its contract, `"raise"`, or count it, warn once and go on: `"penalise"` takes
+            the function's value for -1, `"skip"` leaves the row out of the function.
+        timeout: seconds that an async function has for a batch; they run beside each other.
+        scaling: see `RunningScale`.
+        clip: see `RunningScale`.
+        device: where reward models that are given by name live.
+
+    Attributes:
+        errors: rows in which each function failed so far.
+        trainer_state: what functions are offered as `trainer_state`; agents set it.
 
     Raises:
-        ValueError: no function, or another number of weights.
+        ValueError: no function, another number of weights, or an unknown option.
     """
 
     def __init__(
-        self, reward: RewardSpec | Sequence[RewardSpec], weights: Sequence[float] | None = None, tokenizer: Any = None
+        self,
+        reward: RewardSpec | Sequence[RewardSpec],
+        weights: Sequence[float] | None = None,
+        tokenizer: Any = None,
+        *,
+        on_error: OnRewardError = "raise",
+        timeout: float | None = None,
+        scaling: Scaling | None = None,
+        clip: float | None = None,
+        device: Device = None,
     ) -> None:
         specs = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
         if not specs:
             raise ValueError("reward is empty: give a reward function, a 'module:attribute' string, or a RewardModel")
-        self.functions = [load_reward(spec) for spec in specs]
+        if on_error not in get_args(OnRewardError):
+            raise ValueError(f"on_reward_error must be one of {get_args(OnRewardError)}, got {on_error!r}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"reward_timeout must be above 0 seconds, got {timeout}")
+        self.functions = [load_reward(spec, device) for spec in specs]
         self.weights = [1.0] * len(specs) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(specs):
             raise ValueError(f"reward_weights has {len(self.weights)} values for {len(specs)} reward functions")
         self.names = _unique_names(self.functions)
-        self.keywords = [_accepted_keywords(function) for function in self.functions]
         for function in self.functions:
-            if isinstance(function, RewardModel) and tokenizer is not None:
+            accepted_keywords(function)  # one without a signature fails here, not after the first episode
+            if tokenizer is not None and hasattr(function, "share_ids_with"):
                 function.share_ids_with(tokenizer)
+        self.on_error, self.timeout = on_error, timeout
+        self.scale = RunningScale(scaling, clip)
+        self.errors = dict.fromkeys(self.names, 0)
+        self.trainer_state: Any = None
 
     def __call__(self, finished: Finished) -> Scores:
         """Scores finished completions, one call of every function for all of them.
 
         Raises:
-            RewardError: a function raised, or returned the wrong number of values, a NaN, an infinity or a non-number.
+            RewardError: a function cannot be called with what it is offered; or, with `on_error="raise"`, it raised,
+                came too late, or returned the wrong number of values, a NaN, an infinity or a non-number.
         """
-        score = np.zeros(len(finished))
+        log, state = Log(), self.trainer_state
+        named = list(zip(self.names, self.functions, strict=True))
+        arguments = [arguments_for(name, function, finished, log, state) for name, function in named]
+        outcomes = [
+            start(name, function, given, finished, self.timeout)
+            for (name, function), given in zip(named, arguments, strict=True)
+        ]
+        raw, errors = np.zeros(len(finished)), np.zeros(len(finished), dtype=np.int64)
         token_rewards = [np.zeros(len(ids)) for ids in finished.completion_ids]
         any_token_level, components = False, {}
-        for name, function, keywords, weight in zip(
-            self.names, self.functions, self.keywords, self.weights, strict=True
-        ):
-            values = _validated(name, _call(name, function, keywords, finished), finished)
+        for name, weight, outcome in zip(self.names, self.weights, outcomes, strict=True):
+            values = self._settled(name, checked(name, outcome(), finished), errors)
             components[name] = np.array([math.nan if value is None else np.sum(value) for value in values])
-            score += weight * np.nan_to_num(components[name])
+            raw += weight * np.nan_to_num(components[name])
             for row, value in enumerate(values):
                 if isinstance(value, np.ndarray):
                     any_token_level = True
                     token_rewards[row] += weight * value
-        return Scores(score, token_rewards if any_token_level else None, components)
+        score, factor = self.scale(raw)
+        return Scores(
+            raw,
+            score,
+            [factor * rewards for rewards in token_rewards] if any_token_level else None,
+            components,
+            errors,
+            {name: float(np.mean(values)) for name, values in log.metrics.items()},
+            _checked_columns(log.columns, finished),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What an agent saves: the running mean and deviation, and the counters; plain values."""
+        return {"scale": asdict(self.scale), "errors": dict(self.errors)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self.scale = RunningScale(**state["scale"])
+        self.errors.update(state["errors"])
+
+    def _settled(self, name: str, values: list[Value | RewardError], errors: np.ndarray) -> list[Value]:
+        """Values with what stands in for failed rows; counts those.
+
+        Raises:
+            RewardError: the first failure, if failures are not to be lived with.
+        """
+        failed = [value for value in values if isinstance(value, RewardError)]
+        if not failed:
+            return values  # type: ignore[return-value]  # there is no error among them
+        if self.on_error == "raise":
+            raise failed[0]
+        if not self.errors[name]:
+            warnings.warn(f"{failed[0]} (on_reward_error={self.on_error!r}; said once, then counted)", stacklevel=2)
+        self.errors[name] += len(failed)
+        errors += [isinstance(value, RewardError) for value in values]
+        instead = PENALTY if self.on_error == "penalise" else None
+        return [instead if isinstance(value, RewardError) else value for value in values]
 
 
-def load_reward(spec: RewardSpec) -> RewardFunction:
+def load_reward(spec: RewardSpec, device: Device = None) -> RewardFunction:
     """A reward function from a callable, a `"module:attribute"` string, or a reward model's name or path."""
     if callable(spec):
         return spec
     if not isinstance(spec, str):
         raise ValueError(f"a reward is a function, a 'module:attribute' string or a reward model, got {spec!r}")
-    return import_attribute(spec) if ":" in spec else RewardModel.from_pretrained(spec)
+    return import_attribute(spec) if ":" in spec else RewardModel.from_pretrained(spec, device=device)
+
+
+def _checked_columns(columns: dict[str, list[Any]], finished: Finished) -> dict[str, list[Any]]:
+    for name, values in columns.items():
+        if len(values) != len(finished):
+            raise RewardError(f"log_extra({name!r}) was given {len(values)} values for {len(finished)} completions")
+    return columns
 
 
 def _unique_names(functions: list[RewardFunction]) -> list[str]:
@@ -136,84 +200,3 @@ def _unique_names(functions: list[RewardFunction]) -> list[str]:
         candidates = itertools.chain([base], (f"{base}_{copy}" for copy in itertools.count(2)))
         names.append(next(name for name in candidates if name not in names))
     return names
-
-
-def _accepted_keywords(function: RewardFunction) -> set[str] | None:
-    """Names of the keywords a function takes, or `None` if it takes any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
-
-
-def _call(name: str, function: RewardFunction, keywords: set[str] | None, finished: Finished) -> Any:
-    offered = {
-        **finished.columns,
-        "prompts": finished.prompts,
-        "completions": finished.completions,
-        "prompt_ids": finished.prompt_ids,
-        "completion_ids": finished.completion_ids,
-    }
-    arguments = {key: offered[key] for key in offered if keywords is None or key in keywords}
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        raise RewardError(
-            f"reward function {name!r} cannot be called: {error}. It is offered {', '.join(offered)}; "
-            "anything else must be a column of the prompts"
-        ) from error
-    try:
-        result = function(**arguments)
-        return _waited_for(result) if inspect.isawaitable(result) else result
-    except RewardError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} while scoring {len(finished)} rows, "
-            f"the first being {_row(finished, 0)}"
-        ) from error
-
-
-def _waited_for(result: Awaitable[Any]) -> Any:
-    """What an async function comes to, in a thread of its own: notebooks have a loop running in the main one."""
-
-    async def awaited() -> Any:
-        return await result
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, awaited()).result()
-
-
-def _validated(name: str, values: Any, finished: Finished) -> list[float | np.ndarray | None]:
-    values = values.tolist() if hasattr(values, "tolist") else values  # an array or a tensor of any device
-    if not isinstance(values, list | tuple) or len(values) != len(finished):
-        got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)
-        raise RewardError(
-            f"reward function {name!r} must return a list of {len(finished)} values, one for each completion, "
-            f"the first being {_row(finished, 0)}; got {got}"
-        )
-    return [_validated_value(name, value, finished, row) for row, value in enumerate(values)]
-
-
-def _validated_value(name: str, value: Any, finished: Finished, row: int) -> float | np.ndarray | None:
-    """A row's value: booleans count as 0 and 1, a list is a token-level reward."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None:
-        return None
-    entries = value if isinstance(value, list | tuple) else [value]
-    for entry in entries:
-        if not isinstance(entry, Real) or not math.isfinite(entry):
-            where = _row(finished, row)
-            raise RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {where}")
-    if entries is not value:
-        return float(value)
-    if len(value) != len(finished.completion_ids[row]):
-        raise RewardError(
-            f"reward function {name!r} returned {len(value)} token-level rewards for the "
-            f"{len(finished.completion_ids[row])} completion tokens of {_row(finished, row)}"
-        )
-    return np.asarray(value, dtype=np.float64)
-
-
-def _row(finished: Finished, row: int) -> str:
-    return f"row {row} (prompt {finished.prompts[row]!r}, completion {finished.completions[row]!r})"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from textgym.models.masks import TopKMask, TopPMask
-    from textgym.sb3.callbacks import KLCallback, MaskRefreshCallback
+    from textgym.sb3.callbacks import KLCallback, MaskRefreshCallback, SyncReferenceCallback
     from textgym.sb3.maskable import MaskableEpisodeRolloutBuffer, MaskableTextActorCriticPolicy
     from textgym.sb3.policies import TextActorCriticPolicy
     from textgym.sb3.q_policies import TextQPolicy
@@ -33,6 +33,7 @@ __all__ = [
     "MaskRefreshCallback",
     "MaskableEpisodeRolloutBuffer",
     "MaskableTextActorCriticPolicy",
+    "SyncReferenceCallback",
     "TextActorCriticPolicy",
     "TextQPolicy",
     "TextQuantilePolicy",
@@ -50,6 +51,7 @@ _HOMES = {
     "MaskRefreshCallback": "callbacks",
     "MaskableEpisodeRolloutBuffer": "maskable",
     "MaskableTextActorCriticPolicy": "maskable",
+    "SyncReferenceCallback": "callbacks",
     "TextActorCriticPolicy": "policies",
     "TextQPolicy": "q_policies",
     "TextQuantilePolicy": "quantile",

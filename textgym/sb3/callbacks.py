@@ -1,8 +1,9 @@
-"""KLCallback and MaskRefreshCallback: what SB3's algorithms leave to callbacks."""
+"""KLCallback, MaskRefreshCallback and SyncReferenceCallback: what SB3's algorithms leave to callbacks."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.models.masks import ModelMask
 from textgym.models.token_model import TokenModel
-from textgym.rewards.kl import Estimator, KLController, KLPenalty
+from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
+from textgym.rewards.reference import SyncReference
 from textgym.sb3.policies import check_vocabulary, token_space
 from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer, warn_of_discount
 
@@ -20,7 +22,9 @@ class KLCallback(BaseCallback):
     """Logs what a text run is judged by, and pays the KL where the algorithm's own buffer does not.
 
     Logged at the end of each rollout, of the episodes that ended in it: `textgym/kl` (nats an episode),
-    `textgym/score`, `textgym/response_tokens`, `textgym/completions` (a few, as text) and `textgym/kl_coef`.
+    `textgym/score`, `textgym/response_tokens`, `textgym/completions` (a few, as text), `textgym/kl_coef`, and the mean
+    of each reward function (`textgym/reward/<name>`), of what functions log (`textgym/metric/<name>`) and of failures
+    (`textgym/reward_errors`), where there are any.
 
     Without a reference it only logs; the KL is then the one that `EpisodeRolloutBuffer` or `kl_mode="exact"` measured.
     With one it prices each token as it is written, by cached decoding; with a coefficient it takes the penalty off the
@@ -30,6 +34,7 @@ class KLCallback(BaseCallback):
         reference: name, path or model that the KL is measured to.
         kl_coef: beta, in reward a nat, or a controller; 0 measures only.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+        kl_clamp: the estimate of a token is cut to -kl_clamp and kl_clamp.
         num_completions: how many completions to log.
         verbose: as of every SB3 callback.
 
@@ -42,6 +47,7 @@ class KLCallback(BaseCallback):
         reference: str | torch.nn.Module | None = None,
         kl_coef: float | KLController = 0.0,
         kl_estimator: Estimator = "k1",
+        kl_clamp: float | None = None,
         num_completions: int = 3,
         verbose: int = 0,
     ) -> None:
@@ -50,13 +56,14 @@ class KLCallback(BaseCallback):
             raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
         if kl_estimator == "full":
             raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
-        self.reference, self.kl_coef, self.kl_estimator = reference, kl_coef, kl_estimator
+        self.reference, self.kl_coef, self.kl_estimator, self.kl_clamp = reference, kl_coef, kl_estimator, kl_clamp
         self.penalty: KLPenalty | None = None
         self.pays = kl_coef != 0
         self.num_completions = num_completions
         self.scores: list[float] = []
         self.lengths: list[float] = []
         self.episode_kl: list[float] = []
+        self.components: dict[str, list[float]] = defaultdict(list)
 
     def _on_training_start(self) -> None:
         self.tokens = token_space(self.model.action_space)
@@ -66,7 +73,7 @@ class KLCallback(BaseCallback):
             warn_of_discount(self.model.gamma)  # type: ignore[attr-defined]  # every algorithm for tokens has one
         if self.reference is not None:
             reference = TokenModel.load(self.reference, device=self.model.device)
-            self.penalty = KLPenalty(reference, self.kl_coef, self.kl_estimator)
+            self.penalty = KLPenalty(reference, self.kl_coef, self.kl_estimator, self.kl_clamp)
             self._check(self.penalty)
         self._forget()
 
@@ -81,6 +88,7 @@ class KLCallback(BaseCallback):
             raise ValueError("the KL would be paid twice, by EpisodeRolloutBuffer and by KLCallback: give one of them")
         if self.pays:
             self.tokens.pay_kl("KLCallback")
+            warn_of_filter(self.tokens.action_mask, self.kl_estimator)
         penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides (trap 4)
 
     def _on_step(self) -> bool:
@@ -89,6 +97,9 @@ class KLCallback(BaseCallback):
         for row in np.flatnonzero(self.locals["dones"]):
             info = self.locals["infos"][row]
             self.scores.append(info.get("score", math.nan))
+            for name, value in info.items():
+                if name.startswith(("reward/", "metric/")) or name == "reward_errors":
+                    self.components[name].append(value)
             self.lengths.append(info.get("response_tokens", math.nan))
             if self.penalty is not None:
                 self.episode_kl.append(float(self.kl_so_far[row]))
@@ -110,10 +121,11 @@ class KLCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self.penalty is None and isinstance(self.buffer, EpisodeRolloutBuffer):
             self.episode_kl = self.buffer.episode_kl
-        figures = {"kl": self.episode_kl, "score": self.scores, "response_tokens": self.lengths}
+        figures = {"kl": self.episode_kl, "score": self.scores, "response_tokens": self.lengths, **self.components}
         for name, values in figures.items():
-            if values:
-                self.logger.record_mean(f"textgym/{name}", float(np.mean(values)))
+            given = [value for value in values if not math.isnan(value)]  # a function may leave rows out
+            if given:
+                self.logger.record_mean(f"textgym/{name}", float(np.mean(given)))
         if self.penalty is not None and self.pays and self.episode_kl:
             self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
         payer = self.buffer.penalty if isinstance(self.buffer, EpisodeRolloutBuffer) else self.penalty
@@ -128,7 +140,7 @@ class KLCallback(BaseCallback):
         return " | ".join(f"{t['prompt']} >{t['completion']}" for t in transcripts[: self.num_completions])
 
     def _forget(self) -> None:
-        self.scores, self.lengths, self.episode_kl = [], [], []
+        self.scores, self.lengths, self.episode_kl, self.components = [], [], [], defaultdict(list)
 
 
 class MaskRefreshCallback(BaseCallback):
@@ -164,6 +176,41 @@ class MaskRefreshCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self.rollouts and self.rollouts % self.target_update_interval == 0:
             self.mask.refresh(self.model.policy.actor_critic.frozen_copy())  # type: ignore[operator,union-attr]
+        self.rollouts += 1
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class SyncReferenceCallback(BaseCallback):
+    """Moves the reference of `EpisodeRolloutBuffer` towards the policy after every so many updates.
+
+    Args:
+        every: updates from one move to the next.
+        alpha: how far to go; see `textgym.SyncReference`.
+        verbose: as of every SB3 callback.
+
+    Raises:
+        ValueError: when training starts, if the algorithm's buffer has no reference.
+    """
+
+    def __init__(self, every: int, alpha: float = 1.0, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.sync = SyncReference(every, alpha)
+
+    def _on_training_start(self) -> None:
+        buffer = getattr(self.model, "rollout_buffer", None)
+        if not isinstance(buffer, EpisodeRolloutBuffer) or buffer.penalty is None:
+            raise ValueError(
+                "there is no reference to move: use EpisodeRolloutBuffer with "
+                "rollout_buffer_kwargs={'reference': ..., 'kl_coef': ...}"
+            )
+        self.penalty = buffer.penalty
+        self.rollouts = 0
+
+    def _on_rollout_start(self) -> None:
+        if self.rollouts and self.rollouts % self.sync.every == 0:
+            self.sync.sync(self.penalty, self.model.policy.actor_critic)  # type: ignore[arg-type]
         self.rollouts += 1
 
     def _on_step(self) -> bool:

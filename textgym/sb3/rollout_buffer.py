@@ -17,7 +17,7 @@ from torch import Tensor
 
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.rewards.kl import Estimator, KLController, KLPenalty
+from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
 from textgym.sb3.policies import check_name, check_vocabulary, token_space
 
 CHUNK_TOKENS = 4096
@@ -62,6 +62,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         kl_coef: beta, in reward a nat, or a controller such as `AdaptiveKL`, which hears the mean KL of the episodes
             that ended in a rollout.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+        kl_clamp: the estimate of a token is cut to -kl_clamp and kl_clamp.
 
     Attributes:
         episode_kl: the KL of each episode that ended in the last rollout, in nats.
@@ -84,6 +85,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         reference: str | os.PathLike[str] | None = None,
         kl_coef: float | KLController = 0.0,
         kl_estimator: Estimator = "k1",
+        kl_clamp: float | None = None,
     ) -> None:
         self.tokens = token_space(action_space)
         self.penalty: KLPenalty | None = None
@@ -94,7 +96,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs=n_envs)
         warn_of_discount(gamma)
         if reference is not None:
-            self.penalty = self._make_penalty(reference, kl_coef, kl_estimator)
+            self.penalty = self._make_penalty(reference, kl_coef, kl_estimator, kl_clamp)
         elif kl_coef != 0:
             raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
 
@@ -252,7 +254,9 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
                 self.episode_kl.append(float(self.kl_so_far[segment.row]))
                 self.kl_so_far[segment.row] = 0.0
 
-    def _make_penalty(self, reference: Any, kl_coef: float | KLController, kl_estimator: Estimator) -> KLPenalty:
+    def _make_penalty(
+        self, reference: Any, kl_coef: float | KLController, kl_estimator: Estimator, kl_clamp: float | None
+    ) -> KLPenalty:
         check_name("reference", reference)
         if kl_estimator == "full":
             raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
@@ -260,7 +264,8 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         check_vocabulary(model.vocab_size, self.tokens)
         if kl_coef != 0:
             self.tokens.pay_kl("EpisodeRolloutBuffer")
-        return KLPenalty(model, kl_coef, kl_estimator)
+            warn_of_filter(self.tokens.action_mask, kl_estimator)
+        return KLPenalty(model, kl_coef, kl_estimator, kl_clamp)
 
 
 def warn_of_discount(gamma: float) -> None:

@@ -128,7 +128,7 @@ def test_openings() -> None:
         ({"prompt": "a"}, "cannot read prompts from a dict"),
         (DatasetDict(train=Dataset(ROWS)), "cannot read prompts from a DatasetDict: .*one split"),
         (Path("prompts.csv"), r"cannot read prompts from 'prompts\.csv': .*\.jsonl or \.txt"),
-        ("Once upon a time", "cannot read prompts from 'Once upon a time': .*A single prompt is a list of one"),
+        ("Once upon a time", "cannot read prompts from 'Once upon a time': .*A single one is a list of one"),
         ("", "cannot read prompts from ''"),
         ("nowhere/p.jsonl", r"there is no file 'nowhere/p\.jsonl' with prompts; the working folder is"),
         (Path("nowhere/p.txt"), "there is no file"),
@@ -143,7 +143,10 @@ def test_what_is_wrong_is_named(prompts: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"prompt": "a"}', '{"prompt": "b"'], r"line 2 of '.*p\.jsonl' is not JSON \(.*\): write one object a line"),
+        (
+            ['{"prompt": "a"}', '{"prompt": "b"'],
+            r"line 2 of '.*p\.jsonl' is not JSON \(.*\): write one JSON object a line",
+        ),
         (['{"prompt": "a"}', "", '{"text": "b"}'], "line 3 of .* has no 'prompt'"),
         (['{"prompt": ""}'], "the prompt of line 1 of"),
         (["[1]"], "line 1 of .* is .*: a row is a string or a dict"),

@@ -89,6 +89,7 @@ def test_reference_is_masked_as_the_actions_are(settings: dict[str, Any]) -> Non
     np.testing.assert_allclose(rewards, 0.1 * masked[[49, 50]].detach(), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # tested in test_kl.py
 def test_vector_rows_equal_single_environments(settings: dict[str, Any]) -> None:
     mask = TopKMask(mock_lm(), k=9)
     envs = TextVectorEnv(3, **settings, action_mask=mask)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from textgym.rewards.scoring import Finished
 from textgym.testing import byte_tokenizer, mock_lm
 
 
@@ -16,3 +17,15 @@ def mock_folder(tmp_path: Path) -> Path:
     mock_lm().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def finished() -> Finished:
+    """Two completions of 1 and 3 tokens, with a column."""
+    return Finished(
+        prompts=["2 + 2 =", "3 + 4 ="],
+        completions=[" 4", " 8 or"],
+        prompt_ids=[[10, 11], [12, 13]],
+        completion_ids=[[20], [21, 22, 23]],
+        columns={"answer": ["4", "7"]},
+    )

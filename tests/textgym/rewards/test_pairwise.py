@@ -25,7 +25,7 @@ PAIRS = [
     for group in range(4)
     for good, bad in zip(GOOD, BAD, strict=True)
 ]
-EXACT: dict[str, Any] = {"mean_coefficient": 0.0}
+EXACT: dict[str, Any] = {"mean_coefficient": 0.0, "matrix_learning_rate": 0.02, "learning_rate": 0.01}
 FAST = RewardModelConfig(epochs=8, **EXACT)
 
 
@@ -105,7 +105,7 @@ def test_a_text_is_encoded_once_a_batch() -> None:
 def test_the_mean_over_tokens_is_trained_too() -> None:
     model = RewardModel(AutoModelForSequenceClassification.from_config(mock_lm(num_labels=1).config), byte_tokenizer())
     batch = GroupCollator([GROUP], encode)([GROUP])
-    last, mean = model.scorer(*batch["texts"])
+    last, mean = (scores[:, 0] for scores in model.scorer(*batch["texts"]))
     # By hand: the score after each token of the longest text, which no padding touches.
     prefixes = [
         model.score(torch.tensor([[99, 99, 99, EOS][:length]]), torch.tensor([length])) for length in (1, 2, 3, 4)
@@ -116,7 +116,7 @@ def test_the_mean_over_tokens_is_trained_too() -> None:
 
 def test_the_optimiser_moves_matrices_by_muon_and_the_rest_by_adamw() -> None:
     model = RewardModel(AutoModelForSequenceClassification.from_config(mock_lm(num_labels=1).config), byte_tokenizer())
-    optimizer = MuonAndAdamW(model.scorer, RewardModelConfig())
+    optimizer = MuonAndAdamW(model.scorer, RewardModelConfig().resolved("tiny"))
     by_muon, by_adamw = ({id(p) for p in part.param_groups[0]["params"]} for part in optimizer.parts)
     assert not by_muon & by_adamw
     assert len(by_muon | by_adamw) == len(list(model.model.parameters()))

@@ -19,18 +19,6 @@ from textgym.rewards.model import RewardModel
 from textgym.rewards.scoring import Finished, RewardError, Scorer, Scores, load_reward
 
 
-@pytest.fixture
-def finished() -> Finished:
-    """Two completions of 1 and 3 tokens, with a column."""
-    return Finished(
-        prompts=["2 + 2 =", "3 + 4 ="],
-        completions=[" 4", " 8 or"],
-        prompt_ids=[[10, 11], [12, 13]],
-        completion_ids=[[20], [21, 22, 23]],
-        columns={"answer": ["4", "7"]},
-    )
-
-
 def returning(values: Any) -> Callable[..., Any]:
     def given(completions: list[str]) -> Any:
         return values
@@ -56,7 +44,7 @@ def correct(completions: list[str], answer: list[str]) -> list[bool]:
 def trl_style(
     prompts: list[str], completions: list[str], completion_ids: list[list[int]], **kwargs: Any
 ) -> list[float]:
-    assert sorted(kwargs) == ["answer", "prompt_ids"]
+    assert sorted(kwargs) == ["answer", "log_extra", "log_metric", "prompt_ids", "trainer_state"]
     return [float(len(ids)) for ids in completion_ids]
 
 
@@ -206,13 +194,13 @@ SECOND = r"row 1 \(prompt '3 \+ 4 =', completion ' 8 or'\)"
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1.0], f"must return a list of 2 values.*{FIRST}; got 1 values"),
-        ([1.0, 2.0, 3.0], f"must return a list of 2 values.*{FIRST}; got 3 values"),
-        (3.0, f"must return a list of 2 values.*{FIRST}; got 3.0"),
-        (None, f"must return a list of 2 values.*{FIRST}; got None"),
-        ("ab", f"must return a list of 2 values.*{FIRST}; got 'ab'"),
-        ({0: 1.0, 1: 2.0}, f"must return a list of 2 values.*{FIRST}; got "),
-        (torch.tensor(1.0), f"must return a list of 2 values.*{FIRST}; got 1.0"),
+        ([1.0], f"must return a list of 2 values.*; got 1 values.*{FIRST}"),
+        ([1.0, 2.0, 3.0], f"must return a list of 2 values.*; got 3 values.*{FIRST}"),
+        (3.0, f"must return a list of 2 values.*; got 3.0.*{FIRST}"),
+        (None, f"must return a list of 2 values.*; got None.*{FIRST}"),
+        ("ab", f"must return a list of 2 values.*; got 'ab'.*{FIRST}"),
+        ({0: 1.0, 1: 2.0}, f"must return a list of 2 values.*; got .*{FIRST}"),
+        (torch.tensor(1.0), f"must return a list of 2 values.*; got 1.0.*{FIRST}"),
         ([0.0, math.nan], f"returned nan, not a finite number, for {SECOND}"),
         ([-math.inf, 0.0], f"returned -inf, not a finite number, for {FIRST}"),
         (torch.tensor([0.0, torch.nan]), f"returned nan, not a finite number, for {SECOND}"),
@@ -252,6 +240,28 @@ def test_trap_31_a_column_that_the_prompts_lack(finished: Finished) -> None:
         RewardError, match=r"'graded' cannot be called: missing .* 'grade'. It is offered answer, prompts"
     ):
         Scorer(graded)(finished)
+
+
+def test_trap_31_a_tensor_that_holds_no_numbers(finished: Finished) -> None:
+    """Tensors of any device are read; the meta device stands for one that cannot be."""
+    with pytest.raises(RewardError, match=f"'given' returned a Tensor that cannot be read .*{FIRST}"):
+        scores_of(torch.zeros(2, device="meta"), finished)
+
+
+def test_trap_31_an_answer_that_comes_too_late(finished: Finished) -> None:
+    async def asleep(completions: list[str]) -> list[float]:
+        await asyncio.sleep(60)
+        return [0.0, 0.0]
+
+    async def gave_up(completions: list[str]) -> list[float]:
+        raise TimeoutError("the service did")
+
+    with pytest.raises(
+        RewardError, match=rf"'asleep' did not answer within 0.05 s for 2 rows.*{FIRST}: raise reward_timeo"
+    ):
+        Scorer(asleep, timeout=0.05)(finished)
+    with pytest.raises(RewardError, match="'gave_up' raised TimeoutError: the service did"):
+        Scorer(gave_up, timeout=10.0)(finished)
 
 
 def test_interrupts_pass_through(finished: Finished) -> None:

@@ -21,6 +21,8 @@ from textgym.sb3 import (
     MaskRefreshCallback,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # tested in test_kl.py
+
 MakeEnv = Any
 SOME = torch.arange(258) % 5 != 3
 

@@ -1,0 +1,68 @@
+"""Conversations: texts that are lists of messages, each with a `role` and a `content`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Messages = list[dict[str, Any]]
+Text = str | Messages
+
+
+def is_messages(text: Any) -> bool:
+    """Whether a text is a conversation: a non-empty list of messages.
+
+    >>> is_messages([{"role": "user", "content": "Hello"}]), is_messages("Hello")
+    (True, False)
+    """
+    return (
+        isinstance(text, Sequence)
+        and not isinstance(text, str)
+        and len(text) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in text)
+    )
+
+
+def content(text: Text) -> str:
+    """The plain text: that of a conversation is the contents of its messages, a line each.
+
+    >>> content("Hello"), content([{"role": "assistant", "content": "Hi."}])
+    ('Hello', 'Hi.')
+    """
+    return text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text)
+
+
+def render(messages: Messages, tokenizer: Any, add_generation_prompt: bool = False) -> str:
+    """A conversation as the one text that the tokenizer's chat template makes of it.
+
+    Args:
+        messages: the conversation.
+        tokenizer: of the model that reads it.
+        add_generation_prompt: whether to open the assistant's next turn.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot read a conversation: "
+            "set `tokenizer.chat_template`, or write the text as a string"
+        )
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return text
+
+
+def encode(texts: Sequence[Text], tokenizer: Any, add_generation_prompt: bool = False) -> list[list[int]]:
+    """Token ids of strings and conversations; a template writes its special tokens itself, a tokenizer adds them."""
+    rows: list[list[int]] = [[] for _ in texts]
+    for conversational in (False, True):
+        chosen = [index for index, text in enumerate(texts) if isinstance(text, str) != conversational]
+        plain = [
+            text if isinstance(text, str) else render(text, tokenizer, add_generation_prompt)
+            for text in (texts[index] for index in chosen)
+        ]
+        if plain:
+            encoded = tokenizer(plain, add_special_tokens=not conversational).input_ids
+            for index, ids in zip(chosen, encoded, strict=True):
+                rows[index] = ids
+    return rows

@@ -1,0 +1,76 @@
+"""Rows of data from wherever they come: lists, files, data sets, attributes of modules."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from textgym.data.importing import import_attribute
+
+
+def read_rows(
+    source: Any, what: str, accepted: str, suffixes: tuple[str, ...] = (".jsonl",)
+) -> Iterator[tuple[str, Any]]:
+    """Unchecked rows, each with the words that an error names it by.
+
+    Args:
+        source: a list, the path of a file with one of the suffixes, a `datasets.Dataset` or any other iterable of
+            mappings with `column_names`, or `"module:attribute"`, which names one of these or a function that returns
+            one.
+        what: the rows, in the words of errors.
+        accepted: a sentence on what is accepted, for errors.
+        suffixes: `.jsonl` (a JSON value a line) and `.txt` (a string a line); empty lines are skipped.
+
+    Raises:
+        ValueError: none of these, or a missing or malformed file.
+    """
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and source.endswith(suffixes)):
+        yield from _read_file(Path(source), what, accepted, suffixes)
+    elif isinstance(source, str):
+        yield from _read_attribute(source, what, accepted, suffixes)
+    elif isinstance(source, list | tuple) or _is_dataset(source):
+        yield from ((f"row {index} of the {what}", row) for index, row in enumerate(source))
+    else:
+        raise ValueError(f"cannot read {what} from {named(source)}: {accepted}")
+
+
+def named(source: Any) -> str:
+    """How an error calls a source."""
+    return repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
+
+
+def _is_dataset(source: Any) -> bool:
+    """Whether it is like a `datasets.Dataset`; a `DatasetDict` is not, for it yields the names of its splits."""
+    return isinstance(source, Iterable) and hasattr(source, "column_names") and not isinstance(source, Mapping)
+
+
+def _read_attribute(name: str, what: str, accepted: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if ":" not in name:
+        raise ValueError(f"cannot read {what} from {name!r}: {accepted}. A single one is a list of one")
+    found = import_attribute(name)
+    found = found() if callable(found) else found
+    if isinstance(found, str):  # it could name itself
+        raise ValueError(f"{name!r} is the string {found!r}: {accepted}")
+    yield from ((f"{place} ({name!r})", row) for place, row in read_rows(found, what, accepted, suffixes))
+
+
+def _read_file(path: Path, what: str, accepted: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if path.suffix not in suffixes:
+        raise ValueError(f"cannot read {what} from {str(path)!r}: {accepted}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r} with {what}; the working folder is {str(Path.cwd())!r}")
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                place = f"line {number} of {str(path)!r}"
+                yield place, _parsed(line, place) if path.suffix == ".jsonl" else line.rstrip("\n")
+
+
+def _parsed(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error}): write one JSON object a line") from error

@@ -1,0 +1,141 @@
+"""Calls reward functions: the keywords each takes, async ones beside each other, exceptions and late answers."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from typing import Any
+
+from textgym.rewards.finished import Finished, RewardError
+
+RewardFunction = Callable[..., Any]
+Outcome = Callable[[], Any]
+"""Waits for what a function returned, or for the `RewardError` it came to."""
+
+
+class Log:
+    """What reward functions log in one call, through the keywords `log_metric` and `log_extra`.
+
+    Attributes:
+        metrics: the values of each name.
+        columns: a value for each row, of each name.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.columns: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        """A number that describes the whole batch."""
+        self.metrics[name].append(float(value))
+
+    def extra(self, column: str, values: list[Any]) -> None:
+        """A column for the table of completions."""
+        self.columns[column] = list(values)
+
+
+def accepted_keywords(function: RewardFunction) -> tuple[frozenset[str], bool]:
+    """Names of the keywords a function takes, and whether it takes any other besides."""
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return frozenset(named), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def arguments_for(name: str, function: RewardFunction, finished: Finished, log: Log, state: Any) -> dict[str, Any]:
+    """The keywords that a function takes, of all it is offered.
+
+    Raises:
+        RewardError: it demands one that is not there.
+    """
+    offered = {
+        **finished.columns,
+        "prompts": finished.prompts,
+        "completions": finished.completions,
+        "prompt_ids": finished.prompt_ids,
+        "completion_ids": finished.completion_ids,
+        "log_extra": log.extra,
+        "log_metric": log.metric,
+        "trainer_state": state,
+    }
+    named, any_other = accepted_keywords(function)
+    arguments = {key: value for key, value in offered.items() if any_other or key in named}
+    if "completions_ids" in named:  # the name in the examples of TRL's documentation
+        arguments["completions_ids"] = finished.completion_ids
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise RewardError(
+            f"reward function {name!r} cannot be called: {error}. It is offered {', '.join(offered)}; "
+            "anything else must be a column of the prompts"
+        ) from error
+    return arguments
+
+
+def start(
+    name: str, function: RewardFunction, arguments: dict[str, Any], finished: Finished, timeout: float | None
+) -> Outcome:
+    """Calls a function. An async one is under way in the background until its outcome is asked for.
+
+    Args:
+        name: of the function, for errors.
+        function: whom to call.
+        arguments: what with.
+        finished: the rows, for errors.
+        timeout: seconds that an async function has; a plain one cannot be stopped.
+    """
+    try:
+        result = function(**arguments)
+        if not inspect.isawaitable(result):
+            return lambda: result
+    except Exception as error:
+        return _failed(name, error, finished)
+    answer = asyncio.run_coroutine_threadsafe(_in_time(result, timeout), _background_loop(os.getpid()))
+
+    def waited_for() -> Any:
+        try:
+            return answer.result()
+        except _TooLate:
+            late = f"reward function {name!r} did not answer within {timeout:g} s for {len(finished)} rows"
+            return RewardError(f"{late}, the first being {finished.row(0)}: raise reward_timeout?")
+        except Exception as error:
+            return _failed(name, error, finished)()
+
+    return waited_for
+
+
+class _TooLate(Exception):
+    """The time of an async function is up."""
+
+
+async def _in_time(result: Awaitable[Any], timeout: float | None) -> Any:
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            return await result
+    except TimeoutError as error:
+        if limit.expired():
+            raise _TooLate from error
+        raise  # the function's own
+
+
+@lru_cache(maxsize=1)
+def _background_loop(process: int) -> asyncio.AbstractEventLoop:
+    """One event loop in a thread of its own: notebooks have one running in theirs, and clients outlive a call."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="textgym-rewards", daemon=True).start()
+    return loop
+
+
+def _failed(name: str, cause: Exception, finished: Finished) -> Outcome:
+    error = cause
+    if not isinstance(cause, RewardError):
+        error = RewardError(
+            f"reward function {name!r} raised {type(cause).__name__}: {cause} while scoring {len(finished)} rows, "
+            f"the first being {finished.row(0)}"
+        )
+        error.__cause__ = cause
+    return lambda: error

@@ -1,0 +1,63 @@
+"""Checks what reward functions return: one finite number a row, one a token, or `None`."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from textgym.rewards.finished import Finished, RewardError
+
+Value = float | np.ndarray | None
+"""A row's score, its token-level rewards, or nothing."""
+
+
+def checked(name: str, values: Any, finished: Finished) -> list[Value | RewardError]:
+    """What a function returned, row by row; a `RewardError` in the rows where it broke the contract.
+
+    Args:
+        name: of the function, for errors.
+        values: a list, array or tensor of any device; a `RewardError` stands for all rows.
+        finished: the rows that were scored.
+    """
+    if isinstance(values, RewardError):
+        return [values] * len(finished)
+    problem = None
+    try:
+        values = _listed(values)
+    except Exception as error:  # such as a tensor on the meta device, which holds no numbers
+        problem = f"returned a {type(values).__name__} that cannot be read ({error})"
+    if problem is None and (not isinstance(values, list | tuple) or len(values) != len(finished)):
+        got = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)
+        problem = f"must return a list of {len(finished)} values, one for each completion; got {got}"
+    if problem is not None:
+        return [RewardError(f"reward function {name!r} {problem}, the first row being {finished.row(0)}")] * len(
+            finished
+        )
+    return [_checked_value(name, value, finished, row) for row, value in enumerate(values)]
+
+
+def _checked_value(name: str, value: Any, finished: Finished, row: int) -> Value | RewardError:
+    """A row's value: booleans count as 0 and 1, a list is a token-level reward."""
+    value = _listed(value)
+    if value is None:
+        return None
+    entries = value if isinstance(value, list | tuple) else [value]
+    for entry in entries:
+        if not isinstance(entry, Real) or not math.isfinite(entry):
+            where = finished.row(row)
+            return RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {where}")
+    if entries is not value:
+        return float(value)
+    if len(value) != len(finished.completion_ids[row]):
+        return RewardError(
+            f"reward function {name!r} returned {len(value)} token-level rewards for the "
+            f"{len(finished.completion_ids[row])} completion tokens of {finished.row(row)}"
+        )
+    return np.asarray(value, dtype=np.float64)
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor of any device

@@ -1,0 +1,134 @@
+"""ProcessRewardModel: a reward model that scores every token, or every step, of a completion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from textgym.models.loading import Device, disable_dropout, freeze, load_classifier
+from textgym.rewards.last_token import batches_by_length, pad_right
+from textgym.rewards.reward_model import encodes_alike
+
+
+class ProcessRewardModel:
+    """A token-level reward function that is a trained token classifier.
+
+    With a separator, such as a line break, a completion is a sequence of steps, each scored at the token that completes
+    its separator, or at the last token of the text (Lightman et al., 2023, "Let's Verify Step by Step"); the other
+    tokens get 0. Without one every token is scored. A score is the probability of the chosen label, or the raw output
+    of a model with a single one.
+
+    It reads the policy's ids and places scores by them, so the policy's tokenizer must be its own.
+
+    Args:
+        model: token classifier of transformers; it is frozen, its dropout removed.
+        tokenizer: the model's own.
+        separator: what ends a step; `None` scores every token.
+        label: index of the label that says a step is right.
+        batch_size: texts scored at once.
+
+    Raises:
+        ValueError: an empty separator, or a label that the model does not have.
+    """
+
+    __name__ = "process_reward_model"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        separator: str | None = "\n",
+        label: int = -1,
+        batch_size: int = 64,
+    ) -> None:
+        if separator == "":
+            raise ValueError("the separator is empty: give the text that ends a step, or None to score every token")
+        num_labels = int(model.config.num_labels or 1)
+        if not -num_labels <= label < num_labels:
+            raise ValueError(f"the model has {num_labels} labels, and none with index {label}")
+        self.model = freeze(disable_dropout(model))
+        self.tokenizer, self.separator, self.label, self.batch_size = tokenizer, separator, label, batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> ProcessRewardModel:
+        """A trained token classifier: a folder, or a hub id; `settings` are those of the constructor.
+
+        Raises:
+            ValueError: unknown name, or a model whose head was never trained.
+        """
+        model = load_classifier(
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            trained=True,
+            auto_class=AutoModelForTokenClassification,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, **settings)
+
+    def share_ids_with(self, tokenizer: Tokenizer) -> bool:
+        """Checks that a policy's tokenizer gives the same ids as the model's own.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if not encodes_alike(tokenizer, self.tokenizer):
+            raise ValueError(
+                "a process reward model places its scores by the policy's tokens, and the policy's tokenizer is not "
+                "its own: train it on the policy's tokenizer, or use a RewardModel, which reads text"
+            )
+        return True
+
+    def __call__(
+        self, *, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **_: Any
+    ) -> list[list[float]]:
+        """A list for each completion, with a reward for each of its tokens."""
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        rows = [[*prompt, *completion] for prompt, completion in pairs]
+        rewards: list[list[float]] = [[] for _ in rows]
+        for batch in batches_by_length(rows, self.batch_size):
+            scores = self.token_scores(*pad_right([rows[index] for index in batch])).tolist()
+            for index, row in zip(batch, scores, strict=True):
+                first = len(prompt_ids[index])
+                rewards[index] = self._at_steps(row[first : len(rows[index])], completion_ids[index])
+        return rewards
+
+    @torch.no_grad()
+    def token_scores(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Scores `(B, T)` of every token of right-padded rows of these lengths; anything in the padding."""
+        device = self.model.device
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.long().to(device)).logits.float()
+        return logits[..., 0] if logits.shape[-1] == 1 else logits.softmax(-1)[..., self.label]
+
+    def _at_steps(self, scores: list[float], completion_ids: Sequence[int]) -> list[float]:
+        if self.separator is None:
+            return scores
+        ends = self._step_ends(completion_ids, self.separator)
+        return [score if token in ends else 0.0 for token, score in enumerate(scores)]
+
+    def _step_ends(self, ids: Sequence[int], separator: str) -> set[int]:
+        """Indices of the tokens that complete a separator, and of the last token, stop token or not."""
+        ends, seen = {len(ids) - 1} if ids else set(), 0
+        for token in range(len(ids)):
+            count = str(self.tokenizer.decode(list(ids[: token + 1]))).count(separator)
+            if count > seen:
+                ends.add(token)
+            seen = count
+        return ends

@@ -1,0 +1,74 @@
+"""RunningScale: scores in units of their own running deviation, and within bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+Scaling = Literal["running", "running_std"]
+SCALINGS = get_args(Scaling)
+
+
+@dataclass
+class RunningScale:
+    """Divides scores by the deviation of all scores so far, after their mean was taken off, and clips them.
+
+    Mean and deviation include the scores at hand (Chan et al., 1979, for the update by batches). Until two scores
+    differ the deviation counts as 1.
+
+    Args:
+        scaling: `"running"` takes the mean off and divides; `"running_std"` divides alone, so that 0 stays 0; `None`
+            does neither.
+        clip: scores are cut to -clip and clip afterwards.
+        count: scores seen.
+        mean: their mean.
+        squares: the sum of their squared distances from it.
+
+    >>> RunningScale("running")(np.array([1.0, 3.0]))[0]
+    array([-1.,  1.])
+
+    Raises:
+        ValueError: an unknown scaling, or a clip that is not above 0.
+    """
+
+    scaling: Scaling | None = None
+    clip: float | None = None
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scaling is not None and self.scaling not in SCALINGS:
+            raise ValueError(f"unknown score_scaling {self.scaling!r}; use one of {SCALINGS}, or None")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"score_clip must be above 0, got {self.clip}")
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything."""
+        return self.scaling is not None or self.clip is not None
+
+    @property
+    def deviation(self) -> float:
+        """Of all scores so far."""
+        deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return deviation if deviation > 1e-8 else 1.0
+
+    def __call__(self, scores: np.ndarray) -> tuple[np.ndarray, float]:
+        """The scores `(N,)` as they are paid, and the factor that token-level rewards among them are multiplied by."""
+        factor = 1.0
+        if self.scaling is not None:
+            self._count(scores)
+            factor = 1 / self.deviation
+            scores = (scores - self.mean if self.scaling == "running" else scores) * factor
+        return (scores if self.clip is None else np.clip(scores, -self.clip, self.clip)), factor
+
+    def _count(self, scores: np.ndarray) -> None:
+        total = self.count + len(scores)
+        shift = float(scores.mean()) - self.mean
+        self.squares += float(((scores - scores.mean()) ** 2).sum()) + shift**2 * self.count * len(scores) / total
+        self.mean += shift * len(scores) / total
+        self.count = total

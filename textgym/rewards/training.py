@@ -1,0 +1,116 @@
+"""train_reward_model: a reward model from preference pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from textgym.data.preferences import Pair, load_preferences
+from textgym.models.loading import freeze, load_classifier, load_tokenizer
+from textgym.rewards.last_token import LastTokenScorer
+from textgym.rewards.pairwise import RewardModelConfig, fit
+from textgym.rewards.reward_model import RewardModel
+
+
+def train_reward_model(
+    preferences: Any,
+    base: str | os.PathLike[str] = "tiny",
+    *,
+    config: RewardModelConfig | None = None,
+    heldout: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[RewardModel, float]:
+    """Trains a reward model on preference pairs with `transformers.Trainer`; quiet, and it leaves no files.
+
+    Pairs of one `group` (or else of one `prompt`) are trained on as one element of a batch, in which each text is
+    encoded once however many pairs it stands in (Ouyang et al. 2022, section 3.5).
+
+    Args:
+        preferences: rows as `load_preferences` reads them: dicts with `chosen` and `rejected` (texts or conversations),
+            and where they exist `prompt` (put before both), `margin`, `probability` and `group`.
+        base: the language model or classifier to start from, as `load_classifier` knows it.
+        config: learning rates, loss, length.
+        heldout: pairs to measure accuracy on; `None` holds out a share of the groups.
+        callbacks: of transformers, for progress; the trainer itself prints nothing.
+
+    Returns:
+        The reward model, frozen, and its accuracy on the held-out pairs (NaN if there are none).
+
+    Raises:
+        ValueError: no pairs, or a pair without `chosen` or `rejected`.
+    """
+    config = (config or RewardModelConfig()).resolved(base)
+    groups = _grouped(load_preferences(preferences))
+    if heldout is not None:
+        heldout = load_preferences(heldout)
+    else:
+        random.Random(config.seed).shuffle(groups)
+        num_heldout = min(math.ceil(config.heldout_fraction * len(groups)), len(groups) - 1)
+        heldout = [pair for group in groups[:num_heldout] for pair in group]
+        groups = groups[num_heldout:]
+    with _seeded(config.seed), _torch_threads(config.num_threads):
+        tokenizer = load_tokenizer(base)
+        model = load_classifier(base, num_layers=config.num_layers)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
+        model.requires_grad_(True)
+        fit(reward_model.scorer, groups, reward_model.encode, config, callbacks)
+        reward_model.scorer = LastTokenScorer(freeze(model))  # without the wrapping that accelerate put on
+        return reward_model, pairwise_accuracy(reward_model, heldout) if heldout else math.nan
+
+
+def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Pair]) -> float:
+    """Share of pairs whose `chosen` text a reward function scores above the `rejected` one; a tie counts one half."""
+    differences = score_differences(reward, pairs)
+    return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
+
+
+def score_differences(reward: Callable[..., Any], pairs: Sequence[Pair]) -> np.ndarray:
+    """Score of `chosen` less that of `rejected`, `(P,)`. Each text is scored once, however many pairs it stands in."""
+    keys = [[json.dumps([pair.get("prompt") or "", pair[side]]) for pair in pairs] for side in ("chosen", "rejected")]
+    texts = {key: json.loads(key) for key in dict.fromkeys(keys[0] + keys[1])}
+    completions = [completion for _, completion in texts.values()]
+    # A conversation may have its prompt in it.
+    prompts = [prompt or ("" if isinstance(completion, str) else []) for prompt, completion in texts.values()]
+    score_of = dict(zip(texts, reward(prompts=prompts, completions=completions), strict=True))
+    return np.array([score_of[chosen] - score_of[rejected] for chosen, rejected in zip(*keys, strict=True)])
+
+
+def _grouped(preferences: Sequence[Pair]) -> list[list[Mapping[str, Any]]]:
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for index, pair in enumerate(preferences):
+        same = json.dumps(pair["prompt"]) if pair.get("prompt") else ("pair", index)
+        groups.setdefault(same if pair.get("group") is None else ("group", pair["group"]), []).append(pair)
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators, which `Trainer` does too, and puts them back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (others' generators, kept for them)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
