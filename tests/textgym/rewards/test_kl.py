@@ -15,15 +15,39 @@ P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
 Q = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1])
 
 
-def test_estimators_against_the_exact_kl_of_a_categorical() -> None:
+def test_trap_19_estimators_against_the_exact_kl_of_a_categorical() -> None:
     exact = (P * (P / Q).log()).sum()
     k1, k2, k3 = (estimate_kl(P.log(), Q.log(), name) for name in ("k1", "k2", "k3"))
     torch.testing.assert_close((P * k1).sum(), exact)
     torch.testing.assert_close((P * k3).sum(), exact)
+    assert (k1 < 0).any()
     assert (k3 >= 0).all()
     torch.testing.assert_close(k2, 0.5 * (P / Q).log().square())
     with pytest.raises(ValueError, match="use 'k1', 'k2' or 'k3'"):
         estimate_kl(P.log(), Q.log(), "full")
+
+
+def test_trap_19_gradients_of_the_estimators_as_losses() -> None:
+    """Expected gradients of estimates differentiated at fixed samples, by the logits of a softmax policy.
+
+    k1's is zero: as a loss it does nothing. k2's is the gradient of KL(pi, pi_ref), k3's that of KL(pi_ref, pi). As a
+    reward, where the score function is differentiated and not the estimate, k1 has the gradient of KL(pi, pi_ref).
+    """
+    logits = P.log().clone().requires_grad_(True)
+    log_p = logits.log_softmax(-1)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    forward = gradient((log_p.exp() * (log_p - Q.log())).sum())
+    reverse = gradient((Q * (Q.log() - log_p)).sum())
+    as_loss = {name: gradient((P * estimate_kl(log_p, Q.log(), name)).sum()) for name in ("k1", "k2", "k3")}
+    torch.testing.assert_close(as_loss["k1"], torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(as_loss["k2"], forward, atol=1e-6, rtol=0)
+    torch.testing.assert_close(as_loss["k3"], reverse, atol=1e-6, rtol=0)
+    as_reward = gradient((P * estimate_kl(P.log(), Q.log(), "k1") * log_p).sum())
+    torch.testing.assert_close(as_reward, forward, atol=1e-6, rtol=0)
+    assert (forward - reverse).abs().max() > 0.01
 
 
 def test_trap_20_kl_is_summed_over_tokens_and_the_full_form_is_exact() -> None:
@@ -65,7 +89,35 @@ def test_trap_21_threshold_controller() -> None:
         assert controller.coef == pytest.approx(coef)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
+def test_clamp_bounds_every_token(estimator: str) -> None:
+    policy, reference = ActorCritic.from_pretrained(mock_lm(seed=0)), mock_lm(seed=1)
+    ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
+    sequences = Sequences(ids, torch.tensor([3, 4, 2]), torch.tensor([9, 5, 1]))
+    log_probs = policy.sequence_log_probs(sequences)
+    free, clamped = (
+        KLPenalty(reference, 0.1, estimator, clamp).of_sequences(policy, sequences, log_probs) for clamp in (None, 0.3)
+    )
+    assert free.abs().max() > 0.5
+    assert torch.equal(clamped, free.clamp(-0.3, 0.3))
+
+
+def test_full_kl_never_holds_all_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks of two tokens the largest tensor is (2, V), whatever N and T."""
+    monkeypatch.setattr("textgym.models.log_probs.CHUNK_ELEMENTS", 2 * 258)
+    policy, reference = ActorCritic.from_pretrained(mock_lm(seed=0)), mock_lm(seed=1)
+    ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
+    sequences = Sequences(ids, torch.tensor([3, 4, 2]), torch.tensor([9, 5, 1]))
+    rows: list[int] = []
+    policy.head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    KLPenalty(reference, 0.1, "full").of_sequences(policy, sequences, torch.zeros(3, 9))
+    assert sum(rows) == 15
+    assert max(rows) == 2
+
+
 def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="kl_clamp must be above 0"):
+        KLPenalty(mock_lm(), 0.1, clamp=0.0)
     with pytest.raises(ValueError, match="0 < low < high"):
         ThresholdKL(low=3.0, high=2.0)
     with pytest.raises(ValueError, match="factor must be above 1"):
