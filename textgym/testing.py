@@ -1,15 +1,24 @@
-"""What tests of text environments need, for users' own environments too: a byte tokenizer and a tiny random LM.
+"""What tests of text environments need, for users' own too: tokenizers, a tiny random LM, a check of reward functions.
 
-Both are built in memory: no download, no file.
+Models and tokenizers are built in memory: no download, no file.
 """
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from textgym.rewards.calling import Log, arguments_for, start
+from textgym.rewards.checking import Value, checked
+from textgym.rewards.finished import Finished, RewardError
+from textgym.rewards.scoring import RewardSpec, load_reward
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,6 +85,113 @@ def mock_lm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(model_config).eval()
+
+
+def check_reward(
+    reward: RewardSpec, columns: Mapping[str, Any] | None = None, *, tokenizer: Any = None, timeout: float = 60.0
+) -> list[str]:
+    """Runs a reward function over awkward batches and says what it breaks; an empty list means nothing.
+
+    The batches: ordinary texts, one row, a thousand rows, completions that are empty or white space, text of many
+    scripts, the EOS token written out inside a text, a very long one. Asked of every batch: that the function does not
+    raise, returns one finite number (or one a token, or `None`) a row and nothing else, and leaves its arguments as
+    they were. Asked once: that calling it again, a row alone, and rows in another order all give the same scores, and
+    that it pickles, as environments in other processes need.
+
+    Args:
+        reward: a function, a `"module:attribute"` string, or a reward model.
+        columns: the value of each further column that it reads, the same for all rows.
+        tokenizer: of the policy; a byte tokenizer if not given.
+        timeout: seconds that an async function has for a batch.
+
+    >>> def brevity(completions):
+    ...     return [1 / len(text) for text in completions]
+    >>> check_reward(brevity)[0]
+    "empty completion: reward function 'brevity' raised ZeroDivisionError: division by zero while scoring 3 rows, ..."
+    """
+    function = load_reward(reward)
+    name = getattr(function, "__name__", type(function).__name__)
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    problems: list[str] = []
+
+    def score(finished: Finished) -> list[Value | RewardError]:
+        arguments = arguments_for(name, function, finished, Log(), None)
+        return checked(name, start(name, function, arguments, finished, timeout)(), finished)
+
+    for title, texts in _awkward_batches(tokenizer.eos_token).items():
+        finished = _finished(texts, columns or {}, tokenizer)
+        before = copy.deepcopy(finished)
+        try:
+            problems += [f"{title}: {error}" for error in score(finished) if isinstance(error, RewardError)][:1]
+        except RewardError as error:  # it cannot be called at all
+            return [str(error)]
+        if finished != before:
+            problems.append(f"{title}: it changes its arguments, which other functions read after it")
+    problems += [] if problems else _inconsistencies(score, columns or {}, tokenizer)
+    try:
+        pickle.dumps(function)
+    except Exception as error:
+        problems.append(f"it does not pickle ({error}): define it at the top level of a module, or as a class there")
+    return problems
+
+
+def _inconsistencies(score: Any, columns: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    texts = _awkward_batches(tokenizer.eos_token)["ordinary texts"]
+    together = score(_finished(texts, columns, tokenizer))
+    again = score(_finished(texts, columns, tokenizer))
+    alone = [score(_finished([text], columns, tokenizer))[0] for text in texts]
+    turned = score(_finished(texts[::-1], columns, tokenizer))[::-1]
+    problems = {"it gives other scores when it is called again": again}
+    if _same(together, again):
+        problems = {
+            "it gives a row another score alone than in a batch": alone,
+            "it gives a row another score when the batch is in another order": turned,
+        }
+    return [problem for problem, other in problems.items() if not _same(together, other)]
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(b is None if a is None else b is not None and np.allclose(a, b, atol=1e-4) for a, b in pairs)
+
+
+def _awkward_batches(eos: str) -> dict[str, list[tuple[str, str]]]:
+    """Prompts and completions, by what is awkward about them."""
+    ordinary = [
+        ("The film", " was a joy."),
+        ("The actors", " shine"),
+        ("2 + 2 =", " 4"),
+        ("Say", " it is so, he said."),
+    ]
+    return {
+        "ordinary texts": ordinary,
+        "one row": ordinary[:1],
+        "1,000 rows": [ordinary[index % 4] for index in range(1000)],
+        "empty completion": [ordinary[0], ("The film", ""), ordinary[1]],
+        "white space": [("The film", " \n\t "), ordinary[0]],
+        "many scripts": [
+            ("Это", " фильм 🎬"),
+            ("映画", "は素晴らしい。"),
+            ("naïve", " cafe\u0301"),
+            ("\u05e1\u05e8\u05d8", " \u200f\u05d8\u05d5\u05d1"),
+        ],
+        "EOS inside the text": [("The film", f" was{eos} a joy"), (f"One.{eos}Two", eos)],
+        "a long completion": [("The film", " was long" * 2000), ordinary[1]],
+    }
+
+
+def _finished(texts: list[tuple[str, str]], columns: Mapping[str, Any], tokenizer: Any) -> Finished:
+    prompts, completions = ([pair[side] for pair in texts] for side in (0, 1))
+    ids = [
+        [list(row) for row in tokenizer(side, add_special_tokens=False).input_ids] for side in (prompts, completions)
+    ]
+    return Finished(
+        list(prompts),
+        list(completions),
+        ids[0],
+        [[*row, tokenizer.eos_token_id] for row in ids[1]],
+        {name: [copy.deepcopy(value) for _ in texts] for name, value in columns.items()},
+    )
 
 
 def _byte_level_alphabet() -> list[str]:

@@ -32,6 +32,11 @@ def content(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text)
 
 
+def plain(texts: Sequence[Text]) -> list[str]:
+    """The `content` of each text."""
+    return [content(text) for text in texts]
+
+
 def render(messages: Messages, tokenizer: Any, add_generation_prompt: bool = False) -> str:
     """A conversation as the one text that the tokenizer's chat template makes of it.
 

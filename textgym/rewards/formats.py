@@ -1,0 +1,95 @@
+"""Rewards for the form of a text: JSON of a schema, sentences of a grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from textgym.data.messages import Text, plain
+
+
+@dataclass(frozen=True)
+class JsonSchema:
+    """1 where the completion is JSON that the schema allows, and nothing else (extra `metrics`: jsonschema).
+
+    >>> JsonSchema({"type": "object", "required": ["name"]})(['{"name": "Ada"}', '{"age": 36}', "Ada"])
+    [1.0, 0.0, 0.0]
+
+    Raises:
+        ImportError: without jsonschema; the message is the pip line.
+        jsonschema.SchemaError: the schema is none.
+    """
+
+    schema: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self._validator()
+
+    def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
+        """Scores completions."""
+        validator = self._validator()
+        return [float(_is_valid(text, validator)) for text in plain(completions)]
+
+    def _validator(self) -> Any:
+        try:
+            from jsonschema.validators import validator_for
+        except ImportError as error:
+            raise ImportError("JsonSchema needs jsonschema: pip install 'textgym[metrics]'") from error
+        kind = validator_for(self.schema)
+        kind.check_schema(self.schema)
+        return kind(self.schema)
+
+
+@dataclass(frozen=True)
+class GrammarMatch:
+    """1 where the whole completion is a sentence of a context-free grammar (extra `metrics`: lark).
+
+    >>> GrammarMatch('start: /[0-9]+/ ("+" /[0-9]+/)*')(["1+2+3", "1+", "one"])
+    [1.0, 0.0, 0.0]
+
+    Attributes:
+        grammar: in Lark's notation.
+        start: the rule of a whole text.
+
+    Raises:
+        ImportError: without lark; the message is the pip line.
+        lark.exceptions.GrammarError: the grammar is none.
+    """
+
+    grammar: str
+    start: str = "start"
+
+    def __post_init__(self) -> None:
+        _parser(self.grammar, self.start)
+
+    def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
+        """Scores completions."""
+        from lark.exceptions import UnexpectedInput
+
+        def matches(text: str) -> bool:
+            try:
+                _parser(self.grammar, self.start).parse(text)
+            except UnexpectedInput:
+                return False
+            return True
+
+        return [float(matches(text)) for text in plain(completions)]
+
+
+def _is_valid(text: str, validator: Any) -> bool:
+    try:
+        return bool(validator.is_valid(json.loads(text)))
+    except ValueError:
+        return False
+
+
+@lru_cache(maxsize=16)
+def _parser(grammar: str, start: str) -> Any:
+    try:
+        from lark import Lark
+    except ImportError as error:
+        raise ImportError("GrammarMatch needs lark: pip install 'textgym[metrics]'") from error
+    return Lark(grammar, start=start, parser="earley")
