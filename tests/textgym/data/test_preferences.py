@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import Snippet
 
 SNIPPETS = [Snippet(f"text {index}", rating=(index * 7 % 20) / 2.5 - 4) for index in range(20)]
@@ -78,3 +81,50 @@ def test_what_cannot_be_compared_is_an_error_that_says_so() -> None:
         heldout_pairs([Snippet("same", -3.0), Snippet("same", 3.0)])
     with pytest.raises(ValueError, match="at least 2"):
         make_preferences(SNIPPETS, group_size=1)
+
+
+PAIR = {"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No.", "margin": 0.5}
+
+
+class Dataset(list[Any]):
+    """Looks like a `datasets.Dataset`."""
+
+    column_names = tuple(PAIR)
+
+
+@pytest.mark.parametrize("form", ["list", "jsonl", "dataset", "attribute"])
+def test_preferences_are_read_from_anywhere(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n\n" + json.dumps(PAIR) + "\n")
+    (tmp_path / "module_of_pairs.py").write_text(f"pairs = [{PAIR!r}] * 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sources: dict[str, Any] = {
+        "list": [PAIR, PAIR],
+        "jsonl": str(tmp_path / "pairs.jsonl"),
+        "dataset": Dataset([PAIR, PAIR]),
+        "attribute": "module_of_pairs:pairs",
+    }
+    assert load_preferences(sources[form]) == [PAIR, PAIR]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "there are no preferences in a list"),
+        (3, "cannot read preferences from a int"),
+        ("prose", "cannot read preferences from 'prose'"),
+        ([PAIR, "x"], "row 1 of the preferences is 'x'"),
+        ([{"chosen": "a"}], r"row 0 of the preferences has the keys .'chosen'.: it needs"),
+        ([{"chosen": "a", "rejected": 3}], "'rejected' of row 0 of the preferences is 3"),
+        ([{**PAIR, "probability": 1.5}], "'probability' of row 0 of the preferences is 1.5: it must be from 0 to 1"),
+    ],
+)
+def test_what_is_wrong_with_preferences_is_named(pairs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_preferences(pairs)
+
+
+def test_raters_make_graded_preferences() -> None:
+    sure, split = Snippet("a", 3.0, (3, 3)), Snippet("b", 0.0, (-3, 3))
+    pairs = make_preferences([sure, split], rounds=1)
+    assert pairs[0]["probability"] == 0.75  # 3 > -3 for certain, 3 against 3 is even
+    assert "probability" not in make_preferences([Snippet("a", 3.0), split], rounds=1)[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +158,81 @@ def test_the_one_thread_is_given_back(mock_folder: Path) -> None:
     torch.set_num_threads(before)
 
 
-def test_trap_28_loss_is_that_of_trl_on_the_same_logits() -> None:
-    chosen, rejected, margin = torch.tensor([[2.0, 0.5, -1.0], [1.0, 1.0, 2.0], [0.5, 0.0, 1.0]])
-    # TRL's RewardTrainer: -logsigmoid(chosen - rejected - margin).mean() + coefficient * mean((chosen + rejected)^2)
-    plain = np.mean([math.log1p(math.exp(-difference)) for difference in (1.0, -0.5, -3.0)])
-    with_margin = np.mean([math.log1p(math.exp(-difference)) for difference in (0.5, -0.5, -4.0)])
-    assert pairwise_loss(chosen, rejected).item() == pytest.approx(plain, abs=1e-6)
-    assert pairwise_loss(chosen, rejected, margin).item() == pytest.approx(with_margin, abs=1e-6)
-    centred = pairwise_loss(chosen, rejected, center_coefficient=0.01).item()
-    assert centred == pytest.approx(plain + 0.01 * (9.0 + 2.25 + 1.0) / 3, abs=1e-6)
+TRL = json.loads(Path(__file__).with_name("trl_reward_loss.json").read_text())
+
+
+@pytest.mark.parametrize("case", TRL["cases"])
+def test_trap_28_loss_is_that_of_trl_on_the_same_logits(case: dict[str, Any]) -> None:
+    """TRL 1.16's own numbers, recorded by scripts/record_trl_reward_loss.py."""
+    assert TRL["trl"] == "1.16.0"
+    chosen, rejected = torch.tensor(case["scores"]).chunk(2)
+    margin = None if case["margin"] is None else torch.tensor(case["margin"])
+    loss = pairwise_loss(chosen, rejected, margin, case["center_coefficient"] or 0.0)
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
+
+
+def test_label_smoothing_and_graded_preferences_by_hand() -> None:
+    chosen, rejected = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.0])
+    up, down = (torch.nn.functional.logsigmoid(sign * (chosen - rejected)) for sign in (1, -1))
+    smooth = pairwise_loss(chosen, rejected, label_smoothing=0.1)
+    torch.testing.assert_close(smooth, -(0.9 * up + 0.1 * down).mean())
+    p = torch.tensor([0.7, 0.5])
+    torch.testing.assert_close(pairwise_loss(chosen, rejected, probability=p), -(p * up + (1 - p) * down).mean())
+    # The best score of a graded preference is that of its probability, and certain pairs pull for ever.
+    difference = torch.logit(torch.tensor(0.7)).requires_grad_(True)
+    pairwise_loss(difference[None], torch.zeros(1), probability=p[:1]).backward()
+    assert abs(difference.grad.item()) < 1e-6
+
+
+def test_graded_preferences_are_learned_as_such(mock_folder: Path) -> None:
+    """Raters who are split leave the scores close; with certainty the same pairs are driven apart."""
+    pairs = [{**pair, "probability": 0.55} for pair in PAIRS]
+    gaps = []
+    for use_probability in (False, True):
+        config = replace(FAST, use_probability=use_probability)
+        model, _ = train_reward_model(pairs, mock_folder, config=config, heldout=pairs)
+        gaps.append(float((model.score_texts(GOOD) - model.score_texts(BAD)).mean()))
+    assert gaps[0] > 2.0
+    assert abs(gaps[1] - 0.2) < 0.5
+
+
+def test_learning_rates_depend_on_the_trunk() -> None:
+    tiny, other = (RewardModelConfig().resolved(base) for base in ("tiny", "some/other"))
+    assert (tiny.matrix_learning_rate, tiny.learning_rate) == (0.02, 0.01)
+    assert (other.matrix_learning_rate, other.learning_rate) == (0.0, 2e-5)
+    assert RewardModelConfig(learning_rate=0.5).resolved("tiny").learning_rate == 0.5
+    model = RewardModel(AutoModelForSequenceClassification.from_config(mock_lm(num_labels=1).config), byte_tokenizer())
+    assert [type(part) for part in MuonAndAdamW(model.scorer, other).parts] == [torch.optim.AdamW] * 2
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
+
+
+def test_preferences_in_every_format_of_trl(mock_folder: Path) -> None:
+    """Standard and conversational, with the prompt apart or within: one text, one reward model."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(mock_folder)
+
+    def says(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    asked = says("user", "Is it good?")
+    formats: dict[str, Any] = {
+        "standard": {"prompt": "<u>Is it good?<a>", "chosen": "yes", "rejected": "no"},
+        "standard, no prompt": {"chosen": "<u>Is it good?<a>yes", "rejected": "<u>Is it good?<a>no"},
+        "conversational": {"prompt": asked, "chosen": says("assistant", "yes"), "rejected": says("assistant", "no")},
+        "conversational, no prompt": {
+            "chosen": asked + says("assistant", "yes"),
+            "rejected": asked + says("assistant", "no"),
+        },
+    }
+    scores = []
+    for pair in formats.values():
+        model, _ = train_reward_model(
+            [{**pair, "group": 0}] * 4, mock_folder, config=replace(FAST, epochs=1), heldout=[pair]
+        )
+        scores.append(model.score_texts(["<u>Is it good?<a>yes", "<u>Is it good?<a>no"]))
+        assert pairwise_accuracy(model, [pair]) == float(scores[-1][0] > scores[-1][1])
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], atol=1e-4, rtol=0)

@@ -1,0 +1,69 @@
+"""Records what TRL's RewardTrainer computes on given scores, for test_pairwise.py to compare with.
+
+    pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
+    python scripts/record_trl_reward_loss.py --trl .peers
+
+TRL is no dependency, so its numbers are kept in tests/textgym/rewards/trl_reward_loss.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import tyro
+
+OUTPUT = Path(__file__).parents[1] / "tests" / "textgym" / "rewards" / "trl_reward_loss.json"
+
+
+@dataclass
+class Args:
+    trl: Path
+    """Folder that holds the `trl` package and what it imports."""
+
+
+def trl_loss(trainer_class: Any, scores: torch.Tensor, margin: list[float] | None, center: float | None) -> float:
+    """TRL's own `compute_loss`, with a model that answers with these scores, chosen first."""
+    accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(center_rewards_coefficient=center),
+        accelerator=accelerator,
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+
+    def model(**inputs: Any) -> Any:
+        return SimpleNamespace(logits=scores[:, None])
+
+    inputs: dict[str, Any] = {"attention_mask": torch.ones(len(scores), 1)}
+    if margin is not None:
+        inputs["margin"] = torch.tensor(margin)
+    return float(trainer_class.compute_loss(trainer, model, inputs))
+
+
+def main(args: Args) -> None:
+    sys.path.insert(0, str(args.trl))
+    import trl
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for margin in (None, [0.5, 0.0, 2.0, 1.25, 3.0]):
+        for center in (None, 0.01, 0.3):
+            scores = 3 * torch.randn(10, generator=generator)
+            loss = trl_loss(RewardTrainer, scores, margin, center)
+            cases.append({"scores": scores.tolist(), "margin": margin, "center_coefficient": center, "loss": loss})
+    OUTPUT.write_text(json.dumps({"trl": trl.__version__, "cases": cases}, indent=1) + "\n")
+    print(f"{len(cases)} losses of TRL {trl.__version__}: {OUTPUT}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

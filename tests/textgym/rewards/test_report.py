@@ -1,0 +1,65 @@
+"""PreferenceReport: buckets by margin and confidence, against counts by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from textgym.rewards.model import RewardModel
+from textgym.rewards.report import PreferenceReport
+
+
+def score(completions: list[str], prompts: list[str]) -> list[float]:
+    return [float(text) for text in completions]
+
+
+def pair(chosen: float, rejected: float, **keys: Any) -> dict[str, Any]:
+    return {"chosen": str(chosen), "rejected": str(rejected), **keys}
+
+
+PAIRS = [
+    pair(2, 0, margin=1.0),
+    pair(0, 2, margin=1.0),  # wrong
+    pair(9, 0, margin=3.0),
+    pair(0, 0, margin=3.0),  # a tie
+]
+
+
+def test_buckets_by_hand() -> None:
+    report = PreferenceReport.of(score, PAIRS, num_buckets=2)
+    assert report.accuracy == (1 + 0 + 1 + 0.5) / 4
+    assert [(bucket.count, bucket.mean, bucket.accuracy) for bucket in report.by_margin] == [
+        (2, 1.0, 0.5),
+        (2, 3.0, 0.75),
+    ]
+    sure = 1 / (1 + math.exp(-2))
+    low, middle, high = report.by_confidence
+    assert (low.count, low.mean, low.accuracy) == (1, 0.5, 0.5)
+    assert (middle.count, middle.mean, middle.accuracy) == (2, pytest.approx(sure), 0.5)
+    assert (high.count, high.accuracy) == (1, 1.0)
+    error = (0 + 2 * (sure - 0.5) + 1 * (1 - 1 / (1 + math.exp(-9)))) / 4
+    assert report.calibration_error == pytest.approx(error)
+
+
+def test_a_gain_changes_nothing() -> None:
+    model = RewardModel.from_pretrained("tiny")
+    pairs = [{"prompt": "The film is", "chosen": " a joy.", "rejected": " a mess."}]
+    before = PreferenceReport.of(model, pairs)
+    model.gain, model.bias = 100 * model.gain, 3.0
+    after = PreferenceReport.of(model, pairs)
+    assert after.by_confidence[0].mean == pytest.approx(before.by_confidence[0].mean, abs=1e-4)
+    assert after.by_margin == []
+
+
+def test_it_is_written_and_drawn(tmp_path: Path) -> None:
+    report = PreferenceReport.of(score, PAIRS)
+    assert json.loads(json.dumps(report.to_dict()))["accuracy"] == report.accuracy
+    report.draw(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+    with pytest.raises(ValueError, match="at least one"):
+        PreferenceReport.of(score, [])
