@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
+from textgym.rewards.scoring import Finished, RewardSpec, Scorer
 
 from .rollout import Rollout, collect, merge
 
@@ -66,18 +67,21 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
     return Samples(transcripts, merge(rollouts))
 
 
-def measure(samples: Samples, reference: TokenModel, judge: Judge | None = None) -> dict[str, float]:
+def measure(
+    samples: Samples, reference: TokenModel, judge: Judge | None = None, metrics: Sequence[RewardSpec] = ()
+) -> dict[str, float]:
     """Figures of completions, all of the same samples.
 
     Args:
         samples: from `generate`; scores are in the units of the environment's reward.
         reference: what KL and perplexity are measured to.
         judge: scores `(prompts, completions)`; one that the policy was not trained on.
+        metrics: further reward functions, such as those of `textgym.rewards.functions`; see `score_samples`.
 
     Returns:
         `score` and `score_std`; `kl` (nats a sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the
         completion tokens under the reference); `distinct_2` (distinct token bigrams over all); `length` (tokens);
-        `ended_by_stop` (share).
+        `ended_by_stop` (share); and one for each of `metrics`, by its name.
     """
     rollout, mask = samples.rollout, samples.rollout.mask
     reference_log_probs = reference.sequence_log_probs(rollout.sequences)
@@ -93,7 +97,33 @@ def measure(samples: Samples, reference: TokenModel, judge: Judge | None = None)
     if judge is not None:
         prompts = [transcript["prompt"] for transcript in samples.transcripts]
         figures["judge"] = np.mean(judge(prompts, samples.completions))
+    if metrics:
+        figures |= score_samples(samples, metrics)
     return {name: float(figure) for name, figure in figures.items()}
+
+
+def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, float]:
+    """Mean of each reward function over the samples, by name.
+
+    A function that has a `corpus(completions, references)`, as `Bleu` has, is asked for that instead: such a metric of
+    a test set is no mean over its texts.
+    """
+    transcripts, sequences = samples.transcripts, samples.rollout.sequences
+    ids, starts, ends = (x.tolist() for x in (sequences.input_ids, sequences.prompt_lengths, sequences.lengths))
+    columns = [name for name in transcripts[0] if name not in ("prompt", "completion")]
+    finished = Finished(
+        [transcript["prompt"] for transcript in transcripts],
+        list(samples.completions),
+        [row[:start] for row, start in zip(ids, starts, strict=True)],
+        [row[start:end] for row, start, end in zip(ids, starts, ends, strict=True)],
+        {name: [transcript[name] for transcript in transcripts] for name in columns},
+    )
+    scorer = Scorer(list(metrics))
+    means = {name: float(np.nanmean(values)) for name, values in scorer(finished).components.items()}
+    for name, function in zip(scorer.names, scorer.functions, strict=True):
+        if hasattr(function, "corpus"):
+            means[name] = function.corpus(samples.completions, finished.columns["references"])
+    return means
 
 
 def distinct_2(rollout: Rollout) -> float:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
+
+from textgym.data.files import atomic_file
 
 from .on_policy import Metrics, OnPolicyAgent
 
@@ -60,7 +60,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """A text file that appears whole or not at all."""
-        with self._replacing(name) as temporary:
+        with atomic_file(self.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Any) -> None:
@@ -83,7 +83,7 @@ class RunFolder:
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("episodes", fontsize=9)
             axis.grid(alpha=0.3)
-        with self._replacing("curves.png") as temporary:
+        with atomic_file(self.folder / "curves.png") as temporary:
             figure.savefig(temporary, dpi=110)
 
     def write_samples(self, columns: dict[str, Sequence[str]], prompts: Sequence[str]) -> None:
@@ -98,16 +98,6 @@ class RunFolder:
         """Closes the files."""
         self.metrics.close()
         self.events.close()
-
-    @contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        """A temporary path that becomes the file `name` if all goes well; nothing of it is left if not."""
-        temporary = self.folder / f".{os.getpid()}.{name}"
-        try:
-            yield temporary
-            os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class LiveProgress:

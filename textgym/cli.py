@@ -3,6 +3,7 @@
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
     textgym reward-model --output-dir runs/reward
+    textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
     textgym evaluate --policy runs/ppo/policy
 
 It sits on top of both packages, so it alone in `textgym` may import `textgym.agents`.
@@ -27,12 +28,15 @@ from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, generate, measure
 from textgym.agents.ppo import PPO, PPOConfig
 from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
-from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.files import atomic_file
+from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import FetchError, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL, Estimator
 from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.pairwise import text_of
+from textgym.rewards.report import PreferenceReport
 
 
 @dataclass
@@ -67,12 +71,16 @@ class Train:
 
 @dataclass
 class TrainReward:
-    """Trains a reward model on preferences made from human ratings."""
+    """Trains a reward model on preferences: yours, or some made from human ratings."""
 
     output_dir: Path
     """Folder for the reward model."""
     model: str = "tiny"
-    """The trunk it starts from."""
+    """The trunk it starts from: 'tiny', 'smollm2', a hub id or a path."""
+    preferences: Path | None = None
+    """A .jsonl file of pairs with 'chosen' and 'rejected'; made from human ratings of movie snippets if not given."""
+    heldout: Path | None = None
+    """A .jsonl file of pairs to measure on; a share of `preferences` if not given."""
     settings: tyro.conf.OmitArgPrefixes[RewardModelConfig] = field(default_factory=RewardModelConfig)
     """Its training."""
 
@@ -91,6 +99,8 @@ class Evaluate:
     """How many prompts, the environment's first ones."""
     num_envs: int = 64
     """Rows of the environment."""
+    metrics: tuple[str, ...] = ()
+    """Further reward functions to report, as 'module:attribute', such as textgym.rewards.functions:DistinctN."""
     samples: int = 5
     """How many completions to show."""
     seed: int = 0
@@ -148,21 +158,48 @@ def train(command: Train) -> None:
 
 
 def train_reward(command: TrainReward) -> None:
-    """A reward model from the human-rated movie snippets."""
-    snippets = movie_snippets()
-    pairs = make_preferences([s for s in snippets if s.split == "train"], seed=command.settings.seed)
-    heldout = heldout_pairs([s for s in snippets if s.split != "train"])
+    """A reward model, its accuracy on held-out pairs, and a picture of both: `report.json` and `report.png`."""
+    pairs, heldout, calibration = _preferences(command)
     with LiveProgress() as live:
         live.stage("training the reward model", 1)
-        reward, accuracy = train_reward_model(
+        reward, _ = train_reward_model(
             pairs, command.model, config=command.settings, heldout=heldout, callbacks=[TrainingProgress(live)]
         )
-        reward.calibrate([s.text for s in snippets if s.split == "train"][:1000])
+        reward.calibrate(calibration)
         live.finish()
     reward.save_pretrained(command.output_dir)
-    lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
-    live.console.print(f"held-out pairwise accuracy: reward model {accuracy:.3f}, lexicon {lexicon:.3f}")
-    live.console.print(f"reward model: {command.output_dir}")
+    report = PreferenceReport.of(reward, heldout)
+    with atomic_file(command.output_dir / "report.json") as temporary:
+        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    try:
+        report.draw(command.output_dir / "report.png")
+    except ImportError as error:
+        live.console.print(str(error), markup=False)
+    lexicon = pairwise_accuracy(lexicon_sentiment, heldout) if command.preferences is None else None
+    beside = "" if lexicon is None else f", lexicon {lexicon:.3f}"
+    live.console.print(f"held-out pairwise accuracy: reward model {report.accuracy:.3f}{beside}")
+    for bucket in report.by_margin:
+        live.console.print(
+            f"  margin {bucket.low:.2f} to {bucket.high:.2f}: {bucket.accuracy:.3f} of {bucket.count} pairs"
+        )
+    live.console.print(f"calibration error: {report.calibration_error:.3f}")
+    live.console.print(f"reward model and report: {command.output_dir}")
+
+
+def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]:
+    """Pairs to train on, pairs to measure on, and texts to calibrate on."""
+    if command.preferences is None:
+        snippets = movie_snippets()
+        train = [s for s in snippets if s.split == "train"]
+        heldout = heldout_pairs([s for s in snippets if s.split != "train"])
+        return make_preferences(train, seed=command.settings.seed), heldout, [s.text for s in train[:1000]]
+    pairs = load_preferences(command.preferences)
+    if command.heldout is not None:
+        heldout = load_preferences(command.heldout)
+    else:
+        count = max(1, round(command.settings.heldout_fraction * len(pairs)))
+        pairs, heldout = pairs[:-count], pairs[-count:]
+    return pairs, heldout, [text_of(pair, side) for pair in pairs[:500] for side in ("chosen", "rejected")]
 
 
 def evaluate(command: Evaluate) -> None:
@@ -179,7 +216,10 @@ def evaluate(command: Evaluate) -> None:
     judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
     live = LiveProgress()
     live.console.print(
-        figures_table(f"{len(prompts)} prompts", {name: measure(s, scorer, judge) for name, s in samples.items()})
+        figures_table(
+            f"{len(prompts)} prompts",
+            {name: measure(s, scorer, judge, command.metrics) for name, s in samples.items()},
+        )
     )
     for transcript in samples["policy"].transcripts[: command.samples]:
         live.console.print(Text.assemble(transcript["prompt"], (transcript["completion"], "bold")))

@@ -14,6 +14,7 @@ from textgym.agents.rollout import Rollout
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
+from textgym.rewards.functions import Chrf, DistinctN, Rouge
 from textgym.testing import byte_tokenizer, mock_lm
 
 TEXTS = ["one", "three", "a", "hello", "xy"]
@@ -116,6 +117,22 @@ def test_figures_against_a_computation_by_hand(policy: ActorCritic) -> None:
     figures = measure(samples, TokenModel.load(other), judge)
     assert figures == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert "judge" not in measure(samples, TokenModel.load(other))
+
+
+def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
+    prompts = [{"prompt": text, "references": f"{text} is a text"} for text in TEXTS]
+    samples = generate(policy, make_envs(prompts=prompts), range(5), seed=0)
+
+    def tokens(completion_ids: list[list[int]]) -> list[float]:
+        return [float(len(ids)) for ids in completion_ids]
+
+    metrics = [tokens, DistinctN(1), Chrf(), "textgym.rewards.functions:Rouge"]
+    figures = measure(samples, policy.reference(), metrics=metrics)
+    assert figures["tokens"] == pytest.approx(figures["length"])
+    assert figures["DistinctN"] == pytest.approx(np.mean(DistinctN(1)(samples.completions)))
+    references = [row["references"] for row in prompts]
+    assert figures["Chrf"] == Chrf().corpus(samples.completions, references)
+    assert figures["Rouge"] == pytest.approx(np.mean(Rouge()(samples.completions, references=references)))
 
 
 def test_figures_of_a_policy_to_itself(policy: ActorCritic) -> None:

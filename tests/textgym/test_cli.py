@@ -173,6 +173,33 @@ def test_reward_model_is_trained_and_saved(
     model = RewardModel.from_pretrained(working_folder / "reward")
     good, bad = model(["", ""], ["good film", "bad film"])
     assert good > bad
+    report = json.loads((working_folder / "reward" / "report.json").read_text())
+    assert report["accuracy"] == 1.0
+    assert report["by_margin"][0]["mean"] == 6.0
+    assert (working_folder / "reward" / "report.png").exists()
+
+
+def test_reward_model_is_trained_on_a_file_of_preferences(
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [{"prompt": f"Film {i} is", "chosen": " a joy.", "rejected": " a bore."} for i in range(20)]
+    (working_folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    cli.main(["reward-model", "--output-dir", "reward", "--preferences", "pairs.jsonl"])
+    out = capsys.readouterr().out
+    assert "held-out pairwise accuracy: reward model 1.000" in out
+    assert "lexicon" not in out
+    assert json.loads((working_folder / "reward" / "report.json").read_text())["by_confidence"][0]["count"] <= 2
+    model = RewardModel.from_pretrained(working_folder / "reward")
+    assert model(["Film 3 is"] * 2, [" a joy.", " a bore."])[0] > 0
+
+
+def test_evaluate_reports_further_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["textgym.rewards.functions:DistinctN", "textgym.rewards.functions:completion_length"]
+    cli.main(["evaluate", "--policy", "tiny", "--prompts", "2", "--num-envs", "2", "--metrics", *names, *env_kwargs()])
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    figures = {line[0]: line[1:] for line in lines if len(line) == 3}
+    assert figures["completion_length"] == figures["length"]
+    assert 0 < float(figures["DistinctN"][0]) <= 1
 
 
 # --- errors ---

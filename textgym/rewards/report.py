@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from textgym.data.files import atomic_file
 from textgym.data.preferences import Pair
 from textgym.rewards.reward_model import RewardModel
 from textgym.rewards.training import score_differences
@@ -96,12 +96,8 @@ class PreferenceReport:
         right.plot([0.5, 1.0], [0.5, 1.0], color="grey", linestyle="dotted")
         right.plot([b.mean for b in self.by_confidence], [b.accuracy for b in self.by_confidence], marker="o")
         right.set(title="calibration", xlabel="the model's confidence", ylabel="accuracy")
-        temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
-        try:
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=110)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _buckets(values: np.ndarray, right: np.ndarray, edges: np.ndarray) -> list[Bucket]:

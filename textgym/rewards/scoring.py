@@ -178,12 +178,15 @@ class Scorer:
 
 
 def load_reward(spec: RewardSpec, device: Device = None) -> RewardFunction:
-    """A reward function from a callable, a `"module:attribute"` string, or a reward model's name or path."""
-    if callable(spec):
-        return spec
-    if not isinstance(spec, str):
+    """A reward function from a callable, a `"module:attribute"` string, or a reward model's name or path.
+
+    A class stands for its instance without arguments: `"textgym.rewards.functions:Rouge"`.
+    """
+    if isinstance(spec, str):
+        spec = import_attribute(spec) if ":" in spec else RewardModel.from_pretrained(spec, device=device)
+    if not callable(spec):
         raise ValueError(f"a reward is a function, a 'module:attribute' string or a reward model, got {spec!r}")
-    return import_attribute(spec) if ":" in spec else RewardModel.from_pretrained(spec, device=device)
+    return spec() if isinstance(spec, type) else spec
 
 
 def _checked_columns(columns: dict[str, list[Any]], finished: Finished) -> dict[str, list[Any]]:

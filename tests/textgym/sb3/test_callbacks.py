@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.logger import configure
 
 from textgym.rewards.kl import AdaptiveKL
-from textgym.sb3 import EpisodeReplayBuffer, KLCallback, TextQPolicy
+from textgym.sb3 import EpisodeReplayBuffer, KLCallback, SyncReferenceCallback, TextQPolicy
 from textgym.testing import mock_lm
 
 MakeEnv = Any
@@ -109,3 +109,36 @@ def test_bad_arguments() -> None:
         KLCallback(kl_coef=0.1)
     with pytest.raises(ValueError, match="whole distributions"):
         KLCallback("tiny", kl_estimator="full")
+
+
+def test_what_reward_functions_give_and_log_is_logged(make_env: MakeEnv, make_model: Any, tmp_path: Path) -> None:
+    def logs(completions: list[str], log_metric: Any) -> list[float | None]:
+        log_metric("accuracy", 0.5)
+        return [None, *[2.0] * len(completions)][: len(completions)]
+
+    env = make_env(reward=[logs, broken], on_reward_error="skip")
+    with pytest.warns(UserWarning, match="'broken' raised"):
+        rows = logged(make_model(env), tmp_path, KLCallback())
+    assert {row["textgym/reward/logs"] for row in rows} == {"2.0"}
+    assert {row["textgym/metric/accuracy"] for row in rows} == {"0.5"}
+    assert {row["textgym/reward_errors"] for row in rows} == {"1.0"}
+    assert "textgym/reward/broken" not in rows[0]
+
+
+def broken(completions: list[str]) -> list[float]:
+    raise OSError("gone")
+
+
+def test_the_reference_follows_the_policy(make_env: MakeEnv, make_model: Any, shift_weights: Any) -> None:
+    model = make_model(make_env(), learning_rate=0.0)
+    shift_weights(model)
+    model.learn(2 * 48)
+    assert float(np.mean(np.abs(model.rollout_buffer.episode_kl))) > 1e-3
+    model.learn(4 * 48, callback=SyncReferenceCallback(every=2))
+    assert float(np.mean(np.abs(model.rollout_buffer.episode_kl))) < 1e-5
+
+
+def test_there_must_be_a_reference_to_move(make_env: MakeEnv, make_model: Any) -> None:
+    model = make_model(make_env(kl_coef=0.0), **STOCK)
+    with pytest.raises(ValueError, match="no reference to move"):
+        model.learn(48, callback=SyncReferenceCallback(every=1))
