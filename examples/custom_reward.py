@@ -1,14 +1,17 @@
-"""PPO on a reward of your own: a Python function of the texts. Here, texts of a wanted number of words.
+"""PPO on rewards of your own: Python functions of the texts. Here, sentences of a wanted number of words.
 
     python examples/custom_reward.py
     python examples/custom_reward.py --words 10 --total-episodes 2048
 
 A reward function takes what it needs by name: `prompts`, `completions`, `prompt_ids`, `completion_ids`, and any column
-of the prompts. It returns one number for each completion, or one for each token of each completion.
+of the prompts. It returns one number for each completion, one for each token of each completion, or `None` where it has
+nothing to say. It may be `async`, and log figures of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -20,6 +23,8 @@ from textgym import ActorCritic
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.evaluation import generate
 from textgym.data.prompts import load_prompts
+from textgym.rewards.functions import RepetitionPenalty
+from textgym.testing import check_reward
 
 
 @dataclass
@@ -47,13 +52,26 @@ def word_count(completions: list[str], words: list[int]) -> list[float]:
     return [-float(abs(len(text.split()) - wanted)) for text, wanted in zip(completions, words, strict=True)]
 
 
-def full_stop(completions: list[str]) -> list[bool]:
-    """Whether a completion ends like a sentence."""
-    return [text.endswith((".", "!", "?")) for text in completions]
+def repeats(completion_ids: list[list[int]]) -> list[list[float]]:
+    """Token by token: -1 for each token that the completion has had before. The credit goes where it belongs."""
+    return [[-1.0 if token in ids[:place] else 0.0 for place, token in enumerate(ids)] for ids in completion_ids]
+
+
+async def full_stop(completions: list[str], log_metric: Callable[[str, float], None]) -> list[float | None]:
+    """Whether a completion ends like a sentence; nothing to say of an empty one.
+
+    An `async` function may wait for a service: those of one batch wait beside each other, each `reward_timeout` long.
+    """
+    await asyncio.sleep(0.001)  # stands for the service
+    log_metric("empty", sum(not text for text in completions) / len(completions))
+    return [float(text.endswith((".", "!", "?"))) if text else None for text in completions]
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # two threads collapse when another process runs
+
+    # A function that breaks on an empty text would say so here, and not in the middle of the night.
+    assert check_reward(word_count, {"words": 5}) == []
 
     # The prompts are rows with a column of their own, which the reward function asks for by name.
     prompts = [{"prompt": row["prompt"], "words": args.words} for row in load_prompts("openings")]
@@ -62,8 +80,10 @@ def main(args: Args) -> None:
         num_envs=args.num_envs,
         prompts=prompts,
         tokenizer="tiny",
-        reward=[word_count, full_stop],
-        reward_weights=[0.2, 0.0],  # weight 0: reported, not paid
+        reward=[word_count, repeats, full_stop, RepetitionPenalty(2)],
+        reward_weights=[0.2, 0.1, 0.5, 0.0],  # weight 0: reported, not paid
+        reward_timeout=10.0,
+        on_reward_error="skip",  # a service that fails now and then is counted, and does not end the run
         reference="tiny",
         kl_coef=args.kl_coef,
         kl_mode="deferred",  # PPO pays the KL itself
@@ -80,7 +100,8 @@ def main(args: Args) -> None:
     def report(agent: PPO, metrics: dict[str, float]) -> None:
         print(
             f"episode {metrics['episodes']:5.0f}  word_count {metrics['rewards/word_count/mean']:+.2f}  "
-            f"full_stop {metrics['rewards/full_stop/mean']:.2f}  KL {metrics['objective/kl']:.2f}"
+            f"repeats {metrics['rewards/repeats/mean']:+.2f}  full_stop {metrics['rewards/full_stop/mean']:.2f}  "
+            f"failures {metrics['rewards/full_stop/errors']:.0f}  KL {metrics['objective/kl']:.2f}"
         )
 
     before = generate(policy, envs, range(args.samples), args.seed)

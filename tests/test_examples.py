@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -65,7 +67,28 @@ def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
 def test_custom_reward_counts_words() -> None:
     module = load("custom_reward")
     assert module.word_count([" one two", ""], [2, 5]) == [0.0, -5.0]
-    assert module.full_stop(["done.", "not"]) == [True, False]
+    assert module.repeats([[1, 2, 1], [3]]) == [[0.0, 0.0, -1.0], [0.0]]
+    logged: list[Any] = []
+    full_stop = module.full_stop(["done.", "not", ""], lambda *metric: logged.append(metric))
+    assert asyncio.run(full_stop) == [1.0, 0.0, None]
+    assert logged == [("empty", pytest.approx(1 / 3))]
+
+
+def test_reward_hacking(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load("reward_hacking")
+    monkeypatch.setattr(module, "snippet_prompts", lambda split: ["The film", "A story of"])
+    settings = {"total_episodes": 48, "num_envs": 8, "eval_prompts": 2, "eval_every": 1, "output_dir": Path("out")}
+    module.main(module.Args(kl_coefs=(0.0, 0.5), seeds=(0, 1), **settings))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" |")[0] for line in lines[2:5]] == ["| reference", "| beta = 0", "| beta = 0.5"]
+    assert all(cell.count("±") == 1 for line in lines[2:5] for cell in line.split("|")[2:-1])
+    curves = json.loads((working_folder / "out" / "curves.json").read_text())
+    assert [row["episodes"] for row in curves["0.5"][1]] == [0, 16, 32, 48]
+    assert curves["0.0"][0][0] == curves["0.5"][0][0], "both begin at the reference"
+    assert curves["0.0"][0][-1] != curves["0.5"][0][-1]
+    assert (working_folder / "out" / "curves.png").exists()
 
 
 def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
