@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
+from textgym.rewards.overlap import CorpusMetric
 from textgym.rewards.scoring import Finished, RewardSpec, Scorer
 
 from .rollout import Rollout, collect, merge
@@ -105,8 +106,7 @@ def measure(
 def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, float]:
     """Mean of each reward function over the samples, by name.
 
-    A function that has a `corpus(completions, references)`, as `Bleu` has, is asked for that instead: such a metric of
-    a test set is no mean over its texts.
+    `Bleu`, `Chrf` and `Ter` are asked for their `corpus` score instead, which is no mean over texts.
     """
     transcripts, sequences = samples.transcripts, samples.rollout.sequences
     ids, starts, ends = (x.tolist() for x in (sequences.input_ids, sequences.prompt_lengths, sequences.lengths))
@@ -121,7 +121,7 @@ def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, 
     scorer = Scorer(list(metrics))
     means = {name: float(np.nanmean(values)) for name, values in scorer(finished).components.items()}
     for name, function in zip(scorer.names, scorer.functions, strict=True):
-        if hasattr(function, "corpus"):
+        if isinstance(function, CorpusMetric):
             means[name] = function.corpus(samples.completions, finished.columns["references"])
     return means
 

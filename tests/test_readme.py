@@ -1,4 +1,4 @@
-"""The README: its code runs as pasted, its commands exist, its tables say what the code says."""
+"""README and docs: their code runs as pasted, their commands exist, their tables say what the code says."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from textgym.agents import PPOConfig
 from textgym.envs.tasks.sentiment import DEFAULTS
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.rewards import functions
+from textgym.rewards.model import RewardModelConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 TABLE_ROW = re.compile(r"^\| `(\w+)` \| (required|`[^`]+`) \| ", re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
     """Every command of the shell blocks, and every one in backticks that begins like one, split into words."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    lines += re.findall(r"`((?:make|textgym|python) [^`]+)`", README)
+    lines = []
+    for page in (README, *PAGES.values()):
+        lines += [line for block in blocks("sh", page) for line in block.splitlines()]
+        lines += re.findall(r"`((?:make|textgym|python) [^`]+)`", page)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -41,6 +46,16 @@ def heading_of(block: str) -> str:
 def test_python_blocks_run_as_pasted(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [(name, block) for name, page in PAGES.items() for block in blocks("python", page)]
+)
+def test_python_blocks_of_the_docs_run_as_pasted(
+    name: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, name, "exec"), {"__name__": "__main__"})
 
 
 def test_there_are_blocks_of_each_kind() -> None:
@@ -76,14 +91,23 @@ def test_scripts_and_links_exist() -> None:
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link}
     assert scripts
     assert links
+    for page in PAGES.values():
+        links |= {f"docs/{link}" for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page) if "://" not in link}
     missing = [path for path in scripts | links if not (ROOT / path).exists()]
     assert not missing
 
 
-def test_anchors_exist() -> None:
-    titles = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+@pytest.mark.parametrize("page", [README, *PAGES.values()], ids=["README.md", *PAGES])
+def test_anchors_exist(page: str) -> None:
+    titles = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
+
+
+def test_ready_made_functions_are_those_of_the_code() -> None:
+    table = README.split("Ready-made ones, all in")[1].split("A reward model is")[0]
+    names = {name for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert names == set(functions.__all__)
 
 
 def test_tables_of_arguments_are_those_of_the_code() -> None:
@@ -108,5 +132,7 @@ def test_defaults_of_the_sentiment_task_are_those_of_the_code() -> None:
 
 
 def test_settings_that_are_named_exist() -> None:
-    for name in re.findall(r"PPOConfig\(([^)]*)\)", README):
-        assert {pair.split("=")[0].strip() for pair in name.split(",")} <= set(PPOConfig.__dataclass_fields__)
+    for page in (README, *PAGES.values()):
+        for config in (PPOConfig, RewardModelConfig):
+            for name in re.findall(rf"{config.__name__}\(([^)]*)\)", page):
+                assert {pair.split("=")[0].strip() for pair in name.split(",")} <= set(config.__dataclass_fields__)

@@ -33,7 +33,7 @@ from textgym.data.preferences import heldout_pairs, load_preferences, make_prefe
 from textgym.data.sources import FetchError, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
-from textgym.rewards.kl import AdaptiveKL, Estimator
+from textgym.rewards.kl import AdaptiveKL, Estimator, ThresholdKL
 from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.rewards.pairwise import text_of
 from textgym.rewards.report import PreferenceReport
@@ -61,6 +61,10 @@ class Train:
     """beta; the environment's own if not given."""
     kl_target: float | None = None
     """Steer beta so that the KL comes to this many nats an episode."""
+    kl_bounds: tuple[float, float] | None = None
+    """Double beta while the KL is above the second of these nats an episode, halve it while it is below the first."""
+    kl_clamp: float | None = None
+    """The KL estimate of a token is cut to minus this and this."""
     kl_estimator: Estimator = "k1"
     """How the KL is estimated."""
     env_kwargs: str = "{}"
@@ -240,9 +244,13 @@ def _make_envs(env: str, num_envs: int, env_kwargs: str, **kwargs: Any) -> Any:
 
 def _kl_arguments(command: Train) -> dict[str, Any]:
     arguments: dict[str, Any] = {"tokenizer": command.model, "reference": command.model}
-    arguments["kl_estimator"] = command.kl_estimator
+    arguments |= {"kl_estimator": command.kl_estimator, "kl_clamp": command.kl_clamp}
+    if command.kl_target is not None and command.kl_bounds is not None:
+        raise ValueError("--kl-target and --kl-bounds both steer beta: give one of them")
     if command.kl_target is not None:
         arguments["kl_coef"] = AdaptiveKL(command.kl_target, coef=command.kl_coef or 0.1)
+    elif command.kl_bounds is not None:
+        arguments["kl_coef"] = ThresholdKL(*command.kl_bounds, coef=command.kl_coef or 0.1)
     elif command.kl_coef is not None:
         arguments["kl_coef"] = command.kl_coef
     return arguments

@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from textgym import SyncReference
+from textgym import AdaptiveKL, SyncReference, ThresholdKL
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.rollout import collect, merge
 from textgym.models.actor_critic import ActorCritic
@@ -131,3 +131,22 @@ def test_trap_35_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> No
     part.save(tmp_path / "agent")
     again = history_of(PPO.load(tmp_path / "agent", envs=make_agent().envs), 64)
     assert again[-1]["objective/kl"] == whole[-1]["objective/kl"] != 0
+
+
+@pytest.mark.parametrize(
+    ("controller", "factors"),
+    [
+        (ThresholdKL(low=1e-9, high=1e-8, factor=3.0, coef=0.1), [3.0, 9.0]),
+        (ThresholdKL(low=1e8, high=1e9, factor=2.0, coef=0.1), [0.5, 0.25]),
+        (AdaptiveKL(target=1e-9, horizon=160, coef=0.1), [1.02, 1.02**2]),
+    ],
+    ids=["above", "below", "adaptive"],
+)
+def test_trap_21_controllers_steer_the_coefficient(controller: Any, factors: list[float], tmp_path: Path) -> None:
+    agent = make_agent(kl_coef=controller, reference=mock_lm(seed=3))
+    history = history_of(agent, 32)
+    assert [row["objective/kl_coef"] for row in history] == pytest.approx([0.1, 0.1 * factors[0]])
+    assert agent.penalty.coef == pytest.approx(0.1 * factors[1])
+    agent.save(tmp_path / "agent")
+    resumed = PPO.load(tmp_path / "agent", envs=make_agent(kl_coef=controller, reference=mock_lm(seed=3)).envs)
+    assert resumed.penalty.coef == agent.penalty.coef

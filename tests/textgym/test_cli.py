@@ -20,6 +20,7 @@ from textgym.agents.demo import DemoConfig
 from textgym.agents.run_folder import LiveProgress
 from textgym.data.sources import Snippet
 from textgym.models.loading import ASSETS
+from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.model import RewardModel, RewardModelConfig
 
 REWARDS = """
@@ -82,6 +83,16 @@ def test_flags_of_the_others() -> None:
     demo = parsed("demo --output-dir out --seed 4")
     assert isinstance(demo, DemoConfig)
     assert (demo.output_dir, demo.ppo.seed, demo.reward_model.seed) == (Path("out"), 4, 4)
+
+
+def test_flags_that_steer_the_kl() -> None:
+    command = parsed("train --output-dir out --kl-bounds 2 6 --kl-coef 0.3 --kl-clamp 5")
+    arguments = cli._kl_arguments(command)
+    assert arguments["kl_coef"] == ThresholdKL(2.0, 6.0, coef=0.3)
+    assert arguments["kl_clamp"] == 5.0
+    assert cli._kl_arguments(parsed("train --output-dir out --kl-target 6"))["kl_coef"] == AdaptiveKL(6.0, coef=0.1)
+    with pytest.raises(ValueError, match="both steer beta"):
+        cli._kl_arguments(parsed("train --output-dir out --kl-bounds 2 6 --kl-target 6"))
 
 
 def test_every_field_of_ppo_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

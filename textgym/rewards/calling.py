@@ -9,13 +9,21 @@ import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from textgym.rewards.finished import Finished, RewardError
 
 RewardFunction = Callable[..., Any]
 Outcome = Callable[[], Any]
 """Waits for what a function returned, or for the `RewardError` it came to."""
+
+
+@runtime_checkable
+class ReadsIds(Protocol):
+    """A reward function that reads the policy's token ids where it may, such as a reward model."""
+
+    def share_ids_with(self, tokenizer: Any) -> bool:
+        """Hears of the policy's tokenizer; answers whether ids will be read."""
 
 
 class Log:

@@ -18,7 +18,7 @@ References = Sequence[str | Sequence[str]]
 
 
 @dataclass(frozen=True)
-class _SacreBleu:
+class CorpusMetric:
     """What BLEU, chrF and TER share: a metric of sacrebleu, of sentences or of a corpus."""
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float]:
@@ -44,7 +44,7 @@ class _SacreBleu:
 
 
 @dataclass(frozen=True)
-class Bleu(_SacreBleu):
+class Bleu(CorpusMetric):
     """BLEU by sacrebleu, 0 to 100 (extra `metrics`; Post, 2018).
 
     Attributes:
@@ -63,7 +63,7 @@ class Bleu(_SacreBleu):
 
 
 @dataclass(frozen=True)
-class Chrf(_SacreBleu):
+class Chrf(CorpusMetric):
     """chrF by sacrebleu, 0 to 100 (extra `metrics`; Popovic, 2015).
 
     Attributes:
@@ -80,7 +80,7 @@ class Chrf(_SacreBleu):
 
 
 @dataclass(frozen=True)
-class Ter(_SacreBleu):
+class Ter(CorpusMetric):
     """Translation edit rate by sacrebleu: edits in a hundred words, lower is better (extra `metrics`; Snover, 2006).
 
     >>> Ter()(["the cat sat"], references=[["the cat sat", "a cat sat"]])

@@ -21,7 +21,7 @@ import numpy as np
 
 from textgym.data.importing import import_attribute
 from textgym.models.loading import Device
-from textgym.rewards.calling import Log, RewardFunction, accepted_keywords, arguments_for, start
+from textgym.rewards.calling import Log, ReadsIds, RewardFunction, accepted_keywords, arguments_for, start
 from textgym.rewards.checking import Value, checked
 from textgym.rewards.finished import Finished, RewardError
 from textgym.rewards.model import RewardModel
@@ -106,7 +106,7 @@ class Scorer:
         self.names = _unique_names(self.functions)
         for function in self.functions:
             accepted_keywords(function)  # one without a signature fails here, not after the first episode
-            if tokenizer is not None and hasattr(function, "share_ids_with"):
+            if tokenizer is not None and isinstance(function, ReadsIds):
                 function.share_ids_with(tokenizer)
         self.on_error, self.timeout = on_error, timeout
         self.scale = RunningScale(scaling, clip)
