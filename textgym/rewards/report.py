@@ -92,7 +92,7 @@ class PreferenceReport:
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.bar([f"{b.low:.1f} to {b.high:.1f}" for b in self.by_margin], [b.accuracy for b in self.by_margin])
-        left.set(title="accuracy by margin", ylim=(0.5, 1.0))
+        left.set(title="accuracy by margin", ylim=(0.0, 1.0))
         right.plot([0.5, 1.0], [0.5, 1.0], color="grey", linestyle="dotted")
         right.plot([b.mean for b in self.by_confidence], [b.accuracy for b in self.by_confidence], marker="o")
         right.set(title="calibration", xlabel="the model's confidence", ylabel="accuracy")
