@@ -1,0 +1,83 @@
+"""Tokenizers and a tiny random language model, built in memory: no download, no file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text, with `<eos>` (256) and `<pad>` (257).
+
+    >>> byte_tokenizer()("hé")["input_ids"]
+    [104, 195, 169]
+    >>> byte_tokenizer().decode([104, 195, 169])
+    'hé'
+    """
+    vocabulary = {character: byte for byte, character in enumerate(_byte_level_alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+
+
+def letter_tokenizer(vocab_size: int = 12) -> PreTrainedTokenizerFast:
+    """A tokenizer of so few tokens that all texts can be listed: letters from `a`, then `<eos>` and `<pad>`.
+
+    >>> letter_tokenizer(12)("cab")["input_ids"]
+    [2, 0, 1]
+    """
+    if not 3 <= vocab_size <= 28:
+        raise ValueError(f"vocab_size must be from 3 to 28 (letters, <eos>, <pad>), got {vocab_size}")
+    letters = [chr(ord("a") + index) for index in range(vocab_size - 2)]
+    vocabulary = {token: index for index, token in enumerate([*letters, "<eos>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+
+
+def mock_lm(
+    vocab_size: int = 258,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    architecture: str = "llama",
+    seed: int = 0,
+    **config: Any,
+) -> PreTrainedModel:
+    """A tiny random causal LM in evaluation mode; the last two ids of its vocabulary are EOS and padding.
+
+    Args:
+        architecture: a `model_type` of transformers, such as `"llama"` (rotary positions) or `"gpt2"` (absolute ones).
+        seed: of the weights; the global generator is left alone.
+        config: further fields of the model's config, such as `attention_dropout=0.1`.
+    """
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": vocab_size - 2,
+        "pad_token_id": vocab_size - 1,
+        "initializer_range": 0.2,  # ten times the usual, so that the logits of so narrow a model differ visibly
+    }
+    if architecture != "gpt2":
+        settings |= {"intermediate_size": 2 * hidden_size, "num_key_value_heads": 2, "head_dim": hidden_size // 2}
+    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_layers}
+    model_config = AutoConfig.for_model(architecture, **{**shape, **settings, **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(model_config).eval()
+
+
+def _byte_level_alphabet() -> list[str]:
+    """The printable character that byte-level tokenizers write for each of the 256 bytes."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    return [characters[byte] for byte in range(256)]
