@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+from .a2c import A2C, A2CConfig
+from .grpo import GRPO, GRPOConfig
+from .nlpo import NLPO, NLPOConfig
 from .ppo import PPO, PPOConfig
+from .reinforce import REINFORCE, REINFORCEConfig
+from .rloo import RLOO, RLOOConfig
 
-__all__ = ["PPO", "PPOConfig"]
+__all__ = [
+    "A2C",
+    "GRPO",
+    "NLPO",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
+    "A2CConfig",
+    "GRPOConfig",
+    "NLPOConfig",
+    "PPOConfig",
+    "REINFORCEConfig",
+    "RLOOConfig",
+]

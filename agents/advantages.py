@@ -42,6 +42,33 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_{t+1}, `(N, T)`: what is paid from each action on; zero in the padding."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def n_step_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:
+    """Rewards of n steps and then the critic: sum_{i<n} gamma^i r_{t+i} + gamma^n V(s_{t+n}), `(N, T)`.
+
+    Past the end of a row there are neither rewards nor a value.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    width = rewards.shape[1]
+    rewards, values = (torch.nn.functional.pad(x, (0, n)) for x in (rewards, values))
+    total = sum(gamma**i * rewards[:, i : i + width] for i in range(n)) + gamma**n * values[:, n : n + width]
+    return torch.where(mask, torch.as_tensor(total), 0.0)
+
+
+def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """At each step the mean over the other rows that got as far, `(N, T)`; 0 where there is no other.
+
+    A row's own value is left out, so that as a baseline it does not depend on the row's action.
+    """
+    real = torch.where(mask, values, 0.0)
+    count = mask.sum(0, keepdim=True) - mask.long()
+    return torch.where(mask, (real.sum(0, keepdim=True) - real) / count.clamp(min=1), 0.0)
+
+
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Scales real entries to variance 1, and to mean 0 unless `shift_mean` is off; zero in the padding."""
     mean = masked_mean(values, mask)

@@ -118,9 +118,9 @@ class OnPolicyAgent(ABC):
             started = time.perf_counter()
             self._tell_rewards()
             rounds = self.config.episodes_per_update // self.envs.num_envs
-            rollout = merge([collect(self.envs, self.policy) for _ in range(rounds)])
+            rollout = merge([self.collect() for _ in range(rounds)])
             collected = time.perf_counter()
-            kl = self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
+            kl = self.measure_kl(rollout)
             self._anneal()
             metrics = {**self._describe(rollout, kl), **self.update(rollout, kl)}
             self.penalty.controller.update(metrics["objective/kl"], len(rollout))
@@ -136,14 +136,30 @@ class OnPolicyAgent(ABC):
                 break
         return self
 
+    def collect(self) -> Rollout:
+        """One episode in every row."""
+        return collect(self.envs, self.policy, self.episode_options())
+
+    def episode_options(self) -> dict[str, Any] | None:
+        """What the environment is reset with before a rollout."""
+        return None
+
+    def measure_kl(self, rollout: Rollout) -> Tensor:
+        """The KL estimate of every token to the reference, `(N, T)` nats."""
+        return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
+
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """The policy's action, `(B,)` or `()`."""
         return self.policy.predict(observation, deterministic)
 
     def step(self, loss: Tensor) -> float:
-        """One optimiser step with the gradient's norm clipped; returns the norm before clipping."""
+        """One optimiser step on a loss; returns the gradient's norm before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        return self.apply_gradients()
+
+    def apply_gradients(self) -> float:
+        """One optimiser step with the gradient's norm clipped; returns the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         return float(norm)
@@ -190,6 +206,25 @@ class OnPolicyAgent(ABC):
         assert self.policy.generator is not None  # seeded in __init__
         return self.policy.generator
 
+    def training_state(self) -> dict[str, Any]:
+        """What an algorithm has to remember besides, as plain values; most have nothing."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `training_state` gave."""
+        assert not state, "an algorithm that saves something loads it"
+
+    def frozen_models(self) -> dict[str, TokenModel]:
+        """Models that are saved with the agent because they are nowhere else to be found."""
+        task = self.envs.unwrapped.task
+        known = task.penalty is not None and not self.penalty.owns_reference
+        return {} if known else {"reference": own_copy(self.penalty.reference)}
+
+    def take_frozen_model(self, name: str, model: TokenModel) -> None:
+        """Goes on with a model that was saved."""
+        assert name == "reference", f"nobody saved a model called {name!r}"
+        self.penalty.reference, self.penalty.owns_reference = model, True
+
     # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---
 
     def save(self, folder: str | Path) -> None:
@@ -205,6 +240,7 @@ class OnPolicyAgent(ABC):
             "progress": [self.episodes, self.updates, self.total_episodes],
             "controller": vars(self.penalty.controller),
             "scorer": task.scorer.state(),
+            "agent": self.training_state(),
             "prompt_queue": task.queue,
             "np_random": envs.np_random.bit_generator.state,
             "policy": {
@@ -217,8 +253,8 @@ class OnPolicyAgent(ABC):
         with atomic_folder(folder) as temporary:
             self.policy.save_pretrained(temporary / "policy", task.tokenizer)
             torch.save(state, temporary / "state.pt")
-            if task.penalty is None or self.penalty.owns_reference:  # it is nowhere else to be found
-                own_copy(self.penalty.reference).lm.save_pretrained(temporary / "reference")
+            for name, model in self.frozen_models().items():
+                model.lm.save_pretrained(temporary / name)
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
@@ -249,10 +285,12 @@ class OnPolicyAgent(ABC):
         agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
         for name, value in meta["controller"].items():
             setattr(agent.penalty.controller, name, value)
-        if (folder / "reference").exists():
-            reference = TokenModel.load(str(folder / "reference"), temperature=policy.temperature, device=policy.device)
-            agent.penalty.reference, agent.penalty.owns_reference = reference, True
+        for part in folder.iterdir():
+            if part.is_dir() and part.name != "policy":
+                model = TokenModel.load(str(part), temperature=policy.temperature, device=policy.device)
+                agent.take_frozen_model(part.name, model)
         envs.unwrapped.task.scorer.load_state(meta["scorer"])
+        agent.load_training_state(meta["agent"])
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
         return agent

@@ -6,58 +6,72 @@ One update:
     1. Collect whole episodes with the current policy, and the log-probs they were sampled with.    rollout.py
     2. Price every token: reward - beta KL(pi, pi_ref), the score on the last token.                 textgym/rewards
     3. Advantages by GAE, whitened over real tokens.                                                 advantages.py
-    4. Several epochs of minibatches of whole sequences: clipped policy and value losses.            losses.py
+    4. Several epochs of minibatches of whole sequences: policy and value losses.                    losses.py
+The policy's loss is the clipped surrogate or, with `variant="penalty"`, the plain one with a penalty on KL(old, new)
+whose coefficient is doubled after an update that went too far and halved after one that went too short.
 Every mean is over real tokens. Importance ratios start from the behaviour log-probs, so the first ratio is 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
-from textgym.models.sequences import Sequences
 
 from .advantages import gae, masked_mean, whiten
-from .losses import clipped_policy_loss, clipped_value_loss
-from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
+from .losses import PolicyLoss, clipped_policy_loss, clipped_value_loss, penalty_policy_loss
+from .on_policy import Metrics, OnPolicyConfig
 from .rollout import Rollout
+from .surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
 
 
 @dataclass
-class PPOConfig(OnPolicyConfig):
-    """The knobs of PPO; the KL's coefficient and estimator are the environment's."""
+class PPOConfig(SurrogateConfig):
+    """The knobs of PPO; the coefficient of the KL to the reference and its estimator are the environment's."""
 
     num_epochs: int = 2
     """Passes over each rollout."""
-    minibatch_size: int = 32
+    minibatch_size: int | None = 32
     """Episodes in a minibatch."""
     gamma: float = 1.0
     """Discount; text has no reason to hurry."""
     lam: float = 0.95
     """GAE's lambda."""
+    variant: Literal["clip", "penalty"] = "clip"
+    """How far an update may go: "clip" ends what a ratio earns, "penalty" makes KL(old, new) cost."""
     clip_range: float = 0.2
     """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
+    clip_range_high: float | None = None
+    """Another range above 1, if the upper bound is to differ."""
+    dual_clip: float | None = None
+    """Above 1: where the advantage is negative no ratio loses more than this many times it."""
     clip_range_value: float | None = 0.2
     """Values move by at most this much an update before their loss stops falling; None for no limit."""
+    kl_min: float = 0.003
+    """Of "penalty": below this KL(old, new), in nats a token, its coefficient is halved."""
+    kl_max: float = 0.015
+    """Of "penalty": above this KL(old, new), in nats a token, its coefficient is doubled."""
+    penalty_coef: float = 1.0
+    """Of "penalty": its first coefficient."""
     value_coef: float = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    target_kl: float | None = None
-    """Ends an update's epochs when the approximate KL to the old policy, per token, exceeds 1.5 times this."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout's real tokens."""
     whiten_rewards: bool = False
     """Scale token rewards to variance 1, without moving their mean."""
 
+    def __post_init__(self) -> None:
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}: it would clip what the ratio 1 loses")
+        if not 0 <= self.kl_min < self.kl_max:
+            raise ValueError(f"the bounds must be 0 <= kl_min < kl_max, got {self.kl_min} and {self.kl_max}")
 
-class PPO(OnPolicyAgent):
-    """PPO with clipped objectives over whole episodes, see the module's text and `OnPolicyAgent`.
+
+class PPO(SurrogateAgent):
+    """PPO over whole episodes, see the module's text and `OnPolicyAgent`.
 
     >>> import gymnasium as gym
     >>> from textgym import ActorCritic
@@ -71,42 +85,25 @@ class PPO(OnPolicyAgent):
     config_class: ClassVar[type[OnPolicyConfig]] = PPOConfig
     config: PPOConfig
 
-    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Steps 2 to 4 of the module's text."""
+    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        self.penalty_coef = self.config.penalty_coef
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
+        """GAE."""
         config, mask = self.config, rollout.mask
-        rewards = rollout.rewards() - self.penalty.coef * kl  # (N, T)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        figures = _Means()
-        for rows in self._minibatches(len(rollout)):
-            batch = _Batch(
-                rollout.sequences[rows], rollout.log_probs[rows], rollout.values[rows], advantages[rows], returns[rows]
-            )
-            with torch.autocast(rollout.scores.device.type, torch.bfloat16, enabled=config.bf16):
-                new = self.policy.evaluate(batch.sequences, entropy_gradient=config.entropy_coef != 0)
-            loss, minibatch = self._loss(new, batch)
-            minibatch["val/grad_norm"] = self.step(loss)
-            figures.add(minibatch)
-            if config.target_kl is not None and minibatch["policy/approxkl_avg"] > 1.5 * config.target_kl:
-                break
-        error = masked_mean((returns - rollout.values).square(), mask)
-        variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-        return {**figures.means(), "val/explained_variance": float(1 - error / variance.clamp(min=1e-8))}
+        return Targets(whiten(advantages, mask) if config.whiten_advantages else advantages, returns)
 
-    def _loss(self, new: Evaluation, batch: _Batch) -> tuple[Tensor, Metrics]:
-        config, mask = self.config, batch.sequences.mask
-        width = mask.shape[1]  # a minibatch is as wide as its own longest response
-        old_log_probs, old_values, advantages, returns = (
-            x[:, :width] for x in (batch.log_probs, batch.values, batch.advantages, batch.returns)
-        )
-        policy = clipped_policy_loss(new.log_prob, old_log_probs, advantages, mask, config.clip_range)
-        value = clipped_value_loss(new.value, old_values, returns, mask, config.clip_range_value)
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Policy loss, value loss and entropy bonus."""
+        config, mask = self.config, batch.mask
+        policy = self.policy_loss(new, batch)
+        value = clipped_value_loss(new.value, batch.values, batch.returns, mask, config.clip_range_value)
         entropy = masked_mean(new.entropy, mask)
-        loss = policy.loss + config.value_coef * value.loss - config.entropy_coef * entropy
-        figures = {
+        return policy.loss + config.value_coef * value.loss - config.entropy_coef * entropy, {
             "policy/approxkl_avg": policy.approx_kl,
             "policy/clipfrac_avg": policy.clip_fraction,
             "loss/policy_avg": policy.loss,
@@ -115,37 +112,37 @@ class PPO(OnPolicyAgent):
             "val/ratio": policy.ratio,
             "policy/entropy_avg": entropy,
         }
-        return loss, {name: float(figure.detach()) for name, figure in figures.items()}
 
-    def _minibatches(self, count: int) -> Iterator[Tensor]:
-        """Row indices of every minibatch of every epoch; each epoch sees each episode once, in a new order."""
-        for _ in range(self.config.num_epochs):
-            order = torch.randperm(count, generator=self.shuffler)
-            yield from order.to(self.policy.device).split(self.config.minibatch_size)
+    def policy_loss(self, new: Evaluation, batch: Batch) -> PolicyLoss:
+        """By the variant."""
+        config, old = self.config, batch.log_probs
+        if config.variant == "penalty":
+            return penalty_policy_loss(new.log_prob, old, batch.advantages, batch.mask, self.penalty_coef)
+        ranges = (config.clip_range, config.clip_range_high, config.dual_clip)
+        return clipped_policy_loss(new.log_prob, old, batch.advantages, batch.mask, *ranges)
 
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """An update, after which "penalty" looks at how far it went."""
+        metrics = super().update(rollout, kl)
+        if self.config.variant == "penalty":
+            metrics["policy/penalty_coef"] = self.penalty_coef
+            moved = self._distance(rollout)
+            metrics["policy/kl_old_new"] = moved
+            if moved > self.config.kl_max:
+                self.penalty_coef *= 2
+            elif moved < self.config.kl_min:
+                self.penalty_coef /= 2
+        return metrics
 
-@dataclass(frozen=True)
-class _Batch:
-    """A minibatch: whole sequences and what was known of their tokens when they were sampled."""
+    def _distance(self, rollout: Rollout) -> float:
+        """KL(old, new) of the whole update, in nats a token."""
+        log_ratio = self.policy.sequence_log_probs(rollout.sequences) - rollout.log_probs
+        return float(masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask))
 
-    sequences: Sequences
-    log_probs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+    def training_state(self) -> dict[str, Any]:
+        """The coefficient of the penalty, besides what every agent saves."""
+        return {"penalty_coef": self.penalty_coef}
 
-
-class _Means:
-    """Running means of the minibatches' figures."""
-
-    def __init__(self) -> None:
-        self.sums: Metrics = {}
-        self.count = 0
-
-    def add(self, figures: Metrics) -> None:
-        self.count += 1
-        for name, figure in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + figure
-
-    def means(self) -> Metrics:
-        return {name: total / self.count for name, total in self.sums.items()}
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `training_state` gave."""
+        self.penalty_coef = state["penalty_coef"]

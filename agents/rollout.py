@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.masks import ActionMask, narrow
 from textgym.models.sequences import Sequences
 
 
@@ -69,7 +70,11 @@ class Rollout:
 
 @torch.no_grad()
 def collect(
-    envs: Any, policy: ActorCritic, options: dict[str, Any] | None = None, deterministic: bool = False
+    envs: Any,
+    policy: ActorCritic,
+    options: dict[str, Any] | None = None,
+    deterministic: bool = False,
+    action_mask: ActionMask | None = None,
 ) -> Rollout:
     """Plays one episode in every row, from `reset` until the last row has ended.
 
@@ -79,6 +84,7 @@ def collect(
         policy: who writes.
         options: for `reset`, such as `{"prompt_index": ...}`.
         deterministic: the most likely token each time.
+        action_mask: narrows what may be chosen, and the log-probs with it.
     """
     task = envs.unwrapped.task
     restricted = task.restricts_actions
@@ -92,6 +98,8 @@ def collect(
     log_probs, values = [], []
     while alive.any():
         masks = task.action_masks() if restricted else None
+        if action_mask is not None:
+            masks = narrow(task.action_masks(), action_mask(observation))
         step = policy.act(observation, deterministic, masks, with_value=shared)
         observation, rewards, terminated, truncated, infos = envs.step(step.action)
         log_probs.append(torch.where(alive, step.log_prob, 0.0))

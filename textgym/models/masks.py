@@ -98,22 +98,27 @@ class ModelMask(ActionMask):
 class TopPMask(ModelMask):
     """The fewest tokens that hold at least the share `p` of the model's probability (its nucleus).
 
+    At least `min_tokens` of them.
+
     >>> mask = TopPMask("tiny", p=0.5)
     >>> mask.choose(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()).tolist()
     [[True, True, False, False]]
     """
 
-    def __init__(self, model: str | nn.Module | TokenModel, p: float = 0.9) -> None:
+    def __init__(self, model: str | nn.Module | TokenModel, p: float = 0.9, min_tokens: int = 1) -> None:
         if not 0 < p <= 1:
             raise ValueError(f"p is a share of probability, above 0 and at most 1; got {p}")
+        if min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         super().__init__(model)
-        self.p = p
+        self.p, self.min_tokens = p, min_tokens
 
     def choose(self, logits: Tensor) -> Tensor:
         """The tokens before which less than `p` has been gathered, most likely first."""
         probabilities, order = logits.softmax(-1).sort(-1, descending=True)
         before = probabilities.cumsum(-1) - probabilities
         kept = (before < self.p) | (self.p == 1)  # sums reach 1 before the last tokens, by rounding
+        kept[..., : self.min_tokens] = True
         return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 

@@ -1,0 +1,48 @@
+"""GroupAgent: several episodes of each prompt, whose scores are compared with each other in place of a critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .surrogate import SurrogateAgent, SurrogateConfig
+
+
+@dataclass
+class GroupConfig(SurrogateConfig):
+    """What every agent that compares episodes can be told."""
+
+    group_size: int = 8
+    """Episodes of each prompt; the rows of the environment are a multiple of it."""
+
+
+class GroupAgent(SurrogateAgent):
+    """Rows of the environment come in groups of `group_size` with one prompt; arguments as `OnPolicyAgent`.
+
+    Raises:
+        ValueError: the rows of the environment cannot be split into groups.
+    """
+
+    config: GroupConfig
+
+    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        size = self.config.group_size
+        if size < 2 or self.envs.num_envs % size:
+            raise ValueError(
+                f"group_size={size} must be at least 2 and divide num_envs={self.envs.num_envs}: each prompt takes so "
+                "many rows"
+            )
+
+    def episode_options(self) -> dict[str, Any]:
+        """A prompt for each group."""
+        envs = self.envs.unwrapped
+        prompts = envs.task.draw(self.envs.num_envs // self.config.group_size, envs.np_random)
+        return {"prompt_index": np.repeat(prompts, self.config.group_size).tolist()}
+
+    def grouped(self, values: Tensor) -> Tensor:
+        """Values of episodes `(N,)` as `(groups, group_size)`."""
+        return values.view(-1, self.config.group_size)

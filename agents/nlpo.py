@@ -1,0 +1,118 @@
+"""Natural language policy optimisation: PPO within a mask (Ramamurthy et al., 2022).
+
+    textgym train --agent nlpo --output-dir runs/nlpo
+
+Tokens are drawn from the nucleus of a masking policy: the fewest tokens that hold the share `top_p` of what the policy
+thought likely `mask_update_interval` updates ago, and at least `min_tokens_to_keep`. So it explores among tokens that
+made sense a while ago, out of a vocabulary most of which never does. Behaviour log-probs, ratios and the KL are those
+of the masked distributions, of policy and reference alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from textgym.models.actor_critic import Evaluation
+from textgym.models.attention import ragged
+from textgym.models.masks import TopPMask, narrow
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+
+from .on_policy import Metrics, OnPolicyConfig
+from .ppo import PPO, PPOConfig
+from .rollout import Rollout, collect
+from .surrogate import Batch
+
+CHUNK = 64
+"""Episodes whose masks are held at once when the KL is measured."""
+
+
+@dataclass
+class NLPOConfig(PPOConfig):
+    """The knobs of NLPO."""
+
+    top_p: float = 0.9
+    """Share of the masking policy's probability that may be chosen from; 1 allows every token, which is PPO."""
+    min_tokens_to_keep: int = 1
+    """At least so many tokens may be chosen from."""
+    mask_update_interval: int | None = 20
+    """Updates from one refresh of the masking policy to the next; None keeps the first one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_update_interval is not None and self.mask_update_interval < 1:
+            raise ValueError(f"mask_update_interval must be at least 1, got {self.mask_update_interval}")
+
+
+class NLPO(PPO):
+    """See the module's text and `OnPolicyAgent`."""
+
+    config_class: ClassVar[type[OnPolicyConfig]] = NLPOConfig
+    config: NLPOConfig
+
+    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        self.mask = TopPMask(policy.frozen_copy(), self.config.top_p, self.config.min_tokens_to_keep)
+
+    def collect(self) -> Rollout:
+        """One episode in every row, within the mask."""
+        return collect(self.envs, self.policy, self.episode_options(), action_mask=self.mask)
+
+    def measure_kl(self, rollout: Rollout) -> Tensor:
+        """The KL of the masked distributions, `(N, T)`."""
+        if self.penalty.estimator == "full":
+            raise ValueError("NLPO estimates the KL from what was drawn within the mask: use kl_estimator 'k1' or 'k3'")
+        reference = torch.zeros_like(rollout.log_probs)
+        for rows in torch.arange(len(rollout), device=reference.device).split(CHUNK):
+            sequences = rollout.sequences[rows]
+            flat = self.penalty.reference.state_log_probs(
+                sequences.states(), sequences.actions, self.allowed(sequences)
+            )
+            reference[rows, : sequences.mask.shape[1]] = sequences.pad(flat)
+        return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.mask)
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """The masked policy as it is now on a batch, with gradients."""
+        sequences = batch.sequences
+        with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
+            new = self.policy.evaluate_states(sequences.states(), sequences.actions, self.allowed(sequences))
+        return Evaluation(*(sequences.pad(x) for x in new))
+
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """An update of PPO, and from time to time of the mask."""
+        metrics = super().update(rollout, kl)
+        interval = self.config.mask_update_interval
+        if interval is not None and (self.updates + 1) % interval == 0:
+            self.mask.refresh(self.policy.frozen_copy())
+        return metrics
+
+    def frozen_models(self) -> dict[str, TokenModel]:
+        """The masking policy, besides what every agent saves."""
+        return {**super().frozen_models(), "mask": self.mask.model}
+
+    def take_frozen_model(self, name: str, model: TokenModel) -> None:
+        """Goes on with a model that was saved."""
+        if name == "mask":
+            self.mask.refresh(model)
+        else:
+            super().take_frozen_model(name, model)
+
+    @torch.no_grad()
+    def allowed(self, sequences: Sequences) -> Tensor:
+        """Bool `(M, V)`: what could be chosen at each response token, computed again.
+
+        Computed in another order than when it was sampled, a token at the very edge of the mask may fall on either
+        side, so the tokens that were chosen always belong.
+        """
+        masks = self.mask.of_sequences(sequences)
+        stops = torch.zeros(masks.shape[1], dtype=torch.bool, device=masks.device)
+        stops[list(sequences.stop.ids)] = True
+        banned = sequences.stop.applies(ragged(sequences.response_lengths)[1])
+        if banned is not None:
+            masks = narrow(~(banned[:, None] & stops), masks)
+        masks[torch.arange(len(masks), device=masks.device), sequences.actions] = True
+        return masks
