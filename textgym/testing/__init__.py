@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from textgym.testing.exact import ExactOptimum, ExactTask
 from textgym.testing.mocks import byte_tokenizer, letter_tokenizer, mock_lm
 from textgym.testing.rewards import check_reward
+from textgym.testing.table import TableConfig, TableLM
 
-__all__ = ["byte_tokenizer", "check_reward", "letter_tokenizer", "mock_lm"]
+__all__ = [
+    "ExactOptimum",
+    "ExactTask",
+    "TableConfig",
+    "TableLM",
+    "byte_tokenizer",
+    "check_reward",
+    "letter_tokenizer",
+    "mock_lm",
+]

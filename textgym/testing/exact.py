@@ -1,0 +1,203 @@
+"""Tasks so small that every text can be listed, and with it the optimum that an agent ought to reach.
+
+For a reward r and a penalty beta on the KL to a reference, the best policy is known in closed form
+(e.g. Korbak et al., 2022):
+
+    pi*(y) = pi_ref(y) exp(r(y) / beta) / Z,    J* = E_pi*[r] - beta KL(pi*, pi_ref) = beta log Z.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+from textgym.testing.mocks import letter_tokenizer, mock_lm
+from textgym.testing.table import TableConfig, TableLM
+
+RewardShape = Literal["dense", "sparse", "deceptive"]
+CHUNK = 4096
+"""Texts scored at once."""
+
+
+@dataclass(frozen=True)
+class ExactOptimum:
+    """The KL-regularised optimum over K texts.
+
+    Attributes:
+        log_reference: `(K,)` log-probs under the reference; together they are a distribution.
+        rewards: `(K,)`.
+        beta: what a nat of divergence costs.
+
+    >>> optimum = ExactOptimum(np.log([0.5, 0.5]), np.array([1.0, 0.0]), beta=1.0)
+    >>> optimum.probabilities.round(3).tolist(), round(optimum.value, 4)
+    ([0.731, 0.269], 0.6201)
+    """
+
+    log_reference: np.ndarray
+    rewards: np.ndarray
+    beta: float
+
+    @property
+    def log_probs(self) -> np.ndarray:
+        """`(K,)`, log pi*."""
+        logits = self.log_reference + self.rewards / self.beta
+        return np.asarray(logits - _logsumexp(logits))
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`(K,)`, pi*."""
+        return np.exp(self.log_probs)
+
+    @property
+    def value(self) -> float:
+        """J* = beta log Z."""
+        return self.beta * _logsumexp(self.log_reference + self.rewards / self.beta)
+
+    def objective(self, log_probs: np.ndarray) -> float:
+        """J of a policy with these log-probs `(K,)`: E[r] - beta KL(pi, pi_ref)."""
+        return float(np.sum(np.exp(log_probs) * (self.rewards - self.beta * (log_probs - self.log_reference))))
+
+    def gap_closed(self, log_probs: np.ndarray) -> float:
+        """Share of the way from the reference to the optimum: (J(pi) - J(pi_ref)) / (J* - J(pi_ref))."""
+        start = self.objective(self.log_reference)
+        return (self.objective(log_probs) - start) / (self.value - start)
+
+    def kl_from(self, log_probs: np.ndarray) -> float:
+        """KL(pi, pi*), nats; beta times it is J* - J(pi)."""
+        return float(np.sum(np.exp(log_probs) * (log_probs - self.log_probs)))
+
+
+class ExactTask:
+    """A text task whose every text can be listed: one prompt of one token, `horizon` tokens at most, EOS ends.
+
+    The reference is random: a `TableLM` with normal logits, or a tiny transformer. Rewards:
+
+    * `"dense"`: a standard normal number for each text;
+    * `"sparse"`: 1 for one text that the reference writes about three times in a thousand, 0 for all others;
+    * `"deceptive"`: as much as a text shares of its beginning with the reference's likeliest text, up to 0.5, and 1 for
+      one text that begins otherwise.
+
+    Args:
+        vocab_size: V, EOS and a pad token included, from 4 to 28.
+        horizon: longest text, in tokens.
+        reward: its shape.
+        model: what the reference is, and the policy that starts from it.
+        seed: of reference and reward.
+
+    >>> task = ExactTask(vocab_size=4, horizon=2)
+    >>> len(task.texts)  # 3 first tokens that go on x 4 second ones, and EOS at once
+    13
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 8,
+        horizon: int = 3,
+        reward: RewardShape = "dense",
+        model: Literal["table", "transformer"] = "table",
+        seed: int = 0,
+    ) -> None:
+        self.vocab_size, self.horizon = vocab_size, horizon
+        self.tokenizer = letter_tokenizer(vocab_size)
+        self.stop = StopRule((int(self.tokenizer.eos_token_id),))
+        self.texts = _all_texts(vocab_size, horizon, self.stop.ids)
+        self.start = self._table(seed) if model == "table" else mock_lm(vocab_size, seed=seed)
+        self.log_reference = self.log_probs(TokenModel(self.start))
+        self.rewards = self._make_rewards(reward, np.random.default_rng(seed))
+        self.index = {text: index for index, text in enumerate(self.texts)}
+
+    def score(self, completion_ids: Sequence[Sequence[int]]) -> list[float]:
+        """The reward function."""
+        return [float(self.rewards[self.index[tuple(ids)]]) for ids in completion_ids]
+
+    def env_kwargs(self, beta: float) -> dict[str, Any]:
+        """Arguments of `textgym/Text-v0`."""
+        return {
+            "prompts": ["a"],
+            "tokenizer": self.tokenizer,
+            "reward": self.score,
+            "reference": self.language_model(),
+            "kl_coef": beta,
+            "max_prompt_tokens": 1,
+            "max_new_tokens": self.horizon,
+        }
+
+    def language_model(self) -> PreTrainedModel:
+        """A copy of the reference, to freeze or to train."""
+        return copy.deepcopy(self.start)
+
+    def optimum(self, beta: float) -> ExactOptimum:
+        """The best policy for a penalty of `beta`."""
+        return ExactOptimum(self.log_reference, self.rewards, beta)
+
+    @torch.no_grad()
+    def log_probs(self, policy: TokenModel) -> np.ndarray:
+        """Log-probs `(K,)` of all texts under a policy."""
+        return torch.cat([self.differentiable_log_probs(policy, rows) for rows in self._chunks()]).double().numpy()
+
+    def differentiable_log_probs(
+        self, policy: TokenModel, texts: Sequence[tuple[int, ...]] | None = None
+    ) -> torch.Tensor:
+        """Log-probs of texts (of all, if none are given), with gradients."""
+        sequences = self.sequences(self.texts if texts is None else texts)
+        states = sequences.states()
+        log_probs = policy.logits(states).log_softmax(-1)
+        chosen = log_probs.gather(1, sequences.actions[:, None])[:, 0]
+        return sequences.pad(chosen).sum(1)
+
+    def sequences(self, texts: Sequence[tuple[int, ...]]) -> Sequences:
+        """Texts after the prompt, as agents see them."""
+        ids = torch.tensor([[0, *text, *[0] * (self.horizon - len(text))] for text in texts])
+        lengths = torch.tensor([len(text) for text in texts])
+        return Sequences(ids, torch.ones_like(lengths), lengths, self.stop)
+
+    def _table(self, seed: int) -> PreTrainedModel:
+        lm = TableLM(TableConfig(self.vocab_size, 1 + self.horizon, eos_token_id=self.stop.ids[0]))
+        with torch.no_grad():
+            lm.model.logits.weight.normal_(generator=torch.Generator().manual_seed(seed))
+        return lm
+
+    def _chunks(self) -> list[list[tuple[int, ...]]]:
+        return [self.texts[start : start + CHUNK] for start in range(0, len(self.texts), CHUNK)]
+
+    def _make_rewards(self, shape: RewardShape, rng: np.random.Generator) -> np.ndarray:
+        if shape == "dense":
+            return rng.normal(size=len(self.texts))
+        rewards = np.zeros(len(self.texts))
+        if shape == "sparse":
+            rewards[np.abs(self.log_reference - np.log(0.003)).argmin()] = 1.0
+            return rewards
+        if shape != "deceptive":
+            raise ValueError(f"unknown reward {shape!r}: use 'dense', 'sparse' or 'deceptive'")
+        lure = self.texts[int(self.log_reference.argmax())]
+        for index, text in enumerate(self.texts):
+            shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, lure, strict=False))))
+            rewards[index] = 0.5 * shared / len(lure)
+        away = [i for i, text in enumerate(self.texts) if text[0] != lure[0] and len(text) == self.horizon]
+        rewards[min(away, key=lambda i: abs(self.log_reference[i] - np.log(0.003)))] = 1.0
+        return rewards
+
+
+def _all_texts(vocab_size: int, horizon: int, stop_ids: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Every text that ends with a stop token, or has `horizon` tokens and none before its last."""
+    going_on = [token for token in range(vocab_size) if token not in stop_ids]
+    texts: list[tuple[int, ...]] = []
+    for length in range(1, horizon + 1):
+        last = range(vocab_size) if length == horizon else stop_ids
+        texts += [(*begin, end) for begin in itertools.product(going_on, repeat=length - 1) for end in last]
+    return texts
+
+
+def _logsumexp(values: np.ndarray) -> float:
+    top = float(values.max())
+    return top + float(np.log(np.exp(values - top).sum()))
