@@ -19,7 +19,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 
 from .advantages import gae, masked_mean, n_step_returns, whiten
-from .losses import clipped_value_loss, policy_gradient_loss
+from .losses import per_episode, policy_gradient_loss
 from .on_policy import OnPolicyConfig
 from .rollout import Rollout
 from .surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
@@ -73,9 +73,13 @@ class A2C(SurrogateAgent):
         """Policy-gradient loss, value loss and entropy bonus."""
         config, mask = self.config, batch.mask
         policy = policy_gradient_loss(new.log_prob, batch.advantages, mask)
-        value = clipped_value_loss(new.value, batch.values, batch.returns, mask, None).loss
-        entropy = masked_mean(new.entropy, mask)
-        figures = {"loss/policy_avg": policy, "loss/value_avg": value, "policy/entropy_avg": entropy}
+        value = 0.5 * per_episode((new.value - batch.returns).square(), mask)
+        entropy = per_episode(new.entropy, mask)
+        figures = {
+            "loss/policy_avg": policy,
+            "loss/value_avg": value,
+            "policy/entropy_avg": masked_mean(new.entropy, mask),
+        }
         return policy + config.value_coef * value - config.entropy_coef * entropy, figures
 
     def share(self, part: Batch, whole: Batch) -> float:

@@ -11,7 +11,8 @@ that are nearly solved or nearly hopeless.
 
 The KL to the reference is paid in the reward, as by every other agent, or with `kl_in="loss"` as a term of the loss. As
 a loss k3 alone has the gradient of KL(pi_ref, pi) where it is on-policy; times the importance ratio it has that of
-KL(pi, pi_ref), which the objective means (`kl_gradient`).
+KL(pi, pi_ref), which the objective means (`kl_gradient`). Since an episode is part of the mean that it is compared
+with, the gradient of the score is 1 - 1/k of the true one, in groups of k; a KL in the loss weighs that much more.
 """
 
 from __future__ import annotations
@@ -91,14 +92,14 @@ class GRPO(GroupAgent):
         weights = self.weights(batch)
         ranges = (config.clip_range, config.clip_range_high)
         policy = clipped_policy_loss(new.log_prob, batch.log_probs, batch.advantages, mask, *ranges, weights=weights)
-        entropy = masked_mean(new.entropy, mask)
+        entropy = (weights * new.entropy).sum()
         loss = policy.loss - config.entropy_coef * entropy
         figures = {
             "policy/approxkl_avg": policy.approx_kl,
             "policy/clipfrac_avg": policy.clip_fraction,
             "loss/policy_avg": policy.loss,
             "val/ratio": policy.ratio,
-            "policy/entropy_avg": entropy,
+            "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
         if self.reference_log_probs is not None:
             kl = (weights * self.kl_to_reference(new.log_prob, batch)).sum()

@@ -26,13 +26,18 @@ class ValueLoss(NamedTuple):
     clip_fraction: Tensor
 
 
+def per_episode(values: Tensor, mask: Tensor) -> Tensor:
+    """The sum over the real tokens of an episode, averaged over episodes."""
+    return torch.where(mask, values, 0.0).sum() / len(mask)
+
+
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """-(1 / N) sum over episodes and tokens of A log pi, whose gradient is the policy gradient of N episodes.
 
     A sum over the tokens of an episode, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the
     gradient of a long text counts as much as it does in the objective.
     """
-    return -torch.where(mask, log_probs * torch.where(mask, advantages, 0.0), 0.0).sum() / len(mask)
+    return -per_episode(log_probs * torch.where(mask, advantages, 0.0), mask)
 
 
 def clipped_policy_loss(

@@ -20,7 +20,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 
 from .advantages import discounted_returns, leave_one_out_mean, masked_mean
-from .losses import clipped_value_loss, policy_gradient_loss
+from .losses import per_episode, policy_gradient_loss
 from .on_policy import OnPolicyConfig
 from .rollout import Rollout
 from .surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
@@ -68,11 +68,11 @@ class REINFORCE(SurrogateAgent):
         """Policy-gradient loss, and the value loss of a learned baseline."""
         config, mask = self.config, batch.mask
         policy = policy_gradient_loss(new.log_prob, batch.advantages, mask)
-        entropy = masked_mean(new.entropy, mask)
+        entropy = per_episode(new.entropy, mask)
         loss = policy - config.entropy_coef * entropy
-        figures = {"loss/policy_avg": policy, "policy/entropy_avg": entropy}
+        figures = {"loss/policy_avg": policy, "policy/entropy_avg": masked_mean(new.entropy, mask)}
         if config.baseline == "learned":
-            value = clipped_value_loss(new.value, batch.values, batch.returns, mask, None).loss
+            value = 0.5 * per_episode((new.value - batch.returns).square(), mask)
             loss, figures["loss/value_avg"] = loss + config.value_coef * value, value
         return loss, figures
 

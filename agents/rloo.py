@@ -59,13 +59,13 @@ class RLOO(GroupAgent):
         policy = clipped_policy_loss(
             new.log_prob, batch.log_probs, batch.advantages, mask, config.clip_range, weights=weights
         )
-        entropy = masked_mean(new.entropy, mask)
+        entropy = (weights * new.entropy).sum()
         return policy.loss - config.entropy_coef * entropy, {
             "policy/approxkl_avg": policy.approx_kl,
             "policy/clipfrac_avg": policy.clip_fraction,
             "loss/policy_avg": policy.loss,
             "val/ratio": policy.ratio,
-            "policy/entropy_avg": entropy,
+            "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
 
     def share(self, part: Batch, whole: Batch) -> float:

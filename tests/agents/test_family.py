@@ -1,0 +1,307 @@
+"""The on-policy agents together: they learn, resume, accumulate gradients, and estimate the true gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from textgym import agents
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO
+from textgym.agents.rollout import collect, merge
+from textgym.agents.surrogate import SurrogateAgent
+from textgym.models.actor_critic import ActorCritic
+from textgym.testing import ExactTask, byte_tokenizer, mock_lm
+
+GROUPS = {"group_size": 4}
+AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
+    "reinforce": (REINFORCE, {}),
+    "reinforce, learned": (REINFORCE, {"baseline": "learned"}),
+    "a2c": (A2C, {}),
+    "a2c, n steps": (A2C, {"estimator": "n_step", "n_steps": 2}),
+    "ppo": (PPO, {"minibatch_size": 8}),
+    "ppo, penalty": (PPO, {"minibatch_size": 8, "variant": "penalty"}),
+    "nlpo": (NLPO, {"minibatch_size": 8, "mask_update_interval": 2}),
+    "grpo": (GRPO, GROUPS),
+    "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "loss_type": "grpo"}),
+    "rloo": (RLOO, GROUPS),
+    "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
+}
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def make_envs(**changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "prompts": ["one", "three", "a longer prompt"],
+        "tokenizer": byte_tokenizer(),
+        "reward": vowels,
+        "stop": list(range(0, 256, 8)),  # so that lengths differ
+        "reference": mock_lm(),
+        "kl_coef": 0.02,
+        "kl_mode": "deferred",
+        "max_prompt_tokens": 8,
+        "max_new_tokens": 6,
+    }
+    return gym.make_vec("textgym/Text-v0", num_envs=16, **{**settings, **changes})
+
+
+def make_agent(name: str, envs: Any = None, **changes: Any) -> SurrogateAgent:
+    kind, settings = AGENTS[name]
+    config = {"episodes_per_update": 32, "learning_rate": 3e-3, **settings, **changes}
+    policy = ActorCritic.from_pretrained(mock_lm(), critic="separate")
+    return kind(policy, envs if envs is not None else make_envs(), kind.config_class(**config))
+
+
+def history_of(agent: SurrogateAgent, episodes: int, *callbacks: Any) -> list[dict[str, float]]:
+    history: list[dict[str, float]] = []
+    agent.learn(episodes, [lambda _, metrics: history.append(metrics), *callbacks])
+    return history
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_learns(name: str) -> None:
+    history = history_of(make_agent(name, learning_rate=1e-2), 32 * 20)
+    assert history[-1]["objective/scores"] > history[0]["objective/scores"] + 0.5
+    assert history[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert all(value == value for metrics in history for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", ["reinforce, learned", "ppo, penalty", "nlpo", "grpo, KL in loss", "rloo"])
+def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
+    whole = make_agent(name).learn(160)
+    part = make_agent(name)
+    part.learn(160, [lambda agent, _: agent.updates < 3])
+    part.save(tmp_path / "agent")
+    resumed = type(part).load(tmp_path / "agent", envs=make_envs()).learn(160)
+    assert resumed.updates == whole.updates == 5
+    for (key, expected), actual in zip(
+        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
+        assert torch.equal(actual, expected), key
+
+
+@pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo", "grpo", "grpo, KL in loss", "rloo"])
+def test_trap_24_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
+    gradients = []
+    for micro_batch_size in (None, 5):
+        agent = make_agent(name, episodes_per_update=32, micro_batch_size=micro_batch_size, learning_rate=0.0)
+        if "minibatch_size" in AGENTS[name][1]:
+            agent.config.minibatch_size = None
+        agent.config.num_epochs = 1
+        taken: list[torch.Tensor] = []
+        agent.optimizer.register_step_pre_hook(lambda *_, agent=agent, taken=taken: taken.append(gradient_of(agent)))
+        agent.config.max_grad_norm = 1e9
+        agent.learn(32)
+        gradients.append(taken[0])
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+def gradient_of(agent: SurrogateAgent) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None])
+
+
+def test_trap_37_adams_epsilon_keeps_the_first_update_modest() -> None:
+    """A first step of Adam moves each weight by the learning rate, unless its gradient is small beside epsilon."""
+    default = agents.PPOConfig()
+    assert default.adam_epsilon == 1e-5
+    moved = []
+    for epsilon in (1e-1, default.adam_epsilon):
+        changes = {"adam_epsilon": epsilon, "learning_rate": default.learning_rate, "minibatch_size": 32}
+        agent = make_agent("ppo", num_epochs=1, **changes)
+        assert agent.optimizer.param_groups[0]["eps"] == epsilon
+        rollout = collect(agent.envs, agent.policy)
+        before = agent.policy.sequence_log_probs(rollout.sequences)
+        agent.learn(32)
+        moved.append(float((agent.policy.sequence_log_probs(rollout.sequences) - before).abs().max()))
+    assert 0 < moved[0] < 0.5 * moved[1]
+    assert moved[1] < 0.1
+
+
+# --- the estimators against the exact gradient ---
+
+TASK = ExactTask(vocab_size=5, horizon=3, seed=1)
+BETA = 0.3
+
+
+def exact_gradient(share: float = 1.0) -> torch.Tensor:
+    """Of share E[r] - beta KL(pi, pi_ref) at a policy that is not the reference, by enumeration."""
+    policy = exact_policy()
+    log_probs = TASK.differentiable_log_probs(policy).double()
+    rewards, reference = torch.tensor(TASK.rewards), torch.tensor(TASK.log_reference)
+    objective = (log_probs.exp() * (share * rewards - BETA * (log_probs - reference))).sum()
+    return torch.autograd.grad(objective, policy.lm.model.logits.weight)[0]
+
+
+def exact_policy() -> ActorCritic:
+    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
+    with torch.no_grad():
+        noise = torch.randn(policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(5))
+        policy.lm.model.logits.weight += 0.5 * noise
+        policy.value_head.weight.fill_(0.3)  # a critic that is wrong: it may not move the mean
+    return policy
+
+
+ESTIMATORS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
+    "whole episode": (REINFORCE, {"reward_to_go": False, "baseline": "none"}),
+    "to go": (REINFORCE, {"baseline": "none"}),
+    "mean baseline": (REINFORCE, {"baseline": "mean"}),
+    "learned baseline": (REINFORCE, {"baseline": "learned", "value_coef": 0.0}),
+    "a2c, all steps": (A2C, {"lam": 1.0, "value_coef": 0.0}),
+    "rloo": (RLOO, GROUPS),
+    "grpo, not scaled": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo"}),
+    "grpo, KL in loss": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo", "kl_in": "loss"}),
+}
+# Dr. GRPO divides by the longest length, and an episode is part of the mean of its group of 4.
+FACTORS = {"grpo, not scaled": 3 * 4 / 3, "grpo, KL in loss": 3.0}
+SHARES = {"grpo, KL in loss": 3 / 4}
+
+
+def estimates(name: str, batches: int = 40, shift: float = 0.0) -> np.ndarray:
+    """Gradients of the loss, one for each of many batches of 256 episodes, `(batches, weights)`."""
+    kind, settings = ESTIMATORS[name]
+    arguments = TASK.env_kwargs(BETA) | {"reward": lambda completion_ids: np.array(TASK.score(completion_ids)) + shift}
+    envs = gym.make_vec("textgym/Text-v0", num_envs=256, kl_mode="deferred", **arguments)
+    config = kind.config_class(episodes_per_update=256, learning_rate=0.0, max_grad_norm=1e9, **settings)
+    agent = kind(exact_policy(), envs, config)
+    taken: list[np.ndarray] = []
+    weight = agent.policy.lm.model.logits.weight
+    agent.optimizer.register_step_pre_hook(lambda *_: taken.append(weight.grad.flatten().numpy().copy()))
+    agent.learn(256 * batches)
+    return np.array(taken)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_trap_19_estimators_agree_with_the_exact_gradient(name: str) -> None:
+    """Within three standard errors over 10,240 episodes, in the direction of the gradient and in length across it."""
+    exact = exact_gradient(SHARES.get(name, 1.0)).flatten().numpy()
+    sampled = -FACTORS.get(name, 1.0) * estimates(name)
+    along = sampled @ exact / (exact @ exact)  # 1 on average
+    error = along.std(ddof=1) / np.sqrt(len(along))
+    assert abs(along.mean() - 1) < 3 * error
+    assert error < 0.05
+    off = sampled.mean(0) - exact
+    variance = sampled.var(0, ddof=1).sum() / len(sampled)  # what |off|^2 is on average, if unbiased
+    assert off @ off < 3 * variance
+
+
+def test_baselines_lower_the_variance() -> None:
+    """Of rewards that are all near 3, which says nothing of any token."""
+    spread = {name: float(estimates(name, 20, shift=3.0).var(0, ddof=1).sum()) for name in ("to go", "mean baseline")}
+    assert spread["mean baseline"] < 0.3 * spread["to go"]
+
+
+# --- what belongs to one of them ---
+
+
+def test_ppo_penalty_steers_its_coefficient() -> None:
+    far = make_agent("ppo, penalty", kl_min=1e-12, kl_max=1e-11)
+    history = history_of(far, 96)
+    assert [row["policy/penalty_coef"] for row in history] == [1.0, 2.0, 4.0]
+    near = make_agent("ppo, penalty", kl_min=1e8, kl_max=1e9)
+    assert [row["policy/penalty_coef"] for row in history_of(near, 96)] == [1.0, 0.5, 0.25]
+
+
+def test_a_dear_penalty_keeps_the_policy_near_the_old_one() -> None:
+    moved = [
+        history_of(make_agent("ppo, penalty", penalty_coef=coef, learning_rate=1e-2), 32)[0]["policy/kl_old_new"]
+        for coef in (0.0, 100.0)
+    ]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_groups_share_their_prompt() -> None:
+    agent = make_agent("grpo")
+    rollout = merge([agent.collect() for _ in range(2)])
+    prompts = [
+        tuple(row[:length])
+        for row, length in zip(
+            rollout.sequences.input_ids.tolist(), rollout.sequences.prompt_lengths.tolist(), strict=True
+        )
+    ]
+    for start in range(0, 32, 4):
+        assert len(set(prompts[start : start + 4])) == 1
+    assert len(set(prompts)) == 3
+
+
+def test_grpo_leaves_groups_without_spread_out_and_counts_them() -> None:
+    def by_prompt(prompts: list[str], completion_ids: list[list[int]]) -> list[float]:
+        return [
+            0.0 if prompt == "one" else float(len(ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+
+    agent = make_agent("grpo", make_envs(reward=by_prompt, kl_coef=0.0))
+    seen: list[int] = []
+    evaluate = agent.evaluate
+    agent.evaluate = lambda batch: (seen.append(len(batch)), evaluate(batch))[1]  # type: ignore[method-assign]
+    rollout_size = 32
+    metrics = history_of(agent, rollout_size)[0]
+    flat = round(metrics["frac_reward_zero_std"] * 8)
+    assert flat >= 1
+    assert sum(seen) == rollout_size - 4 * flat
+    nothing = make_agent("grpo", make_envs(reward=lambda completions: [1.0] * len(completions), kl_coef=0.0))
+    before = {name: weight.clone() for name, weight in nothing.policy.state_dict().items()}
+    assert history_of(nothing, 32)[0]["frac_reward_zero_std"] == 1.0
+    assert all(torch.equal(weight, before[name]) for name, weight in nothing.policy.state_dict().items())
+
+
+def test_nlpo_wide_open_is_ppo() -> None:
+    vectors = []
+    for name, changes in (("ppo", {}), ("nlpo", {"top_p": 1.0})):
+        agent = make_agent(name, **changes).learn(96)
+        vectors.append(torch.cat([p.flatten() for p in agent.policy.parameters()]).detach())
+    torch.testing.assert_close(vectors[1], vectors[0], atol=1e-4, rtol=0)
+
+
+def test_trap_01_nlpo_starts_at_ratio_one() -> None:
+    for metrics in history_of(make_agent("nlpo", top_p=0.8, learning_rate=0.0), 64):
+        assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-3)
+        assert metrics["policy/clipfrac_avg"] == 0
+
+
+def test_nlpo_chooses_within_the_mask() -> None:
+    agent = make_agent("nlpo", top_p=0.3, min_tokens_to_keep=2)
+    rollout = agent.collect()
+    allowed = agent.allowed(rollout.sequences)  # type: ignore[attr-defined]
+    assert allowed.sum(1).max() < 258 / 2
+    assert allowed.sum(1).min() >= 2
+    free = agent.policy.sequence_log_probs(rollout.sequences)
+    assert (rollout.log_probs >= free - 1e-5).all(), "the mass outside the mask is shared by what is inside"
+
+
+@pytest.mark.parametrize(("interval", "fresh"), [(2, [False, True, False, True]), (None, [False] * 4)])
+def test_trap_41_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: list[bool]) -> None:
+    agent = make_agent("nlpo", mask_update_interval=interval)
+    equal: list[bool] = []
+
+    def look(agent: Any, _: Any) -> None:
+        mask, policy = agent.mask.model.lm.state_dict(), agent.policy.lm.state_dict()
+        equal.append(all(torch.equal(mask[name], policy[name]) for name in policy))
+
+    agent.learn(32 * 4, [look])
+    assert equal == fresh
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: agents.REINFORCEConfig(num_epochs=2), "one step only"),
+        (lambda: agents.A2CConfig(minibatch_size=4), "one step only"),
+        (lambda: agents.A2CConfig(n_steps=0), "n_steps must be at least 1"),
+        (lambda: agents.PPOConfig(dual_clip=0.5), "dual_clip must be above 1"),
+        (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "0 <= kl_min < kl_max"),
+        (lambda: agents.NLPOConfig(mask_update_interval=0), "mask_update_interval must be at least 1"),
+        (lambda: make_agent("grpo", group_size=5), "divide num_envs=16"),
+        (lambda: make_agent("rloo", group_size=1), "at least 2"),
+    ],
+)
+def test_bad_settings_are_explained(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
