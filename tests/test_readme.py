@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 
 from textgym import cli
 from textgym.agents import PPOConfig
@@ -81,7 +80,7 @@ def test_textgym_commands_parse() -> None:
     complete = [words for words in named if len(words) > 1 and words[-1] != "--help"]
     assert len(complete) >= 4
     for words in complete:
-        tyro.cli(cli.Command, args=words, prog="textgym")
+        cli.parse(words)
     subcommands = {"demo", "train", "reward-model", "evaluate"}
     assert {words[0] for words in named} == subcommands
 

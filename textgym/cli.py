@@ -2,6 +2,7 @@
 
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
+    textgym train --agent grpo --group-size 8 --output-dir runs/grpo
     textgym reward-model --output-dir runs/reward
     textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
     textgym evaluate --policy runs/ppo/policy
@@ -11,22 +12,25 @@ It sits on top of both packages, so it alone in `textgym` may import `textgym.ag
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import torch
 import tyro
 from rich.text import Text
 
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, generate, measure
-from textgym.agents.ppo import PPO, PPOConfig
+from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
 from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
@@ -38,13 +42,24 @@ from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_re
 from textgym.rewards.pairwise import text_of
 from textgym.rewards.report import PreferenceReport
 
+AGENTS: dict[str, type[OnPolicyAgent]] = {
+    "ppo": PPO,
+    "nlpo": NLPO,
+    "a2c": A2C,
+    "reinforce": REINFORCE,
+    "rloo": RLOO,
+    "grpo": GRPO,
+}
+
 
 @dataclass
 class Train:
-    """Trains a policy with token-level PPO and leaves a run folder."""
+    """Trains a policy with one of the token-level agents and leaves a run folder."""
 
     output_dir: Path
     """Where the run folder is written."""
+    agent: Literal["ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo"] = "ppo"
+    """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
     env: str = "textgym/Sentiment-v0"
     """Id of the environment."""
     model: str = "tiny"
@@ -69,8 +84,8 @@ class Train:
     """How the KL is estimated."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
-    ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
-    """PPO's own settings."""
+    config: tyro.conf.OmitArgPrefixes[OnPolicyConfig] = field(default_factory=PPOConfig)
+    """The agent's own settings."""
 
 
 @dataclass
@@ -113,27 +128,38 @@ class Evaluate:
     """Further arguments of the environment, as JSON."""
 
 
-Command = (
-    Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
-    | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
-)
+def parse(arguments: Sequence[str] | None = None) -> Any:
+    """The command that a command line asks for; the flags of `train` are those of the agent that it names."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
+    named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
+    config = AGENTS.get(named[-1] if named else "ppo", PPO).config_class  # tyro complains of an unknown one
+    settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc]
+    with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
+    with_settings.__doc__ = Train.__doc__
+    commands = (
+        Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
+        | Annotated[with_settings, tyro.conf.subcommand("train", prefix_name=False)]
+        | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+    )
+    return tyro.cli(commands, args=words, prog="textgym")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
     torch.set_num_threads(1)  # two threads collapse when another process runs
     sys.path.insert(0, str(Path.cwd()))  # for "module:attribute" of a file beside the user, as `python -m` finds it
-    command: Any = tyro.cli(Command, args=arguments, prog="textgym")
+    command = parse(arguments)
     runs: dict[type, Callable[[Any], Any]] = {
         DemoConfig: run_demo,
         Train: train,
         TrainReward: train_reward,
         Evaluate: evaluate,
     }
+    run = next(run for kind, run in runs.items() if isinstance(command, kind))
     try:
-        runs[type(command)](command)
+        run(command)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError, FetchError, gym.error.Error) as error:
@@ -141,15 +167,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(command: Train) -> None:
-    """PPO on an environment by its id."""
+    """An agent on an environment by its id."""
     policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
-    agent = PPO(policy, envs, command.ppo)
+    agent = AGENTS[command.agent](policy, envs, command.config)
     folder = RunFolder(command.output_dir, command)
     live = LiveProgress()
     try:
         with live:
-            live.stage("PPO", command.total_episodes)
+            live.stage(type(agent).__name__, command.total_episodes)
             agent.learn(command.total_episodes, [folder, live])
             live.stage("writing samples")
             _write_samples(policy, envs, folder, command)
@@ -259,7 +285,7 @@ def _kl_arguments(command: Train) -> dict[str, Any]:
 def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:
     prompts = range(min(64, len(envs.unwrapped.task.rows)))
     start = ActorCritic.from_pretrained(command.model, temperature=command.temperature)
-    before, after = (generate(p, envs, prompts, command.ppo.seed) for p in (start, policy))
+    before, after = (generate(p, envs, prompts, command.config.seed) for p in (start, policy))
     texts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, texts)
 

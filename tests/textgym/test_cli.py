@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from textgym import cli
@@ -48,7 +47,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def parsed(arguments: str) -> Any:
-    return tyro.cli(cli.Command, args=arguments.split(), prog="textgym")
+    return cli.parse(arguments.split())
 
 
 def error_of(*arguments: str) -> str:
@@ -72,7 +71,7 @@ def test_flags_of_train() -> None:
     assert (command.env, command.model, command.total_episodes) == ("textgym/Text-v0", "smollm2", 10)
     assert (command.output_dir, command.critic, command.temperature) == (Path("out"), "separate", 0.7)
     assert (command.kl_coef, command.kl_target, command.kl_estimator) == (0.1, 6.0, "full")
-    assert command.ppo == PPOConfig(seed=3, bf16=True, target_kl=0.02, whiten_advantages=False)
+    assert command.config == PPOConfig(seed=3, bf16=True, target_kl=0.02, whiten_advantages=False)
 
 
 def test_flags_of_the_others() -> None:
@@ -83,6 +82,24 @@ def test_flags_of_the_others() -> None:
     demo = parsed("demo --output-dir out --seed 4")
     assert isinstance(demo, DemoConfig)
     assert (demo.output_dir, demo.ppo.seed, demo.reward_model.seed) == (Path("out"), 4, 4)
+
+
+@pytest.mark.parametrize("name", cli.AGENTS)
+def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cli.AGENTS[name].config_class
+    command = parsed(f"train --agent {name} --output-dir out --learning-rate 0.5")
+    assert command.agent == name
+    assert command.config == config(learning_rate=0.5)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", f"--agent={name}", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')}" in shown for field in dataclasses.fields(config))
+
+
+def test_unknown_agents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--agent", "sarsa", "--output-dir", "out"])
+    assert "sarsa" in capsys.readouterr().err
 
 
 def test_flags_that_steer_the_kl() -> None:
@@ -113,7 +130,7 @@ def test_train_leaves_a_run_folder_and_evaluate_reads_it(
     run = working_folder / "run"
     expected = {"config.json", "metrics.jsonl", "tensorboard", "curves.png", "samples.md", "policy"}
     assert {path.name for path in run.iterdir()} == expected
-    assert json.loads((run / "config.json").read_text())["ppo"]["learning_rate"] == 1e-3
+    assert json.loads((run / "config.json").read_text())["config"]["learning_rate"] == 1e-3
     assert [json.loads(line)["episodes"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [8, 16, 24]
     assert len((run / "samples.md").read_text().splitlines()) == 2 + 64
 
