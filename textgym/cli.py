@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
     named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
     config = AGENTS.get(named[-1] if named else "ppo", PPO).config_class  # tyro complains of an unknown one
-    settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc]
+    settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
     with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
     with_settings.__doc__ = Train.__doc__
     commands = (
