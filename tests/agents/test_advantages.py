@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from textgym.agents.advantages import gae, masked_mean, whiten
+from textgym.agents.advantages import (
+    discounted_returns,
+    gae,
+    leave_one_out_mean,
+    masked_mean,
+    n_step_returns,
+    whiten,
+)
 
 
 def batch(seed: int = 0, pads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,3 +116,34 @@ def test_trap_15_junk_in_padding_stays_there(junk: float) -> None:
     for clean, dirty in zip(expected, planted, strict=True):
         torch.testing.assert_close(dirty, clean, atol=0, rtol=0)
     assert whiten(torch.where(mask, rewards, junk), mask).isfinite().all()
+
+
+REWARDS = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 99.0]])
+VALUES = torch.tensor([[0.5, 1.5, 2.5], [1.0, 2.0, 99.0]])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def test_discounted_returns_by_hand() -> None:
+    expected = torch.tensor([[1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4.0], [3 + 0.5 * 5, 5.0, 0.0]])
+    torch.testing.assert_close(discounted_returns(REWARDS, MASK, 0.5), expected)
+
+
+def test_n_step_returns_by_hand() -> None:
+    one = torch.tensor([[1 + 0.5 * 1.5, 2 + 0.5 * 2.5, 4.0], [3 + 0.5 * 2.0, 5.0, 0.0]])
+    torch.testing.assert_close(n_step_returns(REWARDS, VALUES, MASK, 0.5, 1), one)
+    two = torch.tensor([[1 + 0.5 * 2 + 0.25 * 2.5, 2 + 0.5 * 4, 4.0], [3 + 0.5 * 5, 5.0, 0.0]])
+    torch.testing.assert_close(n_step_returns(REWARDS, VALUES, MASK, 0.5, 2), two)
+
+
+def test_trap_12_n_steps_are_ends_of_gae() -> None:
+    """One step is GAE with lambda 0, more steps than there are is GAE with lambda 1."""
+    for n, lam in ((1, 0.0), (3, 1.0), (9, 1.0)):
+        _, returns = gae(REWARDS, VALUES, MASK, 0.9, lam)
+        torch.testing.assert_close(n_step_returns(REWARDS, VALUES, MASK, 0.9, n), returns)
+
+
+def test_leave_one_out_mean_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 99.0], [8.0, 9.0, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    expected = torch.tensor([[(3 + 8) / 2, 5.0, 0.0], [(1 + 8) / 2, 2.0, 0.0], [(1 + 3) / 2, 0.0, 0.0]])
+    torch.testing.assert_close(leave_one_out_mean(values, mask), expected)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from textgym.agents.losses import clipped_policy_loss, clipped_value_loss
+from textgym.agents.losses import clipped_policy_loss, clipped_value_loss, penalty_policy_loss, policy_gradient_loss
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -84,3 +85,70 @@ def test_trap_14_metrics_ignore_padding() -> None:
     for expected, actual in zip(plain, more, strict=True):
         torch.testing.assert_close(actual, expected)
     assert plain.approx_kl >= 0
+
+
+def surrogate(ratio: float, advantage: float, **settings: Any) -> tuple[float, float]:
+    """The loss at a ratio, and its gradient by the ratio's logarithm."""
+    log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    old, advantages = torch.zeros(1, 1), torch.tensor([[advantage]])
+    loss = clipped_policy_loss(log_prob, old, advantages, ONE, 0.2, **settings).loss
+    return loss.item(), torch.autograd.grad(loss, log_prob)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.25, 1.0, -1.25, -1.25),  # below the higher bound of 1.4
+        (1.5, 1.0, -1.4, 0.0),
+        (0.7, -1.0, 0.8, 0.0),  # the lower bound is the usual one
+        (1.5, -1.0, 1.5, 1.5),
+    ],
+)
+def test_trap_18_asymmetric_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    assert surrogate(ratio, advantage, clip_range_high=0.4) == pytest.approx((loss, gradient), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (5.0, -2.0, 6.0, 0.0),  # 3 x 2 and no more
+        (2.0, -2.0, 4.0, 4.0),
+        (5.0, 2.0, -2.4, 0.0),  # where the advantage is positive it changes nothing
+        (0.5, -2.0, 1.6, 0.0),
+    ],
+)
+def test_trap_18_dual_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    assert surrogate(ratio, advantage, dual_clip=3.0) == pytest.approx((loss, gradient), abs=1e-6)
+
+
+def test_penalty_by_hand_and_its_gradient() -> None:
+    log_prob = torch.tensor([[math.log(1.5)]], requires_grad=True)
+    given = penalty_policy_loss(log_prob, torch.zeros(1, 1), torch.tensor([[2.0]]), ONE, beta=4.0)
+    assert given.loss.item() == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1 - math.log(1.5)))
+    gradient = torch.autograd.grad(given.loss, log_prob)[0].item()
+    assert gradient == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1))
+
+
+def test_penalty_is_the_kl_from_the_old_policy_on_average() -> None:
+    old, new = (torch.tensor(p).log() for p in ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]))
+    exact = (old.exp() * (old - new)).sum()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    ratio = (new - old).exp()
+    by_token = penalty_policy_loss(new[None], old[None], torch.zeros(1, 3), mask, beta=1.0).loss
+    assert by_token.item() == pytest.approx((ratio - 1 - ratio.log()).mean().item())
+    assert (old.exp() * (ratio - 1 - ratio.log())).sum().item() == pytest.approx(exact.item())
+
+
+def test_trap_15_nan_in_the_padding_of_the_other_losses() -> None:
+    mask = torch.tensor([[True, False]])
+    log_probs = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
+    advantages = torch.tensor([[2.0, torch.nan]])
+    losses = (
+        policy_gradient_loss(log_probs, advantages, mask),
+        penalty_policy_loss(log_probs, torch.tensor([[-1.0, torch.inf]]), advantages, mask, 1.0).loss,
+    )
+    for loss in losses:
+        assert loss.item() == pytest.approx(2.0 if loss is losses[0] else -2.0)
+        gradient = torch.autograd.grad(loss, log_probs)[0]
+        assert gradient.isfinite().all()
+        assert gradient[0, 1] == 0
