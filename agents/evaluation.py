@@ -28,10 +28,14 @@ class Samples:
     Attributes:
         transcripts: `prompt`, `completion` and the prompts' columns.
         rollout: the same as tensors, in the same order.
+        finished: the same as reward functions see it.
+        tokenizer: the policy's.
     """
 
     transcripts: list[dict[str, Any]]
     rollout: Rollout
+    finished: list[Finished]
+    tokenizer: Any
 
     @property
     def completions(self) -> list[str]:
@@ -58,14 +62,17 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
     envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
     envs.unwrapped.array = "torch"
     policy.seed(seed)
-    rollouts, transcripts = [], []
+    rollouts, transcripts, finished = [], [], []
+    training_state = task.scorer.state()  # a running scale and counters are those of training
     for start in range(0, len(prompts), envs.num_envs):
         chosen = list(prompts[start : start + envs.num_envs])
         padded = chosen + chosen[-1:] * (envs.num_envs - len(chosen))  # every row needs a prompt
         rollout = collect(envs, policy, {"prompt_index": padded}, deterministic)
         rollouts.append(rollout[: len(chosen)])
         transcripts += [dict(transcript) for transcript in task.transcripts[: len(chosen)]]
-    return Samples(transcripts, merge(rollouts))
+        finished += [task.finished(np.array([row])) for row in range(len(chosen))]
+    task.scorer.load_state(training_state)
+    return Samples(transcripts, merge(rollouts), finished, task.tokenizer)
 
 
 def measure(
@@ -74,7 +81,7 @@ def measure(
     """Figures of completions, all of the same samples.
 
     Args:
-        samples: from `generate`; scores are in the units of the environment's reward.
+        samples: from `generate`; scores are in the units of the reward functions, before any scaling.
         reference: what KL and perplexity are measured to.
         judge: scores `(prompts, completions)`; one that the policy was not trained on.
         metrics: further reward functions, such as those of `textgym.rewards.functions`; see `score_samples`.
@@ -87,8 +94,8 @@ def measure(
     rollout, mask = samples.rollout, samples.rollout.mask
     reference_log_probs = reference.sequence_log_probs(rollout.sequences)
     figures: dict[str, Any] = {
-        "score": rollout.scores.mean(),
-        "score_std": rollout.scores.std(correction=0),
+        "score": rollout.raw_scores.mean(),
+        "score_std": rollout.raw_scores.std(correction=0),
         "kl": (rollout.log_probs - reference_log_probs).sum(1).mean(),
         "reference_ppl": (-reference_log_probs.sum() / mask.sum()).exp(),
         "distinct_2": distinct_2(rollout),
@@ -108,21 +115,19 @@ def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, 
 
     `Bleu`, `Chrf` and `Ter` are asked for their `corpus` score instead, which is no mean over texts.
     """
-    transcripts, sequences = samples.transcripts, samples.rollout.sequences
-    ids, starts, ends = (x.tolist() for x in (sequences.input_ids, sequences.prompt_lengths, sequences.lengths))
-    columns = [name for name in transcripts[0] if name not in ("prompt", "completion")]
+    rows = samples.finished
     finished = Finished(
-        [transcript["prompt"] for transcript in transcripts],
-        list(samples.completions),
-        [row[:start] for row, start in zip(ids, starts, strict=True)],
-        [row[start:end] for row, start, end in zip(ids, starts, ends, strict=True)],
-        {name: [transcript[name] for transcript in transcripts] for name in columns},
+        [text for row in rows for text in row.prompts],
+        [text for row in rows for text in row.completions],
+        [ids for row in rows for ids in row.prompt_ids],
+        [ids for row in rows for ids in row.completion_ids],
+        {name: [value for row in rows for value in row.columns[name]] for name in rows[0].columns},
     )
-    scorer = Scorer(list(metrics))
+    scorer = Scorer(list(metrics), tokenizer=samples.tokenizer)
     means = {name: float(np.nanmean(values)) for name, values in scorer(finished).components.items()}
     for name, function in zip(scorer.names, scorer.functions, strict=True):
         if isinstance(function, CorpusMetric):
-            means[name] = function.corpus(samples.completions, finished.columns["references"])
+            means[name] = function.corpus(finished.completions, finished.columns["references"])
     return means
 
 
@@ -141,7 +146,12 @@ def distinct_2(rollout: Rollout) -> float:
 def best_of_n(policy: ActorCritic, envs: Any, prompts: Sequence[int], n: int, seed: int) -> Samples:
     """The best scored of n completions of each prompt. Its KL to the policy is at most log n - (n - 1) / n nats."""
     rounds = [generate(policy, envs, prompts, seed + i) for i in range(n)]
-    scores = torch.stack([samples.rollout.scores for samples in rounds])  # (n, N)
+    scores = torch.stack([samples.rollout.raw_scores for samples in rounds])  # (n, N)
     best = scores.argmax(0).tolist()
     chosen = [rounds[i].rollout[row : row + 1] for row, i in enumerate(best)]
-    return Samples([rounds[i].transcripts[row] for row, i in enumerate(best)], merge(chosen))
+    return Samples(
+        [rounds[i].transcripts[row] for row, i in enumerate(best)],
+        merge(chosen),
+        [rounds[i].finished[row] for row, i in enumerate(best)],
+        rounds[0].tokenizer,
+    )

@@ -102,8 +102,8 @@ class GRPO(GroupAgent):
             "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
         if self.reference_log_probs is not None:
-            kl = (weights * self.kl_to_reference(new.log_prob, batch)).sum()
-            loss, figures["loss/kl_avg"] = loss + self.penalty.coef * kl, kl
+            kl = self.kl_to_reference(new.log_prob, batch)
+            loss, figures["loss/kl_avg"] = loss + (weights * self.penalty.price(kl)).sum(), (weights * kl).sum()
         return loss, figures
 
     def kl_to_reference(self, log_probs: Tensor, batch: Batch) -> Tensor:

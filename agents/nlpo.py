@@ -21,6 +21,7 @@ from textgym.models.attention import ragged
 from textgym.models.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
+from textgym.rewards.kl import warn_of_filter
 
 from .on_policy import Metrics, OnPolicyConfig
 from .ppo import PPO, PPOConfig
@@ -57,6 +58,8 @@ class NLPO(PPO):
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         self.mask = TopPMask(policy.frozen_copy(), self.config.top_p, self.config.min_tokens_to_keep)
+        if self.penalty.coef > 0 and self.config.top_p < 1:
+            warn_of_filter(self.mask, self.penalty.estimator)
 
     def collect(self) -> Rollout:
         """One episode in every row, within the mask."""

@@ -65,8 +65,8 @@ class Timer:
 def scoring_share(args: Args) -> None:
     envs = make_envs(args, min_new_tokens=args.new_tokens)
     task = envs.unwrapped.task
-    decoding, scoring = Timer(task._finished), Timer(task.scorer)
-    task._finished, task.scorer = decoding, _Scorer(task.scorer, scoring)
+    decoding, scoring = Timer(task.finished), Timer(task.scorer)
+    task.finished, task.scorer = decoding, _Scorer(task.scorer, scoring)
     agent = PPO(ActorCritic.from_pretrained("tiny"), envs, PPOConfig(episodes_per_update=args.episodes))
     start = time.perf_counter()
     agent.learn(args.episodes)

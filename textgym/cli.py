@@ -41,6 +41,7 @@ from textgym.rewards.kl import AdaptiveKL, Estimator, ThresholdKL
 from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.rewards.pairwise import text_of
 from textgym.rewards.report import PreferenceReport
+from textgym.rewards.training import split_preferences
 
 AGENTS: dict[str, type[OnPolicyAgent]] = {
     "ppo": PPO,
@@ -227,8 +228,9 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
     if command.heldout is not None:
         heldout = load_preferences(command.heldout)
     else:
-        count = max(1, round(command.settings.heldout_fraction * len(pairs)))
-        pairs, heldout = pairs[:-count], pairs[-count:]
+        pairs, heldout = split_preferences(pairs, command.settings.heldout_fraction, command.settings.seed)
+    if not heldout:
+        raise ValueError("all pairs have one prompt or group, so none can be held out: give more, or --heldout")
     return pairs, heldout, [text_of(pair, side) for pair in pairs[:500] for side in ("chosen", "rejected")]
 
 

@@ -25,18 +25,16 @@ def letters(completions: list[str]) -> list[float]:
 
 
 def make_envs(**changes: Any) -> Any:
-    settings: dict[str, Any] = {"prompts": [{"prompt": text, "row": i} for i, text in enumerate(TEXTS)], **changes}
-    return gym.make_vec(
-        "textgym/Text-v0",
-        num_envs=3,
-        tokenizer=byte_tokenizer(),
-        reward=letters,
-        kl_mode="deferred",
-        stop=list(range(64)),
-        max_prompt_tokens=8,
-        max_new_tokens=6,
-        **settings,
-    )
+    settings: dict[str, Any] = {
+        "prompts": [{"prompt": text, "row": i} for i, text in enumerate(TEXTS)],
+        "tokenizer": byte_tokenizer(),
+        "reward": letters,
+        "kl_mode": "deferred",
+        "stop": list(range(64)),
+        "max_prompt_tokens": 8,
+        "max_new_tokens": 6,
+    }
+    return gym.make_vec("textgym/Text-v0", num_envs=3, **{**settings, **changes})
 
 
 @pytest.fixture
@@ -133,6 +131,34 @@ def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
     references = [row["references"] for row in prompts]
     assert figures["Chrf"] == Chrf().corpus(samples.completions, references)
     assert figures["Rouge"] == pytest.approx(np.mean(Rouge()(samples.completions, references=references)))
+
+
+def test_metrics_see_what_rewards_saw(policy: ActorCritic) -> None:
+    """Conversations as messages, the prompts' own columns and no logged ones, and ids where a metric reads them."""
+
+    def says(completions: Any, answer: list[str], log_extra: Any = None) -> list[float]:
+        if log_extra is not None and len(completions) > 1:
+            log_extra("seen", [1] * len(completions))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompts = [{"prompt": [{"role": "user", "content": text}], "answer": "x"} for text in TEXTS]
+    samples = generate(policy, make_envs(prompts=prompts, tokenizer=tokenizer, reward=says), range(5), seed=0)
+    assert measure(samples, policy.reference(), metrics=[says])["says"] == pytest.approx(
+        np.mean([len(text) for text in samples.completions])
+    )
+
+
+def test_measuring_leaves_the_scales_of_training_alone(policy: ActorCritic) -> None:
+    plain, envs = (make_envs(**changes) for changes in ({}, {"score_scaling": "running", "score_clip": 0.1}))
+    before = envs.unwrapped.task.scorer.state()
+    samples = [generate(policy, e, range(5), seed=0) for e in (plain, envs)]
+    assert envs.unwrapped.task.scorer.state() == before
+    figures = [measure(s, policy.reference()) for s in samples]
+    assert figures[0]["score"] == figures[1]["score"], "in the units of the reward function"
+    chosen = [best_of_n(policy, e, range(5), 3, seed=0).completions for e in (plain, envs)]
+    assert chosen[0] == chosen[1]
 
 
 def test_figures_of_a_policy_to_itself(policy: ActorCritic) -> None:

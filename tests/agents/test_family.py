@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from textgym.agents.rollout import collect, merge
 from textgym.agents.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask, byte_tokenizer, mock_lm
+
+pytestmark = pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # tested below
 
 GROUPS = {"group_size": 4}
 AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
@@ -264,6 +267,15 @@ def test_trap_01_nlpo_starts_at_ratio_one() -> None:
     for metrics in history_of(make_agent("nlpo", top_p=0.8, learning_rate=0.0), 64):
         assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-3)
         assert metrics["policy/clipfrac_avg"] == 0
+
+
+def test_trap_05_nlpo_says_what_k1_means() -> None:
+    with pytest.warns(UserWarning, match="filtered by TopPMask and the KL estimator is 'k1'"):
+        make_agent("nlpo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_agent("nlpo", make_envs(kl_estimator="k3"))
+        make_agent("nlpo", top_p=1.0)
 
 
 def test_nlpo_chooses_within_the_mask() -> None:

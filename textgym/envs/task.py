@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -224,7 +225,7 @@ class TextTask:
             log_prob = torch.as_tensor(self.policy.log_prob(observation, actions, *extra)).to(self.device).float()
             kl = self.penalty.of_log_probs(log_prob, reference, alive)
             self.kl_sum += kl
-            paid = -self.penalty.coef * kl
+            paid = -self.penalty.price(kl)
         self.kl_paid += paid
         return paid
 
@@ -239,7 +240,7 @@ class TextTask:
 
     def _settle(self, rows: np.ndarray, by_stop: np.ndarray) -> tuple[Tensor, dict[str, np.ndarray]]:
         """Scores the rows that ended, all in one call: the score of every row `(B,)`, and the infos."""
-        finished = self._finished(rows)
+        finished = self.finished(rows)
         scores = self.scorer(finished)
         penalty = self.missing_eos_penalty * ~by_stop[rows]
         paid = scores.score - penalty
@@ -249,6 +250,8 @@ class TextTask:
             paid, dtype=everywhere.dtype, device=self.device
         )
         kl = self.kl_sum if self.kl_mode == "exact" else torch.full_like(self.kl_sum, torch.nan)
+        if self.kl_mode == "exact" and self.penalty is not None:
+            self.penalty.controller.update(float(kl[torch.as_tensor(rows)].mean()), len(rows))
         values: dict[str, np.ndarray] = {
             "score": scores.raw - penalty,
             "kl": kl.cpu().numpy().astype(np.float64)[rows],
@@ -265,11 +268,12 @@ class TextTask:
             values["reward_errors"] = scores.errors
         return everywhere, {key: _scatter(value, rows, len(by_stop)) for key, value in values.items()}
 
-    def _finished(self, rows: np.ndarray) -> Finished:
+    def finished(self, rows: np.ndarray) -> Finished:
+        """What is scored of rows (indices) that have ended."""
         columns = [self.rows[index] for index in self.current[rows]]
         names = [name for name in columns[0] if name != "prompt"]
         return Finished(
-            prompts=[column["prompt"] for column in columns],
+            prompts=[copy.deepcopy(column["prompt"]) for column in columns],  # functions may write into messages
             completions=[
                 text if isinstance(column["prompt"], str) else [{"role": "assistant", "content": text}]
                 for text, column in zip(self._texts(rows), columns, strict=True)
@@ -282,7 +286,7 @@ class TextTask:
     def _remember(self, rows: np.ndarray, finished: Finished, scores: Scores) -> None:
         for i, row in enumerate(rows):
             logged = {name: values[i] for name, values in scores.columns.items()}
-            self.transcripts[row] = {**self._transcript(row, content(finished.completions[i])), **logged}
+            self.transcripts[row] = {**logged, **self._transcript(row, content(finished.completions[i]))}
             self.token_rewards[row] = scores.token_rewards[i] if scores.token_rewards is not None else None
 
     def _transcript(self, row: int, completion: str) -> dict[str, Any]:
@@ -315,6 +319,11 @@ class TextTask:
             raise ValueError(
                 f"kl_estimator={estimator!r} cannot be paid in kl_mode={self.kl_mode!r}, which knows "
                 f"{allowed[self.kl_mode]}; 'deferred' knows them all"
+            )
+        if self.kl_mode == "reference" and (self.kl_clamp is not None or not isinstance(coef, int | float)):
+            raise ValueError(
+                "kl_mode='reference' does not know the KL, so nothing can be clamped or steered by it: give kl_coef as "
+                "a number and no kl_clamp, or use kl_mode='deferred'"
             )
         if self.kl_mode != "deferred" and coef != 0:
             warn_of_filter(self.action_mask, estimator)

@@ -82,7 +82,7 @@ class TextEnv(gym.Env[ObsType, int]):
         kl_coef: beta, in reward a nat, or a controller.
         kl_estimator: `"k1"`, `"k2"`, `"k3"` or `"full"`.
         kl_mode: `"reference"`, `"exact"` or `"deferred"`.
-        kl_clamp: the KL estimate of a token is cut to -kl_clamp and kl_clamp.
+        kl_clamp: what a token pays for is cut to -kl_clamp and kl_clamp nats.
         action_mask: `TopPMask`, `TopKMask` or any function of the observation that returns the allowed tokens, bool
             `(B, V)`; it narrows `action_masks()`, and the reference is narrowed alike.
         missing_eos_penalty: taken off the score of a row that ended by length.

@@ -27,14 +27,19 @@ class ReadsIds(Protocol):
 
 
 class Log:
-    """What reward functions log in one call, through the keywords `log_metric` and `log_extra`.
+    """What a reward function logs in one call, through the keywords `log_metric` and `log_extra`.
+
+    Args:
+        name: of the function, for errors.
+        num_rows: how many values a column has.
 
     Attributes:
         metrics: the values of each name.
         columns: a value for each row, of each name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, num_rows: int) -> None:
+        self.name, self.num_rows = name, num_rows
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.columns: dict[str, list[Any]] = {}
 
@@ -43,7 +48,16 @@ class Log:
         self.metrics[name].append(float(value))
 
     def extra(self, column: str, values: list[Any]) -> None:
-        """A column for the table of completions."""
+        """A column for the table of completions.
+
+        Raises:
+            RewardError: another number of values than there are completions.
+        """
+        if len(values) != self.num_rows:
+            raise RewardError(
+                f"reward function {self.name!r} gave log_extra({column!r}) {len(values)} values for {self.num_rows} "
+                "completions"
+            )
         self.columns[column] = list(values)
 
 
@@ -60,12 +74,15 @@ def arguments_for(name: str, function: RewardFunction, finished: Finished, log: 
     Raises:
         RewardError: it demands one that is not there.
     """
-    offered = {
+    lists = {
         **finished.columns,
         "prompts": finished.prompts,
         "completions": finished.completions,
         "prompt_ids": finished.prompt_ids,
         "completion_ids": finished.completion_ids,
+    }
+    offered = {
+        **{key: list(values) for key, values in lists.items()},  # a function may sort its own
         "log_extra": log.extra,
         "log_metric": log.metric,
         "trainer_state": state,
@@ -106,14 +123,21 @@ def start(
 
     def waited_for() -> Any:
         try:
-            return answer.result()
-        except _TooLate:
+            return answer.result(None if timeout is None else timeout + GRACE)
+        except (_TooLate, TimeoutError) as error:
+            if isinstance(error, TimeoutError) and answer.done():
+                return _failed(name, error, finished)()  # the function's own
+            answer.cancel()  # it blocks the loop, or waits past its time
             late = f"reward function {name!r} did not answer within {timeout:g} s for {len(finished)} rows"
             return RewardError(f"{late}, the first being {finished.row(0)}: raise reward_timeout?")
         except Exception as error:
             return _failed(name, error, finished)()
 
     return waited_for
+
+
+GRACE = 1.0
+"""Seconds beyond its timeout after which an async function that blocks the loop is given up."""
 
 
 class _TooLate(Exception):
@@ -128,6 +152,8 @@ async def _in_time(result: Awaitable[Any], timeout: float | None) -> Any:
         if limit.expired():
             raise _TooLate from error
         raise  # the function's own
+    except (SystemExit, KeyboardInterrupt) as error:  # it would end the loop that others wait in
+        raise RuntimeError(f"{type(error).__name__} in an async reward function") from error
 
 
 @lru_cache(maxsize=1)

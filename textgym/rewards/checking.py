@@ -41,22 +41,33 @@ def checked(name: str, values: Any, finished: Finished) -> list[Value | RewardEr
 
 def _checked_value(name: str, value: Any, finished: Finished, row: int) -> Value | RewardError:
     """A row's value: booleans count as 0 and 1, a list is a token-level reward."""
-    value = _listed(value)
-    if value is None:
-        return None
-    entries = value if isinstance(value, list | tuple) else [value]
+    try:
+        value = _listed(value)
+        if value is None:
+            return None
+        entries = [_listed(entry) for entry in value] if isinstance(value, list | tuple) else [value]
+    except Exception as error:
+        problem = f"returned a {type(value).__name__} that cannot be read ({error})"
+        return RewardError(f"reward function {name!r} {problem} for {finished.row(row)}")
     for entry in entries:
-        if not isinstance(entry, Real) or not math.isfinite(entry):
+        if not _is_finite(entry):
             where = finished.row(row)
             return RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {where}")
-    if entries is not value:
+    if not isinstance(value, list | tuple):
         return float(value)
     if len(value) != len(finished.completion_ids[row]):
         return RewardError(
             f"reward function {name!r} returned {len(value)} token-level rewards for the "
             f"{len(finished.completion_ids[row])} completion tokens of {finished.row(row)}"
         )
-    return np.asarray(value, dtype=np.float64)
+    return np.asarray(entries, dtype=np.float64)
+
+
+def _is_finite(entry: Any) -> bool:
+    try:
+        return isinstance(entry, Real) and math.isfinite(entry)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _listed(value: Any) -> Any:

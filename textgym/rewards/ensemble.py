@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from textgym.models.loading import Device
 from textgym.rewards.reward_model import RewardModel
 
 Reduce = Literal["mean", "min", "mean_minus_std"]
@@ -24,6 +25,7 @@ class RewardEnsemble:
         reduce: `"mean"`, `"min"` (worst case), or `"mean_minus_std"`, mean - k deviations between the members (Coste et
             al., 2023, "Reward Model Ensembles Help Mitigate Overoptimization").
         k: of `"mean_minus_std"`.
+        device: where members that are given by name live.
 
     Raises:
         ValueError: no members, or an unknown reduction.
@@ -36,12 +38,15 @@ class RewardEnsemble:
         members: Sequence[RewardModel | str | os.PathLike[str]],
         reduce: Reduce = "mean",
         k: float = 1.0,
+        device: Device = None,
     ) -> None:
         if not members:
             raise ValueError("an ensemble needs members: give reward models, or their names")
         if reduce not in get_args(Reduce):
             raise ValueError(f"unknown reduce {reduce!r}; use one of {get_args(Reduce)}")
-        self.members = [m if isinstance(m, RewardModel) else RewardModel.from_pretrained(m) for m in members]
+        self.members = [
+            m if isinstance(m, RewardModel) else RewardModel.from_pretrained(m, device=device) for m in members
+        ]
         self.reduce, self.k = reduce, k
 
     def share_ids_with(self, tokenizer: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from textgym.data.messages import Text, plain
+from textgym.rewards.rules import parse_json
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class GrammarMatch:
 
 def _is_valid(text: str, validator: Any) -> bool:
     try:
-        return bool(validator.is_valid(json.loads(text)))
+        return bool(validator.is_valid(parse_json(text)))
     except ValueError:
         return False
 

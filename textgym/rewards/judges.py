@@ -36,15 +36,17 @@ class SemanticSimilarity:
 
     model: str = "minilm"
 
-    def __call__(self, completions: Sequence[Text], references: Sequence[str | Sequence[str]], **_: Any) -> list[float]:
+    def __call__(
+        self, completions: Sequence[Text], references: Sequence[str | Sequence[str] | None], **_: Any
+    ) -> list[float | None]:
         """Scores completions."""
-        wanted = [[row] if isinstance(row, str) else list(row) for row in references]
+        wanted = [[row] if isinstance(row, str) else list(row or ()) for row in references]
         texts = plain(completions)
         meanings = dict(
             zip(known := list({*texts, *(t for row in wanted for t in row)}), self.embed(known), strict=True)
         )
         return [
-            max(float(meanings[text] @ meanings[reference]) for reference in row)
+            max((float(meanings[text] @ meanings[reference]) for reference in row), default=None)
             for text, row in zip(texts, wanted, strict=True)
         ]
 
@@ -77,12 +79,16 @@ class Perplexity:
 
     model: str = "tiny"
     log: bool = False
-    shared_ids: bool = field(default=False, init=False)
+    shared_ids: bool | None = field(default=None, init=False)
 
     def share_ids_with(self, tokenizer: Tokenizer) -> bool:
-        """Tells it of a policy's tokenizer; returns whether ids are read in place of texts."""
-        self.shared_ids = encodes_alike(tokenizer, load_tokenizer(self.model))
-        return self.shared_ids
+        """Tells it of a policy's tokenizer; returns whether that gives the same ids as the model's own.
+
+        Ids are read in place of texts only while all tokenizers it was told of do.
+        """
+        same = encodes_alike(tokenizer, load_tokenizer(self.model))
+        self.shared_ids = same and self.shared_ids is not False
+        return same
 
     def __call__(
         self,

@@ -60,7 +60,8 @@ class FixedKL:
 class AdaptiveKL:
     """A coefficient that steers the KL to `target` nats an episode (Ziegler et al., 2019, section 2.2).
 
-    e = clip(KL / target - 1, -0.2, 0.2) and coef <- coef * (1 + e * n / horizon) after n episodes.
+    e = clip(KL / target - 1, -0.2, 0.2), and after n episodes, of which at most a horizon counts,
+    coef <- coef * (1 + e * n / horizon).
     """
 
     target: float
@@ -74,7 +75,7 @@ class AdaptiveKL:
     def update(self, kl: float, num_episodes: int) -> None:
         """One step of the controller."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * num_episodes / self.horizon
+        self.coef *= 1 + error * min(num_episodes / self.horizon, 1.0)
 
 
 @dataclass
@@ -110,7 +111,8 @@ class KLPenalty:
         reference: a model name, a language model, or a `TokenModel`; it is frozen.
         coef: beta, or a controller that moves it.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
-        clamp: the estimate of a token is cut to -clamp and clamp, so that no single one rules an update.
+        clamp: what is paid for a token is cut to -clamp and clamp nats, so that no single one rules an update; what is
+            measured is not.
 
     Raises:
         ValueError: an unknown estimator, a negative coefficient, or a clamp that is not above 0.
@@ -162,15 +164,15 @@ class KLPenalty:
             banned=sequences.banned,
             stop_ids=sequences.stop.ids,
         )
-        return self._clamped(sequences.pad(flat))
+        return sequences.pad(flat)
 
     def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
         """The estimate where `mask` is set, zero elsewhere, whatever stands there (trap 15)."""
-        estimate = self._clamped(estimate_kl(log_probs, reference_log_probs, self.estimator))
-        return torch.where(mask, estimate, 0.0)
+        return torch.where(mask, estimate_kl(log_probs, reference_log_probs, self.estimator), 0.0)
 
-    def _clamped(self, kl: Tensor) -> Tensor:
-        return kl if self.clamp is None else kl.clamp(-self.clamp, self.clamp)
+    def price(self, kl: Tensor) -> Tensor:
+        """What estimates of the KL cost, of any shape: beta times them, clamped."""
+        return self.coef * (kl if self.clamp is None else kl.clamp(-self.clamp, self.clamp))
 
 
 def warn_of_filter(action_mask: object | None, estimator: Estimator) -> None:

@@ -14,30 +14,32 @@ from typing import Any, Literal
 
 from textgym.data.messages import Text, plain
 
-References = Sequence[str | Sequence[str]]
+References = Sequence[str | Sequence[str] | None]
 
 
 @dataclass(frozen=True)
 class CorpusMetric:
     """What BLEU, chrF and TER share: a metric of sacrebleu, of sentences or of a corpus."""
 
-    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """The sentence score of each completion."""
         metric = self._metric(True)
         texts = plain(completions)
         return [
-            float(metric.sentence_score(text.strip(), _listed(wanted)).score)
-            for text, wanted in zip(texts, references, strict=True)
+            float(metric.sentence_score(text.strip(), wanted).score) if wanted else None
+            for text, wanted in zip(texts, _listed(references), strict=True)
         ]
 
     def corpus(self, completions: Sequence[Text], references: References) -> float:
         """The score of all completions together, as sacrebleu's command line prints it."""
-        wanted = [_listed(texts) for texts in references]
-        streams = [
-            [texts[i] if i < len(texts) else None for texts in wanted]
-            for i in range(max(len(texts) for texts in wanted))
+        rows = [
+            (text.strip(), wanted)
+            for text, wanted in zip(plain(completions), _listed(references), strict=True)
+            if wanted
         ]
-        return float(self._metric(False).corpus_score([text.strip() for text in plain(completions)], streams).score)
+        width = max(len(wanted) for _, wanted in rows)
+        streams = [[wanted[i] if i < len(wanted) else None for _, wanted in rows] for i in range(width)]
+        return float(self._metric(False).corpus_score([text for text, _ in rows], streams).score)
 
     def _metric(self, sentence: bool) -> Any:
         raise NotImplementedError
@@ -106,12 +108,12 @@ class Rouge:
     kind: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"] = "rougeL"
     use_stemmer: bool = False
 
-    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Scores completions."""
         scorer = _rouge(self.kind, self.use_stemmer)
         return [
-            float(scorer.score_multi(_listed(wanted), text)[self.kind].fmeasure)
-            for text, wanted in zip(plain(completions), references, strict=True)
+            float(scorer.score_multi(wanted, text)[self.kind].fmeasure) if wanted else None
+            for text, wanted in zip(plain(completions), _listed(references), strict=True)
         ]
 
 
@@ -128,7 +130,7 @@ class Meteor:
 
     synonyms: bool = False
 
-    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Scores completions."""
         try:
             from nltk.tokenize import wordpunct_tokenize
@@ -136,13 +138,14 @@ class Meteor:
         except ImportError as error:
             raise ImportError("Meteor needs nltk: pip install 'textgym[metrics]'") from error
         wordnet = _wordnet() if self.synonyms else _NoSynonyms()
+
+        def score(text: str, wanted: list[str]) -> float:
+            references = [wordpunct_tokenize(reference) for reference in wanted]
+            return float(meteor_score(references, wordpunct_tokenize(text), wordnet=wordnet))
+
         return [
-            float(
-                meteor_score(
-                    [wordpunct_tokenize(r) for r in _listed(wanted)], wordpunct_tokenize(text), wordnet=wordnet
-                )
-            )
-            for text, wanted in zip(plain(completions), references, strict=True)
+            score(text, wanted) if wanted else None
+            for text, wanted in zip(plain(completions), _listed(references), strict=True)
         ]
 
 
@@ -163,8 +166,9 @@ def _wordnet() -> Any:
     return wordnet
 
 
-def _listed(references: str | Sequence[str]) -> list[str]:
-    return [references] if isinstance(references, str) else list(references)
+def _listed(references: References) -> list[list[str]]:
+    """The references of each row; none where the column is `None`, and the row is then left out."""
+    return [[row] if isinstance(row, str) else list(row or ()) for row in references]
 
 
 @lru_cache(maxsize=16)

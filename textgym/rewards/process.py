@@ -32,6 +32,8 @@ class ProcessRewardModel:
         separator: what ends a step; `None` scores every token.
         label: index of the label that says a step is right.
         batch_size: texts scored at once.
+        max_length: tokens of prompt and completion that are read, at most what the model has positions for; longer ones
+            lose their beginning, whose tokens get 0.
 
     Raises:
         ValueError: an empty separator, or a label that the model does not have.
@@ -47,6 +49,7 @@ class ProcessRewardModel:
         separator: str | None = "\n",
         label: int = -1,
         batch_size: int = 64,
+        max_length: int = 4096,
     ) -> None:
         if separator == "":
             raise ValueError("the separator is empty: give the text that ends a step, or None to score every token")
@@ -55,6 +58,7 @@ class ProcessRewardModel:
             raise ValueError(f"the model has {num_labels} labels, and none with index {label}")
         self.model = freeze(disable_dropout(model))
         self.tokenizer, self.separator, self.label, self.batch_size = tokenizer, separator, label, batch_size
+        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
 
     @classmethod
     def from_pretrained(
@@ -100,13 +104,14 @@ class ProcessRewardModel:
     ) -> list[list[float]]:
         """A list for each completion, with a reward for each of its tokens."""
         pairs = zip(prompt_ids, completion_ids, strict=True)
-        rows = [[*prompt, *completion] for prompt, completion in pairs]
+        rows = [[*prompt, *completion][-self.max_length :] for prompt, completion in pairs]
         rewards: list[list[float]] = [[] for _ in rows]
         for batch in batches_by_length(rows, self.batch_size):
             scores = self.token_scores(*pad_right([rows[index] for index in batch])).tolist()
             for index, row in zip(batch, scores, strict=True):
-                first = len(prompt_ids[index])
-                rewards[index] = self._at_steps(row[first : len(rows[index])], completion_ids[index])
+                count = len(completion_ids[index])
+                read = row[: len(rows[index])][-count:] if count else []
+                rewards[index] = self._at_steps([0.0] * (count - len(read)) + read, completion_ids[index])
         return rewards
 
     @torch.no_grad()
@@ -124,11 +129,18 @@ class ProcessRewardModel:
         return [score if token in ends else 0.0 for token, score in enumerate(scores)]
 
     def _step_ends(self, ids: Sequence[int], separator: str) -> set[int]:
-        """Indices of the tokens that complete a separator, and of the last token, stop token or not."""
-        ends, seen = {len(ids) - 1} if ids else set(), 0
+        """Indices of the tokens that complete a separator, and of the last one if it ends a step of its own."""
+        ends: set[int] = set()
+        seen, last = 0, -1
         for token in range(len(ids)):
-            count = str(self.tokenizer.decode(list(ids[: token + 1]))).count(separator)
+            count = self._text(ids[: token + 1]).count(separator)
             if count > seen:
                 ends.add(token)
+                last = token
             seen = count
+        if ids and (not ends or self._text(ids[last + 1 :]).strip()):
+            ends.add(len(ids) - 1)
         return ends
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -50,8 +51,13 @@ class SyncReference:
         if not penalty.owns_reference:
             penalty.reference = own_copy(penalty.reference)
             penalty.owns_reference = True
-        source = (policy.lm if policy.lora is None else copy.deepcopy(policy.lora).merge_and_unload()).state_dict()
-        target = penalty.reference.lm.state_dict()
+        source, target = (
+            dict(itertools.chain(lm.named_parameters(), lm.named_buffers()))  # tied weights once
+            for lm in (
+                policy.lm if policy.lora is None else copy.deepcopy(policy.lora).merge_and_unload(),
+                penalty.reference.lm,
+            )
+        )
         if {name: x.shape for name, x in source.items()} != {name: x.shape for name, x in target.items()}:
             raise ValueError("the reference has other weights than the policy: only a copy of its start can follow it")
         for name, weight in target.items():

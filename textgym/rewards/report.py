@@ -62,7 +62,7 @@ class PreferenceReport:
         """
         if not pairs:
             raise ValueError("there are no pairs to measure on: give at least one")
-        scale = reward.gain if isinstance(reward, RewardModel) else 1.0
+        scale = abs(reward.gain) if isinstance(reward, RewardModel) else 1.0
         differences = score_differences(reward, pairs) / scale
         right = (differences > 0) + 0.5 * (differences == 0)
         confidence = 1 / (1 + np.exp(-np.abs(differences)))

@@ -133,7 +133,8 @@ class RewardModel:
         Ids are read in place of the texts if `share_ids_with` found the policy's tokenizer to be this model's own,
         because encoding the decoded text again need not give them back (trap 34).
         """
-        if self.shared_ids and prompt_ids is not None and completion_ids is not None:
+        plain = all(isinstance(prompt, str) for prompt in prompts)  # conversations have this model's own template
+        if self.shared_ids and plain and prompt_ids is not None and completion_ids is not None:
             pairs = zip(prompt_ids, completion_ids, strict=True)
             rows = [
                 self._closed([*(prompt if self.include_prompt else ()), *_before(completion, self._eos)])
@@ -197,12 +198,24 @@ class RewardModel:
         if not texts:
             return []
         if score_head(self.model) is None and all(isinstance(text, str) for text in texts):
-            # Encoders: their tokenizer knows where its special tokens go.
-            encoded: list[list[int]] = self.tokenizer(
-                list(texts), truncation=True, max_length=self.max_length
-            ).input_ids
-            return encoded
-        return [self._closed(ids) for ids in encode(texts, self.tokenizer)]
+            return self._encode_for_encoder(list(texts))  # type: ignore[arg-type]  # they are strings
+        rows = zip(texts, encode(texts, self.tokenizer), strict=True)
+        # A template may have written the last turn's EOS, and a line break after it.
+        return [
+            ids[-self.max_length :]
+            if not isinstance(text, str) and self._eos is not None and self._eos in ids[-2:]
+            else self._closed(ids)
+            for text, ids in rows
+        ]
+
+    def _encode_for_encoder(self, texts: list[str]) -> list[list[int]]:
+        """By its tokenizer, which knows where its special tokens go; long texts lose their beginning."""
+        side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
+        try:
+            rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+        finally:
+            self.tokenizer.truncation_side = side
+        return rows
 
     def calibrate(self, texts: Sequence[Text]) -> RewardModel:
         """Sets `gain` and `bias` such that the scores of these texts have mean 0 and deviation 1; returns itself.

@@ -16,25 +16,33 @@ from typing import Any
 
 from textgym.data.messages import Text, plain
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
-def exact_match(completions: Sequence[Text], answer: Sequence[str], **_: Any) -> list[float]:
+def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
     """1 where the completion is the column `answer`, but for white space around it.
 
     >>> exact_match([" yes", "no."], answer=["yes", "no"])
     [1.0, 0.0]
     """
-    return [float(text.strip() == wanted.strip()) for text, wanted in zip(plain(completions), answer, strict=True)]
+    return [
+        None if wanted is None else float(text.strip() == str(wanted).strip())
+        for text, wanted in zip(plain(completions), answer, strict=True)
+    ]
 
 
-def contains_all(completions: Sequence[Text], concepts: Sequence[Sequence[str]], **_: Any) -> list[float]:
+def contains_all(
+    completions: Sequence[Text], concepts: Sequence[str | Sequence[str] | None], **_: Any
+) -> list[float | None]:
     """The share of the words in the column `concepts` that the completion has, whatever their case.
 
     >>> contains_all(["The dog ran.", "Dogs"], concepts=[["dog", "run"], ["dog"]])
     [0.5, 0.0]
     """
-    return [_share_contained(text, words) for text, words in zip(plain(completions), concepts, strict=True)]
+    return [
+        None if words is None else _share_contained(text, [words] if isinstance(words, str) else words)
+        for text, words in zip(plain(completions), concepts, strict=True)
+    ]
 
 
 def json_valid(completions: Sequence[Text], **_: Any) -> list[float]:
@@ -76,10 +84,10 @@ class NumericAnswer:
 
     tolerance: float = 1e-6
 
-    def __call__(self, completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float]:
+    def __call__(self, completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
         """Scores completions."""
         return [
-            float(self._equal(last_number(a), last_number(str(b))))
+            None if b is None else float(self._equal(last_number(a), last_number(str(b))))
             for a, b in zip(plain(completions), answer, strict=True)
         ]
 
@@ -108,6 +116,10 @@ class LengthTarget:
 
     tokens: int
 
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """Scores completions."""
         return [-abs(len(ids) - self.tokens) / self.tokens for ids in completion_ids]
@@ -125,6 +137,10 @@ class SoftOverlong:
 
     max_tokens: int
     buffer: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buffer <= self.max_tokens:
+            raise ValueError(f"buffer must be from 1 to max_tokens={self.max_tokens}, got {self.buffer}")
 
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """Scores completions."""
@@ -169,23 +185,36 @@ def last_number(text: str) -> float | None:
     >>> last_number("from 1,000 to 2.5e3"), last_number("no")
     (2500.0, None)
     """
-    numbers = [match for match in NUMBER.findall(text) if any(character.isdigit() for character in match)]
+    numbers = NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _share_contained(text: str, words: Sequence[str]) -> float:
     if not words:
         return 1.0
-    found = [re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None for word in words]
+    found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None for word in words]
     return sum(found) / len(words)
 
 
-def _is_json(text: str) -> bool:
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none. NaN and Infinity are Python's, not JSON's.
+    """
+
     def refuse(constant: str) -> None:
-        raise ValueError(constant)  # NaN and Infinity are Python's, not JSON's
+        raise ValueError(f"{constant} is no JSON")
 
     try:
-        json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("the text is nested too deeply") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
     except ValueError:
         return False
     return True

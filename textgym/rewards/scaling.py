@@ -57,14 +57,21 @@ class RunningScale:
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
         return deviation if deviation > 1e-8 else 1.0
 
-    def __call__(self, scores: np.ndarray) -> tuple[np.ndarray, float]:
-        """The scores `(N,)` as they are paid, and the factor that token-level rewards among them are multiplied by."""
-        factor = 1.0
-        if self.scaling is not None:
+    def __call__(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The scores `(N,)` as they are paid, and the factors `(N,)` by which token-level rewards in them shrink.
+
+        A clipped score shrinks all its tokens, and leaves none to make up for the others.
+        """
+        factors = np.ones(len(scores))
+        if self.scaling is not None and len(scores):
             self._count(scores)
-            factor = 1 / self.deviation
-            scores = (scores - self.mean if self.scaling == "running" else scores) * factor
-        return (scores if self.clip is None else np.clip(scores, -self.clip, self.clip)), factor
+            factors /= self.deviation
+            scores = (scores - self.mean if self.scaling == "running" else scores) / self.deviation
+        if self.clip is not None:
+            clipped = np.clip(scores, -self.clip, self.clip)
+            factors *= np.divide(clipped, scores, out=np.ones_like(scores), where=scores != 0)
+            scores = clipped
+        return scores, factors
 
     def _count(self, scores: np.ndarray) -> None:
         total = self.count + len(scores)

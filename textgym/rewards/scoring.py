@@ -31,8 +31,8 @@ __all__ = ["Finished", "OnRewardError", "RewardError", "RewardSpec", "Scorer", "
 
 RewardSpec = RewardFunction | str
 OnRewardError = Literal["raise", "penalise", "skip"]
-PENALTY = -1.0
-"""What a function is taken to have given in rows where it failed, with `on_error="penalise"`."""
+PENALTY = 1.0
+"""What a failure costs with `on_error="penalise"`, times the function's weight: a value of -1 where that is above 0."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Scorer:
         weights: one for each function, 1 if not given; a function of weight 0 is only reported.
         tokenizer: the policy's; a reward model that shares it is handed ids instead of text.
         on_error: where a function breaks its contract, `"raise"`, or count it, warn once and go on: `"penalise"` takes
-            the function's value for -1, `"skip"` leaves the row out of the function.
+            the function's value for -1 (1 where its weight is negative), `"skip"` leaves the row out of the function.
         timeout: seconds that an async function has for a batch; they run beside each other.
         scaling: see `RunningScale`.
         clip: see `RunningScale`.
@@ -120,33 +120,38 @@ class Scorer:
             RewardError: a function cannot be called with what it is offered; or, with `on_error="raise"`, it raised,
                 came too late, or returned the wrong number of values, a NaN, an infinity or a non-number.
         """
-        log, state = Log(), self.trainer_state
         named = list(zip(self.names, self.functions, strict=True))
-        arguments = [arguments_for(name, function, finished, log, state) for name, function in named]
+        logs = [Log(name, len(finished)) for name in self.names]
+        arguments = [
+            arguments_for(name, function, finished, log, self.trainer_state)
+            for (name, function), log in zip(named, logs, strict=True)
+        ]
         outcomes = [
             start(name, function, given, finished, self.timeout)
             for (name, function), given in zip(named, arguments, strict=True)
         ]
         raw, errors = np.zeros(len(finished)), np.zeros(len(finished), dtype=np.int64)
         token_rewards = [np.zeros(len(ids)) for ids in finished.completion_ids]
-        any_token_level, components = False, {}
+        any_token_level, components, judged = False, {}, np.zeros(len(finished), dtype=bool)
         for name, weight, outcome in zip(self.names, self.weights, outcomes, strict=True):
-            values = self._settled(name, checked(name, outcome(), finished), errors)
+            values = self._settled(name, weight, checked(name, outcome(), finished), errors)
             components[name] = np.array([math.nan if value is None else np.sum(value) for value in values])
+            judged |= ~np.isnan(components[name]) & (weight != 0)
             raw += weight * np.nan_to_num(components[name])
             for row, value in enumerate(values):
                 if isinstance(value, np.ndarray):
                     any_token_level = True
                     token_rewards[row] += weight * value
-        score, factor = self.scale(raw)
+        score, factors = np.zeros_like(raw), np.ones_like(raw)
+        score[judged], factors[judged] = self.scale(raw[judged])  # what nobody judged is 0, and no score
         return Scores(
             raw,
             score,
-            [factor * rewards for rewards in token_rewards] if any_token_level else None,
+            [f * rewards for f, rewards in zip(factors, token_rewards, strict=True)] if any_token_level else None,
             components,
             errors,
-            {name: float(np.mean(values)) for name, values in log.metrics.items()},
-            _checked_columns(log.columns, finished),
+            {name: float(np.mean(values)) for log in logs for name, values in log.metrics.items()},
+            {name: values for log in logs for name, values in log.columns.items()},
         )
 
     def state(self) -> dict[str, Any]:
@@ -155,10 +160,11 @@ class Scorer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
-        self.scale = RunningScale(**state["scale"])
+        for name in ("count", "mean", "squares"):  # how to scale is this scorer's own
+            setattr(self.scale, name, state["scale"][name])
         self.errors.update(state["errors"])
 
-    def _settled(self, name: str, values: list[Value | RewardError], errors: np.ndarray) -> list[Value]:
+    def _settled(self, name: str, weight: float, values: list[Value | RewardError], errors: np.ndarray) -> list[Value]:
         """Values with what stands in for failed rows; counts those.
 
         Raises:
@@ -173,7 +179,7 @@ class Scorer:
             warnings.warn(f"{failed[0]} (on_reward_error={self.on_error!r}; said once, then counted)", stacklevel=2)
         self.errors[name] += len(failed)
         errors += [isinstance(value, RewardError) for value in values]
-        instead = PENALTY if self.on_error == "penalise" else None
+        instead = -math.copysign(PENALTY, weight) if self.on_error == "penalise" else None
         return [instead if isinstance(value, RewardError) else value for value in values]
 
 
@@ -187,13 +193,6 @@ def load_reward(spec: RewardSpec, device: Device = None) -> RewardFunction:
     if not callable(spec):
         raise ValueError(f"a reward is a function, a 'module:attribute' string or a reward model, got {spec!r}")
     return spec() if isinstance(spec, type) else spec
-
-
-def _checked_columns(columns: dict[str, list[Any]], finished: Finished) -> dict[str, list[Any]]:
-    for name, values in columns.items():
-        if len(values) != len(finished):
-            raise RewardError(f"log_extra({name!r}) was given {len(values)} values for {len(finished)} completions")
-    return columns
 
 
 def _unique_names(functions: list[RewardFunction]) -> list[str]:

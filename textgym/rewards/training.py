@@ -49,14 +49,10 @@ def train_reward_model(
         ValueError: no pairs, or a pair without `chosen` or `rejected`.
     """
     config = (config or RewardModelConfig()).resolved(base)
-    groups = _grouped(load_preferences(preferences))
-    if heldout is not None:
-        heldout = load_preferences(heldout)
-    else:
-        random.Random(config.seed).shuffle(groups)
-        num_heldout = min(math.ceil(config.heldout_fraction * len(groups)), len(groups) - 1)
-        heldout = [pair for group in groups[:num_heldout] for pair in group]
-        groups = groups[num_heldout:]
+    pairs = load_preferences(preferences)
+    if heldout is None:
+        pairs, heldout = split_preferences(pairs, config.heldout_fraction, config.seed)
+    groups, heldout = _grouped(pairs), load_preferences(heldout) if heldout else []
     with _seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
         model = load_classifier(base, num_layers=config.num_layers)
@@ -66,6 +62,15 @@ def train_reward_model(
         fit(reward_model.scorer, groups, reward_model.encode, config, callbacks)
         reward_model.scorer = LastTokenScorer(freeze(model))  # without the wrapping that accelerate put on
         return reward_model, pairwise_accuracy(reward_model, heldout) if heldout else math.nan
+
+
+def split_preferences(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs held out, whole groups (or prompts) on one side; at least one group is trained on."""
+    groups = _grouped(pairs)
+    random.Random(seed).shuffle(groups)
+    count = min(math.ceil(fraction * len(groups)), len(groups) - 1)
+    train, heldout = ([dict(pair) for group in part for pair in group] for part in (groups[count:], groups[:count]))
+    return train, heldout
 
 
 def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Pair]) -> float:

@@ -25,7 +25,9 @@ def lexicon_sentiment(prompts: Sequence[Text], completions: Sequence[Text], **_:
     ]
 
 
-def reasoning_gym_score(completions: Sequence[Text], entry: Sequence[Mapping[str, Any]], **_: Any) -> list[float]:
+def reasoning_gym_score(
+    completions: Sequence[Text], entry: Sequence[Mapping[str, Any] | None], **_: Any
+) -> list[float | None]:
     """The score, 0 to 1, that a task of reasoning_gym gives an answer (extra `tasks`).
 
     The column `entry` is the whole row that the task's data set made: `question`, `answer` and `metadata`.
@@ -38,7 +40,7 @@ def reasoning_gym_score(completions: Sequence[Text], entry: Sequence[Mapping[str
     except ImportError as error:
         raise ImportError("reasoning_gym_score needs reasoning-gym: pip install 'textgym[tasks]'") from error
     return [
-        float(get_score_answer_fn(row["metadata"]["source_dataset"])(text.strip(), row))
+        None if row is None else float(get_score_answer_fn(row["metadata"]["source_dataset"])(text.strip(), row))
         for text, row in zip(plain(completions), entry, strict=True)
     ]
 

@@ -113,10 +113,10 @@ class KLCallback(BaseCallback):
         log_probs = self.locals["log_probs"]
         actions, masks = self.locals["actions"].reshape(-1), self.locals.get("action_masks")
         reference = penalty.reference.log_prob(self.locals["obs_tensor"], actions, masks)
-        kl = penalty.of_log_probs(log_probs, reference, torch.ones_like(reference, dtype=torch.bool)).cpu().numpy()
-        self.kl_so_far += kl
+        kl = penalty.of_log_probs(log_probs, reference, torch.ones_like(reference, dtype=torch.bool)).cpu()
+        self.kl_so_far += kl.numpy()
         if self.pays:
-            self.locals["rewards"][:] -= penalty.coef * kl
+            self.locals["rewards"][:] -= penalty.price(kl).numpy()
 
     def _on_rollout_end(self) -> None:
         if self.penalty is None and isinstance(self.buffer, EpisodeRolloutBuffer):
@@ -185,6 +185,8 @@ class MaskRefreshCallback(BaseCallback):
 class SyncReferenceCallback(BaseCallback):
     """Moves the reference of `EpisodeRolloutBuffer` towards the policy after every so many updates.
 
+    SB3 saves no buffers, so a model that is loaded begins with the reference that it was made with.
+
     Args:
         every: updates from one move to the next.
         alpha: how far to go; see `textgym.SyncReference`.
@@ -197,6 +199,7 @@ class SyncReferenceCallback(BaseCallback):
     def __init__(self, every: int, alpha: float = 1.0, verbose: int = 0) -> None:
         super().__init__(verbose)
         self.sync = SyncReference(every, alpha)
+        self.rollouts = 0
 
     def _on_training_start(self) -> None:
         buffer = getattr(self.model, "rollout_buffer", None)
@@ -206,7 +209,6 @@ class SyncReferenceCallback(BaseCallback):
                 "rollout_buffer_kwargs={'reference': ..., 'kl_coef': ...}"
             )
         self.penalty = buffer.penalty
-        self.rollouts = 0
 
     def _on_rollout_start(self) -> None:
         if self.rollouts and self.rollouts % self.sync.every == 0:

@@ -148,7 +148,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.segment_lengths = self._measure_segments()
         if self.penalty is not None:
             kl = self._kl(self.penalty)
-            self.rewards -= np.float32(self.penalty.coef) * kl
+            self.rewards -= self.penalty.price(torch.from_numpy(kl)).numpy()
             self._count_episodes(kl, dones)
             if self.episode_kl:
                 self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))

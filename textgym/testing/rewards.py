@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.calling import Log, arguments_for, start
+from textgym.rewards.calling import Log, ReadsIds, arguments_for, start
 from textgym.rewards.checking import Value, checked
 from textgym.rewards.finished import Finished, RewardError
 from textgym.rewards.scoring import RewardSpec, load_reward
@@ -40,21 +40,23 @@ def check_reward(
     """
     function = load_reward(reward)
     name = getattr(function, "__name__", type(function).__name__)
-    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     problems: list[str] = []
+    if tokenizer is not None and isinstance(function, ReadsIds):
+        function.share_ids_with(tokenizer)
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
 
     def score(finished: Finished) -> list[Value | RewardError]:
-        arguments = arguments_for(name, function, finished, Log(), None)
+        arguments = arguments_for(name, function, finished, Log(name, len(finished)), None)
         return checked(name, start(name, function, arguments, finished, timeout)(), finished)
 
     for title, texts in _awkward_batches(tokenizer.eos_token).items():
         finished = _finished(texts, columns or {}, tokenizer)
-        before = copy.deepcopy(finished)
+        before = pickle.dumps(finished)
         try:
             problems += [f"{title}: {error}" for error in score(finished) if isinstance(error, RewardError)][:1]
         except RewardError as error:  # it cannot be called at all
             return [str(error)]
-        if finished != before:
+        if pickle.dumps(finished) != before:
             problems.append(f"{title}: it changes its arguments, which other functions read after it")
     problems += [] if problems else _inconsistencies(score, columns or {}, tokenizer)
     try:

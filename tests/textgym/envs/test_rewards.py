@@ -12,6 +12,7 @@ import torch
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.models.masks import TopKMask
+from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import byte_tokenizer, mock_lm
 
 EOS, PAD = 256, 257
@@ -121,7 +122,23 @@ def test_kl_of_a_token_is_clamped(settings: dict[str, Any]) -> None:
     assert min(paid[0]) < -0.1
     np.testing.assert_allclose(paid[1], np.clip(paid[0], -0.005, 0.005), atol=1e-7)
     with pytest.raises(ValueError, match="kl_clamp must be above 0"):
-        TextEnv(**settings, kl_clamp=-1.0)
+        TextEnv(**settings, kl_mode="exact", kl_clamp=-1.0)
+
+
+def test_what_reference_mode_cannot_do_is_refused(settings: dict[str, Any]) -> None:
+    for change in ({"kl_clamp": 1.0}, {"kl_coef": AdaptiveKL(6.0)}):
+        with pytest.raises(ValueError, match="kl_mode='reference' does not know the KL"):
+            TextEnv(**{**settings, **change})
+
+
+def test_exact_mode_tells_its_controller(settings: dict[str, Any]) -> None:
+    controller = AdaptiveKL(target=1e-6, horizon=10, coef=0.1)
+    env = TextEnv(**{**settings, "kl_coef": controller}, kl_mode="exact")
+    env.attach_policy(_Confident())
+    env.reset(seed=0)
+    write(env, [98, EOS])
+    assert env.task.penalty is not None
+    assert env.task.penalty.coef == pytest.approx(0.1 * 1.02)
 
 
 class _Confident:

@@ -111,6 +111,30 @@ def test_conversations_are_read_through_the_chat_template() -> None:
         RewardModel(model, byte_tokenizer())([prompt], [completion])
 
 
+def test_conversations_are_read_by_the_models_own_template_though_ids_are_shared() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    reward = RewardModel(classifier(), tokenizer)
+    assert reward.share_ids_with(byte_tokenizer())
+    prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
+    ids = {"prompt_ids": [[1, 2]], "completion_ids": [[3, EOS]]}
+    assert reward([prompt], [completion], **ids) == reward([prompt], [completion])
+    assert reward(["hi"], ["yo"], **ids) != reward(["hi"], ["yo"])
+
+
+def test_a_template_that_writes_eos_itself_gets_no_second_one() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("{% endfor %}", "<eos>\n{% endfor %}")
+    reward = RewardModel(classifier(), tokenizer)
+    assert reward.encode([[{"role": "user", "content": "hi"}]]) == [[*b"<u>hi", EOS, *b"\n"]]
+
+
+def test_an_encoder_loses_the_beginning_of_long_texts() -> None:
+    model = RewardModel(classifier(kind="bert", max_position_embeddings=16), byte_tokenizer(), append_eos=False)
+    assert model.encode(["x" * 30 + "the end"]) == [[*b"x" * 9, *b"the end"]]
+    assert model.tokenizer.truncation_side == "right", "as it was"
+
+
 def test_a_foreign_model_with_a_chat_template_is_read_without_a_further_eos(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE

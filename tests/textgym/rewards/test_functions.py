@@ -85,6 +85,15 @@ def test_rouge_equals_its_command_line(kind: Any, use_stemmer: bool, files: dict
     assert Rouge(kind, use_stemmer)(HYPOTHESES, references=REFERENCES) == pytest.approx(expected, abs=1e-6)
 
 
+def test_rows_without_references_are_left_out() -> None:
+    for function in (Bleu(), Chrf(), Ter(), Rouge(), Meteor()):
+        first, second, third = function(["a cat"] * 3, references=["a cat", None, []])
+        assert first is not None
+        assert (second, third) == (None, None)
+    assert Bleu().corpus(["a b c d", "x"], ["a b c d", None]) == pytest.approx(100.0)
+    assert reasoning_gym_score(["1"], entry=[None]) == [None]
+
+
 def test_rouge_takes_the_best_reference() -> None:
     best = Rouge("rouge1")(["a b c"], references=[["x y z", "a b c"]])
     assert best == [1.0]
@@ -102,6 +111,7 @@ def test_json_schema_and_grammar() -> None:
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
     texts = ['{"age": 3}', ' {"age": 3} ', '{"age": "3"}', "{}", "", '{"age": 3} x']
     assert JsonSchema(schema)(texts) == [1, 1, 0, 0, 0, 0]
+    assert JsonSchema({"type": "number"})(["NaN", "1"]) == [0, 1]
     with pytest.raises(Exception, match="'nonsense' is not valid"):
         JsonSchema({"type": "nonsense"})
     grammar = GrammarMatch('start: "a" start "b" | "ab"')  # no regular expression matches these

@@ -76,6 +76,8 @@ def test_trap_21_adaptive_controller() -> None:
     assert controller.coef == pytest.approx(0.1 * 1.02 * 0.98)
     controller.update(6.6, 100)
     assert controller.coef == pytest.approx(0.1 * 1.02 * 0.98 * 1.01)
+    controller.update(0.0, 1_000_000)  # however many episodes: a penalty never turns into a reward
+    assert controller.coef == pytest.approx(0.1 * 1.02 * 0.98 * 1.01 * 0.8)
     fixed = FixedKL(0.3)
     fixed.update(100.0, 100)
     assert fixed.coef == 0.3
@@ -90,16 +92,16 @@ def test_trap_21_threshold_controller() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
-def test_clamp_bounds_every_token(estimator: str) -> None:
+def test_clamp_bounds_what_every_token_pays_and_not_what_is_measured(estimator: str) -> None:
     policy, reference = ActorCritic.from_pretrained(mock_lm(seed=0)), mock_lm(seed=1)
     ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
     sequences = Sequences(ids, torch.tensor([3, 4, 2]), torch.tensor([9, 5, 1]))
     log_probs = policy.sequence_log_probs(sequences)
-    free, clamped = (
-        KLPenalty(reference, 0.1, estimator, clamp).of_sequences(policy, sequences, log_probs) for clamp in (None, 0.3)
-    )
-    assert free.abs().max() > 0.5
-    assert torch.equal(clamped, free.clamp(-0.3, 0.3))
+    penalty = KLPenalty(reference, 0.1, estimator, clamp=0.3)
+    kl = penalty.of_sequences(policy, sequences, log_probs)
+    assert kl.abs().max() > 0.5
+    torch.testing.assert_close(penalty.price(kl), 0.1 * kl.clamp(-0.3, 0.3))
+    torch.testing.assert_close(KLPenalty(reference, 0.1, estimator).price(kl), 0.1 * kl)
 
 
 def test_full_kl_never_holds_all_distributions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,20 @@ def test_steps_are_scored_at_the_token_that_completes_the_separator() -> None:
     assert [scores[index] for index in ends] == pytest.approx([expected[index] for index in ends], abs=1e-5)
 
 
+def test_an_end_that_adds_nothing_is_no_step() -> None:
+    reward = ProcessRewardModel(classifier(), byte_tokenizer(), separator="\n")
+    for completion, ends in (([*b"a\n", EOS], [1]), ([*b"a\nb", EOS], [1, 3]), ([*b"a", EOS], [1]), ([*b"a\n"], [1])):
+        scores = reward(prompt_ids=[[97]], completion_ids=[completion])[0]
+        assert [index for index, score in enumerate(scores) if score] == ends
+
+
+def test_long_rows_lose_their_beginning() -> None:
+    reward = ProcessRewardModel(classifier(), byte_tokenizer(), separator=None, max_length=4)
+    scores = reward(prompt_ids=[[97] * 50, [97]], completion_ids=[[98, 99], [98] * 6])
+    assert scores[0] == pytest.approx(reward(prompt_ids=[[97] * 2], completion_ids=[[98, 99]])[0], abs=1e-5)
+    assert [bool(score) for score in scores[1]] == [False, False, True, True, True, True]
+
+
 def test_a_single_output_is_taken_as_it_is() -> None:
     model = classifier(num_labels=1)
     scores = ProcessRewardModel(model, byte_tokenizer(), separator=None)(prompt_ids=[[97]], completion_ids=[[98, 99]])
@@ -80,8 +94,10 @@ def _language_model(folder: Path) -> Path:
 
 
 def test_awkward_texts() -> None:
-    problems = check_reward(ProcessRewardModel(classifier(), byte_tokenizer()))
-    assert [line for line in problems if not line.startswith("a long completion")] == []  # 128 positions are not enough
+    assert (
+        check_reward(ProcessRewardModel(classifier(), byte_tokenizer(), separator=" "), tokenizer=byte_tokenizer())
+        == []
+    )
 
 
 def test_bad_arguments() -> None:

@@ -45,6 +45,16 @@ def test_alpha_is_a_moving_average() -> None:
         torch.testing.assert_close(weight, expected[name])
 
 
+def test_tied_weights_move_once() -> None:
+    policy, penalty = ActorCritic.from_pretrained("tiny"), KLPenalty("tiny", 0.1)
+    start = penalty.reference.head.weight.clone()
+    assert penalty.reference.lm.get_input_embeddings().weight is penalty.reference.head.weight
+    with torch.no_grad():
+        policy.head.weight.add_(1.0)
+    SyncReference(every=1, alpha=0.1).sync(penalty, policy)
+    torch.testing.assert_close(penalty.reference.head.weight, start + 0.1)
+
+
 def test_trap_27_models_that_others_share_stay() -> None:
     first, second = KLPenalty("tiny", 0.1), KLPenalty("tiny", 0.1)
     assert first.reference.lm is second.reference.lm

@@ -51,6 +51,8 @@ def test_a_gain_changes_nothing() -> None:
     before = PreferenceReport.of(model, pairs)
     model.gain, model.bias = 100 * model.gain, 3.0
     after = PreferenceReport.of(model, pairs)
+    model.gain = -model.gain  # it now prefers the other
+    assert PreferenceReport.of(model, pairs).accuracy == 1 - after.accuracy
     assert after.by_confidence[0].mean == pytest.approx(before.by_confidence[0].mean, abs=1e-4)
     assert after.by_margin == []
 

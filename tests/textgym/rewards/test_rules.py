@@ -78,3 +78,19 @@ def test_json_is_strict() -> None:
 def test_repetition_counts_what_comes_again() -> None:
     assert rules.RepetitionPenalty(2)(["a b a b a b", "A b a B c"]) == [pytest.approx(2 / 5 - 1), pytest.approx(-0.25)]
     assert rules.DistinctN(2)(["one"]) == [1.0]
+
+
+def test_awkward_texts_and_columns() -> None:
+    assert rules.NumericAnswer()(["So Apple5", "the line2", "1e3", "e5"], answer=["5", "2", 1000, "5"]) == [1.0] * 4
+    assert rules.NumericAnswer()(["5"], answer=[None]) == rules.exact_match(["5"], answer=[None]) == [None]
+    assert rules.exact_match([" 5"], answer=[5]) == [1.0]
+    assert rules.contains_all(["I use C++ daily", "a dogma"], concepts=[["C++"], "dog"]) == [1.0, 0.0]
+    assert rules.contains_all(["x"], concepts=[None]) == [None]
+    assert rules.json_valid(["[" * 20_000, "[1]"]) == [0.0, 1.0]
+    for broken in (
+        lambda: rules.LengthTarget(0),
+        lambda: rules.SoftOverlong(10, 0),
+        lambda: rules.SoftOverlong(10, 11),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            broken()

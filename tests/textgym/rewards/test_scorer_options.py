@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_functions_log_metrics_and_columns(finished: Finished) -> None:
         log_extra("upper", ["one"])
         return [0.0, 1.0]
 
-    with pytest.raises(RewardError, match=r"log_extra.'upper'. was given 1 values for 2 completions"):
+    with pytest.raises(RewardError, match=r"'too_few' gave log_extra.'upper'. 1 values for 2 completions"):
         Scorer(too_few)(finished)
 
 
@@ -197,7 +198,65 @@ def test_scores_are_scaled_then_clipped_and_the_raw_ones_reported(finished: Fini
     assert scores.raw.tolist() == [4.0, -4.0]
     assert scores.score.tolist() == [0.5, -0.5]
     assert scores.token_rewards is not None
-    assert [row.tolist() for row in scores.token_rewards] == [[1.0], [0.0, 0.0, -1.0]]
+    # A clipped score shrinks its tokens, so that none has to make up for another.
+    assert [row.tolist() for row in scores.token_rewards] == [[0.5], [0.0, 0.0, -0.5]]
+
+
+def test_rows_that_nobody_judged_are_no_scores(finished: Finished) -> None:
+    def partly(completions: list[str]) -> list[float | None]:
+        return [None, 5.0]
+
+    scorer = Scorer([partly, text_length], [1.0, 0.0], scaling="running")
+    for _ in range(3):
+        scores = scorer(finished)
+    assert scores.score.tolist() == [0.0, 0.0]
+    assert (scorer.scale.count, scorer.scale.mean) == (3, 5.0)
+
+
+def test_a_failure_costs_under_a_negative_weight_too(finished: Finished) -> None:
+    scorer = Scorer(broken, [-2.0], on_error="penalise")
+    with pytest.warns(UserWarning, match="said once"):
+        assert scorer(finished).score.tolist() == [-2.0, -2.0]
+
+
+def test_functions_have_lists_of_their_own(finished: Finished) -> None:
+    def spoils(completions: list[str]) -> list[float]:
+        completions.clear()
+        return [0.0, 0.0]
+
+    assert Scorer([spoils, text_length])(finished).score.tolist() == [2.0, 5.0]
+
+
+def test_an_async_function_that_blocks_is_given_up(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textgym.rewards.calling.GRACE", 0.05)
+
+    async def blocks(completions: list[str]) -> list[float]:
+        time.sleep(1.0)
+        return [0.0, 0.0]
+
+    started = time.perf_counter()
+    with pytest.raises(RewardError, match=r"'blocks' did not answer within 0.05 s"):
+        Scorer(blocks, timeout=0.05)(finished)
+    assert time.perf_counter() - started < 0.9
+
+
+def test_an_async_function_that_exits_does_not_take_the_loop_with_it(finished: Finished) -> None:
+    async def leaves(completions: list[str]) -> list[float]:
+        raise SystemExit(3)
+
+    async def works(completions: list[str]) -> list[float]:
+        return [1.0, 2.0]
+
+    with pytest.raises(RewardError, match=r"'leaves' raised RuntimeError: SystemExit"):
+        Scorer(leaves, timeout=5.0)(finished)
+    assert Scorer(works, timeout=5.0)(finished).score.tolist() == [1.0, 2.0]
+
+
+def test_how_to_scale_is_not_resumed(finished: Finished) -> None:
+    first, second = Scorer(text_length, scaling="running"), Scorer(text_length, clip=1.0)
+    first(finished)
+    second.load_state(first.state())
+    assert (second.scale.scaling, second.scale.clip, second.scale.count) == (None, 1.0, 2)
 
 
 def test_state_goes_on_where_it_stopped(finished: Finished) -> None:

@@ -121,8 +121,9 @@ def test_reward_model_by_name_reads_ids_of_its_own_tokenizer(finished: Finished)
         torch.tensor([1, 0.5], requires_grad=True),
         torch.tensor([1, 0.5], dtype=torch.bfloat16),
         [torch.tensor(1.0), np.float32(0.5)],
+        [[torch.tensor(1.0)], [np.float32(0.5), torch.tensor(0.0), 0]],
     ],
-    ids=["ints", "tuple", "array", "float32", "tensor", "bfloat16", "scalars"],
+    ids=["ints", "tuple", "array", "float32", "tensor", "bfloat16", "scalars", "scalars of tokens"],
 )
 def test_numbers_of_any_kind(values: Any, finished: Finished) -> None:
     assert scores_of(values, finished).score.tolist() == [1.0, 0.5]
@@ -206,6 +207,8 @@ SECOND = r"row 1 \(prompt '3 \+ 4 =', completion ' 8 or'\)"
         (torch.tensor([0.0, torch.nan]), f"returned nan, not a finite number, for {SECOND}"),
         ([0.0, "1.0"], f"returned '1.0', not a finite number, for {SECOND}"),
         ([0.0, {}], rf"returned \{{\}}, not a finite number, for {SECOND}"),
+        ([0.0, 10**400], f"returned 1000*, not a finite number, for {SECOND}"),
+        ([0.0, torch.zeros((), device="meta")], f"returned a Tensor that cannot be read .* for {SECOND}"),
         ([0.0, 1j], f"returned 1j, not a finite number, for {SECOND}"),
         ([[0.0], [1.0, 2.0]], f"returned 2 token-level rewards for the 3 completion tokens of {SECOND}"),
         ([[], [1.0, 2.0, 3.0]], f"returned 0 token-level rewards for the 1 completion tokens of {FIRST}"),

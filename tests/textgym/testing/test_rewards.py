@@ -78,9 +78,9 @@ def only_latin(completions: list[str]) -> list[float]:
     return [float(len(text.encode("ascii"))) for text in completions]
 
 
-def sorts(completions: list[str]) -> list[float]:
-    completions.sort()
-    return [0.0] * len(completions)
+def spoils(completion_ids: list[list[int]]) -> list[float]:
+    completion_ids[0].clear()
+    return [0.0] * len(completion_ids)
 
 
 def ranks(completions: list[str]) -> list[float]:
@@ -110,7 +110,7 @@ def wants_more(completions: list[str], grade: list[float]) -> list[float]:
         (divides, "empty completion: reward function 'divides' raised ZeroDivisionError"),
         (drops_rows, "white space: reward function 'drops_rows' must return a list of 2 values"),
         (only_latin, "many scripts: reward function 'only_latin' raised UnicodeEncodeError"),
-        (sorts, "it changes its arguments"),
+        (spoils, "it changes its arguments"),
         (ranks, "it gives a row another score alone than in a batch"),
         (by_place, "it gives a row another score when the batch is in another order"),
         (wavers, "it gives other scores when it is called again"),
