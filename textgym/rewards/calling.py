@@ -8,14 +8,26 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 from textgym.rewards.finished import Finished, RewardError
 
 RewardFunction = Callable[..., Any]
-Outcome = Callable[[], Any]
-"""Waits for what a function returned, or for the `RewardError` it came to."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A call of a reward function, under way or over.
+
+    Attributes:
+        wait: waits for what it returned, or for the `RewardError` it came to.
+        cancel: calls it off; nothing happens if it is over.
+    """
+
+    wait: Callable[[], Any]
+    cancel: Callable[[], Any] = lambda: None
 
 
 @runtime_checkable
@@ -116,9 +128,10 @@ def start(
     try:
         result = function(**arguments)
         if not inspect.isawaitable(result):
-            return lambda: result
+            return Outcome(lambda: result)
     except Exception as error:
-        return _failed(name, error, finished)
+        failure = _failed(name, error, finished)
+        return Outcome(lambda: failure)
     answer = asyncio.run_coroutine_threadsafe(_in_time(result, timeout), _background_loop(os.getpid()))
 
     def waited_for() -> Any:
@@ -126,14 +139,14 @@ def start(
             return answer.result(None if timeout is None else timeout + GRACE)
         except (_TooLate, TimeoutError) as error:
             if isinstance(error, TimeoutError) and answer.done():
-                return _failed(name, error, finished)()  # the function's own
+                return _failed(name, error, finished)  # the function's own
             answer.cancel()  # it blocks the loop, or waits past its time
             late = f"reward function {name!r} did not answer within {timeout:g} s for {len(finished)} rows"
             return RewardError(f"{late}, the first being {finished.row(0)}: raise reward_timeout?")
         except Exception as error:
-            return _failed(name, error, finished)()
+            return _failed(name, error, finished)
 
-    return waited_for
+    return Outcome(waited_for, answer.cancel)
 
 
 GRACE = 1.0
@@ -164,12 +177,12 @@ def _background_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _failed(name: str, cause: Exception, finished: Finished) -> Outcome:
+def _failed(name: str, cause: Exception, finished: Finished) -> RewardError:
     error = cause
-    if not isinstance(cause, RewardError):
+    if not isinstance(error, RewardError):
         error = RewardError(
             f"reward function {name!r} raised {type(cause).__name__}: {cause} while scoring {len(finished)} rows, "
             f"the first being {finished.row(0)}"
         )
         error.__cause__ = cause
-    return lambda: error
+    return error

@@ -134,7 +134,12 @@ class Scorer:
         token_rewards = [np.zeros(len(ids)) for ids in finished.completion_ids]
         any_token_level, components, judged = False, {}, np.zeros(len(finished), dtype=bool)
         for name, weight, outcome in zip(self.names, self.weights, outcomes, strict=True):
-            values = self._settled(name, weight, checked(name, outcome(), finished), errors)
+            try:
+                values = self._settled(name, weight, checked(name, outcome.wait(), finished), errors)
+            except RewardError:
+                for other in outcomes:
+                    other.cancel()
+                raise
             components[name] = np.array([math.nan if value is None else np.sum(value) for value in values])
             judged |= ~np.isnan(components[name]) & (weight != 0)
             raw += weight * np.nan_to_num(components[name])

@@ -47,7 +47,7 @@ def check_reward(
 
     def score(finished: Finished) -> list[Value | RewardError]:
         arguments = arguments_for(name, function, finished, Log(name, len(finished)), None)
-        return checked(name, start(name, function, arguments, finished, timeout)(), finished)
+        return checked(name, start(name, function, arguments, finished, timeout).wait(), finished)
 
     for title, texts in _awkward_batches(tokenizer.eos_token).items():
         finished = _finished(texts, columns or {}, tokenizer)

@@ -15,6 +15,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import textgym
 from textgym.envs.text import TextEnv
+from textgym.envs.vector import TextVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
@@ -97,6 +98,26 @@ def test_stop_ids_and_stop_strings(settings: dict[str, Any]) -> None:
         _, reward, _, _, info = env.step(ord(letter))
     assert info["ended_by_stop"] is True
     assert reward == 3.0
+
+
+def test_trap_09_a_generation_config_of_the_model_stops_nothing(settings: dict[str, Any]) -> None:
+    """What ends a row is the environment's: not what the model's own generation config takes for an end."""
+    lm = mock_lm()
+    lm.generation_config.eos_token_id = [token for token in range(258) if token != EOS]
+    lm.config.eos_token_id = 97
+    policy = ActorCritic(lm)
+    policy.seed(0)
+    envs = TextVectorEnv(64, **{**settings, "reference": lm}, array="torch", autoreset_mode="Disabled")
+    observation, _ = envs.reset(seed=0)
+    alive = torch.ones(64, dtype=torch.bool)
+    for step in range(5):
+        actions = policy.act(observation).action
+        observation, _, terminated, _, infos = envs.step(actions)
+        assert torch.equal(terminated, alive & ((actions == EOS) | torch.tensor(step == 4)))
+        alive &= ~terminated
+    by_length = (actions != EOS) & torch.as_tensor(infos["_ended_by_stop"])
+    assert by_length.sum() > 30
+    assert not infos["ended_by_stop"][by_length.numpy()].any()
 
 
 def test_min_new_tokens_masks_the_stop_tokens(settings: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,22 @@ def test_async_functions_of_a_batch_run_beside_each_other(finished: Finished) ->
         return [2.0, 2.0]
 
     assert Scorer([first, text_length, second], timeout=20.0)(finished).score.tolist() == [5.0, 8.0]
+
+
+def test_when_one_function_fails_the_others_are_called_off(finished: Finished) -> None:
+    called_off = threading.Event()
+
+    async def waits(completions: list[str]) -> list[float]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            called_off.set()
+            raise
+        return [0.0, 0.0]
+
+    with pytest.raises(RewardError, match="'half_broken' returned nan"):
+        Scorer([half_broken, waits])(finished)
+    assert called_off.wait(timeout=10)
 
 
 def test_async_functions_share_one_loop_between_calls(finished: Finished) -> None:
