@@ -78,6 +78,23 @@ def clipped_policy_loss(
     return _policy_loss(-objective, log_ratio, mask, clip_fraction, weights)
 
 
+def sequence_policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> PolicyLoss:
+    """PPO's clipped surrogate with a whole episode as one action, a mean over episodes.
+
+    L = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)] with r = prod_t pi(a_t | s_t) / pi_old(a_t | s_t), so that one text
+    has one ratio (Ahmadian et al., 2024, section 3). `advantages` are `(N,)`.
+    """
+    log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
+    ratio = log_ratio.sum(1).exp()  # (N,)
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    with torch.no_grad():
+        clip_fraction = (clipped < plain).float().mean()
+        approx_kl = masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
+    return PolicyLoss(-torch.minimum(plain, clipped).mean(), approx_kl, clip_fraction, ratio.detach().mean())
+
+
 def penalty_policy_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, beta: float
 ) -> PolicyLoss:

@@ -7,8 +7,8 @@ The score of an episode, KL penalty taken off, is compared with the mean of the 
     A_i = R_i - 1/(k - 1) sum_{j != i} R_j
 
 which needs no critic and is unbiased. With `normalise="batch"` advantages are scaled over the whole rollout as well
-(Hu, 2025, "REINFORCE++", with its group baseline). All tokens of an episode share its advantage. Ratios are clipped as
-in PPO, which has an effect from a second epoch or minibatch on.
+(Hu, 2025, "REINFORCE++", with its group baseline). An episode is one action with one ratio, clipped as in PPO, which
+has an effect from a second epoch or minibatch on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from textgym.models.actor_critic import Evaluation
 
 from .advantages import masked_mean, whiten
 from .group import GroupAgent, GroupConfig
-from .losses import clipped_policy_loss
+from .losses import per_episode, sequence_policy_loss
 from .on_policy import OnPolicyConfig
 from .rollout import Rollout
 from .surrogate import Batch, Targets
@@ -53,13 +53,11 @@ class RLOO(GroupAgent):
         return Targets(whiten(advantages, rollout.mask) if self.config.normalise == "batch" else advantages)
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate, summed over the tokens of an episode and averaged over episodes."""
+        """The clipped surrogate of whole episodes, whose tokens share one advantage."""
         config, mask = self.config, batch.mask
-        weights = mask / len(batch)
-        policy = clipped_policy_loss(
-            new.log_prob, batch.log_probs, batch.advantages, mask, config.clip_range, weights=weights
-        )
-        entropy = (weights * new.entropy).sum()
+        advantages = batch.advantages[:, 0]
+        policy = sequence_policy_loss(new.log_prob, batch.log_probs, advantages, mask, config.clip_range)
+        entropy = per_episode(new.entropy, mask)
         return policy.loss - config.entropy_coef * entropy, {
             "policy/approxkl_avg": policy.approx_kl,
             "policy/clipfrac_avg": policy.clip_fraction,

@@ -51,7 +51,7 @@ class Args:
     vocab_size: int = 8
     horizon: int = 3
     episodes: int = 65_536
-    table_learning_rate: float = 0.05
+    table_learning_rate: float = 0.02
     transformer_learning_rate: float = 3e-3
     jobs: int = 1
     output: Path | None = None

@@ -1,0 +1,57 @@
+"""GRPO's and RLOO's losses equal TRL 1.16's own numbers, recorded by scripts/record_trl_group_losses.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from textgym.agents import GRPO, RLOO, GRPOConfig, RLOOConfig
+from textgym.agents.surrogate import Batch
+from textgym.models.actor_critic import Evaluation
+from textgym.models.sequences import Sequences
+from textgym.rewards.kl import KLPenalty
+from textgym.testing import mock_lm
+
+TRL = json.loads(Path(__file__).with_name("trl_group_losses.json").read_text())
+NEW, OLD, REFERENCE = (torch.tensor(TRL[name]) for name in ("new", "old", "reference"))
+LENGTHS = torch.tensor(TRL["lengths"])
+
+
+@pytest.fixture
+def batch() -> Batch:
+    width = NEW.shape[1]
+    sequences = Sequences(torch.zeros(4, 1 + width, dtype=torch.long), torch.ones_like(LENGTHS), LENGTHS)
+    advantages = torch.where(sequences.mask, torch.tensor(TRL["advantages"])[:, None], 0.0)
+    return Batch(sequences, OLD, torch.zeros_like(OLD), advantages, torch.zeros_like(OLD), torch.arange(4))
+
+
+def loss_of(kind: Any, config: Any, batch: Batch, beta: float = 0.0) -> float:
+    """The loss of an agent that was made of what the loss needs alone."""
+    agent = kind.__new__(kind)
+    agent.config = config
+    agent.penalty = KLPenalty(mock_lm(), beta)
+    agent.reference_log_probs = REFERENCE if beta else None
+    episodes = SimpleNamespace(max_new_tokens=TRL["longest"])
+    agent.envs = SimpleNamespace(unwrapped=SimpleNamespace(task=SimpleNamespace(episodes=episodes)))
+    return float(agent.loss(Evaluation(NEW, torch.zeros_like(NEW), torch.zeros_like(NEW)), batch)[0])
+
+
+@pytest.mark.parametrize("case", TRL["grpo"], ids=lambda case: f"{case['loss_type']}, {case['beta']}, {case['exact']}")
+def test_grpo(case: dict[str, Any], batch: Batch) -> None:
+    config = GRPOConfig(
+        loss_type=case["loss_type"],
+        clip_range_high=0.28,
+        kl_in="loss",
+        kl_gradient="exact" if case["exact"] else "k3",
+    )
+    assert TRL["trl"] == "1.16.0"
+    assert loss_of(GRPO, config, batch, case["beta"]) == pytest.approx(case["loss"], abs=1e-6)
+
+
+def test_rloo(batch: Batch) -> None:
+    assert loss_of(RLOO, RLOOConfig(), batch) == pytest.approx(TRL["rloo"], abs=1e-6)
