@@ -68,7 +68,7 @@ class NLPO(PPO):
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """The KL of the masked distributions, `(N, T)`."""
         if self.penalty.estimator == "full":
-            raise ValueError("NLPO estimates the KL from what was drawn within the mask: use kl_estimator 'k1' or 'k3'")
+            raise ValueError("NLPO estimates the KL from what was drawn within the mask: use kl_estimator 'k1'")
         reference = torch.zeros_like(rollout.log_probs)
         for rows in torch.arange(len(rollout), device=reference.device).split(CHUNK):
             sequences = rollout.sequences[rows]

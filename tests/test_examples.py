@@ -101,6 +101,7 @@ def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str])
     assert AutoModelForCausalLM.from_pretrained(working_folder / "policy").config.vocab_size == 2048
 
 
+@pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # MaskablePPO says what its KL is
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("sb3_")])
 def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Stock algorithms, each in a file of at most 40 lines."""

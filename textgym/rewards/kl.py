@@ -24,6 +24,9 @@ def estimate_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estim
     With d = log pi - log pi_ref (Schulman, "Approximating KL divergence", 2020): `k1` = d, unbiased and of either sign;
     `k2` = d^2 / 2, biased with low variance; `k3` = exp(-d) - 1 + d, unbiased and never negative.
 
+    As a part of the reward, whose own gradient nobody takes, `k1` alone pushes like the KL that it estimates: the
+    gradients of the others' means, and of the full sum's, have a second part that is lost there.
+
     Raises:
         ValueError: `"full"`, which needs the distributions and not only the log-probs of what was drawn.
     """
@@ -184,7 +187,7 @@ def warn_of_filter(action_mask: object | None, estimator: Estimator) -> None:
     if isinstance(action_mask, ModelMask) and estimator == "k1":
         warnings.warn(
             f"sampling is filtered by {type(action_mask).__name__} and the KL estimator is 'k1': the penalty is that "
-            "between the filtered policy and the filtered reference, and may be small while the models are far apart. "
-            "kl_estimator='k3' has less noise and never is negative; compare with the KL of unfiltered samples",
+            "between the filtered policy and the filtered reference, which does not see the tokens that the filter "
+            "takes away. Compare it with the KL of unfiltered samples before you trust it",
             stacklevel=3,
         )

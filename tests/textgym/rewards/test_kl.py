@@ -31,7 +31,8 @@ def test_trap_19_gradients_of_the_estimators_as_losses() -> None:
     """Expected gradients of estimates differentiated at fixed samples, by the logits of a softmax policy.
 
     k1's is zero: as a loss it does nothing. k2's is the gradient of KL(pi, pi_ref), k3's that of KL(pi_ref, pi). As a
-    reward, where the score function is differentiated and not the estimate, k1 has the gradient of KL(pi, pi_ref).
+    reward, where the score function is differentiated and not the estimate, k1 has the gradient of KL(pi, pi_ref), and
+    k3 has not.
     """
     logits = P.log().clone().requires_grad_(True)
     log_p = logits.log_softmax(-1)
@@ -47,6 +48,8 @@ def test_trap_19_gradients_of_the_estimators_as_losses() -> None:
     torch.testing.assert_close(as_loss["k3"], reverse, atol=1e-6, rtol=0)
     as_reward = gradient((P * estimate_kl(P.log(), Q.log(), "k1") * log_p).sum())
     torch.testing.assert_close(as_reward, forward, atol=1e-6, rtol=0)
+    k3_as_reward = gradient((P * estimate_kl(P.log(), Q.log(), "k3") * log_p).sum())
+    assert (k3_as_reward - forward).abs().max() > 0.01, "which is why k1 is the default"
     assert (forward - reverse).abs().max() > 0.01
 
 
