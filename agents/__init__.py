@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .a2c import A2C, A2CConfig
+from .expert_iteration import ExpertIteration, ExpertIterationConfig
 from .grpo import GRPO, GRPOConfig
 from .nlpo import NLPO, NLPOConfig
 from .ppo import PPO, PPOConfig
@@ -17,6 +18,8 @@ __all__ = [
     "REINFORCE",
     "RLOO",
     "A2CConfig",
+    "ExpertIteration",
+    "ExpertIterationConfig",
     "GRPOConfig",
     "NLPOConfig",
     "PPOConfig",

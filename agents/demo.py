@@ -107,20 +107,24 @@ def improve(
 
 
 def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
-    """The policy before training, its critic a copy of the reward model, and the frozen reference.
+    """The policy before training and the frozen reference, on whose samples the reward's scores are calibrated."""
+    calibrate(reward, ActorCritic.from_pretrained(config.model), config)
+    reward.save_pretrained(reward_folder)
+    policy = with_critic(config, reward, reward_folder)
+    return policy, policy.reference()
+
+
+def with_critic(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> ActorCritic:
+    """The policy before training, its critic a copy of the reward model, which was saved in `reward_folder`.
 
     What the reward model says of a text so far is a first guess at what it will say of the whole, so a critic that
-    starts as its copy is of use at once. Its scores are calibrated here: mean 0 and deviation 1 on the reference's own
-    samples.
+    starts as its copy is of use at once.
     """
-    policy = ActorCritic.from_pretrained(config.model)
-    calibrate(reward, policy, config)
-    reward.save_pretrained(reward_folder)
     policy = ActorCritic.from_pretrained(config.model, critic=str(reward_folder))
     with torch.no_grad():
         policy.value_head.weight.copy_(reward.gain * reward.model.score.weight)
         policy.value_head.bias.fill_(reward.bias)
-    return policy, policy.reference()
+    return policy
 
 
 def learn_reward(

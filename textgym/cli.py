@@ -26,7 +26,7 @@ import torch
 import tyro
 from rich.text import Text
 
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, PPOConfig
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, generate, measure
@@ -50,6 +50,7 @@ AGENTS: dict[str, type[OnPolicyAgent]] = {
     "reinforce": REINFORCE,
     "rloo": RLOO,
     "grpo": GRPO,
+    "expert-iteration": ExpertIteration,
 }
 
 
@@ -59,7 +60,7 @@ class Train:
 
     output_dir: Path
     """Where the run folder is written."""
-    agent: Literal["ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo"] = "ppo"
+    agent: Literal["ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration"] = "ppo"
     """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
     env: str = "textgym/Sentiment-v0"
     """Id of the environment."""

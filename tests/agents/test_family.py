@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from textgym import agents
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
 from textgym.agents.rollout import collect, merge
 from textgym.agents.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
@@ -33,6 +33,7 @@ AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "loss_type": "grpo"}),
     "rloo": (RLOO, GROUPS),
     "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
+    "expert iteration": (ExpertIteration, GROUPS),
 }
 
 
@@ -255,6 +256,24 @@ def test_grpo_leaves_groups_without_spread_out_and_counts_them() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in nothing.policy.state_dict().items())
 
 
+@pytest.mark.parametrize("min_score", [None, 1.0])
+def test_expert_iteration_imitates_the_best_of_each_group(min_score: float | None) -> None:
+    agent = make_agent("expert iteration", make_envs(kl_coef=0.0), keep=2, min_score=min_score)
+    seen: list[torch.Tensor] = []
+    evaluate = agent.evaluate
+    agent.evaluate = lambda batch: (seen.append(batch.indices), evaluate(batch))[1]  # type: ignore[method-assign]
+    rollout = merge([agent.collect() for _ in range(2)])
+    metrics = agent.update(rollout, torch.zeros_like(rollout.log_probs))
+    scores = rollout.scores.view(-1, 4)
+    second = scores.sort(1, descending=True).values[:, 1:2]
+    for index in torch.cat(seen).tolist():
+        assert scores[index // 4, index % 4] >= second[index // 4, 0]
+        assert min_score is None or scores[index // 4, index % 4] >= min_score
+    at_least = scores >= (0.0 if min_score is None else min_score)
+    expected = at_least.sum(1).clamp(max=2).sum()
+    assert metrics["val/kept"] * 32 == sum(map(len, seen)) == expected
+
+
 def test_nlpo_wide_open_is_ppo() -> None:
     vectors = []
     for name, changes in (("ppo", {}), ("nlpo", {"top_p": 1.0})):
@@ -308,6 +327,7 @@ def test_trap_41_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, 
         (lambda: agents.A2CConfig(minibatch_size=4), "one step only"),
         (lambda: agents.A2CConfig(n_steps=0), "n_steps must be at least 1"),
         (lambda: agents.PPOConfig(dual_clip=0.5), "dual_clip must be above 1"),
+        (lambda: agents.ExpertIterationConfig(keep=9), "keep must be from 1 to group_size=8"),
         (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "0 <= kl_min < kl_max"),
         (lambda: agents.NLPOConfig(mask_update_interval=0), "mask_update_interval must be at least 1"),
         (lambda: make_agent("grpo", group_size=5), "divide num_envs=16"),
