@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import gymnasium as gym
 import torch
 from gymnasium.vector import AutoresetMode
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
@@ -25,6 +26,7 @@ from textgym.rewards.reference import own_copy
 
 from .rollout import Rollout, collect, merge
 
+TENSORS = "tensors.safetensors"
 Metrics = dict[str, float]
 Callback = Callable[["OnPolicyAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
@@ -160,13 +162,15 @@ class OnPolicyAgent(ABC):
 
     def apply_gradients(self) -> float:
         """One optimiser step with the gradient's norm clipped; returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
         self.optimizer.step()
         return float(norm)
 
     def _anneal(self) -> None:
         left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * left
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * left
 
     def _describe(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Figures of the episodes; sums over tokens are averaged over sequences (trap 20)."""
@@ -214,6 +218,14 @@ class OnPolicyAgent(ABC):
         """Goes on from what `training_state` gave."""
         assert not state, "an algorithm that saves something loads it"
 
+    def training_tensors(self) -> dict[str, Tensor]:
+        """The same for tensors."""
+        return {}
+
+    def load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Goes on from what `training_tensors` gave."""
+        assert not tensors, "an algorithm that saves something loads it"
+
     def frozen_models(self) -> dict[str, TokenModel]:
         """Models that are saved with the agent because they are nowhere else to be found."""
         task = self.envs.unwrapped.task
@@ -253,6 +265,7 @@ class OnPolicyAgent(ABC):
         with atomic_folder(folder) as temporary:
             self.policy.save_pretrained(temporary / "policy", task.tokenizer)
             torch.save(state, temporary / "state.pt")
+            save_file({name: x.detach().clone() for name, x in self.training_tensors().items()}, temporary / TENSORS)
             for name, model in self.frozen_models().items():
                 model.lm.save_pretrained(temporary / name)
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
@@ -291,6 +304,7 @@ class OnPolicyAgent(ABC):
                 agent.take_frozen_model(part.name, model)
         envs.unwrapped.task.scorer.load_state(meta["scorer"])
         agent.load_training_state(meta["agent"])
+        agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
         return agent

@@ -1,49 +1,98 @@
-"""How near agents come to the exact optimum of the KL-regularised objective, where it is known by enumeration.
+"""How near agents come to the exact optimum, where it is known by enumeration.
 
-    python benchmarks/optimality.py                              # all agents on dense rewards, five seeds
+    python benchmarks/optimality.py --jobs 2                          # all agents, dense rewards, five seeds
     python benchmarks/optimality.py --rewards sparse --betas 0.2
-    python benchmarks/optimality.py --agents ppo grpo --seeds 0 --models transformer
+    python benchmarks/optimality.py --agents ppo soft-q --seeds 0 --models transformer
+    python benchmarks/optimality.py --hard                            # the text of the highest reward, beta = 0
 
 For each agent, reward and beta: the share of the gap from the reference to the optimum that it closed, the KL from its
-policy to the optimal one, and the episodes after which it had closed 95%. See `textgym.testing.ExactTask`.
+policy to the optimal one, and the episodes after which it had closed 95%. See `textgym.testing.ExactTask`. `--hard`
+takes the KL penalty away and judges agents that learn values by the text that they write greedily: how far from the
+reference's mean reward to the highest one it is.
+
+Each agent has one setting for all tasks of a model; what differs from the defaults is in `METHODS`. Of stock SB3 PPO
+and A2C are compared on the first kind of task, DQN on the second.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
+import stable_baselines3
 import torch
 import tyro
 
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO
+from textgym import sb3
+from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, DPOConfig, ExpertIteration, Pathwise
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask
 
 GROUPS = {"group_size": 16, "num_epochs": 2, "minibatch_size": 64}
 PPO_SETTINGS = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
-AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ppo": (PPO, PPO_SETTINGS),
-    "ppo-penalty": (PPO, {**PPO_SETTINGS, "variant": "penalty"}),
-    "nlpo": (NLPO, {**PPO_SETTINGS, "top_p": 1.0}),
-    "grpo": (GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
-    "rloo": (RLOO, GROUPS),
-    "reinforce": (REINFORCE, {"baseline": "learned"}),
-    "a2c": (A2C, {}),
+OFF_POLICY = {"adam_epsilon": 1e-8, "epsilon_end": 0.5, "exploration_temperature": 4.0}
+GREEDY = {**OFF_POLICY, "backup": "greedy"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An agent and its settings: a class of ours, or the name of one of SB3's."""
+
+    kind: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: int = 256
+    """Episodes in an update."""
+    learning_rate: float = 0.02
+    """Of the table."""
+    transformer: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 3e-3})
+    """Settings of the transformer."""
+
+
+METHODS = {
+    "ppo": Method(PPO, PPO_SETTINGS),
+    "ppo-penalty": Method(PPO, {**PPO_SETTINGS, "variant": "penalty"}),
+    "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}),
+    "grpo": Method(GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
+    "rloo": Method(RLOO, GROUPS),
+    "reinforce": Method(REINFORCE, {"baseline": "learned"}, rows=64),
+    "a2c": Method(A2C, {}, rows=64),
+    "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
+    "expert-iteration": Method(ExpertIteration, GROUPS),
+    "dpo": Method(DPO),
+    "sb3-ppo": Method("PPO"),
+    "sb3-a2c": Method("A2C"),
 }
-ROWS = {"reinforce": 64, "a2c": 64}
-"""Episodes in an update; agents that take one step from each do better with more and smaller ones."""
+HARD = {
+    "dqn": Method(DQN, GREEDY, rows=64),
+    "double": Method(DQN, {**GREEDY, "double": True}, rows=64),
+    "not dueling": Method(DQN, {**GREEDY, "dueling": False}, rows=64),
+    "n-step": Method(DQN, {**GREEDY, "n_steps": 2}, rows=64),
+    "noisy": Method(DQN, {**GREEDY, "noisy": True}, rows=64),
+    "quantiles": Method(DQN, {**GREEDY, "n_quantiles": 8}, rows=64),
+    "prioritised": Method(DQN, {**GREEDY, "prioritised": True}, rows=64),
+    "double + prioritised + quantiles": Method(
+        DQN, {**GREEDY, "double": True, "prioritised": True, "n_quantiles": 8}, rows=64
+    ),
+    "pathwise": Method(Pathwise, {**OFF_POLICY, "relaxation_temperature": 4.0}, rows=64, learning_rate=0.05),
+    "sb3-dqn": Method("DQN"),
+}
 
 
 @dataclass
 class Args:
-    agents: tuple[str, ...] = tuple(AGENTS)
+    hard: bool = False
+    """No KL penalty: agents that learn values, judged by their greedy text."""
+    agents: tuple[str, ...] = ()
+    """Names from `METHODS`, or with --hard from `HARD`; all of them if not given."""
     rewards: tuple[Literal["dense", "sparse", "deceptive"], ...] = ("dense",)
     betas: tuple[float, ...] = (0.2, 0.5, 1.0)
     models: tuple[Literal["table", "transformer"], ...] = ("table",)
@@ -51,69 +100,162 @@ class Args:
     vocab_size: int = 8
     horizon: int = 3
     episodes: int = 65_536
-    table_learning_rate: float = 0.02
-    transformer_learning_rate: float = 3e-3
+    settings: str = "{}"
+    """Further settings of the agents, as JSON, for trying them out."""
     jobs: int = 1
     output: Path | None = None
     """A JSON file for the figures of each run."""
 
+    @property
+    def methods(self) -> dict[str, Method]:
+        known = HARD if self.hard else METHODS
+        return {name: known[name] for name in self.agents or known}
 
-def run(args: Args, agent: str, reward: Any, beta: float, model: Any, seed: int) -> dict[str, float]:
+
+@dataclass
+class Run:
     """One agent on one task."""
-    torch.set_num_threads(1)
-    task = ExactTask(args.vocab_size, args.horizon, reward, model, seed)
-    optimum = task.optimum(beta)
-    kind, settings = AGENTS[agent]
-    rows = ROWS.get(agent, 256)
-    envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **task.env_kwargs(beta))
-    learning_rate = args.table_learning_rate if model == "table" else args.transformer_learning_rate
-    config = kind.config_class(episodes_per_update=rows, learning_rate=learning_rate, seed=seed, **settings)
-    policy = ActorCritic.from_pretrained(task.language_model(), critic="separate")
-    reached = float("nan")
+
+    args: Args
+    method: Method
+    task: ExactTask
+    beta: float
+    model: str
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the agent; rows come last."""
+        own = {"learning_rate": self.method.learning_rate} if self.model == "table" else self.method.transformer
+        return {**self.method.settings, **own, **json.loads(self.args.settings)}
+
+    def gap_closed(self, policy: ActorCritic) -> float:
+        optimum = self.task.optimum(self.beta)
+        if self.args.hard:
+            start = optimum.objective(self.task.log_reference)
+            return float((self.task.greedy_reward(policy) - start) / (self.task.rewards.max() - start))
+        return optimum.gap_closed(self.task.log_probs(policy))
+
+
+def online(run: Run) -> tuple[ActorCritic, float]:
+    """One of our own agents; the policy, and the episodes after which it had closed 95% of the gap."""
+    settings = run.settings
+    rows = settings.pop("rows", run.method.rows)
+    envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **run.task.env_kwargs(run.beta))
+    policy = ActorCritic.from_pretrained(run.task.language_model(), critic="separate")
+    kind, reached = run.method.kind, math.nan
+    agent = kind(policy, envs, kind.config_class(episodes_per_update=rows, seed=run.seed, **settings))
 
     def watch(learner: Any, metrics: dict[str, float]) -> None:
         nonlocal reached
-        if reached != reached and learner.updates % 4 == 0 and optimum.gap_closed(task.log_probs(policy)) >= 0.95:
+        if math.isnan(reached) and learner.updates % 4 == 0 and run.gap_closed(policy) >= 0.95:
             reached = learner.episodes
 
-    kind(policy, envs, config).learn(args.episodes, [watch])
-    log_probs = task.log_probs(policy)
-    return {
-        "gap_closed": optimum.gap_closed(log_probs),
-        "kl_to_optimum": optimum.kl_from(log_probs),
-        "episodes_to_95": reached,
-        "updates_to_95": reached / rows,
-    }
+    agent.learn(run.args.episodes, [watch])
+    return policy, reached
+
+
+def stock(run: Run) -> tuple[ActorCritic, float]:
+    """One of SB3's own, unmodified."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    task, steps = run.task, run.args.episodes * run.task.horizon
+    learning_rate = run.settings["learning_rate"]
+    with tempfile.TemporaryDirectory() as folder:
+        task.language_model().save_pretrained(folder)
+        arguments = task.env_kwargs(run.beta)
+        if run.method.kind == "DQN":
+            env = sb3.make_vec_env("textgym/Text-v0", n_envs=16, kl_mode="reference", **arguments)
+            model: Any = stable_baselines3.DQN(
+                sb3.TextQPolicy,
+                env,
+                learning_rate=lambda left: learning_rate * left,
+                gamma=1.0,
+                seed=run.seed,
+                batch_size=192,
+                buffer_size=24_576,
+                learning_starts=768,
+                train_freq=12,
+                gradient_steps=4,
+                target_update_interval=768,
+                exploration_fraction=0.5,
+                exploration_final_eps=0.5,
+                replay_buffer_class=sb3.EpisodeReplayBuffer,
+                policy_kwargs={"model": folder},
+            )
+            return ActorCritic(model.learn(steps, log_interval=10**6).policy.online.model.lm), math.nan
+        env = sb3.make_vec_env("textgym/Text-v0", n_envs=64, **arguments)
+        own = {"batch_size": 192, "n_epochs": 2} if run.method.kind == "PPO" else {}
+        model = getattr(stable_baselines3, run.method.kind)(
+            sb3.TextActorCriticPolicy,
+            env,
+            n_steps=12 if run.method.kind == "PPO" else 3,
+            learning_rate=lambda left: learning_rate * left,
+            gamma=1.0,
+            seed=run.seed,
+            rollout_buffer_class=sb3.EpisodeRolloutBuffer,
+            rollout_buffer_kwargs={"reference": folder, "kl_coef": run.beta},
+            policy_kwargs={"model": folder, "critic": "separate"},
+            **own,
+        )
+        return model.learn(steps, log_interval=10**6).policy.actor_critic, math.nan
+
+
+def preferred(run: Run) -> tuple[ActorCritic, float]:
+    """DPO on pairs of texts, each with the probability that the better one is preferred: sigmoid(r - r')."""
+    task = run.task
+    texts = [task.tokenizer.decode(list(text)) for text in task.texts]
+    pairs = []
+    for better in range(len(texts)):
+        for worse in torch.randperm(len(texts), generator=torch.Generator().manual_seed(better))[:32].tolist():
+            if better != worse:
+                probability = 1 / (1 + math.exp(task.rewards[worse] - task.rewards[better]))
+                pair = {"prompt": "a", "chosen": texts[better], "rejected": texts[worse], "probability": probability}
+                pairs.append(pair)
+    policy = ActorCritic.from_pretrained(task.language_model())
+    config = DPOConfig(beta=run.beta, use_probability=True, epochs=20, batch_size=256, seed=run.seed, **run.settings)
+    DPO(policy, pairs, task.tokenizer, config).learn()
+    return policy, math.nan
+
+
+def measured(args: Args, method: Method, reward: Any, beta: float, model: Any, seed: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    task = ExactTask(args.vocab_size, args.horizon, reward, model, seed)
+    run = Run(args, method, task, beta, model, seed)
+    learn = stock if isinstance(method.kind, str) else preferred if method.kind is DPO else online
+    policy, reached = learn(run)
+    figures = {"gap_closed": run.gap_closed(policy), "episodes_to_95": reached}
+    if not args.hard:
+        figures["kl_to_optimum"] = task.optimum(beta).kl_from(task.log_probs(policy))
+    return {**figures, "updates_to_95": reached / method.rows}
 
 
 def main(args: Args) -> None:
-    tasks = [(m, r, b) for m in args.models for r in args.rewards for b in args.betas]
-    jobs = [(args, a, r, b, m, seed) for m, r, b in tasks for a in args.agents for seed in args.seeds]
+    betas = (0.0,) if args.hard else args.betas
+    tasks = [(m, r, b) for m in args.models for r in args.rewards for b in betas]
+    jobs = [(a, r, b, m, seed) for m, r, b in tasks for a in args.methods for seed in args.seeds]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(run, *zip(*jobs, strict=True)))
+        futures = [pool.submit(measured, args, args.methods[a], r, b, m, seed) for a, r, b, m, seed in jobs]
+        results = [future.result() for future in futures]
     rows = [{"agent": a, "reward": r, "beta": b, "model": m, "seed": s, **result}
-            for (_, a, r, b, m, s), result in zip(jobs, results, strict=True)]  # fmt: skip
+            for (a, r, b, m, s), result in zip(jobs, results, strict=True)]  # fmt: skip
     if args.output is not None:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
     for model, reward, beta in tasks:
         print(f"\n{model}, {reward} rewards, beta = {beta:g}, {args.episodes} episodes, seeds {list(args.seeds)}")
-        print(
-            "| agent | gap closed | least | KL to the optimum | episodes to 95% | updates to 95% |\n"
-            + "| --- " * 6
-            + "|"
-        )
-        for agent in args.agents:
+        columns = ("agent", "gap closed", "least", "KL to the optimum", "episodes to 95%", "updates to 95%")
+        print(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
+        for agent in args.methods:
             same = [r for r in rows if (r["agent"], r["reward"], r["beta"], r["model"]) == (agent, reward, beta, model)]
             gaps = [row["gap_closed"] for row in same]
             cells = [f"{statistics.mean(gaps):.4f}", f"{min(gaps):.4f}"]
-            cells.append(f"{statistics.mean(row['kl_to_optimum'] for row in same):.4f}")
+            cells.append(f"{statistics.mean(row.get('kl_to_optimum', math.nan) for row in same):.4f}")
             cells += [_middle([row[name] for row in same]) for name in ("episodes_to_95", "updates_to_95")]
             print(f"| {agent} | " + " | ".join(cells) + " |")
 
 
 def _middle(values: list[float]) -> str:
     """The median over seeds; none if fewer than half of them got there."""
-    reached = sorted(value for value in values if value == value)
+    reached = sorted(value for value in values if not math.isnan(value))
     return f"{reached[len(values) // 2]:.0f}" if len(reached) > len(values) // 2 else "-"
 
 

@@ -26,7 +26,7 @@ import torch
 import tyro
 from rich.text import Text
 
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, PPOConfig
+from textgym.agents import A2C, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, Pathwise, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, generate, measure
@@ -51,6 +51,8 @@ AGENTS: dict[str, type[OnPolicyAgent]] = {
     "rloo": RLOO,
     "grpo": GRPO,
     "expert-iteration": ExpertIteration,
+    "dqn": DQN,
+    "pathwise": Pathwise,
 }
 
 
@@ -60,7 +62,7 @@ class Train:
 
     output_dir: Path
     """Where the run folder is written."""
-    agent: Literal["ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration"] = "ppo"
+    agent: Literal["ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration", "dqn", "pathwise"] = "ppo"
     """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
     env: str = "textgym/Sentiment-v0"
     """Id of the environment."""

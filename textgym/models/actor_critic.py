@@ -121,7 +121,7 @@ class ActorCritic(TokenModel):
             allowed = torch.as_tensor(action_masks, device=self.device).reshape(logits.shape)
             logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
         log_probs = logits.log_softmax(-1)  # (B, V)
-        action = log_probs.argmax(-1) if deterministic else self._draw(log_probs.exp())
+        action = log_probs.argmax(-1) if deterministic else self.draw(log_probs.exp())
         log_prob = log_probs.gather(1, action[:, None])[:, 0]
         value = torch.zeros_like(log_prob)
         if with_value:
@@ -229,7 +229,7 @@ class ActorCritic(TokenModel):
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 
-    def _draw(self, probabilities: Tensor) -> Tensor:
+    def draw(self, probabilities: Tensor) -> Tensor:
         """One index `(B,)` from each row `(B, V)` by inverting its distribution function: one random number a row."""
         cumulative = probabilities.cumsum(-1)
         height = torch.rand(len(probabilities), 1, device=self.device, generator=self.generator) * cumulative[:, -1:]

@@ -155,6 +155,15 @@ class ExactTask:
         chosen = log_probs.gather(1, sequences.actions[:, None])[:, 0]
         return sequences.pad(chosen).sum(1)
 
+    def greedy_reward(self, policy: TokenModel) -> float:
+        """Reward of the text of a policy's likeliest tokens, one after the other."""
+        text: list[int] = []
+        while tuple(text) not in self.index:
+            states = self.sequences([(*text, 0)]).states()
+            with torch.no_grad():
+                text.append(int(policy.logits(states)[-1].argmax()))
+        return float(self.rewards[self.index[tuple(text)]])
+
     def sequences(self, texts: Sequence[tuple[int, ...]]) -> Sequences:
         """Texts after the prompt, as agents see them."""
         ids = torch.tensor([[0, *text, *[0] * (self.horizon - len(text))] for text in texts])

@@ -1,0 +1,180 @@
+"""Q-learning, token by token (Mnih et al., 2015), with the improvements that came after.
+
+    textgym train --agent dqn --output-dir runs/dqn
+    textgym train --agent dqn --backup greedy --double --n-steps 4 --prioritised --output-dir runs/greedy
+
+    Q(s_t, a_t) <- r_t + gamma V'(s_{t+1})
+
+towards targets V' of a slower copy. With `backup="soft"` V is the value of the objective with its KL,
+
+    V(s) = beta log sum_a pi_ref(a | s) exp(Q(s, a) / beta),    pi(a | s) = pi_ref(a | s) exp((Q(s, a) - V(s)) / beta),
+
+so what is learned is a policy to sample from, and its optimum that of all agents here (Haarnoja et al., 2017; Schulman
+et al., 2017, "Equivalence between policy gradients and soft Q-learning"). With "greedy" V(s) = max_a Q(s, a): one text
+of the highest reward, to be decoded greedily; there a nat of beta pays beta log pi_ref(a | s), as an environment with
+`kl_mode="reference"` does.
+
+Both start from the language model, see q_functions.py. `n_steps` rewards come before the target. Off-policy they are
+as the remembered episode had them, which greedy backups bear since the texts are near the policy's; the soft backup
+takes off beta log(pi / pi_ref) of each, and then holds along any text (Nachum et al., 2017, "path consistency").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from textgym.models.actor_critic import ActorCritic
+
+from .advantages import masked_mean, n_step_returns
+from .memory import EpisodeMemory, Memories
+from .off_policy import OffPolicyAgent, OffPolicyConfig
+from .on_policy import Metrics, OnPolicyConfig
+from .q_functions import GreedyQ, Heads, SoftQ, frozen_actor
+from .rollout import Rollout
+
+
+@dataclass
+class DQNConfig(OffPolicyConfig):
+    """The knobs of Q-learning; beta is the environment's `kl_coef`."""
+
+    backup: Literal["soft", "greedy"] = "soft"
+    """What a state is worth: the value of the objective with its KL, or the best token's Q."""
+    prioritised: bool = False
+    """Draw episodes with large errors more often (Schaul et al., 2016)."""
+    priority_exponent: float = 0.6
+    """Of "prioritised": 0 draws all alike."""
+    q_scale: float = 1.0
+    """Of "greedy": Q-values that a nat of the language model's log-probs is worth at first."""
+    double: bool = False
+    """Of "greedy": the online network chooses the token that the target network values (van Hasselt et al., 2016)."""
+    dueling: bool = True
+    """Of "greedy": a value of the state and advantages of the tokens, in place of plain outputs (Wang et al., 2016)."""
+    noisy: bool = False
+    """Of "greedy": learned noise on the output weights explores, in place of epsilon (Fortunato et al., 2018)."""
+    n_quantiles: int = 1
+    """Of "greedy": above 1, so many quantiles of the return are learned (Dabney et al., 2018)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_quantiles < 1:
+            raise ValueError(f"n_quantiles must be at least 1, got {self.n_quantiles}")
+        if self.backup == "soft" and (self.double or self.noisy or self.n_quantiles > 1 or not self.dueling):
+            raise ValueError(
+                "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft one chooses no "
+                "best token, explores by its own distribution, and has a value by itself. Set backup='greedy'"
+            )
+
+
+class DQN(OffPolicyAgent):
+    """See the module's text and `OffPolicyAgent`.
+
+    Raises:
+        ValueError: the soft backup in an environment without a KL penalty.
+    """
+
+    config_class: ClassVar[type[OnPolicyConfig]] = DQNConfig
+    config: DQNConfig
+
+    def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        self.greedy = self.config.backup == "greedy"
+        if not self.greedy and self.penalty.coef == 0:
+            raise ValueError("the soft backup divides by beta: give the environment a kl_coef, or set backup='greedy'")
+        if self.config.prioritised:
+            self.memory = EpisodeMemory(self.config.memory_size, self.config.priority_exponent)
+
+    def modules(self) -> nn.ModuleDict:
+        """Targets, and the heads of a greedy Q."""
+        config = self.config
+        if config.backup == "soft":
+            self.soft, self.soft_target = SoftQ(self.policy), SoftQ(frozen_actor(self.policy))
+            return nn.ModuleDict({"target": self.soft_target.actor})
+        heads = Heads(self.policy, config.noisy, config.n_quantiles)
+        self.q = GreedyQ(self.policy, heads, config.q_scale, config.dueling)
+        self.target = self.q.frozen_copy()
+        return nn.ModuleDict({"heads": heads, "target": self.target.actor, "target_heads": self.target.heads})
+
+    def follow(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The targets, and what they follow."""
+        if not self.greedy:
+            return [(self.soft_target.actor, self.policy)]
+        return [(self.target.actor, self.policy), (self.target.heads, self.q.heads)]
+
+    def collect(self) -> Rollout:
+        """One episode in every row, with noise on the weights, drawn once, if it explores."""
+        if not self.greedy:
+            return super().collect()
+        self.q.heads.redraw(self.shuffler)
+        rollout = self.play(self.q.logits)
+        self.q.heads.quieten()
+        return rollout
+
+    @property
+    def epsilon(self) -> float:
+        """Share of tokens drawn from the reference: none where noise explores."""
+        return 0.0 if self.config.noisy else super().epsilon
+
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
+        """The Huber loss of Q to its targets, a mean over real tokens, weighted by episode."""
+        mask = batch.sequences.mask
+        if self.greedy:
+            q, targets = self._greedy_q_and_targets(batch)
+        else:
+            q, targets = self._soft_q_and_targets(batch)
+        errors = targets[..., None, :] - q[..., :, None]  # (B, T, K, K'); one each without quantiles
+        huber = F.huber_loss(
+            q[..., :, None].expand_as(errors), targets[..., None, :].expand_as(errors), reduction="none"
+        )
+        if self.config.n_quantiles > 1:
+            count = self.config.n_quantiles
+            middle = (torch.arange(count, device=q.device) + 0.5) / count
+            huber = huber * (middle[:, None] - (errors.detach() < 0).float()).abs()
+        per_token = huber.mean(-1).sum(-1)  # (B, T)
+        error = errors.detach().mean((-1, -2))
+        return (
+            masked_mean(per_token * batch.weights[:, None], mask),
+            error,
+            {
+                "loss/q_avg": float(masked_mean(per_token.detach(), mask)),
+                "val/td_error_avg": float(masked_mean(error.abs(), mask)),
+                "val/q_avg": float(masked_mean(q.detach().mean(-1), mask)),
+            },
+        )
+
+    def _soft_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
+        """`(B, T, 1)` each."""
+        config, sequences, beta = self.config, batch.sequences, self.penalty.coef
+        value, added = self.soft.of_actions(sequences, batch.reference_log_probs, beta)
+        with torch.no_grad():
+            target_value, paid = self.soft_target.of_actions(sequences, batch.reference_log_probs, beta)
+            # The penalty of the first token is not paid: it is what Q tells tokens apart by.
+            returns = n_step_returns(batch.rewards - paid, target_value, sequences.mask, config.gamma, config.n_steps)
+            targets = returns + paid
+        return (value + added)[..., None], targets[..., None]
+
+    def _greedy_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
+        """`(B, T, K)` each."""
+        config, sequences = self.config, batch.sequences
+        rewards = batch.rewards + self.penalty.coef * batch.reference_log_probs
+        self.q.heads.redraw(self.shuffler)
+        q = _laid_out(self.q.of_actions(sequences), batch)
+        with torch.no_grad():
+            chooser = self.q if config.double else self.target
+            actions = chooser.best(sequences).action
+            values = _laid_out(self.target.of_actions(sequences, actions), batch)  # (B, T, K)
+            columns = [
+                n_step_returns(rewards, v, sequences.mask, config.gamma, config.n_steps) for v in values.unbind(-1)
+            ]
+        self.q.heads.quieten()
+        return q, torch.stack(columns, -1)
+
+
+def _laid_out(flat: Tensor, batch: Memories) -> Tensor:
+    """`(M,)` or `(M, K)` as `(B, T, K)`."""
+    columns = flat[:, None] if flat.ndim == 1 else flat
+    return torch.stack([batch.sequences.pad(column) for column in columns.unbind(1)], -1)

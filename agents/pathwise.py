@@ -1,0 +1,152 @@
+"""Pathwise derivative policy gradient: the actor's output goes into a critic, and is pushed to where that says more.
+
+    textgym train --agent pathwise --output-dir runs/pathwise
+
+    J(theta) = E[sum_a y_a Q(s, a) - beta KL(pi(. | s), pi_ref(. | s))],    y = softmax((log pi(. | s) + g) / tau)
+
+with g standard Gumbel noise: a token has no derivative, so a relaxed one takes its place, a point of the simplex at
+whose corners are the tokens (Jang et al., 2017; Maddison et al., 2017), or with "straight_through" the token itself,
+with the relaxed one's derivative. Q is a network of its own, linear in y, and learned off-policy as in DDPG (Lillicrap
+et al., 2016), from a slower actor pi' and a slower critic Q':
+
+    Q(s_t, a_t) <- r_t + gamma V'(s_{t+1}),    V'(s) = sum_a pi'(a | s) Q'(s, a) - beta KL(pi'(. | s), pi_ref(. | s))
+
+The sums over a are exact, a chunk of states at a time. Without a KL penalty the policy goes to the text of the highest
+reward. The relaxed derivative is not quite the true one, so with a penalty the policy comes near the optimum of the
+other agents, no further.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import in_chunks, masked_logits
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+
+from .advantages import masked_mean, n_step_returns
+from .memory import Memories
+from .off_policy import OffPolicyAgent, OffPolicyConfig
+from .on_policy import Metrics, OnPolicyConfig
+from .q_functions import GreedyQ, Heads
+
+
+@dataclass
+class PathwiseConfig(OffPolicyConfig):
+    """The knobs of the pathwise derivative; beta is the environment's `kl_coef`."""
+
+    relaxation: Literal["straight_through", "gumbel"] = "straight_through"
+    """What the critic is given: a token with the relaxed one's derivative, or the relaxed one."""
+    relaxation_temperature: float = 1.0
+    """The tau of the relaxation: lower is nearer to a token; higher lets a policy that is sure of itself learn."""
+    q_scale: float = 1.0
+    """Q-values that a nat of the language model's log-probs is worth at first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relaxation_temperature <= 0:
+            raise ValueError(f"relaxation_temperature must be above 0, got {self.relaxation_temperature}")
+
+
+class Pathwise(OffPolicyAgent):
+    """See the module's text and `OffPolicyAgent`; the critic starts as a copy of the policy's language model."""
+
+    config_class: ClassVar[type[OnPolicyConfig]] = PathwiseConfig
+    config: PathwiseConfig
+    greedy = False
+
+    def modules(self) -> nn.ModuleDict:
+        """The critic, and the targets."""
+        critic = ActorCritic(copy.deepcopy(self.policy.lm), temperature=self.policy.temperature)
+        self.q = GreedyQ(critic, Heads(critic, noisy=False, n_quantiles=1), self.config.q_scale)
+        self.target, self.target_q = self.policy.frozen_copy(), self.q.frozen_copy()
+        return nn.ModuleDict({"critic": critic, "target": self.target, "target_critic": self.target_q.actor})
+
+    def follow(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The targets, and what they follow."""
+        return [(self.target.lm, self.policy.lm), (self.target_q.actor, self.q.actor)]
+
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
+        """The critic's Huber loss and the actor's objective, means over real tokens; neither moves the other."""
+        config, sequences, beta = self.config, batch.sequences, self.penalty.coef
+        mask = sequences.mask
+        with torch.no_grad():
+            earned, kl, value = self.values(self.target, self.target_q, sequences)
+            paid = beta * sequences.pad(kl)
+            target_value = sequences.pad(earned + value) - paid
+            # The penalty of the first state is not Q's: it is the same for all its tokens.
+            returns = n_step_returns(batch.rewards - paid, target_value, mask, config.gamma, config.n_steps)
+            targets = returns + torch.where(mask, paid, 0.0)
+        q = sequences.pad(self.q.of_actions(sequences))
+        errors = targets - q
+        critic = masked_mean(F.huber_loss(q, targets, reduction="none"), mask)
+        seeds = torch.randint(2**31, (int(mask.sum()),), generator=self.shuffler)
+        relaxed, kl, _ = self.values(self.policy, self.q, sequences, seeds)
+        actor = (beta * kl - relaxed).mean()
+        return (
+            critic + actor,
+            errors.detach(),
+            {
+                "loss/value_avg": float(critic.detach()),
+                "loss/policy_avg": float(actor.detach()),
+                "val/td_error_avg": float(masked_mean(errors.detach().abs(), mask)),
+            },
+        )
+
+    def values(
+        self, actor: TokenModel, q: GreedyQ, sequences: Sequences, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the actor's next token earns in each state by Q, its KL to the reference in nats, and Q's own offset.
+
+        Args:
+            actor: gradients flow into it, and into nothing else.
+            q: says what tokens earn, as advantages over the offset.
+            sequences: of M response tokens.
+            seeds: `(M,)`, of the relaxation's noise, kept for the backward pass, which makes all this again; `None`
+                takes the mean over the actor's distribution.
+
+        Returns:
+            `(M,)` each.
+        """
+        states, config, stop = sequences.states(), self.config, sequences.stop.ids
+        reference = self.penalty.reference
+        hidden = actor.hidden(states)
+        with torch.no_grad():
+            q_hidden, reference_hidden = q.actor.hidden(states), reference.hidden(states)
+            offset = q.values(states, q_hidden)
+
+        def score(
+            hidden: Tensor, q_hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None, seeds: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            logits = masked_logits(actor.head, hidden, actor.temperature, banned, stop)[0]
+            log_probs = logits.log_softmax(-1)
+            with torch.no_grad():
+                advantages = q.advantages(q_hidden, None, ())
+                masked = masked_logits(reference.head, reference_hidden, reference.temperature, banned, stop)[0]
+                reference_log_probs = masked.log_softmax(-1)
+            token = log_probs.exp() if seeds is None else relax(log_probs, int(seeds[0]), config)
+            kl = (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
+            return (token * advantages).sum(-1), kl
+
+        inputs = (hidden, q_hidden, reference_hidden, sequences.banned, seeds)
+        earned, kl = in_chunks(score, actor.vocab_size, *inputs)
+        return earned, kl, offset
+
+
+def relax(log_probs: Tensor, seed: int, config: PathwiseConfig) -> Tensor:
+    """One draw from each distribution `(m, V)` as a point of the simplex, with derivatives."""
+    generator = torch.Generator(log_probs.device).manual_seed(seed)
+    uniform = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
+    gumbel = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
+    soft = ((log_probs + gumbel) / config.relaxation_temperature).softmax(-1)
+    if config.relaxation == "gumbel":
+        return soft
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    return hard + soft - soft.detach()
