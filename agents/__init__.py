@@ -1,25 +1,31 @@
-"""Token-level reinforcement learning algorithms for language models, installed as `textgym.agents`."""
+"""Token-level reinforcement learning algorithms for language models, SFT and DPO, installed as `textgym.agents`."""
 
 from __future__ import annotations
 
 from .a2c import A2C, A2CConfig
+from .dpo import DPO, DPOConfig
 from .grpo import GRPO, GRPOConfig
 from .nlpo import NLPO, NLPOConfig
 from .ppo import PPO, PPOConfig
 from .reinforce import REINFORCE, REINFORCEConfig
 from .rloo import RLOO, RLOOConfig
+from .sft import SFT, SFTConfig
 
 __all__ = [
     "A2C",
+    "DPO",
     "GRPO",
     "NLPO",
     "PPO",
     "REINFORCE",
     "RLOO",
+    "SFT",
     "A2CConfig",
+    "DPOConfig",
     "GRPOConfig",
     "NLPOConfig",
     "PPOConfig",
     "REINFORCEConfig",
     "RLOOConfig",
+    "SFTConfig",
 ]
