@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -35,11 +34,10 @@ from textgym.agents.demo import DemoConfig, learn_reward, make_envs, start
 from textgym.agents.evaluation import Samples, best_of_n, generate, measure
 from textgym.agents.ppo import PPO
 from textgym.agents.run_folder import LiveProgress, RunFolder, figures_table
+from textgym.agents.sft import SFT, SFTConfig
 from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import load_tokenizer
-from textgym.models.sequences import Sequences
 from textgym.rewards.functions import lexicon_sentiment
 
 
@@ -57,24 +55,11 @@ class Config:
 
 def supervised(config: DemoConfig, snippets: list[Snippet], epochs: int) -> ActorCritic:
     """The reference fine-tuned on the second halves of positive train snippets (rating above 1)."""
-    policy, tokenizer = ActorCritic.from_pretrained(config.model), load_tokenizer(config.model)
     texts = [s.text.split() for s in snippets if s.split == "train" and s.rating > 1]
     halves = [(" ".join(words[: len(words) // 2]), " " + " ".join(words[len(words) // 2 :])) for words in texts]
-    rows = [(tokenizer(a).input_ids, [*tokenizer(b).input_ids, tokenizer.eos_token_id]) for a, b in halves if a]
-    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=3e-4, weight_decay=0.0)
-    rng = np.random.default_rng(config.seed)
-    for _ in range(epochs):
-        for batch in np.array_split(rng.permutation(len(rows)), math.ceil(len(rows) / 32)):
-            chosen = [rows[i] for i in batch]
-            width = max(len(prompt) + len(response) for prompt, response in chosen)
-            ids = torch.tensor([[*p, *r, *[0] * (width - len(p) - len(r))] for p, r in chosen])
-            prompts, responses = (torch.tensor([len(row[side]) for row in chosen]) for side in (0, 1))
-            sequences = Sequences(ids, prompts, responses)
-            loss = -policy.evaluate(sequences).log_prob.sum() / sequences.mask.sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return policy
+    rows = [{"prompt": first, "completion": second} for first, second in halves if first]
+    settings = SFTConfig(learning_rate=3e-4, epochs=epochs, seed=config.seed)
+    return SFT(ActorCritic.from_pretrained(config.model), rows, config.model, settings).learn().policy
 
 
 def one_seed(config: Config, seed: int) -> dict[str, dict[str, float]]:
