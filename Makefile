@@ -34,7 +34,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/rollout.py
 
 bench-demo: $(INSTALLED)
-	$(BIN)/python benchmarks/sentiment.py
+	$(BIN)/python benchmarks/ladder.py
 
 bench-sb3: $(INSTALLED)
 	$(BIN)/python benchmarks/sb3.py

@@ -1,8 +1,9 @@
-"""Token-level reinforcement learning algorithms for language models, installed as `textgym.agents`."""
+"""Token-level reinforcement learning algorithms for language models, SFT and DPO, installed as `textgym.agents`."""
 
 from __future__ import annotations
 
 from .a2c import A2C, A2CConfig
+from .dpo import DPO, DPOConfig
 from .dqn import DQN, DQNConfig
 from .expert_iteration import ExpertIteration, ExpertIterationConfig
 from .grpo import GRPO, GRPOConfig
@@ -11,16 +12,20 @@ from .pathwise import Pathwise, PathwiseConfig
 from .ppo import PPO, PPOConfig
 from .reinforce import REINFORCE, REINFORCEConfig
 from .rloo import RLOO, RLOOConfig
+from .sft import SFT, SFTConfig
 
 __all__ = [
     "A2C",
+    "DPO",
     "DQN",
     "GRPO",
     "NLPO",
     "PPO",
     "REINFORCE",
     "RLOO",
+    "SFT",
     "A2CConfig",
+    "DPOConfig",
     "DQNConfig",
     "ExpertIteration",
     "ExpertIterationConfig",
@@ -31,4 +36,5 @@ __all__ = [
     "PathwiseConfig",
     "REINFORCEConfig",
     "RLOOConfig",
+    "SFTConfig",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from textgym.data.files import atomic_file
 
+from .offline import OfflineAgent
 from .on_policy import Metrics, OnPolicyAgent
 
 CURVES = {
@@ -25,7 +27,25 @@ CURVES = {
     "entropy (nats a token)": "policy/entropy_avg",
     "approximate KL of an update": "policy/approxkl_avg",
     "explained variance of the critic": "val/explained_variance",
+    "loss": "loss",
+    "entropy": "entropy",
+    "margin of the implicit rewards": "rewards/margins",
+    "share of pairs ranked right": "rewards/accuracies",
+    "log-prob of the chosen": "logps/chosen",
+    "log-prob of the rejected": "logps/rejected",
+    "learning rate": "learning_rate",
 }
+"""Titles and metrics of the curves; those are drawn that the agent reports."""
+
+NOTES = {
+    "objective/scores": "score {:+.2f}",
+    "objective/kl": "KL {:.1f}",
+    "val/response_tokens": "tokens {:.1f}",
+    "loss": "loss {:.3f}",
+    "rewards/accuracies": "ranked right {:.2f}",
+}
+"""The few numbers that stand beside the bar."""
+Agent = OnPolicyAgent | OfflineAgent
 
 
 class RunFolder:
@@ -50,13 +70,13 @@ class RunFolder:
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # an earlier run's, as metrics.jsonl is new too
         self.events = _summary_writer(self.folder / "tensorboard")
 
-    def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:
+    def __call__(self, agent: Agent, metrics: Metrics) -> None:
         """Appends an update's metrics."""
         self.history.append(metrics)
         self.metrics.write(json.dumps(metrics) + "\n")
         self.metrics.flush()
         for name, value in metrics.items():
-            self.events.add_scalar(name, value, int(metrics["episodes"]))
+            self.events.add_scalar(name, value, int(metrics[_clock(metrics)]))
 
     def write(self, name: str, text: str) -> None:
         """A text file that appears whole or not at all."""
@@ -76,12 +96,17 @@ class RunFolder:
         except ImportError:
             _note("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
             return
+        clock = _clock(self.history[0])
+        curves = {title: key for title, key in CURVES.items() if any(key in row for row in self.history)}
+        rows = math.ceil(len(curves) / 3)
         # Without pyplot, which would change a notebook's backend.
-        figure = Figure(figsize=(13, 6.5), layout="constrained")
-        for axis, (title, key) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
-            axis.plot([row["episodes"] for row in self.history], [row[key] for row in self.history], linewidth=1.5)
+        figure = Figure(figsize=(13, 3.25 * rows), layout="constrained")
+        for place, (title, key) in enumerate(curves.items(), start=1):
+            axis = figure.add_subplot(rows, 3, place)
+            seen = [row for row in self.history if key in row]
+            axis.plot([row[clock] for row in seen], [row[key] for row in seen], linewidth=1.5)
             axis.set_title(title, fontsize=10)
-            axis.set_xlabel("episodes", fontsize=9)
+            axis.set_xlabel(clock, fontsize=9)
             axis.grid(alpha=0.3)
         with atomic_file(self.folder / "curves.png") as temporary:
             figure.savefig(temporary, dpi=110)
@@ -136,13 +161,10 @@ class LiveProgress:
             if not task.finished:
                 self.progress.update(task.id, total=task.total or 1, completed=task.total or 1)
 
-    def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:
+    def __call__(self, agent: Agent, metrics: Metrics) -> None:
         """Shows an update's figures."""
-        note = (
-            f"score {metrics['objective/scores']:+.2f}  KL {metrics['objective/kl']:.1f}  "
-            f"tokens {metrics['val/response_tokens']:.1f}"
-        )
-        self.advance(metrics["episodes"], note)
+        note = "  ".join(form.format(metrics[key]) for key, form in NOTES.items() if key in metrics)
+        self.advance(metrics[_clock(metrics)], note)
 
 
 class TrainingProgress(TrainerCallback):
@@ -168,6 +190,11 @@ def figures_table(title: str, rows: dict[str, dict[str, float]]) -> Table:
         cells = [f"{round(figures[name], 3) + 0.0:.3f}" if name in figures else "" for figures in rows.values()]
         table.add_row(name, *cells)
     return table
+
+
+def _clock(metrics: Metrics) -> str:
+    """What an agent's progress is counted in: an offline one plays no episodes."""
+    return "episodes" if "episodes" in metrics else "updates"
 
 
 def _note(text: str) -> None:

@@ -3,6 +3,8 @@
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
     textgym train --agent grpo --group-size 8 --output-dir runs/grpo
+    textgym train --agent sft --data rows.jsonl --output-dir runs/sft
+    textgym train --agent dpo --data pairs.jsonl --model runs/sft/policy --output-dir runs/dpo
     textgym reward-model --output-dir runs/reward
     textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
     textgym evaluate --policy runs/ppo/policy
@@ -26,10 +28,11 @@ import torch
 import tyro
 from rich.text import Text
 
-from textgym.agents import A2C, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, Pathwise, PPOConfig
+from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, generate, measure
+from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
 from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 from textgym.data.files import atomic_file
@@ -54,22 +57,28 @@ AGENTS: dict[str, type[OnPolicyAgent]] = {
     "dqn": DQN,
     "pathwise": Pathwise,
 }
+OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
+"""Agents that learn from data instead of episodes."""
 
 
 @dataclass
 class Train:
-    """Trains a policy with one of the token-level agents and leaves a run folder."""
+    """Trains a policy with one of the agents and leaves a run folder."""
 
     output_dir: Path
     """Where the run folder is written."""
-    agent: Literal["ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration", "dqn", "pathwise"] = "ppo"
+    agent: Literal[
+        "ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration", "dqn", "pathwise", "sft", "dpo"
+    ] = "ppo"
     """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
+    data: str | None = None
+    """What "sft" and "dpo" learn from, and they alone: a .jsonl file or 'module:attribute'."""
     env: str = "textgym/Sentiment-v0"
-    """Id of the environment."""
+    """Id of the environment; "sft" and "dpo" write samples in it."""
     model: str = "tiny"
     """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
     total_episodes: int = 4096
-    """Episodes to play."""
+    """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
     num_envs: int = 64
     """Rows of the environment."""
     critic: str = "shared"
@@ -88,7 +97,7 @@ class Train:
     """How the KL is estimated."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
-    config: tyro.conf.OmitArgPrefixes[OnPolicyConfig] = field(default_factory=PPOConfig)
+    config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
 
@@ -137,7 +146,9 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     words = list(sys.argv[1:] if arguments is None else arguments)
     named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
     named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
-    config = AGENTS.get(named[-1] if named else "ppo", PPO).config_class  # tyro complains of an unknown one
+    config = {**AGENTS, **OFFLINE}.get(
+        named[-1] if named else "ppo", PPO
+    ).config_class  # tyro complains of an unknown one
     settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
     with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
     with_settings.__doc__ = Train.__doc__
@@ -171,16 +182,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(command: Train) -> None:
-    """An agent on an environment by its id."""
+    """An agent on an environment by its id, or on data."""
+    _check_data(command)
     policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
-    agent = AGENTS[command.agent](policy, envs, command.config)
+    agent = _make_agent(command, policy, envs)
     folder = RunFolder(command.output_dir, command)
     live = LiveProgress()
     try:
         with live:
-            live.stage(type(agent).__name__, command.total_episodes)
-            agent.learn(command.total_episodes, [folder, live])
+            if isinstance(agent, OnPolicyAgent):
+                live.stage(type(agent).__name__, command.total_episodes)
+                agent.learn(command.total_episodes, [folder, live])
+            else:
+                live.stage(type(agent).__name__, agent.total_updates)
+                agent.learn([folder, live])
             live.stage("writing samples")
             _write_samples(policy, envs, folder, command)
             live.finish()
@@ -189,6 +205,24 @@ def train(command: Train) -> None:
         folder.draw_curves()
         folder.close()
         live.console.print(f"run folder: {command.output_dir}")
+
+
+def _check_data(command: Train) -> None:
+    """Offline agents need data, and the others would not read them."""
+    if command.agent in OFFLINE and command.data is None:
+        rows = "'prompt' and 'completion'" if command.agent == "sft" else "'prompt', 'chosen' and 'rejected'"
+        raise ValueError(f"--agent {command.agent} learns from data: give --data FILE.jsonl, with {rows} a line")
+    if command.agent not in OFFLINE and command.data is not None:
+        raise ValueError(
+            f"--agent {command.agent} learns from the episodes it plays and would not read --data: leave it out, give "
+            'prompts as --env-kwargs \'{"prompts": "FILE.jsonl"}\', or use --agent sft or dpo'
+        )
+
+
+def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> OnPolicyAgent | SFT | DPO:
+    if command.agent in OFFLINE:
+        return OFFLINE[command.agent](policy, command.data, command.model, command.config)
+    return AGENTS[command.agent](policy, envs, command.config)
 
 
 def train_reward(command: TrainReward) -> None:

@@ -82,8 +82,14 @@ class TokenModel(nn.Module):
     @torch.no_grad()
     def sequence_log_probs(self, sequences: Sequences) -> Tensor:
         """Log-probs `(N, T)` of the response tokens in one packed pass, zero in the padding."""
-        log_probs, _ = token_log_probs(self.hidden(sequences.states()), **self._scoring(sequences))
-        return sequences.pad(log_probs)
+        return self.score_sequences(sequences)[0]
+
+    def score_sequences(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """`sequence_log_probs` with gradients, and entropies `(N, T)` without: for losses that need no values."""
+        if torch.is_grad_enabled():
+            self.reset_cache()  # an update follows; some fused optimisers change weights without a trace
+        log_probs, entropies = token_log_probs(self.hidden(sequences.states()), **self._scoring(sequences))
+        return sequences.pad(log_probs), sequences.pad(entropies)
 
     @torch.no_grad()
     def state_log_probs(self, states: PackedStates, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from textgym.data.preferences import Pair, load_preferences
 from textgym.models.loading import freeze, load_classifier, load_tokenizer
+from textgym.models.seeding import seeded
 from textgym.rewards.last_token import LastTokenScorer
 from textgym.rewards.pairwise import RewardModelConfig, fit
 from textgym.rewards.reward_model import RewardModel
@@ -53,7 +54,7 @@ def train_reward_model(
     if heldout is None:
         pairs, heldout = split_preferences(pairs, config.heldout_fraction, config.seed)
     groups, heldout = _grouped(pairs), load_preferences(heldout) if heldout else []
-    with _seeded(config.seed), _torch_threads(config.num_threads):
+    with seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
         model = load_classifier(base, num_layers=config.num_layers)
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -96,19 +97,6 @@ def _grouped(preferences: Sequence[Pair]) -> list[list[Mapping[str, Any]]]:
         same = json.dumps(pair["prompt"]) if pair.get("prompt") else ("pair", index)
         groups.setdefault(same if pair.get("group") is None else ("group", pair["group"]), []).append(pair)
     return list(groups.values())
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators, which `Trainer` does too, and puts them back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (others' generators, kept for them)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

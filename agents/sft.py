@@ -1,0 +1,77 @@
+"""Supervised fine-tuning on completions, and behaviour cloning of episodes.
+
+    textgym train --agent sft --data rows.jsonl --output-dir runs/sft
+
+One update:
+    1. Take a batch of prompts with their completions, packed side by side without padding.    models/sequences.py
+    2. Minimise -log pi of the completion tokens, a mean over all of them; prompts are read, not learned.
+With transcripts of an environment it clones whoever played them; those of episodes that the length limit cut off are
+best left out, since every completion is taught to end where it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from textgym.data.completions import encode_completions, load_examples, shorten
+from textgym.models.actor_critic import ActorCritic
+
+from .offline import Batch, OfflineAgent, OfflineConfig
+
+
+@dataclass
+class SFTConfig(OfflineConfig):
+    """The knobs of supervised fine-tuning."""
+
+
+class SFT(OfflineAgent):
+    """Supervised fine-tuning, see the module's text and `OfflineAgent`.
+
+    Args:
+        policy: who learns.
+        examples: rows as `textgym.data.completions.load_examples` reads them: `{"prompt", "completion"}`,
+            `{"messages"}` or `{"text"}`, strings or conversations. EOS is appended to completions that lack it.
+        tokenizer: the policy's: a name, a path or a tokenizer.
+        config: learning rate, epochs, batches.
+
+    Raises:
+        ValueError: no examples, or a row that is none.
+
+    >>> from textgym import ActorCritic
+    >>> from textgym.agents import SFT
+    >>> rows = [{"prompt": "The film is", "completion": " a joy."}, {"prompt": "It is", "completion": " great."}]
+    >>> SFT(ActorCritic.from_pretrained("tiny"), rows).learn().updates
+    1
+    """
+
+    config_class: ClassVar[type[OfflineConfig]] = SFTConfig
+    config: SFTConfig
+
+    def __init__(self, policy: ActorCritic, examples: Any, tokenizer: Any = "tiny", config: Any = None) -> None:
+        super().__init__(policy, examples, tokenizer, config)
+
+    def read(self, data: Any) -> None:
+        """Examples as ids."""
+        encoded = encode_completions(load_examples(data), self.tokenizer)
+        self.texts = [shorten(text.prompt, [text.completion], self.max_length)[0] for text in encoded]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.texts)
+
+    def collate(self, items: Sequence[int]) -> Batch:
+        """Examples by their numbers."""
+        return self.batch_of(items)
+
+    def weight(self, batch: Batch) -> Tensor:
+        """By completion tokens."""
+        return batch["response_lengths"].sum()
+
+    def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of -log pi over completion tokens."""
+        tokens = batch["response_lengths"].sum()
+        return -log_probs.sum() / tokens, {"entropy": entropies.sum() / tokens}
