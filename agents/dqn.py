@@ -55,7 +55,7 @@ class DQNConfig(OffPolicyConfig):
     dueling: bool = True
     """Of "greedy": a value of the state and advantages of the tokens, in place of plain outputs (Wang et al., 2016)."""
     noisy: bool = False
-    """Of "greedy": learned noise on the output weights explores, in place of epsilon (Fortunato et al., 2018)."""
+    """Of "greedy": learned noise on the output weights explores too (Fortunato et al., 2018); alone if epsilon is 0."""
     n_quantiles: int = 1
     """Of "greedy": above 1, so many quantiles of the return are learned (Dabney et al., 2018)."""
 
@@ -106,18 +106,13 @@ class DQN(OffPolicyAgent):
         return [(self.target.actor, self.policy), (self.target.heads, self.q.heads)]
 
     def collect(self) -> Rollout:
-        """One episode in every row, with noise on the weights, drawn once, if it explores."""
+        """One episode in every row, with noise on the weights, drawn once for each, if it explores."""
         if not self.greedy:
             return super().collect()
-        self.q.heads.redraw(self.shuffler)
+        self.q.heads.redraw(self.shuffler, self.envs.num_envs)
         rollout = self.play(self.q.logits)
         self.q.heads.quieten()
         return rollout
-
-    @property
-    def epsilon(self) -> float:
-        """Share of tokens drawn from the reference: none where noise explores."""
-        return 0.0 if self.config.noisy else super().epsilon
 
     def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
         """The Huber loss of Q to its targets, a mean over real tokens, weighted by episode."""

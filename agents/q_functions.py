@@ -65,7 +65,7 @@ class Heads(nn.Module):
         super().__init__()
         size, device = actor.lm.config.hidden_size, actor.device
         self.noisy, self.n_quantiles = noisy, n_quantiles
-        self.noise: tuple[Tensor, Tensor] | None = None  # f(out) (V,), f(in) (d,)
+        self.noise: tuple[Tensor, Tensor] | None = None  # f(out) (R, V), f(in) (R, d)
         if noisy:
             self.sigma = nn.Parameter(torch.full((actor.vocab_size, size), 0.5 / math.sqrt(size), device=device))
         if n_quantiles > 1:
@@ -74,10 +74,10 @@ class Heads(nn.Module):
             nn.init.zeros_(self.offsets.bias)
             self.psi = nn.Parameter(torch.zeros(n_quantiles, size, device=device))
 
-    def redraw(self, generator: torch.Generator) -> None:
-        """New noise; `generator` is a CPU's."""
+    def redraw(self, generator: torch.Generator, rows: int = 1) -> None:
+        """New noise, for each of the rows that are acted in or one for all; `generator` is a CPU's."""
         if self.noisy:
-            drawn = (torch.randn(size, generator=generator).to(self.sigma.device) for size in self.sigma.shape)
+            drawn = (torch.randn(rows, size, generator=generator).to(self.sigma.device) for size in self.sigma.shape)
             out, within = (x.sign() * x.abs().sqrt() for x in drawn)
             self.noise = (out, within)
 

@@ -40,11 +40,8 @@ class TableLM(PreTrainedModel):
     def __init__(self, config: TableConfig) -> None:
         super().__init__(config)
         self.model = _Table(config)
-        self.lm_head = nn.Linear(config.vocab_size, config.vocab_size, bias=False)
+        self.lm_head = _Identity(config.vocab_size)
         self.post_init()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self.lm_head.weight.copy_(torch.eye(config.vocab_size))
-        self.lm_head.requires_grad_(False)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights are set where they are made."""
@@ -58,6 +55,19 @@ class TableLM(PreTrainedModel):
         hidden = self.model(input_ids, **kwargs).last_hidden_state
         states = (hidden,) if output_hidden_states else None
         return CausalLMOutputWithPast(logits=self.lm_head(hidden), hidden_states=states)
+
+
+class _Identity(nn.Module):
+    """An output embedding that hands on what it is given: the table has the logits already."""
+
+    weight: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.eye(size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 class _Table(PreTrainedModel):

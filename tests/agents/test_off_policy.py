@@ -1,0 +1,388 @@
+"""Q-learning and the pathwise derivative: memory, Q-functions, targets, exploration, and what they end up with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
+from textgym.agents.memory import EpisodeMemory, Memories
+from textgym.agents.off_policy import Behaviour, OffPolicyAgent
+from textgym.agents.pathwise import relax
+from textgym.agents.q_functions import GreedyQ, Heads, SoftQ
+from textgym.agents.rollout import collect
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+from textgym.testing import ExactTask
+
+TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
+FAST = {"episodes_per_update": 32, "learning_starts": 32, "exploration_temperature": 4.0, "epsilon_end": 0.5}
+GREEDY = {**FAST, "backup": "greedy"}
+AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "soft": (DQN, {**FAST, "n_steps": 3}),
+    "greedy": (DQN, GREEDY),
+    "double": (DQN, {**GREEDY, "double": True}),
+    "not dueling": (DQN, {**GREEDY, "dueling": False}),
+    "n steps": (DQN, {**GREEDY, "n_steps": 2, "epsilon_end": 0.05, "memory_size": 512}),
+    "noisy": (DQN, {**GREEDY, "noisy": True}),
+    "quantiles": (DQN, {**GREEDY, "n_quantiles": 4}),
+    "prioritised": (DQN, {**GREEDY, "prioritised": True}),
+    "everything": (DQN, {**GREEDY, "prioritised": True, "n_quantiles": 4, "noisy": True, "double": True}),
+    "pathwise": (Pathwise, {**FAST, "relaxation_temperature": 4.0}),
+    "pathwise, gumbel": (Pathwise, {**FAST, "relaxation_temperature": 4.0, "relaxation": "gumbel"}),
+}
+
+
+def make_envs(beta: float = 0.0, **changes: Any) -> Any:
+    return gym.make_vec("textgym/Text-v0", num_envs=32, kl_mode="deferred", **TASK.env_kwargs(beta) | changes)
+
+
+def make_agent(name: str, envs: Any = None, **changes: Any) -> OffPolicyAgent:
+    kind, settings = AGENTS[name]
+    config = {"learning_rate": 0.05, "adam_epsilon": 1e-8, **settings, **changes}
+    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
+    beta = 0.3 if name == "soft" else 0.0
+    return kind(policy, make_envs(beta) if envs is None else envs, kind.config_class(**config))
+
+
+def texts(*chosen: int) -> Sequences:
+    return TASK.sequences([TASK.texts[index] for index in chosen])
+
+
+@pytest.mark.parametrize("name", [name for name in AGENTS if name != "soft"])
+def test_trap_40_the_greedy_text_is_the_best(name: str) -> None:
+    agent = make_agent(name, learning_rate=0.1, gradient_steps=8)
+    assert TASK.greedy_reward(agent.policy) < TASK.rewards.max()
+    agent.learn(32 * 100)
+    assert TASK.greedy_reward(agent.policy) == TASK.rewards.max()
+
+
+def test_trap_40_the_soft_policy_is_the_closed_form() -> None:
+    agent, optimum = make_agent("soft", max_grad_norm=100.0), TASK.optimum(0.3)
+    agent.learn(32 * 200)
+    log_probs = TASK.log_probs(agent.policy)
+    assert optimum.gap_closed(log_probs) >= 0.99
+    assert np.abs(np.exp(log_probs) - optimum.probabilities).sum() < 0.05
+
+
+@pytest.mark.parametrize("name", ["soft", "everything", "pathwise"])
+def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
+    beta = 0.3 if name == "soft" else 0.0
+    whole = make_agent(name, memory_size=80).learn(160)
+    part = make_agent(name, memory_size=80)
+    part.learn(160, [lambda agent, _: agent.updates < 3])
+    part.save(tmp_path / "agent")
+    resumed = type(part).load(tmp_path / "agent", envs=make_envs(beta)).learn(160)
+    assert resumed.updates == whole.updates == 5
+    for mine, other in ((resumed.policy, whole.policy), (resumed.further, whole.further)):
+        for (key, actual), expected in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
+            assert torch.equal(actual, expected), key
+
+
+# --- memory ---
+
+
+def remember(memory: EpisodeMemory, *chosen: int) -> None:
+    sequences = texts(*chosen)
+    rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.mask
+    memory.add(sequences, rewards, -rewards, longest=TASK.horizon)
+
+
+def test_memory_keeps_the_newest_episodes() -> None:
+    memory = EpisodeMemory(capacity=3)
+    remember(memory, 1, 2)
+    remember(memory, 3, 4)
+    assert len(memory) == 3
+    batch = memory.sample(200, torch.Generator().manual_seed(0))
+    seen = batch.rewards.amax(1).int().tolist()
+    assert set(seen) == {2, 3, 4}
+    expected = texts(*seen)
+    actual, mask = batch.sequences, batch.sequences.mask
+    assert torch.equal(actual.response_lengths, expected.response_lengths)
+    assert torch.equal(actual.actions, expected.actions)
+    assert torch.equal(batch.reference_log_probs, -batch.rewards)
+    assert (batch.rewards[~mask] == 0).all()
+    assert (batch.weights == 1).all()
+
+
+def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
+    memory = EpisodeMemory(capacity=8, alpha=0.5, beta=1.0)
+    remember(memory, 1, 2)
+    mask = texts(1, 2).mask
+    errors = torch.zeros(mask.shape)
+    errors[:, 0] = torch.tensor([1.0, -4.0])
+    memory.reprioritise(torch.tensor([0, 1]), errors, mask)
+    priorities = memory.tensors["priorities"][:2]
+    lengths = texts(1, 2).response_lengths
+    torch.testing.assert_close(priorities, torch.tensor([1.0, 4.0]) * (0.9 + 0.1 / lengths), atol=1e-5, rtol=0)
+    batch = memory.sample(20_000, torch.Generator().manual_seed(0))
+    odds = priorities.sqrt() / priorities.sqrt().sum()
+    share = (batch.indices == 1).float().mean()
+    assert share == pytest.approx(float(odds[1]), abs=0.02)
+    # With beta = 1 a weighted mean is that of uniform draws.
+    mean = (batch.weights * batch.rewards.amax(1)).sum() / batch.weights.sum()
+    assert mean == pytest.approx(1.5, abs=0.03)
+
+
+def test_new_episodes_are_urgent() -> None:
+    memory = EpisodeMemory(capacity=8, alpha=1.0)
+    remember(memory, 1)
+    memory.reprioritise(torch.tensor([0]), 7 * torch.ones(texts(1).mask.shape), texts(1).mask)
+    remember(memory, 2)
+    assert memory.tensors["priorities"][1] == memory.tensors["priorities"][0]
+
+
+# --- Q-functions ---
+
+
+def actor(noise: float = 1.0) -> ActorCritic:
+    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        policy.lm.model.logits.weight += noise * torch.randn(policy.lm.model.logits.weight.shape, generator=generator)
+        policy.value_head.weight.normal_(generator=generator)
+    return policy
+
+
+def test_soft_values_are_the_log_sum_of_soft_qs() -> None:
+    """V(s) = beta log sum_a pi_ref(a | s) exp(Q(s, a) / beta), and pi = pi_ref exp((Q - V) / beta)."""
+    beta, reference = 0.3, actor(noise=0.0)
+    policy = actor()
+    ids = torch.tensor([[0, token] for token in range(TASK.vocab_size)])
+    ones = torch.ones(TASK.vocab_size, dtype=torch.long)
+    sequences = Sequences(ids, ones, ones)
+    log_reference = reference.sequence_log_probs(sequences)
+    value, added = SoftQ(policy).of_actions(sequences, log_reference, beta)
+    q = (value + added)[:, 0]
+    torch.testing.assert_close(beta * (log_reference[:, 0] + q / beta).logsumexp(0), value[0, 0])
+
+
+@pytest.mark.parametrize("dueling", [True, False])
+def test_greedy_q_starts_from_the_language_model(dueling: bool) -> None:
+    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
+    q, sequences = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1), 0.5, dueling), texts(0, 40, 80)
+    logits = policy.logits(sequences.states())
+    expected = 0.5 * (logits.log_softmax(-1) if dueling else logits)
+    best = q.best(sequences)
+    assert torch.equal(best.action, logits.argmax(-1))
+    torch.testing.assert_close(best.value, expected.amax(-1))
+    torch.testing.assert_close(q.of_actions(sequences), expected.gather(1, sequences.actions[:, None])[:, 0])
+    torch.testing.assert_close(q.of_actions(sequences, best.action), best.value)
+
+
+def test_quantiles_have_q_as_their_mean() -> None:
+    policy, sequences = actor(), texts(0, 40, 80)
+    heads = Heads(policy, noisy=False, n_quantiles=5)
+    with torch.no_grad():
+        heads.psi.normal_(generator=torch.Generator().manual_seed(0))
+        heads.offsets.bias.normal_(generator=torch.Generator().manual_seed(1))
+    quantiles = GreedyQ(policy, heads).of_actions(sequences)
+    plain = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1)).of_actions(sequences)
+    assert quantiles.shape == (len(plain), 5)
+    assert quantiles.std(1).min() > 0.1
+    torch.testing.assert_close(quantiles.mean(1), plain)
+
+
+def test_noise_is_factored_and_can_be_taken_away() -> None:
+    policy, sequences = actor(), texts(0, 40, 80)
+    heads = Heads(policy, noisy=True, n_quantiles=1)
+    q = GreedyQ(policy, heads)
+    plain = q.of_actions(sequences)
+    heads.redraw(torch.Generator().manual_seed(0))
+    noisy = q.of_actions(sequences)
+    assert (noisy - plain).abs().max() > 0.01
+    hidden = policy.hidden(sequences.states())
+    assert heads.noise is not None
+    out, within = heads.noise  # (1, V), (1, d)
+    weight = policy.head.weight + heads.sigma * (out.T @ within)
+    torch.testing.assert_close(q.logits(hidden), hidden @ weight.T)
+    noisy.sum().backward()
+    assert heads.sigma.grad is not None
+    heads.quieten()
+    assert torch.equal(q.of_actions(sequences), plain)
+
+
+def test_banned_stop_tokens_are_never_best() -> None:
+    stop = int(TASK.stop.ids[0])
+    policy = actor()
+    sequences = texts(0, 40, 80)
+    banned = Sequences(
+        sequences.input_ids, sequences.prompt_lengths, sequences.response_lengths, StopRule((stop,), min_new_tokens=3)
+    )
+    with torch.no_grad():
+        policy.lm.model.logits.weight[:, stop] += 100.0
+    for dueling in (True, False):
+        q = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1), dueling=dueling)
+        assert (q.best(sequences).action == stop).all()
+        best = q.best(banned)
+        assert (best.action != stop).all()
+        assert best.value.abs().max() < 1e3
+
+
+# --- targets by hand ---
+
+
+def batch_of(agent: OffPolicyAgent, *chosen: int) -> Memories:
+    sequences = texts(*chosen)
+    rewards = torch.where(sequences.mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
+    reference = agent.penalty.reference.sequence_log_probs(sequences)
+    ones = torch.ones(len(chosen))
+    return Memories(sequences, rewards, reference, ones, torch.arange(len(chosen)))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_greedy_targets(double: bool) -> None:
+    agent = make_agent("greedy", double=double, gamma=0.9)
+    assert isinstance(agent, DQN)
+    with torch.no_grad():  # a network that has moved away from its target
+        noise = torch.randn(agent.policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(0))
+        agent.policy.lm.model.logits.weight += noise
+    batch = batch_of(agent, 60, 80)
+    assert batch.sequences.response_lengths.tolist() == [3, 3]
+    q, targets = agent._greedy_q_and_targets(batch)
+    states = batch.sequences.states()
+    online, target = (lm.logits(states).log_softmax(-1).view(2, 3, -1) for lm in (agent.policy, agent.target.actor))
+    values = target.gather(2, online.argmax(-1, keepdim=True))[..., 0] if double else target.amax(-1)
+    expected = batch.rewards + 0.9 * torch.cat([values[:, 1:], torch.zeros(2, 1)], 1)
+    torch.testing.assert_close(targets[..., 0], expected)
+    chosen = online.gather(2, batch.sequences.actions.view(2, 3, 1))[..., 0]
+    torch.testing.assert_close(q[..., 0], chosen)
+
+
+def test_soft_targets_hold_along_any_text() -> None:
+    """At the optimum Q equals its target for every number of steps, whoever wrote the text."""
+    beta, optimum = 0.3, TASK.optimum(0.3)
+    agent = make_agent("soft")
+    assert isinstance(agent, DQN)
+    # The best policy and its values, by going through the tree of texts from the end.
+    best = {text: float(optimum.log_reference[i] * beta + optimum.rewards[i]) for text, i in TASK.index.items()}
+    prefixes = {text[:n] for text in TASK.texts for n in range(len(text))}
+    log_reference = {text: float(optimum.log_reference[i]) for text, i in TASK.index.items()}
+
+    def mass(prefix: tuple[int, ...], table: dict[tuple[int, ...], float], scale: float) -> float:
+        inside = [value / scale for text, value in table.items() if text[: len(prefix)] == prefix]
+        return scale * float(torch.tensor(inside, dtype=torch.float64).logsumexp(0))
+
+    values = {prefix: mass(prefix, best, beta) - beta * mass(prefix, log_reference, 1.0) for prefix in prefixes}
+    policy = {prefix: mass(prefix, best, beta) / beta for prefix in prefixes | set(TASK.texts)}
+    rewards = torch.zeros(3, TASK.horizon)
+    batch = batch_of(agent, 30, 60, 80)
+    chosen = [TASK.texts[i] for i in (30, 60, 80)]
+    for row, text in enumerate(chosen):
+        rewards[row, len(text) - 1] = float(TASK.rewards[TASK.index[text]])
+    value = torch.tensor([[values[text[:t]] for t in range(3)] for text in chosen])
+    ratio = torch.tensor([[policy[text[: t + 1]] - policy[text[:t]] for t in range(3)] for text in chosen])
+    added = beta * (ratio - batch.reference_log_probs)
+    agent.soft.of_actions = agent.soft_target.of_actions = lambda *_: (value, added)  # type: ignore[method-assign]
+    for n_steps in (1, 2, 3):
+        agent.config.n_steps = n_steps
+        q, targets = agent._soft_q_and_targets(batch._replace(rewards=rewards))
+        torch.testing.assert_close(q, targets, atol=1e-5, rtol=0)
+
+
+def test_greedy_backups_pay_what_an_environment_of_kl_mode_reference_pays() -> None:
+    free, priced = (make_agent("greedy", make_envs(beta)) for beta in (0.0, 0.3))
+    assert isinstance(free, DQN)
+    assert isinstance(priced, DQN)
+    batch = batch_of(free, 60, 80)
+    extra = priced._greedy_q_and_targets(batch)[1] - free._greedy_q_and_targets(batch)[1]
+    torch.testing.assert_close(extra[..., 0], 0.3 * batch.reference_log_probs)
+
+
+def test_targets_follow() -> None:
+    agent = make_agent("greedy", tau=0.25, target_update_interval=2, learning_rate=0.1)
+    (target, followed), *_ = agent.follow()
+    before = [weight.clone() for weight in target.parameters()]
+    rollout = agent.collect()
+    agent.measure_kl(rollout)
+    agent.memory.add(rollout.sequences, rollout.rewards(), agent.reference_log_probs, TASK.horizon)
+    agent._step()
+    assert all(torch.equal(old, new) for old, new in zip(before, target.parameters(), strict=True))
+    agent._step()
+    for old, new, online in zip(before, target.parameters(), followed.parameters(), strict=True):
+        torch.testing.assert_close(new.data, old + 0.25 * (online.data - old))
+
+
+# --- exploration ---
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("epsilon", [0.0, 0.4, 1.0])
+def test_behaviour_log_probs_are_those_of_the_mixture(greedy: bool, epsilon: float) -> None:
+    policy, reference = actor(), actor(noise=0.0)
+    envs = make_envs()
+    envs.unwrapped.array = "torch"
+    agent = make_agent("greedy", envs)  # takes the environment over
+    player: Any = Behaviour(policy, reference, epsilon, 2.0, greedy)
+    rollout = collect(agent.envs, player)
+    states = rollout.sequences.states()
+    own = policy.logits(states).softmax(-1)
+    if greedy:
+        own = torch.nn.functional.one_hot(own.argmax(-1), TASK.vocab_size).float()
+    mixed = (1 - epsilon) * own + epsilon * (reference.logits(states) / 2.0).softmax(-1)
+    expected = mixed.gather(1, rollout.sequences.actions[:, None])[:, 0].log()
+    torch.testing.assert_close(rollout.log_probs[rollout.mask], expected.detach(), atol=1e-5, rtol=0)
+
+
+def test_epsilon_falls() -> None:
+    history: list[float] = []
+    agent = make_agent("greedy", epsilon_start=0.8, epsilon_end=0.2, epsilon_fraction=0.5)
+    agent.learn(320, [lambda _, metrics: history.append(metrics["val/epsilon"])])
+    assert history[0] == 0.8
+    assert history[1] == pytest.approx(0.8 - 0.6 * 0.2)
+    assert history[5:] == pytest.approx([0.2] * 5)
+
+
+# --- the relaxation ---
+
+
+def test_relaxed_tokens_are_drawn_from_the_policy() -> None:
+    log_probs = torch.tensor([0.5, 0.3, 0.2]).log().expand(30_000, 3)
+    token = relax(log_probs, 0, PathwiseConfig())
+    torch.testing.assert_close(token.mean(0), torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0)
+    assert ((token == 0) | ((token - 1).abs() < 1e-6)).all()
+    soft = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel"))
+    assert torch.equal(soft.argmax(1), token.argmax(1))
+    torch.testing.assert_close(soft.sum(1), torch.ones(30_000))
+    sharp = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel", relaxation_temperature=0.01))
+    assert sharp.amax(1).mean() > 0.98
+
+
+def test_the_actor_is_pushed_to_where_the_critic_says_more_and_the_critic_is_not_moved_by_it() -> None:
+    agent = make_agent("pathwise")
+    assert isinstance(agent, Pathwise)
+    sequences = texts(0, 40, 60, 80)
+    seeds = torch.arange(len(sequences.actions))
+    earned, _, _ = agent.values(agent.policy, agent.q, sequences, seeds)
+    earned.sum().backward()
+    assert all(weight.grad is None for weight in agent.q.actor.parameters())
+    first = agent.policy.lm.model.logits.weight.grad
+    assert first is not None
+    assert first.abs().max() > 0
+    exact, _, _ = agent.values(agent.policy, agent.q, sequences)
+    (gradient,) = torch.autograd.grad(exact.sum(), agent.policy.lm.model.logits.weight)
+    assert torch.nn.functional.cosine_similarity(first.flatten(), gradient.flatten(), 0) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DQNConfig(double=True), "belong to the greedy backup"),
+        (lambda: DQNConfig(n_steps=0), "n_steps must be at least 1"),
+        (lambda: DQNConfig(backup="greedy", n_quantiles=0), "n_quantiles must be at least 1"),
+        (lambda: DQNConfig(tau=0.0), "tau is a share"),
+        (lambda: DQNConfig(epsilon_end=1.5), "epsilon_end is a share"),
+        (lambda: DQNConfig(exploration_temperature=0.0), "exploration_temperature must be above 0"),
+        (lambda: PathwiseConfig(relaxation_temperature=0.0), "relaxation_temperature must be above 0"),
+        (lambda: make_agent("soft", make_envs(0.0)), "give the environment a kl_coef"),
+    ],
+)
+def test_bad_settings_are_explained(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
