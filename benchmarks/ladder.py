@@ -37,6 +37,7 @@ from rich.console import Console
 from textgym.agents import (
     A2C,
     DPO,
+    DQN,
     GRPO,
     NLPO,
     PPO,
@@ -57,8 +58,8 @@ from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.model import RewardModel
 
 BEST_OF = 16
-ONE_STEP = {"episodes_per_update": 64, "learning_rate": 3e-4}
-EPOCHS = {"num_epochs": 2, "minibatch_size": 64, "learning_rate": 3e-4}
+ONE_STEP = {"episodes_per_update": 64, "learning_rate": 2e-4}
+EPOCHS = {"num_epochs": 2, "minibatch_size": 64, "learning_rate": 1e-4}
 GROUPS = {**EPOCHS, "group_size": 8}
 AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "expert iteration": (ExpertIteration, {**GROUPS, "minibatch_size": 16}),
@@ -68,8 +69,9 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "RLOO": (RLOO, GROUPS),
     "NLPO": (NLPO, {**EPOCHS, "value_coef": 0.5}),
     "PPO": (PPO, {**EPOCHS, "value_coef": 0.5}),
+    "soft Q": (DQN, {"learning_rate": 1e-4, "n_steps": 24, "epsilon_start": 0.0, "epsilon_end": 0.0}),
 }
-CRITICS = ("REINFORCE", "A2C", "NLPO", "PPO")
+CRITICS = ("REINFORCE", "A2C", "NLPO", "PPO", "soft Q")
 METHODS = ("reference", f"best-of-{BEST_OF}", "SFT", "DPO", *AGENTS)
 COLUMNS = ("gain", "kl", "objective", "judge_gain", "distinct_2_ratio", "reference_ppl", "length_ratio", "seconds")
 
@@ -171,7 +173,7 @@ def preferred(args: Args, method: str, demo: DemoConfig, reward: RewardModel, hi
         probability = 1 / (1 + math.exp(scores[worse] - scores[better]))
         prompt = samples.transcripts[first]["prompt"]
         pairs.append({"prompt": prompt, "chosen": text[0], "rejected": text[1], "probability": probability})
-    config = DPOConfig(beta=args.kl_coef, use_probability=True, learning_rate=3e-4, epochs=2, seed=demo.seed)
+    config = DPOConfig(beta=args.kl_coef, use_probability=True, learning_rate=1e-4, epochs=2, seed=demo.seed)
     DPO(policy, pairs, demo.model, config).learn()
     return policy
 
