@@ -55,6 +55,8 @@ class DPOConfig(OfflineConfig):
             raise ValueError(f"unknown loss {self.loss!r}: use 'sigmoid', 'hinge' or 'ipo'")
         if self.beta <= 0:
             raise ValueError(f"beta must be above 0, got {self.beta}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}")
         if self.loss != "sigmoid" and (self.label_smoothing or self.use_probability):
             raise ValueError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
 
@@ -177,14 +179,15 @@ class DPO(OfflineAgent):
 def preference_loss(
     chosen: Tensor, rejected: Tensor, token_counts: tuple[Tensor, Tensor], probability: Tensor, config: DPOConfig
 ) -> Tensor:
-    """The mean loss of pairs, as TRL's DPOTrainer computes it.
+    """The mean loss of pairs, equal to that of TRL 1.16's DPOTrainer.
 
     With d = beta (chosen - rejected):
 
-    * "sigmoid": -p log sigmoid(d) - (1 - p) log sigmoid(-d), p = 1 for certain labels (Rafailov et al., 2023, eq. 7);
+    * "sigmoid": -p log sigmoid(d) - (1 - p) log sigmoid(-d), p = 1 for certain labels (Rafailov et al., 2023, eq. 7)
+      and 1 - epsilon under label smoothing, which of TRL's losses "aot" alone does in this way;
     * "hinge": max(0, 1 - d);
     * "ipo": (chosen / n_chosen - rejected / n_rejected - 1 / (2 beta))^2 (Azar et al., 2024, eq. 17), the log-ratios
-      averaged over the n tokens of each text, since their sum would make the margin a matter of length.
+      averaged over the n tokens of each text as TRL does, since in sums the margin would be a matter of length.
 
     Args:
         chosen: `(P,)`, log pi - log pi_ref of the chosen completions, summed over their tokens.

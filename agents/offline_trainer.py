@@ -74,9 +74,8 @@ class OfflineTrainer(Trainer):
             falling = num_training_steps - rising
             return (num_training_steps - step) / falling if self.agent.config.anneal_learning_rate and falling else 1.0
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer, factor
-        )
+        chosen: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:

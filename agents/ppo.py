@@ -10,6 +10,11 @@ One update:
 The policy's loss is the clipped surrogate or, with `variant="penalty"`, the plain one with a penalty on KL(old, new)
 whose coefficient is doubled after an update that went too far and halved after one that went too short.
 Every mean is over real tokens. Importance ratios start from the behaviour log-probs, so the first ratio is 1.
+
+Advantages, returns and both losses equal those of TRL 1.12, the last with a PPO, wherever the definitions agree. They
+do not in four places. The score is paid on the last token itself, EOS included, and not on the padding after it, which
+that PPO also gives a value to learn. Masks come from lengths. Whitening divides by the number of tokens, not by one
+less. Here the clip range may differ above 1, a dual clip bounds what a ratio loses, and values may go unclipped.
 """
 
 from __future__ import annotations

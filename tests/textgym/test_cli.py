@@ -84,9 +84,9 @@ def test_flags_of_the_others() -> None:
     assert (demo.output_dir, demo.ppo.seed, demo.reward_model.seed) == (Path("out"), 4, 4)
 
 
-@pytest.mark.parametrize("name", cli.AGENTS)
+@pytest.mark.parametrize("name", [*cli.AGENTS, *cli.OFFLINE])
 def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = cli.AGENTS[name].config_class
+    config = {**cli.AGENTS, **cli.OFFLINE}[name].config_class
     command = parsed(f"train --agent {name} --output-dir out --learning-rate 0.5")
     assert command.agent == name
     assert command.config == config(learning_rate=0.5)
@@ -145,6 +145,32 @@ def test_train_leaves_a_run_folder_and_evaluate_reads_it(
     assert {"score", "kl", "judge", "reference_ppl", "distinct_2", "length"} <= set(figures)
     assert float(figures["kl"][0]) == pytest.approx(0.0, abs=1e-3), "the reference to itself"
     assert lines[-1][:5] == ["The", "first", "half", "hour", "of"]
+
+
+@pytest.mark.parametrize(
+    ("agent", "answers", "metric"),
+    [
+        ("sft", {"completion": " a joy."}, "entropy"),
+        ("dpo", {"chosen": " a joy.", "rejected": " a bore."}, "rewards/margins"),
+    ],
+)
+def test_offline_agents_leave_the_same_run_folder(
+    agent: str, answers: dict[str, str], metric: str, working_folder: Path
+) -> None:
+    rows = [{"prompt": f"Film {i} is", **answers} for i in range(20)]
+    (working_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--batch-size", "8", "--learning-rate", "1e-3", "--num-envs", "4"]
+    cli.main(["train", "--agent", agent, "--data", "rows.jsonl", "--output-dir", "run", *flags, *env_kwargs()])
+    run = working_folder / "run"
+    expected = {"config.json", "metrics.jsonl", "tensorboard", "curves.png", "samples.md", "policy"}
+    assert {path.name for path in run.iterdir()} == expected
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["updates"] for row in history] == [1, 2, 3]
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert metric in history[0]
+    assert len((run / "samples.md").read_text().splitlines()) == 2 + 64
+    policy, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "policy", ASSETS / "tiny"))
+    assert not torch.equal(policy.get_output_embeddings().weight, start.get_output_embeddings().weight.float())
 
 
 def test_evaluate_shows_brackets_as_they_are(
@@ -253,10 +279,25 @@ def test_evaluate_reports_further_metrics(capsys: pytest.CaptureFixture[str]) ->
         (["--num-envs", "7"], "textgym: episodes_per_update=8 must be a multiple of num_envs=7"),
         (["--temperature", "0"], "textgym: temperature must be above 0"),
         (["--output-dir", "my_rewards.py"], "my_rewards.py"),
+        (["--data", "rows.jsonl"], "--agent ppo learns from the episodes it plays and would not read --data"),
     ],
 )
 def test_errors_of_the_users_making_are_one_line(arguments: list[str], message: str, working_folder: Path) -> None:
     assert message in error_of("train", "--output-dir", "run", *SMALL, *env_kwargs(), *arguments)
+    assert not (working_folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sft"], "give --data FILE.jsonl, with 'prompt' and 'completion' a line"),
+        (["dpo"], "give --data FILE.jsonl, with 'prompt', 'chosen' and 'rejected' a line"),
+        (["sft", "--data", "no.jsonl"], "there is no file 'no.jsonl' with examples"),
+        (["dpo", "--data", "no.jsonl"], "there is no file 'no.jsonl' with preferences"),
+    ],
+)
+def test_offline_agents_say_what_data_they_lack(arguments: list[str], message: str, working_folder: Path) -> None:
+    assert message in error_of("train", "--output-dir", "run", "--num-envs", "4", *env_kwargs(), "--agent", *arguments)
     assert not (working_folder / "run").exists()
 
 
