@@ -37,7 +37,7 @@ from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, DPOC
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask
 
-GROUPS = {"group_size": 16, "num_epochs": 2, "minibatch_size": 64}
+GROUPS = {"group_size": 64, "num_epochs": 2, "minibatch_size": 64}
 PPO_SETTINGS = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
 OFF_POLICY = {"adam_epsilon": 1e-8, "epsilon_end": 0.5, "exploration_temperature": 4.0}
 GREEDY = {**OFF_POLICY, "backup": "greedy"}
@@ -51,7 +51,7 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int = 256
     """Episodes in an update."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     """Of the table."""
     transformer: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 3e-3})
     """Settings of the transformer."""
@@ -62,25 +62,25 @@ METHODS = {
     "ppo-penalty": Method(PPO, {**PPO_SETTINGS, "variant": "penalty"}),
     "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}),
     "grpo": Method(GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
-    "rloo": Method(RLOO, GROUPS),
+    "rloo": Method(RLOO, {**GROUPS, "group_size": 16}),
     "reinforce": Method(REINFORCE, {"baseline": "learned"}, rows=64),
     "a2c": Method(A2C, {}, rows=64),
     "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
     "expert-iteration": Method(ExpertIteration, GROUPS),
-    "dpo": Method(DPO),
+    "dpo": Method(DPO, learning_rate=0.1),
     "sb3-ppo": Method("PPO"),
     "sb3-a2c": Method("A2C"),
 }
 HARD = {
-    "dqn": Method(DQN, GREEDY, rows=64),
-    "double": Method(DQN, {**GREEDY, "double": True}, rows=64),
-    "not dueling": Method(DQN, {**GREEDY, "dueling": False}, rows=64),
-    "n-step": Method(DQN, {**GREEDY, "n_steps": 2, "epsilon_end": 0.05}, rows=64),
-    "noisy": Method(DQN, {**GREEDY, "noisy": True}, rows=64),
-    "quantiles": Method(DQN, {**GREEDY, "n_quantiles": 8}, rows=64),
-    "prioritised": Method(DQN, {**GREEDY, "prioritised": True}, rows=64),
+    "dqn": Method(DQN, GREEDY, rows=64, learning_rate=0.02),
+    "double": Method(DQN, {**GREEDY, "double": True}, rows=64, learning_rate=0.02),
+    "not dueling": Method(DQN, {**GREEDY, "dueling": False}, rows=64, learning_rate=0.02),
+    "n-step": Method(DQN, {**GREEDY, "n_steps": 2, "epsilon_end": 0.05}, rows=64, learning_rate=0.02),
+    "noisy": Method(DQN, {**GREEDY, "noisy": True}, rows=64, learning_rate=0.02),
+    "quantiles": Method(DQN, {**GREEDY, "n_quantiles": 8}, rows=64, learning_rate=0.02),
+    "prioritised": Method(DQN, {**GREEDY, "prioritised": True}, rows=64, learning_rate=0.02),
     "double + prioritised + quantiles": Method(
-        DQN, {**GREEDY, "double": True, "prioritised": True, "n_quantiles": 8}, rows=64
+        DQN, {**GREEDY, "double": True, "prioritised": True, "n_quantiles": 8}, rows=64, learning_rate=0.02
     ),
     "pathwise": Method(Pathwise, {**OFF_POLICY, "relaxation_temperature": 4.0}, rows=64, learning_rate=0.05),
     "sb3-dqn": Method("DQN"),
