@@ -6,7 +6,6 @@ algorithm is a subclass with its items (`__len__`, `collate`, `weight`) and its 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -26,7 +25,7 @@ from torch import Tensor
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import load_tokenizer, quiet
+from textgym.models.loading import load_tokenizer
 from textgym.models.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
@@ -34,6 +33,7 @@ from textgym.rewards.last_token import pad_right
 
 from .offline_trainer import OfflineTrainer
 from .on_policy import Metrics
+from .saving import load_policy, save_policy
 
 Callback = Callable[["OfflineAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
@@ -181,15 +181,9 @@ class OfflineAgent(ABC):
             "config": dataclasses.asdict(self.config),
             "updates": self.updates,
             "data": self.fingerprint(),
-            "policy": {
-                "critic": "shared" if self.policy.critic is None else "separate",
-                "temperature": self.policy.temperature,
-            },
         }
         with atomic_folder(folder) as temporary:
-            self.policy.save_pretrained(temporary / "policy", self.tokenizer)
-            if self.policy.lora is not None:
-                _save_adapter(self.policy, temporary)
+            meta["policy"] = save_policy(self.policy, temporary, self.tokenizer)
             save_file(self.training_state(), temporary / "state.safetensors")
             if self.updates:
                 (temporary / "trainer").mkdir()
@@ -209,7 +203,7 @@ class OfflineAgent(ABC):
         """
         folder = Path(folder)
         meta = json.loads((folder / "agent.json").read_text())
-        config, policy = cls.config_class(**meta["config"]), _load_policy(folder, meta["policy"])
+        config, policy = cls.config_class(**meta["config"]), load_policy(folder, meta["policy"])
         state: dict[str, Any] = load_file(folder / "state.safetensors")
         agent = cls(policy, data, folder / "policy", config, **state)
         if agent.fingerprint() != meta["data"]:
@@ -231,24 +225,3 @@ class OfflineAgent(ABC):
         else:
             assert self._saved_progress is not None  # somebody made the updates
             shutil.copytree(self._saved_progress, folder, dirs_exist_ok=True)
-
-
-def _save_adapter(policy: ActorCritic, folder: Path) -> None:
-    """`adapter/` and `base/`, the policy without it; `policy/` has both merged, from which nothing could go on."""
-    base = ActorCritic(copy.deepcopy(policy.lora).unload(), policy.critic, policy.temperature)
-    base.value_head = policy.value_head
-    base.save_pretrained(folder / "base")
-    policy.lora.save_pretrained(folder / "adapter")
-
-
-def _load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
-    if not (folder / "adapter").exists():
-        return ActorCritic.from_pretrained(folder / "policy", **settings)
-    from peft import PeftConfig, set_peft_model_state_dict
-
-    config = PeftConfig.from_pretrained(str(folder / "adapter"))
-    config.inference_mode = False
-    policy = ActorCritic.from_pretrained(folder / "base", lora=config, **settings)
-    with quiet():
-        set_peft_model_state_dict(policy.lora, load_file(folder / "adapter" / "adapter_model.safetensors"))
-    return policy

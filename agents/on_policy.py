@@ -25,8 +25,9 @@ from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
 
 from .rollout import Rollout, collect, merge
+from .saving import load_policy, save_policy
 
-TENSORS = "tensors.safetensors"
+TENSORS, FROZEN = "tensors.safetensors", "frozen"
 Metrics = dict[str, float]
 Callback = Callable[["OnPolicyAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
@@ -255,19 +256,15 @@ class OnPolicyAgent(ABC):
             "agent": self.training_state(),
             "prompt_queue": task.queue,
             "np_random": envs.np_random.bit_generator.state,
-            "policy": {
-                "critic": "shared" if self.policy.critic is None else "separate",
-                "temperature": self.policy.temperature,
-            },
             "env": envs.spec.to_json() if envs.spec is not None and _is_plain(envs.spec.kwargs) else None,
             "num_envs": envs.num_envs,
         }
         with atomic_folder(folder) as temporary:
-            self.policy.save_pretrained(temporary / "policy", task.tokenizer)
+            meta["policy"] = save_policy(self.policy, temporary, task.tokenizer)
             torch.save(state, temporary / "state.pt")
             save_file({name: x.detach().clone() for name, x in self.training_tensors().items()}, temporary / TENSORS)
             for name, model in self.frozen_models().items():
-                model.lm.save_pretrained(temporary / name)
+                model.lm.save_pretrained(temporary / FROZEN / name)
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
@@ -290,7 +287,7 @@ class OnPolicyAgent(ABC):
                     f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
                 )
             envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"])
-        policy = ActorCritic.from_pretrained(folder / "policy", **meta["policy"])
+        policy = load_policy(folder, meta["policy"])
         agent = cls(policy, envs, cls.config_class(**meta["config"]))
         agent.optimizer.load_state_dict(state["optimizer"])
         agent._sampler.set_state(state["sampler"])
@@ -298,10 +295,9 @@ class OnPolicyAgent(ABC):
         agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
         for name, value in meta["controller"].items():
             setattr(agent.penalty.controller, name, value)
-        for part in folder.iterdir():
-            if part.is_dir() and part.name != "policy":
-                model = TokenModel.load(str(part), temperature=policy.temperature, device=policy.device)
-                agent.take_frozen_model(part.name, model)
+        for part in sorted((folder / FROZEN).glob("*")):
+            model = TokenModel.load(str(part), temperature=policy.temperature, device=policy.device)
+            agent.take_frozen_model(part.name, model)
         envs.unwrapped.task.scorer.load_state(meta["scorer"])
         agent.load_training_state(meta["agent"])
         agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))

@@ -35,7 +35,7 @@ from .advantages import masked_mean, n_step_returns
 from .memory import Memories
 from .off_policy import OffPolicyAgent, OffPolicyConfig
 from .on_policy import Metrics, OnPolicyConfig
-from .q_functions import GreedyQ, Heads
+from .q_functions import GreedyQ, Heads, frozen_actor
 
 
 @dataclass
@@ -66,12 +66,12 @@ class Pathwise(OffPolicyAgent):
         """The critic, and the targets."""
         critic = ActorCritic(copy.deepcopy(self.policy.lm), temperature=self.policy.temperature)
         self.q = GreedyQ(critic, Heads(critic, noisy=False, n_quantiles=1), self.config.q_scale)
-        self.target, self.target_q = self.policy.frozen_copy(), self.q.frozen_copy()
+        self.target, self.target_q = frozen_actor(self.policy), self.q.frozen_copy()
         return nn.ModuleDict({"critic": critic, "target": self.target, "target_critic": self.target_q.actor})
 
     def follow(self) -> list[tuple[nn.Module, nn.Module]]:
         """The targets, and what they follow."""
-        return [(self.target.lm, self.policy.lm), (self.target_q.actor, self.q.actor)]
+        return [(self.target, self.policy), (self.target_q.actor, self.q.actor)]
 
     def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
         """The critic's Huber loss and the actor's objective, means over real tokens; neither moves the other."""

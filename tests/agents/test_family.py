@@ -91,6 +91,30 @@ def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert torch.equal(actual, expected), key
 
 
+@pytest.mark.parametrize("name", ["ppo", "nlpo"])
+def test_trap_35_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> None:
+    lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+    def make() -> SurrogateAgent:
+        kind, settings = AGENTS[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            policy = ActorCritic.from_pretrained(mock_lm(), critic="separate", lora=lora)
+        config = {"episodes_per_update": 32, "learning_rate": 3e-3, **settings}
+        return kind(policy, make_envs(reference=None), kind.config_class(**config))
+
+    whole, part = make().learn(160), make()
+    part.learn(160, [lambda agent, _: agent.updates < 3])
+    part.save(tmp_path / "agent")
+    resumed = type(part).load(tmp_path / "agent", envs=make_envs(reference=None)).learn(160)
+    trained = {key for key, weight in whole.policy.named_parameters() if weight.requires_grad}
+    assert all("lora" in key or key.startswith(("critic", "value_head")) for key in trained)
+    for (key, expected), actual in zip(
+        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
+        assert torch.equal(actual, expected), key
+
+
 @pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo", "grpo", "grpo, KL in loss", "rloo"])
 def test_trap_24_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
     gradients = []

@@ -19,7 +19,7 @@ from textgym.agents.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
-from textgym.testing import ExactTask
+from textgym.testing import ExactTask, mock_lm
 
 TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
 FAST = {"episodes_per_update": 32, "learning_starts": 32, "exploration_temperature": 4.0, "epsilon_end": 0.5}
@@ -83,6 +83,33 @@ def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
     for mine, other in ((resumed.policy, whole.policy), (resumed.further, whole.further)):
         for (key, actual), expected in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(actual, expected), key
+
+
+@pytest.mark.parametrize("name", ["soft", "everything", "pathwise"])
+def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) -> None:
+    lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    kind, settings = AGENTS[name]
+    arguments = TASK.env_kwargs(0.3 if name == "soft" else 0.0) | {"reference": mock_lm(TASK.vocab_size)}
+
+    def make() -> OffPolicyAgent:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            policy = ActorCritic.from_pretrained(mock_lm(TASK.vocab_size), lora=lora)
+        envs = gym.make_vec("textgym/Text-v0", num_envs=32, kl_mode="deferred", **arguments)
+        return kind(policy, envs, kind.config_class(learning_rate=0.01, **settings))
+
+    start = {key: weight.clone() for key, weight in make().policy.state_dict().items()}
+    whole, part = make().learn(160), make()
+    part.learn(160, [lambda agent, _: agent.updates < 3])
+    part.save(tmp_path / "agent")
+    envs = gym.make_vec("textgym/Text-v0", num_envs=32, kl_mode="deferred", **arguments)
+    resumed = type(part).load(tmp_path / "agent", envs=envs).learn(160)
+    for (key, expected), actual in zip(
+        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
+        assert torch.equal(actual, expected), key
+        assert "lora_B" not in key or not torch.equal(expected, start[key]), key
+        assert "lora" in key or "value_head" in key or torch.equal(expected, start[key]), key
 
 
 # --- memory ---

@@ -202,8 +202,9 @@ class ActorCritic(TokenModel):
         return self.frozen_copy()
 
     def frozen_copy(self) -> TokenModel:
-        """The policy as it is now, with its adapter where it has one."""
-        return freeze(TokenModel(copy.deepcopy(self.lm), self.temperature))
+        """The policy as it is now, its adapter merged where it has one, so that it is a plain language model."""
+        lm = copy.deepcopy(self.lm) if self.lora is None else copy.deepcopy(self.lora).merge_and_unload()
+        return freeze(TokenModel(lm, self.temperature))
 
     @property
     def lora(self) -> Any:
