@@ -35,6 +35,7 @@ import tyro
 from textgym import sb3
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, DPOConfig, ExpertIteration, Pathwise
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.loading import quiet
 from textgym.testing import ExactTask
 
 GROUPS = {"group_size": 64, "num_epochs": 2, "minibatch_size": 64}
@@ -161,7 +162,8 @@ def stock(run: Run) -> tuple[ActorCritic, float]:
     task, steps = run.task, run.args.episodes * run.task.horizon
     learning_rate = run.settings["learning_rate"]
     with tempfile.TemporaryDirectory() as folder:
-        task.language_model().save_pretrained(folder)
+        with quiet():
+            task.language_model().save_pretrained(folder)
         arguments = task.env_kwargs(run.beta)
         if run.method.kind == "DQN":
             env = sb3.make_vec_env("textgym/Text-v0", n_envs=16, kl_mode="reference", **arguments)
