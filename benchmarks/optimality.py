@@ -59,16 +59,16 @@ class Method:
 
 
 METHODS = {
-    "ppo": Method(PPO, PPO_SETTINGS),
+    "ppo": Method(PPO, PPO_SETTINGS, learning_rate=0.02),
     "ppo-penalty": Method(PPO, {**PPO_SETTINGS, "variant": "penalty"}),
-    "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}),
+    "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}, learning_rate=0.02),
     "grpo": Method(GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
     "rloo": Method(RLOO, {**GROUPS, "group_size": 16}),
     "reinforce": Method(REINFORCE, {"baseline": "learned"}, rows=64),
     "a2c": Method(A2C, {}, rows=64),
     "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
     "expert-iteration": Method(ExpertIteration, GROUPS),
-    "dpo": Method(DPO, learning_rate=0.1),
+    "dpo": Method(DPO, learning_rate=0.3),
     "sb3-ppo": Method("PPO"),
     "sb3-a2c": Method("A2C"),
 }
@@ -214,7 +214,7 @@ def preferred(run: Run) -> tuple[ActorCritic, float]:
                 pair = {"prompt": "a", "chosen": texts[better], "rejected": texts[worse], "probability": probability}
                 pairs.append(pair)
     policy = ActorCritic.from_pretrained(task.language_model())
-    config = DPOConfig(beta=run.beta, use_probability=True, epochs=20, batch_size=256, seed=run.seed, **run.settings)
+    config = DPOConfig(beta=run.beta, use_probability=True, epochs=40, batch_size=256, seed=run.seed, **run.settings)
     DPO(policy, pairs, task.tokenizer, config).learn()
     return policy, math.nan
 
