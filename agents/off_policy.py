@@ -186,7 +186,8 @@ class OffPolicyAgent(OnPolicyAgent):
     def _step(self) -> Metrics:
         batch = self.memory.sample(self.config.batch_size, self.shuffler)
         self.policy.reset_cache()
-        loss, errors, figures = self.loss(batch)
+        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
+            loss, errors, figures = self.loss(batch)
         norm = self.step(loss)
         if self.memory.alpha > 0:
             self.memory.reprioritise(batch.indices, errors, batch.sequences.mask)
