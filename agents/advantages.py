@@ -47,16 +47,37 @@ def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
-def n_step_returns(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int) -> Tensor:
+def n_step_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int, goes_on: Tensor | None = None
+) -> Tensor:
     """Rewards of n steps and then the critic: sum_{i<n} gamma^i r_{t+i} + gamma^n V(s_{t+n}), `(N, T)`.
 
     Past the end of a row there are neither rewards nor a value.
+
+    Args:
+        rewards: `(N, T)`.
+        values: `(N, T)`, the value of the state before each action.
+        mask: bool `(N, T)`, the real steps.
+        gamma: discount.
+        n: steps.
+        goes_on: bool `(N, T)`, the actions that the values would have chosen themselves. At the first other one, the
+            action t itself aside, the critic takes over, so that nothing is learned from what was a mistake (Watkins,
+            1989).
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    width = rewards.shape[1]
-    rewards, values = (torch.nn.functional.pad(x, (0, n)) for x in (rewards, values))
-    total = sum(gamma**i * rewards[:, i : i + width] for i in range(n)) + gamma**n * values[:, n : n + width]
-    return torch.where(mask, torch.as_tensor(total), 0.0)
+    following = _shifted(values)  # V(s_{t+1})
+    returns = rewards + gamma * following
+    for _ in range(min(n, rewards.shape[1]) - 1):
+        later = _shifted(returns)
+        if goes_on is not None:
+            later = torch.where(_shifted(goes_on), later, following)
+        returns = rewards + gamma * later
+    return torch.where(mask, returns, 0.0)
+
+
+def _shifted(values: Tensor) -> Tensor:
+    """Of each step, the next step's; nothing past the end."""
+    return torch.nn.functional.pad(values[:, 1:], (0, 1))
 
 
 def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:

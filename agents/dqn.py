@@ -14,9 +14,9 @@ et al., 2017, "Equivalence between policy gradients and soft Q-learning"). With 
 of the highest reward, to be decoded greedily; there a nat of beta pays beta log pi_ref(a | s), as an environment with
 `kl_mode="reference"` does.
 
-Both start from the language model, see q_functions.py. `n_steps` rewards come before the target. Off-policy they are
-as the remembered episode had them, which greedy backups bear since the texts are near the policy's; the soft backup
-takes off beta log(pi / pi_ref) of each, and then holds along any text (Nachum et al., 2017, "path consistency").
+Both start from the language model, see q_functions.py. `n_steps` rewards come before the target. The greedy backup
+takes them as long as the remembered tokens are the best ones (Watkins, 1989); the soft one takes off
+beta log(pi / pi_ref) of each, and then holds along any text (Nachum et al., 2017, "path consistency").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from textgym.models.actor_critic import ActorCritic
 from .advantages import masked_mean, n_step_returns
 from .memory import EpisodeMemory, Memories
 from .off_policy import OffPolicyAgent, OffPolicyConfig
-from .on_policy import Metrics, OnPolicyConfig
+from .on_policy import OnPolicyConfig
 from .q_functions import GreedyQ, Heads, SoftQ, frozen_actor
 from .rollout import Rollout
 
@@ -45,7 +45,7 @@ class DQNConfig(OffPolicyConfig):
     backup: Literal["soft", "greedy"] = "soft"
     """What a state is worth: the value of the objective with its KL, or the best token's Q."""
     prioritised: bool = False
-    """Draw episodes with large errors more often (Schaul et al., 2016)."""
+    """Draw episodes with large errors more often (Schaul et al., 2016), which weights make up for in part."""
     priority_exponent: float = 0.6
     """Of "prioritised": 0 draws all alike."""
     q_scale: float = 1.0
@@ -108,13 +108,13 @@ class DQN(OffPolicyAgent):
     def collect(self) -> Rollout:
         """One episode in every row, with noise on the weights, drawn once for each, if it explores."""
         if not self.greedy:
-            return super().collect()
+            return self.play()
         self.q.heads.redraw(self.shuffler, self.envs.num_envs)
         rollout = self.play(self.q.logits)
         self.q.heads.quieten()
         return rollout
 
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The Huber loss of Q to its targets, a mean over real tokens, weighted by episode."""
         mask = batch.sequences.mask
         if self.greedy:

@@ -66,7 +66,9 @@ class ExpertIteration(GroupAgent):
         """Negative log-likelihood of the tokens, and the entropy bonus."""
         mask = batch.mask
         policy, entropy = -masked_mean(new.log_prob, mask), masked_mean(new.entropy, mask)
+        log_ratio = new.log_prob.detach() - batch.log_probs
         return policy - self.config.entropy_coef * entropy, {
+            "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
             "loss/policy_avg": policy,
             "policy/entropy_avg": entropy,
         }

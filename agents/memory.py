@@ -29,6 +29,13 @@ class Memories(NamedTuple):
     weights: Tensor
     indices: Tensor
 
+    def part(self, rows: slice) -> Memories:
+        """Some of the episodes, as wide as the longest of them."""
+        sequences = self.sequences[rows]
+        width = sequences.mask.shape[1]
+        columns = (self.rewards[rows, :width], self.reference_log_probs[rows, :width])
+        return Memories(sequences, *columns, self.weights[rows], self.indices[rows])
+
 
 class EpisodeMemory:
     """The newest episodes, on the device, and their priorities.
@@ -41,7 +48,7 @@ class EpisodeMemory:
     Args:
         capacity: episodes that are kept.
         alpha: 0 draws all alike.
-        beta: 1 makes up for the priorities in full.
+        beta: 1 makes up for the priorities in full; it stays as it is, and is not annealed.
     """
 
     def __init__(self, capacity: int, alpha: float = 0.0, beta: float = 0.6) -> None:
@@ -60,7 +67,15 @@ class EpisodeMemory:
             rewards: `(N, T)`.
             reference_log_probs: `(N, T)`.
             longest: the most tokens that a response can have.
+
+        Raises:
+            ValueError: more episodes than there is room for.
         """
+        if len(sequences) > self.capacity:
+            raise ValueError(
+                f"{len(sequences)} episodes do not fit into a memory of {self.capacity}: set memory_size to at least "
+                "episodes_per_update"
+            )
         columns = {
             "input_ids": sequences.input_ids,
             "prompt_lengths": sequences.prompt_lengths,

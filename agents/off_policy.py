@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic, Step
 from textgym.models.token_model import Observation, TokenModel
+from textgym.rewards.kl import FixedKL
 
 from .memory import EpisodeMemory, Memories
 from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
@@ -35,6 +36,8 @@ class OffPolicyConfig(OnPolicyConfig):
     """Steps of the optimiser in an update."""
     batch_size: int = 64
     """Episodes drawn from memory for a step."""
+    micro_batch_size: int | None = None
+    """Of them in one forward pass; gradients add up to those of the batch. None: the whole batch."""
     memory_size: int = 8192
     """Episodes that are remembered, the newest ones."""
     learning_starts: int = 256
@@ -124,6 +127,9 @@ class OffPolicyAgent(OnPolicyAgent):
     """See the module's text; arguments as `OnPolicyAgent`, whose loop it is but for the memory in it.
 
     An algorithm has `modules` besides the policy, targets that `follow` them, and a `loss`.
+
+    Raises:
+        ValueError: a KL whose coefficient moves, or that is estimated or clamped in a way of its own.
     """
 
     config: OffPolicyConfig
@@ -131,6 +137,16 @@ class OffPolicyAgent(OnPolicyAgent):
 
     def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
+        if not isinstance(self.penalty.controller, FixedKL):
+            raise ValueError(
+                f"beta is a part of what {type(self).__name__} learns and remembers, so no controller may move it: "
+                "give the environment a number as kl_coef"
+            )
+        if self.penalty.estimator != "k1" or self.penalty.clamp is not None:
+            raise ValueError(
+                f"{type(self).__name__} has the KL in its backups and estimates none: leave kl_estimator='k1' and "
+                "kl_clamp=None"
+            )
         self.memory = EpisodeMemory(self.config.memory_size)
         self.steps = 0  # of the optimiser
         self.further = self.modules()
@@ -147,8 +163,8 @@ class OffPolicyAgent(OnPolicyAgent):
         """Pairs of a target and the module that it follows."""
 
     @abstractmethod
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
-        """The loss of episodes from memory, errors of their tokens `(B, T)`, and figures to report."""
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss of episodes from memory, errors of their tokens `(B, T)`, and figures: means over real tokens."""
 
     @property
     def epsilon(self) -> float:
@@ -166,35 +182,50 @@ class OffPolicyAgent(OnPolicyAgent):
         config = self.config
         exploration = (self.epsilon, config.exploration_temperature)
         actor: Any = Behaviour(self.policy, self.penalty.reference, *exploration, self.greedy, head)
-        return collect(self.envs, actor, self.episode_options())
+        rollout = collect(self.envs, actor, self.episode_options())
+        self.penalty.reference.reset_cache()  # it is not needed again before the next rollout
+        return rollout
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """k1 of every token to the reference, of who played, `(N, T)` nats."""
-        self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
-        return torch.where(rollout.mask, rollout.log_probs - self.reference_log_probs, 0.0)
+        """Of every token to the reference, of who played, `(N, T)` nats: k1."""
+        reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
+        return torch.where(rollout.mask, rollout.log_probs - reference_log_probs, 0.0)
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Steps 2 and 3 of the module's text."""
+        reference_log_probs = torch.where(rollout.mask, rollout.log_probs - kl, 0.0)
         longest = self.envs.unwrapped.task.episodes.max_new_tokens
-        self.memory.add(rollout.sequences, rollout.rewards(), self.reference_log_probs, longest)
-        figures: list[Metrics] = []
+        self.memory.add(rollout.sequences, rollout.rewards(), reference_log_probs, longest)
+        steps: list[dict[str, Tensor]] = []
         if self.memory.added >= self.config.learning_starts:
-            figures = [self._step() for _ in range(self.config.gradient_steps)]
-        means = {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]} if figures else {}
-        return {**means, "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
+            steps = [self._step() for _ in range(self.config.gradient_steps)]
+        metrics = (
+            {name: float(torch.stack([step[name] for step in steps]).mean()) for name in steps[0]} if steps else {}
+        )
+        return {**metrics, "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
-    def _step(self) -> Metrics:
+    def _step(self) -> dict[str, Tensor]:
+        """One step of the optimiser; in micro-batches, whose gradients add up (trap 24)."""
         batch = self.memory.sample(self.config.batch_size, self.shuffler)
         self.policy.reset_cache()
-        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
-            loss, errors, figures = self.loss(batch)
-        norm = self.step(loss)
-        if self.memory.alpha > 0:
-            self.memory.reprioritise(batch.indices, errors, batch.sequences.mask)
+        self.optimizer.zero_grad(set_to_none=True)
+        size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
+        figures: dict[str, Tensor] = {}
+        for start in range(0, self.config.batch_size, size):
+            part = batch.part(slice(start, start + size))
+            share = part.sequences.response_lengths.sum() / total  # losses are means over tokens
+            with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
+                loss, errors, reported = self.loss(part)
+            (share * loss).backward()
+            if self.memory.alpha > 0:
+                self.memory.reprioritise(part.indices, errors, part.sequences.mask)
+            for name, figure in reported.items():
+                figures[name] = figures.get(name, 0.0) + share * figure
+        figures["val/grad_norm"] = torch.as_tensor(self.apply_gradients())
         self.steps += 1
         if self.steps % self.config.target_update_interval == 0:
             self._update_targets()
-        return {**figures, "val/grad_norm": norm}
+        return figures
 
     @torch.no_grad()
     def _update_targets(self) -> None:

@@ -262,7 +262,8 @@ class OnPolicyAgent(ABC):
         with atomic_folder(folder) as temporary:
             meta["policy"] = save_policy(self.policy, temporary, task.tokenizer)
             torch.save(state, temporary / "state.pt")
-            save_file({name: x.detach().clone() for name, x in self.training_tensors().items()}, temporary / TENSORS)
+            if tensors := self.training_tensors():
+                save_file({name: x.detach().clone() for name, x in tensors.items()}, temporary / TENSORS)
             for name, model in self.frozen_models().items():
                 model.lm.save_pretrained(temporary / FROZEN / name)
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
@@ -300,7 +301,8 @@ class OnPolicyAgent(ABC):
             agent.take_frozen_model(part.name, model)
         envs.unwrapped.task.scorer.load_state(meta["scorer"])
         agent.load_training_state(meta["agent"])
-        agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
+        if (folder / TENSORS).exists():
+            agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
         return agent

@@ -34,7 +34,7 @@ from textgym.models.token_model import TokenModel
 from .advantages import masked_mean, n_step_returns
 from .memory import Memories
 from .off_policy import OffPolicyAgent, OffPolicyConfig
-from .on_policy import Metrics, OnPolicyConfig
+from .on_policy import OnPolicyConfig
 from .q_functions import GreedyQ, Heads, frozen_actor
 
 
@@ -73,35 +73,33 @@ class Pathwise(OffPolicyAgent):
         """The targets, and what they follow."""
         return [(self.target, self.policy), (self.target_q.actor, self.q.actor)]
 
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Metrics]:
-        """The critic's Huber loss and the actor's objective, means over real tokens; neither moves the other."""
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The critic's Huber loss and the actor's objective, means over real tokens, each with gradients of its own."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
         mask = sequences.mask
         with torch.no_grad():
-            earned, kl, value = self.values(self.target, self.target_q, sequences)
+            reference_hidden = self.penalty.reference.hidden(sequences.states())
+            earned, kl, value = self.values(self.target, self.target_q, sequences, reference_hidden)
             paid = beta * sequences.pad(kl)
-            target_value = sequences.pad(earned + value) - paid
             # The penalty of the first state is not Q's: it is the same for all its tokens.
+            target_value = sequences.pad(earned + value) - paid
             returns = n_step_returns(batch.rewards - paid, target_value, mask, config.gamma, config.n_steps)
             targets = returns + torch.where(mask, paid, 0.0)
         q = sequences.pad(self.q.of_actions(sequences))
         errors = targets - q
         critic = masked_mean(F.huber_loss(q, targets, reduction="none"), mask)
-        seeds = torch.randint(2**31, (int(mask.sum()),), generator=self.shuffler)
-        relaxed, kl, _ = self.values(self.policy, self.q, sequences, seeds)
+        seed = int(torch.randint(2**31, (), generator=self.shuffler))
+        relaxed, kl, _ = self.values(self.policy, self.q, sequences, reference_hidden, seed)
         actor = (beta * kl - relaxed).mean()
-        return (
-            critic + actor,
-            errors.detach(),
-            {
-                "loss/value_avg": float(critic.detach()),
-                "loss/policy_avg": float(actor.detach()),
-                "val/td_error_avg": float(masked_mean(errors.detach().abs(), mask)),
-            },
-        )
+        figures = {
+            "loss/value_avg": critic.detach(),
+            "loss/policy_avg": actor.detach(),
+            "val/td_error_avg": masked_mean(errors.detach().abs(), mask),
+        }
+        return critic + actor, errors.detach(), figures
 
     def values(
-        self, actor: TokenModel, q: GreedyQ, sequences: Sequences, seeds: Tensor | None = None
+        self, actor: TokenModel, q: GreedyQ, sequences: Sequences, reference_hidden: Tensor, seed: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the actor's next token earns in each state by Q, its KL to the reference in nats, and Q's own offset.
 
@@ -109,34 +107,35 @@ class Pathwise(OffPolicyAgent):
             actor: gradients flow into it, and into nothing else.
             q: says what tokens earn, as advantages over the offset.
             sequences: of M response tokens.
-            seeds: `(M,)`, of the relaxation's noise, kept for the backward pass, which makes all this again; `None`
-                takes the mean over the actor's distribution.
+            reference_hidden: `(M, d)`, the reference's hidden states.
+            seed: of the relaxation's noise, which the backward pass makes again; `None` takes the mean over the actor's
+                distribution.
 
         Returns:
             `(M,)` each.
         """
-        states, config, stop = sequences.states(), self.config, sequences.stop.ids
-        reference = self.penalty.reference
+        states, stop, reference = sequences.states(), sequences.stop.ids, self.penalty.reference
         hidden = actor.hidden(states)
         with torch.no_grad():
-            q_hidden, reference_hidden = q.actor.hidden(states), reference.hidden(states)
+            q_hidden = q.actor.hidden(states)
             offset = q.values(states, q_hidden)
 
         def score(
-            hidden: Tensor, q_hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None, seeds: Tensor | None
+            hidden: Tensor, q_hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None, index: Tensor
         ) -> tuple[Tensor, Tensor]:
             logits = masked_logits(actor.head, hidden, actor.temperature, banned, stop)[0]
             log_probs = logits.log_softmax(-1)
             with torch.no_grad():
-                advantages = q.advantages(q_hidden, None, ())
+                allowed = logits > torch.finfo(logits.dtype).min
+                advantages = torch.where(allowed, q.advantages(q_hidden, banned, stop), 0.0)
                 masked = masked_logits(reference.head, reference_hidden, reference.temperature, banned, stop)[0]
                 reference_log_probs = masked.log_softmax(-1)
-            token = log_probs.exp() if seeds is None else relax(log_probs, int(seeds[0]), config)
-            kl = (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
+            token = log_probs.exp() if seed is None else relax(log_probs, seed + int(index[0]), self.config)
+            kl = (log_probs.exp() * torch.where(allowed, log_probs - reference_log_probs, 0.0)).sum(-1)
             return (token * advantages).sum(-1), kl
 
-        inputs = (hidden, q_hidden, reference_hidden, sequences.banned, seeds)
-        earned, kl = in_chunks(score, actor.vocab_size, *inputs)
+        index = torch.arange(len(hidden))  # tells the chunks apart; on the CPU, where it is read
+        earned, kl = in_chunks(score, actor.vocab_size, hidden, q_hidden, reference_hidden, sequences.banned, index)
         return earned, kl, offset
 
 

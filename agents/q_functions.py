@@ -18,9 +18,12 @@ from textgym.models.loading import freeze
 from textgym.models.log_probs import in_chunks, masked_logits
 from textgym.models.sequences import Sequences
 
+Noise = tuple[Tensor, Tensor]
+"""The factors f(out) `(R, V)` and f(in) `(R, d)`, of R rows or of one for all."""
+
 
 class Best(NamedTuple):
-    """The token of the highest Q in each state, and that Q: `(M,)` each."""
+    """The token of the highest Q in each state, `(M,)`, and that Q, `(M,)` or quantiles `(M, K)`."""
 
     action: Tensor
     value: Tensor
@@ -65,7 +68,7 @@ class Heads(nn.Module):
         super().__init__()
         size, device = actor.lm.config.hidden_size, actor.device
         self.noisy, self.n_quantiles = noisy, n_quantiles
-        self.noise: tuple[Tensor, Tensor] | None = None  # f(out) (R, V), f(in) (R, d)
+        self.noise: Noise | None = None
         if noisy:
             self.sigma = nn.Parameter(torch.full((actor.vocab_size, size), 0.5 / math.sqrt(size), device=device))
         if n_quantiles > 1:
@@ -85,11 +88,11 @@ class Heads(nn.Module):
         """The mean weights from now on."""
         self.noise = None
 
-    def noisy_logits(self, hidden: Tensor) -> Tensor | float:
+    def noisy_logits(self, hidden: Tensor, noise: Noise | None) -> Tensor | float:
         """What the noise adds to the logits `(m, V)`."""
-        if self.noise is None:
+        if noise is None:
             return 0.0
-        out, within = self.noise
+        out, within = noise
         return out * ((hidden.float() * within) @ self.sigma.T)
 
     def spread(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
@@ -120,14 +123,20 @@ class GreedyQ:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `(m, V)`, with the noise that was drawn."""
-        return self.actor.head(hidden) + self.heads.noisy_logits(hidden)
+        return self._noisy_logits(hidden, self.heads.noise)
 
-    def advantages(self, hidden: Tensor, banned: Tensor | None, stop_ids: tuple[int, ...]) -> Tensor:
+    def advantages(
+        self, hidden: Tensor, banned: Tensor | None, stop_ids: tuple[int, ...], noise: Noise | None = None
+    ) -> Tensor:
         """Q without v, `(m, V)`; the lowest float where a stop token is banned."""
-        logits = masked_logits(self.logits, hidden, self.actor.temperature, banned, stop_ids)[0]
-        if not self.dueling:
-            return torch.where(logits == torch.finfo(logits.dtype).min, logits, self.q_scale * logits)
-        return self.q_scale * logits.log_softmax(-1)
+
+        def head(hidden: Tensor) -> Tensor:
+            return self._noisy_logits(hidden, noise)
+
+        logits = masked_logits(head, hidden, self.actor.temperature, banned, stop_ids)[0]
+        lowest = torch.finfo(logits.dtype).min
+        advantages = self.q_scale * (logits.log_softmax(-1) if self.dueling else logits)
+        return torch.where(logits == lowest, lowest, advantages)
 
     def values(self, states: PackedStates, hidden: Tensor) -> Tensor:
         """The value v of each state, `(M,)`."""
@@ -140,24 +149,39 @@ class GreedyQ:
         states = sequences.states()
         hidden = states.hidden(self.actor.lm)  # (M, d)
         actions = sequences.actions if actions is None else actions
+        noise = self.heads.noise  # as it is now, also where the backward pass makes the scores again
 
         def score(hidden: Tensor, actions: Tensor, banned: Tensor | None) -> tuple[Tensor]:
-            return (self.advantages(hidden, banned, sequences.stop.ids).gather(1, actions[:, None])[:, 0],)
+            advantages = self.advantages(hidden, banned, sequences.stop.ids, noise)
+            return (advantages.gather(1, actions[:, None])[:, 0],)
 
         chosen = in_chunks(score, self.actor.vocab_size, hidden, actions, sequences.banned)[0]
-        mean = self.values(states, hidden) + chosen
+        return self._with_quantiles(self.values(states, hidden) + chosen, hidden, actions)
+
+    def choose(self, sequences: Sequences) -> Tensor:
+        """The best token in the state before each response token, `(M,)`."""
+        return self._highest(sequences, sequences.states().hidden(self.actor.lm))[0]
+
+    def best(self, sequences: Sequences) -> Best:
+        """The best token in the state before each response token, and its Q."""
+        states = sequences.states()
+        hidden = states.hidden(self.actor.lm)
+        actions, advantages = self._highest(sequences, hidden)
+        return Best(actions, self._with_quantiles(self.values(states, hidden) + advantages, hidden, actions))
+
+    def _highest(self, sequences: Sequences, hidden: Tensor) -> tuple[Tensor, ...]:
+        noise = self.heads.noise
+
+        def score(hidden: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
+            highest = self.advantages(hidden, banned, sequences.stop.ids, noise).max(-1)
+            return highest.indices, highest.values
+
+        return in_chunks(score, self.actor.vocab_size, hidden, sequences.banned)
+
+    def _noisy_logits(self, hidden: Tensor, noise: Noise | None) -> Tensor:
+        return self.actor.head(hidden) + self.heads.noisy_logits(hidden, noise)
+
+    def _with_quantiles(self, mean: Tensor, hidden: Tensor, actions: Tensor) -> Tensor:
         if self.heads.n_quantiles == 1:
             return mean
         return mean[:, None] + self.heads.spread(hidden.float(), self.actor.head.weight[actions].float())
-
-    def best(self, sequences: Sequences) -> Best:
-        """The best token in the state before each response token."""
-        states = sequences.states()
-        hidden = states.hidden(self.actor.lm)
-
-        def score(hidden: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
-            highest = self.advantages(hidden, banned, sequences.stop.ids).max(-1)
-            return highest.indices, highest.values
-
-        actions, advantages = in_chunks(score, self.actor.vocab_size, hidden, sequences.banned)
-        return Best(actions, self.values(states, hidden) + advantages)

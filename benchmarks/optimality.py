@@ -76,7 +76,7 @@ HARD = {
     "dqn": Method(DQN, GREEDY, rows=64, learning_rate=0.02),
     "double": Method(DQN, {**GREEDY, "double": True}, rows=64, learning_rate=0.02),
     "not dueling": Method(DQN, {**GREEDY, "dueling": False}, rows=64, learning_rate=0.02),
-    "n-step": Method(DQN, {**GREEDY, "n_steps": 2, "epsilon_end": 0.05}, rows=64, learning_rate=0.02),
+    "n-step": Method(DQN, {**GREEDY, "n_steps": 3}, rows=64, learning_rate=0.02),
     "noisy": Method(DQN, {**GREEDY, "noisy": True}, rows=64, learning_rate=0.02),
     "quantiles": Method(DQN, {**GREEDY, "n_quantiles": 8}, rows=64, learning_rate=0.02),
     "prioritised": Method(DQN, {**GREEDY, "prioritised": True}, rows=64, learning_rate=0.02),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from textgym.agents.off_policy import Behaviour, OffPolicyAgent
 from textgym.agents.pathwise import relax
 from textgym.agents.q_functions import GreedyQ, Heads, SoftQ
 from textgym.agents.rollout import collect
+from textgym.models import log_probs
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
+from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import ExactTask, mock_lm
 
 TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
@@ -29,7 +32,7 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "greedy": (DQN, GREEDY),
     "double": (DQN, {**GREEDY, "double": True}),
     "not dueling": (DQN, {**GREEDY, "dueling": False}),
-    "n steps": (DQN, {**GREEDY, "n_steps": 2, "epsilon_end": 0.05, "memory_size": 512}),
+    "n steps": (DQN, {**GREEDY, "n_steps": 3}),
     "noisy": (DQN, {**GREEDY, "noisy": True}),
     "quantiles": (DQN, {**GREEDY, "n_quantiles": 4}),
     "prioritised": (DQN, {**GREEDY, "prioritised": True}),
@@ -39,7 +42,7 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def make_envs(beta: float = 0.0, **changes: Any) -> Any:
+def make_envs(beta: Any = 0.0, **changes: Any) -> Any:
     return gym.make_vec("textgym/Text-v0", num_envs=32, kl_mode="deferred", **TASK.env_kwargs(beta) | changes)
 
 
@@ -327,8 +330,7 @@ def test_targets_follow() -> None:
     (target, followed), *_ = agent.follow()
     before = [weight.clone() for weight in target.parameters()]
     rollout = agent.collect()
-    agent.measure_kl(rollout)
-    agent.memory.add(rollout.sequences, rollout.rewards(), agent.reference_log_probs, TASK.horizon)
+    agent.memory.add(rollout.sequences, rollout.rewards(), agent.measure_kl(rollout), TASK.horizon)
     agent._step()
     assert all(torch.equal(old, new) for old, new in zip(before, target.parameters(), strict=True))
     agent._step()
@@ -381,20 +383,163 @@ def test_relaxed_tokens_are_drawn_from_the_policy() -> None:
     assert sharp.amax(1).mean() > 0.98
 
 
+def reference_hidden(agent: OffPolicyAgent, sequences: Sequences) -> torch.Tensor:
+    return agent.penalty.reference.hidden(sequences.states())
+
+
 def test_the_actor_is_pushed_to_where_the_critic_says_more_and_the_critic_is_not_moved_by_it() -> None:
     agent = make_agent("pathwise")
     assert isinstance(agent, Pathwise)
     sequences = texts(0, 40, 60, 80)
-    seeds = torch.arange(len(sequences.actions))
-    earned, _, _ = agent.values(agent.policy, agent.q, sequences, seeds)
+    hidden = reference_hidden(agent, sequences)
+    earned, _, _ = agent.values(agent.policy, agent.q, sequences, hidden, seed=1)
     earned.sum().backward()
     assert all(weight.grad is None for weight in agent.q.actor.parameters())
     first = agent.policy.lm.model.logits.weight.grad
     assert first is not None
     assert first.abs().max() > 0
-    exact, _, _ = agent.values(agent.policy, agent.q, sequences)
+    exact, _, _ = agent.values(agent.policy, agent.q, sequences, hidden)
     (gradient,) = torch.autograd.grad(exact.sum(), agent.policy.lm.model.logits.weight)
     assert torch.nn.functional.cosine_similarity(first.flatten(), gradient.flatten(), 0) > 0.5
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 2])
+def test_what_the_actor_earns_is_the_mean_of_q_over_its_tokens(min_new_tokens: int) -> None:
+    """Against Q token by token, also where stop tokens are banned, and its KL against the sum over the vocabulary."""
+    agent = make_agent("pathwise", make_envs(0.3))
+    assert isinstance(agent, Pathwise)
+    with torch.no_grad():
+        for model, seed in ((agent.policy, 1), (agent.q.actor, 2)):
+            noise = torch.randn(model.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(seed))
+            model.lm.model.logits.weight += noise
+    plain = texts(30, 60, 80)
+    stop = StopRule(TASK.stop.ids, min_new_tokens)
+    sequences = Sequences(plain.input_ids, plain.prompt_lengths, plain.response_lengths, stop)
+    earned, kl, offset = agent.values(agent.policy, agent.q, sequences, reference_hidden(agent, sequences))
+    count = len(sequences.actions)
+    expected, divergence = torch.zeros(count), torch.zeros(count)
+    for token in range(TASK.vocab_size):
+        actions = torch.full((count,), token)
+        states = sequences.states()
+        bans = torch.zeros(count, TASK.vocab_size, dtype=torch.bool)
+        if sequences.banned is not None:
+            bans[:, list(stop.ids)] = sequences.banned[:, None]
+        own, reference = (model.state_log_probs(states, actions.where(~bans[:, token], 0), ~bans)
+                          for model in (agent.policy, agent.penalty.reference))  # fmt: skip
+        q = agent.q.of_actions(sequences, actions)
+        expected += torch.where(bans[:, token], 0.0, own.exp() * q)
+        divergence += torch.where(bans[:, token], 0.0, own.exp() * (own - reference))
+    torch.testing.assert_close(earned + offset, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kl, divergence, atol=1e-5, rtol=1e-5)
+
+
+def test_pathwise_targets_have_the_kl_of_later_states_alone() -> None:
+    agent = make_agent("pathwise", make_envs(0.3), gamma=0.9)
+    assert isinstance(agent, Pathwise)
+    with torch.no_grad():
+        noise = torch.randn(agent.target.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
+        agent.target.lm.model.logits.weight += noise
+    batch = batch_of(agent, 60, 80)
+    sequences = batch.sequences
+    earned, kl, offset = agent.values(agent.target, agent.target_q, sequences, reference_hidden(agent, sequences))
+    value = sequences.pad(earned + offset - 0.3 * kl)
+    targets = batch.rewards + 0.9 * torch.cat([value[:, 1:], torch.zeros(2, 1)], 1)
+    _, errors, _ = agent.loss(batch)
+    torch.testing.assert_close(errors, targets - sequences.pad(agent.q.of_actions(sequences)).detach())
+
+
+def test_pathwise_learns_to_pay_less_kl() -> None:
+    """Without rewards the actor goes back to the reference."""
+    agent = make_agent("pathwise", make_envs(1.0, reward=lambda completions: [0.0] * len(completions)), q_scale=1e-3)
+    with torch.no_grad():
+        noise = torch.randn(agent.policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
+        agent.policy.lm.model.logits.weight += noise
+
+    def divergence() -> float:
+        log_probs = TASK.log_probs(agent.policy)
+        return float((np.exp(log_probs) * (log_probs - TASK.log_reference)).sum())
+
+    before = divergence()
+    agent.learn(32 * 40)
+    assert divergence() < 0.1 * before
+
+
+# --- the loss ---
+
+
+def test_quantile_loss_by_hand() -> None:
+    """Quantile k of K is pulled up by k + 1/2 parts in K and down by the rest."""
+    agent = make_agent("quantiles", n_quantiles=2)
+    assert isinstance(agent, DQN)
+    batch = batch_of(agent, 60)
+    q = torch.tensor([0.0, 0.5]).expand(1, 3, 2).clone().requires_grad_()
+    targets = torch.tensor([0.2, 3.0]).expand(1, 3, 2)
+    agent._greedy_q_and_targets = lambda _: (q, targets)  # type: ignore[method-assign]
+    loss, _, _ = agent.loss(batch)
+
+    def huber(error: float) -> float:
+        return 0.5 * error**2 if abs(error) < 1 else abs(error) - 0.5
+
+    # Quantiles at 1/4 and 3/4; a mean over targets, a sum over quantiles.
+    low = (0.25 * huber(0.2) + 0.25 * huber(3.0)) / 2
+    high = (0.25 * huber(-0.3) + 0.75 * huber(2.5)) / 2
+    assert float(loss.detach()) == pytest.approx(low + high)
+
+
+def test_weights_belong_to_episodes() -> None:
+    agent = make_agent("greedy")
+    batch = batch_of(agent, 60, 80)
+    alone = agent.loss(batch.part(slice(0, 1)))[0]
+    weighted = agent.loss(batch._replace(weights=torch.tensor([1.0, 0.0])))[0]
+    torch.testing.assert_close(weighted, alone / 2)  # both have three tokens
+    assert alone > 0
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are made again in the backward pass, with the noise that there was."""
+    gradients = []
+    for elements in (2**22, 3 * TASK.vocab_size):
+        monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", elements)
+        agent = make_agent(name)
+        if isinstance(agent, Pathwise):  # whose relaxation draws noise for each chunk
+            monkeypatch.setattr("textgym.agents.pathwise.relax", lambda log_probs, seed, config: log_probs.exp())
+        loss, _, _ = agent.loss(batch_of(agent, 30, 60, 80))
+        agent.step(loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["soft", "greedy", "quantiles", "pathwise"])
+def test_trap_24_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
+    gradients = []
+    for micro_batch_size in (None, 5):
+        agent = make_agent(name, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
+        remember(agent.memory, 0, 5, 30, 60, 80)
+        if isinstance(agent, Pathwise):  # whose relaxation draws noise for each pass
+            agent.values = functools.partial(_without_noise, agent.values)  # type: ignore[method-assign]
+        agent._step()
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
+def _without_noise(values: Any, *arguments: Any) -> Any:
+    return values(*arguments[:4])
+
+
+@pytest.mark.parametrize("name", ["soft", "everything", "pathwise"])
+def test_trains_with_a_shared_critic_a_minimum_and_another_temperature(name: str) -> None:
+    kind, settings = AGENTS[name]
+    envs = make_envs(0.3, min_new_tokens=2)
+    policy = ActorCritic.from_pretrained(TASK.language_model(), temperature=0.7)
+    agent = kind(policy, envs, kind.config_class(learning_rate=0.05, **settings))
+    history: list[dict[str, float]] = []
+    agent.learn(32 * 60, [lambda _, metrics: history.append(metrics)])
+    assert all(np.isfinite(list(metrics.values())).all() for metrics in history)
+    assert history[-1]["val/response_tokens"] >= 2
+    assert history[-1]["val/td_error_avg"] < history[1]["val/td_error_avg"]
 
 
 @pytest.mark.parametrize(
@@ -408,6 +553,10 @@ def test_the_actor_is_pushed_to_where_the_critic_says_more_and_the_critic_is_not
         (lambda: DQNConfig(exploration_temperature=0.0), "exploration_temperature must be above 0"),
         (lambda: PathwiseConfig(relaxation_temperature=0.0), "relaxation_temperature must be above 0"),
         (lambda: make_agent("soft", make_envs(0.0)), "give the environment a kl_coef"),
+        (lambda: make_agent("soft", make_envs(AdaptiveKL(6.0))), "no controller may move it"),
+        (lambda: make_agent("soft", make_envs(0.3, kl_estimator="k3")), "leave kl_estimator='k1'"),
+        (lambda: make_agent("soft", make_envs(0.3, kl_clamp=1.0)), "kl_clamp=None"),
+        (lambda: remember(EpisodeMemory(capacity=1), 1, 2), "set memory_size to at least"),
     ],
 )
 def test_bad_settings_are_explained(make: Any, message: str) -> None:
