@@ -63,6 +63,8 @@ class OfflineConfig:
     max_length: int = 512
     """Tokens of a text at most, or fewer if the model has fewer places: a prompt that is too long loses its beginning,
     and a completion its end."""
+    append_eos: bool = True
+    """End completions with EOS where it is missing; not wanted of texts that a length limit cut off."""
     bf16: bool = False
     """Run the forward passes in bfloat16 (autocast); log-softmax and losses stay in float32."""
     seed: int = 0

@@ -5,8 +5,8 @@
 One update:
     1. Take a batch of prompts with their completions, packed side by side without padding.    models/sequences.py
     2. Minimise -log pi of the completion tokens, a mean over all of them; prompts are read, not learned.
-With transcripts of an environment it clones whoever played them; those of episodes that the length limit cut off are
-best left out, since every completion is taught to end where it ends.
+With transcripts of an environment it clones whoever played them; where the length limit cut them off,
+`append_eos=False` does not teach them to end there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class SFT(OfflineAgent):
 
     def read(self, data: Any) -> None:
         """Examples as ids."""
-        encoded = encode_completions(load_examples(data), self.tokenizer)
+        encoded = encode_completions(load_examples(data), self.tokenizer, self.config.append_eos)
         self.texts = [shorten(text.prompt, [text.completion], self.max_length)[0] for text in encoded]
 
     def __len__(self) -> int:

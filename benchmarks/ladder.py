@@ -37,7 +37,6 @@ from rich.console import Console
 from textgym.agents import (
     A2C,
     DPO,
-    DQN,
     GRPO,
     NLPO,
     PPO,
@@ -69,9 +68,8 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "RLOO": (RLOO, GROUPS),
     "NLPO": (NLPO, {**EPOCHS, "value_coef": 0.5}),
     "PPO": (PPO, {**EPOCHS, "value_coef": 0.5}),
-    "soft Q": (DQN, {"learning_rate": 1e-4, "n_steps": 24, "epsilon_start": 0.0, "epsilon_end": 0.0}),
 }
-CRITICS = ("REINFORCE", "A2C", "NLPO", "PPO", "soft Q")
+CRITICS = ("REINFORCE", "A2C", "NLPO", "PPO")
 METHODS = ("reference", f"best-of-{BEST_OF}", "SFT", "DPO", *AGENTS)
 COLUMNS = ("gain", "kl", "objective", "judge_gain", "distinct_2_ratio", "reference_ppl", "length_ratio", "seconds")
 
@@ -117,17 +115,17 @@ def climb(args: Args, method: str, seed: int) -> None:
     started = time.process_time()
     history: list[dict[str, float]] = []
     policy = POLICIES.get(method, online)(args, method, demo, reward, history)
-    seconds = time.process_time() - started
+    trained = time.process_time()
     test, prompts = make_envs(demo, reward, snippet_prompts("test")), range(demo.eval_prompts)
     reference = ActorCritic.from_pretrained(demo.model).reference()
-    figures: dict[str, Any] = {"seconds": seconds, "history": history}
+    figures: dict[str, Any] = {"seconds": trained - started, "history": history}
     if method.startswith("best-of"):
         samples, figures["curve"] = best_of(policy, test, prompts, seed)
     else:
         samples = generate(policy, test, prompts, seed)
     figures |= measure(samples, reference, lexicon_sentiment)
     if method.startswith("best-of"):
-        figures["kl"] = bound(BEST_OF)
+        figures["kl"], figures["seconds"] = bound(BEST_OF), 0.0  # its cost is that of BEST_OF samples a text
     figures["samples"] = samples.completions[:8]
     (args.folder(seed) / f"{method}.json").write_text(json.dumps(figures))
     print(f"{method}, seed {seed}: score {figures['score']:.2f}, KL {figures['kl']:.1f}", flush=True)
@@ -173,7 +171,8 @@ def preferred(args: Args, method: str, demo: DemoConfig, reward: RewardModel, hi
         probability = 1 / (1 + math.exp(scores[worse] - scores[better]))
         prompt = samples.transcripts[first]["prompt"]
         pairs.append({"prompt": prompt, "chosen": text[0], "rejected": text[1], "probability": probability})
-    config = DPOConfig(beta=args.kl_coef, use_probability=True, learning_rate=1e-4, epochs=2, seed=demo.seed)
+    labels = {"use_probability": True, "append_eos": False}  # the limit ended the texts, not they themselves
+    config = DPOConfig(beta=args.kl_coef, learning_rate=1e-4, epochs=2, seed=demo.seed, **labels)
     DPO(policy, pairs, demo.model, config).learn()
     return policy
 
@@ -198,6 +197,10 @@ def best_of(policy: ActorCritic, envs: Any, prompts: range, seed: int) -> tuple[
 def bound(n: int) -> float:
     """KL of the best of n, at most."""
     return math.log(n) - (n - 1) / n
+
+
+def _done(args: Args, method: str, seed: int) -> bool:
+    return (args.folder(seed) / f"{method}.json").exists()
 
 
 def figures_of(args: Args, method: str, seed: int) -> dict[str, Any]:
@@ -243,9 +246,12 @@ def draw(figures: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main(args: Args) -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(prepare, [args] * len(args.seeds), args.seeds))
-        jobs = [(args, method, seed) for seed in args.seeds for method in args.methods]
+        methods = {
+            seed: [*([] if _done(args, "reference", seed) else ["reference"]), *args.methods] for seed in args.seeds
+        }
+        jobs = [(args, method, seed) for seed in args.seeds for method in dict.fromkeys(methods[seed])]
         list(pool.map(climb, *zip(*jobs, strict=True)))
-    there = [m for m in METHODS if all((args.folder(s) / f"{m}.json").exists() for s in (*args.seeds,))]
+    there = [method for method in METHODS if all(_done(args, method, seed) for seed in args.seeds)]
     figures = {method: [figures_of(args, method, seed) for seed in args.seeds] for method in there}
     accuracy = [json.loads((args.folder(seed) / "accuracy.json").read_text())["reward model"] for seed in args.seeds]
     print(f"\nseeds {list(args.seeds)}; held-out accuracy of the reward models: {spread(accuracy)}")

@@ -130,6 +130,11 @@ class Run:
         own = {"learning_rate": self.method.learning_rate} if self.model == "table" else self.method.transformer
         return {**self.method.settings, **own, **json.loads(self.args.settings)}
 
+    @property
+    def rows(self) -> int:
+        """Episodes in an update."""
+        return int(self.settings.get("rows", self.method.rows))
+
     def gap_closed(self, policy: ActorCritic) -> float:
         optimum = self.task.optimum(self.beta)
         if self.args.hard:
@@ -140,8 +145,7 @@ class Run:
 
 def online(run: Run) -> tuple[ActorCritic, float]:
     """One of our own agents; the policy, and the episodes after which it had closed 95% of the gap."""
-    settings = run.settings
-    rows = settings.pop("rows", run.method.rows)
+    rows, settings = run.rows, {name: value for name, value in run.settings.items() if name != "rows"}
     envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **run.task.env_kwargs(run.beta))
     policy = ActorCritic.from_pretrained(run.task.language_model(), critic="separate")
     kind, reached = run.method.kind, math.nan
@@ -214,7 +218,8 @@ def preferred(run: Run) -> tuple[ActorCritic, float]:
                 pair = {"prompt": "a", "chosen": texts[better], "rejected": texts[worse], "probability": probability}
                 pairs.append(pair)
     policy = ActorCritic.from_pretrained(task.language_model())
-    config = DPOConfig(beta=run.beta, use_probability=True, epochs=40, batch_size=256, seed=run.seed, **run.settings)
+    shape = {"append_eos": False, "epochs": 40, "batch_size": 256}  # texts of full length do not end
+    config = DPOConfig(beta=run.beta, use_probability=True, seed=run.seed, **{**shape, **run.settings})
     DPO(policy, pairs, task.tokenizer, config).learn()
     return policy, math.nan
 
@@ -228,7 +233,7 @@ def measured(args: Args, method: Method, reward: Any, beta: float, model: Any, s
     figures = {"gap_closed": run.gap_closed(policy), "episodes_to_95": reached}
     if not args.hard:
         figures["kl_to_optimum"] = task.optimum(beta).kl_from(task.log_probs(policy))
-    return {**figures, "updates_to_95": reached / method.rows}
+    return {**figures, "updates_to_95": reached / run.rows}
 
 
 def main(args: Args) -> None:

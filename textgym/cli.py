@@ -212,6 +212,12 @@ def _check_data(command: Train) -> None:
     if command.agent in OFFLINE and command.data is None:
         rows = "'prompt' and 'completion'" if command.agent == "sft" else "'prompt', 'chosen' and 'rejected'"
         raise ValueError(f"--agent {command.agent} learns from data: give --data FILE.jsonl, with {rows} a line")
+    steered = (command.kl_coef, command.kl_target, command.kl_bounds, command.kl_clamp)
+    if command.agent in OFFLINE and any(value is not None for value in steered):
+        raise ValueError(
+            f"--agent {command.agent} plays no episodes and pays no KL: leave --kl-coef, --kl-target, --kl-bounds and "
+            "--kl-clamp out (DPO's beta is --beta)"
+        )
     if command.agent not in OFFLINE and command.data is not None:
         raise ValueError(
             f"--agent {command.agent} learns from the episodes it plays and would not read --data: leave it out, give "

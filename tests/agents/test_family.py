@@ -177,11 +177,16 @@ def exact_policy() -> ActorCritic:
     return policy
 
 
+# PPO's losses are means over tokens, and whitened advantages have another scale.
+WHOLE = {"lam": 1.0, "value_coef": 0.0, "whiten_advantages": False, "minibatch_size": None}
 ESTIMATORS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "whole episode": (REINFORCE, {"reward_to_go": False, "baseline": "none"}),
     "to go": (REINFORCE, {"baseline": "none"}),
     "mean baseline": (REINFORCE, {"baseline": "mean"}),
     "learned baseline": (REINFORCE, {"baseline": "learned", "value_coef": 0.0}),
+    "ppo": (PPO, {**WHOLE, "num_epochs": 1}),
+    "ppo, penalty": (PPO, {**WHOLE, "num_epochs": 1, "variant": "penalty"}),
+    "nlpo, wide open": (NLPO, {**WHOLE, "num_epochs": 1, "top_p": 1.0}),
     "a2c, all steps": (A2C, {"lam": 1.0, "value_coef": 0.0}),
     "rloo": (RLOO, GROUPS),
     "grpo, not scaled": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo"}),
@@ -192,18 +197,27 @@ FACTORS = {"grpo, not scaled": 3 * 4 / 3, "grpo, KL in loss": 3.0}
 SHARES = {"grpo, KL in loss": 3 / 4}
 
 
-def estimates(name: str, batches: int = 40, shift: float = 0.0) -> np.ndarray:
-    """Gradients of the loss, one for each of many batches of 256 episodes, `(batches, weights)`."""
+def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | None = None) -> np.ndarray:
+    """Gradients of the loss, one for each of many batches of 256 episodes, `(batches, weights)`.
+
+    Of means over tokens they are made those of sums, by the tokens that an episode of the batch has on average.
+    """
     kind, settings = ESTIMATORS[name]
     arguments = TASK.env_kwargs(BETA) | {"reward": lambda completion_ids: np.array(TASK.score(completion_ids)) + shift}
     envs = gym.make_vec("textgym/Text-v0", num_envs=256, kl_mode="deferred", **arguments)
     config = kind.config_class(episodes_per_update=256, learning_rate=0.0, max_grad_norm=1e9, **settings)
     agent = kind(exact_policy(), envs, config)
+    if value is not None:  # a critic that says so of every state
+        with torch.no_grad():
+            agent.policy.value_head.weight.zero_()
+            agent.policy.value_head.bias.fill_(value)
     taken: list[np.ndarray] = []
     weight = agent.policy.lm.model.logits.weight
     agent.optimizer.register_step_pre_hook(lambda *_: taken.append(weight.grad.flatten().numpy().copy()))
-    agent.learn(256 * batches)
-    return np.array(taken)
+    tokens: list[float] = []
+    agent.learn(256 * batches, [lambda _, metrics: tokens.append(metrics["val/response_tokens"])])
+    scale = np.array(tokens)[:, None] if isinstance(agent, PPO) else 1.0
+    return np.array(taken) * scale
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -220,10 +234,13 @@ def test_trap_19_estimators_agree_with_the_exact_gradient(name: str) -> None:
     assert off @ off < 3 * variance
 
 
-def test_baselines_lower_the_variance() -> None:
+@pytest.mark.parametrize("baseline", ["mean baseline", "rloo", "learned baseline"])
+def test_baselines_lower_the_variance(baseline: str) -> None:
     """Of rewards that are all near 3, which says nothing of any token."""
-    spread = {name: float(estimates(name, 20, shift=3.0).var(0, ddof=1).sum()) for name in ("to go", "mean baseline")}
-    assert spread["mean baseline"] < 0.3 * spread["to go"]
+    spread = {
+        name: float(estimates(name, 20, shift=3.0, value=3.0).var(0, ddof=1).sum()) for name in ("to go", baseline)
+    }
+    assert spread[baseline] < 0.4 * spread["to go"]
 
 
 # --- what belongs to one of them ---

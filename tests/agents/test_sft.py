@@ -255,6 +255,8 @@ def test_formats() -> None:
     assert texts_of([{"prompt": "2+2=", "completion": "4"}]) == [("2+2=", "4<eos>")]
     assert texts_of([{"prompt": "2+2=", "completion": "4<eos>"}]) == [("2+2=", "4<eos>")]
     assert texts_of([{"text": "abc"}]) == [("a", "bc<eos>")]
+    assert texts_of([{"prompt": "2+2=", "completion": "4"}], append_eos=False) == [("2+2=", "4")]
+    assert texts_of([{"prompt": "2+2=", "completion": "4<eos>"}], append_eos=False) == [("2+2=", "4<eos>")]
     asked, answered = "<user>2+2<eos>\n<assistant>", "4<eos>"
     chat = chat_tokenizer()
     for row in (

@@ -7,13 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from textgym import cli
+from textgym import agents, cli
 from textgym.agents import PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.run_folder import LiveProgress
@@ -94,6 +94,13 @@ def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[s
         cli.main(["train", f"--agent={name}", "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{field.name.replace('_', '-')}" in shown for field in dataclasses.fields(config))
+
+
+def test_all_agents_can_be_named() -> None:
+    names = get_args(get_type_hints(cli.Train)["agent"])
+    assert set(names) == {*cli.AGENTS, *cli.OFFLINE}
+    known = {kind.__name__ for kind in (*cli.AGENTS.values(), *cli.OFFLINE.values())}
+    assert known == {name for name in agents.__all__ if not name.endswith("Config")}
 
 
 def test_unknown_agents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +299,7 @@ def test_errors_of_the_users_making_are_one_line(arguments: list[str], message: 
     [
         (["sft"], "give --data FILE.jsonl, with 'prompt' and 'completion' a line"),
         (["dpo"], "give --data FILE.jsonl, with 'prompt', 'chosen' and 'rejected' a line"),
+        (["dpo", "--data", "no.jsonl", "--kl-coef", "0.7"], "DPO's beta is --beta"),
         (["sft", "--data", "no.jsonl"], "there is no file 'no.jsonl' with examples"),
         (["dpo", "--data", "no.jsonl"], "there is no file 'no.jsonl' with preferences"),
     ],

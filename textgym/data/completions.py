@@ -70,11 +70,12 @@ def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     return first[:shared], first[shared:], second[shared:]
 
 
-def encode_completions(pairs: Sequence[tuple[Text, Text]], tokenizer: Any) -> list[Example]:
+def encode_completions(pairs: Sequence[tuple[Text, Text]], tokenizer: Any, append_eos: bool = True) -> list[Example]:
     """Prompts and completions as ids, each tokenized alone, as a policy that goes on after a prompt sees them.
 
-    A completion ends with EOS, which is appended where it is missing; whatever a chat template writes after it is left
-    out, since nothing is generated there. Where there is no prompt, the first token is given and the others follow it.
+    A completion ends with EOS, which is appended where it is missing, unless `append_eos` is off; whatever a chat
+    template writes after it is left out, since nothing is generated there. Where there is no prompt, the first token is
+    given and the others follow it.
 
     Raises:
         ValueError: fewer than two tokens, or a chat template that does not begin a conversation with its prompt.
@@ -90,7 +91,7 @@ def encode_completions(pairs: Sequence[tuple[Text, Text]], tokenizer: Any) -> li
                 prompts[i] = list(row)
     completions = tokenizer([text.completion for text in texts], add_special_tokens=False).input_ids
     return [
-        _example(prompt, _closed(list(completion), eos, text.special), pair)
+        _example(prompt, _closed(list(completion), eos, text.special, append_eos), pair)
         for prompt, completion, text, pair in zip(prompts, completions, texts, pairs, strict=True)
     ]
 
@@ -125,9 +126,9 @@ def _as_strings(prompt: Text, completion: Text, tokenizer: Any) -> _Strings:
     return _Strings(begin, whole.removeprefix(begin), False)
 
 
-def _closed(ids: list[int], eos: int, plain: bool) -> list[int]:
+def _closed(ids: list[int], eos: int, plain: bool, append_eos: bool) -> list[int]:
     if plain or eos not in ids:
-        return ids if ids and ids[-1] == eos else [*ids, eos]
+        return ids if (ids and ids[-1] == eos) or not append_eos else [*ids, eos]
     return ids[: len(ids) - ids[::-1].index(eos)]
 
 
