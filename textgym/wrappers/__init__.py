@@ -1,0 +1,20 @@
+"""Views of a text environment for agents of other libraries; each has a form for one row and one for a batch.
+
+>>> import gymnasium as gym
+>>> from textgym.wrappers import HiddenStateObservation, TopKActions
+>>> env = TopKActions(HiddenStateObservation(gym.make("textgym/Sentiment-v0")), k=8)
+>>> env.observation_space, env.action_space
+(Box(-inf, inf, (192,), float32), Discrete(8))
+"""
+
+from __future__ import annotations
+
+from textgym.wrappers.hidden_state import HiddenStateObservation, VectorHiddenStateObservation
+from textgym.wrappers.top_k import TopKActions, VectorTopKActions
+
+__all__ = [
+    "HiddenStateObservation",
+    "TopKActions",
+    "VectorHiddenStateObservation",
+    "VectorTopKActions",
+]
