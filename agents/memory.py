@@ -60,7 +60,12 @@ class EpisodeMemory:
             rewards: `(N, T)`.
             reference_log_probs: `(N, T)`.
             longest: the most tokens that a response can have.
+
+        Raises:
+            ValueError: episodes in which the environment wrote, too; returns over n steps would count its tokens.
         """
+        if sequences.written is not None:
+            raise ValueError("off-policy agents play no games of several turns yet: use an on-policy one, such as PPO")
         columns = {
             "input_ids": sequences.input_ids,
             "prompt_lengths": sequences.prompt_lengths,

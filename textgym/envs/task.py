@@ -195,6 +195,7 @@ class TextTask:
         ends = self.episodes.append(actions)
         if self.stop_strings.texts:
             ends = self._end_by_string(actions, ends)
+        ends = self.answer(ends)
         ended = (ends.by_stop | ends.by_length).cpu().numpy()
         rewards = torch.zeros_like(self.kl_paid) if paid is None else paid
         infos: dict[str, np.ndarray] = {}
@@ -202,6 +203,10 @@ class TextTask:
             score, infos = self._settle(np.flatnonzero(ended), ends.by_stop.cpu().numpy())
             rewards = rewards + score
         return Outcome(rewards, ends, ended, infos)
+
+    def answer(self, ends: Ends) -> Ends:
+        """What the environment has to say to rows whose turn is over; here it is the last one."""
+        return ends
 
     def transcript(self, row: int) -> dict[str, Any]:
         """Prompt, completion and columns of a row's last finished episode, or of the one under way."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from textgym.wrappers.chat_template import ChatTemplate, VectorChatTemplate
 from textgym.wrappers.hidden_state import HiddenStateObservation, VectorHiddenStateObservation
+from textgym.wrappers.libraries import from_gem, from_reasoning_gym, from_textarena
 from textgym.wrappers.text_observation import TextObservation, VectorTextObservation
 from textgym.wrappers.token_history import TokenHistory, VectorTokenHistory
 from textgym.wrappers.top_k import TopKActions, VectorTopKActions
@@ -28,4 +29,7 @@ __all__ = [
     "VectorTextObservation",
     "VectorTokenHistory",
     "VectorTopKActions",
+    "from_gem",
+    "from_reasoning_gym",
+    "from_textarena",
 ]

@@ -114,7 +114,7 @@ class UnloggedScore(TextEnv):
         (BothFlags, "set exactly one"),
         (LengthAsTruncation, "unless length_limit='truncate'"),
         (GlobalGenerator, "self.np_random alone"),
-        (OneInfo, "make a new dict each time"),
+        (OneInfo, "must return new info data"),
         (UnloggedScore, "the components add up to"),
     ],
 )
