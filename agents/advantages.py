@@ -21,7 +21,7 @@ def gae(
     Args:
         rewards: `(N, T)`; the reward of an action stands at the action.
         values: `(N, T)`, the value of the state before each action.
-        mask: bool `(N, T)`, the real steps; each row is real up to its end.
+        mask: bool `(N, T)`, the real steps; what the environment wrote in between is stepped over (trap 33).
         gamma: discount.
         lam: lambda.
         bootstrap: `(N,)`, value of the state after the last action of a truncated row; 0 if the row terminated.
@@ -38,7 +38,7 @@ def gae(
         advantage = delta + gamma * lam * running
         advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
         following = torch.where(mask[:, t], values[:, t], following)
-        running = advantages[:, t]
+        running = torch.where(mask[:, t], advantage, running)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 

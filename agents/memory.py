@@ -69,8 +69,11 @@ class EpisodeMemory:
             longest: the most tokens that a response can have.
 
         Raises:
-            ValueError: more episodes than there is room for.
+            ValueError: more episodes than there is room for, or such as the environment wrote in too, whose tokens
+                returns over n steps would count.
         """
+        if sequences.written is not None:
+            raise ValueError("off-policy agents play no games of several turns yet: use an on-policy one, such as PPO")
         if len(sequences) > self.capacity:
             raise ValueError(
                 f"{len(sequences)} episodes do not fit into a memory of {self.capacity}: set memory_size to at least "

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
-from textgym.models.attention import ragged
 from textgym.models.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -114,7 +113,7 @@ class NLPO(PPO):
         masks = self.mask.of_sequences(sequences)
         stops = torch.zeros(masks.shape[1], dtype=torch.bool, device=masks.device)
         stops[list(sequences.stop.ids)] = True
-        banned = sequences.stop.applies(ragged(sequences.response_lengths)[1])
+        banned = sequences.stop.applies(sequences.steps[1])
         if banned is not None:
             masks = narrow(~(banned[:, None] & stops), masks)
         masks[torch.arange(len(masks), device=masks.device), sequences.actions] = True

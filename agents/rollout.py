@@ -58,7 +58,7 @@ class Rollout:
 
     @property
     def mask(self) -> Tensor:
-        """Bool `(N, T)`: the real response tokens."""
+        """Bool `(N, T)`: the real response tokens that the policy wrote."""
         return self.sequences.mask
 
     def rewards(self) -> Tensor:
@@ -95,15 +95,16 @@ def collect(
     components: dict[str, Tensor] = {}
     # A separate critic reads whole episodes in one pass afterwards; a shared one comes free with every token.
     shared = policy.critic is None
-    log_probs, values = [], []
+    played, log_probs, values = [], [], []
     while alive.any():
         masks = task.action_masks() if restricted else None
         if action_mask is not None:
             masks = narrow(task.action_masks(), action_mask(observation))
         step = policy.act(observation, deterministic, masks, with_value=shared)
         observation, rewards, terminated, truncated, infos = envs.step(step.action)
-        log_probs.append(torch.where(alive, step.log_prob, 0.0))
-        values.append(torch.where(alive, step.value, 0.0))
+        played.append(alive)
+        log_probs.append(step.log_prob)
+        values.append(step.value)
         scores += torch.where(alive, rewards, 0.0)
         alive = alive & ~(terminated | truncated)
         if infos:
@@ -115,10 +116,15 @@ def collect(
                 unknown = torch.full_like(component, torch.nan)
                 components[name] = torch.where(ended, component, components.get(name, unknown))
     sequences = task.episodes.sequences()
+
+    def laid_out(steps: list[Tensor]) -> Tensor:
+        """What was noted at each step `(N,)`, at the token that was written then: `(N, T)`."""
+        return sequences.pad(torch.stack(steps, 1)[torch.stack(played, 1)])
+
     return Rollout(
         sequences,
-        torch.stack(log_probs, 1),
-        torch.stack(values, 1) if shared else policy.sequence_values(sequences),
+        laid_out(log_probs),
+        laid_out(values) if shared else policy.sequence_values(sequences),
         scores,
         raw_scores,
         _token_rewards(task.token_rewards, sequences.mask),
@@ -137,6 +143,7 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         input_ids=torch.cat([part.input_ids for part in parts]),
         prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
         response_lengths=torch.cat([part.response_lengths for part in parts]),
+        written=_written(parts),
     )
     longest = max(rollout.log_probs.shape[1] for rollout in rollouts)
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.components)
@@ -155,6 +162,15 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         torch.cat([rollout.ended_by_stop for rollout in rollouts]),
         {name: torch.cat([_component(rollout, name) for rollout in rollouts]) for name in names},
     )
+
+
+def _written(parts: list[Sequences]) -> Tensor | None:
+    masks = [part.written for part in parts]
+    if all(mask is None for mask in masks):
+        return None
+    width = max(part.mask.shape[1] for part in parts)
+    padded = [torch.nn.functional.pad(part.mask, (0, width - part.mask.shape[1])) for part in parts]
+    return torch.cat(padded)
 
 
 def _component(rollout: Rollout, name: str) -> Tensor:

@@ -10,6 +10,10 @@ ENTRY_POINTS = {
         "textgym.envs.tasks.sentiment:SentimentEnv",
         "textgym.envs.tasks.sentiment:SentimentVectorEnv",
     ),
+    "textgym/SentimentMLP-v0": (
+        "textgym.wrappers.sentiment_mlp:sentiment_mlp",
+        "textgym.wrappers.sentiment_mlp:sentiment_mlp_vector",
+    ),
 }
 
 

@@ -52,6 +52,7 @@ class Episodes:
         self.prompt_lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.alive = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.slots = torch.arange(self.width, device=device)
+        self.written = torch.ones(num_rows, max_new_tokens, dtype=torch.bool, device=device)  # by the policy
         self.is_stop = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self.is_stop[list(stop.ids)] = True
 
@@ -67,6 +68,7 @@ class Episodes:
         fresh[:, :width] = torch.where(self.slots[:width] < lengths[:, None], prompts, self.pad_token_id)
         self.input_ids[rows] = fresh
         self.lengths[rows] = self.prompt_lengths[rows] = lengths
+        self.written[rows] = True
         self.alive[rows] = True
 
     def append(self, actions: Tensor) -> Ends:
@@ -80,6 +82,14 @@ class Episodes:
         by_length = self.alive & ~by_stop & (self.response_lengths >= self.max_new_tokens)
         self.alive &= ~(by_stop | by_length)
         return Ends(by_stop, by_length)
+
+    def reply(self, row: int, tokens: list[int]) -> None:
+        """Lets the environment write into a row, which then goes on; there must be room for them and one token more."""
+        start, step = int(self.lengths[row]), int(self.response_lengths[row])
+        self.input_ids[row, start : start + len(tokens)] = torch.tensor(tokens, device=self.input_ids.device)
+        self.written[row, step : step + len(tokens)] = False
+        self.lengths[row] += len(tokens)
+        self.alive[row] = True
 
     def observation(self) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, int64 `(B, W)`, fresh tensors."""
@@ -97,4 +107,5 @@ class Episodes:
 
     def sequences(self) -> Sequences:
         """All rows as whole sequences, a copy."""
-        return Sequences(self.input_ids.clone(), self.prompt_lengths.clone(), self.response_lengths, self.stop)
+        written = None if bool(self.written.all()) else self.written.clone()
+        return Sequences(self.input_ids.clone(), self.prompt_lengths.clone(), self.response_lengths, self.stop, written)

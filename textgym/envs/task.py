@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.data.messages import Text, content, encode, render
-from textgym.data.prompts import load_prompts
+from textgym.data.prompts import Row, load_prompts
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
@@ -85,7 +85,6 @@ class TextTask:
     ) -> None:
         _check_arguments(max_prompt_tokens, max_new_tokens, min_new_tokens, kl_mode, length_limit)
         self.device = torch.device(device or "cpu")
-        self.rows = load_prompts(prompts)
         self.tokenizer = load_tokenizer(tokenizer)
         self.scorer = Scorer(
             reward,
@@ -117,9 +116,7 @@ class TextTask:
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
             self.device,
         )
-        self.prompt_texts = [self._prompt_text(row["prompt"]) for row in self.rows]
-        self.prompt_ids, self.prompt_lengths = self._encode_prompts(max_prompt_tokens)
-        self.queue: list[int] = []
+        self.take_prompts(load_prompts(prompts))
         self.current = np.zeros(num_rows, dtype=np.int64)
         self.transcripts: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.token_rewards: list[np.ndarray | None] = [None] * num_rows
@@ -151,6 +148,13 @@ class TextTask:
         if self.action_mask is None:
             return allowed
         return narrow(allowed, self.action_mask(self.episodes.observation()))
+
+    def take_prompts(self, rows: list[Row]) -> None:
+        """Episodes that begin from now on begin with these, as `load_prompts` gives them."""
+        self.rows = rows
+        self.prompt_texts = [self._prompt_text(row["prompt"]) for row in rows]
+        self.prompt_ids, self.prompt_lengths = self._encode_prompts(self.episodes.width - self.episodes.max_new_tokens)
+        self.queue: list[int] = []
 
     def forget_prompts(self) -> None:
         """Begins a new epoch of prompts, as a new seed does."""
@@ -191,6 +195,7 @@ class TextTask:
         ends = self.episodes.append(actions)
         if self.stop_strings.texts:
             ends = self._end_by_string(actions, ends)
+        ends = self.answer(ends)
         ended = (ends.by_stop | ends.by_length).cpu().numpy()
         rewards = torch.zeros_like(self.kl_paid) if paid is None else paid
         infos: dict[str, np.ndarray] = {}
@@ -198,6 +203,10 @@ class TextTask:
             score, infos = self._settle(np.flatnonzero(ended), ends.by_stop.cpu().numpy())
             rewards = rewards + score
         return Outcome(rewards, ends, ended, infos)
+
+    def answer(self, ends: Ends) -> Ends:
+        """What the environment has to say to rows whose turn is over; here it is the last one."""
+        return ends
 
     def transcript(self, row: int) -> dict[str, Any]:
         """Prompt, completion and columns of a row's last finished episode, or of the one under way."""

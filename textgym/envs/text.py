@@ -112,6 +112,7 @@ class TextEnv(gym.Env[ObsType, int]):
         "render_modes": list(RENDER_MODES),
         "render_fps": 8,
     }
+    task_class: type[TextTask] = TextTask
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class TextEnv(gym.Env[ObsType, int]):
         info_text: bool = False,
         info_action_mask: bool = False,
     ) -> None:
-        self.task = TextTask(
+        self.task = self.task_class(
             1,
             prompts=prompts,
             tokenizer=tokenizer,

@@ -58,6 +58,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         "render_modes": list(RENDER_MODES),
         "render_fps": 8,
     }
+    task_class: type[TextTask] = TextTask
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if array not in ("numpy", "torch"):
             raise ValueError(f"array must be 'numpy' or 'torch', got {array!r}")
-        self.task = TextTask(
+        self.task = self.task_class(
             num_envs,
             prompts=prompts,
             tokenizer=tokenizer,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from textgym.models.attention import ragged
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 
@@ -56,7 +55,7 @@ class FunctionMask(ActionMask):
 
     def of_sequences(self, sequences: Sequences) -> Tensor:
         """Asks the function about every context that the sequences went through."""
-        rows, steps = ragged(sequences.response_lengths)
+        rows, steps = sequences.steps
         slots = torch.arange(sequences.input_ids.shape[1], device=rows.device)
         parts = []
         for row, step in zip(rows.split(CONTEXTS), steps.split(CONTEXTS), strict=True):

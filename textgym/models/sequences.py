@@ -20,12 +20,15 @@ class Sequences:
         prompt_lengths: `(N,)`, at least 1.
         response_lengths: `(N,)`, at least 1.
         stop: which tokens end a response and how early they may, see `StopRule`.
+        written: bool `(N, T)` or wider, the response tokens that the policy wrote; `None` where it wrote all. What an
+            environment put in between, such as the replies of a game, is context: no loss, no KL, no value (trap 33).
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     response_lengths: Tensor
     stop: StopRule = field(default_factory=StopRule)
+    written: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -37,6 +40,7 @@ class Sequences:
             input_ids=self.input_ids[rows],
             prompt_lengths=self.prompt_lengths[rows],
             response_lengths=self.response_lengths[rows],
+            written=None if self.written is None else self.written[rows],
         )
 
     def to(self, device: torch.device) -> Sequences:
@@ -46,13 +50,23 @@ class Sequences:
             input_ids=self.input_ids.to(device),
             prompt_lengths=self.prompt_lengths.to(device),
             response_lengths=self.response_lengths.to(device),
+            written=None if self.written is None else self.written.to(device),
         )
 
     @property
     def mask(self) -> Tensor:
-        """Bool `(N, T)`, T the longest response: the real response tokens."""
+        """Bool `(N, T)`, T the longest response: the real response tokens that the policy wrote."""
         steps = torch.arange(int(self.response_lengths.max()), device=self.input_ids.device)
-        return steps < self.response_lengths[:, None]
+        real = steps < self.response_lengths[:, None]
+        return real if self.written is None else real & self.written[:, : len(steps)]
+
+    @property
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Row and place in the response of each token that the policy wrote, `(M,)` each."""
+        if self.written is None:
+            return ragged(self.response_lengths)
+        rows, steps = self.mask.nonzero(as_tuple=True)
+        return rows, steps
 
     @property
     def lengths(self) -> Tensor:
@@ -61,14 +75,14 @@ class Sequences:
 
     @property
     def actions(self) -> Tensor:
-        """`(M,)`, the response tokens of all rows, row by row; `pad` is the way back to `(N, T)`."""
-        rows, steps = ragged(self.response_lengths)
+        """`(M,)`, what the policy wrote in all rows, row by row; `pad` is the way back to `(N, T)`."""
+        rows, steps = self.steps
         return self.input_ids[rows, self.prompt_lengths[rows] + steps]
 
     @property
     def banned(self) -> Tensor | None:
         """Bool `(M,)`: at which response tokens the stop ids were not allowed; `None` if at none."""
-        return self.stop.applies(ragged(self.response_lengths)[1])
+        return self.stop.applies(self.steps[1])
 
     def pad(self, flat: Tensor) -> Tensor:
         """Lays a value for each response token `(M,)` out as `(N, T)`, zero in the padding."""
@@ -77,5 +91,5 @@ class Sequences:
 
     def states(self) -> PackedStates:
         """The states before each response token. The last token is left out: nothing is predicted from it."""
-        rows, steps = ragged(self.response_lengths)
+        rows, steps = self.steps
         return PackedStates.prefixes(self.input_ids, self.lengths - 1, rows, self.prompt_lengths[rows] + steps)

@@ -52,10 +52,8 @@ class TextVecEnv(VecEnv):
     """A `TextVectorEnv` as a `VecEnv`: rows reset in the step that ends them, and there is no loop over the others.
 
     Args:
-        envs: a `TextVectorEnv`; it is taken over (SAME_STEP, NumPy arrays).
+        envs: a `TextVectorEnv`, or a view of one; it is taken over (SAME_STEP, NumPy arrays).
     """
-
-    action_space: TokenSpace
 
     def __init__(self, envs: Any) -> None:
         self.envs = envs
@@ -72,8 +70,7 @@ class TextVecEnv(VecEnv):
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
-        self.action_space.observation = observation
-        return observation
+        return self._shown(observation)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Takes one token for each row."""
@@ -82,8 +79,7 @@ class TextVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Appends the tokens."""
         observation, rewards, terminated, truncated, infos = self.envs.step(self.actions)
-        self.action_space.observation = observation
-        return observation, rewards, terminated | truncated, self._row_infos(infos, truncated)
+        return self._shown(observation), rewards, terminated | truncated, self._row_infos(infos, truncated)
 
     def close(self) -> None:
         """Closes the environment."""
@@ -91,11 +87,11 @@ class TextVecEnv(VecEnv):
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL is paid in `kl_mode="exact"`, such as `model.policy`."""
-        self.envs.unwrapped.attach_policy(policy)
+        self._find("attach_policy")(policy)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the `TextVectorEnv`, once for each row."""
-        return self._rows(attr_name, getattr(self.envs.unwrapped, attr_name), indices)
+        """An attribute of the `TextVectorEnv` or of its views, once for each row."""
+        return self._rows(attr_name, self._find(attr_name), indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Sets an attribute of the `TextVectorEnv`, which all rows share."""
@@ -104,13 +100,25 @@ class TextVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Calls a method of the `TextVectorEnv` once; its answer for each row."""
-        answer = getattr(self.envs.unwrapped, method_name)(*method_args, **method_kwargs)
+        """Calls a method of the `TextVectorEnv` or of its views once; its answer for each row."""
+        answer = self._find(method_name)(*method_args, **method_kwargs)
         return self._rows(method_name, answer, indices)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """No row is wrapped: the rows are one batch."""
         return [False for _ in self._get_indices(indices)]
+
+    def _shown(self, observation: VecEnvObs) -> VecEnvObs:
+        if isinstance(self.action_space, TokenSpace):  # through a view, actions may be no tokens
+            self.action_space.observation = observation  # type: ignore[assignment]  # a dict, there
+        return observation
+
+    def _find(self, name: str) -> Any:
+        """From the outermost view that has it; vector wrappers do not hand it on."""
+        env = self.envs
+        while env is not env.unwrapped and not hasattr(env, name):
+            env = env.env
+        return getattr(env, name)
 
     def _rows(self, name: str, answer: Any, indices: VecEnvIndices) -> list[Any]:
         return [

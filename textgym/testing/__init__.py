@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textgym.testing.checks import check_text_env
 from textgym.testing.exact import ExactOptimum, ExactTask
 from textgym.testing.mocks import byte_tokenizer, letter_tokenizer, mock_lm
 from textgym.testing.rewards import check_reward
@@ -14,6 +15,7 @@ __all__ = [
     "TableLM",
     "byte_tokenizer",
     "check_reward",
+    "check_text_env",
     "letter_tokenizer",
     "mock_lm",
 ]

@@ -1,0 +1,198 @@
+"""Games of several turns: what the environment writes is context, and nothing is learned from it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.advantages import gae, whiten
+from textgym.agents.rollout import collect, merge
+from textgym.envs.games import GameEnv, GameVectorEnv
+from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.kl import KLPenalty
+from textgym.testing import byte_tokenizer, mock_lm
+from textgym.wrappers import TextObservation, TurnActions, from_gem, from_textarena
+
+EOS = 256
+
+
+class Hints:
+    """Guess a digit; three turns; each hint costs a quarter."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.secret, self.turn = seed % 10, 0
+        return f"{seed}?", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        if action == str(self.secret):
+            return "yes", 1.0, True, False, {}
+        return ">up" if action < str(self.secret) else ">down", -0.25, False, self.turn == 3, {}
+
+
+SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 6, "max_new_tokens": 16}
+
+
+def test_a_scripted_player_plays_to_the_end() -> None:
+    env = TurnActions(TextObservation(GameEnv(Hints, **SETTINGS)))
+    assert env.reset(options={"prompt_index": 5})[0] == "5?"
+    observation, reward, terminated, *_ = env.step("3")
+    assert (observation, reward, terminated) == ("5?3<eos>>up", 0.0, False)
+    observation, reward, terminated, _, info = env.step("5")
+    assert (observation, terminated, info["ended_by_stop"]) == ("5?3<eos>>up5<eos>", True, True)
+    assert reward == info["score"] == 0.75
+    sequences = env.task.episodes.sequences()
+    assert sequences.mask.tolist() == [[True, True, False, False, False, True, True]]
+    assert bytes(token for token in sequences.actions.tolist() if token != EOS) == b"35"
+
+
+def test_a_reply_that_does_not_fit_ends_the_row_by_length() -> None:
+    env = GameEnv(Hints, **{**SETTINGS, "max_new_tokens": 6})
+    env.reset(options={"prompt_index": 5})
+    env.step(ord("7"))
+    _, reward, terminated, _, info = env.step(EOS)
+    assert (reward, terminated, info["ended_by_stop"]) == (-0.25, True, False)
+    env.reset(options={"prompt_index": 5})
+    env.step(ord("3"))
+    assert env.step(EOS)[2] is False, ">up and one token more fit"
+    assert env.step(ord("5"))[2] is True
+
+
+def test_rows_equal_single_games() -> None:
+    envs, single = GameVectorEnv(3, Hints, **SETTINGS, autoreset_mode="Disabled"), GameEnv(Hints, **SETTINGS)
+    actions = np.random.default_rng(0).choice([ord("3"), ord("5"), EOS], (16, 3))
+    for row in range(3):
+        envs.reset(options={"prompt_index": [3, 15, 4]})
+        single.reset(options={"prompt_index": [3, 15, 4][row]})
+        for step in actions:
+            observations, rewards, terminated, *_ = envs.step(step)
+            observation, reward, ended, *_ = single.step(int(step[row]))
+            assert (rewards[row], terminated[row]) == (reward, ended)
+            np.testing.assert_array_equal(observations["input_ids"][row], observation["input_ids"])
+            if ended:
+                break
+
+
+def scripted(texts: list[str]) -> Any:
+    """Rows of games that were played so; log-probs and values are those of a policy."""
+    policy = ActorCritic(mock_lm())
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(0))
+    envs = GameVectorEnv(len(texts), Hints, **SETTINGS, autoreset_mode="Disabled", array="torch")
+    plan = [[EOS if letter == "." else ord(letter) for letter in text] for text in texts]
+    played = [iter(row) for row in plan]
+    act = policy.act
+
+    def follow(observation: Any, *args: Any, **kwargs: Any) -> Any:
+        step = act(observation, *args, **kwargs)
+        action = torch.tensor([next(row, EOS) for row in played])
+        return step._replace(action=action, log_prob=policy.log_prob(observation, action))
+
+    policy.act = follow  # type: ignore[method-assign]
+    seeds = {"prompt_index": [5] * len(texts)}
+    rollout = collect(envs, policy, seeds)
+    return policy, rollout
+
+
+def test_trap_33_environment_tokens_carry_no_loss_no_kl_and_gae_steps_over_them() -> None:
+    policy, rollout = scripted(["3.5.", "7.6.4.", "5."])
+    mask = rollout.mask
+    assert mask.sum(1).tolist() == [4, 6, 2]
+    assert [row.nonzero()[0].item() for row in ~mask[:2]] == [2, 2]
+
+    # what was noted while playing stands at the token that it belongs to, and is that of a full pass
+    new = policy.evaluate(rollout.sequences)
+    torch.testing.assert_close(new.log_prob.detach(), rollout.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(new.value.detach(), rollout.values, atol=1e-5, rtol=0)
+    assert not new.log_prob[~mask].any()
+    assert not new.entropy[~mask].any()
+
+    # no KL
+    penalty = KLPenalty(mock_lm(seed=3), 0.1)
+    kl = penalty.of_sequences(policy, rollout.sequences, rollout.log_probs)
+    assert not kl[~mask].any()
+    assert kl[mask].all()
+
+    # each turn's reward at the token that closed it; GAE as if the replies were not there
+    rewards = rollout.rewards()
+    assert [row[row != 0].tolist() for row in rewards] == [[-0.25, 1.0], [-0.25, -0.25, -0.25], [1.0]]
+    advantages, returns = gae(rewards, rollout.values, mask, 0.9, 0.8)
+    for row in range(3):
+        own = mask[row]
+        alone = [x[row][own][None] for x in (rewards, rollout.values)]
+        expected = gae(*alone, torch.ones_like(alone[0], dtype=torch.bool), 0.9, 0.8)
+        torch.testing.assert_close(advantages[row][own][None], expected[0])
+        torch.testing.assert_close(returns[row][own][None], expected[1])
+    assert not advantages[~mask].any()
+    assert whiten(advantages, mask)[mask].mean().abs() < 1e-6
+
+    # no loss: the gradient is that of the player's tokens in their contexts, one by one
+    new.log_prob[mask].sum().backward()
+    gradient = policy.head.weight.grad.clone()
+    policy.zero_grad()
+    ids, starts = rollout.sequences.input_ids, rollout.sequences.prompt_lengths
+    for row, step in mask.nonzero().tolist():
+        end = int(starts[row]) + step
+        policy.lm(ids[row : row + 1, :end]).logits[0, -1].log_softmax(-1)[ids[row, end]].backward()
+    torch.testing.assert_close(policy.head.weight.grad, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_rollouts_of_games_merge() -> None:
+    _, games = scripted(["3.5.", "7.6.4."])
+    _, short = scripted(["5."])
+    both = merge([short, games])
+    assert both.mask.sum(1).tolist() == [2, 4, 6]
+    torch.testing.assert_close(both[1:].log_probs, games.log_probs)
+
+
+def test_ppo_trains_on_games() -> None:
+    envs = GameVectorEnv(4, Hints, **SETTINGS, kl_mode="deferred", kl_coef=0.05, reference=mock_lm(), stop=[ord("x")])
+    agent = PPO(ActorCritic(mock_lm()), envs, PPOConfig(episodes_per_update=8, learning_rate=1e-3))
+    seen: list[dict[str, float]] = []
+    agent.learn(16, [lambda agent, metrics: seen.append(metrics)])
+    assert abs(seen[0]["objective/kl"]) < 1e-4
+    assert seen[0]["val/ratio"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_global_generators_are_left_alone_and_games_keep_theirs() -> None:
+    """Trap 36: games of GEM's and TextArena's draw from the global generators."""
+
+    class Dice(Hints):
+        def step(self, action: str) -> Any:
+            return str(random.randrange(10)), 0.0, False, False, {}
+
+    env = TurnActions(TextObservation(from_gem(Dice, **SETTINGS)))
+    before, shown = random.getstate(), []
+    for _ in range(2):
+        env.reset(options={"prompt_index": 3})
+        shown.append([env.step("a")[0], env.step("b")[0]])
+        assert random.getstate() == before
+        random.random()
+        before = random.getstate()
+    assert shown[0] == shown[1]
+
+
+def test_a_game_of_textarenas_form() -> None:
+    class Arena:
+        def reset(self, num_players: int, seed: int) -> None:
+            self.turns = 0
+            assert num_players == 1
+
+        def get_observation(self) -> tuple[int, str]:
+            return 0, f"turn {self.turns}"
+
+        def step(self, action: str) -> tuple[bool, dict[str, Any]]:
+            self.turns += 1
+            return self.turns == 2, {}
+
+        def close(self) -> tuple[dict[int, float], dict[int, Any]]:
+            return {0: 0.5}, {}
+
+    env = TurnActions(TextObservation(from_textarena(Arena, **SETTINGS)))
+    assert env.reset()[0] == "turn 0"
+    assert env.step("a")[0] == "turn 0a<eos>turn 1"
+    assert env.step("b")[1:3] == (0.5, True)

@@ -1,0 +1,188 @@
+"""check_text_env: what a text environment breaks of Gymnasium's contract, of SB3's, and of textgym's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+ROWS, EPISODES = 3, 4
+"""Rows of the vector environment that is compared, and episodes that are played."""
+
+
+def check_text_env(env: gym.Env[Any, Any], envs: Any = None, seed: int = 0) -> None:
+    """Plays a few episodes of random tokens and checks them; for environments of your own.
+
+    Gymnasium's and Stable-Baselines3's `check_env` must have nothing to say. Then: each observation is the last one
+    plus the token that was written, a fresh object as every info is; reward and end flags are Python's own `float` and
+    `bool`, and the flags say what ended the episode; the components of the score add up to it, and score and KL to what
+    was paid; one seed gives one episode, without a look at global generators; a row of the vector form equals the
+    environment by itself.
+
+    Args:
+        env: a `TextEnv` with its observations and actions as they are; Gymnasium's own wrappers may be around it.
+        envs: its vector form with the same arguments. Where it is not given, `gym.make_vec` is asked for one, if the
+            environment comes from `gym.make`.
+        seed: of episodes and tokens.
+
+    Raises:
+        AssertionError: the first thing that is wrong, and what to do.
+
+    >>> import gymnasium as gym, textgym
+    >>> check_text_env(gym.make("textgym/Sentiment-v0", max_new_tokens=4))
+    """
+    for name, check in (("Gymnasium", _by_gymnasium), ("Stable-Baselines3", sb3_check_env)):
+        _check_quietly(name, check, env.unwrapped)
+    rng = np.random.default_rng(seed)
+    for episode in range(EPISODES):
+        _check_episode(env, rng, seed if episode == 0 else None, stop_rate=0.3 * (episode % 2))
+    _check_seed(env, seed)
+    if envs is None and env.spec is not None and env.spec.vector_entry_point is not None:
+        envs = gym.make_vec(env.spec.id, num_envs=ROWS, **copy.deepcopy(env.spec.kwargs))
+    if envs is not None:
+        _check_rows(env, envs, rng)
+
+
+def _by_gymnasium(env: gym.Env[Any, Any]) -> None:
+    gymnasium_check_env(env, skip_render_check=True)
+
+
+def _check_quietly(name: str, check: Callable[[Any], None], env: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            check(env)
+        except Exception as error:  # a warning is an answer, too
+            raise AssertionError(f"{name}'s check_env objects: {error}") from error
+
+
+def _check_episode(env: Any, rng: np.random.Generator, seed: int | None, stop_rate: float) -> None:
+    """One episode of random tokens that are allowed, the stop tokens among them as often as asked for."""
+    task = env.unwrapped.task
+    observation, _ = env.reset(seed=seed)
+    total, steps, ended = 0.0, 0, False
+    while not ended:
+        kept = {key: value.copy() for key, value in observation.items()}
+        action = _token(task, env.unwrapped.action_masks(), rng, stop_rate)
+        following, reward, terminated, truncated, info = env.step(action)
+        steps, total = steps + 1, total + reward
+        for name, value, kind in (
+            ("reward", reward, float),
+            ("terminated", terminated, bool),
+            ("truncated", truncated, bool),
+        ):
+            assert type(value) is kind, (
+                f"step returned {name}={value!r}, a {type(value).__name__}: return {kind.__name__}(...)"
+            )
+        assert math.isfinite(reward), f"the reward of step {steps} is {reward}: pay a finite number"
+        _check_one_token(kept, following, action)
+        observation, ended = following, terminated or truncated
+        assert ended or steps < task.episodes.max_new_tokens, (
+            f"the episode goes on after max_new_tokens={task.episodes.max_new_tokens} tokens: end it there"
+        )
+    _check_end(task, info, total, steps, terminated, truncated)
+
+
+def _check_one_token(kept: dict[str, np.ndarray], following: dict[str, np.ndarray], action: int) -> None:
+    slot = int(kept["attention_mask"].sum())
+    expected = {key: value.copy() for key, value in kept.items()}
+    expected["input_ids"][slot], expected["attention_mask"][slot] = action, 1
+    for key, value in expected.items():
+        wrong = np.flatnonzero(value != following[key])
+        assert not len(wrong), (
+            f"{key} after token {action} is not the last observation plus that token: it differs in slots "
+            f"{wrong.tolist()}, and slot {slot} was the next one"
+        )
+
+
+def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, terminated: bool, truncated: bool) -> None:
+    assert terminated != truncated, (
+        f"the episode ended with terminated={terminated} and truncated={truncated}: set exactly one"
+    )
+    missing = {"score", "kl_reward", "response_tokens", "ended_by_stop"} - set(info)
+    assert not missing, f"the last info has no {sorted(missing)}: pass on what TextEnv puts there"
+    assert info["response_tokens"] == steps, f"response_tokens is {info['response_tokens']} after {steps} steps"
+    assert terminated or not info["ended_by_stop"], (
+        "a stop token is a real end, and it was reported as truncation: return terminated=True"
+    )
+    assert truncated == (task.truncates and not info["ended_by_stop"]), (
+        f"the length limit was reported with truncated={truncated}: the score is paid on the capped text, so it "
+        "terminates, unless length_limit='truncate'"
+    )
+    names, weights = task.scorer.names, task.scorer.weights
+    parts = [weight * info[f"reward/{name}"] for name, weight in zip(names, weights, strict=True)]
+    score = sum(part for part in parts if not math.isnan(part))
+    score -= task.missing_eos_penalty * (not info["ended_by_stop"])
+    assert math.isclose(score, info["score"], abs_tol=1e-4), (
+        f"the components add up to {score:.6g} and the score is {info['score']:.6g}: "
+        "add what was paid besides to the reward functions, so that it is logged"
+    )
+    paid = info.get("score_paid", info["score"]) + info["kl_reward"]
+    assert math.isclose(paid, total, rel_tol=1e-4, abs_tol=1e-4), (
+        f"score and KL add up to {paid:.6g} and the rewards to {total:.6g}: pay nothing that info does not show"
+    )
+
+
+def _check_seed(env: Any, seed: int) -> None:
+    def state() -> list[Any]:
+        return [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()]  # noqa: NPY002
+
+    def episode() -> list[list[int]]:
+        rng, ids, ended = np.random.default_rng(seed), [], False
+        observation, _ = env.reset(seed=seed)
+        while not ended:
+            ids.append(observation["input_ids"].tolist())
+            action = _token(env.unwrapped.task, env.unwrapped.action_masks(), rng, 0.0)
+            observation, _, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
+        return [*ids, env.reset()[0]["input_ids"].tolist()]
+
+    before = state()
+    first = episode()
+    assert state() == before, "reset or step used a global random generator: draw from self.np_random alone"
+    assert episode() == first, (
+        f"reset(seed={seed}) did not bring the same episode twice: draw from self.np_random alone"
+    )
+
+
+def _check_rows(env: Any, envs: Any, rng: np.random.Generator) -> None:
+    """Each row of the vector form against the environment, with the same prompts and tokens."""
+    task = env.unwrapped.task
+    prompts = rng.integers(0, len(task.rows), envs.num_envs)
+    actions = rng.integers(0, task.vocab_size, (task.episodes.max_new_tokens, envs.num_envs))
+    observations, _ = envs.reset(options={"prompt_index": prompts.tolist()})
+    seen: list[Any] = [(observations, None, None, None)]
+    seen += [envs.step(step)[:4] for step in actions]
+    for row in range(envs.num_envs):
+        outcome: Any = (env.reset(options={"prompt_index": int(prompts[row])})[0], None, None, None)
+        for t, together in enumerate(seen):
+            for key, value in outcome[0].items():
+                assert np.array_equal(value, together[0][key][row]), (
+                    f"row {row} of the vector form has other {key} after {t} tokens than the environment by itself, "
+                    "given the same prompt and tokens"
+                )
+            for name, alone, batch in zip(
+                ("reward", "terminated", "truncated"), outcome[1:], together[1:], strict=True
+            ):
+                assert alone is None or math.isclose(alone, batch[row], rel_tol=1e-3, abs_tol=1e-4), (
+                    f"row {row} of the vector form returned {name}={batch[row]} for token {t}, and the environment by "
+                    f"itself {alone}: let both use the same code"
+                )
+            if t == len(actions) or outcome[2] or outcome[3]:
+                break
+            outcome = env.step(int(actions[t, row]))[:4]
+
+
+def _token(task: Any, allowed: np.ndarray, rng: np.random.Generator, stop_rate: float) -> int:
+    stops = [token for token in task.episodes.stop.ids if allowed[token]]
+    others = np.setdiff1d(np.flatnonzero(allowed), stops)
+    return int(rng.choice(stops if len(stops) and rng.random() < stop_rate else others))

@@ -1,0 +1,35 @@
+"""Views of a text environment for agents of other libraries; each has a form for one row and one for a batch.
+
+>>> import gymnasium as gym
+>>> from textgym.wrappers import HiddenStateObservation, TopKActions
+>>> env = TopKActions(HiddenStateObservation(gym.make("textgym/Sentiment-v0")), k=8)
+>>> env.observation_space, env.action_space
+(Box(-inf, inf, (192,), float32), Discrete(8))
+"""
+
+from __future__ import annotations
+
+from textgym.wrappers.chat_template import ChatTemplate, VectorChatTemplate
+from textgym.wrappers.hidden_state import HiddenStateObservation, VectorHiddenStateObservation
+from textgym.wrappers.libraries import from_gem, from_reasoning_gym, from_textarena
+from textgym.wrappers.text_observation import TextObservation, VectorTextObservation
+from textgym.wrappers.token_history import TokenHistory, VectorTokenHistory
+from textgym.wrappers.top_k import TopKActions, VectorTopKActions
+from textgym.wrappers.turn_actions import TurnActions
+
+__all__ = [
+    "ChatTemplate",
+    "HiddenStateObservation",
+    "TextObservation",
+    "TokenHistory",
+    "TopKActions",
+    "TurnActions",
+    "VectorChatTemplate",
+    "VectorHiddenStateObservation",
+    "VectorTextObservation",
+    "VectorTokenHistory",
+    "VectorTopKActions",
+    "from_gem",
+    "from_reasoning_gym",
+    "from_textarena",
+]
