@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from textgym.models.letters import letter_tokenizer
 from textgym.testing.exact import ExactOptimum, ExactTask
-from textgym.testing.mocks import byte_tokenizer, letter_tokenizer, mock_lm
+from textgym.testing.mocks import byte_tokenizer, mock_lm
 from textgym.testing.rewards import check_reward
 from textgym.testing.table import TableConfig, TableLM
 
