@@ -10,6 +10,13 @@ TASKS = {
     "IncreasingNumbers": "increasing_numbers",
     "Dates": "dates",
     "Enumerable": "enumerable",
+    "ReasoningGym": "reasoning",
+    "ConceptToText": "concept_to_text",
+    "Summarize": "summarize",
+    "DataToText": "data_to_text",
+    "Translate": "translate",
+    "Answer": "answer",
+    "Dialogue": "dialogue",
 }
 """Names of the tasks, and the modules of `textgym.envs.tasks` that they are in."""
 ENTRY_POINTS = {

@@ -9,6 +9,8 @@ from textgym.envs.vector import TextVectorEnv
 from textgym.rewards.scoring import RewardSpec
 
 Settings = dict[str, Any]
+EMBEDDED: Settings = {"tokenizer": "tiny", "reference": "tiny", "kl_coef": 0.005}
+"""Of the tasks with data: their scores go from 0 to 1, and few texts are far from 0, so beta is small."""
 
 
 class TaskEnv(TextEnv):
@@ -45,3 +47,10 @@ class TaskVectorEnv(TextVectorEnv):
     def metrics(self) -> tuple[RewardSpec, ...]:
         """Those of the single environment."""
         return self.single.metrics
+
+
+def filled(own: Settings, given: Settings) -> Settings:
+    """A task's own arguments, but for those that are given; weights belong to the rewards they are given with."""
+    if "reward" in given:
+        own = {name: value for name, value in own.items() if name != "reward_weights"}
+    return {**own, **given}
