@@ -27,10 +27,10 @@ EXAMPLE = re.compile(r'"([^"]+)"')
 WORD = re.compile(r"[a-z]+")
 FUNCTION_WORDS = set(
     WORD.findall(
-        "about above after all and any are because been before being but can could did does done down each for from had "
-        "has have her here him his how into its let may might more most must not off one only other our out over own same "
-        "she should some such than that the their them then there these they this those too under until very was were "
-        "what when where which while who whom why will with would you your"
+        "about above after all and any are because been before being but can could did does done down each for "
+        "from had has have her here him his how into its let may might more most must not off one only other our "
+        "out over own same she should some such than that the their them then there these they this those too "
+        "under until very was were what when where which while who whom why will with would you your "
     )
 )
 

@@ -49,6 +49,8 @@ class EnumerableEnv(TaskEnv):
         ValueError: a tokenizer of another vocabulary, when the first text is scored.
     """
 
+    metrics = ("textgym.envs.tasks.enumerable:table_score",)
+
     @staticmethod
     def settings(**kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""

@@ -52,7 +52,7 @@ class IncreasingNumbersEnv(TaskEnv):
     On the last token the share of words in the rising run that the text's numbers begin with (`IncreasingNumbers`),
     from 0 to 1. No reference.
 
-    Metric: the reward itself.
+    Metric: the reward itself, with `min_words=10`.
 
     ## Starting State
     One of 30 prompts: `"1 2 3"` to `"30 31 32"`. There are no splits, since the prompt does not count.
@@ -65,6 +65,8 @@ class IncreasingNumbersEnv(TaskEnv):
         min_words: a text of fewer words is taken for one of so many; RL4LMs' `min_tokens` is twice this.
         kwargs: all of `TextEnv`'s; what is not given is as above.
     """
+
+    metrics = (IncreasingNumbers(min_words=10),)
 
     @staticmethod
     def settings(*, min_words: int = 10, **kwargs: Any) -> Settings:
