@@ -273,7 +273,7 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
 
 
 def evaluate(command: Evaluate) -> None:
-    """Figures and samples of a policy and its reference on the same prompts and seeds, a task's own with 95% intervals."""
+    """Figures and samples of a policy and its reference on the same prompts and seeds; a task's own have intervals."""
     models = {"tokenizer": command.reference, "reference": command.reference}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))

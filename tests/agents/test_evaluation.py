@@ -134,7 +134,7 @@ def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
 
 
 def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
-    """Of a mean they are near the normal ones, of a corpus score they hold it, and without spread they have no width."""
+    """Of a mean they are near the normal ones; a corpus score is within; without spread they have no width."""
 
     def length(completions: list[str]) -> list[float]:
         return [float(len(text)) for text in completions]

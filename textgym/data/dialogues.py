@@ -21,7 +21,7 @@ def reply_prompts(split: str) -> list[Row]:
     """Rows with `prompt` (two turns, a line each, then `"A:"`) and `references` (the reply).
 
     Args:
-        split: `"train"`, `"validation"` or `"test"`, decided by the conversation's first turns.
+        split: `"train"`, `"validation"` or `"test"`, decided by the first two turns of the conversation.
 
     Raises:
         ValueError: an unknown split.
@@ -33,7 +33,7 @@ def reply_prompts(split: str) -> list[Row]:
 
 @lru_cache(maxsize=1)
 def _replies() -> list[tuple[str, Row]]:
-    return [(split_of(" ".join(turns[:3])), row) for turns in map(_plain, chitchat()) for row in _replies_of(turns)]
+    return [(split_of(" ".join(turns[:2])), row) for turns in map(_plain, chitchat()) for row in _replies_of(turns)]
 
 
 def _plain(turns: list[str]) -> list[str]:

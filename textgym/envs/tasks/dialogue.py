@@ -30,7 +30,7 @@ class DialogueEnv(TaskEnv):
     Metrics: `Meteor`, `Bleu`, `Rouge`, `DistinctN` (distinct bigrams of a reply).
 
     ## Starting State
-    One of the prompts of a split: 4,706, 592 and 560 for training, validation and test.
+    One of the prompts of a split: 4,666, 563 and 629 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 24 tokens.
