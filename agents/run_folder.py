@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -179,17 +179,25 @@ class TrainingProgress(TrainerCallback):
         self.live.advance(state.global_step / state.max_steps, f"loss {loss[0]:.3f}" if loss else "")
 
 
-def figures_table(title: str, rows: dict[str, dict[str, float]]) -> Table:
-    """Figures of several policies: a column each, since a terminal has more lines than room for names."""
+def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
+    """Figures of several policies, numbers or ready-made texts.
+
+    A column each, since a terminal has more lines than room for names.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for label in rows:
         table.add_column(label, justify="right")
     for name in dict.fromkeys(name for figures in rows.values() for name in figures):
-        # Adding zero takes the sign off a negative one.
-        cells = [f"{round(figures[name], 3) + 0.0:.3f}" if name in figures else "" for figures in rows.values()]
+        cells = [_written(figures.get(name, "")) for figures in rows.values()]
         table.add_row(name, *cells)
     return table
+
+
+def _written(figure: float | str) -> str:
+    if isinstance(figure, str):
+        return figure
+    return f"{round(figure, 3) + 0.0:.3f}"  # adding zero takes the sign off a negative one
 
 
 def _clock(metrics: Metrics) -> str:

@@ -6,7 +6,7 @@
 `textgym/Sentiment-v0` with its embedded reward model: trained on prompts that no model was trained on, measured on 256
 prompts that nothing was trained on. `gain` is in deviations of the reference's scores, KL in nats a text. Algorithms
 that learn values decode greedily, so their KL is -log pi_ref of what they write; the row `greedy reference` is where
-they start. Then DQN and QRDQN on `benchmarks/enumerable.py`, where the best of all texts scores 1.
+they start. Then DQN and QRDQN on `textgym/Enumerable-v0`, where the best of all texts scores 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
-import enumerable
 import gymnasium as gym
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from textgym import sb3
 from textgym.agents.evaluation import generate, measure
 from textgym.data.prompts import snippet_prompts
+from textgym.envs.tasks.enumerable import VOCAB_SIZE
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.testing import letter_tokenizer, mock_lm
@@ -211,9 +211,9 @@ def on_enumerable(name: str, seed: int, config: Config) -> float:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     with tempfile.TemporaryDirectory() as folder:
-        mock_lm(enumerable.VOCAB_SIZE, hidden_size=64, seed=seed, initializer_range=0.02).save_pretrained(folder)
-        letter_tokenizer(enumerable.VOCAB_SIZE).save_pretrained(folder)
-        env = sb3.make_vec_env("textgym/Text-v0", n_envs=16, **enumerable.settings(folder))
+        mock_lm(VOCAB_SIZE, hidden_size=64, seed=seed, initializer_range=0.02).save_pretrained(folder)
+        letter_tokenizer(VOCAB_SIZE).save_pretrained(folder)
+        env = sb3.make_vec_env("textgym/Enumerable-v0", n_envs=16, tokenizer=folder)
         model = SETTINGS[name].algorithm(
             VALUE_BASED[name],
             env,

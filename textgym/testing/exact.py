@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from textgym.models.letters import letter_tokenizer
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.testing.mocks import letter_tokenizer, mock_lm
+from textgym.testing.mocks import mock_lm
 from textgym.testing.table import TableConfig, TableLM
 
 RewardShape = Literal["dense", "sparse", "deceptive"]

@@ -49,18 +49,18 @@ def test_a_fetched_file_is_cached_and_not_fetched_again(
     cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = archive(index)
-    path = sources._fetch(wanted)
+    path = sources.fetch(wanted)
     assert path == cache / "downloads" / WHEEL
     assert [entry.name for entry in path.parent.iterdir()] == [WHEEL]
     monkeypatch.setattr(sources, "_pip_download", lambda *_: pytest.fail("fetched again"))
-    assert sources._fetch(wanted) == path
+    assert sources.fetch(wanted) == path
 
 
 def test_a_torn_file_in_the_cache_is_fetched_again(cache: Path, index: Path) -> None:
     torn = cache / "downloads" / WHEEL
     torn.parent.mkdir(parents=True)
     torn.write_bytes((index / WHEEL).read_bytes()[:50])
-    assert sources._fetch(archive(index)).read_bytes() == (index / WHEEL).read_bytes()
+    assert sources.fetch(archive(index)).read_bytes() == (index / WHEEL).read_bytes()
 
 
 def test_an_altered_file_of_the_index_is_refused(cache: Path, index: Path) -> None:
@@ -68,7 +68,7 @@ def test_an_altered_file_of_the_index_is_refused(cache: Path, index: Path) -> No
     with zipfile.ZipFile(index / WHEEL, "a") as wheel:
         wheel.writestr("evil.py", "")
     with pytest.raises(FetchError, match=r"another SHA-256 than pinned.*put the file \(sha256"):
-        sources._fetch(wanted)
+        sources.fetch(wanted)
     assert list((cache / "downloads").iterdir()) == []
 
 

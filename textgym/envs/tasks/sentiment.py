@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from textgym.envs.text import TextEnv
-from textgym.envs.vector import TextVectorEnv
+from textgym.envs.tasks.base import Settings, TaskEnv, TaskVectorEnv
 
 DEFAULTS: dict[str, Any] = {
     "prompts": "openings",
@@ -18,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class SentimentEnv(TextEnv):
+class SentimentEnv(TaskEnv):
     """Movie-review continuation, scored by a learned reward model.
 
     ## Description
@@ -47,12 +46,13 @@ class SentimentEnv(TextEnv):
     All of `TextEnv`'s; what is not given is as above.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**DEFAULTS, **kwargs})
+    @staticmethod
+    def settings(**kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        return {**DEFAULTS, **kwargs}
 
 
-class SentimentVectorEnv(TextVectorEnv):
-    """Many rows of `SentimentEnv`, see there; arguments as `TextVectorEnv`."""
+class SentimentVectorEnv(TaskVectorEnv):
+    """Many rows of `SentimentEnv`, see there."""
 
-    def __init__(self, num_envs: int, **kwargs: Any) -> None:
-        super().__init__(num_envs, **{**DEFAULTS, **kwargs})
+    single = SentimentEnv

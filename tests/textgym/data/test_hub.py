@@ -1,0 +1,90 @@
+"""The original data sets: small files with the columns of their cards, read by the `datasets` package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+from textgym.data import hub
+from textgym.data.prompts import load_prompts
+
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "COMMON_GEN": [
+        {"concept_set_idx": 0, "concepts": ["dog", "run"], "target": "The dog can run."},
+        {"concept_set_idx": 0, "concepts": ["dog", "run"], "target": "Dogs run."},
+        {"concept_set_idx": 1, "concepts": ["sun"], "target": ""},
+    ],
+    "CNN_DAILYMAIL": [{"article": "A long story.", "highlights": "A story.", "id": "1"}],
+    "TOTTO": [
+        {"linearized_input": "<page_title> A", "target": "A is it.", "references": [], "table_page_title": "A"},
+        {"linearized_input": "<page_title> B", "target": "", "references": ["B is.", "B."], "table_page_title": "B"},
+    ],
+    "IWSLT": [{"translation": {"en": "Thank you.", "de": "Danke."}}],
+    "NARRATIVE_QA": [
+        {
+            "document": {"id": "1", "summary": {"text": "Ada wrote."}},
+            "question": {"text": "Who?"},
+            "answers": [{"text": "Ada"}, {"text": "Ada did"}],
+        }
+    ],
+    "DAILY_DIALOG": [{"dialog": ["Hi .", " Hello .", "Bye .", "So long ."]}],
+}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "COMMON_GEN": [
+        {"prompt": "dog, run =", "concepts": ["dog", "run"], "references": ["The dog can run.", "Dogs run."]},
+        {"prompt": "sun =", "concepts": ["sun"], "references": []},
+    ],
+    "CNN_DAILYMAIL": [{"prompt": "A long story. In short:", "references": "A story."}],
+    "TOTTO": [
+        {"prompt": "<page_title> A | Text:", "references": ["A is it."], "concepts": ["A"]},
+        {"prompt": "<page_title> B | Text:", "references": ["B is.", "B."], "concepts": ["B"]},
+    ],
+    "IWSLT": [{"prompt": "English: Thank you. German:", "references": ["Danke."]}],
+    "NARRATIVE_QA": [
+        {"prompt": "Ada wrote. Question: Who? Answer:", "answer": "Ada", "references": ["Ada", "Ada did"]}
+    ],
+    "DAILY_DIALOG": [
+        {"prompt": "A: Hi .\nB: Hello .\nA:", "references": "Bye ."},
+        {"prompt": "A: Hello .\nB: Bye .\nA:", "references": "So long ."},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_columns_are_mapped(name: str) -> None:
+    rows = getattr(hub, name).rows(RECORDS[name])
+    assert rows == ROWS[name]
+    assert load_prompts(rows) == rows
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_loaded_by_the_datasets_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        lines = RECORDS[name] if split == "test" else RECORDS[name][-1:]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    local = replace(getattr(hub, name), path=str(folder), config=None, revision=None)
+    assert local.load("test") == ROWS[name]
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        local.load("dev")
+
+
+def test_a_task_takes_its_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(self: hub.Original, split: str) -> list[dict[str, Any]]:
+        asked.append((self.path, split))
+        return self.rows(RECORDS["IWSLT"])
+
+    monkeypatch.setattr(hub.Original, "load", load)
+    env = gym.make("textgym/Translate-v0", original=True, split="validation")
+    assert asked == [("IWSLT/iwslt2017", "validation")]
+    assert env.unwrapped.task.rows == ROWS["IWSLT"]

@@ -1,0 +1,54 @@
+"""Questions and their answers: general knowledge and computer trouble.
+
+Source: chatterbot-corpus 1.3.3 (BSD), fetched once: the English `trivia` and `tech_support`, 1,311 exchanges of which
+many repeat. A question that is asked more than once has all its answers.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from functools import lru_cache
+
+import yaml
+
+from textgym.data.prompts import Row
+from textgym.data.sources import Archive, fetch
+from textgym.data.splits import in_split
+
+CHATTERBOT = Archive(
+    "chatterbot-corpus",
+    "1.3.3",
+    "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    345_706,
+)
+TOPICS = ("trivia", "tech_support")
+
+
+def question_prompts(split: str) -> list[Row]:
+    """Rows with `prompt` (`"Question: ... Answer:"`), `answer` (the first one) and `references` (all), 0.3 MB.
+
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+
+    Raises:
+        ValueError: an unknown split.
+        FetchError: no network, or a wrong checksum.
+    """
+    rows = [
+        {"prompt": f"Question: {question} Answer:", "answer": answers[0], "references": list(answers)}
+        for question, answers in _questions().items()
+    ]
+    return in_split(rows, split)
+
+
+@lru_cache(maxsize=1)
+def _questions() -> dict[str, list[str]]:
+    answers: dict[str, list[str]] = {}
+    with zipfile.ZipFile(fetch(CHATTERBOT)) as wheel:
+        for topic in TOPICS:
+            corpus = yaml.safe_load(wheel.read(f"chatterbot_corpus/data/english/{topic}.yml"))
+            for question, answer, *_ in corpus["conversations"]:
+                given = answers.setdefault(" ".join(str(question).split()), [])
+                given += [text for text in [" ".join(str(answer).split())] if text not in given]
+    return answers

@@ -1,0 +1,74 @@
+"""textgym/Answer-v0: answer a question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgym.data import hub
+from textgym.data.answers import question_prompts
+from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+
+
+class AnswerEnv(TaskEnv):
+    """Questions to be answered: a stand-in for NarrativeQA (RL4LMs' `narrativeqa`, a task of GRUE).
+
+    ## Description
+    Questions of general knowledge and on computer trouble, without a text that says the answer. They are fetched once,
+    see `textgym.data.answers`. Figures are not those of NarrativeQA.
+
+    ## Action Space
+    `Discrete(2048)`, the embedded tokenizer's vocabulary.
+
+    ## Observation Space
+    As `TextEnv`, `W = 48 + 16`.
+
+    ## Rewards
+    On the last token the F1 of words shared with the answer (`token_f1`), from 0 to 1; on
+    every token 0.005 times the log-prob under the embedded reference (`kl_mode="reference"`).
+
+    Metrics: `token_f1`, `exact_match`, `Rouge`.
+
+    ## Starting State
+    One of the prompts of a split: 212, 34 and 25 for training, validation and test.
+
+    ## Episode End
+    The end-of-text token, or 16 tokens.
+
+    ## Arguments
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        original: take NarrativeQA from the hub instead (`NARRATIVE_QA`); a model that reads longer prompts
+            is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
+        kwargs: all of `TextEnv`'s; what is not given is as above.
+
+    Raises:
+        ValueError: an unknown split.
+        FetchError: no network, or a wrong checksum.
+        ImportError: an extra is missing; the message is the pip line.
+    """
+
+    metrics = (
+        "textgym.rewards.answers:token_f1",
+        "textgym.rewards.functions:exact_match",
+        "textgym.rewards.functions:Rouge",
+    )
+
+    @staticmethod
+    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        if prompts is None:
+            prompts = hub.NARRATIVE_QA.load(split) if original else question_prompts(split)
+        own = {
+            **EMBEDDED,
+            "prompts": prompts,
+            "reward": "textgym.rewards.answers:token_f1",
+            "max_prompt_tokens": 48,
+            "max_new_tokens": 16,
+        }
+        return filled(own, kwargs)
+
+
+class AnswerVectorEnv(TaskVectorEnv):
+    """Many rows of `AnswerEnv`, see there."""
+
+    single = AnswerEnv

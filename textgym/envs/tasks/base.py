@@ -1,0 +1,56 @@
+"""What all tasks share: a single and a vector environment whose arguments the task fills in."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from textgym.envs.text import TextEnv
+from textgym.envs.vector import TextVectorEnv
+from textgym.rewards.scoring import RewardSpec
+
+Settings = dict[str, Any]
+EMBEDDED: Settings = {"tokenizer": "tiny", "reference": "tiny", "kl_coef": 0.005}
+"""Of the tasks with data: their scores go from 0 to 1, and few texts are far from 0, so beta is small."""
+
+
+class TaskEnv(TextEnv):
+    """A `TextEnv` whose arguments are a task's, but for those that are given.
+
+    Attributes:
+        metrics: further reward functions that tell how good a policy is at the task; `textgym evaluate` prints them.
+    """
+
+    metrics: ClassVar[tuple[RewardSpec, ...]] = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**self.settings(**kwargs))
+
+    @staticmethod
+    def settings(**kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`: of the task's own ones, and of those of `TextEnv` that are given instead."""
+        raise NotImplementedError
+
+
+class TaskVectorEnv(TextVectorEnv):
+    """Many rows of a task.
+
+    Attributes:
+        single: the environment of one row, whose settings and metrics these are.
+    """
+
+    single: ClassVar[type[TaskEnv]]
+
+    def __init__(self, num_envs: int, **kwargs: Any) -> None:
+        super().__init__(num_envs, **self.single.settings(**kwargs))
+
+    @property
+    def metrics(self) -> tuple[RewardSpec, ...]:
+        """Those of the single environment."""
+        return self.single.metrics
+
+
+def filled(own: Settings, given: Settings) -> Settings:
+    """A task's own arguments, but for those that are given; weights belong to the rewards they are given with."""
+    if "reward" in given:
+        own = {name: value for name, value in own.items() if name != "reward_weights"}
+    return {**own, **given}

@@ -1,0 +1,76 @@
+"""textgym/DataToText-v0: put facts in a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgym.data import hub
+from textgym.data.articles import fact_prompts
+from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+
+
+class DataToTextEnv(TaskEnv):
+    """Facts to be put in a sentence: a stand-in for ToTTo (RL4LMs' `table_to_text`, a task of GRUE).
+
+    ## Description
+    Title, description and topic of an encyclopedia article; the reference is its first sentence. The text is fetched
+    once, see `textgym.data.articles`. Figures are not those of ToTTo.
+
+    ## Action Space
+    `Discrete(2048)`, the embedded tokenizer's vocabulary.
+
+    ## Observation Space
+    As `TextEnv`, `W = 64 + 32`.
+
+    ## Rewards
+    On the last token half whether the title is named (`contains_all`) and a half of chrF, from 0 to 1; on
+    every token 0.005 times the log-prob under the embedded reference (`kl_mode="reference"`).
+
+    Metrics: `contains_all`, `Bleu`, `Chrf`, `Rouge`.
+
+    ## Starting State
+    One of the prompts of a split: 7,883, 974 and 1,005 for training, validation and test.
+
+    ## Episode End
+    The end-of-text token, or 32 tokens.
+
+    ## Arguments
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        original: take ToTTo from the hub instead (`TOTTO`); a model that reads longer prompts
+            is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
+        kwargs: all of `TextEnv`'s; what is not given is as above.
+
+    Raises:
+        ValueError: an unknown split.
+        FetchError: no network, or a wrong checksum.
+        ImportError: an extra is missing; the message is the pip line.
+    """
+
+    metrics = (
+        "textgym.rewards.functions:contains_all",
+        "textgym.rewards.functions:Bleu",
+        "textgym.rewards.functions:Chrf",
+        "textgym.rewards.functions:Rouge",
+    )
+
+    @staticmethod
+    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        if prompts is None:
+            prompts = hub.TOTTO.load(split) if original else fact_prompts(split)
+        own = {
+            **EMBEDDED,
+            "prompts": prompts,
+            "reward": ["textgym.rewards.functions:contains_all", "textgym.rewards.functions:Chrf"],
+            "reward_weights": [0.5, 0.005],
+            "max_prompt_tokens": 64,
+            "max_new_tokens": 32,
+        }
+        return filled(own, kwargs)
+
+
+class DataToTextVectorEnv(TaskVectorEnv):
+    """Many rows of `DataToTextEnv`, see there."""
+
+    single = DataToTextEnv

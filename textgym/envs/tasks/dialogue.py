@@ -1,0 +1,76 @@
+"""textgym/Dialogue-v0: reply in a conversation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgym.data import hub
+from textgym.data.dialogues import reply_prompts
+from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+
+
+class DialogueEnv(TaskEnv):
+    """A conversation to be gone on with: a stand-in for DailyDialog (RL4LMs' `dialog`, a task of GRUE).
+
+    ## Description
+    Two turns of a chat between people who do not know each other; the reference is what was replied. The text is
+    fetched once, see `textgym.data.dialogues`; it is what people wrote, and may be crude. Figures are not those of
+    DailyDialog.
+
+    ## Action Space
+    `Discrete(2048)`, the embedded tokenizer's vocabulary.
+
+    ## Observation Space
+    As `TextEnv`, `W = 64 + 24`.
+
+    ## Rewards
+    On the last token METEOR to the human reply, from 0 to 1; on
+    every token 0.005 times the log-prob under the embedded reference (`kl_mode="reference"`).
+
+    Metrics: `Meteor`, `Bleu`, `Rouge`, `DistinctN` (distinct bigrams of a reply).
+
+    ## Starting State
+    One of the prompts of a split: 4,666, 563 and 629 for training, validation and test.
+
+    ## Episode End
+    The end-of-text token, or 24 tokens.
+
+    ## Arguments
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        original: take DailyDialog from the hub instead (`DAILY_DIALOG`); a model that reads longer prompts
+            is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
+        kwargs: all of `TextEnv`'s; what is not given is as above.
+
+    Raises:
+        ValueError: an unknown split.
+        FetchError: no network, or a wrong checksum.
+        ImportError: an extra is missing; the message is the pip line.
+    """
+
+    metrics = (
+        "textgym.rewards.functions:Meteor",
+        "textgym.rewards.functions:Bleu",
+        "textgym.rewards.functions:Rouge",
+        "textgym.rewards.functions:DistinctN",
+    )
+
+    @staticmethod
+    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        if prompts is None:
+            prompts = hub.DAILY_DIALOG.load(split) if original else reply_prompts(split)
+        own = {
+            **EMBEDDED,
+            "prompts": prompts,
+            "reward": "textgym.rewards.functions:Meteor",
+            "max_prompt_tokens": 64,
+            "max_new_tokens": 24,
+        }
+        return filled(own, kwargs)
+
+
+class DialogueVectorEnv(TaskVectorEnv):
+    """Many rows of `DialogueEnv`, see there."""
+
+    single = DialogueEnv

@@ -1,0 +1,71 @@
+"""textgym/Summarize-v0: say in a few words what a text is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgym.data import hub
+from textgym.data.articles import summary_prompts
+from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.rewards.overlap import Rouge
+
+
+class SummarizeEnv(TaskEnv):
+    """A text to be put in a few words: a stand-in for CNN/DailyMail (RL4LMs' `summarization`, a task of GRUE).
+
+    ## Description
+    The first 30 words of an encyclopedia article and `"In short:"`; the reference is the article's short description.
+    The text is fetched once, see `textgym.data.articles`. Figures are not those of CNN/DailyMail.
+
+    ## Action Space
+    `Discrete(2048)`, the embedded tokenizer's vocabulary.
+
+    ## Observation Space
+    As `TextEnv`, `W = 96 + 16`.
+
+    ## Rewards
+    On the last token ROUGE-L, from 0 to 1; on
+    every token 0.005 times the log-prob under the embedded reference (`kl_mode="reference"`).
+
+    Metrics: `Rouge` (ROUGE-L), ROUGE-1 and ROUGE-2 (`Rouge_2` and `Rouge_3` in the table), `Meteor`.
+
+    ## Starting State
+    One of the prompts of a split: 7,883, 974 and 1,005 for training, validation and test.
+
+    ## Episode End
+    The end-of-text token, or 16 tokens.
+
+    ## Arguments
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        original: take CNN/DailyMail from the hub instead (`CNN_DAILYMAIL`); a model that reads longer prompts
+            is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
+        kwargs: all of `TextEnv`'s; what is not given is as above.
+
+    Raises:
+        ValueError: an unknown split.
+        FetchError: no network, or a wrong checksum.
+        ImportError: an extra is missing; the message is the pip line.
+    """
+
+    metrics = ("textgym.rewards.functions:Rouge", Rouge("rouge1"), Rouge("rouge2"), "textgym.rewards.functions:Meteor")
+
+    @staticmethod
+    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        if prompts is None:
+            prompts = hub.CNN_DAILYMAIL.load(split) if original else summary_prompts(split)
+        own = {
+            **EMBEDDED,
+            "prompts": prompts,
+            "reward": "textgym.rewards.functions:Rouge",
+            "max_prompt_tokens": 96,
+            "max_new_tokens": 16,
+        }
+        return filled(own, kwargs)
+
+
+class SummarizeVectorEnv(TaskVectorEnv):
+    """Many rows of `SummarizeEnv`, see there."""
+
+    single = SummarizeEnv

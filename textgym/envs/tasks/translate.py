@@ -1,0 +1,71 @@
+"""textgym/Translate-v0: translate from English to German."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textgym.data import hub
+from textgym.data.translations import translation_prompts
+from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+
+
+class TranslateEnv(TaskEnv):
+    """English to be put in German: a stand-in for IWSLT 2017 (RL4LMs' `iwslt2017`, a task of GRUE).
+
+    ## Description
+    Sentences of user interfaces and their translations. The text is fetched once, see `textgym.data.translations`.
+    Figures are not those of IWSLT, and the embedded model has never seen German.
+
+    ## Action Space
+    `Discrete(2048)`, the embedded tokenizer's vocabulary.
+
+    ## Observation Space
+    As `TextEnv`, `W = 56 + 32`.
+
+    ## Rewards
+    On the last token chrF, from 0 to 1; on
+    every token 0.005 times the log-prob under the embedded reference (`kl_mode="reference"`).
+
+    Metrics: `Bleu`, `Chrf`, `Ter`.
+
+    ## Starting State
+    One of the prompts of a split: 1,701, 224 and 202 for training, validation and test.
+
+    ## Episode End
+    The end-of-text token, or 32 tokens.
+
+    ## Arguments
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        original: take IWSLT 2017 from the hub instead (`IWSLT`); a model that reads longer prompts
+            is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
+        kwargs: all of `TextEnv`'s; what is not given is as above.
+
+    Raises:
+        ValueError: an unknown split.
+        FetchError: no network, or a wrong checksum.
+        ImportError: an extra is missing; the message is the pip line.
+    """
+
+    metrics = ("textgym.rewards.functions:Bleu", "textgym.rewards.functions:Chrf", "textgym.rewards.functions:Ter")
+
+    @staticmethod
+    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        if prompts is None:
+            prompts = hub.IWSLT.load(split) if original else translation_prompts(split)
+        own = {
+            **EMBEDDED,
+            "prompts": prompts,
+            "reward": "textgym.rewards.functions:Chrf",
+            "reward_weights": [0.01],
+            "max_prompt_tokens": 56,
+            "max_new_tokens": 32,
+        }
+        return filled(own, kwargs)
+
+
+class TranslateVectorEnv(TaskVectorEnv):
+    """Many rows of `TranslateEnv`, see there."""
+
+    single = TranslateEnv
