@@ -135,9 +135,9 @@ class DQN(OffPolicyAgent):
             masked_mean(per_token * batch.weights[:, None], mask),
             error,
             {
-                "loss/q_avg": float(masked_mean(per_token.detach(), mask)),
-                "val/td_error_avg": float(masked_mean(error.abs(), mask)),
-                "val/q_avg": float(masked_mean(q.detach().mean(-1), mask)),
+                "loss/q_avg": masked_mean(per_token.detach(), mask),
+                "val/td_error_avg": masked_mean(error.abs(), mask),
+                "val/q_avg": masked_mean(q.detach().mean(-1), mask),
             },
         )
 
