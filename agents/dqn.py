@@ -159,11 +159,15 @@ class DQN(OffPolicyAgent):
         self.q.heads.redraw(self.shuffler)
         q = _laid_out(self.q.of_actions(sequences), batch)
         with torch.no_grad():
-            chooser = self.q if config.double else self.target
-            actions = chooser.best(sequences).action
-            values = _laid_out(self.target.of_actions(sequences, actions), batch)  # (B, T, K)
+            if config.double:
+                actions = self.q.choose(sequences)
+                values = self.target.of_actions(sequences, actions)
+            else:
+                actions, values = self.target.best(sequences)
+            best = sequences.pad(actions == sequences.actions)
             columns = [
-                n_step_returns(rewards, v, sequences.mask, config.gamma, config.n_steps) for v in values.unbind(-1)
+                n_step_returns(rewards, value, sequences.mask, config.gamma, config.n_steps, best)
+                for value in _laid_out(values, batch).unbind(-1)
             ]
         self.q.heads.quieten()
         return q, torch.stack(columns, -1)

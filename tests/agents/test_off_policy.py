@@ -285,6 +285,27 @@ def test_greedy_targets(double: bool) -> None:
     torch.testing.assert_close(q[..., 0], chosen)
 
 
+def test_greedy_targets_go_on_along_the_best_tokens_alone() -> None:
+    agent = make_agent("n steps")
+    assert isinstance(agent, DQN)
+    batch = batch_of(agent, *range(5, 85, 7))
+    with torch.no_grad():
+        targets = agent._greedy_q_and_targets(batch)[1][..., 0]
+        states = batch.sequences.states()
+        q = agent.target.actor.logits(states).log_softmax(-1)
+    greedy = batch.sequences.pad(q.argmax(-1) == batch.sequences.actions)
+    value = batch.sequences.pad(q.amax(-1))
+    for row, length in enumerate(batch.sequences.response_lengths.tolist()):
+        for t in range(length):
+            expected, step = float(batch.rewards[row, t]), t + 1
+            while step < length and greedy[row, step]:
+                expected, step = expected + float(batch.rewards[row, step]), step + 1
+            expected += float(value[row, step]) if step < length else 0.0
+            assert float(targets[row, t]) == pytest.approx(expected, abs=1e-5)
+    assert greedy[:, 1:].any()
+    assert not greedy.all()
+
+
 def test_soft_targets_hold_along_any_text() -> None:
     """At the optimum Q equals its target for every number of steps, whoever wrote the text."""
     beta, optimum = 0.3, TASK.optimum(0.3)
