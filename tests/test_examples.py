@@ -18,6 +18,7 @@ from textgym.data import sources
 from textgym.rewards.model import RewardModel
 
 FOLDER = Path(__file__).parents[1] / "examples"
+LIBRARIES = {"tianshou_ppo": "tianshou", "torchrl_ppo": "torchrl", "rllib_ppo": "ray"}
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -28,6 +29,8 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(name: str) -> ModuleType:
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name])
     spec = importlib.util.spec_from_file_location(f"examples_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -109,6 +112,21 @@ def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = output_of(name, capsys, total_timesteps=48, n_envs=2)
     assert re.search(r"before [+-]\d+\.\d\d, after [+-]\d+\.\d\d", output)
     assert output.count(" >") >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("cleanrl_loop", {"updates": 2, "num_envs": 4, "num_steps": 4}),
+        ("tianshou_ppo", {"total_timesteps": 64, "num_envs": 2, "eval_episodes": 2}),
+        ("torchrl_ppo", {"total_timesteps": 128, "num_envs": 2, "frames_per_batch": 64}),
+        ("rllib_ppo", {"iterations": 1, "num_envs": 2, "train_batch_size": 256}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_other_libraries(name: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    output = output_of(name, capsys, **settings)
+    assert re.search(r"before [+-]\d+\.\d\d, after [+-]\d+\.\d\d", output)
 
 
 def test_train_reward_model(
