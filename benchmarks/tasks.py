@@ -54,8 +54,8 @@ def run(name: str, config: Config) -> None:
         gym.make_vec(env_id, 64, **shared, **({"split": split} if name not in WITHOUT_SPLITS else {}))
         for split in ("train", "test")
     )
-    model = shared.get("reference", "tiny")
-    policy = ActorCritic.from_pretrained(model)
+    start = mock_lm(VOCAB_SIZE, initializer_range=0.02) if name == "Enumerable" else "tiny"  # references are frozen
+    policy = ActorCritic.from_pretrained(start)
     prompts = [i % len(test.unwrapped.task.rows) for i in range(128)]
     metrics = test.unwrapped.metrics
     before = score_intervals(generate(policy, test, prompts, config.seed), metrics)
