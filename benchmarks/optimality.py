@@ -83,7 +83,12 @@ HARD = {
     "double + prioritised + quantiles": Method(
         DQN, {**GREEDY, "double": True, "prioritised": True, "n_quantiles": 8}, rows=64, learning_rate=0.02
     ),
-    "pathwise": Method(Pathwise, {**OFF_POLICY, "relaxation_temperature": 4.0}, rows=64, learning_rate=0.05),
+    "pathwise": Method(
+        Pathwise,
+        {**OFF_POLICY, "relaxation_temperature": 16.0, "anneal_learning_rate": False},
+        rows=64,
+        learning_rate=0.02,
+    ),
     "sb3-dqn": Method("DQN"),
 }
 
