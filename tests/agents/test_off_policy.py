@@ -37,8 +37,11 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "quantiles": (DQN, {**GREEDY, "n_quantiles": 4}),
     "prioritised": (DQN, {**GREEDY, "prioritised": True}),
     "everything": (DQN, {**GREEDY, "prioritised": True, "n_quantiles": 4, "noisy": True, "double": True}),
-    "pathwise": (Pathwise, {**FAST, "relaxation_temperature": 4.0}),
-    "pathwise, gumbel": (Pathwise, {**FAST, "relaxation_temperature": 4.0, "relaxation": "gumbel"}),
+    "pathwise": (Pathwise, {**FAST, "relaxation_temperature": 16.0, "anneal_learning_rate": False}),
+    "pathwise, gumbel": (
+        Pathwise,
+        {**FAST, "relaxation_temperature": 16.0, "anneal_learning_rate": False, "relaxation": "gumbel"},
+    ),
 }
 
 

@@ -14,7 +14,7 @@ def split_of(text: str) -> str:
     """`"train"` (80%), `"validation"` (10%) or `"test"` (10%), whatever the case of the text.
 
     >>> split_of("A film."), split_of("a film.")
-    ('train', 'train')
+    ('test', 'test')
     """
     bucket = int.from_bytes(hashlib.sha256(text.lower().encode()).digest()[:4], "big") % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"

@@ -28,7 +28,7 @@ class TextObservation(View, gym.utils.RecordConstructorArgs):
     >>> from textgym.wrappers import TextObservation
     >>> env = TextObservation(gym.make("textgym/Sentiment-v0"))
     >>> env.reset(options={"prompt_index": 0})[0]
-    'The film opens with'
+    'The first half hour of this film'
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
@@ -50,7 +50,7 @@ class VectorTextObservation(VectorObservationView):
     >>> from textgym.wrappers import VectorTextObservation
     >>> envs = VectorTextObservation(gym.make_vec("textgym/Sentiment-v0", num_envs=2))
     >>> envs.reset(options={"prompt_index": [0, 0]})[0]
-    ('The film opens with', 'The film opens with')
+    ('The first half hour of this film', 'The first half hour of this film')
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:

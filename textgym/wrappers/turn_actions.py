@@ -30,7 +30,7 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
     >>> observation, info = env.reset(options={"prompt_index": 0})
     >>> observation, reward, terminated, truncated, info = env.step(" a joy.")
     >>> terminated, observation
-    (True, 'The film opens with a joy.<|endoftext|>')
+    (True, 'The first half hour of this film a joy.<|endoftext|>')
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
