@@ -14,12 +14,9 @@ import torch
 from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
 from textgym.agents.memory import EpisodeMemory, Memories
 from textgym.agents.off_policy import Behaviour, OffPolicyAgent
-from textgym.agents.pathwise import relax
-from textgym.agents.q_functions import GreedyQ, Heads, SoftQ
 from textgym.agents.rollout import collect
 from textgym.models import log_probs
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import ExactTask, mock_lm
@@ -118,60 +115,10 @@ def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) ->
         assert "lora" in key or "value_head" in key or torch.equal(expected, start[key]), key
 
 
-# --- memory ---
-
-
 def remember(memory: EpisodeMemory, *chosen: int) -> None:
     sequences = texts(*chosen)
     rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.mask
     memory.add(sequences, rewards, -rewards, longest=TASK.horizon)
-
-
-def test_memory_keeps_the_newest_episodes() -> None:
-    memory = EpisodeMemory(capacity=3)
-    remember(memory, 1, 2)
-    remember(memory, 3, 4)
-    assert len(memory) == 3
-    batch = memory.sample(200, torch.Generator().manual_seed(0))
-    seen = batch.rewards.amax(1).int().tolist()
-    assert set(seen) == {2, 3, 4}
-    expected = texts(*seen)
-    actual, mask = batch.sequences, batch.sequences.mask
-    assert torch.equal(actual.response_lengths, expected.response_lengths)
-    assert torch.equal(actual.actions, expected.actions)
-    assert torch.equal(batch.reference_log_probs, -batch.rewards)
-    assert (batch.rewards[~mask] == 0).all()
-    assert (batch.weights == 1).all()
-
-
-def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
-    memory = EpisodeMemory(capacity=8, alpha=0.5, beta=1.0)
-    remember(memory, 1, 2)
-    mask = texts(1, 2).mask
-    errors = torch.zeros(mask.shape)
-    errors[:, 0] = torch.tensor([1.0, -4.0])
-    memory.reprioritise(torch.tensor([0, 1]), errors, mask)
-    priorities = memory.tensors["priorities"][:2]
-    lengths = texts(1, 2).response_lengths
-    torch.testing.assert_close(priorities, torch.tensor([1.0, 4.0]) * (0.9 + 0.1 / lengths), atol=1e-5, rtol=0)
-    batch = memory.sample(20_000, torch.Generator().manual_seed(0))
-    odds = priorities.sqrt() / priorities.sqrt().sum()
-    share = (batch.indices == 1).float().mean()
-    assert share == pytest.approx(float(odds[1]), abs=0.02)
-    # With beta = 1 a weighted mean is that of uniform draws.
-    mean = (batch.weights * batch.rewards.amax(1)).sum() / batch.weights.sum()
-    assert mean == pytest.approx(1.5, abs=0.03)
-
-
-def test_new_episodes_are_urgent() -> None:
-    memory = EpisodeMemory(capacity=8, alpha=1.0)
-    remember(memory, 1)
-    memory.reprioritise(torch.tensor([0]), 7 * torch.ones(texts(1).mask.shape), texts(1).mask)
-    remember(memory, 2)
-    assert memory.tensors["priorities"][1] == memory.tensors["priorities"][0]
-
-
-# --- Q-functions ---
 
 
 def actor(noise: float = 1.0) -> ActorCritic:
@@ -181,81 +128,6 @@ def actor(noise: float = 1.0) -> ActorCritic:
         policy.lm.model.logits.weight += noise * torch.randn(policy.lm.model.logits.weight.shape, generator=generator)
         policy.value_head.weight.normal_(generator=generator)
     return policy
-
-
-def test_soft_values_are_the_log_sum_of_soft_qs() -> None:
-    """V(s) = beta log sum_a pi_ref(a | s) exp(Q(s, a) / beta), and pi = pi_ref exp((Q - V) / beta)."""
-    beta, reference = 0.3, actor(noise=0.0)
-    policy = actor()
-    ids = torch.tensor([[0, token] for token in range(TASK.vocab_size)])
-    ones = torch.ones(TASK.vocab_size, dtype=torch.long)
-    sequences = Sequences(ids, ones, ones)
-    log_reference = reference.sequence_log_probs(sequences)
-    value, added = SoftQ(policy).of_actions(sequences, log_reference, beta)
-    q = (value + added)[:, 0]
-    torch.testing.assert_close(beta * (log_reference[:, 0] + q / beta).logsumexp(0), value[0, 0])
-
-
-@pytest.mark.parametrize("dueling", [True, False])
-def test_greedy_q_starts_from_the_language_model(dueling: bool) -> None:
-    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
-    q, sequences = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1), 0.5, dueling), texts(0, 40, 80)
-    logits = policy.logits(sequences.states())
-    expected = 0.5 * (logits.log_softmax(-1) if dueling else logits)
-    best = q.best(sequences)
-    assert torch.equal(best.action, logits.argmax(-1))
-    torch.testing.assert_close(best.value, expected.amax(-1))
-    torch.testing.assert_close(q.of_actions(sequences), expected.gather(1, sequences.actions[:, None])[:, 0])
-    torch.testing.assert_close(q.of_actions(sequences, best.action), best.value)
-
-
-def test_quantiles_have_q_as_their_mean() -> None:
-    policy, sequences = actor(), texts(0, 40, 80)
-    heads = Heads(policy, noisy=False, n_quantiles=5)
-    with torch.no_grad():
-        heads.psi.normal_(generator=torch.Generator().manual_seed(0))
-        heads.offsets.bias.normal_(generator=torch.Generator().manual_seed(1))
-    quantiles = GreedyQ(policy, heads).of_actions(sequences)
-    plain = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1)).of_actions(sequences)
-    assert quantiles.shape == (len(plain), 5)
-    assert quantiles.std(1).min() > 0.1
-    torch.testing.assert_close(quantiles.mean(1), plain)
-
-
-def test_noise_is_factored_and_can_be_taken_away() -> None:
-    policy, sequences = actor(), texts(0, 40, 80)
-    heads = Heads(policy, noisy=True, n_quantiles=1)
-    q = GreedyQ(policy, heads)
-    plain = q.of_actions(sequences)
-    heads.redraw(torch.Generator().manual_seed(0))
-    noisy = q.of_actions(sequences)
-    assert (noisy - plain).abs().max() > 0.01
-    hidden = policy.hidden(sequences.states())
-    assert heads.noise is not None
-    out, within = heads.noise  # (1, V), (1, d)
-    weight = policy.head.weight + heads.sigma * (out.T @ within)
-    torch.testing.assert_close(q.logits(hidden), hidden @ weight.T)
-    noisy.sum().backward()
-    assert heads.sigma.grad is not None
-    heads.quieten()
-    assert torch.equal(q.of_actions(sequences), plain)
-
-
-def test_banned_stop_tokens_are_never_best() -> None:
-    stop = int(TASK.stop.ids[0])
-    policy = actor()
-    sequences = texts(0, 40, 80)
-    banned = Sequences(
-        sequences.input_ids, sequences.prompt_lengths, sequences.response_lengths, StopRule((stop,), min_new_tokens=3)
-    )
-    with torch.no_grad():
-        policy.lm.model.logits.weight[:, stop] += 100.0
-    for dueling in (True, False):
-        q = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1), dueling=dueling)
-        assert (q.best(sequences).action == stop).all()
-        best = q.best(banned)
-        assert (best.action != stop).all()
-        assert best.value.abs().max() < 1e3
 
 
 # --- targets by hand ---
@@ -390,102 +262,6 @@ def test_epsilon_falls() -> None:
     assert history[0] == 0.8
     assert history[1] == pytest.approx(0.8 - 0.6 * 0.2)
     assert history[5:] == pytest.approx([0.2] * 5)
-
-
-# --- the relaxation ---
-
-
-def test_relaxed_tokens_are_drawn_from_the_policy() -> None:
-    log_probs = torch.tensor([0.5, 0.3, 0.2]).log().expand(30_000, 3)
-    token = relax(log_probs, 0, PathwiseConfig())
-    torch.testing.assert_close(token.mean(0), torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0)
-    assert ((token == 0) | ((token - 1).abs() < 1e-6)).all()
-    soft = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel"))
-    assert torch.equal(soft.argmax(1), token.argmax(1))
-    torch.testing.assert_close(soft.sum(1), torch.ones(30_000))
-    sharp = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel", relaxation_temperature=0.01))
-    assert sharp.amax(1).mean() > 0.98
-
-
-def reference_hidden(agent: OffPolicyAgent, sequences: Sequences) -> torch.Tensor:
-    return agent.penalty.reference.hidden(sequences.states())
-
-
-def test_the_actor_is_pushed_to_where_the_critic_says_more_and_the_critic_is_not_moved_by_it() -> None:
-    agent = make_agent("pathwise")
-    assert isinstance(agent, Pathwise)
-    sequences = texts(0, 40, 60, 80)
-    hidden = reference_hidden(agent, sequences)
-    earned, _, _ = agent.values(agent.policy, agent.q, sequences, hidden, seed=1)
-    earned.sum().backward()
-    assert all(weight.grad is None for weight in agent.q.actor.parameters())
-    first = agent.policy.lm.model.logits.weight.grad
-    assert first is not None
-    assert first.abs().max() > 0
-    exact, _, _ = agent.values(agent.policy, agent.q, sequences, hidden)
-    (gradient,) = torch.autograd.grad(exact.sum(), agent.policy.lm.model.logits.weight)
-    assert torch.nn.functional.cosine_similarity(first.flatten(), gradient.flatten(), 0) > 0.5
-
-
-@pytest.mark.parametrize("min_new_tokens", [0, 2])
-def test_what_the_actor_earns_is_the_mean_of_q_over_its_tokens(min_new_tokens: int) -> None:
-    """Against Q token by token, also where stop tokens are banned, and its KL against the sum over the vocabulary."""
-    agent = make_agent("pathwise", make_envs(0.3))
-    assert isinstance(agent, Pathwise)
-    with torch.no_grad():
-        for model, seed in ((agent.policy, 1), (agent.q.actor, 2)):
-            noise = torch.randn(model.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(seed))
-            model.lm.model.logits.weight += noise
-    plain = texts(30, 60, 80)
-    stop = StopRule(TASK.stop.ids, min_new_tokens)
-    sequences = Sequences(plain.input_ids, plain.prompt_lengths, plain.response_lengths, stop)
-    earned, kl, offset = agent.values(agent.policy, agent.q, sequences, reference_hidden(agent, sequences))
-    count = len(sequences.actions)
-    expected, divergence = torch.zeros(count), torch.zeros(count)
-    for token in range(TASK.vocab_size):
-        actions = torch.full((count,), token)
-        states = sequences.states()
-        bans = torch.zeros(count, TASK.vocab_size, dtype=torch.bool)
-        if sequences.banned is not None:
-            bans[:, list(stop.ids)] = sequences.banned[:, None]
-        own, reference = (model.state_log_probs(states, actions.where(~bans[:, token], 0), ~bans)
-                          for model in (agent.policy, agent.penalty.reference))  # fmt: skip
-        q = agent.q.of_actions(sequences, actions)
-        expected += torch.where(bans[:, token], 0.0, own.exp() * q)
-        divergence += torch.where(bans[:, token], 0.0, own.exp() * (own - reference))
-    torch.testing.assert_close(earned + offset, expected.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(kl, divergence, atol=1e-5, rtol=1e-5)
-
-
-def test_pathwise_targets_have_the_kl_of_later_states_alone() -> None:
-    agent = make_agent("pathwise", make_envs(0.3), gamma=0.9)
-    assert isinstance(agent, Pathwise)
-    with torch.no_grad():
-        noise = torch.randn(agent.target.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
-        agent.target.lm.model.logits.weight += noise
-    batch = batch_of(agent, 60, 80)
-    sequences = batch.sequences
-    earned, kl, offset = agent.values(agent.target, agent.target_q, sequences, reference_hidden(agent, sequences))
-    value = sequences.pad(earned + offset - 0.3 * kl)
-    targets = batch.rewards + 0.9 * torch.cat([value[:, 1:], torch.zeros(2, 1)], 1)
-    _, errors, _ = agent.loss(batch)
-    torch.testing.assert_close(errors, targets - sequences.pad(agent.q.of_actions(sequences)).detach())
-
-
-def test_pathwise_learns_to_pay_less_kl() -> None:
-    """Without rewards the actor goes back to the reference."""
-    agent = make_agent("pathwise", make_envs(1.0, reward=lambda completions: [0.0] * len(completions)), q_scale=1e-3)
-    with torch.no_grad():
-        noise = torch.randn(agent.policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
-        agent.policy.lm.model.logits.weight += noise
-
-    def divergence() -> float:
-        log_probs = TASK.log_probs(agent.policy)
-        return float((np.exp(log_probs) * (log_probs - TASK.log_reference)).sum())
-
-    before = divergence()
-    agent.learn(32 * 40)
-    assert divergence() < 0.1 * before
 
 
 # --- the loss ---

@@ -1,0 +1,132 @@
+"""The pathwise derivative: its relaxation, what its actor earns, its targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents import Pathwise, PathwiseConfig
+from textgym.agents.memory import Memories
+from textgym.agents.pathwise import relax
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+from textgym.testing import ExactTask
+
+TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
+
+
+def texts(*chosen: int) -> Sequences:
+    return TASK.sequences([TASK.texts[index] for index in chosen])
+
+
+def make_envs(beta: float = 0.0, **changes: Any) -> Any:
+    return gym.make_vec("textgym/Text-v0", num_envs=32, kl_mode="deferred", **TASK.env_kwargs(beta) | changes)
+
+
+def make_agent(envs: Any = None, **changes: Any) -> Pathwise:
+    config = {"episodes_per_update": 32, "learning_starts": 32, "learning_rate": 0.05, "adam_epsilon": 1e-8, **changes}
+    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
+    return Pathwise(policy, make_envs() if envs is None else envs, PathwiseConfig(**config))
+
+
+def batch_of(agent: Pathwise, *chosen: int) -> Memories:
+    sequences = texts(*chosen)
+    rewards = torch.where(sequences.mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
+    reference = agent.penalty.reference.sequence_log_probs(sequences)
+    ones = torch.ones(len(chosen))
+    return Memories(sequences, rewards, reference, ones, torch.arange(len(chosen)))
+
+
+def test_relaxed_tokens_are_drawn_from_the_policy() -> None:
+    log_probs = torch.tensor([0.5, 0.3, 0.2]).log().expand(30_000, 3)
+    token = relax(log_probs, 0, PathwiseConfig())
+    torch.testing.assert_close(token.mean(0), torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0)
+    assert ((token == 0) | ((token - 1).abs() < 1e-6)).all()
+    soft = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel"))
+    assert torch.equal(soft.argmax(1), token.argmax(1))
+    torch.testing.assert_close(soft.sum(1), torch.ones(30_000))
+    sharp = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel", relaxation_temperature=0.01))
+    assert sharp.amax(1).mean() > 0.98
+
+
+def reference_hidden(agent: Pathwise, sequences: Sequences) -> torch.Tensor:
+    return agent.penalty.reference.hidden(sequences.states())
+
+
+def test_the_actor_is_pushed_to_where_the_critic_says_more_and_the_critic_is_not_moved_by_it() -> None:
+    agent = make_agent()
+    sequences = texts(0, 40, 60, 80)
+    hidden = reference_hidden(agent, sequences)
+    earned, _, _ = agent.values(agent.policy, agent.q, sequences, hidden, seed=1)
+    earned.sum().backward()
+    assert all(weight.grad is None for weight in agent.q.actor.parameters())
+    first = agent.policy.lm.model.logits.weight.grad
+    assert first is not None
+    assert first.abs().max() > 0
+    exact, _, _ = agent.values(agent.policy, agent.q, sequences, hidden)
+    (gradient,) = torch.autograd.grad(exact.sum(), agent.policy.lm.model.logits.weight)
+    assert torch.nn.functional.cosine_similarity(first.flatten(), gradient.flatten(), 0) > 0.5
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 2])
+def test_what_the_actor_earns_is_the_mean_of_q_over_its_tokens(min_new_tokens: int) -> None:
+    """Against Q token by token, also where stop tokens are banned, and its KL against the sum over the vocabulary."""
+    agent = make_agent(make_envs(0.3))
+    with torch.no_grad():
+        for model, seed in ((agent.policy, 1), (agent.q.actor, 2)):
+            noise = torch.randn(model.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(seed))
+            model.lm.model.logits.weight += noise
+    plain = texts(30, 60, 80)
+    stop = StopRule(TASK.stop.ids, min_new_tokens)
+    sequences = Sequences(plain.input_ids, plain.prompt_lengths, plain.response_lengths, stop)
+    earned, kl, offset = agent.values(agent.policy, agent.q, sequences, reference_hidden(agent, sequences))
+    count = len(sequences.actions)
+    expected, divergence = torch.zeros(count), torch.zeros(count)
+    for token in range(TASK.vocab_size):
+        actions = torch.full((count,), token)
+        states = sequences.states()
+        bans = torch.zeros(count, TASK.vocab_size, dtype=torch.bool)
+        if sequences.banned is not None:
+            bans[:, list(stop.ids)] = sequences.banned[:, None]
+        own, reference = (model.state_log_probs(states, actions.where(~bans[:, token], 0), ~bans)
+                          for model in (agent.policy, agent.penalty.reference))  # fmt: skip
+        q = agent.q.of_actions(sequences, actions)
+        expected += torch.where(bans[:, token], 0.0, own.exp() * q)
+        divergence += torch.where(bans[:, token], 0.0, own.exp() * (own - reference))
+    torch.testing.assert_close(earned + offset, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kl, divergence, atol=1e-5, rtol=1e-5)
+
+
+def test_pathwise_targets_have_the_kl_of_later_states_alone() -> None:
+    agent = make_agent(make_envs(0.3), gamma=0.9)
+    with torch.no_grad():
+        noise = torch.randn(agent.target.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
+        agent.target.lm.model.logits.weight += noise
+    batch = batch_of(agent, 60, 80)
+    sequences = batch.sequences
+    earned, kl, offset = agent.values(agent.target, agent.target_q, sequences, reference_hidden(agent, sequences))
+    value = sequences.pad(earned + offset - 0.3 * kl)
+    targets = batch.rewards + 0.9 * torch.cat([value[:, 1:], torch.zeros(2, 1)], 1)
+    _, errors, _ = agent.loss(batch)
+    torch.testing.assert_close(errors, targets - sequences.pad(agent.q.of_actions(sequences)).detach())
+
+
+def test_pathwise_learns_to_pay_less_kl() -> None:
+    """Without rewards the actor goes back to the reference."""
+    agent = make_agent(make_envs(1.0, reward=lambda completions: [0.0] * len(completions)), q_scale=1e-3)
+    with torch.no_grad():
+        noise = torch.randn(agent.policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
+        agent.policy.lm.model.logits.weight += noise
+
+    def divergence() -> float:
+        log_probs = TASK.log_probs(agent.policy)
+        return float((np.exp(log_probs) * (log_probs - TASK.log_reference)).sum())
+
+    before = divergence()
+    agent.learn(32 * 40)
+    assert divergence() < 0.1 * before
