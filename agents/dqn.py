@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from textgym.models.actor_critic import ActorCritic
 
 from .advantages import masked_mean, n_step_returns
-from .memory import EpisodeMemory, Memories
+from .memory import Memories
 from .off_policy import OffPolicyAgent, OffPolicyConfig
 from .on_policy import OnPolicyConfig
 from .q_functions import GreedyQ, Heads, SoftQ, frozen_actor
@@ -86,7 +86,7 @@ class DQN(OffPolicyAgent):
         if not self.greedy and self.penalty.coef == 0:
             raise ValueError("the soft backup divides by beta: give the environment a kl_coef, or set backup='greedy'")
         if self.config.prioritised:
-            self.memory = EpisodeMemory(self.config.memory_size, self.config.priority_exponent)
+            self.memory.alpha = self.config.priority_exponent
 
     def modules(self) -> nn.ModuleDict:
         """Targets, and the heads of a greedy Q."""
@@ -105,12 +105,12 @@ class DQN(OffPolicyAgent):
             return [(self.soft_target.actor, self.policy)]
         return [(self.target.actor, self.policy), (self.target.heads, self.q.heads)]
 
-    def collect(self) -> Rollout:
+    def collect(self, head: Any = None) -> Rollout:
         """One episode in every row, with noise on the weights, drawn once for each, if it explores."""
         if not self.greedy:
-            return self.play()
+            return super().collect()
         self.q.heads.redraw(self.shuffler, self.envs.num_envs)
-        rollout = self.play(self.q.logits)
+        rollout = super().collect(self.q.logits)
         self.q.heads.quieten()
         return rollout
 
@@ -122,9 +122,7 @@ class DQN(OffPolicyAgent):
         else:
             q, targets = self._soft_q_and_targets(batch)
         errors = targets[..., None, :] - q[..., :, None]  # (B, T, K, K'); one each without quantiles
-        huber = F.huber_loss(
-            q[..., :, None].expand_as(errors), targets[..., None, :].expand_as(errors), reduction="none"
-        )
+        huber = F.huber_loss(errors, torch.zeros_like(errors), reduction="none")
         if self.config.n_quantiles > 1:
             count = self.config.n_quantiles
             middle = (torch.arange(count, device=q.device) + 0.5) / count

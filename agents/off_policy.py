@@ -173,11 +173,7 @@ class OffPolicyAgent(OnPolicyAgent):
         done = self.episodes / max(self.total_episodes * config.epsilon_fraction, 1)
         return config.epsilon_start + (config.epsilon_end - config.epsilon_start) * min(done, 1.0)
 
-    def collect(self) -> Rollout:
-        """One episode in every row."""
-        return self.play()
-
-    def play(self, head: Any = None) -> Rollout:
+    def collect(self, head: Any = None) -> Rollout:
         """One episode in every row; `head` in place of the policy's output weights."""
         config = self.config
         exploration = (self.epsilon, config.exploration_temperature)

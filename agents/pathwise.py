@@ -11,9 +11,10 @@ et al., 2016), from a slower actor pi' and a slower critic Q':
 
     Q(s_t, a_t) <- r_t + gamma V'(s_{t+1}),    V'(s) = sum_a pi'(a | s) Q'(s, a) - beta KL(pi'(. | s), pi_ref(. | s))
 
-The sums over a are exact, a chunk of states at a time. Without a KL penalty the policy goes to the text of the highest
-reward. The relaxed derivative is not quite the true one, so with a penalty the policy comes near the optimum of the
-other agents, no further.
+The sums over a are exact, a chunk of states at a time; with `n_steps` above 1 the rewards are those that the remembered
+text had, whoever wrote it. Without a KL penalty the policy goes to the text of the highest reward. The relaxed
+derivative is not quite the true one, so with a penalty the policy comes near the optimum of the other agents, no
+further.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/ladder.py                            # `make bench-demo`: all rungs, three seeds
     python benchmarks/ladder.py --methods PPO --seeds 0    # one of them; the table has all that are in the folder
 
-Every seed trains its own reward model, kept in the folder for all rungs. Every agent samples the same number of
-episodes of the same length and pays the same beta for a nat; every rung is measured on held-out prompts.
+Every seed trains its own reward model, kept in the folder for all rungs. Every agent that samples plays the same number
+of episodes of the same length and pays the same beta for a nat; every rung is measured on held-out prompts.
 
 * reference: the language model as it is;
 * best-of-16: the highest scored of 16 samples of the reference (its KL is the bound log 16 - 15/16);
@@ -246,10 +246,9 @@ def draw(figures: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main(args: Args) -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(prepare, [args] * len(args.seeds), args.seeds))
-        methods = {
-            seed: [*([] if _done(args, "reference", seed) else ["reference"]), *args.methods] for seed in args.seeds
-        }
-        jobs = [(args, method, seed) for seed in args.seeds for method in dict.fromkeys(methods[seed])]
+        jobs = [(args, method, seed) for seed in args.seeds for method in args.methods]
+        if "reference" not in args.methods:  # what all others are compared with
+            jobs += [(args, "reference", seed) for seed in args.seeds if not _done(args, "reference", seed)]
         list(pool.map(climb, *zip(*jobs, strict=True)))
     there = [method for method in METHODS if all(_done(args, method, seed) for seed in args.seeds)]
     figures = {method: [figures_of(args, method, seed) for seed in args.seeds] for method in there}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from textgym.data import hub
 from textgym.data.answers import question_prompts
-from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
-class AnswerEnv(TaskEnv):
+class AnswerEnv(StandInEnv):
     """Questions to be answered: a stand-in for NarrativeQA (RL4LMs' `narrativeqa`, a task of GRUE).
 
     ## Description
@@ -53,19 +53,13 @@ class AnswerEnv(TaskEnv):
         "textgym.rewards.functions:Rouge",
     )
 
-    @staticmethod
-    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
-        if prompts is None:
-            prompts = hub.NARRATIVE_QA.load(split) if original else question_prompts(split)
-        own = {
-            **EMBEDDED,
-            "prompts": prompts,
-            "reward": "textgym.rewards.answers:token_f1",
-            "max_prompt_tokens": 48,
-            "max_new_tokens": 16,
-        }
-        return filled(own, kwargs)
+    load = staticmethod(question_prompts)
+    stands_for = hub.NARRATIVE_QA
+    own: ClassVar[Settings] = {
+        "reward": "textgym.rewards.answers:token_f1",
+        "max_prompt_tokens": 48,
+        "max_new_tokens": 16,
+    }
 
 
 class AnswerVectorEnv(TaskVectorEnv):

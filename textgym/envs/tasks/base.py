@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from textgym.data.hub import Original
+from textgym.data.prompts import Row
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.rewards.scoring import RewardSpec
@@ -25,10 +27,33 @@ class TaskEnv(TextEnv):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**self.settings(**kwargs))
 
-    @staticmethod
-    def settings(**kwargs: Any) -> Settings:
+    @classmethod
+    def settings(cls, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`: of the task's own ones, and of those of `TextEnv` that are given instead."""
         raise NotImplementedError
+
+
+class StandInEnv(TaskEnv):
+    """A task whose text is fetched once, in the place of a data set of the hub.
+
+    Attributes:
+        own: arguments of `TextEnv`, besides the prompts.
+        load: the prompts of a split.
+        stands_for: the data set of the hub, which `original=True` takes instead.
+    """
+
+    own: ClassVar[Settings]
+    load: ClassVar[staticmethod[[str], list[Row]]]
+    stands_for: ClassVar[Original]
+
+    @classmethod
+    def settings(cls, *, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
+        """The arguments of `TextEnv`."""
+        if prompts is None:
+            prompts = cls.stands_for.load(split) if original else cls.load(split)
+        # Weights belong to the rewards that they are given with.
+        own = {name: value for name, value in cls.own.items() if name != "reward_weights" or "reward" not in kwargs}
+        return {**EMBEDDED, **own, "prompts": prompts, **kwargs}
 
 
 class TaskVectorEnv(TextVectorEnv):
@@ -47,10 +72,3 @@ class TaskVectorEnv(TextVectorEnv):
     def metrics(self) -> tuple[RewardSpec, ...]:
         """Those of the single environment."""
         return self.single.metrics
-
-
-def filled(own: Settings, given: Settings) -> Settings:
-    """A task's own arguments, but for those that are given; weights belong to the rewards they are given with."""
-    if "reward" in given:
-        own = {name: value for name, value in own.items() if name != "reward_weights"}
-    return {**own, **given}

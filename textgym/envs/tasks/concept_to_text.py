@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from textgym.data import hub
 from textgym.data.concepts import concept_prompts
-from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
-class ConceptToTextEnv(TaskEnv):
+class ConceptToTextEnv(StandInEnv):
     """Words to be used in a sentence: a stand-in for CommonGen (RL4LMs' `common_gen`, a task of GRUE).
 
     ## Description
@@ -55,20 +55,14 @@ class ConceptToTextEnv(TaskEnv):
         "textgym.rewards.functions:Meteor",
     )
 
-    @staticmethod
-    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
-        if prompts is None:
-            prompts = hub.COMMON_GEN.load(split) if original else concept_prompts(split)
-        own = {
-            **EMBEDDED,
-            "prompts": prompts,
-            "reward": ["textgym.rewards.functions:contains_all", "textgym.rewards.functions:Rouge"],
-            "reward_weights": [0.5, 0.5],
-            "max_prompt_tokens": 32,
-            "max_new_tokens": 24,
-        }
-        return filled(own, kwargs)
+    load = staticmethod(concept_prompts)
+    stands_for = hub.COMMON_GEN
+    own: ClassVar[Settings] = {
+        "reward": ["textgym.rewards.functions:contains_all", "textgym.rewards.functions:Rouge"],
+        "reward_weights": [0.5, 0.5],
+        "max_prompt_tokens": 32,
+        "max_new_tokens": 24,
+    }
 
 
 class ConceptToTextVectorEnv(TaskVectorEnv):

@@ -52,8 +52,8 @@ class CopyEnv(TaskEnv):
 
     metrics = ("textgym.rewards.functions:exact_match",)
 
-    @staticmethod
-    def settings(*, length: int = 3, split: str = "train", prompts: Any = None, **kwargs: Any) -> Settings:
+    @classmethod
+    def settings(cls, *, length: int = 3, split: str = "train", prompts: Any = None, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""
         return {
             "prompts": copy_prompts(length, split) if prompts is None else prompts,

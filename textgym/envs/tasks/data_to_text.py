@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from textgym.data import hub
 from textgym.data.articles import fact_prompts
-from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
-class DataToTextEnv(TaskEnv):
+class DataToTextEnv(StandInEnv):
     """Facts to be put in a sentence: a stand-in for ToTTo (RL4LMs' `table_to_text`, a task of GRUE).
 
     ## Description
@@ -54,20 +54,14 @@ class DataToTextEnv(TaskEnv):
         "textgym.rewards.functions:Rouge",
     )
 
-    @staticmethod
-    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
-        if prompts is None:
-            prompts = hub.TOTTO.load(split) if original else fact_prompts(split)
-        own = {
-            **EMBEDDED,
-            "prompts": prompts,
-            "reward": ["textgym.rewards.functions:contains_all", "textgym.rewards.functions:Chrf"],
-            "reward_weights": [0.5, 0.005],
-            "max_prompt_tokens": 64,
-            "max_new_tokens": 32,
-        }
-        return filled(own, kwargs)
+    load = staticmethod(fact_prompts)
+    stands_for = hub.TOTTO
+    own: ClassVar[Settings] = {
+        "reward": ["textgym.rewards.functions:contains_all", "textgym.rewards.functions:Chrf"],
+        "reward_weights": [0.5, 0.005],
+        "max_prompt_tokens": 64,
+        "max_new_tokens": 32,
+    }
 
 
 class DataToTextVectorEnv(TaskVectorEnv):

@@ -48,8 +48,8 @@ class DatesEnv(TaskEnv):
 
     metrics = ("textgym.envs.tasks.dates:has_date",)
 
-    @staticmethod
-    def settings(**kwargs: Any) -> Settings:
+    @classmethod
+    def settings(cls, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""
         return {
             "prompts": date_prompts(),

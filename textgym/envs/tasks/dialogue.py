@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from textgym.data import hub
 from textgym.data.dialogues import reply_prompts
-from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
-class DialogueEnv(TaskEnv):
+class DialogueEnv(StandInEnv):
     """A conversation to be gone on with: a stand-in for DailyDialog (RL4LMs' `dialog`, a task of GRUE).
 
     ## Description
@@ -55,19 +55,13 @@ class DialogueEnv(TaskEnv):
         "textgym.rewards.functions:DistinctN",
     )
 
-    @staticmethod
-    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
-        if prompts is None:
-            prompts = hub.DAILY_DIALOG.load(split) if original else reply_prompts(split)
-        own = {
-            **EMBEDDED,
-            "prompts": prompts,
-            "reward": "textgym.rewards.functions:Meteor",
-            "max_prompt_tokens": 64,
-            "max_new_tokens": 24,
-        }
-        return filled(own, kwargs)
+    load = staticmethod(reply_prompts)
+    stands_for = hub.DAILY_DIALOG
+    own: ClassVar[Settings] = {
+        "reward": "textgym.rewards.functions:Meteor",
+        "max_prompt_tokens": 64,
+        "max_new_tokens": 24,
+    }
 
 
 class DialogueVectorEnv(TaskVectorEnv):

@@ -51,8 +51,8 @@ class EnumerableEnv(TaskEnv):
 
     metrics = ("textgym.envs.tasks.enumerable:table_score",)
 
-    @staticmethod
-    def settings(**kwargs: Any) -> Settings:
+    @classmethod
+    def settings(cls, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""
         return {
             "prompts": ["a"],

@@ -68,8 +68,8 @@ class IncreasingNumbersEnv(TaskEnv):
 
     metrics = (IncreasingNumbers(min_words=10),)
 
-    @staticmethod
-    def settings(*, min_words: int = 10, **kwargs: Any) -> Settings:
+    @classmethod
+    def settings(cls, *, min_words: int = 10, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""
         return {
             "prompts": number_prompts(),

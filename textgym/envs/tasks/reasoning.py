@@ -54,8 +54,9 @@ class ReasoningGymEnv(TaskEnv):
         "textgym.rewards.functions:exact_match",
     )
 
-    @staticmethod
+    @classmethod
     def settings(
+        cls,
         *,
         task: str = "chain_sum",
         split: str = "train",

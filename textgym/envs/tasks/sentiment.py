@@ -46,8 +46,8 @@ class SentimentEnv(TaskEnv):
     All of `TextEnv`'s; what is not given is as above.
     """
 
-    @staticmethod
-    def settings(**kwargs: Any) -> Settings:
+    @classmethod
+    def settings(cls, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""
         return {**DEFAULTS, **kwargs}
 

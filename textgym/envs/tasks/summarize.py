@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from textgym.data import hub
 from textgym.data.articles import summary_prompts
-from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 from textgym.rewards.overlap import Rouge
 
 
-class SummarizeEnv(TaskEnv):
+class SummarizeEnv(StandInEnv):
     """A text to be put in a few words: a stand-in for CNN/DailyMail (RL4LMs' `summarization`, a task of GRUE).
 
     ## Description
@@ -50,19 +50,13 @@ class SummarizeEnv(TaskEnv):
 
     metrics = ("textgym.rewards.functions:Rouge", Rouge("rouge1"), Rouge("rouge2"), "textgym.rewards.functions:Meteor")
 
-    @staticmethod
-    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
-        if prompts is None:
-            prompts = hub.CNN_DAILYMAIL.load(split) if original else summary_prompts(split)
-        own = {
-            **EMBEDDED,
-            "prompts": prompts,
-            "reward": "textgym.rewards.functions:Rouge",
-            "max_prompt_tokens": 96,
-            "max_new_tokens": 16,
-        }
-        return filled(own, kwargs)
+    load = staticmethod(summary_prompts)
+    stands_for = hub.CNN_DAILYMAIL
+    own: ClassVar[Settings] = {
+        "reward": "textgym.rewards.functions:Rouge",
+        "max_prompt_tokens": 96,
+        "max_new_tokens": 16,
+    }
 
 
 class SummarizeVectorEnv(TaskVectorEnv):

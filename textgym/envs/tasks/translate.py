@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from textgym.data import hub
 from textgym.data.translations import translation_prompts
-from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv, filled
+from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
-class TranslateEnv(TaskEnv):
+class TranslateEnv(StandInEnv):
     """English to be put in German: a stand-in for IWSLT 2017 (RL4LMs' `iwslt2017`, a task of GRUE).
 
     ## Description
@@ -49,20 +49,14 @@ class TranslateEnv(TaskEnv):
 
     metrics = ("textgym.rewards.functions:Bleu", "textgym.rewards.functions:Chrf", "textgym.rewards.functions:Ter")
 
-    @staticmethod
-    def settings(*, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
-        if prompts is None:
-            prompts = hub.IWSLT.load(split) if original else translation_prompts(split)
-        own = {
-            **EMBEDDED,
-            "prompts": prompts,
-            "reward": "textgym.rewards.functions:Chrf",
-            "reward_weights": [0.01],
-            "max_prompt_tokens": 56,
-            "max_new_tokens": 32,
-        }
-        return filled(own, kwargs)
+    load = staticmethod(translation_prompts)
+    stands_for = hub.IWSLT
+    own: ClassVar[Settings] = {
+        "reward": "textgym.rewards.functions:Chrf",
+        "reward_weights": [0.01],
+        "max_prompt_tokens": 56,
+        "max_new_tokens": 32,
+    }
 
 
 class TranslateVectorEnv(TaskVectorEnv):

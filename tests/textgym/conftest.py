@@ -1,4 +1,4 @@
-"""Shared pieces of the wrapper tests."""
+"""Shared pieces of the tests of environments and of their views."""
 
 from __future__ import annotations
 
