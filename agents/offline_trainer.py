@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
+from textgym.rewards.pairwise import SILENT
 
 if TYPE_CHECKING:
     from .offline import Callback, OfflineAgent
@@ -45,12 +46,8 @@ class OfflineTrainer(Trainer):
             use_cpu=agent.policy.device.type == "cpu",  # without it bf16 is refused on a CPU
             seed=config.seed,
             data_seed=config.seed,
-            save_strategy="no",
-            report_to=[],
             logging_steps=1,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
+            **SILENT,
         )
         super().__init__(
             model=_Scored(agent.policy),

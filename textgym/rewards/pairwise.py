@@ -18,6 +18,14 @@ from textgym.data.messages import Text
 from textgym.rewards.last_token import LastTokenScorer, pad_right
 
 Pair = Mapping[str, Any]
+SILENT: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+}
+"""Arguments of a `transformers.Trainer` that prints nothing, writes nothing, and hands batches on as they are."""
 
 
 @dataclass
@@ -126,12 +134,8 @@ def fit(
             bf16=config.bf16,
             use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused on a CPU
             seed=config.seed,
-            save_strategy="no",
-            report_to=[],
             logging_steps=10,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
+            **SILENT,
         )
         trainer = PairwiseTrainer(
             config,
