@@ -245,7 +245,8 @@ def started(side: str, config: Config) -> Iterator[subprocess.Popen[str]]:
 
 def turn(process: subprocess.Popen[str]) -> dict[str, float]:
     """Lets a side run one update; its figures."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write("\n")
     process.stdin.flush()
     for line in process.stdout:

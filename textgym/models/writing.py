@@ -147,10 +147,7 @@ class ResponseWriter:
         if self.stop.min_new_tokens:
             logits = logits.masked_fill(self.is_stop & ~may_stop, torch.finfo(logits.dtype).min)
         log_probs = logits.log_softmax(-1)
-        if deterministic:
-            token = log_probs.argmax(-1)
-        else:
-            token = policy.invert(log_probs.exp(), self.noise[lanes.rows])
+        token = log_probs.argmax(-1) if deterministic else policy.invert(log_probs.exp(), self.noise[lanes.rows])
         self.tokens[place] = token
         self.log_probs[place] = log_probs.gather(1, token[:, None])[:, 0]
         if policy.critic is None:

@@ -172,11 +172,11 @@ def test_captured_steps_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "capture", record)
     policy = make_policy()
     writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS, captures=True)
-    for round in range(3):
-        policy.seed(round)
+    for turn in range(3):
+        policy.seed(turn)
         written = writer.write(prompts(), LENGTHS)
         captured = len(captures)
-        policy.seed(round)
+        policy.seed(turn)
         assert_same(written, stepped(policy, STOPS, False))
     assert len(writer.sizes) > 1
     assert captured == len(captures), "the last round replays what the first ones captured"
