@@ -64,12 +64,19 @@ def _known_reason(lm: Any) -> str | None:
             f"runs {config._attn_implementation!r} attention, which ignores explicit masks: "
             "load it with attn_implementation='sdpa'"
         )
-    windows = [name for name in ("window_size", "attention_window", "attention_window_size") if hasattr(config, name)]
-    if windows:
-        return f"has local attention of its own making ({windows[0]}), which no explicit mask describes: {INSTEAD}"
+    own = [name for name in ("window_size", "attention_window", "attention_window_size") if hasattr(config, name)]
+    own += ["block_sparse"] if getattr(config, "attention_type", None) == "block_sparse" else []
+    own += [f"{name}.sliding_window" for name in ("decoder", "text_config") if _has_window(getattr(config, name, None))]
+    if own:
+        return f"has local attention that textgym gives no mask for ({own[0]}): {INSTEAD}"
     if getattr(config, "expert_capacity", None) is not None:
         return f"drops tokens where a batch sends too many to one expert, so texts are not scored alone: {INSTEAD}"
     return None
+
+
+def _has_window(part: Any) -> bool:
+    """Whether a part of a config, of a model inside another, has sliding windows."""
+    return getattr(part, "sliding_window", None) is not None
 
 
 def _has_alibi(config: Any) -> bool:

@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "blenderbot": {},
     "m2m_100": {},
     "plbart": {},
+    "longt5": {**T5_SHAPE, "encoder_attention_type": "transient-global", "local_radius": 3, "global_block_size": 4},
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in ("t5", "bart", "mbart")]
 
