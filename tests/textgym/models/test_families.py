@@ -15,15 +15,8 @@ from textgym.models.decoding import CachedDecoder
 from textgym.models.token_model import TokenModel
 
 V = 97
-GPT = {
-    "vocab_size": V,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **ENDS}
 LLAMA = {
     "vocab_size": V,
     "hidden_size": 32,
