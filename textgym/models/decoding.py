@@ -84,7 +84,7 @@ class CachedDecoder:
         return self.num_rows, self.max_tokens
 
     @property
-    def seen(self) -> tuple[Tensor, Tensor]:
+    def seen(self) -> tuple[Tensor, ...]:
         """What `advance` was given last."""
         return self.input_ids, self.lengths
 

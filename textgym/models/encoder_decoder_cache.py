@@ -85,7 +85,7 @@ class CachedEncoderDecoder:
         return self.num_rows, self.max_prompt_tokens, self.decoder.max_tokens
 
     @property
-    def seen(self) -> EncoderDecoderRows:
+    def seen(self) -> tuple[Tensor, ...]:
         """What `advance` was given last."""
         return EncoderDecoderRows(self.input_ids, self.lengths, self.decoder.input_ids, self.decoder.lengths)
 
