@@ -84,7 +84,7 @@ def test_a_saved_agent_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("agent", "config"), [(GRPO, GRPOConfig), (DQN, DQNConfig)])
 def test_agents_without_a_critic_and_off_policy_ones_run(agent: Any, config: Any) -> None:
     names = {field.name for field in dataclasses.fields(config)}
-    wanted = {"episodes_per_update": 16, "memory_size": 32, "group_size": 4, "batch_size": 8}
+    wanted = {"episodes_per_update": 16, "memory_size": 32, "learning_starts": 16, "group_size": 4, "batch_size": 8}
     policy = make_policy()
     before = policy.lm.shared.weight.clone()
     agent(policy, make_envs(), config(**{k: v for k, v in wanted.items() if k in names})).learn(48)

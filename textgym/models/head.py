@@ -19,6 +19,8 @@ class OutputHead(nn.Module):
         cap: Gemma 2's `final_logit_softcapping`.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         embedding: nn.Module,
