@@ -10,11 +10,11 @@ import gymnasium as gym
 import pytest
 import torch
 
-from textgym.agents import DQN, GRPO, PPO, DQNConfig, GRPOConfig, PPOConfig
+from textgym.agents import DQN, GRPO, PPO, SFT, DQNConfig, GRPOConfig, PPOConfig, SFTConfig
 from textgym.agents.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import ESTIMATORS, KLPenalty
-from textgym.testing import letter_tokenizer, mock_seq2seq_lm
+from textgym.testing import byte_tokenizer, letter_tokenizer, mock_seq2seq_lm
 
 V = 12
 
@@ -89,3 +89,14 @@ def test_agents_without_a_critic_and_off_policy_ones_run(agent: Any, config: Any
     before = policy.lm.shared.weight.clone()
     agent(policy, make_envs(), config(**{k: v for k, v in wanted.items() if k in names})).learn(48)
     assert not torch.equal(policy.lm.shared.weight, before)
+
+
+def test_sft_learns_completions_after_the_start_tokens() -> None:
+    rows = [{"prompt": f"{i}", "completion": "ab" if i % 2 else "cd"} for i in range(8)]
+    policy = ActorCritic.from_pretrained(mock_seq2seq_lm(num_layers=1))
+    agent = SFT(policy, rows, byte_tokenizer(), SFTConfig(batch_size=8, epochs=12, learning_rate=1e-2))
+    sequences = agent.sequences(range(8))
+    assert sequences.decoder_start == policy.decoder_start_ids
+    before = policy.sequence_log_probs(sequences).sum()
+    agent.learn()
+    assert policy.sequence_log_probs(sequences).sum() > 0.5 * before

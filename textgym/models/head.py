@@ -51,7 +51,8 @@ def output_head(lm: Any) -> Any:
     """What makes logits of a language model's last hidden state: its output embedding, if that is all it does."""
     config, embedding = lm.config, lm.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    input_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
+    umt5 = config.model_type == "umt5" and config.tie_word_embeddings  # which has no flag of its own for it
+    input_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", umt5) else 1.0
     bias = getattr(lm, "final_logits_bias", None)
     cap = getattr(config, "final_logit_softcapping", None)
     if (input_scale, scale, bias, cap) == (1.0, 1.0, None, None):

@@ -102,7 +102,7 @@ def _try_causal(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
     prompts = responses = torch.tensor(LENGTHS, device=lm.device)
-    rows = EncoderDecoderRows(_tokens(lm, LENGTHS[0]), prompts, _tokens(lm, LENGTHS[0]).flip(1), responses.flip(0))
+    rows = EncoderDecoderRows(_tokens(lm, LENGTHS[0]), prompts, _tokens(lm, LENGTHS[0], 5), responses.flip(0))
     expected = torch.cat(
         [
             lm(
@@ -120,11 +120,15 @@ def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str,
     return {"padded beside others": _off(padded, expected), "from a cache": _off(cached, expected)}
 
 
-def _tokens(lm: Any, width: int) -> Tensor:
-    """Different ids `(3, width)` in every slot, as far as the vocabulary goes."""
+def _tokens(lm: Any, width: int, first: int = 3) -> Tensor:
+    """Different ids `(3, width)`, and one that pads, which a model must take for a token like any other (trap 8)."""
     vocab_size = lm.get_output_embeddings().weight.shape[0]
     count = len(LENGTHS) * width
-    return ((torch.arange(count, device=lm.device) * 7 + 3) % vocab_size).view(len(LENGTHS), width)
+    ids = ((torch.arange(count, device=lm.device) * 7 + first) % vocab_size).view(len(LENGTHS), width)
+    pad = lm.config.pad_token_id
+    if pad is not None and 0 <= pad < vocab_size:
+        ids[:, 1] = pad
+    return ids
 
 
 def _each(lengths: Tensor) -> list[tuple[int, int]]:

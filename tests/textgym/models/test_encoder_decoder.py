@@ -30,7 +30,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pegasus": {},
     "marian": {},
     "blenderbot": {},
-    "m2m_100": {},
     "plbart": {},
     "longt5": {**T5_SHAPE, "encoder_attention_type": "transient-global", "local_radius": 3, "global_block_size": 4},
 }
