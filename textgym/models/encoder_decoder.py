@@ -37,7 +37,7 @@ class EncoderDecoderRows(NamedTuple):
     def observation(self) -> dict[str, Tensor]:
         """The same as environments show it: ids and masks, `(N, P)` and `(N, S + T)`."""
         parts = (("", self.input_ids, self.lengths), ("decoder_", self.decoder_input_ids, self.decoder_lengths))
-        observation = {}
+        observation: dict[str, Tensor] = {}
         for part, ids, lengths in parts:
             slots = torch.arange(ids.shape[1], device=ids.device)
             observation |= {f"{part}input_ids": ids, f"{part}attention_mask": (slots < lengths[:, None]).long()}

@@ -54,9 +54,10 @@ class PromptSlots(Cache):
     def read(self, rows: Tensor | None, span: int) -> None:
         """The next pass reads the first `span` slots of these rows (`None`: of all)."""
         chosen = slice(None) if rows is None else rows
-        self.layers = [  # type: ignore[assignment]  # the models ask them for nothing but keys and values
+        layers: list[Any] = [  # the models ask them for nothing but keys and values
             KeysValues(layer.keys[:, :, :span][chosen], layer.values[:, :, :span][chosen]) for layer in self.stored
         ]
+        self.layers = layers
 
 
 class CachedEncoderDecoder:

@@ -125,7 +125,7 @@ def _tokens(lm: Any, width: int, first: int = 3) -> Tensor:
     vocab_size = lm.get_output_embeddings().weight.shape[0]
     count = len(LENGTHS) * width
     ids = ((torch.arange(count, device=lm.device) * 7 + first) % vocab_size).view(len(LENGTHS), width)
-    pad = lm.config.pad_token_id
+    pad = getattr(lm.config, "pad_token_id", None)  # some configs have none
     if pad is not None and 0 <= pad < vocab_size:
         ids[:, 1] = pad
     return ids
