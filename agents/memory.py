@@ -90,7 +90,7 @@ class EpisodeMemory:
             self.tensors = {name: x.new_zeros(self.capacity, *x.shape[1:]) for name, x in columns.items()}
             self.tensors["priorities"] = rewards.new_zeros(self.capacity)
         urgent = self.tensors["priorities"].max() if self.added else 1.0
-        self.stop = sequences.stop
+        self.stop, self.decoder_start = sequences.stop, sequences.decoder_start
         slots = torch.arange(self.added, self.added + len(sequences), device=rewards.device) % self.capacity
         for name, values in columns.items():
             self.tensors[name][slots] = values
@@ -110,7 +110,7 @@ class EpisodeMemory:
             indices, weights = drawn.to(device), (weights / weights.max()).to(device)
         column = {name: values[indices] for name, values in self.tensors.items()}
         lengths = (column["prompt_lengths"], column["response_lengths"])
-        sequences = Sequences(column["input_ids"], *lengths, self.stop)
+        sequences = Sequences(column["input_ids"], *lengths, self.stop, decoder_start=self.decoder_start)
         width = sequences.mask.shape[1]
         return Memories(
             replace(sequences, input_ids=sequences.input_ids[:, : int(sequences.lengths.max())]),

@@ -246,7 +246,8 @@ class OffPolicyAgent(OnPolicyAgent):
         """Goes on from what `training_tensors` gave."""
         kept = {name.removeprefix("memory."): x for name, x in tensors.items() if name.startswith("memory.")}
         self.memory.tensors = kept
-        self.memory.stop = self.envs.unwrapped.task.episodes.stop
+        episodes = self.envs.unwrapped.task.episodes
+        self.memory.stop, self.memory.decoder_start = episodes.stop, episodes.decoder_start
         with torch.no_grad():
             for name, weight in self.further.named_parameters(prefix="module"):
                 weight.copy_(tensors[name])

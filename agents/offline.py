@@ -172,7 +172,12 @@ class OfflineAgent(ABC):
     def sequences(self, texts: Sequence[int]) -> Sequences:
         """Texts by their numbers, on the policy's device."""
         batch = self.batch_of(texts)
-        sequences = Sequences(batch["input_ids"], batch["prompt_lengths"], batch["response_lengths"])
+        sequences = Sequences(
+            batch["input_ids"],
+            batch["prompt_lengths"],
+            batch["response_lengths"],
+            decoder_start=self.policy.decoder_start_ids,
+        )
         return sequences.to(self.policy.device)
 
     # --- saving: weights in safetensors, the trainer's state as it writes checkpoints, read with weights_only ---

@@ -116,10 +116,9 @@ class _Scored(nn.Module):
 
     def forward(self, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies `(N, T)`."""
-        scores: tuple[Tensor, Tensor] = self.__dict__["policy"].score_sequences(
-            Sequences(input_ids, prompt_lengths, response_lengths)
-        )
-        return scores
+        policy: ActorCritic = self.__dict__["policy"]
+        start = policy.decoder_start_ids
+        return policy.score_sequences(Sequences(input_ids, prompt_lengths, response_lengths, decoder_start=start))
 
 
 class _Report(TrainerCallback):

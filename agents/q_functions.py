@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.attention import PackedStates
+from textgym.models.attention import States
 from textgym.models.loading import freeze
 from textgym.models.log_probs import in_chunks, masked_logits
 from textgym.models.sequences import Sequences
@@ -138,7 +138,7 @@ class GreedyQ:
         advantages = self.q_scale * (logits.log_softmax(-1) if self.dueling else logits)
         return torch.where(logits == lowest, lowest, advantages)
 
-    def values(self, states: PackedStates, hidden: Tensor) -> Tensor:
+    def values(self, states: States, hidden: Tensor) -> Tensor:
         """The value v of each state, `(M,)`."""
         if not self.dueling:
             return torch.zeros(len(hidden), device=hidden.device)

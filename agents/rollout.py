@@ -88,7 +88,8 @@ def collect(
     """
     task = envs.unwrapped.task
     observation, _ = envs.reset(options=options)
-    if envs is envs.unwrapped and action_mask is None and task.writes_alone and type(policy).act is ActorCritic.act:
+    alone = task.writes_alone and action_mask is None and not task.episodes.decoder_start
+    if alone and envs is envs.unwrapped and type(policy).act is ActorCritic.act:
         return _collect_whole(envs, policy, observation, deterministic)
     restricted = task.restricts_actions
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)

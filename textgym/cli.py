@@ -186,7 +186,8 @@ def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
     _check_data(command)
     policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
-    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
+    arguments = {**_kl_arguments(command), **_decoder_start(policy)}
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **arguments)
     agent = _make_agent(command, policy, envs)
     folder = RunFolder(command.output_dir, command)
     live = LiveProgress()
@@ -280,14 +281,12 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
 
 def evaluate(command: Evaluate) -> None:
     """Figures and samples of a policy and its reference on the same prompts and seeds; a task's own have intervals."""
-    models = {"tokenizer": command.reference, "reference": command.reference}
+    policies = {"reference": command.reference, "policy": command.policy}
+    loaded = {name: ActorCritic.from_pretrained(model) for name, model in policies.items()}
+    models = {"tokenizer": command.reference, "reference": command.reference, **_decoder_start(loaded["policy"])}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))
-    policies = {"reference": command.reference, "policy": command.policy}
-    samples = {
-        name: generate(ActorCritic.from_pretrained(model), envs, prompts, command.seed)
-        for name, model in policies.items()
-    }
+    samples = {name: generate(policy, envs, prompts, command.seed) for name, policy in loaded.items()}
     scorer = envs.unwrapped.task.penalty.reference
     judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
     own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
@@ -332,6 +331,11 @@ def _kl_arguments(command: Train) -> dict[str, Any]:
     elif command.kl_coef is not None:
         arguments["kl_coef"] = command.kl_coef
     return arguments
+
+
+def _decoder_start(policy: ActorCritic) -> dict[str, Any]:
+    """What the environment is told of an encoder-decoder model; nothing of others."""
+    return {"decoder_start_ids": policy.decoder_start_ids} if policy.decoder_start_ids else {}
 
 
 def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:

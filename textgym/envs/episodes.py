@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from textgym.models.encoder_decoder import split_rows
 from textgym.models.loading import Device
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
@@ -32,6 +33,7 @@ class Episodes:
         vocab_size: V.
         pad_token_id: what fills the slots not yet written.
         device: where the state lives.
+        decoder_start: for encoder-decoder models, the token ids that the decoder begins with, before the response.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Episodes:
         vocab_size: int,
         pad_token_id: int,
         device: Device = None,
+        decoder_start: tuple[int, ...] = (),
     ) -> None:
         self.num_rows, self.max_new_tokens = num_rows, max_new_tokens
         self.width = max_prompt_tokens + max_new_tokens
         self.stop, self.vocab_size, self.pad_token_id = stop, vocab_size, pad_token_id
+        self.decoder_start = decoder_start
         self.input_ids = torch.full((num_rows, self.width), pad_token_id, dtype=torch.long, device=device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.prompt_lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -115,10 +119,31 @@ class Episodes:
         self.lengths[row] += len(tokens)
         self.alive[row] = True
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Slots of the ids and masks in an observation, by what their names begin with."""
+        if not self.decoder_start:
+            return {"": self.width}
+        return {"": self.width - self.max_new_tokens, "decoder_": len(self.decoder_start) + self.max_new_tokens}
+
     def observation(self) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, int64 `(B, W)`, fresh tensors."""
-        mask = (self.slots < self.lengths[:, None]).long()
-        return {"input_ids": self.input_ids.clone(), "attention_mask": mask}
+        """`input_ids` and `attention_mask`, int64 `(B, W)`, fresh tensors.
+
+        For encoder-decoder models `(B, P)`, the prompt, with `decoder_input_ids` and `decoder_attention_mask`
+        `(B, S + T)`, the start tokens and the response.
+        """
+        if not self.decoder_start:
+            mask = (self.slots < self.lengths[:, None]).long()
+            return {"input_ids": self.input_ids.clone(), "attention_mask": mask}
+        return split_rows(
+            self.input_ids,
+            self.prompt_lengths,
+            self.response_lengths,
+            self.decoder_start,
+            self.width - self.max_new_tokens,
+            self.max_new_tokens,
+            self.pad_token_id,
+        ).observation()
 
     def action_masks(self) -> Tensor:
         """Bool `(B, V)`: every token, except stop tokens where the response is still too short to end."""
@@ -132,4 +157,11 @@ class Episodes:
     def sequences(self) -> Sequences:
         """All rows as whole sequences, a copy."""
         written = None if bool(self.written.all()) else self.written.clone()
-        return Sequences(self.input_ids.clone(), self.prompt_lengths.clone(), self.response_lengths, self.stop, written)
+        return Sequences(
+            self.input_ids.clone(),
+            self.prompt_lengths.clone(),
+            self.response_lengths,
+            self.stop,
+            written,
+            self.decoder_start,
+        )

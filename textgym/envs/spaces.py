@@ -18,7 +18,7 @@ class TokenSpace(gym.spaces.Discrete):
     """`Discrete(V)`, the token ids, with what an agent must know of the tokens and has no other way to learn.
 
     Libraries such as Stable-Baselines3 build policies and buffers from the two spaces and nothing else. Equality is
-    that of `Discrete`; pickles and copies keep V, `stop` and `kl_payer` alone.
+    that of `Discrete`; pickles and copies keep V, `stop`, `kl_payer` and `decoder_start` alone.
 
     Args:
         n: V.
@@ -26,6 +26,7 @@ class TokenSpace(gym.spaces.Discrete):
         kl_payer: who pays the KL penalty: the environment, the agent (`kl_mode="deferred"`), or nobody, there being
             none.
         action_mask: what narrows the actions further.
+        decoder_start: for encoder-decoder models, the token ids that the decoder begins with.
 
     Attributes:
         agent_pays: whether an agent's buffer or callback has said that it pays.
@@ -40,10 +41,12 @@ class TokenSpace(gym.spaces.Discrete):
         stop: StopRule | None = None,
         kl_payer: KLPayer = "nobody",
         action_mask: ActionMask | None = None,
+        decoder_start: tuple[int, ...] = (),
     ) -> None:
         super().__init__(n)
         self.stop = stop if stop is not None else StopRule()
         self.kl_payer = kl_payer
+        self.decoder_start = decoder_start
         self._detach(action_mask)
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.int64:

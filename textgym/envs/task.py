@@ -17,6 +17,7 @@ from textgym.data.prompts import Row, load_prompts
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
+from textgym.models.attention import check_encoder_decoder
 from textgym.models.loading import Device, load_tokenizer
 from textgym.models.masks import ActionMask, FunctionMask, narrow
 from textgym.models.token_model import Observation, TokenModel
@@ -81,6 +82,7 @@ class TextTask:
         action_mask: MaskSpec | None,
         missing_eos_penalty: float,
         length_limit: Literal["terminate", "truncate"],
+        decoder_start_ids: Sequence[int],
         device: Device,
     ) -> None:
         _check_arguments(max_prompt_tokens, max_new_tokens, min_new_tokens, kl_mode, length_limit)
@@ -106,6 +108,7 @@ class TextTask:
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
             self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
+        decoder_start = self._decoder_start(decoder_start_ids)
         self.stop_strings = StopStrings([text for text in stop if isinstance(text, str)], self.tokenizer)
         self.episodes = Episodes(
             num_rows,
@@ -115,6 +118,7 @@ class TextTask:
             self.vocab_size,
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
             self.device,
+            decoder_start,
         )
         self.take_prompts(load_prompts(prompts))
         self.current = np.zeros(num_rows, dtype=np.int64)
@@ -123,13 +127,14 @@ class TextTask:
         self.kl_sum = torch.zeros(num_rows, device=self.device)
         self.kl_paid = torch.zeros(num_rows, device=self.device)
         self.policy: Policy | None = None
-        self.observation_space = gym.spaces.Dict(
-            {
-                "input_ids": gym.spaces.Box(0, self.vocab_size - 1, (self.episodes.width,), np.int64),
-                "attention_mask": gym.spaces.Box(0, 1, (self.episodes.width,), np.int64),
-            }
+        spaces: dict[str, gym.spaces.Space[Any]] = {}
+        for part, width in self.episodes.widths.items():
+            spaces[f"{part}input_ids"] = gym.spaces.Box(0, self.vocab_size - 1, (width,), np.int64)
+            spaces[f"{part}attention_mask"] = gym.spaces.Box(0, 1, (width,), np.int64)
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = TokenSpace(
+            self.vocab_size, self.episodes.stop, self._kl_payer(), self.action_mask, decoder_start
         )
-        self.action_space = TokenSpace(self.vocab_size, self.episodes.stop, self._kl_payer(), self.action_mask)
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
@@ -361,6 +366,15 @@ class TextTask:
         if self.kl_mode != "deferred" and coef != 0:
             warn_of_filter(self.action_mask, estimator)
         return KLPenalty(TokenModel.load(reference, device=self.device), coef, estimator, self.kl_clamp)
+
+    def _decoder_start(self, given: Sequence[int]) -> tuple[int, ...]:
+        """What the decoder begins with, once it is sure that the reference is of the same kind of model."""
+        start = tuple(int(token) for token in given)
+        if any(not 0 <= token < self.vocab_size for token in start):
+            raise ValueError(f"decoder_start_ids must be token ids from 0 to {self.vocab_size - 1}, got {list(start)}")
+        if self.penalty is not None:
+            check_encoder_decoder(self.penalty.reference.lm, wanted=bool(start))
+        return start
 
     def _kl_payer(self) -> KLPayer:
         coef = self.kl_coef if isinstance(self.kl_coef, int | float) else self.kl_coef.coef

@@ -36,6 +36,10 @@ class TextEnv(gym.Env[ObsType, int]):
     `W = max_prompt_tokens + max_new_tokens`, right-padded: a token's slot is its position, and each observation is the
     last one with one slot filled.
 
+    For an encoder-decoder model, with `decoder_start_ids`, `input_ids` and `attention_mask` are the prompt alone, with
+    `W = max_prompt_tokens`, and `decoder_input_ids` and `decoder_attention_mask` are the start tokens and the response,
+    with `W = len(decoder_start_ids) + max_new_tokens`; one slot of these two is filled.
+
     ## Rewards
     On the last token (EOS included) the score: the weighted sum of the reward functions, less `missing_eos_penalty` if
     the row ended by length. On every token the KL term, by `kl_mode`:
@@ -87,6 +91,8 @@ class TextEnv(gym.Env[ObsType, int]):
             `(B, V)`; it narrows `action_masks()`, and the reference is narrowed alike.
         missing_eos_penalty: taken off the score of a row that ended by length.
         length_limit: `"terminate"` or `"truncate"`.
+        decoder_start_ids: for encoder-decoder models, the token ids that the decoder begins with, as
+            `policy.decoder_start_ids` says them.
         render_mode: `"ansi"`, `"human"` or `"html"`; others warn.
         device: where reference and episodes live.
         info_text: put prompt, completion and columns into `info` at the end.
@@ -137,6 +143,7 @@ class TextEnv(gym.Env[ObsType, int]):
         action_mask: MaskSpec | None = None,
         missing_eos_penalty: float = 0.0,
         length_limit: Literal["terminate", "truncate"] = "terminate",
+        decoder_start_ids: Sequence[int] = (),
         render_mode: str | None = None,
         device: Device = None,
         info_text: bool = False,
@@ -164,6 +171,7 @@ class TextEnv(gym.Env[ObsType, int]):
             action_mask=action_mask,
             missing_eos_penalty=missing_eos_penalty,
             length_limit=length_limit,
+            decoder_start_ids=decoder_start_ids,
             device=device,
         )
         self.observation_space: gym.Space[Any] = self.task.observation_space

@@ -84,6 +84,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         action_mask: MaskSpec | None = None,
         missing_eos_penalty: float = 0.0,
         length_limit: Literal["terminate", "truncate"] = "terminate",
+        decoder_start_ids: Sequence[int] = (),
         render_mode: str | None = None,
         device: Device = None,
         info_text: bool = False,
@@ -117,6 +118,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             action_mask=action_mask,
             missing_eos_penalty=missing_eos_penalty,
             length_limit=length_limit,
+            decoder_start_ids=decoder_start_ids,
             device=device,
         )
         self.num_envs, self.array = num_envs, array

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from textgym.data.files import atomic_folder
-from textgym.models.attention import PackedStates
+from textgym.models.attention import States
+from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
+from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.loading import Device, disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
 from textgym.models.log_probs import StopRule, token_log_probs
 from textgym.models.sequences import Sequences
@@ -48,7 +50,7 @@ class ActorCritic(TokenModel):
     """A policy over tokens and a value function over contexts.
 
     Args:
-        lm: a causal language model of transformers.
+        lm: a causal language model of transformers, or an encoder-decoder one.
         critic: `None` to share the policy's trunk, or a trunk of its own.
         temperature: divides the logits, in acting and training alike.
         adapter: the peft model around `lm`, when it is trained by LoRA.
@@ -63,7 +65,7 @@ class ActorCritic(TokenModel):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.generator: torch.Generator | None = torch.Generator(self.device)
-        self._critic_decoder: CachedDecoder | None = None
+        self._critic_decoder: CachedDecoder | CachedEncoderDecoder | None = None
         self._writer: ResponseWriter | None = None
 
     @classmethod
@@ -111,7 +113,7 @@ class ActorCritic(TokenModel):
         """Draws one token for each row, by cached decoding.
 
         Args:
-            observation: `input_ids` and `attention_mask`, `(B, W)` or `(W,)`.
+            observation: as the environment gives it, rows `(B, W)` or one `(W,)`.
             deterministic: the most likely token instead of a draw.
             action_masks: bool `(B, V)`, the allowed actions; `None` allows all. `log_prob` is that of the masked
                 distribution.
@@ -152,12 +154,11 @@ class ActorCritic(TokenModel):
     @torch.no_grad()
     def value(self, observation: Observation) -> Tensor:
         """Value `(B,)` of each state: by cached decoding where the cache has this shape, otherwise past the cache."""
-        input_ids = torch.as_tensor(observation["input_ids"], device=self.device)
-        if self._decoder is not None and (self._decoder.num_rows, self._decoder.max_tokens) == tuple(input_ids.shape):
+        contexts, _ = read_contexts(observation, self.device)
+        if self._decoder is not None and self._decoder.shape == contexts.shape:
             hidden, _ = self._advance(observation)
             return self.value_head(self._critic_hidden(hidden).float())[:, 0]
-        lengths = torch.as_tensor(observation["attention_mask"], device=self.device).sum(-1)
-        return self.state_values(PackedStates.whole(input_ids, lengths))
+        return self.state_values(contexts.states())
 
     def evaluate(self, sequences: Sequences, entropy_gradient: bool = False) -> Evaluation:
         """Log-probs, values and entropies of whole sequences in one packed pass, with gradients."""
@@ -169,7 +170,7 @@ class ActorCritic(TokenModel):
         value = self.state_values(states, hidden)
         return Evaluation(sequences.pad(log_prob), sequences.pad(value), sequences.pad(entropy))
 
-    def evaluate_states(self, states: PackedStates, actions: Tensor, action_masks: Tensor | None = None) -> Evaluation:
+    def evaluate_states(self, states: States, actions: Tensor, action_masks: Tensor | None = None) -> Evaluation:
         """Log-probs, values and entropies `(M,)` of one action in each state, with gradients through all three.
 
         Args:
@@ -196,7 +197,7 @@ class ActorCritic(TokenModel):
         """Values `(N, T)` of the states before each response token, in one packed pass of the critic."""
         return sequences.pad(self.state_values(sequences.states()))
 
-    def state_values(self, states: PackedStates, hidden: Tensor | None = None) -> Tensor:
+    def state_values(self, states: States, hidden: Tensor | None = None) -> Tensor:
         """Values `(M,)` of states, in one packed pass of the critic, with gradients.
 
         A critic that shares the policy's trunk takes its `hidden` states `(M, d)` where they are given.
@@ -270,10 +271,9 @@ class ActorCritic(TokenModel):
         if self.critic is None:
             return hidden
         assert self._decoder is not None
-        shape = (self._decoder.num_rows, self._decoder.max_tokens)
-        if self._critic_decoder is None or (self._critic_decoder.num_rows, self._critic_decoder.max_tokens) != shape:
-            self._critic_decoder = CachedDecoder(_Trunk(self.critic), *shape)
-        return self._critic_decoder.advance(self._decoder.input_ids, self._decoder.lengths)
+        if self._critic_decoder is None or self._critic_decoder.shape != self._decoder.shape:
+            self._critic_decoder = cached_decoder(_Trunk(self.critic), self._decoder.shape)
+        return self._critic_decoder.advance(*self._decoder.seen)
 
 
 class _Trunk:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from torch import Tensor
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_PADDING = 0.1
 """Share of padding that is computed for the sake of larger batches."""
+
+
+class States(Protocol):
+    """M contexts: where a token is to be chosen, or was. `hidden` gives them all in few passes."""
+
+    def __len__(self) -> int:
+        """M."""
+
+    def __getitem__(self, chosen: slice | Tensor) -> Self:
+        """Some of them."""
+
+    def hidden(self, lm: Any) -> Tensor:
+        """Last hidden state `(M, d)` of each."""
 
 
 class Packed(NamedTuple):
@@ -65,7 +78,12 @@ class PackedStates:
         return cls.prefixes(input_ids, lengths, torch.arange(len(lengths), device=lengths.device), lengths)
 
     def hidden(self, lm: Any) -> Tensor:
-        """Last hidden state `(M, d)` of each state."""
+        """Last hidden state `(M, d)` of each state.
+
+        Raises:
+            ValueError: `lm` is an encoder-decoder model.
+        """
+        check_encoder_decoder(lm, wanted=False)
         return packed_hidden(lm, self.packed)[self.index]
 
 
@@ -146,35 +164,31 @@ def attention_mask(lm: Any, allowed: Tensor, distance: Tensor) -> Tensor | dict[
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     if not kinds:  # one kind of layer throughout, windowed where the model has a window
-        return _additive(allowed if window is None else allowed & (distance < window), lm.dtype)
+        return additive_mask(allowed if window is None else allowed & (distance < window), lm.dtype)
     seen = {FULL: allowed, SLIDING: allowed if window is None else allowed & (distance < window)}
-    return {kind: _additive(seen[kind], lm.dtype) for kind in kinds}
+    return {kind: additive_mask(seen[kind], lm.dtype) for kind in kinds}
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key may be seen and the lowest float elsewhere, in the shape of `allowed`."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def check_supported(lm: Any) -> None:
-    """Refuses a model whose tokens would not be scored exactly.
+def check_encoder_decoder(lm: Any, *, wanted: bool) -> None:
+    """Refuses a model of the other kind than the observations or sequences are laid out for.
 
     Raises:
-        ValueError: the model has layers other than full or sliding-window attention, takes no explicit 4-D mask, or its
-            logits are not simply its output embedding times the last hidden state.
+        ValueError: what to do about it.
     """
-    kind = type(lm).__name__
-    other = set(getattr(lm.config, "layer_types", None) or ()) - {FULL, SLIDING}
-    if other:
+    if bool(lm.config.is_encoder_decoder) == wanted:
+        return
+    name = type(lm).__name__
+    if wanted:
         raise ValueError(
-            f"{kind} has layers of kind {sorted(other)}; textgym decodes full and sliding-window attention"
+            f"{name} has no encoder, and the environment is made for an encoder-decoder model: make it without "
+            "decoder_start_ids"
         )
-    if lm.config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(
-            f"{kind} runs {lm.config._attn_implementation!r} attention, which ignores explicit masks: "
-            "load it with attn_implementation='sdpa'"
-        )
-    with torch.no_grad():
-        probe = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
-        output = lm(input_ids=probe, output_hidden_states=True, use_cache=False)
-        if not torch.allclose(lm.get_output_embeddings()(output.hidden_states[-1]), output.logits, atol=1e-3):
-            raise ValueError(f"{kind} changes its logits after the output embedding, which textgym does not reproduce")
+    raise ValueError(
+        f"{name} is an encoder-decoder model: make the environment with the token ids that its decoder begins with, "
+        "decoder_start_ids=policy.decoder_start_ids"
+    )

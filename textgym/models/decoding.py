@@ -86,6 +86,21 @@ class CachedDecoder:
         self.parameters = list(model.parameters())
         self.reset()
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(B, W)`."""
+        return self.num_rows, self.max_tokens
+
+    @property
+    def seen(self) -> tuple[Tensor, ...]:
+        """What `advance` was given last."""
+        return self.input_ids, self.lengths
+
+    @property
+    def outdated(self) -> bool:
+        """Whether weights have changed since the cache was filled."""
+        return self.version != self._weights_version()
+
     def reset(self) -> None:
         """Forgets all contexts and frees the cache."""
         device = self.model.device
@@ -112,7 +127,7 @@ class CachedDecoder:
         """
         if input_ids.shape != (self.num_rows, self.max_tokens):
             raise ValueError(f"expected input_ids of shape {(self.num_rows, self.max_tokens)}, got {input_ids.shape}")
-        if self.version != self._weights_version():
+        if self.outdated:
             self.reset()
         known = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
         known = known.all(1) & (self.lengths > 0)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -77,7 +79,9 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A fresh causal language model in evaluation mode, its dropout removed (trap 3); a module is used as it is.
+    """A fresh language model in evaluation mode, its dropout removed (trap 3); a module is used as it is.
+
+    What is causal is loaded as such, an encoder-decoder model with both its halves.
 
     Args:
         dtype: of the weights; `None` is float32, which the embedded fp16 file is cast to.
@@ -89,9 +93,10 @@ def load_causal_lm(
     if isinstance(name, nn.Module):
         model: Any = name if dtype is None and device is None else name.to(device=device, dtype=dtype)
     else:
-        model = _load(
-            AutoModelForCausalLM, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation
-        )
+        with _explained(str(name), "model"):
+            config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = _load(auto_class, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation)
     return disable_dropout(model)
 
 
@@ -158,7 +163,7 @@ def disable_dropout(model: Any) -> Any:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "layerdrop" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model.eval()
 

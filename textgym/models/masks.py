@@ -42,8 +42,8 @@ class FunctionMask(ActionMask):
     """A mask by any function of the context.
 
     Args:
-        function: takes `input_ids` and `attention_mask` `(B, W)`, returns bool `(B, V)`. What `input_ids` holds beyond
-            the attention mask means nothing.
+        function: takes an observation, `input_ids` and `attention_mask` `(B, W)`, and those of the decoder where there
+            is one; returns bool `(B, V)`. What the ids hold beyond the masks means nothing.
     """
 
     def __init__(self, function: Callable[[Observation], Any]) -> None:
@@ -56,13 +56,8 @@ class FunctionMask(ActionMask):
     def of_sequences(self, sequences: Sequences) -> Tensor:
         """Asks the function about every context that the sequences went through."""
         rows, steps = sequences.steps
-        slots = torch.arange(sequences.input_ids.shape[1], device=rows.device)
-        parts = []
-        for row, step in zip(rows.split(CONTEXTS), steps.split(CONTEXTS), strict=True):
-            lengths = sequences.prompt_lengths[row] + step
-            mask = (slots < lengths[:, None]).long()
-            parts.append(self({"input_ids": sequences.input_ids[row], "attention_mask": mask}))
-        return torch.cat(parts)
+        chunks = zip(rows.split(CONTEXTS), steps.split(CONTEXTS), strict=True)
+        return torch.cat([self(sequences[row].observation(step)) for row, step in chunks])
 
 
 class ModelMask(ActionMask):

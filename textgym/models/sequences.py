@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from textgym.models.attention import PackedStates, ragged
+from textgym.models.attention import PackedStates, States, ragged
+from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates, split_rows
 from textgym.models.log_probs import StopRule
 
 
@@ -22,6 +23,7 @@ class Sequences:
         stop: which tokens end a response and how early they may, see `StopRule`.
         written: bool `(N, T)` or wider, the response tokens that the policy wrote; `None` where it wrote all. What an
             environment put in between, such as the replies of a game, is context: no loss, no KL, no value (trap 33).
+        decoder_start: for encoder-decoder models, the token ids that the decoder begins with, before the response.
     """
 
     input_ids: Tensor
@@ -29,6 +31,7 @@ class Sequences:
     response_lengths: Tensor
     stop: StopRule = field(default_factory=StopRule)
     written: Tensor | None = None
+    decoder_start: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -89,7 +92,26 @@ class Sequences:
         mask = self.mask
         return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
-    def states(self) -> PackedStates:
+    def states(self) -> States:
         """The states before each response token. The last token is left out: nothing is predicted from it."""
         rows, steps = self.steps
+        if self.decoder_start:
+            split = self.split(self.response_lengths - 1)
+            return EncoderDecoderStates(split, rows, len(self.decoder_start) + steps - 1)
         return PackedStates.prefixes(self.input_ids, self.lengths - 1, rows, self.prompt_lengths[rows] + steps)
+
+    def split(self, response_lengths: Tensor) -> EncoderDecoderRows:
+        """The rows as encoder and decoder read them, each response up to a length `(N,)`; as wide for any of these."""
+        longest = int(self.prompt_lengths.max()), int(self.response_lengths.max())
+        return split_rows(self.input_ids, self.prompt_lengths, response_lengths, self.decoder_start, *longest)
+
+    def observation(self, response_lengths: Tensor) -> dict[str, Tensor]:
+        """What an environment showed when the responses had these lengths `(N,)`.
+
+        What stands beyond the masks means nothing.
+        """
+        if self.decoder_start:
+            return self.split(response_lengths).observation()
+        slots = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        lengths = self.prompt_lengths + response_lengths
+        return {"input_ids": self.input_ids, "attention_mask": (slots < lengths[:, None]).long()}

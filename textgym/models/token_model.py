@@ -1,4 +1,4 @@
-"""TokenModel: a causal language model as a distribution over the next token."""
+"""TokenModel: a language model as a distribution over the next token."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from textgym.models.attention import PackedStates, check_supported
+from textgym.models.attention import States
+from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
+from textgym.models.encoder_decoder import decoder_start_ids
+from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.head import output_head
 from textgym.models.loading import EMBEDDED, Device, freeze, load_causal_lm, shared_causal_lm
 from textgym.models.log_probs import token_log_probs
 from textgym.models.sequences import Sequences
+from textgym.models.support import check_supported
 
 Observation = Mapping[str, Any]
-"""`input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch, as the environments give them."""
+"""`input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch, as the environments give them.
+
+For encoder-decoder models these are the prompt, and `decoder_input_ids` and `decoder_attention_mask` are beside them.
+"""
 
 
 RECORDING_HOOK = "output_capturing_hook"
@@ -25,10 +33,10 @@ RECORDING_HOOK = "output_capturing_hook"
 
 
 class TokenModel(nn.Module):
-    """Scores tokens with a causal language model: one at a time from observations, or whole sequences.
+    """Scores tokens with a language model: one at a time from observations, or whole sequences.
 
     Args:
-        lm: a causal language model of transformers. Its dropout is removed.
+        lm: a causal language model of transformers, or an encoder-decoder one. Its dropout is removed.
         temperature: divides the logits everywhere.
         adapter: the peft model that `lm` lives in; where given, its adapter is switched off while this model runs.
     """
@@ -39,13 +47,14 @@ class TokenModel(nn.Module):
             raise ValueError(
                 f"temperature must be above 0, got {temperature}; for greedy actions use deterministic=True"
             )
-        check_supported(lm)
+        head = output_head(lm)
+        check_supported(lm, head)
         self.lm = lm
         self.temperature = temperature
         self.__dict__["adapter"] = adapter  # not a submodule: its weights are those of `lm`
-        self.head = lm.get_output_embeddings()
+        self.head = head
         self.vocab_size = self.head.weight.shape[0]
-        self._decoder: CachedDecoder | None = None
+        self._decoder: CachedDecoder | CachedEncoderDecoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles after use too: transformers' recording hooks are closures; it puts them back at the next call."""
@@ -74,6 +83,11 @@ class TokenModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
+
+    @property
+    def decoder_start_ids(self) -> tuple[int, ...]:
+        """The `decoder_start_ids` that the environment of an encoder-decoder model is made with; `()` for others."""
+        return decoder_start_ids(self.lm)
 
     def log_prob(self, observation: Observation, action: Any, action_masks: Any = None) -> Tensor:
         """Log-prob `(B,)` or `()` of one action in each state, by cached decoding.
@@ -108,17 +122,17 @@ class TokenModel(nn.Module):
         return sequences.pad(log_probs), sequences.pad(entropies)
 
     @torch.no_grad()
-    def state_log_probs(self, states: PackedStates, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
+    def state_log_probs(self, states: States, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
         """Log-probs `(M,)` of one action in each state, in one packed pass; `action_masks` bool `(M, V)`."""
         return token_log_probs(
             self.hidden(states), self.head, actions, self.vocab_size, temperature=self.temperature, allowed=action_masks
         )[0]
 
-    def logits(self, states: PackedStates) -> Tensor:
+    def logits(self, states: States) -> Tensor:
         """Logits `(M, V)` of the next token in each state, divided by the temperature, float32."""
         return self.head_logits(self.hidden(states))
 
-    def hidden(self, states: PackedStates) -> Tensor:
+    def hidden(self, states: States) -> Tensor:
         """Last hidden state `(M, d)` of each state, in one packed pass."""
         with self._active():
             return states.hidden(self.lm)
@@ -153,16 +167,11 @@ class TokenModel(nn.Module):
 
     def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
         """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""
-        input_ids = torch.as_tensor(observation["input_ids"], device=self.device)
-        lengths = torch.as_tensor(observation["attention_mask"], device=self.device).sum(-1)
-        batched = input_ids.ndim == 2
-        if not batched:
-            input_ids, lengths = input_ids[None], lengths[None]
-        shape = tuple(input_ids.shape)
-        if self._decoder is None or (self._decoder.num_rows, self._decoder.max_tokens) != shape:
-            self._decoder = CachedDecoder(self.lm, *shape)
+        contexts, batched = read_contexts(observation, self.device)
+        if self._decoder is None or self._decoder.shape != contexts.shape:
+            self._decoder = cached_decoder(self.lm, contexts.shape)
         with self._active():
-            return self._decoder.advance(input_ids, lengths), batched
+            return self._decoder.advance(*contexts.tensors), batched
 
     def _active(self) -> contextlib.AbstractContextManager[Any]:
         adapter = self.__dict__["adapter"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.attention import PackedStates
+from textgym.models.attention import States
 
 
 class FlatWeights:
@@ -27,7 +27,7 @@ class FlatWeights:
         with torch.no_grad():
             self.vector = nn.Parameter(torch.cat([weight.reshape(-1) for weight in self.weights.values()]))
 
-    def logits(self, states: PackedStates) -> Tensor:
+    def logits(self, states: States) -> Tensor:
         """Logits `(M, V)` as the vector has it; they may be differentiated twice."""
         return functional_call(self.module, self._views(), (states,))
 
@@ -54,6 +54,6 @@ class _Logits(nn.Module):
         self.lm = actor_critic.lm
         self.__dict__["logits"] = actor_critic.logits
 
-    def forward(self, states: PackedStates) -> Tensor:
+    def forward(self, states: States) -> Tensor:
         logits: Tensor = self.__dict__["logits"](states)
         return logits

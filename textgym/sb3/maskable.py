@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.models.attention import ragged
 from textgym.models.masks import narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
@@ -96,7 +95,7 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableDictRolloutBuff
         if bool((acted_under < 0).any()):
             return None
         sequences = self._sequences(chosen)
-        masks = self._allowed_by_length(sequences, chosen)
+        masks = self._allowed_by_length(sequences)
         if self.tokens.action_mask is not None:
             masks = narrow(masks, self.tokens.action_mask.of_sequences(sequences))
         # A model's mask is computed in another order here, and a token at its very edge may fall on either side.
@@ -110,12 +109,10 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableDictRolloutBuff
             )
         return masks
 
-    def _allowed_by_length(self, sequences: Sequences, chosen: np.ndarray) -> Tensor:
-        stop = self.tokens.stop
-        rows, steps = ragged(sequences.response_lengths)
-        before = [len(self.segments[index].context) - self.segments[index].prompt_length for index in chosen]
-        banned = stop.applies(steps + self.to_torch(np.array(before))[rows])
-        masks = torch.ones(len(rows), int(self.tokens.n), dtype=torch.bool, device=self.device)
+    def _allowed_by_length(self, sequences: Sequences) -> Tensor:
+        stop, steps = self.tokens.stop, sequences.steps[1]
+        banned = stop.applies(steps)
+        masks = torch.ones(len(steps), int(self.tokens.n), dtype=torch.bool, device=self.device)
         if banned is not None:
             masks[:, list(stop.ids)] = ~banned[:, None]
         return masks

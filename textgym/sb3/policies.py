@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from textgym.envs.spaces import TokenSpace
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.attention import PackedStates
+from textgym.models.attention import States
+from textgym.models.contexts import read_contexts
 from textgym.models.token_model import Observation
 from textgym.sb3.flat import FlatWeights
 
-TextObs = PackedStates | Observation
-"""What an algorithm hands on untouched: packed states from our buffers, or the environment's observations."""
+TextObs = States | Observation
+"""What an algorithm hands on untouched: our buffers' states, which share passes, or the environment's observations."""
 
 
 class TextPolicy(BasePolicy):
@@ -129,7 +130,7 @@ class TextPolicy(BasePolicy):
 
     def predict_values(self, obs: TextObs) -> Tensor:
         """Values `(M, 1)`."""
-        if not self.training and not isinstance(obs, PackedStates):
+        if not self.training and isinstance(obs, Mapping):
             return self.actor_critic.value(obs)[:, None]
         states = pack_observation(obs, self.device)
         if self.flat is None:
@@ -222,12 +223,9 @@ class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):  # type: ignore[misc
         return self.actor_critic.act(observation, deterministic, with_value=False).action
 
 
-def pack_observation(obs: TextObs, device: torch.device) -> PackedStates:
-    """Packed states as they are; observations are packed here, one pass over all contexts."""
-    if isinstance(obs, PackedStates):
-        return obs
-    input_ids = torch.as_tensor(obs["input_ids"], device=device)
-    return PackedStates.whole(input_ids, torch.as_tensor(obs["attention_mask"], device=device).sum(-1))
+def pack_observation(obs: TextObs, device: torch.device) -> States:
+    """States as they are; observations are made states here, one pass over all contexts."""
+    return read_contexts(obs, device)[0].states() if isinstance(obs, Mapping) else obs
 
 
 def token_space(space: gym.Space[Any]) -> TokenSpace:

@@ -59,7 +59,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         gamma: discount of these sums, DQN's own.
 
     Raises:
-        ValueError: `optimize_memory_usage`, or `n_steps` below 1.
+        ValueError: `optimize_memory_usage`, `n_steps` below 1, or an environment for encoder-decoder models.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class EpisodeReplayBuffer(ReplayBuffer):
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, got {n_steps}")
         self.tokens = token_space(action_space)
+        if self.tokens.decoder_start:
+            raise ValueError(
+                "EpisodeReplayBuffer keeps the texts of causal models: for an encoder-decoder model use PPO with "
+                "EpisodeRolloutBuffer, or textgym.agents.DQN"
+            )
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps, self.gamma = n_steps, gamma
         self.optimize_memory_usage = False

@@ -31,7 +31,7 @@ class Segment:
     Attributes:
         row: of the environment.
         start: first step in the buffer.
-        context: token ids before the first action.
+        context: token ids before the first action, start tokens of a decoder apart.
         prompt_length: how many of them are prompt; the others were written before this rollout began.
     """
 
@@ -126,14 +126,14 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
             ValueError: an observation is not the last one with the action appended.
         """
         begins = np.asarray(episode_start, dtype=bool)
-        lengths = obs["attention_mask"].sum(1)
+        contexts, lengths, prompt_lengths = rows_of(obs, self.tokens.decoder_start)
         new = np.ones_like(begins) if self.pos == 0 else begins
         if self.pos and not (lengths == self.lengths + 1)[~new].all():
             raise ValueError("EpisodeRolloutBuffer is for environments whose observation grows by the action")
         self.lengths = lengths
-        self.prompt_lengths = np.where(begins | (self.prompt_lengths == 0), lengths, self.prompt_lengths)
+        self.prompt_lengths = np.where(begins | (self.prompt_lengths == 0), prompt_lengths, self.prompt_lengths)
         for row in np.flatnonzero(new):
-            context = obs["input_ids"][row, : lengths[row]].astype(self.actions.dtype)
+            context = contexts[row, : lengths[row]].astype(self.actions.dtype)
             self.segments.append(Segment(int(row), self.pos, context, int(self.prompt_lengths[row])))
         self.actions[self.pos] = action.reshape(-1)
         self.rewards[self.pos] = reward
@@ -185,7 +185,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         )
 
     def _sequences(self, chosen: np.ndarray) -> Sequences:
-        """Segments as sequences: the context is the prompt, the actions are the response."""
+        """Segments as sequences: the response is what was written before this rollout, if any, and the actions."""
         segments = [self.segments[index] for index in chosen]
         responses = [
             self.actions[segment.start : segment.start + length, segment.row]
@@ -196,8 +196,15 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         ids = np.zeros((len(segments), lengths.max()), dtype=np.int64)
         parts = [part for pair in zip((s.context for s in segments), responses, strict=True) for part in pair]
         ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(parts)
+        prompts = np.array([segment.prompt_length for segment in segments])
+        earlier = np.array(contexts) - prompts
+        written = np.arange((lengths - prompts).max()) >= earlier[:, None] if earlier.any() else None
         return Sequences(
-            self.to_torch(ids), self.to_torch(np.array(contexts)), self.to_torch(self.segment_lengths[chosen])
+            self.to_torch(ids),
+            self.to_torch(prompts),
+            self.to_torch(lengths - prompts),
+            written=None if written is None else self.to_torch(written),
+            decoder_start=self.tokens.decoder_start,
         )
 
     def _where(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -276,3 +283,22 @@ def warn_of_discount(gamma: float) -> None:
             "Pass gamma=1.0",
             stacklevel=2,
         )
+
+
+def rows_of(obs: dict[str, np.ndarray], start: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Observations as right-padded rows of prompt and response `(B, W)`, their lengths and the prompts' `(B,)`.
+
+    Where the observation does not say what of it is prompt, everything is.
+    """
+    prompt_lengths = obs["attention_mask"].sum(1)
+    if not start:
+        return obs["input_ids"], prompt_lengths, prompt_lengths
+    lengths = prompt_lengths + obs["decoder_attention_mask"].sum(1) - len(start)
+    rows = np.zeros((len(lengths), obs["input_ids"].shape[1] + obs["decoder_input_ids"].shape[1]), dtype=np.int64)
+    slots = np.arange(rows.shape[1])
+    real_prompt, real_response = obs["attention_mask"] > 0, obs["decoder_attention_mask"][:, len(start) :] > 0
+    rows[slots < prompt_lengths[:, None]] = obs["input_ids"][real_prompt]
+    rows[(slots >= prompt_lengths[:, None]) & (slots < lengths[:, None])] = obs["decoder_input_ids"][:, len(start) :][
+        real_response
+    ]
+    return rows, lengths, prompt_lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textgym.models.letters import letter_tokenizer
 from textgym.testing.checks import check_text_env
 from textgym.testing.exact import ExactOptimum, ExactTask
-from textgym.testing.mocks import byte_tokenizer, mock_lm
+from textgym.testing.mocks import byte_tokenizer, mock_lm, mock_seq2seq_lm
 from textgym.testing.rewards import check_reward
 from textgym.testing.table import TableConfig, TableLM
 
@@ -19,4 +19,5 @@ __all__ = [
     "check_text_env",
     "letter_tokenizer",
     "mock_lm",
+    "mock_seq2seq_lm",
 ]

@@ -93,9 +93,10 @@ def _check_episode(env: Any, rng: np.random.Generator, seed: int | None, stop_ra
 
 
 def _check_one_token(kept: dict[str, np.ndarray], following: dict[str, np.ndarray], action: int) -> None:
-    slot = int(kept["attention_mask"].sum())
+    part = "decoder_" if "decoder_input_ids" in kept else ""  # what grows is the decoder's, if there is one
+    slot = int(kept[f"{part}attention_mask"].sum())
     expected = {key: value.copy() for key, value in kept.items()}
-    expected["input_ids"][slot], expected["attention_mask"][slot] = action, 1
+    expected[f"{part}input_ids"][slot], expected[f"{part}attention_mask"][slot] = action, 1
     for key, value in expected.items():
         wrong = np.flatnonzero(value != following[key])
         assert not len(wrong), (
@@ -136,15 +137,15 @@ def _check_seed(env: Any, seed: int) -> None:
     def state() -> list[Any]:
         return [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()]  # noqa: NPY002
 
-    def episode() -> list[list[int]]:
+    def episode() -> list[dict[str, list[int]]]:
         rng, ids, ended = np.random.default_rng(seed), [], False
         observation, _ = env.reset(seed=seed)
         while not ended:
-            ids.append(observation["input_ids"].tolist())
+            ids.append(_listed(observation))
             action = _token(env.unwrapped.task, env.unwrapped.action_masks(), rng, 0.0)
             observation, _, terminated, truncated, _ = env.step(action)
             ended = terminated or truncated
-        return [*ids, env.reset()[0]["input_ids"].tolist()]
+        return [*ids, _listed(env.reset()[0])]
 
     before = state()
     first = episode()
@@ -152,6 +153,10 @@ def _check_seed(env: Any, seed: int) -> None:
     assert episode() == first, (
         f"reset(seed={seed}) did not bring the same episode twice: draw from self.np_random alone"
     )
+
+
+def _listed(observation: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    return {key: value.tolist() for key, value in observation.items()}
 
 
 def _check_rows(env: Any, envs: Any, rng: np.random.Generator) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,10 +58,54 @@ def mock_lm(
     if architecture != "gpt2":
         settings |= {"intermediate_size": 2 * hidden_size, "num_key_value_heads": 2, "head_dim": hidden_size // 2}
     shape = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_layers}
-    model_config = AutoConfig.for_model(architecture, **{**shape, **settings, **config})
+    return _random(AutoModelForCausalLM, architecture, seed, {**shape, **settings, **config})
+
+
+def mock_seq2seq_lm(
+    vocab_size: int = 258,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    architecture: str = "t5",
+    seed: int = 0,
+    **config: Any,
+) -> PreTrainedModel:
+    """A tiny random encoder-decoder LM in evaluation mode; the last two ids of its vocabulary are EOS and padding.
+
+    Its decoder begins with the padding token, as T5's does.
+
+    Args:
+        architecture: `"t5"` or one of its family, with relative positions, or a `model_type` of BART's, with absolute
+            ones.
+        seed: of the weights; the global generator is left alone.
+        config: further fields of the model's config.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "d_model": hidden_size,
+        "bos_token_id": None,
+        "eos_token_id": vocab_size - 2,
+        "pad_token_id": vocab_size - 1,
+        "decoder_start_token_id": vocab_size - 1,
+    }
+    if architecture.endswith("t5"):
+        settings |= {"num_layers": num_layers, "num_heads": 2, "d_kv": hidden_size // 2, "d_ff": 2 * hidden_size}
+    else:
+        settings |= {"max_position_embeddings": 128, "init_std": 0.2, "forced_eos_token_id": None}
+        for half in ("encoder", "decoder"):
+            settings |= {
+                f"{half}_layers": num_layers,
+                f"{half}_attention_heads": 2,
+                f"{half}_ffn_dim": 2 * hidden_size,
+            }
+    return _random(AutoModelForSeq2SeqLM, architecture, seed, {**settings, **config})
+
+
+def _random(auto_class: Any, architecture: str, seed: int, settings: dict[str, Any]) -> PreTrainedModel:
+    model_config = AutoConfig.for_model(architecture, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(model_config).eval()
+        model: PreTrainedModel = auto_class.from_config(model_config).eval()
+    return model
 
 
 def _byte_level_alphabet() -> list[str]:

@@ -151,11 +151,16 @@ def check_tokens_are_seen(env: Any, wrapper: str) -> None:
     """Asked by views of observations.
 
     Raises:
-        ValueError: the observations below are no longer those of a text environment.
+        ValueError: the observations below are no longer those of a text environment, or they are in two halves.
     """
     space = getattr(env, "single_observation_space", env.observation_space)
     if not isinstance(space, gym.spaces.Dict) or not {"input_ids", "attention_mask"} <= set(space):
         raise ValueError(
             f"{wrapper} reads the tokens, and the observations of what it is to wrap are {space}: of several views of "
             "the observation only one can be used"
+        )
+    if "decoder_input_ids" in space.spaces:
+        raise ValueError(
+            f"{wrapper} shows prompt and response as one text, which an encoder-decoder model does not read: make the "
+            "environment without decoder_start_ids"
         )

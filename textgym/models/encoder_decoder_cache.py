@@ -1,0 +1,193 @@
+"""CachedEncoderDecoder: the decoder's last hidden state of a batch of growing responses, each prompt encoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+
+from textgym.models.attention import additive_mask
+from textgym.models.decoding import CachedDecoder, SlotCache
+from textgym.models.encoder_decoder import EncoderDecoderRows, encode
+
+
+@dataclass
+class KeysValues:
+    """What a layer's cross-attention reads, `(b, heads, P, head_size)` each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class DecoderSlots(SlotCache):
+    """A `SlotCache` for models that count their positions by the cache: all rows of a pass are equally long."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those of this pass."""
+        return 0 if self.positions is None else self.span - 1
+
+
+class PromptSlots(Cache):
+    """Keys and values of the encoded prompts, for cross-attention."""
+
+    def __init__(self, num_rows: int, max_tokens: int) -> None:
+        super().__init__(layers=[])
+        self.num_rows, self.max_tokens = num_rows, max_tokens
+        self.stored: list[KeysValues] = []
+        self.rows: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores what the layer made of the prompts `(b, heads, L, head_size)` of the rows of this pass."""
+        if layer_idx == len(self.stored):
+            shape = (self.num_rows, key_states.shape[1], self.max_tokens, key_states.shape[3])
+            self.stored.append(KeysValues(key_states.new_zeros(shape), value_states.new_zeros(shape)))
+        layer, rows = self.stored[layer_idx], slice(None) if self.rows is None else self.rows
+        layer.keys[rows, :, : key_states.shape[2]] = key_states
+        layer.values[rows, :, : value_states.shape[2]] = value_states
+        return key_states, value_states
+
+    def read(self, rows: Tensor | None, span: int) -> None:
+        """The next pass reads the first `span` slots of these rows (`None`: of all)."""
+        chosen = slice(None) if rows is None else rows
+        layers: list[Any] = [  # the models ask them for nothing but keys and values
+            KeysValues(layer.keys[:, :, :span][chosen], layer.values[:, :, :span][chosen]) for layer in self.stored
+        ]
+        self.layers = layers
+
+
+class CachedEncoderDecoder:
+    """Steps an encoder-decoder model over a batch of prompts with growing responses.
+
+    As `CachedDecoder`: `advance` compares with what it saw last, so rows may restart at any time, any observation is
+    legal, and the result equals a full forward pass. A prompt is encoded once, when it is new, and what cross-attention
+    makes of it is kept. These models count positions from the length of the cache, which is one for all rows, so rows
+    are decoded in groups of equal length; where episodes begin together there is one group.
+
+    Args:
+        model: an encoder-decoder model of transformers.
+        num_rows: rows of the batch, `B`.
+        max_prompt_tokens: longest prompt, `P`.
+        max_tokens: most tokens of the decoder, start tokens included, `D`.
+    """
+
+    def __init__(self, model: Any, num_rows: int, max_prompt_tokens: int, max_tokens: int) -> None:
+        self.num_rows, self.max_prompt_tokens = num_rows, max_prompt_tokens
+        self.decoder = _Responses(model, num_rows, max_tokens, max_prompt_tokens)
+        self.reset()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(B, P, D)`."""
+        return self.num_rows, self.max_prompt_tokens, self.decoder.max_tokens
+
+    @property
+    def seen(self) -> tuple[Tensor, ...]:
+        """What `advance` was given last."""
+        return EncoderDecoderRows(self.input_ids, self.lengths, self.decoder.input_ids, self.decoder.lengths)
+
+    def reset(self) -> None:
+        """Forgets all prompts and responses and frees the caches."""
+        self.decoder.reset()
+        device = self.decoder.model.device
+        self.input_ids = torch.zeros(self.num_rows, self.max_prompt_tokens, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(self.num_rows, dtype=torch.long, device=device)
+        self.slots = torch.arange(self.max_prompt_tokens, device=device)
+
+    @torch.no_grad()
+    def advance(self, input_ids: Tensor, lengths: Tensor, decoder_input_ids: Tensor, decoder_lengths: Tensor) -> Tensor:
+        """The last hidden state of every row.
+
+        Args:
+            input_ids: `(B, P)`, prompts, right-padded.
+            lengths: `(B,)`, tokens of each prompt, at least 1.
+            decoder_input_ids: `(B, D)`, start tokens and responses, right-padded.
+            decoder_lengths: `(B,)`, at least 1.
+
+        Returns:
+            `(B, d)`, in the model's dtype; a fresh tensor.
+
+        Raises:
+            ValueError: other shapes than this was made for, or an empty prompt or response.
+        """
+        if input_ids.shape != (self.num_rows, self.max_prompt_tokens):
+            expected = (self.num_rows, self.max_prompt_tokens)
+            raise ValueError(f"expected input_ids of shape {expected}, got {tuple(input_ids.shape)}")
+        if self.decoder.outdated:
+            self.reset()
+        same = ((input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])).all(1)
+        new = ~(same & (lengths == self.lengths))
+        num_new, shortest = torch.stack((new.sum(), lengths.min())).tolist()
+        if shortest < 1:
+            raise ValueError("a prompt is empty: give it at least one token")
+        if num_new:
+            rows = None if num_new == self.num_rows else new.nonzero()[:, 0]
+            self.decoder.take_prompts(rows, input_ids, lengths)
+            self.input_ids.copy_(input_ids)
+            self.lengths.copy_(lengths)
+        return self.decoder.advance(decoder_input_ids, decoder_lengths)
+
+
+class _Responses(CachedDecoder):
+    """The decoder's half: a `CachedDecoder` of responses, each read against its encoded prompt."""
+
+    def __init__(self, model: Any, num_rows: int, max_tokens: int, max_prompt_tokens: int) -> None:
+        self.max_prompt_tokens = max_prompt_tokens
+        super().__init__(model, num_rows, max_tokens)
+
+    def reset(self) -> None:
+        """Forgets prompts and responses."""
+        super().reset()
+        self.cache = DecoderSlots(self.num_rows, self.max_tokens)
+        self.prompts = PromptSlots(self.num_rows, self.max_prompt_tokens)
+        self.both = EncoderDecoderCache(self.cache, self.prompts)
+        self.encoder_hidden: Tensor | None = None  # (B, P, d)
+        self.encoder_mask = self.slots.new_zeros(self.num_rows, self.max_prompt_tokens)
+        self.prompt_span = 0
+
+    def take_prompts(self, rows: Tensor | None, input_ids: Tensor, lengths: Tensor) -> None:
+        """Encodes the prompts `(B, P)` of some rows, and forgets their responses."""
+        self.prompt_span = int(lengths.max())
+        chosen = slice(None) if rows is None else rows
+        hidden, mask = encode(self.model, input_ids[chosen], lengths[chosen])
+        if self.encoder_hidden is None:
+            self.encoder_hidden = hidden.new_zeros(self.num_rows, self.max_prompt_tokens, hidden.shape[-1])
+        width = mask.shape[1]
+        self.encoder_hidden[chosen, :width] = hidden
+        self.encoder_mask[chosen] = 0
+        self.encoder_mask[chosen, :width] = mask
+        self.lengths[chosen] = 0
+
+    def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
+        self.prompts.rows = self.reading = rows
+        self.both.is_updated = {}  # so that cross-attention makes its keys and values, and stores them
+        super()._encode(input_ids, lengths, rows)
+
+    def _decode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, span: int) -> None:
+        """One new token of some rows, in groups of equal length."""
+        sizes = (lengths if rows is None else lengths[rows]).unique().tolist()
+        for size in sizes:
+            group = rows
+            if len(sizes) > 1:
+                group = (lengths == size).nonzero()[:, 0] if rows is None else rows[lengths[rows] == size]
+            self.prompts.read(group, self.prompt_span)
+            self.reading = group
+            super()._decode(input_ids, lengths, group, size)
+
+    def _forward(self, input_ids: Tensor, positions: Tensor, allowed: Tensor, distance: Tensor) -> Tensor:
+        assert self.encoder_hidden is not None  # prompts are taken before responses
+        chosen = slice(None) if self.reading is None else self.reading
+        output = self.model.base_model.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=additive_mask(allowed.expand(len(input_ids), -1, -1, -1), self.model.dtype),
+            encoder_hidden_states=self.encoder_hidden[chosen, : self.prompt_span],
+            encoder_attention_mask=self.encoder_mask[chosen, : self.prompt_span],
+            past_key_values=self.both,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden  # (b, Q, d)

@@ -1,0 +1,139 @@
+"""check_supported: refuses models whose tokens textgym would not score exactly as they do themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textgym.models.attention import FULL, SLIDING, PackedStates
+from textgym.models.decoding import CachedDecoder
+from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
+from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
+
+LENGTHS = (8, 4, 3)
+"""Tokens of the texts that are tried; the two short ones share a packed row."""
+TOLERANCE = {torch.float32: 1e-3}
+"""Of a difference, in standard deviations of the logits; other dtypes round more coarsely."""
+INSTEAD = "use a model whose every layer is full or sliding-window attention, such as Llama, Qwen3, Gemma 3 or T5"
+
+
+def check_supported(lm: Any, head: Callable[[Tensor], Tensor]) -> None:
+    """Tries a model on a few tokens: padded or packed, and from the cache, they must get the logits it gives them.
+
+    Args:
+        lm: a causal language model or an encoder-decoder model of transformers.
+        head: makes logits of its last hidden state.
+
+    Raises:
+        ValueError: what the model has that textgym does not reproduce, and what to use instead.
+    """
+    kind = type(lm).__name__
+    reason = _known_reason(lm)
+    if reason is not None:
+        raise ValueError(f"{kind} {reason}")
+    try:
+        differences = (_try_encoder_decoder if lm.config.is_encoder_decoder else _try_causal)(lm, head)
+    except Exception as error:
+        raise ValueError(
+            f"{kind} does not take the explicit masks, positions or caches that textgym decodes with ({error}): "
+            f"{INSTEAD}"
+        ) from error
+    for what, difference in differences.items():
+        if not difference < TOLERANCE.get(lm.dtype, 0.3):
+            raise ValueError(
+                f"{kind} gives other logits {what} than by itself, by {difference:.2g} standard deviations, so its "
+                f"log-probs would be wrong: {INSTEAD}"
+            )
+
+
+def _known_reason(lm: Any) -> str | None:
+    """Why a model cannot be decoded exactly, where its config says so."""
+    config = lm.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if getattr(lm, "_is_stateful", False):
+        return f"keeps a recurrent state, which textgym can neither pad, pack nor restart: {INSTEAD}"
+    if kinds:
+        return f"has layers of kind {sorted(kinds)}; textgym decodes full and sliding-window attention: {INSTEAD}"
+    if _has_alibi(config):
+        return f"adds ALiBi biases, which it counts from a mask of its own and not from position ids: {INSTEAD}"
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return (
+            f"runs {config._attn_implementation!r} attention, which ignores explicit masks: "
+            "load it with attn_implementation='sdpa'"
+        )
+    own = [name for name in ("window_size", "attention_window", "attention_window_size") if hasattr(config, name)]
+    own += ["block_sparse"] if getattr(config, "attention_type", None) == "block_sparse" else []
+    own += [f"{name}.sliding_window" for name in ("decoder", "text_config") if _has_window(getattr(config, name, None))]
+    if own:
+        return f"has local attention that textgym gives no mask for ({own[0]}): {INSTEAD}"
+    if getattr(config, "expert_capacity", None) is not None:
+        return f"drops tokens where a batch sends too many to one expert, so texts are not scored alone: {INSTEAD}"
+    return None
+
+
+def _has_window(part: Any) -> bool:
+    """Whether a part of a config, of a model inside another, has sliding windows."""
+    return getattr(part, "sliding_window", None) is not None
+
+
+def _has_alibi(config: Any) -> bool:
+    inner = getattr(config, "attn_config", None)  # MPT's
+    return config.model_type == "bloom" or any(getattr(source, "alibi", False) for source in (config, inner))
+
+
+@torch.no_grad()
+def _try_causal(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """How far the logits are off, in standard deviations, by how they were made."""
+    longest = min(LENGTHS[0], getattr(lm.config, "max_position_embeddings", None) or LENGTHS[0])
+    lengths = torch.tensor(LENGTHS, device=lm.device).clamp(max=longest)
+    lengths[1:] = lengths[1:].clamp(max=max(1, longest // 2))
+    ids = _tokens(lm, longest)
+    expected = torch.cat([lm(input_ids=ids[i : i + 1, :n], use_cache=False).logits[0, -1:] for i, n in _each(lengths)])
+    packed = head(PackedStates.whole(ids, lengths).hidden(lm))
+    decoder = CachedDecoder(lm, len(lengths), longest)
+    decoder.advance(ids, (lengths - 1).clamp(min=1))
+    cached = head(decoder.advance(ids, lengths))
+    return {"packed beside others": _off(packed, expected), "from a cache": _off(cached, expected)}
+
+
+@torch.no_grad()
+def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    prompts = responses = torch.tensor(LENGTHS, device=lm.device)
+    rows = EncoderDecoderRows(_tokens(lm, LENGTHS[0]), prompts, _tokens(lm, LENGTHS[0], 5), responses.flip(0))
+    expected = torch.cat(
+        [
+            lm(
+                input_ids=rows.input_ids[i : i + 1, :n],
+                decoder_input_ids=rows.decoder_input_ids[i : i + 1, : rows.decoder_lengths[i]],
+                use_cache=False,
+            ).logits[0, -1:]
+            for i, n in _each(prompts)
+        ]
+    )
+    padded = head(EncoderDecoderStates.whole(rows).hidden(lm))
+    decoder = CachedEncoderDecoder(lm, len(prompts), *(x.shape[1] for x in (rows.input_ids, rows.decoder_input_ids)))
+    decoder.advance(*rows._replace(decoder_lengths=rows.decoder_lengths - 1))
+    cached = head(decoder.advance(*rows))
+    return {"padded beside others": _off(padded, expected), "from a cache": _off(cached, expected)}
+
+
+def _tokens(lm: Any, width: int, first: int = 3) -> Tensor:
+    """Different ids `(3, width)`, and one that pads, which a model must take for a token like any other (trap 8)."""
+    vocab_size = lm.get_output_embeddings().weight.shape[0]
+    count = len(LENGTHS) * width
+    ids = ((torch.arange(count, device=lm.device) * 7 + first) % vocab_size).view(len(LENGTHS), width)
+    pad = getattr(lm.config, "pad_token_id", None)  # some configs have none
+    if pad is not None and 0 <= pad < vocab_size:
+        ids[:, 1] = pad
+    return ids
+
+
+def _each(lengths: Tensor) -> list[tuple[int, int]]:
+    return list(enumerate(lengths.tolist()))
+
+
+def _off(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).float().abs().max() / expected.float().std().clamp(min=1e-6))
