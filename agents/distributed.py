@@ -12,6 +12,7 @@ Where nobody launched several processes, every function here hands back what it 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from textgym.models.actor_critic import ActorCritic
 
+LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
 BUCKET = 2**25
 """Gradients that are added up at once: 128 MB in float32."""
@@ -38,15 +40,9 @@ class ProcessLostError(ConnectionError):
 
 
 def join() -> None:
-    """Meets the processes that a launcher has started beside this one, if any.
-
-    Raises:
-        ValueError: the launcher was told to use DeepSpeed.
-    """
+    """Meets the processes that a launcher has started beside this one, if any."""
     if distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed's engine is not supported: launch with FSDP2, examples/accelerate/fsdp2.yaml")
     PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -174,11 +170,18 @@ class Learner(nn.Module):
 
     Args:
         policy: the whole of it, on every process.
+
+    Raises:
+        ValueError: the launcher was told to use DeepSpeed or the first FSDP.
     """
 
     def __init__(self, policy: ActorCritic) -> None:
         super().__init__()
         self.sharded = count() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError("DeepSpeed trains SFT and DPO alone: use FSDP2, examples/accelerate/fsdp2.yaml")
+        if self.sharded and os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("only FSDP2 is supported: set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does")
         self.__dict__["whole"] = policy
         self.policy = _copied(policy) if self.sharded else policy
         if self.sharded:
@@ -245,7 +248,9 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if count() == 1 or not any(sign in str(error).lower() for sign in SIGNS_OF_LOSS):
             raise
-        raise ProcessLostError(
-            f"process {rank()} of {count()} has lost another one, which ended or does not answer: look for its error "
-            "above this line, then launch all of them again from the last checkpoint"
-        ) from error
+        message = (
+            f"process {rank()} of {count()} has lost another one, which ended or does not answer: look for what that "
+            "one said last, then launch all of them again, to go on from the last checkpoint"
+        )
+        LOGGER.error(message)  # at once: the launcher is about to end this process, too
+        raise ProcessLostError(message) from error

@@ -358,8 +358,9 @@ class OnPolicyAgent(ABC):
                 raise ValueError(
                     f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
                 )
-            envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"])
-        policy = load_policy(folder, meta["policy"])
+            own = {} if device() is None else {"device": str(device())}
+            envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"], **own)
+        policy = load_policy(folder, {**meta["policy"], "device": device()})
         agent = cls(policy, envs, cls.config_class(**meta["config"]))
         load_optimizer(agent.optimizer, state["optimizer"])
         agent._sampler.set_state(state["generators"][rank()]["sampler"])

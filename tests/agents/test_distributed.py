@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,8 +17,8 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from textgym.agents import A2C, GRPO, PPO, REINFORCE, RLOO
-from textgym.agents.distributed import count, join, rank
+from textgym.agents import A2C, DQN, GRPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.agents.rollout import Rollout
 from textgym.agents.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
@@ -25,6 +27,8 @@ from textgym.testing import byte_tokenizer, mock_lm
 
 Weights = dict[str, np.ndarray]
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PARALLEL = pytest.mark.parametrize("environment", [{}, SHARDED], ids=["data parallel", "fsdp2"])
 FORK = multiprocessing.get_context("fork")  # what has been imported need not be imported again
 PPO_SETTINGS = {
     "num_epochs": 2,
@@ -42,6 +46,7 @@ AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "rloo": (RLOO, {"group_size": 4, "normalise": "batch"}),
     "a2c": (A2C, {"whiten_advantages": True}),
     "reinforce": (REINFORCE, {}),
+    "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 1.0}),
 }
 
 
@@ -49,22 +54,25 @@ def vowels(completions: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
-def make_agent(name: str, num_envs: int, **changes: Any) -> SurrogateAgent:
+def make_envs(num_envs: int, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "prompts": ["one", "three", "a longer prompt"],
+        "tokenizer": byte_tokenizer(),
+        "reward": vowels,
+        "stop": list(range(0, 256, 8)),  # so that lengths differ
+        "reference": mock_lm(),
+        "kl_coef": AdaptiveKL(0.01, horizon=64),
+        "kl_mode": "deferred",
+        "max_prompt_tokens": 8,
+        "max_new_tokens": 6,
+    }
+    return gym.make_vec("textgym/Text-v0", num_envs=num_envs, **{**settings, **changes})
+
+
+def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **changes: Any) -> SurrogateAgent:
     """An agent whose settings are the same however many processes there are."""
     kind, settings = AGENTS[name]
-    envs = gym.make_vec(
-        "textgym/Text-v0",
-        num_envs=num_envs,
-        prompts=["one", "three", "a longer prompt"],
-        tokenizer=byte_tokenizer(),
-        reward=vowels,
-        stop=list(range(0, 256, 8)),  # so that lengths differ
-        reference=mock_lm(),
-        kl_coef=AdaptiveKL(0.01, horizon=64),
-        kl_mode="deferred",
-        max_prompt_tokens=8,
-        max_new_tokens=6,
-    )
+    envs = make_envs(num_envs, **(env or {}))
     policy = ActorCritic.from_pretrained(mock_lm(), critic="separate")
     config = {"episodes_per_update": EPISODES, "learning_rate": 1e-3, **settings, **changes}
     return kind(policy, envs, kind.config_class(**config))
@@ -138,9 +146,9 @@ def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, floa
                     assert metrics[key] == pytest.approx(whole[key], abs=2e-5, rel=1e-4), key
 
 
-@pytest.mark.parametrize("sharded", ["false", "true"], ids=["data parallel", "fsdp2"])
+@PARALLEL
 @pytest.mark.parametrize("name", AGENTS)
-def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, sharded: str) -> None:
+def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, environment: dict[str, str]) -> None:
     whole = make_agent(name, EPISODES)
     rollouts: list[Rollout] = []
     collect = whole.collect
@@ -150,6 +158,103 @@ def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, sharde
     assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
     tokens = [[int(part.mask.sum()) for part in (r[: EPISODES // 2], r[EPISODES // 2 :])] for r in rollouts]
     assert all(first != second for first, second in tokens), "means of means would do as well"
-    assert_same(
-        launched(learn_from_a_share_of, name, rollouts, ACCELERATE_USE_FSDP=sharded, FSDP_VERSION="2"), expected
-    )
+    assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected)
+
+
+def learn_with_scaled_scores() -> tuple[list[Any], tuple[float, ...], list[float]]:
+    """Prompts and tokens of the first rollout, what scores are scaled by at last, and all the scores."""
+    agent = make_agent("ppo", EPISODES // count(), {"score_scaling": "running", "prompts": [*"abcdefghijklmnop"]})
+    rollouts: list[Rollout] = []
+    collect = agent.collect
+    agent.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    learn(agent)
+    scores = [score for rollout in rollouts for score in rollout.raw_scores.tolist()]
+    return rollouts[0].sequences.input_ids.tolist(), agent.envs.unwrapped.task.scorer.scale.moments(), scores
+
+
+def test_processes_have_prompts_and_seeds_of_their_own_and_scale_scores_alike() -> None:
+    (first, moments, scores), (second, same, others) = launched(learn_with_scaled_scores)
+    prompts = [[row[0] for row in rows] for rows in (first, second)]
+    assert len({*prompts[0], *prompts[1]}) == EPISODES, "a prompt was drawn twice in one epoch"
+    assert [row[1:] for row in first] != [row[1:] for row in second]
+    assert moments == same
+    every = np.array(scores + others)
+    assert len(every) == EPISODES * UPDATES
+    assert moments == pytest.approx((len(every), every.sum(), (every**2).sum()))
+
+
+def learn_until_killed(folder: Path, killed: bool) -> Weights:
+    def after(agent: Any, metrics: dict[str, float]) -> None:
+        if agent.updates == 1:
+            agent.save(folder)
+        if killed and agent.updates == 2 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return weights_of(make_agent("grpo", EPISODES // count()).learn(EPISODES * UPDATES, [after]))
+
+
+def resume(folder: Path) -> Weights:
+    return weights_of(GRPO.load(folder, envs=make_envs(EPISODES // count())).learn(EPISODES * UPDATES))
+
+
+@PARALLEL
+def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    whole = launched(learn_until_killed, tmp_path / "whole", False, **environment)
+    started = time.monotonic()
+    survivor, killed = launched(learn_until_killed, tmp_path / "agent", True, **environment)
+    assert time.monotonic() - started < 60, "waited for who will not come"
+    assert killed is None
+    assert isinstance(survivor, ProcessLostError)
+    assert "process 0 of 2 has lost another one" in str(survivor)
+    for resumed in launched(resume, tmp_path / "agent", **environment):
+        for name, weight in whole[0].items():
+            np.testing.assert_array_equal(resumed[name], weight, err_msg=name)
+
+
+def test_a_run_goes_on_with_as_many_processes_as_it_was_saved_by(tmp_path: Path) -> None:
+    launched(learn_until_killed, tmp_path / "agent", False)
+    with pytest.raises(ValueError, match="saved by 2 processes, and this run has 1"):
+        resume(tmp_path / "agent")
+
+
+def learn_from_few(kind: str) -> float:
+    """Minibatches of two episodes in passes of one; of the second process hardly any can be learned from."""
+    agent = make_agent(kind, 8, {"reward": [lambda completions: [0.0] * 8, vowels][rank() == 0]}, minibatch_size=4)
+    agent.config.micro_batch_size = 1
+    return learn(agent)[1][-1]["val/grad_norm"]
+
+
+def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others() -> None:
+    first, second = launched(learn_from_few, "expert iteration", **SHARDED)
+    assert first == second > 0
+
+
+def sums_of_different_widths() -> Any:
+    return everyone(rank()), column_total(torch.ones(rank() + 1)).tolist()
+
+
+def test_columns_of_different_widths_are_summed() -> None:
+    assert launched(sums_of_different_widths, processes=3) == [
+        ([0, 1, 2], [3.0]),
+        ([0, 1, 2], [3.0, 2.0]),
+        ([0, 1, 2], [3.0, 2.0, 1.0]),
+    ]
+
+
+def refused(kind: str) -> None:
+    if kind == "memory":
+        DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(8, kl_coef=0.1))
+    else:
+        make_agent("ppo", 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("memory", "runs in one process"), ("rows", "multiple of num_envs=16 times 2 processes")],
+)
+def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> None:
+    for error in launched(refused, kind):
+        assert isinstance(error, ValueError)
+        assert message in str(error)
