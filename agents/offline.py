@@ -31,6 +31,7 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.last_token import pad_right
 
+from .distributed import explained
 from .offline_trainer import OfflineTrainer
 from .on_policy import Metrics
 from .saving import load_policy, save_policy
@@ -146,7 +147,7 @@ class OfflineAgent(ABC):
         """
         if self.updates >= self.total_updates:
             return self
-        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed):
+        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed), explained():
             if self.updates:
                 self._write_progress(Path(folder))
             self.trainer = OfflineTrainer(self, folder, callbacks)
