@@ -52,7 +52,7 @@ class OfflineConfig:
     max_steps: int | None = None
     """Updates to make, in place of `epochs`."""
     batch_size: int = 32
-    """Examples, or pairs, in one update."""
+    """Examples, or pairs, in one update, over all processes."""
     micro_batch_size: int | None = None
     """Of them in one forward pass; gradients add up to exactly those of the batch. None: the whole batch."""
     warmup: float = 0.1
