@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import byte_tokenizer, mock_lm
 
 Weights = dict[str, np.ndarray]
+SETTINGS = Path(__file__).parents[2] / "examples" / "accelerate"
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARALLEL = pytest.mark.parametrize("environment", [{}, SHARDED], ids=["data parallel", "fsdp2"])
@@ -163,7 +167,9 @@ def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, enviro
 
 def learn_with_scaled_scores() -> tuple[list[Any], tuple[float, ...], list[float]]:
     """Prompts and tokens of the first rollout, what scores are scaled by at last, and all the scores."""
-    agent = make_agent("ppo", EPISODES // count(), {"score_scaling": "running", "prompts": [*"abcdefghijklmnop"]})
+    agent = make_agent(
+        "ppo", EPISODES // count(), {"score_scaling": "running", "prompts": [*"abcdefghijklmnopqrstuvwx"]}
+    )
     rollouts: list[Rollout] = []
     collect = agent.collect
     agent.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
@@ -258,3 +264,32 @@ def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> Non
     for error in launched(refused, kind):
         assert isinstance(error, ValueError)
         assert message in str(error)
+
+
+def train_launched(settings: str, folder: Path, reward: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / settings)]
+    sizes = "--num-envs 4 --episodes-per-update 16 --minibatch-size 8 --total-episodes 32".split()
+    env = ["--env-kwargs", json.dumps({"max_new_tokens": 4, "reward": reward})]
+    train = ["-m", "textgym.cli", "train", "--output-dir", str(folder / "run"), *sizes, *env]
+    return subprocess.run([*launcher, *train], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_with_sharded_weights(tmp_path: Path) -> None:
+    done = train_launched("fsdp2.yaml", tmp_path, "textgym.rewards.functions:lexicon_sentiment")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    ActorCritic.from_pretrained(tmp_path / "run" / "policy")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_ends_with_a_message_when_a_process_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os\ncalls = []\ndef deadly(completions):\n    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 4:\n        os.kill(os.getpid(), 9)\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    done = train_launched("ddp.yaml", tmp_path, "deadly:deadly")
+    assert done.returncode != 0
+    assert "process 0 of 2 has lost another one" in done.stderr
+    assert "SIGKILL" in done.stderr
