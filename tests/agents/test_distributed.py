@@ -165,11 +165,12 @@ def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, enviro
     assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected)
 
 
+PROMPTS = [*"abcdefghijklmnopqrstuvwx"]  # eight are drawn as the environment is made, and a rollout takes the rest
+
+
 def learn_with_scaled_scores() -> tuple[list[Any], tuple[float, ...], list[float]]:
     """Prompts and tokens of the first rollout, what scores are scaled by at last, and all the scores."""
-    agent = make_agent(
-        "ppo", EPISODES // count(), {"score_scaling": "running", "prompts": [*"abcdefghijklmnopqrstuvwx"]}
-    )
+    agent = make_agent("ppo", EPISODES // count(), {"score_scaling": "running", "prompts": PROMPTS})
     rollouts: list[Rollout] = []
     collect = agent.collect
     agent.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
@@ -268,7 +269,7 @@ def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> Non
 
 def train_launched(settings: str, folder: Path, reward: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / settings)]
-    sizes = "--num-envs 4 --episodes-per-update 16 --minibatch-size 8 --total-episodes 32".split()
+    sizes = ["--num-envs", "4", "--episodes-per-update", "16", "--minibatch-size", "8", "--total-episodes", "32"]
     env = ["--env-kwargs", json.dumps({"max_new_tokens": 4, "reward": reward})]
     train = ["-m", "textgym.cli", "train", "--output-dir", str(folder / "run"), *sizes, *env]
     return subprocess.run([*launcher, *train], cwd=folder, capture_output=True, text=True, check=False)
@@ -286,7 +287,7 @@ def test_accelerate_launch_trains_with_sharded_weights(tmp_path: Path) -> None:
 def test_accelerate_launch_ends_with_a_message_when_a_process_is_killed(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(
         "import os\ncalls = []\ndef deadly(completions):\n    calls.append(1)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) > 4:\n        os.kill(os.getpid(), 9)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 2:\n        os.kill(os.getpid(), 9)\n"
         "    return [0.0] * len(completions)\n"
     )
     done = train_launched("ddp.yaml", tmp_path, "deadly:deadly")
