@@ -12,8 +12,8 @@ Where nobody launched several processes, every function here hands back what it 
 from __future__ import annotations
 
 import copy
-import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from textgym.models.actor_critic import ActorCritic
 
-LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
 BUCKET = 2**25
 """Gradients that are added up at once: 128 MB in float32."""
@@ -248,9 +247,21 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if count() == 1 or not any(sign in str(error).lower() for sign in SIGNS_OF_LOSS):
             raise
-        message = (
-            f"process {rank()} of {count()} has lost another one, which ended or does not answer: look for what that "
-            "one said last, then launch all of them again, to go on from the last checkpoint"
-        )
-        LOGGER.error(message)  # at once: the launcher is about to end this process, too
-        raise ProcessLostError(message) from error
+        raise ProcessLostError(_farewell()) from error
+
+
+def end_with_a_message() -> None:
+    """Where a launcher ends this process, as it does when it has lost another one: the same error, and not silence."""
+    if count() > 1:
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(*_: object) -> None:
+    raise ProcessLostError(_farewell())
+
+
+def _farewell() -> str:
+    return (
+        f"process {rank()} of {count()} has lost another one, which ended or does not answer: look for what that one "
+        "said last, then launch all of them again, to go on from the last checkpoint"
+    )

@@ -358,7 +358,7 @@ class OnPolicyAgent(ABC):
                 raise ValueError(
                     f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
                 )
-            own = {} if device() is None else {"device": str(device())}
+            own: dict[str, Any] = {} if device() is None else {"device": str(device())}
             envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"], **own)
         policy = load_policy(folder, {**meta["policy"], "device": device()})
         agent = cls(policy, envs, cls.config_class(**meta["config"]))

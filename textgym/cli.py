@@ -32,7 +32,7 @@ from rich.text import Text
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
-from textgym.agents.distributed import device, join, rank
+from textgym.agents.distributed import device, end_with_a_message, join, rank
 from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
@@ -188,6 +188,7 @@ def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
     _check_data(command)
     join()
+    end_with_a_message()
     settings: dict[str, Any] = {"temperature": command.temperature, "device": device()}
     policy = ActorCritic.from_pretrained(command.model, critic=command.critic, **settings)
     arguments = {**_kl_arguments(command), **({} if device() is None else {"device": str(device())})}

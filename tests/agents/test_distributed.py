@@ -30,6 +30,9 @@ from textgym.testing import byte_tokenizer, mock_lm
 
 Weights = dict[str, np.ndarray]
 SETTINGS = Path(__file__).parents[2] / "examples" / "accelerate"
+TOKEN_MEANS = {"policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "val/ratio"}
+BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce"}
+"""Whose figures weigh parts of a batch by episodes, as their losses do, so that means over tokens are not exact."""
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARALLEL = pytest.mark.parametrize("environment", [{}, SHARDED], ids=["data parallel", "fsdp2"])
@@ -138,13 +141,13 @@ def _run(answers: Any, number: int, shared: dict[str, str], work: Callable[..., 
         answers.put((number, error))
 
 
-def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, float]]]) -> None:
+def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, float]]], by_episodes: bool) -> None:
     for weights, history in results:
         for name, weight in expected[0].items():
             np.testing.assert_allclose(weights[name], weight, atol=1e-6, rtol=0, err_msg=name)
         for metrics, whole in zip(history, expected[1], strict=True):
             assert metrics.keys() == whole.keys()
-            for key in metrics:
+            for key in metrics.keys() - (TOKEN_MEANS if by_episodes else set()):
                 if not key.startswith("time/"):
                     assert metrics[key] == pytest.approx(whole[key], abs=2e-5, rel=1e-4), key
 
@@ -165,8 +168,8 @@ def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, enviro
     expected = learn(whole)
     assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
     tokens = [[int(part.mask.sum()) for part in (r[: EPISODES // 2], r[EPISODES // 2 :])] for r in rollouts]
-    assert all(first != second for first, second in tokens), "means of means would do as well"
-    assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected)
+    assert any(first != second for first, second in tokens), "means of means would do as well"
+    assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected, name in BY_EPISODES)
 
 
 PROMPTS = [*"abcdefghijklmnopqrstuvwx"]  # eight are drawn as the environment is made, and a rollout takes the rest
