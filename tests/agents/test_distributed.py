@@ -60,6 +60,10 @@ def vowels(completions: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
+def nothing(completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
 def make_envs(num_envs: int, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "prompts": ["one", "three", "a longer prompt"],
@@ -233,8 +237,8 @@ def test_a_run_goes_on_with_as_many_processes_as_it_was_saved_by(tmp_path: Path)
 
 
 def learn_from_few(kind: str) -> float:
-    """Minibatches of two episodes in passes of one; of the second process hardly any can be learned from."""
-    agent = make_agent(kind, 8, {"reward": [lambda completions: [0.0] * 8, vowels][rank() == 0]}, minibatch_size=4)
+    """Minibatches of two episodes in passes of one; the second process has none to learn from."""
+    agent = make_agent(kind, 8, {"reward": vowels if rank() == 0 else nothing}, minibatch_size=4)
     agent.config.micro_batch_size = 1
     return learn(agent)[1][-1]["val/grad_norm"]
 
