@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from textgym.agents import DQN, GRPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents import DQN, GRPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
 from textgym.agents.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.agents.rollout import Rollout
 from textgym.agents.surrogate import SurrogateAgent
@@ -95,7 +95,7 @@ def learn(agent: SurrogateAgent) -> tuple[Weights, list[dict[str, float]]]:
     return weights_of(agent), history
 
 
-def weights_of(agent: SurrogateAgent) -> Weights:
+def weights_of(agent: SurrogateAgent | SFT) -> Weights:
     return {name: weight.detach().numpy().copy() for name, weight in agent.policy.named_parameters()}
 
 
@@ -246,6 +246,24 @@ def learn_from_few(kind: str) -> float:
 def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others() -> None:
     first, second = launched(learn_from_few, "expert iteration", **SHARDED)
     assert first == second > 0
+
+
+def learn_from_texts(processes: int) -> tuple[Weights, list[dict[str, float]]]:
+    rows = [{"prompt": f"{i} ", "completion": "ab" * (i % 5) + "."} for i in range(16)]
+    config = SFTConfig(batch_size=8, micro_batch_size=2, learning_rate=1e-3)
+    agent = SFT(ActorCritic.from_pretrained(mock_lm()), rows, byte_tokenizer(), config)
+    history: list[dict[str, float]] = []
+    agent.learn([lambda _, metrics: history.append(metrics)])
+    assert count() == processes
+    return weights_of(agent), history
+
+
+def test_two_processes_learn_what_one_learns_from_all_texts() -> None:
+    weights, history = learn_from_texts(1)
+    for others, figures in launched(learn_from_texts, PROCESSES):
+        for name, weight in weights.items():
+            np.testing.assert_allclose(others[name], weight, atol=1e-6, rtol=0, err_msg=name)
+        assert [row["loss"] for row in figures] == pytest.approx([row["loss"] for row in history], rel=1e-4)
 
 
 def sums_of_different_widths() -> Any:
