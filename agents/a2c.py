@@ -82,6 +82,6 @@ class A2C(SurrogateAgent):
         }
         return policy + config.value_coef * value - config.entropy_coef * entropy, figures
 
-    def share(self, part: Batch, whole: Batch) -> float:
-        """By episodes, over which the policy gradient is a mean."""
-        return len(part) / len(whole)
+    def weight(self, batch: Batch) -> int:
+        """Its episodes, over which the policy gradient is a mean."""
+        return len(batch)

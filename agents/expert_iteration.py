@@ -21,7 +21,7 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 
-from .advantages import masked_mean
+from .advantages import masked_mean, overall_mean
 from .group import GroupAgent, GroupConfig
 from .on_policy import Metrics, OnPolicyConfig
 from .rollout import Rollout
@@ -76,4 +76,4 @@ class ExpertIteration(GroupAgent):
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """An update; the share of the episodes that were kept is reported."""
         metrics: dict[str, Any] = super().update(rollout, kl)
-        return {**metrics, "val/kept": float(self.kept.mean())}
+        return {**metrics, "val/kept": float(overall_mean(self.kept))}

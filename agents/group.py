@@ -39,8 +39,7 @@ class GroupAgent(SurrogateAgent):
 
     def episode_options(self) -> dict[str, Any]:
         """A prompt for each group."""
-        envs = self.envs.unwrapped
-        prompts = envs.task.draw(self.envs.num_envs // self.config.group_size, envs.np_random)
+        prompts = self.draw_prompts(self.envs.num_envs // self.config.group_size)
         return {"prompt_index": np.repeat(prompts, self.config.group_size).tolist()}
 
     def grouped(self, values: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 from textgym.rewards.kl import estimate_kl
 
-from .advantages import masked_mean
+from .advantages import masked_mean, overall_mean
 from .group import GroupAgent, GroupConfig
 from .losses import clipped_policy_loss
 from .on_policy import Metrics, OnPolicyConfig
@@ -78,7 +78,7 @@ class GRPO(GroupAgent):
         if self.config.kl_in == "loss" and self.penalty.coef > 0:
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
         metrics = super().update(rollout, kl)
-        return {**metrics, "frac_reward_zero_std": float(1 - self.spread.float().mean())}
+        return {**metrics, "frac_reward_zero_std": float(1 - overall_mean(self.spread.float()))}
 
     def usable(self) -> Tensor | None:
         """Without a KL in the loss, groups without spread have no gradient and cost no work."""
@@ -125,6 +125,6 @@ class GRPO(GroupAgent):
             return mask / (len(batch) * self.envs.unwrapped.task.episodes.max_new_tokens)
         return mask / mask.sum()
 
-    def share(self, part: Batch, whole: Batch) -> float:
+    def weight(self, batch: Batch) -> int:
         """By what the loss is a mean over."""
-        return super().share(part, whole) if self.config.loss_type == "dapo" else len(part) / len(whole)
+        return super().weight(batch) if self.config.loss_type == "dapo" else len(batch)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from textgym.models.actor_critic import Evaluation
+from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -77,11 +77,11 @@ class NLPO(PPO):
             reference[rows, : sequences.mask.shape[1]] = sequences.pad(flat)
         return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.mask)
 
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """The masked policy as it is now on a batch, with gradients."""
+    def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
+        """A policy within the mask on a batch, with gradients."""
         sequences = batch.sequences
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
-            new = self.policy.evaluate_states(sequences.states(), sequences.actions, self.allowed(sequences))
+            new = policy.evaluate_states(sequences.states(), sequences.actions, self.allowed(sequences))
         return Evaluation(*(sequences.pad(x) for x in new))
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:

@@ -21,6 +21,7 @@ from textgym.models.actor_critic import ActorCritic, Step
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 
+from .distributed import count
 from .memory import EpisodeMemory, Memories
 from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
 from .rollout import Rollout, collect
@@ -137,6 +138,11 @@ class OffPolicyAgent(OnPolicyAgent):
 
     def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
+        if count() > 1:
+            raise ValueError(
+                f"{type(self).__name__} remembers its own episodes alone, so it runs in one process: launch one, or "
+                "use an on-policy agent"
+            )
         if not isinstance(self.penalty.controller, FixedKL):
             raise ValueError(
                 f"beta is a part of what {type(self).__name__} learns and remembers, so no controller may move it: "

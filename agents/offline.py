@@ -31,6 +31,7 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.last_token import pad_right
 
+from .distributed import explained
 from .offline_trainer import OfflineTrainer
 from .on_policy import Metrics
 from .saving import load_policy, save_policy
@@ -51,7 +52,7 @@ class OfflineConfig:
     max_steps: int | None = None
     """Updates to make, in place of `epochs`."""
     batch_size: int = 32
-    """Examples, or pairs, in one update."""
+    """Examples, or pairs, in one update, over all processes."""
     micro_batch_size: int | None = None
     """Of them in one forward pass; gradients add up to exactly those of the batch. None: the whole batch."""
     warmup: float = 0.1
@@ -146,7 +147,7 @@ class OfflineAgent(ABC):
         """
         if self.updates >= self.total_updates:
             return self
-        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed):
+        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed), explained():
             if self.updates:
                 self._write_progress(Path(folder))
             self.trainer = OfflineTrainer(self, folder, callbacks)

@@ -17,6 +17,8 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.rewards.pairwise import SILENT
 
+from .distributed import everyone, join, share_of
+
 if TYPE_CHECKING:
     from .offline import Callback, OfflineAgent
 
@@ -31,14 +33,19 @@ class OfflineTrainer(Trainer):
     """
 
     def __init__(self, agent: OfflineAgent, folder: str, callbacks: Sequence[Callback]) -> None:
-        config = agent.config
-        micro_batch_size = config.micro_batch_size or config.batch_size
+        join()
+        config, own = agent.config, share_of(agent.config.batch_size, "batch_size")
+        micro_batch_size = config.micro_batch_size or own
+        if own % micro_batch_size:
+            raise ValueError(
+                f"a process's {own} of batch_size must be a multiple of micro_batch_size={micro_batch_size}"
+            )
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
             per_device_train_batch_size=micro_batch_size,
-            gradient_accumulation_steps=config.batch_size // micro_batch_size,
+            gradient_accumulation_steps=own // micro_batch_size,
             learning_rate=config.learning_rate,
             weight_decay=0.0,
             max_grad_norm=config.max_grad_norm,
@@ -134,8 +141,9 @@ class _Report(TrainerCallback):
         if "loss" not in logs:
             return
         trainer, now = self.trainer, time.perf_counter()
+        shares = everyone(trainer.figures)
         metrics = {
-            **trainer.figures,
+            **{name: sum(share[name] for share in shares) for name in trainer.figures},
             "grad_norm": float(logs["grad_norm"]),
             "learning_rate": float(logs["learning_rate"]),
             "epoch": float(state.epoch),
@@ -144,5 +152,6 @@ class _Report(TrainerCallback):
         }
         trainer.figures, self.started = {}, now
         trainer.agent.updates = state.global_step
-        if False in [callback(trainer.agent, metrics) for callback in self.callbacks]:
+        stop = False in [callback(trainer.agent, metrics) for callback in self.callbacks]
+        if any(everyone(stop)):
             control.should_training_stop = True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,22 @@ from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
 
+from .distributed import (
+    Learner,
+    add_up_gradients,
+    count,
+    device,
+    everyone,
+    explained,
+    full,
+    gathered,
+    join,
+    load_optimizer,
+    own_seed,
+    rank,
+    same_weights,
+    total,
+)
 from .rollout import Rollout, collect, merge
 from .saving import load_policy, save_policy
 
@@ -38,7 +55,7 @@ class OnPolicyConfig:
     """What every on-policy algorithm can be told."""
 
     episodes_per_update: int = 128
-    """Episodes collected before each update; a multiple of the number of rows of the environment."""
+    """Episodes collected before each update, by all processes; a multiple of the rows of their environments."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     anneal_learning_rate: bool = True
@@ -83,10 +100,15 @@ class OnPolicyAgent(ABC):
                 f"{type(self).__name__} does not know the environment's action_mask and would score its actions "
                 "without it: make the environment without, or use textgym.sb3 with sb3-contrib's MaskablePPO"
             )
-        if self.config.episodes_per_update % envs.num_envs:
+        join()
+        if self.config.episodes_per_update % (envs.num_envs * count()):
+            processes = f" times {count()} processes" if count() > 1 else ""
             raise ValueError(
-                f"episodes_per_update={self.config.episodes_per_update} must be a multiple of num_envs={envs.num_envs}"
+                f"episodes_per_update={self.config.episodes_per_update} must be a multiple of "
+                f"num_envs={envs.num_envs}{processes}"
             )
+        same_weights(policy)
+        self.learner = Learner(policy)
         envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
         envs.unwrapped.array = "torch"
         # Where the environment names no reference, the policy's own start is one.
@@ -95,17 +117,17 @@ class OnPolicyAgent(ABC):
         )
         self.penalty.reference.temperature = policy.temperature
         self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in policy.parameters() if parameter.requires_grad],
+            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
             lr=self.config.learning_rate,
             eps=self.config.adam_epsilon,
             weight_decay=0.0,
         )
-        self.shuffler = torch.Generator().manual_seed(self.config.seed)
+        self.shuffler = torch.Generator().manual_seed(own_seed(self.config.seed))
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
-        policy.seed(self.config.seed)
-        envs.reset(seed=self.config.seed)
+        policy.seed(own_seed(self.config.seed))
+        envs.reset(seed=self.config.seed)  # one order of prompts, which the processes share
 
     @abstractmethod
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
@@ -117,35 +139,56 @@ class OnPolicyAgent(ABC):
         After `load` the same total continues the run where it stopped. A callback that returns `False` ends it early.
         """
         self.total_episodes = total_episodes
-        while self.episodes < total_episodes:
-            started = time.perf_counter()
-            self._tell_rewards()
-            rounds = self.config.episodes_per_update // self.envs.num_envs
-            rollout = merge([self.collect() for _ in range(rounds)])
-            collected = time.perf_counter()
-            kl = self.measure_kl(rollout)
-            self._anneal()
-            metrics = {**self._describe(rollout, kl), **self.update(rollout, kl)}
-            self.penalty.controller.update(metrics["objective/kl"], len(rollout))
-            self.episodes += len(rollout)
-            self.updates += 1
-            metrics |= {
-                "episodes": self.episodes,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "time/rollout_s": collected - started,
-                "time/update_s": time.perf_counter() - collected,
-            }
-            if False in [callback(self, metrics) for callback in callbacks]:
-                break
+        with explained():
+            while self.episodes < total_episodes:
+                metrics = self._iterate()
+                stop = False in [callback(self, metrics) for callback in callbacks]
+                if any(everyone(stop)):
+                    break
         return self
+
+    def _iterate(self) -> Metrics:
+        """One rollout and one update."""
+        started = time.perf_counter()
+        self._tell_rewards()
+        rollout = self._play()
+        collected = time.perf_counter()
+        kl = self.measure_kl(rollout)
+        self._anneal()
+        metrics = {**self._describe(rollout, kl), **self.update(rollout, kl)}
+        self.penalty.controller.update(metrics["objective/kl"], self.config.episodes_per_update)
+        self.episodes += self.config.episodes_per_update
+        self.updates += 1
+        return {
+            **metrics,
+            "episodes": self.episodes,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "time/rollout_s": collected - started,
+            "time/update_s": time.perf_counter() - collected,
+        }
+
+    def _play(self) -> Rollout:
+        """This process's episodes of an update, after which all processes scale scores by what all have seen."""
+        scale = self.envs.unwrapped.task.scorer.scale
+        before = torch.tensor(scale.moments(), dtype=torch.float64, device=device())
+        rounds = self.config.episodes_per_update // (self.envs.num_envs * count())
+        rollout = merge([self.collect() for _ in range(rounds)])
+        if count() > 1 and scale.scaling is not None:
+            scale.take_moments(*(before + total(before.new_tensor(scale.moments()) - before)).tolist())
+        return rollout
 
     def collect(self) -> Rollout:
         """One episode in every row."""
         return collect(self.envs, self.policy, self.episode_options())
 
-    def episode_options(self) -> dict[str, Any] | None:
+    def episode_options(self) -> dict[str, Any]:
         """What the environment is reset with before a rollout."""
-        return None
+        return {"prompt_index": self.draw_prompts(self.envs.num_envs)}
+
+    def draw_prompts(self, number: int) -> np.ndarray:
+        """So many of the next prompts `(number,)`; all processes draw in step, each for itself and the others."""
+        envs = self.envs.unwrapped
+        return envs.task.draw(number * count(), envs.np_random)[rank() * number :][:number]
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """The KL estimate of every token to the reference, `(N, T)` nats."""
@@ -164,9 +207,10 @@ class OnPolicyAgent(ABC):
     def apply_gradients(self) -> float:
         """One optimiser step with the gradient's norm clipped; returns the norm before clipping."""
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        add_up_gradients(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
         self.optimizer.step()
-        return float(norm)
+        return float(full(norm))
 
     def _anneal(self) -> None:
         left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0
@@ -174,31 +218,43 @@ class OnPolicyAgent(ABC):
             group["lr"] = self.config.learning_rate * left
 
     def _describe(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Figures of the episodes; sums over tokens are averaged over sequences (trap 20)."""
-        sequence_kl = kl.sum(1)  # (N,)
+        """Figures of the episodes of all processes; sums over tokens are averaged over sequences (trap 20)."""
+        columns = gathered(
+            {
+                "kl": kl.sum(1),
+                "raw_scores": rollout.raw_scores,
+                "scores": rollout.scores,
+                "log_probs": rollout.log_probs.sum(1),
+                "cost": self.penalty.price(kl).sum(1),
+                "tokens": rollout.sequences.response_lengths.float(),
+                "ended_by_stop": rollout.ended_by_stop.float(),
+                **rollout.components,
+            }
+        )
         metrics: dict[str, Any] = {
-            "objective/kl": sequence_kl.mean(),
-            "objective/scores": rollout.raw_scores.mean(),
-            "objective/scores_std": rollout.raw_scores.std(correction=0),
-            "objective/entropy": -rollout.log_probs.sum(1).mean(),
-            "objective/non_score_reward": -self.penalty.price(kl).sum(1).mean(),
-            "objective/rlhf_reward": (rollout.scores - self.penalty.price(kl).sum(1)).mean(),
+            "objective/kl": columns["kl"].mean(),
+            "objective/scores": columns["raw_scores"].mean(),
+            "objective/scores_std": columns["raw_scores"].std(correction=0),
+            "objective/entropy": -columns["log_probs"].mean(),
+            "objective/non_score_reward": -columns["cost"].mean(),
+            "objective/rlhf_reward": (columns["scores"] - columns["cost"]).mean(),
             "objective/kl_coef": self.penalty.coef,
-            "val/response_tokens": rollout.sequences.response_lengths.float().mean(),
-            "val/ended_by_stop": rollout.ended_by_stop.float().mean(),
+            "val/response_tokens": columns["tokens"].mean(),
+            "val/ended_by_stop": columns["ended_by_stop"].mean(),
         }
-        for key, values in rollout.components.items():
+        for key in [key for key in columns if "/" in key]:
             kind, name = key.split("/", 1)
-            given = values[~values.isnan()]
+            given = columns[key][~columns[key].isnan()]
             if len(given) and kind == "metric":
                 metrics[name] = given.mean()
             elif len(given):  # a function may leave every row out
                 metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
         scorer = self.envs.unwrapped.task.scorer
         if scorer.scale.active:
-            metrics["objective/scores_paid"] = rollout.scores.mean()
+            metrics["objective/scores_paid"] = columns["scores"].mean()
         if scorer.on_error != "raise":
-            metrics |= {f"rewards/{name}/errors": count for name, count in scorer.errors.items()}
+            failed = everyone(scorer.errors)
+            metrics |= {f"rewards/{name}/errors": sum(errors[name] for errors in failed) for name in scorer.errors}
         return {key: float(value) for key, value in metrics.items()}
 
     def _tell_rewards(self) -> None:
@@ -241,18 +297,26 @@ class OnPolicyAgent(ABC):
     # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---
 
     def save(self, folder: str | Path) -> None:
-        """Writes what `load` needs to go on bit for bit: `policy/`, a transformers folder, and the training state."""
-        task, envs = self.envs.unwrapped.task, self.envs.unwrapped
+        """Writes what `load` needs to go on bit for bit: `policy/`, a transformers folder, and the training state.
+
+        All processes of a run call it; the first one writes for all of them.
+        """
         state = {
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self._sampler.get_state(),
-            "shuffler": self.shuffler.get_state(),
+            "optimizer": full(self.optimizer.state_dict()),
+            "generators": everyone({"sampler": self._sampler.get_state(), "shuffler": self.shuffler.get_state()}),
         }
+        scorers = everyone(self.envs.unwrapped.task.scorer.state())
+        if rank() == 0:
+            self._write(Path(folder), state, scorers)
+        everyone(None)  # nobody goes on before all of it is there
+
+    def _write(self, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]]) -> None:
+        task, envs = self.envs.unwrapped.task, self.envs.unwrapped
         meta = {
             "config": dataclasses.asdict(self.config),
             "progress": [self.episodes, self.updates, self.total_episodes],
             "controller": vars(self.penalty.controller),
-            "scorer": task.scorer.state(),
+            "scorers": scorers,
             "agent": self.training_state(),
             "prompt_queue": task.queue,
             "np_random": envs.np_random.bit_generator.state,
@@ -277,29 +341,37 @@ class OnPolicyAgent(ABC):
             envs: the environment to go on in; not needed if `gym.make_vec` made the agent's from plain values.
 
         Raises:
-            ValueError: the environment cannot be made again from what was saved; pass it as `envs`.
+            ValueError: the environment cannot be made again from what was saved; pass it as `envs`. Or the run had
+                another number of processes.
         """
+        join()
         folder = Path(folder)
         meta = json.loads((folder / "agent.json").read_text())
         state = torch.load(folder / "state.pt", weights_only=True)
+        if (saved := len(state["generators"])) != count():
+            raise ValueError(
+                f"{folder} was saved by {saved} processes, and this run has {count()}: launch {saved}, or start "
+                f"anew from the policy in {folder / 'policy'}"
+            )
         if envs is None:
             if meta["env"] is None:
                 raise ValueError(
                     f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
                 )
-            envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"])
-        policy = load_policy(folder, meta["policy"])
+            own: dict[str, Any] = {} if device() is None else {"device": str(device())}
+            envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"], **own)
+        policy = load_policy(folder, {**meta["policy"], "device": device()})
         agent = cls(policy, envs, cls.config_class(**meta["config"]))
-        agent.optimizer.load_state_dict(state["optimizer"])
-        agent._sampler.set_state(state["sampler"])
-        agent.shuffler.set_state(state["shuffler"])
+        load_optimizer(agent.optimizer, state["optimizer"])
+        agent._sampler.set_state(state["generators"][rank()]["sampler"])
+        agent.shuffler.set_state(state["generators"][rank()]["shuffler"])
         agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
         for name, value in meta["controller"].items():
             setattr(agent.penalty.controller, name, value)
         for part in sorted((folder / FROZEN).glob("*")):
             model = TokenModel.load(str(part), temperature=policy.temperature, device=policy.device)
             agent.take_frozen_model(part.name, model)
-        envs.unwrapped.task.scorer.load_state(meta["scorer"])
+        envs.unwrapped.task.scorer.load_state(meta["scorers"][rank()])
         agent.load_training_state(meta["agent"])
         if (folder / TENSORS).exists():
             agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))

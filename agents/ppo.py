@@ -26,7 +26,7 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 
-from .advantages import gae, masked_mean, whiten
+from .advantages import gae, masked_mean, overall_mean, whiten
 from .losses import PolicyLoss, clipped_policy_loss, clipped_value_loss, penalty_policy_loss
 from .on_policy import Metrics, OnPolicyConfig
 from .rollout import Rollout
@@ -142,7 +142,7 @@ class PPO(SurrogateAgent):
     def _distance(self, rollout: Rollout) -> float:
         """KL(old, new) of the whole update, in nats a token."""
         log_ratio = self.policy.sequence_log_probs(rollout.sequences) - rollout.log_probs
-        return float(masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask))
+        return float(overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask))
 
     def training_state(self) -> dict[str, Any]:
         """The coefficient of the penalty, besides what every agent saves."""

@@ -76,6 +76,6 @@ class REINFORCE(SurrogateAgent):
             loss, figures["loss/value_avg"] = loss + config.value_coef * value, value
         return loss, figures
 
-    def share(self, part: Batch, whole: Batch) -> float:
-        """By episodes, over which the policy gradient is a mean."""
-        return len(part) / len(whole)
+    def weight(self, batch: Batch) -> int:
+        """Its episodes, over which the policy gradient is a mean."""
+        return len(batch)

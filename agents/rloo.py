@@ -66,6 +66,6 @@ class RLOO(GroupAgent):
             "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
 
-    def share(self, part: Batch, whole: Batch) -> float:
-        """By episodes, over which the policy gradient is a mean."""
-        return len(part) / len(whole)
+    def weight(self, batch: Batch) -> int:
+        """Its episodes, over which the policy gradient is a mean."""
+        return len(batch)

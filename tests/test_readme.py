@@ -85,6 +85,14 @@ def test_textgym_commands_parse() -> None:
     assert {words[0] for words in named} == subcommands
 
 
+def test_launched_commands_parse_and_their_settings_exist() -> None:
+    launched = [words for words in commands() if words[0] == "accelerate"]
+    assert launched
+    for words in launched:
+        assert (ROOT / words[words.index("--config_file") + 1]).exists()
+        cli.parse(words[words.index("textgym.cli") + 1 :])
+
+
 def test_scripts_and_links_exist() -> None:
     scripts = {words[1] for words in commands() if words[0] == "python"}
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link}

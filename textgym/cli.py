@@ -8,6 +8,7 @@
     textgym reward-model --output-dir runs/reward
     textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
     textgym evaluate --policy runs/ppo/policy
+    accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym.cli train --output-dir runs/ppo
 
 It sits on top of both packages, so it alone in `textgym` may import `textgym.agents`.
 """
@@ -31,6 +32,7 @@ from rich.text import Text
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
+from textgym.agents.distributed import device, end_with_a_message, join, rank
 from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
@@ -81,7 +83,7 @@ class Train:
     total_episodes: int = 4096
     """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
     num_envs: int = 64
-    """Rows of the environment."""
+    """Rows of the environment; of each process's, where there are several."""
     critic: str = "shared"
     """'shared', 'separate', or a model whose trunk the critic starts from."""
     temperature: float = 1.0
@@ -185,20 +187,26 @@ def main(arguments: list[str] | None = None) -> None:
 def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
     _check_data(command)
-    policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
-    arguments = {**_kl_arguments(command), **_decoder_start(policy)}
+    join()
+    end_with_a_message()
+    settings: dict[str, Any] = {"temperature": command.temperature, "device": device()}
+    policy = ActorCritic.from_pretrained(command.model, critic=command.critic, **settings)
+    own_device = {} if device() is None else {"device": str(device())}
+    arguments = {**_kl_arguments(command), **_decoder_start(policy), **own_device}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **arguments)
     agent = _make_agent(command, policy, envs)
+    if rank() > 0:  # the first process writes and reports for all of them
+        _learn(agent, command, [])
+        return
     folder = RunFolder(command.output_dir, command)
     live = LiveProgress()
     try:
         with live:
-            if isinstance(agent, OnPolicyAgent):
-                live.stage(type(agent).__name__, command.total_episodes)
-                agent.learn(command.total_episodes, [folder, live])
-            else:
-                live.stage(type(agent).__name__, agent.total_updates)
-                agent.learn([folder, live])
+            live.stage(
+                type(agent).__name__,
+                command.total_episodes if isinstance(agent, OnPolicyAgent) else agent.total_updates,
+            )
+            _learn(agent, command, [folder, live])
             live.stage("writing samples")
             _write_samples(policy, envs, folder, command)
             live.finish()
@@ -207,6 +215,13 @@ def train(command: Train) -> None:
         folder.draw_curves()
         folder.close()
         live.console.print(f"run folder: {command.output_dir}")
+
+
+def _learn(agent: OnPolicyAgent | SFT | DPO, command: Train, callbacks: list[Any]) -> None:
+    if isinstance(agent, OnPolicyAgent):
+        agent.learn(command.total_episodes, callbacks)
+    else:
+        agent.learn(callbacks)
 
 
 def _check_data(command: Train) -> None:

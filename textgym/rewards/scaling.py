@@ -73,6 +73,15 @@ class RunningScale:
             scores = clipped
         return scores, factors
 
+    def moments(self) -> tuple[float, float, float]:
+        """How many scores there were, their sum, and the sum of their squares: those of two lots add up."""
+        return self.count, self.count * self.mean, self.squares + self.count * self.mean**2
+
+    def take_moments(self, count: float, total: float, squares: float) -> None:
+        """Goes on from these, which `moments` has given."""
+        self.count, self.mean = round(count), total / max(count, 1)
+        self.squares = max(squares - total * self.mean, 0.0)
+
     def _count(self, scores: np.ndarray) -> None:
         total = self.count + len(scores)
         shift = float(scores.mean()) - self.mean
