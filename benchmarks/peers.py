@@ -1,12 +1,13 @@
-"""What benchmarks beside other libraries share: paired runs in processes of their own, FLOPs counted, tables.
+"""What benchmarks beside other libraries share: both sides in processes of their own, in turns; FLOPs; tables.
 
-A peer is no dependency. It is installed beside the project and found by path:
+A peer is no dependency. It is installed beside the project and found by path. What TRL imports besides goes to a folder
+called site-packages, since `dill` takes modules from anywhere else for the user's own and fails to hash them:
 
-    pip install --target .peers/trl --no-deps trl==1.16.0
-    pip install --target .peers/datasets datasets
+    pip install --target .peers/trl-1.16 --no-deps trl==1.16.0
+    pip install --target .peers/site-packages --no-deps datasets dill multiprocess pandas pyarrow python-dateutil xxhash
 
-Each side of a comparison is a script that prints one JSON object in its last line, `say`. It runs in a process of its
-own, so that neither side's imports, caches or threads touch the other's, and so that its peak memory is its own.
+Each side is a script in a process of its own, so that neither side's imports, caches or memory touch the other's. It
+does one piece of work when it is asked (`Side`, `Clock`), or one in all (`run_script`, `say`).
 """
 
 from __future__ import annotations
@@ -16,60 +17,106 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 Figures = dict[str, Any]
+Paths = Sequence[str | Path]
 
 
-def run_script(
-    script: str | Path, *arguments: object, libraries: Sequence[str | Path] = (), threads: int = 1
-) -> Figures:
-    """Runs a script in a fresh process and returns the JSON object of its last line.
+class Side:
+    """A script that does one piece of work each time it is asked, timed by its `Clock`; a context manager.
 
     Args:
         libraries: folders that `pip install --target` filled; they come before the environment's own packages.
         threads: of OpenMP.
+    """
+
+    def __init__(self, script: str | Path, *arguments: object, libraries: Paths = (), threads: int = 1) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env=_environment(libraries, threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def work(self) -> Figures:
+        """Asks for one piece; returns what the script's clock says of it: at least `seconds` and `cpu_seconds`."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(file=self.process.stdin, flush=True)
+        return _first_object(self.process.stdout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Clock:
+    """The other end of a `Side`, in its script: `start`, then `lap` after each piece of work."""
+
+    def start(self) -> None:
+        """Waits until the next piece is asked for."""
+        sys.stdin.readline()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def lap(self, **figures: float) -> None:
+        """Says how long the piece took, and figures of it; then waits for the next."""
+        spent = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+        say({**spent, **figures})
+        self.start()
+
+
+def run_script(script: str | Path, *arguments: object, libraries: Paths = (), threads: int = 1) -> Figures:
+    """Runs a script in a process of its own and returns the first JSON object that it prints; arguments as of `Side`.
 
     Raises:
         RuntimeError: the script failed; with the end of what it wrote.
     """
-    paths = [*(str(Path(folder).resolve()) for folder in libraries), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
     command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=_environment(libraries, threads), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return _first_object(done.stdout.splitlines())
 
 
 def say(figures: Mapping[str, Any]) -> None:
-    """Prints what `run_script` reads."""
+    """Prints what `run_script` and `Side` read."""
     print(json.dumps(figures), flush=True)
 
 
-def in_turns(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> Figures:
-    """Seconds of both sides, run in turns so that a busy machine slows both, and the median of the paired ratios."""
-    pairs = []
-    for repeat in range(repeats):  # the side that goes first changes, since the machine may slow down steadily
-        first, second = (ours, theirs) if repeat % 2 == 0 else (theirs, ours)
-        one, other = first(), second()
-        pairs.append((one, other) if repeat % 2 == 0 else (other, one))
-    ratios = [mine / peer for mine, peer in pairs]
-    return {
-        "ours_s": statistics.median(mine for mine, _ in pairs),
-        "peer_s": statistics.median(peer for _, peer in pairs),
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "most": max(ratios),
-    }
+def in_turns(
+    ours: Callable[[], Figures], theirs: Callable[[], Figures], repeats: int
+) -> tuple[Figures, list[Figures], list[Figures]]:
+    """Lets both sides work in turns, so that a busy machine slows both.
+
+    Returns:
+        The median seconds of both sides, and median, least and greatest of the paired ratios, ours over theirs, of wall
+        time, with the median ratio of CPU time beside it; then what each side said.
+    """
+    mine, peers = [], []
+    for repeat in range(repeats):  # the side that goes first changes, since a machine may slow down steadily
+        for side, said in ((ours, mine), (theirs, peers))[:: 1 if repeat % 2 == 0 else -1]:
+            said.append(side())
+    ratios = _ratios(mine, peers, "seconds")
+    return (
+        {
+            "seconds": statistics.median(x["seconds"] for x in mine),
+            "peer's seconds": statistics.median(x["seconds"] for x in peers),
+            "wall time ratio": statistics.median(ratios),
+            "least": min(ratios),
+            "most": max(ratios),
+            "CPU time ratio": statistics.median(_ratios(mine, peers, "cpu_seconds")),
+        },
+        mine,
+        peers,
+    )
 
 
 def count_flops(run: Callable[[], Any]) -> int:
@@ -81,13 +128,6 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Of packages of this environment, for the record."""
-    from importlib.metadata import version
-
-    return {package: version(package) for package in packages}
-
-
 def report(rows: Iterable[Mapping[str, Any]]) -> None:
     """Prints a Markdown table, and the same figures unrounded as JSON."""
     rows = list(rows)
@@ -95,6 +135,37 @@ def report(rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         print("| " + " | ".join(_short(value) for value in row.values()) + " |")
     print(json.dumps(rows), flush=True)
+
+
+def _ratios(mine: list[Figures], peers: list[Figures], name: str) -> list[float]:
+    return [one[name] / other[name] for one, other in zip(mine, peers, strict=True)]
+
+
+def _environment(libraries: Paths, threads: int) -> dict[str, str]:
+    paths = [*(str(Path(folder).absolute()) for folder in libraries), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+
+
+def _first_object(lines: Iterable[str] | IO[str]) -> Figures:
+    """The first line that is a JSON object, past whatever else a library prints.
+
+    Raises:
+        RuntimeError: there is none; the script ended before it said anything.
+    """
+    for line in lines:
+        try:
+            figures = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(figures, dict):
+            return figures
+    raise RuntimeError("the script printed no JSON object; what it wrote to stderr says why")
 
 
 def _short(value: Any) -> str:
