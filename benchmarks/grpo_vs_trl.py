@@ -221,7 +221,7 @@ def main(config: Config) -> None:
         return run_side(config)
     stop = one_in_thirty(config.new_tokens)
     settings = [(epochs, tokens) for epochs in (1, 4) for tokens in ((), stop)]
-    report([compare(replace(config, epochs=epochs, stop=tokens)) for epochs, tokens in settings])
+    report(compare(replace(config, epochs=epochs, stop=tokens)) for epochs, tokens in settings)
     return None
 
 

@@ -129,12 +129,14 @@ def count_flops(run: Callable[[], Any]) -> int:
 
 
 def report(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Prints a Markdown table, and the same figures unrounded as JSON."""
-    rows = list(rows)
-    print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
+    """Prints a Markdown table, row by row as they come, and the same figures unrounded as JSON."""
+    seen = []
     for row in rows:
-        print("| " + " | ".join(_short(value) for value in row.values()) + " |")
-    print(json.dumps(rows), flush=True)
+        if not seen:
+            print("| " + " | ".join(row) + " |\n" + "| --- " * len(row) + "|")
+        print("| " + " | ".join(_short(value) for value in row.values()) + " |", flush=True)
+        seen.append(row)
+    print(json.dumps(seen), flush=True)
 
 
 def _ratios(mine: list[Figures], peers: list[Figures], name: str) -> list[float]:
