@@ -103,6 +103,7 @@ class OnPolicyAgent(ABC):
             lr=self.config.learning_rate,
             eps=self.config.adam_epsilon,
             weight_decay=0.0,
+            fused=True,  # one pass over the weights, with no temporary of their size
         )
         self.shuffler = torch.Generator().manual_seed(self.config.seed)
         self.episodes = 0

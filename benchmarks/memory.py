@@ -8,11 +8,13 @@ random, 128 wide and 2 layers deep, so that the vocabulary is most of them. "sep
 own, as TRL demands; "shared" is our default. Each run is a process of its own and looks at its second update, when
 Adam's moments are there already.
 
-    peak       most memory of the update, less what the process had before it made the models
-    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. It grows with
-               the vocabulary whatever an update does, since each token has its row in the embedding
+    peak       most memory of rollout and update together, in MB, less what the process had before it made the models
+    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. An embedding that
+               is tied to the head has two gradients, one from either end, until they are added up. All that grows with
+               the vocabulary whatever an update does, since each token has its row
     working    peak - state: activations, logits, temporaries
-    growth     what working has at this vocabulary over what it has at the first
+    growth     of working, over what it is at the first vocabulary
+    update     of ours: working without the rollout, and its growth
 
 On the CPU memory is the resident set of the process, whose peak the kernel keeps; freed blocks are handed back at once
 (`MALLOC_MMAP_THRESHOLD_`), or it would show what the allocator keeps. On CUDA it is what torch allocated.
@@ -57,21 +59,42 @@ class Meter:
     """Peak memory of an update."""
 
     def __init__(self) -> None:
-        self.before, self.updates, self.figures = _memory("VmRSS"), 0, {}
+        self.before, self.updates, self.rollout = _memory("VmRSS"), 0, 0
+        self.figures: Figures = {}
 
-    def note(self, weights: Iterable[torch.nn.Module], optimizer: Any) -> None:
-        """Called after every update."""
-        self.updates += 1
-        if self.updates == 2:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            tensors = {p.data_ptr(): p for model in weights for p in model.parameters()}
-            state = sum(p.nbytes for p in tensors.values()) + 3 * sum(p.nbytes for p in trained)
-            peak = _memory("VmHWM") - self.before
-            self.figures = {"peak": peak / 2**20, "state": state / 2**20, "working": (peak - state) / 2**20}
-        elif CUDA:
+    def lap(self) -> int:
+        """Bytes at the peak since the last lap; from here on it starts again from what is resident now."""
+        peak = _memory("VmHWM") - self.before
+        if CUDA:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+            Path("/proc/self/clear_refs").write_text("5")
+        return peak
+
+    def note_rollout(self) -> None:
+        """Called after every rollout, by a side that can."""
+        self.rollout = self.lap()
+
+    def note_update(self, models: Iterable[torch.nn.Module], optimizer: Any) -> None:
+        """Called after every update; the second counts."""
+        self.updates += 1
+        update = self.lap()
+        if self.updates == 2:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            tensors = {p.data_ptr(): p for model in models for p in model.parameters()}
+            state = sum(p.nbytes for p in tensors.values()) + 3 * sum(p.nbytes for p in trained) + self._tied(models)
+            figures = {"peak": max(update, self.rollout), "state": state}
+            figures["working"] = figures["peak"] - state
+            if self.rollout:
+                figures["update"] = update - state
+            self.figures = {name: size / 2**20 for name, size in figures.items()}
+
+    @staticmethod
+    def _tied(models: Iterable[torch.nn.Module]) -> int:
+        """Bytes of the second gradient of the policy's embedding, the first of the models."""
+        lm = getattr(next(iter(models)), "lm", next(iter(models)))
+        weight = lm.get_input_embeddings().weight
+        return weight.nbytes if weight is lm.get_output_embeddings().weight else 0
 
 
 def _memory(what: Literal["VmRSS", "VmHWM"]) -> int:
@@ -113,7 +136,15 @@ def ours(config: Config) -> Figures:
     settings = PPOConfig(episodes_per_update=config.rows, minibatch_size=config.rows // 4, num_epochs=1)
     agent = PPO(policy, envs, settings)
     models = [policy, agent.penalty.reference, envs.unwrapped.task.scorer.functions[0].model]
-    agent.learn(2 * config.rows, callbacks=[lambda agent, _: meter.note(models, agent.optimizer)])
+    collect = agent.collect
+
+    def collected() -> Any:
+        rollout = collect()
+        meter.note_rollout()
+        return rollout
+
+    agent.collect = collected  # type: ignore[method-assign]
+    agent.learn(2 * config.rows, callbacks=[lambda agent, _: meter.note_update(models, agent.optimizer)])
     return meter.figures
 
 
@@ -157,7 +188,7 @@ def trl(config: Config) -> Figures:
 
     class Note(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **columns: Any) -> None:
-            meter.note([policy, critic, reference, reward], trainer.optimizer)
+            meter.note_update([policy, critic, reference, reward], trainer.optimizer)
 
     trainer.add_callback(Note())
     trainer.train()
@@ -208,12 +239,15 @@ def compare(config: Config) -> list[Figures]:
     rows = []
     for (side, vocab_size), figures in peaks.items():
         row = {"side": side, "vocabulary": vocab_size, **figures}
-        row["growth"] = figures["working"] / peaks[side, config.vocab_sizes[0]]["working"] - 1
+        first = peaks[side, config.vocab_sizes[0]]
+        row["growth"] = figures["working"] / first["working"] - 1
+        row["update"] = figures.get("update", "")
+        row["update's growth"] = figures["update"] / first["update"] - 1 if "update" in figures else ""
         if config.trl:
             row["peak to TRL's"] = figures["peak"] / peaks["trl", vocab_size]["peak"]
         if side != "trl":
-            bars = [row["growth"] < GROWTH_BAR, row.get("peak to TRL's", 0.0) <= PEAK_BAR]
-            row["bars"] = "met" if all(bars) else "missed"
+            row["bar: growth"] = "met" if row["growth"] < GROWTH_BAR else "missed"
+            row["bar: peak"] = "met" if row.get("peak to TRL's", 1.0) <= PEAK_BAR else "missed"
         rows.append(row)
     return rows
 
