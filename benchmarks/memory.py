@@ -9,9 +9,9 @@ own, as TRL demands; "shared" is our default. Each run is a process of its own a
 Adam's moments are there already.
 
     peak       most memory of rollout and update together, in MB, less what the process had before it made the models
-    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. An embedding that
-               is tied to the head has two gradients, one from either end, until they are added up. All that grows with
-               the vocabulary whatever an update does, since each token has its row
+    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. An embedding
+               that is tied to the head has two gradients, one from either end, until they are added up. All that grows
+               with the vocabulary whatever an update does, since each token has its row
     working    peak - state: activations, logits, temporaries
     growth     of working, over what it is at the first vocabulary
     update     of ours: working without the rollout, and its growth
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +75,7 @@ class Meter:
         """Called after every rollout, by a side that can."""
         self.rollout = self.lap()
 
-    def note_update(self, models: Iterable[torch.nn.Module], optimizer: Any) -> None:
+    def note_update(self, models: Sequence[torch.nn.Module], optimizer: Any) -> None:
         """Called after every update; the second counts."""
         self.updates += 1
         update = self.lap()
@@ -90,9 +90,9 @@ class Meter:
             self.figures = {name: size / 2**20 for name, size in figures.items()}
 
     @staticmethod
-    def _tied(models: Iterable[torch.nn.Module]) -> int:
+    def _tied(models: Sequence[torch.nn.Module]) -> int:
         """Bytes of the second gradient of the policy's embedding, the first of the models."""
-        lm = getattr(next(iter(models)), "lm", next(iter(models)))
+        lm = getattr(models[0], "lm", models[0])
         weight = lm.get_input_embeddings().weight
         return weight.nbytes if weight is lm.get_output_embeddings().weight else 0
 
