@@ -72,11 +72,17 @@ class GRPO(GroupAgent):
             centred = centred / (returns.std(1, keepdim=True) + 1e-4)
         return Targets(torch.where(rollout.mask, centred.reshape(-1, 1), 0.0))
 
-    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """An update; groups without spread are counted."""
+    def measure_kl(self, rollout: Rollout) -> Tensor:
+        """Where the loss has the KL, it needs the reference's log-probs too: one pass gives both."""
         self.reference_log_probs: Tensor | None = None
         if self.config.kl_in == "loss" and self.penalty.coef > 0:
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
+        if self.reference_log_probs is None or self.penalty.estimator == "full":
+            return super().measure_kl(rollout)
+        return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.mask)
+
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """An update; groups without spread are counted."""
         metrics = super().update(rollout, kl)
         return {**metrics, "frac_reward_zero_std": float(1 - overall_mean(self.spread.float()))}
 

@@ -68,6 +68,8 @@ class OnPolicyConfig:
     """Seeds prompts, sampling and minibatches."""
     bf16: bool = False
     """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32."""
+    gradient_checkpointing: bool = False
+    """Keep what goes into each layer alone and run it again in the backward pass: less memory, more time."""
 
 
 class OnPolicyAgent(ABC):
@@ -116,11 +118,14 @@ class OnPolicyAgent(ABC):
             policy.reference(), task.kl_coef, task.kl_estimator, task.kl_clamp
         )
         self.penalty.reference.temperature = policy.temperature
+        if self.config.gradient_checkpointing:
+            policy.checkpoint_layers()
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
             lr=self.config.learning_rate,
             eps=self.config.adam_epsilon,
             weight_decay=0.0,
+            fused=True,  # one pass over the weights, with no temporary of their size
         )
         self.shuffler = torch.Generator().manual_seed(own_seed(self.config.seed))
         self.episodes = 0

@@ -137,6 +137,13 @@ def test_options_run() -> None:
     assert history[1]["lr"] == 3e-3
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_gradient_checkpointing_changes_memory_alone(critic: str) -> None:
+    agents = [make_agent(critic, gradient_checkpointing=on).learn(64) for on in (False, True)]
+    for plain, recomputed in zip(*(agent.policy.parameters() for agent in agents), strict=True):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=0)
+
+
 def test_a_callback_stops_the_run() -> None:
     assert make_agent().learn(3200, [lambda agent, metrics: False]).updates == 1
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from textgym.data.files import atomic_folder
-from textgym.models.attention import States
+from textgym.models.attention import States, checkpoint_layers
 from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
 from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
@@ -212,6 +212,12 @@ class ActorCritic(TokenModel):
         """Frees the key-value caches of policy and critic."""
         super().reset_cache()
         self._critic_decoder = None
+
+    def checkpoint_layers(self) -> None:
+        """From now on an update keeps what goes into each layer alone, for less memory and more time."""
+        for trunk in (self.lm.base_model, self.critic):
+            if trunk is not None:
+                checkpoint_layers(trunk)
 
     def reference(self) -> TokenModel:
         """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""

@@ -6,7 +6,9 @@ scoring, and several sequences laid side by side in one row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -147,10 +149,36 @@ def packed_hidden(lm: Any, packed: Packed) -> Tensor:
     allowed = (same & (order[:, None] >= order))[:, None]  # (R, 1, L, L)
     distance = packed.position_ids[:, None, :, None] - packed.position_ids[:, None, None, :]
     mask = attention_mask(lm, allowed, distance)
-    output = lm.base_model(
-        input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
-    )
+    with _recomputing(lm.base_model):
+        output = lm.base_model(
+            input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
+        )
     return output.last_hidden_state.flatten(0, 1)
+
+
+def checkpoint_layers(trunk: Any) -> None:
+    """From now on packed passes with gradients keep what goes into each layer alone, and run it again going backward.
+
+    Raises:
+        ValueError: transformers does not know how to for this model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions call it activation checkpointing
+        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trunk.eval()
+
+
+@contextlib.contextmanager
+def _recomputing(trunk: Any) -> Iterator[None]:
+    """Layers checkpoint in training mode alone, and drop the cache in it; so it is left again for decoding."""
+    if not (getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+        yield
+        return
+    trunk.train()  # changes nothing else: there is no dropout
+    try:
+        yield
+    finally:
+        trunk.eval()
 
 
 def attention_mask(lm: Any, allowed: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:

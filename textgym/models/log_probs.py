@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from textgym.models.linear_log_probs import LinearLogProbs, Scoring
 
 CHUNK_ELEMENTS = 2**22
 """Logits held at once: 16 MB in float32."""
@@ -65,6 +67,14 @@ def token_log_probs(
     Returns:
         log-probs `(M,)` and entropies `(M,)` in nats, float32.
     """
+    if type(head) is nn.Linear:  # not a subclass, such as a sharded or an adapted one, which computes in its own way
+        size = max(1, CHUNK_ELEMENTS // vocab_size)
+        scoring = Scoring(actions, size, temperature, banned, stop_ids, allowed, entropy_gradient)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        weights = [None if x is None else x.to(dtype) for x in (head.weight, head.bias)]
+        with torch.autocast(device, enabled=False):
+            return LinearLogProbs.apply(hidden.to(dtype), *weights, scoring)
 
     def score(hidden: Tensor, actions: Tensor, banned: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         logits, free = masked_logits(head, hidden, temperature, banned, stop_ids, actions)

@@ -120,6 +120,27 @@ def test_trap_04_temperature_is_in_training_and_reference_too() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_checkpointed_layers_keep_less_and_have_the_same_gradients(architecture: str, critic: str) -> None:
+    kept, gradients = [], []
+    for checkpointed in (False, True):
+        policy = policy_of(architecture, critic, num_layers=4)
+        if checkpointed:
+            policy.checkpoint_layers()
+        sequences, log_probs, _ = play(policy, blank(*EIGHT))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            new = policy.evaluate(sequences)
+        assert (new.log_prob - log_probs).abs().max() < 1e-4
+        (new.log_prob.sum() + new.value.square().sum()).backward()
+        play(policy, blank(*EIGHT))  # decodes with its cache again
+        kept.append(sum(sizes))
+        gradients.append([weight.grad for weight in policy.parameters()])
+    assert kept[1] < 0.7 * kept[0]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("pads", [0, 1, 5])
 def test_trap_06_right_padding_invariance(architecture: str, pads: int) -> None:
     policy = policy_of(architecture)

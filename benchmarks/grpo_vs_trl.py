@@ -1,0 +1,229 @@
+"""Wall time and FLOPs of GRPO beside TRL 1.16's GRPOTrainer, which generates with transformers.
+
+    python benchmarks/grpo_vs_trl.py --trl .peers/trl-1.16 .peers/site-packages          # peers.py has the pip lines
+
+One update: 64 episodes, 8 of each prompt; a reward that costs nothing; advantages within groups; k3 to a reference
+model in the loss with beta = 0.04; the mean over tokens ("dapo"); 1 or 4 epochs of one optimiser step each. Both sides
+have the embedded model's weights, the same prompts and stop tokens, AdamW without weight decay, one thread and float32.
+In half of the settings every response has full length; in the others 1 token in 30 is a stop token, so that the mean
+length is about half the limit. The sides run in processes of their own and make an update in turns, after one to warm
+up; printed are the medians of the paired ratios. FLOPs are counted in runs of their own.
+
+Not paired: the tokens drawn, since each side has its own random numbers (the mean length of both is printed); the order
+of prompts; the figures that each side computes besides, to report them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from peers import Clock, Figures, Side, count_flops, in_turns, report, run_script, say
+
+BAR, BETA, LEARNING_RATE = 0.6, 0.04, 1e-5
+
+
+@dataclass
+class Config:
+    trl: tuple[Path, ...] = (Path(".peers/trl-1.16"), Path(".peers/site-packages"))
+    """Folders that hold TRL and datasets."""
+    rows: int = 64
+    group_size: int = 8
+    new_tokens: int = 48
+    updates: int = 10**6
+    """Of one side, in all; it is stopped before."""
+    repeats: int = 5
+    """Updates of each side that are timed, in turns, after one to warm up."""
+    side: Literal["both", "ours", "trl"] = "both"
+    """What this process runs; "both" starts processes for the two sides."""
+    epochs: int = 1
+    stop: tuple[int, ...] = ()
+    """Stop tokens; without any, responses have full length."""
+    flops: bool = False
+    """Count operations instead of seconds."""
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:
+    """Differs within each group, since a group of equal rewards teaches GRPO nothing and we would skip its work."""
+    return [float(row) for row in range(len(completions))]
+
+
+def prompts() -> list[dict[str, str]]:
+    from textgym.data.prompts import OPENINGS
+
+    return [{"prompt": line} for line in OPENINGS.read_text().splitlines()]
+
+
+def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[], float]]:
+    """What trains and calls back after every update, and the mean length of the responses."""
+    import gymnasium as gym
+
+    import textgym
+    from textgym.agents import GRPO, GRPOConfig
+
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=config.rows,
+        prompts=prompts(),
+        tokenizer="tiny",
+        reward=reward,
+        kl_mode="deferred",
+        kl_coef=BETA,
+        max_new_tokens=config.new_tokens,
+        min_new_tokens=0 if config.stop else config.new_tokens,
+        stop=config.stop,
+    )
+    settings = GRPOConfig(
+        episodes_per_update=config.rows,
+        group_size=config.group_size,
+        num_epochs=config.epochs,
+        learning_rate=LEARNING_RATE,
+        kl_in="loss",
+        kl_gradient="k3",
+    )
+    agent = GRPO(textgym.ActorCritic.from_pretrained("tiny"), envs, settings)
+    lengths: list[float] = []
+
+    def learn(after_update: Callable[[], None]) -> None:
+        def note(agent: Any, metrics: dict[str, float]) -> None:
+            lengths.append(metrics["val/response_tokens"])
+            after_update()
+
+        agent.learn(config.rows * config.updates, callbacks=[note])
+
+    return learn, lambda: statistics.mean(lengths)
+
+
+def trl(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[], float]]:
+    """The same of TRL."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from textgym.models.loading import resolve
+
+    model = AutoModelForCausalLM.from_pretrained(resolve("tiny"), dtype=torch.float32)
+    model.generation_config.eos_token_id = [model.config.eos_token_id, *config.stop]
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=config.rows,
+        num_generations=config.group_size,
+        num_iterations=config.epochs,
+        max_completion_length=config.new_tokens,
+        max_steps=config.updates * config.epochs,
+        generation_kwargs=None if config.stop else {"min_new_tokens": config.new_tokens},
+        beta=BETA,
+        temperature=1.0,
+        learning_rate=LEARNING_RATE,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    lengths: list[float] = []
+
+    def noted(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        lengths.extend(map(len, completion_ids))
+        return reward(completions)
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"), padding_side="left")
+    trainer = GRPOTrainer(
+        model, noted, args=settings, train_dataset=Dataset.from_list(prompts()), processing_class=tokenizer
+    )
+
+    def learn(after_update: Callable[[], None]) -> None:
+        class Note(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **columns: Any) -> None:
+                if state.global_step % config.epochs == 0:
+                    after_update()
+
+        trainer.add_callback(Note())
+        trainer.train()
+
+    return learn, lambda: statistics.mean(lengths)
+
+
+def run_side(config: Config) -> None:
+    """Works update by update when it is asked, or says how many operations an update takes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    learn, length = (ours if config.side == "ours" else trl)(config)
+    if config.flops:
+        say({"flops": count_flops(lambda: learn(lambda: None)) / config.updates})
+        return
+    clock = Clock()
+    clock.start()
+    learn(lambda: clock.lap(tokens=length()))
+
+
+def arguments(config: Config) -> list[str]:
+    """The command line of one side."""
+    given = ["--side", config.side, "--flops" if config.flops else "--no-flops"]
+    for name in ("rows", "group_size", "new_tokens", "updates", "epochs"):
+        given += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return [*given, "--stop", *map(str, config.stop)] if config.stop else given
+
+
+def one_in_thirty(new_tokens: int) -> tuple[int, ...]:
+    """Tokens, in the order of their ids, of which the model writes one in 30 tokens."""
+    from textgym.models.loading import load_causal_lm, load_tokenizer
+
+    tokenizer, lm = load_tokenizer("tiny"), load_causal_lm("tiny")
+    torch.manual_seed(0)
+    batch = [tokenizer(row["prompt"], return_tensors="pt") for row in prompts()[:32]]
+    drawn = torch.cat(
+        [
+            lm.generate(**x, do_sample=True, top_k=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens)[0]
+            for x in batch
+        ]
+    )
+    counts = torch.bincount(drawn, minlength=len(tokenizer))
+    counts[counts > len(drawn) / 100] = 0  # none alone, so that no text ends at its first full stop
+    chosen = (counts.cumsum(0) <= len(drawn) / 30) & (counts > 0)
+    return tuple(chosen.nonzero()[:, 0].tolist())
+
+
+def compare(config: Config) -> Figures:
+    """One row of the table."""
+    mine, peer = replace(config, side="ours"), replace(config, side="trl")
+    with (
+        Side(__file__, *arguments(mine), libraries=config.trl) as one,
+        Side(__file__, *arguments(peer), libraries=config.trl) as other,
+    ):
+        one.work(), other.work()
+        timed, said, theirs = in_turns(one.work, other.work, config.repeats)
+    counted = [
+        run_script(__file__, *arguments(replace(side, flops=True, updates=2)), libraries=config.trl)["flops"]
+        for side in (mine, peer)
+    ]
+    return {
+        "responses": "stop" if config.stop else "full length",
+        "epochs": config.epochs,
+        "tokens": said[-1]["tokens"],
+        "peer's": theirs[-1]["tokens"],
+        **timed,
+        "FLOPs ratio": counted[0] / counted[1],
+        f"bar {BAR}": "met" if timed["wall time ratio"] <= BAR else "missed",
+    }
+
+
+def main(config: Config) -> None:
+    if config.side != "both":
+        return run_side(config)
+    stop = one_in_thirty(config.new_tokens)
+    settings = [(epochs, tokens) for epochs in (1, 4) for tokens in ((), stop)]
+    report(compare(replace(config, epochs=epochs, stop=tokens)) for epochs, tokens in settings)
+    return None
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,264 @@
+"""Peak memory of one PPO update by vocabulary, beside TRL 1.12's PPO, the last that there is.
+
+    python benchmarks/memory.py --trl .peers/trl-1.12 .peers/site-packages               # peers.py has the pip lines
+    python benchmarks/memory.py --trl                                                    # ours alone
+
+One update: 64 episodes of 16 + 48 tokens, one epoch of 4 minibatches; policy, critic, reference and reward model are
+random, 128 wide and 2 layers deep, so that the vocabulary is most of them. "separate" has the critic on a trunk of its
+own, as TRL demands; "shared" is our default. Each run is a process of its own and looks at its second update, when
+Adam's moments are there already.
+
+    peak       most memory of rollout and update together, in MB, less what the process had before it made the models
+    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. An embedding
+               that is tied to the head has two gradients, one from either end, until they are added up. All that grows
+               with the vocabulary whatever an update does, since each token has its row
+    working    peak - state: activations, logits, temporaries
+    growth     of working, over what it is at the first vocabulary
+    update     of ours: working without the rollout, and its growth
+
+On the CPU memory is the resident set of the process, whose peak the kernel keeps; freed blocks are handed back at once
+(`MALLOC_MMAP_THRESHOLD_`), or it would show what the allocator keeps. On CUDA it is what torch allocated.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from peers import Figures, report, run_script, say
+
+PEAK_BAR, GROWTH_BAR = 0.5, 0.2
+CUDA = torch.cuda.is_available()
+
+
+@dataclass
+class Config:
+    trl: tuple[Path, ...] = (Path(".peers/trl-1.12"), Path(".peers/site-packages"))
+    """Folders that hold TRL and datasets; none leaves the peer out."""
+    vocab_sizes: tuple[int, ...] = (50_000, 150_000)
+    hidden_size: int = 128
+    layers: int = 2
+    tied: bool = True
+    """Input and output embedding are one."""
+    rows: int = 64
+    prompt_tokens: int = 16
+    new_tokens: int = 48
+    side: Literal["all", "separate", "shared", "trl"] = "all"
+    """What this process runs; "all" starts a process for each side and vocabulary."""
+    model: Path = Path()
+    """Of one side: the folder of the random model."""
+
+
+class Meter:
+    """Peak memory of an update."""
+
+    def __init__(self) -> None:
+        self.before, self.updates, self.rollout = _memory("VmRSS"), 0, 0
+        self.figures: Figures = {}
+
+    def lap(self) -> int:
+        """Bytes at the peak since the last lap; from here on it starts again from what is resident now."""
+        peak = _memory("VmHWM") - self.before
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        return peak
+
+    def note_rollout(self) -> None:
+        """Called after every rollout, by a side that can."""
+        self.rollout = self.lap()
+
+    def note_update(self, models: Sequence[torch.nn.Module], optimizer: Any) -> None:
+        """Called after every update; the second counts."""
+        self.updates += 1
+        update = self.lap()
+        if self.updates == 2:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            tensors = {p.data_ptr(): p for model in models for p in model.parameters()}
+            state = sum(p.nbytes for p in tensors.values()) + 3 * sum(p.nbytes for p in trained) + self._tied(models)
+            figures = {"peak": max(update, self.rollout), "state": state}
+            figures["working"] = figures["peak"] - state
+            if self.rollout:
+                figures["update"] = update - state
+            self.figures = {name: size / 2**20 for name, size in figures.items()}
+
+    @staticmethod
+    def _tied(models: Sequence[torch.nn.Module]) -> int:
+        """Bytes of the second gradient of the policy's embedding, the first of the models."""
+        lm = getattr(models[0], "lm", models[0])
+        weight = lm.get_input_embeddings().weight
+        return weight.nbytes if weight is lm.get_output_embeddings().weight else 0
+
+
+def _memory(what: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes, now or at the peak."""
+    if CUDA:
+        return torch.cuda.memory_allocated() if what == "VmRSS" else torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
+
+
+def classifier(config: Config) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=1, dtype=torch.float32)
+
+
+def ours(config: Config) -> Figures:
+    import gymnasium as gym
+
+    import textgym
+    from textgym import RewardModel
+    from textgym.agents import PPO, PPOConfig
+    from textgym.models.loading import load_tokenizer
+
+    meter, tokenizer = Meter(), load_tokenizer(config.model)
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=config.rows,
+        prompts=[" ".join(f"w{10 * row + i}" for i in range(config.prompt_tokens)) for row in range(config.rows)],
+        tokenizer=tokenizer,
+        reward=RewardModel(classifier(config), tokenizer),
+        kl_mode="deferred",
+        kl_coef=0.05,
+        max_prompt_tokens=config.prompt_tokens,
+        max_new_tokens=config.new_tokens,
+        min_new_tokens=config.new_tokens,
+    )
+    policy = textgym.ActorCritic.from_pretrained(config.model, critic=config.side)
+    settings = PPOConfig(episodes_per_update=config.rows, minibatch_size=config.rows // 4, num_epochs=1)
+    agent = PPO(policy, envs, settings)
+    models = [policy, agent.penalty.reference, envs.unwrapped.task.scorer.functions[0].model]
+    collect = agent.collect
+
+    def collected() -> Any:
+        rollout = collect()
+        meter.note_rollout()
+        return rollout
+
+    agent.collect = collected  # type: ignore[method-assign]
+    agent.learn(2 * config.rows, callbacks=[lambda agent, _: meter.note_update(models, agent.optimizer)])
+    return meter.figures
+
+
+def trl(config: Config) -> Figures:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    meter = Meter()
+    policy, reference = (AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32) for _ in range(2))
+    critic, reward = classifier(config), classifier(config)
+    rows = [[10 * row + i for i in range(config.prompt_tokens)] for row in range(2 * config.rows)]
+    prompts = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    settings = PPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=config.rows,
+        num_mini_batches=4,
+        local_rollout_forward_batch_size=config.rows,
+        total_episodes=2 * config.rows,
+        num_ppo_epochs=1,
+        response_length=config.new_tokens,
+        temperature=1.0,
+        num_sample_generations=0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=not CUDA,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = PPOTrainer(
+        args=settings,
+        processing_class=AutoTokenizer.from_pretrained(config.model, padding_side="left"),
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=critic,
+        train_dataset=prompts,
+        eval_dataset=prompts,
+    )
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **columns: Any) -> None:
+            meter.note_update([policy, critic, reference, reward], trainer.optimizer)
+
+    trainer.add_callback(Note())
+    trainer.train()
+    return meter.figures
+
+
+def make_model(config: Config, vocab_size: int, folder: str) -> None:
+    """A random model whose tokens are the words w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2").save_pretrained(folder)
+    shape = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden_size // 64,
+        max_position_embeddings=config.prompt_tokens + config.new_tokens + 1,
+        tie_word_embeddings=config.tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).save_pretrained(folder)
+
+
+def arguments(config: Config) -> list[str]:
+    given = ["--side", config.side, "--model", str(config.model)]
+    for name in ("rows", "prompt_tokens", "new_tokens"):
+        given += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return given
+
+
+def compare(config: Config) -> list[Figures]:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    sides: list[Any] = ["separate", "shared", *(["trl"] if config.trl else [])]
+    peaks: dict[tuple[str, int], Figures] = {}
+    for vocab_size in config.vocab_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(config, vocab_size, folder)
+            for side in sides:
+                run = replace(config, side=side, model=Path(folder))
+                peaks[side, vocab_size] = run_script(__file__, *arguments(run), libraries=config.trl)
+    rows = []
+    for (side, vocab_size), figures in peaks.items():
+        row = {"side": side, "vocabulary": vocab_size, **figures}
+        first = peaks[side, config.vocab_sizes[0]]
+        row["growth"] = figures["working"] / first["working"] - 1
+        row["update"] = figures.get("update", "")
+        row["update's growth"] = figures["update"] / first["update"] - 1 if "update" in figures else ""
+        if config.trl:
+            row["peak to TRL's"] = figures["peak"] / peaks["trl", vocab_size]["peak"]
+        if side != "trl":
+            row["bar: growth"] = "met" if row["growth"] < GROWTH_BAR else "missed"
+            row["bar: peak"] = "met" if row.get("peak to TRL's", 1.0) <= PEAK_BAR else "missed"
+        rows.append(row)
+    return rows
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    if config.side == "all":
+        report(compare(config))
+    else:
+        say((trl if config.side == "trl" else ours)(config))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
