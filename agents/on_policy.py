@@ -20,6 +20,7 @@ from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
@@ -247,6 +248,7 @@ class OnPolicyAgent(ABC):
             "optimizer": self.optimizer.state_dict(),
             "sampler": self._sampler.get_state(),
             "shuffler": self.shuffler.get_state(),
+            "generators": global_generators(),  # reward functions may draw from them
         }
         meta = {
             "config": dataclasses.asdict(self.config),
@@ -270,7 +272,7 @@ class OnPolicyAgent(ABC):
 
     @classmethod
     def load(cls, folder: str | Path, envs: Any = None) -> Self:
-        """An agent as it was saved, ready to `learn` on.
+        """An agent as it was saved, ready to `learn` on; the global random generators go on from then, too.
 
         Args:
             folder: what `save` wrote.
@@ -305,6 +307,7 @@ class OnPolicyAgent(ABC):
             agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
+        restore_global_generators(state["generators"])
         return agent
 
 

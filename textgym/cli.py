@@ -2,6 +2,7 @@
 
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
+    textgym train --output-dir runs/ppo --resume
     textgym train --agent grpo --group-size 8 --output-dir runs/grpo
     textgym train --agent sft --data rows.jsonl --output-dir runs/sft
     textgym train --agent dpo --data pairs.jsonl --model runs/sft/policy --output-dir runs/dpo
@@ -29,12 +30,13 @@ import tyro
 from rich.text import Text
 
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
+from textgym.agents.checkpoints import Checkpoints
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
-from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
+from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import FetchError, movie_snippets
@@ -60,6 +62,8 @@ AGENTS: dict[str, type[OnPolicyAgent]] = {
 }
 OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
 """Agents that learn from data instead of episodes."""
+FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints")
+"""Settings of `train` that may change when a run goes on."""
 
 
 @dataclass
@@ -98,6 +102,12 @@ class Train:
     """How the KL is estimated."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
+    checkpoint_every: int = 10
+    """Updates from one checkpoint to the next."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay, the newest ones."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
     config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
@@ -185,19 +195,22 @@ def main(arguments: list[str] | None = None) -> None:
 def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
     _check_data(command)
-    policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
-    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
-    agent = _make_agent(command, policy, envs)
-    folder = RunFolder(command.output_dir, command)
     live = LiveProgress()
+    checkpoints = Checkpoints(command.output_dir / "checkpoints", command.checkpoint_every, command.keep_checkpoints)
+    newest = _newest_checkpoint(command, checkpoints, live)
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
+    agent = _make_agent(command, envs) if newest is None else _load_agent(command, envs, newest)
+    policy = agent.policy
+    folder = RunFolder(command.output_dir, command, agent.updates)
+    callbacks = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from has been reported
     try:
         with live:
             if isinstance(agent, OnPolicyAgent):
                 live.stage(type(agent).__name__, command.total_episodes)
-                agent.learn(command.total_episodes, [folder, live])
+                agent.learn(command.total_episodes, callbacks)
             else:
                 live.stage(type(agent).__name__, agent.total_updates)
-                agent.learn([folder, live])
+                agent.learn(callbacks)
             live.stage("writing samples")
             _write_samples(policy, envs, folder, command)
             live.finish()
@@ -226,10 +239,35 @@ def _check_data(command: Train) -> None:
         )
 
 
-def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> OnPolicyAgent | SFT | DPO:
+def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:
+    """Where a run goes on from, `None` at its beginning; nobody's checkpoints are written over by mistake."""
+    newest = checkpoints.newest()
+    if not command.resume and newest is not None:
+        raise ValueError(
+            f"{command.output_dir} has checkpoints of an earlier run: go on from them with --resume, delete "
+            f"{checkpoints.folder}, or choose another --output-dir"
+        )
+    if command.resume and newest is None:
+        live.console.print(f"{command.output_dir} has no checkpoint to resume from: beginning anew", markup=False)
+    if newest is not None and (changed := changed_settings(command.output_dir, command, FREE)):
+        raise ValueError(
+            f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "
+            f"{'; '.join(changed)}"
+        )
+    return newest
+
+
+def _make_agent(command: Train, envs: Any) -> OnPolicyAgent | SFT | DPO:
+    policy = ActorCritic.from_pretrained(command.model, critic=command.critic, temperature=command.temperature)
     if command.agent in OFFLINE:
         return OFFLINE[command.agent](policy, command.data, command.model, command.config)
     return AGENTS[command.agent](policy, envs, command.config)
+
+
+def _load_agent(command: Train, envs: Any, checkpoint: Path) -> OnPolicyAgent | SFT | DPO:
+    if command.agent in OFFLINE:
+        return OFFLINE[command.agent].load(checkpoint, command.data)
+    return AGENTS[command.agent].load(checkpoint, envs)
 
 
 def train_reward(command: TrainReward) -> None:
