@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from textgym.data.files import remove_folder, remove_leftovers
+from textgym.models.phases import phase
 
 from .offline import OfflineAgent
 from .on_policy import Metrics, OnPolicyAgent
@@ -33,7 +34,6 @@ class Checkpoints:
         if every < 1 or keep < 1:
             raise ValueError(f"every and keep must be at least 1, got every={every} and keep={keep}")
         self.folder, self.every, self.keep = Path(folder), every, keep
-        remove_leftovers(self.folder)
 
     def __call__(self, agent: OnPolicyAgent | OfflineAgent, metrics: Metrics) -> None:
         """Called by agents after each update."""
@@ -42,9 +42,15 @@ class Checkpoints:
 
     def save(self, agent: OnPolicyAgent | OfflineAgent) -> None:
         """Writes a checkpoint now, and removes the oldest ones."""
-        agent.save(self.folder / f"{PREFIX}{agent.updates:06d}")
+        with phase("checkpoint"):
+            agent.save(self.folder / f"{PREFIX}{agent.updates:06d}")
+            self.clean()
+
+    def clean(self) -> None:
+        """Removes the oldest checkpoints, and what a process that was killed left half-written."""
         for old in self.all()[: -self.keep]:
             remove_folder(old)
+        remove_leftovers(self.folder)
 
     def all(self) -> list[Path]:
         """The checkpoints there are, oldest first; every one is complete."""

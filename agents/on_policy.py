@@ -20,6 +20,7 @@ from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.phases import phase
 from textgym.models.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
@@ -124,9 +125,12 @@ class OnPolicyAgent(ABC):
             rounds = self.config.episodes_per_update // self.envs.num_envs
             rollout = merge([self.collect() for _ in range(rounds)])
             collected = time.perf_counter()
-            kl = self.measure_kl(rollout)
+            with phase("reference"):
+                kl = self.measure_kl(rollout)
             self._anneal()
-            metrics = {**self._describe(rollout, kl), **self.update(rollout, kl)}
+            metrics = self._describe(rollout, kl)
+            with phase("update"):
+                metrics |= self.update(rollout, kl)
             self.penalty.controller.update(metrics["objective/kl"], len(rollout))
             self.episodes += len(rollout)
             self.updates += 1

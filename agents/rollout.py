@@ -10,6 +10,7 @@ from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.masks import ActionMask, narrow
+from textgym.models.phases import phase
 from textgym.models.sequences import Sequences
 
 
@@ -88,7 +89,8 @@ def collect(
     """
     task = envs.unwrapped.task
     restricted = task.restricts_actions
-    observation, _ = envs.reset(options=options)
+    with phase("environment"):
+        observation, _ = envs.reset(options=options)
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
     raw_scores, by_stop = torch.zeros_like(scores), torch.zeros_like(alive)
@@ -100,8 +102,10 @@ def collect(
         masks = task.action_masks() if restricted else None
         if action_mask is not None:
             masks = narrow(task.action_masks(), action_mask(observation))
-        step = policy.act(observation, deterministic, masks, with_value=shared)
-        observation, rewards, terminated, truncated, infos = envs.step(step.action)
+        with phase("decode"):
+            step = policy.act(observation, deterministic, masks, with_value=shared)
+        with phase("environment"):
+            observation, rewards, terminated, truncated, infos = envs.step(step.action)
         played.append(alive)
         log_probs.append(step.log_prob)
         values.append(step.value)
@@ -121,10 +125,12 @@ def collect(
         """What was noted at each step `(N,)`, at the token that was written then: `(N, T)`."""
         return sequences.pad(torch.stack(steps, 1)[torch.stack(played, 1)])
 
+    with phase("critic"):
+        state_values = laid_out(values) if shared else policy.sequence_values(sequences)
     return Rollout(
         sequences,
         laid_out(log_probs),
-        laid_out(values) if shared else policy.sequence_values(sequences),
+        state_values,
         scores,
         raw_scores,
         _token_rewards(task.token_rewards, sequences.mask),

@@ -3,6 +3,7 @@
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
     textgym train --output-dir runs/ppo --resume
+    textgym train --output-dir runs/ppo --profile
     textgym train --agent grpo --group-size 8 --output-dir runs/grpo
     textgym train --agent sft --data rows.jsonl --output-dir runs/sft
     textgym train --agent dpo --data pairs.jsonl --model runs/sft/policy --output-dir runs/dpo
@@ -36,6 +37,7 @@ from textgym.agents.demo import run as run_demo
 from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
+from textgym.agents.profiling import Profiler
 from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
@@ -62,7 +64,7 @@ AGENTS: dict[str, type[OnPolicyAgent]] = {
 }
 OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
 """Agents that learn from data instead of episodes."""
-FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints")
+FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "profile")
 """Settings of `train` that may change when a run goes on."""
 
 
@@ -108,6 +110,8 @@ class Train:
     """How many checkpoints stay, the newest ones."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
+    profile: bool = False
+    """Measure six updates: time, arithmetic and memory by phase, into `profile.md`, `profile.json`, `trace.json.gz`."""
     config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
@@ -201,8 +205,11 @@ def train(command: Train) -> None:
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
     agent = _make_agent(command, envs) if newest is None else _load_agent(command, envs, newest)
     policy = agent.policy
+    profiler = _profiler(command, agent)
     folder = RunFolder(command.output_dir, command, agent.updates)
-    callbacks = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from has been reported
+    checkpoints.clean()
+    callbacks: list[Any] = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from is reported
+    callbacks += [] if profiler is None else [profiler]
     try:
         with live:
             if isinstance(agent, OnPolicyAgent):
@@ -214,6 +221,8 @@ def train(command: Train) -> None:
             live.stage("writing samples")
             _write_samples(policy, envs, folder, command)
             live.finish()
+        if profiler is not None and profiler.profile is not None:
+            live.console.print(*profiler.profile.tables(), sep="\n")
     finally:  # also after Ctrl-C: what was learned is kept
         policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.task.tokenizer)
         folder.draw_curves()
@@ -262,6 +271,14 @@ def _make_agent(command: Train, envs: Any) -> OnPolicyAgent | SFT | DPO:
     if command.agent in OFFLINE:
         return OFFLINE[command.agent](policy, command.data, command.model, command.config)
     return AGENTS[command.agent](policy, envs, command.config)
+
+
+def _profiler(command: Train, agent: OnPolicyAgent | SFT | DPO) -> Profiler | None:
+    if not command.profile:
+        return None
+    if not isinstance(agent, OnPolicyAgent):
+        raise ValueError(f"--profile looks at the phases of agents that play episodes, not at {command.agent!r}")
+    return Profiler(command.output_dir, agent, command.total_episodes)
 
 
 def _load_agent(command: Train, envs: Any, checkpoint: Path) -> OnPolicyAgent | SFT | DPO:

@@ -195,6 +195,11 @@ class ActorCritic(TokenModel):
         super().reset_cache()
         self._critic_decoder = None
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the key-value caches of policy and critic, as they are now."""
+        return super().cache_bytes + (0 if self._critic_decoder is None else self._critic_decoder.nbytes)
+
     def reference(self) -> TokenModel:
         """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""
         if self.lora is not None:
