@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
 
 from textgym.data.files import atomic_folder
 from textgym.models.attention import PackedStates
@@ -90,7 +91,8 @@ class ActorCritic(TokenModel):
         lm = load_causal_lm(name_or_module, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         trunk = None
         if critic == "separate":
-            trunk = disable_dropout(copy.deepcopy(lm.base_model))
+            saved = None if isinstance(name_or_module, nn.Module) else _saved_trunk(Path(resolve(name_or_module)), lm)
+            trunk = disable_dropout(copy.deepcopy(lm.base_model) if saved is None else saved)
         elif critic != "shared":
             trunk = load_classifier(critic, dtype=dtype, device=device, trust_remote_code=trust_remote_code).base_model
         policy = cls(lm, trunk, temperature, _with_lora(lm, lora) if lora is not None else None)
@@ -231,7 +233,8 @@ class ActorCritic(TokenModel):
             if self.critic is not None:
                 critic |= {f"critic.{name}": weight.contiguous() for name, weight in self.critic.state_dict().items()}
             save_file({name: weight.clone() for name, weight in critic.items()}, temporary / CRITIC_FILE)
-            (temporary / CRITIC_CONFIG).write_text(json.dumps({"separate": self.critic is not None}))
+            config = None if self.critic is None else self.critic.config.to_dict()
+            (temporary / CRITIC_CONFIG).write_text(json.dumps({"separate": self.critic is not None, "config": config}))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 
@@ -272,6 +275,17 @@ class _Trunk:
     @property
     def dtype(self) -> torch.dtype:
         return self.base_model.dtype
+
+
+def _saved_trunk(folder: Path, lm: Any) -> Any:
+    """A trunk of the form that the critic in a folder had, which need not be the policy's; `None` if it had none."""
+    path = folder / CRITIC_CONFIG
+    config = json.loads(path.read_text()).get("config") if path.exists() else None
+    if config is None:
+        return None
+    with torch.random.fork_rng(devices=[]):  # its weights are read afterwards
+        kind = AutoConfig.for_model(config.pop("model_type"), **config)
+        return AutoModel.from_config(kind, dtype=lm.dtype).to(lm.device).eval()
 
 
 def _with_lora(lm: Any, config: Any) -> Any:
