@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic, Step
+from textgym.models.phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 
@@ -110,7 +111,9 @@ class Behaviour:
         if self.greedy:
             probabilities = torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(-1, keepdim=True), 1.0)
         if self.epsilon > 0:
-            explored = self._distribution(self.reference.next_logits(observation) / self.temperature, action_masks)
+            with phase("reference"):
+                reference_logits = self.reference.next_logits(observation)
+            explored = self._distribution(reference_logits / self.temperature, action_masks)
             probabilities = torch.lerp(probabilities, explored, self.epsilon)
         action = self.policy.draw(probabilities)
         log_prob = probabilities.gather(1, action[:, None])[:, 0].log()

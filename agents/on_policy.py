@@ -21,6 +21,8 @@ from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.phases import phase
+from textgym.models.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
@@ -158,9 +160,12 @@ class OnPolicyAgent(ABC):
         self._tell_rewards()
         rollout = self._play()
         collected = time.perf_counter()
-        kl = self.measure_kl(rollout)
+        with phase("reference"):
+            kl = self.measure_kl(rollout)
         self._anneal()
-        metrics = {**self._describe(rollout, kl), **self.update(rollout, kl)}
+        metrics = self._describe(rollout, kl)
+        with phase("update"):
+            metrics |= self.update(rollout, kl)
         self.penalty.controller.update(metrics["objective/kl"], self.config.episodes_per_update)
         self.episodes += self.config.episodes_per_update
         self.updates += 1
@@ -308,7 +313,13 @@ class OnPolicyAgent(ABC):
         """
         state = {
             "optimizer": full(self.optimizer.state_dict()),
-            "generators": everyone({"sampler": self._sampler.get_state(), "shuffler": self.shuffler.get_state()}),
+            "generators": everyone(
+                {
+                    "sampler": self._sampler.get_state(),
+                    "shuffler": self.shuffler.get_state(),
+                    "global": global_generators(),  # reward functions may draw from them
+                }
+            ),
         }
         scorers = everyone(self.envs.unwrapped.task.scorer.state())
         if rank() == 0:
@@ -339,7 +350,7 @@ class OnPolicyAgent(ABC):
 
     @classmethod
     def load(cls, folder: str | Path, envs: Any = None) -> Self:
-        """An agent as it was saved, ready to `learn` on.
+        """An agent as it was saved, ready to `learn` on; the global random generators go on from then, too.
 
         Args:
             folder: what `save` wrote.
@@ -382,6 +393,7 @@ class OnPolicyAgent(ABC):
             agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
+        restore_global_generators(state["generators"][rank()]["global"])
         return agent
 
 

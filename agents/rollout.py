@@ -10,6 +10,7 @@ from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.masks import ActionMask, narrow
+from textgym.models.phases import phase
 from textgym.models.sequences import Sequences
 
 
@@ -87,7 +88,8 @@ def collect(
         action_mask: narrows what may be chosen, and the log-probs with it.
     """
     task = envs.unwrapped.task
-    observation, _ = envs.reset(options=options)
+    with phase("environment"):
+        observation, _ = envs.reset(options=options)
     alone = task.writes_alone and action_mask is None and not task.episodes.decoder_start
     if alone and envs is envs.unwrapped and type(policy).act is ActorCritic.act:
         return _collect_whole(envs, policy, observation, deterministic)
@@ -103,8 +105,10 @@ def collect(
         masks = task.action_masks() if restricted else None
         if action_mask is not None:
             masks = narrow(task.action_masks(), action_mask(observation))
-        step = policy.act(observation, deterministic, masks, with_value=shared)
-        observation, rewards, terminated, truncated, infos = envs.step(step.action)
+        with phase("decode"):
+            step = policy.act(observation, deterministic, masks, with_value=shared)
+        with phase("environment"):
+            observation, rewards, terminated, truncated, infos = envs.step(step.action)
         played.append(alive)
         log_probs.append(step.log_prob)
         values.append(step.value)
@@ -124,10 +128,12 @@ def collect(
         """What was noted at each step `(N,)`, at the token that was written then: `(N, T)`."""
         return sequences.pad(torch.stack(steps, 1)[torch.stack(played, 1)])
 
+    with phase("critic"):
+        state_values = laid_out(values) if shared else policy.sequence_values(sequences)
     return Rollout(
         sequences,
         laid_out(log_probs),
-        laid_out(values) if shared else policy.sequence_values(sequences),
+        state_values,
         scores,
         raw_scores,
         _token_rewards(task.token_rewards, sequences.mask),
@@ -140,13 +146,18 @@ def _collect_whole(envs: Any, policy: ActorCritic, observation: dict[str, Tensor
     """As `collect`, where a response depends on the policy alone: written in one go, then scored in one call."""
     task = envs.task
     lengths = observation["attention_mask"].sum(1)
-    responses = policy.write(
-        observation["input_ids"], lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic
-    )
-    scores, infos = envs.submit(responses.tokens, responses.lengths)
+    with phase("decode"):
+        responses = policy.write(
+            observation["input_ids"], lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic
+        )
+    with phase("environment"):
+        scores, infos = envs.submit(responses.tokens, responses.lengths)
     sequences = task.episodes.sequences()
     mask = sequences.mask
     width = mask.shape[1]
+    with phase("critic"):
+        shared = policy.critic is None
+        values = torch.where(mask, responses.values[:, :width], 0.0) if shared else policy.sequence_values(sequences)
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(values, device=task.device)
@@ -154,9 +165,7 @@ def _collect_whole(envs: Any, policy: ActorCritic, observation: dict[str, Tensor
     return Rollout(
         sequences,
         torch.where(mask, responses.log_probs[:, :width], 0.0),
-        torch.where(mask, responses.values[:, :width], 0.0)
-        if policy.critic is None
-        else policy.sequence_values(sequences),
+        values,
         scores,
         tensor(infos["score"]).float(),
         _token_rewards(task.token_rewards, mask),

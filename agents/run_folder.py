@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 from transformers import TrainerCallback
 
-from textgym.data.files import atomic_file
+from textgym.data.files import atomic_file, remove_leftovers
 
 from .offline import OfflineAgent
 from .on_policy import Metrics, OnPolicyAgent
@@ -56,19 +56,25 @@ class RunFolder:
     Args:
         folder: made if missing.
         config: a dataclass, written at once.
+        updates: those of an earlier run that goes on from there: their metrics are kept, later ones are dropped.
 
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, config: Any) -> None:
+    def __init__(self, folder: str | Path, config: Any, updates: int = 0) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         self.write_json("config.json", dataclasses.asdict(config))
-        self.metrics = (self.folder / "metrics.jsonl").open("w")
-        self.history: list[Metrics] = []
-        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # an earlier run's, as metrics.jsonl is new too
-        self.events = _summary_writer(self.folder / "tensorboard")
+        path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
+        lines = path.read_text().splitlines()[:updates] if updates else []  # one an update; a kill may tear the next
+        self.history: list[Metrics] = [json.loads(line) for line in lines]
+        self.write(path.name, "".join(f"{line}\n" for line in lines))
+        self.metrics = path.open("a")
+        if not updates:
+            shutil.rmtree(events, ignore_errors=True)  # an earlier run's, as metrics.jsonl is new too
+        self.events = _summary_writer(events, self.history[-1] if self.history else None)
 
     def __call__(self, agent: Agent, metrics: Metrics) -> None:
         """Appends an update's metrics."""
@@ -77,6 +83,7 @@ class RunFolder:
         self.metrics.flush()
         for name, value in metrics.items():
             self.events.add_scalar(name, value, int(metrics[_clock(metrics)]))
+        self.events.flush()
 
     def write(self, name: str, text: str) -> None:
         """A text file that appears whole or not at all."""
@@ -179,6 +186,21 @@ class TrainingProgress(TrainerCallback):
         self.live.advance(state.global_step / state.max_steps, f"loss {loss[0]:.3f}" if loss else "")
 
 
+def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str]:
+    """What of a run's settings differs from `config`, but for the `free` ones; a line for each.
+
+    Args:
+        folder: of a run, with its `config.json`.
+        config: a dataclass; the fields of a `config` in it count as its own.
+        free: names of fields that may differ.
+    """
+    was = json.loads((folder / "config.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    was, now = ({**settings, **settings.pop("config", {})} for settings in (was, now))
+    names = [name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)]
+    return [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
 def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
     """Figures of several policies, numbers or ready-made texts.
 
@@ -219,14 +241,18 @@ class _NoEvents:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Does nothing."""
 
+    def flush(self) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, last: Metrics | None) -> Any:
+    """Writes events; those after the `last` metrics that are kept no longer count."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _note("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
         return _NoEvents()
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=None if last is None else int(last[_clock(last)]) + 1)

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from textgym.models.actor_critic import ActorCritic
@@ -24,11 +25,16 @@ def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, 
         base.value_head = policy.value_head
         base.save_pretrained(folder / "base")
         policy.lora.save_pretrained(folder / "adapter")
-    return {"critic": "shared" if policy.critic is None else "separate", "temperature": policy.temperature}
+    return {
+        "critic": "shared" if policy.critic is None else "separate",
+        "temperature": policy.temperature,
+        "dtype": str(policy.lm.dtype).removeprefix("torch."),
+    }
 
 
 def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
     """The policy that `save_policy` wrote, weight for weight."""
+    settings = {**settings, "dtype": getattr(torch, settings["dtype"])}
     if not (folder / "adapter").exists():
         return ActorCritic.from_pretrained(folder / "policy", **settings)
     from peft import PeftConfig, set_peft_model_state_dict

@@ -2,6 +2,8 @@
 
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
+    textgym train --output-dir runs/ppo --resume
+    textgym train --output-dir runs/ppo --profile
     textgym train --agent grpo --group-size 8 --output-dir runs/grpo
     textgym train --agent sft --data rows.jsonl --output-dir runs/sft
     textgym train --agent dpo --data pairs.jsonl --model runs/sft/policy --output-dir runs/dpo
@@ -30,13 +32,15 @@ import tyro
 from rich.text import Text
 
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
+from textgym.agents.checkpoints import Checkpoints
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.distributed import device, end_with_a_message, join, rank
 from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.offline import OfflineConfig
 from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
-from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
+from textgym.agents.profiling import Profiler
+from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import FetchError, movie_snippets
@@ -62,6 +66,8 @@ AGENTS: dict[str, type[OnPolicyAgent]] = {
 }
 OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
 """Agents that learn from data instead of episodes."""
+FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "profile")
+"""Settings of `train` that may change when a run goes on."""
 
 
 @dataclass
@@ -100,6 +106,14 @@ class Train:
     """How the KL is estimated."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
+    checkpoint_every: int = 10
+    """Updates from one checkpoint to the next."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay, the newest ones."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
+    profile: bool = False
+    """Measure six updates: time, arithmetic and memory by phase, into `profile.md`, `profile.json`, `trace.json.gz`."""
     config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
@@ -189,27 +203,35 @@ def train(command: Train) -> None:
     _check_data(command)
     join()
     end_with_a_message()
+    live = LiveProgress()
+    checkpoints = Checkpoints(command.output_dir / "checkpoints", command.checkpoint_every, command.keep_checkpoints)
+    newest = _newest_checkpoint(command, checkpoints, live)
     settings: dict[str, Any] = {"temperature": command.temperature, "device": device()}
     policy = ActorCritic.from_pretrained(command.model, critic=command.critic, **settings)
     own_device = {} if device() is None else {"device": str(device())}
     arguments = {**_kl_arguments(command), **_decoder_start(policy), **own_device}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **arguments)
-    agent = _make_agent(command, policy, envs)
+    agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest)
     if rank() > 0:  # the first process writes and reports for all of them
-        _learn(agent, command, [])
-        return
-    folder = RunFolder(command.output_dir, command)
-    live = LiveProgress()
+        return _learn(agent, command, [checkpoints])
+    policy = agent.policy
+    profiler = _profiler(command, agent)
+    folder = RunFolder(command.output_dir, command, agent.updates)
+    checkpoints.clean()
+    callbacks: list[Any] = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from is reported
+    callbacks += [] if profiler is None else [profiler]
     try:
         with live:
             live.stage(
                 type(agent).__name__,
                 command.total_episodes if isinstance(agent, OnPolicyAgent) else agent.total_updates,
             )
-            _learn(agent, command, [folder, live])
+            _learn(agent, command, callbacks)
             live.stage("writing samples")
             _write_samples(policy, envs, folder, command)
             live.finish()
+        if profiler is not None and profiler.profile is not None:
+            live.console.print(*profiler.profile.tables(), sep="\n")
     finally:  # also after Ctrl-C: what was learned is kept
         policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.task.tokenizer)
         folder.draw_curves()
@@ -242,10 +264,42 @@ def _check_data(command: Train) -> None:
         )
 
 
+def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:
+    """Where a run goes on from, `None` at its beginning; nobody's checkpoints are written over by mistake."""
+    newest = checkpoints.newest()
+    if not command.resume and newest is not None:
+        raise ValueError(
+            f"{command.output_dir} has checkpoints of an earlier run: go on from them with --resume, delete "
+            f"{checkpoints.folder}, or choose another --output-dir"
+        )
+    if command.resume and newest is None:
+        live.console.print(f"{command.output_dir} has no checkpoint to resume from: beginning anew", markup=False)
+    if newest is not None and (changed := changed_settings(command.output_dir, command, FREE)):
+        raise ValueError(
+            f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "
+            f"{'; '.join(changed)}"
+        )
+    return newest
+
+
 def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> OnPolicyAgent | SFT | DPO:
     if command.agent in OFFLINE:
         return OFFLINE[command.agent](policy, command.data, command.model, command.config)
     return AGENTS[command.agent](policy, envs, command.config)
+
+
+def _profiler(command: Train, agent: OnPolicyAgent | SFT | DPO) -> Profiler | None:
+    if not command.profile:
+        return None
+    if not isinstance(agent, OnPolicyAgent):
+        raise ValueError(f"--profile looks at the phases of agents that play episodes, not at {command.agent!r}")
+    return Profiler(command.output_dir, agent, command.total_episodes)
+
+
+def _load_agent(command: Train, envs: Any, checkpoint: Path) -> OnPolicyAgent | SFT | DPO:
+    if command.agent in OFFLINE:
+        return OFFLINE[command.agent].load(checkpoint, command.data)
+    return AGENTS[command.agent].load(checkpoint, envs)
 
 
 def train_reward(command: TrainReward) -> None:

@@ -20,6 +20,7 @@ from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.models.attention import check_encoder_decoder
 from textgym.models.loading import Device, load_tokenizer
 from textgym.models.masks import ActionMask, FunctionMask, narrow
+from textgym.models.phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
 from textgym.rewards.scaling import Scaling
@@ -279,7 +280,8 @@ class TextTask:
     def _settle(self, rows: np.ndarray, by_stop: np.ndarray) -> tuple[Tensor, dict[str, np.ndarray]]:
         """Scores the rows that ended, all in one call: the score of every row `(B,)`, and the infos."""
         finished = self.finished(rows)
-        scores = self.scorer(finished)
+        with phase("reward"):
+            scores = self.scorer(finished)
         penalty = self.missing_eos_penalty * ~by_stop[rows]
         paid = scores.score - penalty
         self._remember(rows, finished, scores)

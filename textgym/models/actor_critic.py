@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
 
 from textgym.data.files import atomic_folder
 from textgym.models.attention import States, checkpoint_layers
@@ -94,7 +95,8 @@ class ActorCritic(TokenModel):
         lm = load_causal_lm(name_or_module, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         trunk = None
         if critic == "separate":
-            trunk = disable_dropout(copy.deepcopy(lm.base_model))
+            saved = None if isinstance(name_or_module, nn.Module) else _saved_trunk(Path(resolve(name_or_module)), lm)
+            trunk = disable_dropout(copy.deepcopy(lm.base_model) if saved is None else saved)
         elif critic != "shared":
             trunk = load_classifier(critic, dtype=dtype, device=device, trust_remote_code=trust_remote_code).base_model
         policy = cls(lm, trunk, temperature, _with_lora(lm, lora) if lora is not None else None)
@@ -142,10 +144,7 @@ class ActorCritic(TokenModel):
         shape = (*prompts.shape, max_new_tokens, stop)
         if self._writer is None or self._writer.shape != shape:
             self._writer = ResponseWriter(self, *shape, captures=self.device.type == "cuda")
-        responses = self._writer.write(prompts, lengths, deterministic)
-        if not self._writer.captures:
-            self._writer = None  # captured steps are worth the memory of their cache, a cache alone is not
-        return responses
+        return self._writer.write(prompts, lengths, deterministic)
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """The action of `act`, nothing else."""
@@ -209,15 +208,22 @@ class ActorCritic(TokenModel):
         return self.value_head(hidden.float())[:, 0]
 
     def reset_cache(self) -> None:
-        """Frees the key-value caches of policy and critic."""
+        """Frees the key-value caches of policy and critic; captured steps are worth the memory of theirs."""
         super().reset_cache()
         self._critic_decoder = None
+        if self._writer is not None and not self._writer.captures:
+            self._writer = None
 
     def checkpoint_layers(self) -> None:
         """From now on an update keeps what goes into each layer alone, for less memory and more time."""
         for trunk in (self.lm.base_model, self.critic):
             if trunk is not None:
                 checkpoint_layers(trunk)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the key-value caches of policy and critic, as they are now."""
+        return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._writer) if x is not None)
 
     def reference(self) -> TokenModel:
         """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""
@@ -250,7 +256,8 @@ class ActorCritic(TokenModel):
             if self.critic is not None:
                 critic |= {f"critic.{name}": weight.contiguous() for name, weight in self.critic.state_dict().items()}
             save_file({name: weight.clone() for name, weight in critic.items()}, temporary / CRITIC_FILE)
-            (temporary / CRITIC_CONFIG).write_text(json.dumps({"separate": self.critic is not None}))
+            config = None if self.critic is None else self.critic.config.to_dict()
+            (temporary / CRITIC_CONFIG).write_text(json.dumps({"separate": self.critic is not None, "config": config}))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 
@@ -296,6 +303,17 @@ class _Trunk:
     @property
     def dtype(self) -> torch.dtype:
         return self.base_model.dtype
+
+
+def _saved_trunk(folder: Path, lm: Any) -> Any:
+    """A trunk of the form that the critic in a folder had, which need not be the policy's; `None` if it had none."""
+    path = folder / CRITIC_CONFIG
+    config = json.loads(path.read_text()).get("config") if path.exists() else None
+    if config is None:
+        return None
+    with torch.random.fork_rng(devices=[]):  # its weights are read afterwards
+        kind = AutoConfig.for_model(config.pop("model_type"), **config)
+        return AutoModel.from_config(kind, dtype=lm.dtype).to(lm.device).eval()
 
 
 def _with_lora(lm: Any, config: Any) -> Any:

@@ -111,6 +111,11 @@ class CachedDecoder:
         self.hidden: Tensor | None = None  # (B, d)
         self.version = self._weights_version()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(states.nbytes for states in (*self.cache.keys, *self.cache.values))
+
     @torch.no_grad()
     def advance(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """The last hidden state of every context.

@@ -98,6 +98,11 @@ class CachedEncoderDecoder:
         self.lengths = torch.zeros(self.num_rows, dtype=torch.long, device=device)
         self.slots = torch.arange(self.max_prompt_tokens, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches, the prompts' among them."""
+        return self.decoder.nbytes
+
     @torch.no_grad()
     def advance(self, input_ids: Tensor, lengths: Tensor, decoder_input_ids: Tensor, decoder_lengths: Tensor) -> Tensor:
         """The last hidden state of every row.
@@ -148,6 +153,12 @@ class _Responses(CachedDecoder):
         self.encoder_hidden: Tensor | None = None  # (B, P, d)
         self.encoder_mask = self.slots.new_zeros(self.num_rows, self.max_prompt_tokens)
         self.prompt_span = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the responses' cache, and of the prompts' states, keys and values."""
+        hidden = 0 if self.encoder_hidden is None else self.encoder_hidden.nbytes
+        return super().nbytes + hidden + sum(x.keys.nbytes + x.values.nbytes for x in self.prompts.stored)
 
     def take_prompts(self, rows: Tensor | None, input_ids: Tensor, lengths: Tensor) -> None:
         """Encodes the prompts `(B, P)` of some rows, and forgets their responses."""

@@ -150,6 +150,11 @@ class TokenModel(nn.Module):
         """Frees the key-value cache."""
         self._decoder = None
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the key-value cache, as it is now."""
+        return 0 if self._decoder is None else self._decoder.nbytes
+
     def _scoring(self, sequences: Sequences) -> dict[str, Any]:
         """The arguments of `token_log_probs` for the response tokens of these sequences."""
         return {

@@ -83,6 +83,11 @@ class ResponseWriter:
         """A copy of the policy, or what is unpickled, captures its own: graphs can be neither copied nor pickled."""
         return (type(None), ())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key-value caches."""
+        return sum(lanes.decoder.nbytes for lanes in self.sizes.values())
+
     @torch.no_grad()
     def write(self, prompts: Tensor, lengths: Tensor, deterministic: bool = False) -> Responses:
         """Responses to right-padded prompts `(B, W)` of these lengths `(B,)`."""

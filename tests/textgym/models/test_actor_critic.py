@@ -314,6 +314,20 @@ def test_save_and_load(tmp_path: Path) -> None:
     torch.testing.assert_close(plain(ids).logits, policy.lm(ids).logits)
 
 
+def test_a_critic_of_another_form_comes_back(tmp_path: Path) -> None:
+    """A critic that started from a reward model of its own depth and width."""
+    mock_lm(num_layers=1, hidden_size=16, seed=1).save_pretrained(tmp_path / "reward")
+    policy = ActorCritic.from_pretrained(mock_lm(), critic=str(tmp_path / "reward"))
+    torch.nn.init.normal_(policy.value_head.weight)
+    policy.save_pretrained(tmp_path / "policy")
+    again = ActorCritic.from_pretrained(tmp_path / "policy", critic="separate")
+    assert again.state_dict().keys() == policy.state_dict().keys()
+    for key, value in policy.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    states = Sequences(torch.randint(V, (2, 8)), torch.tensor([3, 4]), torch.tensor([5, 4]))
+    assert torch.equal(again.sequence_values(states), policy.sequence_values(states))
+
+
 def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     policy.save_pretrained(tmp_path / "policy")

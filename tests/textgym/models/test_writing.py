@@ -88,7 +88,9 @@ def test_a_policy_writes_the_same_twice_from_one_seed_and_frees_its_cache() -> N
         responses = policy.write(prompts(), LENGTHS, NEW, STOPS)
         assert once is None or torch.equal(once.tokens, responses.tokens)
         once = responses
-        assert policy._writer is None
+        assert policy.cache_bytes > 0
+    policy.reset_cache()
+    assert policy.cache_bytes == 0
 
 
 def test_weights_that_change_without_a_trace_are_noticed() -> None:
