@@ -33,8 +33,8 @@ def main(args: Args) -> tuple[Played, Played]:
     vector = gym.VectorizeMode.VECTOR_ENTRY_POINT
     config = PPOConfig().environment(ID).debugging(seed=0)
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=args.num_envs, gym_env_vectorize_mode=vector)
-    config.training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=256)
-    config.training(num_epochs=4, entropy_coeff=0.01, grad_clip=0.5)
+    config.training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=128)
+    config.training(num_epochs=10, entropy_coeff=0.01, grad_clip=0.5)
     algorithm = config.build_algo()
 
     def act(observations):

@@ -18,26 +18,17 @@ from textgym.testing import Played, play
 
 ID = "textgym/SentimentMLP-v0"
 ALGORITHMS = {
-    "PPO": partial(PPO, n_steps=64, batch_size=256, n_epochs=4, learning_rate=1e-3, ent_coef=0.01),
-    "A2C": partial(A2C, n_steps=24, learning_rate=1e-3, gae_lambda=0.95, ent_coef=0.01, normalize_advantage=True),
-    "DQN": partial(
-        DQN,
-        train_freq=4,
-        gradient_steps=4,
-        learning_rate=1e-3,
-        learning_starts=1000,
-        batch_size=128,
-        target_update_interval=500,
-        exploration_fraction=0.5,
-    ),
+    "PPO": partial(PPO, n_steps=32, batch_size=128, learning_rate=1e-3, ent_coef=0.01),
+    "A2C": partial(A2C, n_steps=4, learning_rate=2e-3, gae_lambda=0.95, ent_coef=0.01, normalize_advantage=True),
+    "DQN": partial(DQN, gradient_steps=32, learning_rate=1e-3, learning_starts=1000, target_update_interval=500),
 }
 
 
 @dataclass
 class Args:
     algorithm: Literal["PPO", "A2C", "DQN"] = "PPO"
-    total_timesteps: int = 20_000
-    num_envs: int = 16
+    total_timesteps: int = 20_480
+    num_envs: int = 32
     eval_episodes: int = 256
 
 

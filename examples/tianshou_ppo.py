@@ -28,8 +28,8 @@ ID = "textgym/SentimentMLP-v0"
 
 @dataclass
 class Args:
-    total_timesteps: int = 20_000
-    num_envs: int = 16
+    total_timesteps: int = 20_480
+    num_envs: int = 32
     eval_episodes: int = 256
 
 
@@ -46,7 +46,7 @@ def main(args: Args) -> tuple[Played, Played]:
     algorithm = PPO(policy=policy, critic=critic, optim=optim, gamma=1.0, ent_coef=0.01, max_grad_norm=0.5)
     collector = Collector(policy, envs, VectorReplayBuffer(8192, args.num_envs))
     params = OnPolicyTrainerParams(training_collector=collector, max_epochs=1, epoch_num_steps=args.total_timesteps)
-    params.batch_size, params.update_step_num_repetitions, params.show_progress = 256, 4, False
+    params.batch_size, params.update_step_num_repetitions, params.show_progress = 128, 10, False
     params.collection_step_num_env_steps = min(1024, args.total_timesteps)
     before = play(ID, lambda observations: policy(Batch(obs=observations, info={})).act, args.eval_episodes)
     algorithm.run_training(params)
