@@ -28,7 +28,7 @@ import tyro
 from textgym.testing import mean_and_error, play
 
 MLP, TOKENS = "`textgym/SentimentMLP-v0`", "`textgym/Sentiment-v0`"
-HEADER = ("library", "algorithm", "environment", "steps", "score before", "after", "return before", "after", "minutes")
+HEADER = ("library", "algorithm", "environment", "steps", "score before", "after", "return before", "after", "CPU minutes")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def run(row: Row, config: Config) -> list[str]:
     if config.total_timesteps is not None:
         settings["total_timesteps"] = config.total_timesteps
     example = load(row.example)
-    args, start = example.Args(**settings), time.perf_counter()
+    args, start = example.Args(**settings), time.process_time()
     before, after = example.main(args)
-    minutes = (time.perf_counter() - start) / 60
+    minutes = (time.process_time() - start) / 60
     figures = [mean_and_error(values) for values in (before.scores, after.scores, before.returns, after.returns)]
     return [library, row.algorithm, row.environment, f"{args.total_timesteps:,}", *figures, f"{minutes:.1f}"]
 
