@@ -28,7 +28,7 @@ import tyro
 from textgym.testing import mean_and_error, play
 
 MLP, TOKENS = "`textgym/SentimentMLP-v0`", "`textgym/Sentiment-v0`"
-HEADER = ("library", "algorithm", "environment", "steps", "score before", "after", "return before", "after", "CPU minutes")
+HEADER = ("library", "algorithm", "environment", "steps", "score", "after", "return", "after", "CPU minutes")
 
 
 @dataclass(frozen=True)
