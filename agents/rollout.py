@@ -119,9 +119,9 @@ def collect(
             by_stop |= ended & torch.as_tensor(infos["ended_by_stop"], device=task.device)
             raw_scores = torch.where(ended, torch.as_tensor(infos["score"], device=task.device).float(), raw_scores)
             for name in (key for key in infos if key.startswith(("reward/", "metric/"))):
-                component = torch.as_tensor(infos[name], device=task.device)
+                known, component = (torch.as_tensor(infos[key], device=task.device) for key in (f"_{name}", name))
                 unknown = torch.full_like(component, torch.nan)
-                components[name] = torch.where(ended, component, components.get(name, unknown))
+                components[name] = torch.where(known, component, components.get(name, unknown))
     sequences = task.episodes.sequences()
 
     def laid_out(steps: list[Tensor]) -> Tensor:

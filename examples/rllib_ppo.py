@@ -3,42 +3,53 @@
     python examples/rllib_ppo.py
 
 The agent reads the reference's hidden state and chooses among the 32 tokens that it finds likeliest; RLlib takes the
-vector form of the environment. Needs `pip install "ray[rllib]"`.
+vector form of the environment. Needs `pip install ray dm-tree lz4 ormsgpack pyarrow scipy tensorboardX`, which is
+`"ray[rllib]"` without its pin of an older Gymnasium.
 """
 
 from dataclasses import dataclass
 
 import gymnasium as gym
 import ray
+import torch
 import tyro
 from ray.rllib.algorithms.ppo import PPOConfig
 
-import textgym  # noqa: F401  (registers the environments)
+from textgym.testing import Played, play
+
+ID = "textgym/SentimentMLP-v0"
 
 
 @dataclass
 class Args:
-    iterations: int = 20
-    num_envs: int = 16
+    total_timesteps: int = 20_480
+    num_envs: int = 32
     train_batch_size: int = 1024
+    eval_episodes: int = 256
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> tuple[Played, Played]:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    config = (
-        PPOConfig()
-        .environment("textgym/SentimentMLP-v0")
-        .env_runners(num_env_runners=0, num_envs_per_env_runner=args.num_envs,
-                     gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT)
-        .training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=256,
-                  num_epochs=4, entropy_coeff=0.01, grad_clip=0.5)
-        .debugging(seed=0)
-    )  # fmt: skip
+    vector = gym.VectorizeMode.VECTOR_ENTRY_POINT
+    config = PPOConfig().environment(ID).debugging(seed=0)
+    config.env_runners(num_env_runners=0, num_envs_per_env_runner=args.num_envs, gym_env_vectorize_mode=vector)
+    config.training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=128)
+    config.training(num_epochs=10, entropy_coeff=0.01, grad_clip=0.5)
     algorithm = config.build_algo()
-    returns = [algorithm.train()["env_runners"]["episode_return_mean"] for _ in range(args.iterations)]
+
+    def act(observations):
+        with torch.no_grad():
+            output = algorithm.get_module().forward_inference({"obs": torch.as_tensor(observations)})
+        return torch.distributions.Categorical(logits=output["action_dist_inputs"]).sample()
+
+    before = play(ID, act, args.eval_episodes)
+    for _ in range(args.total_timesteps // args.train_batch_size):
+        algorithm.train()
+    after = play(ID, act, args.eval_episodes)
     algorithm.stop()
     ray.shutdown()
-    print(f"return before {returns[0]:+.2f}, after {returns[-1]:+.2f}")
+    print(f"score before {before}, after {after}")
+    return before, after
 
 
 if __name__ == "__main__":

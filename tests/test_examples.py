@@ -18,7 +18,7 @@ from textgym.data import sources
 from textgym.rewards.model import RewardModel
 
 FOLDER = Path(__file__).parents[1] / "examples"
-LIBRARIES = {"tianshou_ppo": "tianshou", "torchrl_ppo": "torchrl", "rllib_ppo": "ray"}
+LIBRARIES = {"tianshou_ppo": "tianshou", "torchrl_ppo": "torchrl", "rllib_ppo": "ray", "sbx_ppo": "sbx"}
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -105,7 +105,7 @@ def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # MaskablePPO says what its KL is
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("sb3_")])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("sb3_") and name != "sb3_mlp"])
 def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Stock algorithms, each in a file of at most 40 lines."""
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 40
@@ -117,16 +117,31 @@ def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("cleanrl_loop", {"updates": 2, "num_envs": 4, "num_steps": 4}),
-        ("tianshou_ppo", {"total_timesteps": 64, "num_envs": 2, "eval_episodes": 2}),
-        ("torchrl_ppo", {"total_timesteps": 128, "num_envs": 2, "frames_per_batch": 64}),
-        ("rllib_ppo", {"iterations": 1, "num_envs": 2, "train_batch_size": 256}),
+        ("cleanrl_loop", {"total_timesteps": 192, "num_envs": 4}),
+        ("tianshou_ppo", {"total_timesteps": 128, "num_envs": 4}),
+        ("torchrl_ppo", {"total_timesteps": 256, "num_envs": 4}),
+        ("rllib_ppo", {"total_timesteps": 256, "num_envs": 4, "train_batch_size": 256}),
+        ("sbx_ppo", {"total_timesteps": 128, "num_envs": 4}),
+        ("sb3_mlp", {"algorithm": "PPO", "total_timesteps": 128, "num_envs": 4}),
+        ("sb3_mlp", {"algorithm": "A2C", "total_timesteps": 128, "num_envs": 4}),
+        ("sb3_mlp", {"algorithm": "DQN", "total_timesteps": 1100, "num_envs": 32}),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # theirs
-def test_other_libraries(name: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    output = output_of(name, capsys, **settings)
-    assert re.search(r"before [+-]\d+\.\d\d, after [+-]\d+\.\d\d", output)
+def test_other_libraries(name: str, settings: dict[str, Any]) -> None:
+    """Each trains and says what it scored before and after."""
+    module = load(name)
+    before, after = module.main(module.Args(**settings, eval_episodes=8))
+    for played in (before, after):
+        assert played.scores.shape == (8,)
+        assert (played.returns < played.scores).all(), "the environment pays its half of the KL"
+
+
+@pytest.mark.parametrize("name", ["cleanrl_loop", "sb3_mlp", *LIBRARIES])
+def test_an_example_of_another_library_has_at_most_60_lines(name: str) -> None:
+    lines = (FOLDER / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= 60
+    assert not any("fmt: skip" in line for line in lines)
 
 
 def test_train_reward_model(

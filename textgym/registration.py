@@ -30,10 +30,13 @@ ENTRY_POINTS = {
         "textgym.wrappers.sentiment_mlp:sentiment_mlp_vector",
     ),
 }
+ARGUMENTS = {"textgym/SentimentMLP-v0": {"kl_mode": "reference"}}  # agents see no tokens and cannot pay the KL
+"""What an id is registered with; `textgym.sb3.make_vec_env` would else leave the KL to the agent."""
 
 
 def register_environments() -> None:
     """Makes the ids known to `gymnasium.make` and `gymnasium.make_vec`; a second call changes nothing."""
     for env_id, (entry_point, vector_entry_point) in ENTRY_POINTS.items():
         if env_id not in gym.registry:
-            gym.register(env_id, entry_point=entry_point, vector_entry_point=vector_entry_point)
+            kwargs = ARGUMENTS.get(env_id, {})
+            gym.register(env_id, entry_point=entry_point, vector_entry_point=vector_entry_point, kwargs=kwargs)

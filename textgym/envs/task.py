@@ -47,7 +47,7 @@ class Outcome:
         rewards: `(B,)` float32, on the task's device.
         ends: which rows ended, and how.
         ended: host copy of the rows that ended, bool `(B,)`.
-        infos: numpy arrays `(B,)` for each key, set where `ended`; empty if no row ended.
+        infos: numpy arrays `(B,)` for each key, set where `ended`, NaN if unknown; empty if no row ended.
     """
 
     rewards: Tensor
@@ -289,12 +289,8 @@ class TextTask:
         everywhere[torch.as_tensor(rows, device=self.device)] = torch.as_tensor(
             paid, dtype=everywhere.dtype, device=self.device
         )
-        kl = self.kl_sum if self.kl_mode == "exact" else torch.full_like(self.kl_sum, torch.nan)
-        if self.kl_mode == "exact" and self.penalty is not None:
-            self.penalty.controller.update(float(kl[torch.as_tensor(rows)].mean()), len(rows))
         values: dict[str, np.ndarray] = {
             "score": scores.raw - penalty,
-            "kl": kl.cpu().numpy().astype(np.float64)[rows],
             "kl_reward": self.kl_paid.cpu().numpy().astype(np.float64)[rows],
             "response_tokens": np.array([len(ids) for ids in finished.completion_ids], dtype=np.int64),
             "is_success": scores.raw - penalty > 0,
@@ -302,6 +298,10 @@ class TextTask:
             **{f"reward/{name}": values for name, values in scores.components.items()},
             **{f"metric/{name}": np.full(len(rows), value) for name, value in scores.metrics.items()},
         }
+        if self.kl_mode == "exact":  # only then the policy is known
+            values["kl"] = self.kl_sum.cpu().numpy().astype(np.float64)[rows]
+            if self.penalty is not None:
+                self.penalty.controller.update(float(values["kl"].mean()), len(rows))
         if self.scorer.scale.active:
             values["score_paid"] = paid
         if self.scorer.on_error != "raise":

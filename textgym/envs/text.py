@@ -59,11 +59,12 @@ class TextEnv(gym.Env[ObsType, int]):
     `length_limit="truncate"` reports the length limit as truncation, for agents that bootstrap there.
 
     ## Information
-    At the end: `score`, `kl` (nats in the episode; NaN where the environment does not know the policy), `kl_reward`
-    (the KL term paid in the episode), `response_tokens`, `is_success` (score above 0), `ended_by_stop`, and
-    `reward/<name>` for each function. Where they occur: `metric/<name>` (what a function logged), `score_paid` (the
-    score as scaled and clipped) and `reward_errors` (functions that failed). Text is in `env.unwrapped.transcript`,
-    and in `info` with `info_text=True`.
+    At the end: `score`, `kl_reward` (the KL term paid in the episode), `response_tokens`, `is_success` (score above 0),
+    `ended_by_stop`, and `reward/<name>` for each function. Where they occur: `kl` (nats in the episode, in
+    `kl_mode="exact"`: else the environment does not know the policy), `metric/<name>` (what a function logged),
+    `score_paid` (the score as scaled and clipped) and `reward_errors` (functions that failed). What is unknown has no
+    key, as a function that gave `None`; there is no NaN. Text is in `env.unwrapped.transcript`, and in `info` with
+    `info_text=True`.
 
     ## Arguments
     Args:
@@ -199,7 +200,7 @@ class TextEnv(gym.Env[ObsType, int]):
         outcome = self.task.play(torch.tensor([int(action)], device=self.task.device))
         by_length = bool(outcome.ends.by_length[0])
         truncated = by_length and self.task.truncates
-        info: dict[str, Any] = {key: values[0].item() for key, values in outcome.infos.items()}
+        info: dict[str, Any] = {key: value.item() for key, (value,) in outcome.infos.items() if not np.isnan(value)}
         if info:
             self._score = info["score"]
             if self.info_text:

@@ -248,15 +248,16 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         return values if self.array == "torch" else values.cpu().numpy()
 
     def _infos(self, outcome: Outcome) -> dict[str, Any]:
-        """The infos of rows that ended, each key with its `_key` mask, as Gymnasium lays them out."""
-        infos: dict[str, Any] = dict(outcome.infos)
+        """What is known of rows that ended, each key with its `_key` mask, as Gymnasium lays infos out."""
+        known = {key: outcome.ended & ~np.isnan(values) for key, values in outcome.infos.items()}
+        infos: dict[str, Any] = {key: values for key, values in outcome.infos.items() if known[key].any()}
         if infos and self.info_text:
             for key in self.task.transcript(int(np.argmax(outcome.ended))):
                 texts = [
                     self.task.transcripts[row].get(key) if outcome.ended[row] else None for row in range(self.num_envs)
                 ]
                 infos[key] = np.array([*texts, None], dtype=object)[:-1]
-        return {**infos, **{f"_{key}": outcome.ended.copy() for key in infos}}
+        return {**infos, **{f"_{key}": known.get(key, outcome.ended).copy() for key in infos}}
 
     def _final(self, ended: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
         observation = self._observation()

@@ -104,7 +104,7 @@ class KLCallback(BaseCallback):
             if self.penalty is not None:
                 self.episode_kl.append(float(self.kl_so_far[row]))
                 self.kl_so_far[row] = 0.0
-            elif not math.isnan(info.get("kl", math.nan)):
+            elif "kl" in info:
                 self.episode_kl.append(info["kl"])
         return True
 

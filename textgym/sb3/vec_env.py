@@ -22,7 +22,8 @@ def make_vec_env(id_or_env: str | Any, n_envs: int = 1, **env_kwargs: Any) -> Ve
     """A `VecEnv` whose rows are one batch of a `TextVectorEnv`, monitored as SB3's own `make_vec_env` does.
 
     Unless told otherwise the environment leaves the KL to the agent (`kl_mode="deferred"`): `EpisodeRolloutBuffer` or
-    `KLCallback` pay it. Algorithms without behaviour log-probs, such as DQN, ask for `kl_mode="reference"`.
+    `KLCallback` pay it. Algorithms without behaviour log-probs, such as DQN, ask for `kl_mode="reference"`. An id that
+    is registered with a `kl_mode`, as `textgym/SentimentMLP-v0` is, keeps it.
 
     Args:
         id_or_env: a registered id, or a `TextVectorEnv`.
@@ -40,7 +41,9 @@ def make_vec_env(id_or_env: str | Any, n_envs: int = 1, **env_kwargs: Any) -> Ve
     ([True, True], 2, (50,))
     """
     if isinstance(id_or_env, str):
-        envs: Any = gym.make_vec(id_or_env, num_envs=n_envs, **{"kl_mode": "deferred", **env_kwargs})
+        registered = gym.spec(id_or_env.rpartition(":")[2]).kwargs
+        kl_mode = registered.get("kl_mode", "deferred")
+        envs: Any = gym.make_vec(id_or_env, num_envs=n_envs, **{"kl_mode": kl_mode, **env_kwargs})
     elif env_kwargs or n_envs not in (1, id_or_env.num_envs):
         raise ValueError("n_envs and arguments are for an id; an environment that is made already has its own")
     else:
@@ -132,8 +135,8 @@ class TextVecEnv(VecEnv):
             final: dict[str, np.ndarray] = infos["final_info"]
             names: Sequence[str] = [name for name in final if not name.startswith("_")]
             for row in np.flatnonzero(infos["_final_info"]):
-                rows[row] = {name: final[name][row].item() for name in names if _is_number(final[name])}
-                rows[row] |= {name: final[name][row] for name in names if not _is_number(final[name])}
+                known = {name: final[name][row] for name in names if final[f"_{name}"][row]}
+                rows[row] = {name: value.item() if _is_number(final[name]) else value for name, value in known.items()}
                 rows[row]["terminal_observation"] = infos["final_obs"][row]
                 rows[row]["TimeLimit.truncated"] = bool(truncated[row])
         return rows

@@ -6,18 +6,22 @@ from textgym.models.letters import letter_tokenizer
 from textgym.testing.checks import check_text_env
 from textgym.testing.exact import ExactOptimum, ExactTask
 from textgym.testing.mocks import byte_tokenizer, mock_lm, mock_seq2seq_lm
+from textgym.testing.play import Played, mean_and_error, play
 from textgym.testing.rewards import check_reward
 from textgym.testing.table import TableConfig, TableLM
 
 __all__ = [
     "ExactOptimum",
     "ExactTask",
+    "Played",
     "TableConfig",
     "TableLM",
     "byte_tokenizer",
     "check_reward",
     "check_text_env",
     "letter_tokenizer",
+    "mean_and_error",
     "mock_lm",
     "mock_seq2seq_lm",
+    "play",
 ]

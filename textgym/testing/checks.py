@@ -120,8 +120,7 @@ def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, termin
         "terminates, unless length_limit='truncate'"
     )
     names, weights = task.scorer.names, task.scorer.weights
-    parts = [weight * info[f"reward/{name}"] for name, weight in zip(names, weights, strict=True)]
-    score = sum(part for part in parts if not math.isnan(part))
+    score = sum(weight * info.get(f"reward/{name}", 0.0) for name, weight in zip(names, weights, strict=True))
     score -= task.missing_eos_penalty * (not info["ended_by_stop"])
     assert math.isclose(score, info["score"], abs_tol=1e-4), (
         f"the components add up to {score:.6g} and the score is {info['score']:.6g}: "

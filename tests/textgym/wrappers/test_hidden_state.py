@@ -93,8 +93,9 @@ def test_vector_form_of_the_registered_task() -> None:
 
 
 def test_stock_ppo_with_its_own_policy_and_buffer() -> None:
-    env = make_vec_env(ENV_ID, n_envs=2, max_new_tokens=4, kl_mode="reference", min_new_tokens=1)
+    env = make_vec_env(ENV_ID, n_envs=2, max_new_tokens=4, min_new_tokens=1)
     model = PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, gamma=1.0, seed=0).learn(32)
     assert model.num_timesteps == 32
+    assert env.get_attr("task")[0].kl_mode == "reference", "not left to an agent that sees no tokens"
     assert len(model.ep_info_buffer) > 4
     assert np.stack(env.env_method("action_masks")).shape == (2, 32), "of the view, not of the tokens"

@@ -1,0 +1,123 @@
+"""Agents of other libraries, as examples/ plugs them in: what each scores before and after it was trained.
+
+    python benchmarks/libraries.py                         # all of them, a minute or two each on one thread
+    python benchmarks/libraries.py --rows sb3-dqn sbx
+
+`score` is the reward model's alone; `return` is what the environment pays, the score and its half of the KL,
+0.05 log pi_ref of each token. All rows are measured alike, by `textgym.testing.play`: 256 episodes, on the 200 prompts
+that they train on, in order, and again; the standard error of the mean is that over these episodes. Each row is one run
+of one seed. Algorithms that learn a policy are sampled from, DQN is greedy. A library that is not installed is said to
+be absent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from textgym.testing import mean_and_error, play
+
+MLP, TOKENS = "`textgym/SentimentMLP-v0`", "`textgym/Sentiment-v0`"
+HEADER = ("library", "algorithm", "environment", "steps", "score", "after", "return", "after", "CPU minutes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One agent.
+
+    Attributes:
+        library: its name, and that of its package on PyPI.
+        algorithm: what is trained.
+        environment: where.
+        example: the file in examples/ that trains it.
+        settings: its arguments.
+    """
+
+    library: str
+    algorithm: str
+    environment: str
+    example: str
+    settings: dict[str, Any]
+
+
+ROWS = {
+    "sb3-ppo": Row("stable-baselines3", "PPO", MLP, "sb3_mlp", {"algorithm": "PPO"}),
+    "sb3-a2c": Row("stable-baselines3", "A2C", MLP, "sb3_mlp", {"algorithm": "A2C"}),
+    "sb3-dqn": Row("stable-baselines3", "DQN", MLP, "sb3_mlp", {"algorithm": "DQN"}),
+    "sbx": Row("sbx-rl", "PPO", MLP, "sbx_ppo", {}),
+    "tianshou": Row("tianshou", "PPO", MLP, "tianshou_ppo", {}),
+    "torchrl": Row("torchrl", "PPO", MLP, "torchrl_ppo", {}),
+    "rllib": Row("ray", "PPO", MLP, "rllib_ppo", {}),
+    "cleanrl": Row("none (CleanRL's form)", "PPO", TOKENS, "cleanrl_loop", {}),
+}
+MODULES = {"stable-baselines3": "stable_baselines3", "sbx-rl": "sbx"}
+"""Packages whose module has another name."""
+
+
+@dataclass
+class Config:
+    """What is run."""
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Names of rows."""
+    total_timesteps: int | None = None
+    """Environment steps to train for; each example's own number if not given."""
+    episodes: int = 256
+    """To measure with, before and after."""
+
+
+def run(row: Row, config: Config) -> list[str]:
+    """The cells of a row."""
+    library, settings = row.library, {**row.settings, "eval_episodes": config.episodes}
+    if row.example != "cleanrl_loop":
+        if importlib.util.find_spec(MODULES.get(library, library)) is None:
+            return [library, row.algorithm, row.environment, f"absent: `pip install {library}`", *[""] * 5]
+        library = f"{library} {version(library)}"
+    if config.total_timesteps is not None:
+        settings["total_timesteps"] = config.total_timesteps
+    example = load(row.example)
+    args, start = example.Args(**settings), time.process_time()
+    before, after = example.main(args)
+    minutes = (time.process_time() - start) / 60
+    figures = [mean_and_error(values) for values in (before.scores, after.scores, before.returns, after.returns)]
+    return [library, row.algorithm, row.environment, f"{args.total_timesteps:,}", *figures, f"{minutes:.1f}"]
+
+
+def likeliest(config: Config) -> list[str]:
+    """The row of an agent that learns nothing and always takes the likeliest token."""
+    played = play("textgym/SentimentMLP-v0", lambda observations: np.zeros(len(observations), int), config.episodes)
+    return ["none", "always the likeliest token", MLP, "0", str(played), "", mean_and_error(played.returns), "", "0.0"]
+
+
+def load(name: str) -> Any:
+    """An example as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(config: Config) -> None:
+    """Prints the table, a row as soon as it is known; examples print a line of their own."""
+    torch.set_num_threads(1)
+    rows = (run(ROWS[name], config) for name in config.rows)
+    for cells in itertools.chain([HEADER, ["---"] * len(HEADER), likeliest(config)], rows):
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
