@@ -10,7 +10,7 @@ from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
 class AnswerEnv(StandInEnv):
-    """Questions to be answered: a stand-in for NarrativeQA (RL4LMs' `narrativeqa`, a task of GRUE).
+    """Questions to be answered: a stand-in for NarrativeQA (RL4LMs' `narrative_qa`, a task of GRUE).
 
     ## Description
     Questions of general knowledge and on computer trouble, without a text that says the answer. They are fetched once,
