@@ -48,7 +48,7 @@ class AnswerEnv(StandInEnv):
     """
 
     metrics = (
-        "textgym.rewards.answers:token_f1",
+        "textgym.rewards.functions:token_f1",
         "textgym.rewards.functions:exact_match",
         "textgym.rewards.functions:Rouge",
     )
@@ -56,7 +56,7 @@ class AnswerEnv(StandInEnv):
     load = staticmethod(question_prompts)
     stands_for = hub.NARRATIVE_QA
     own: ClassVar[Settings] = {
-        "reward": "textgym.rewards.answers:token_f1",
+        "reward": "textgym.rewards.functions:token_f1",
         "max_prompt_tokens": 48,
         "max_new_tokens": 16,
     }
