@@ -128,7 +128,7 @@ def test_tasks_stand_for_the_same_rl4lms_configs_in_readme_and_docstrings() -> N
     assert set(configs) == {f"textgym/{name}-v0" for name in TASKS}
     for name, module in TASKS.items():
         environment = getattr(import_module(f"textgym.envs.tasks.{module}"), f"{name}Env")
-        assert configs[f"textgym/{name}-v0"] == re.findall(r"RL4LMs' `(\w+)`", environment.__doc__)
+        assert configs[f"textgym/{name}-v0"] == re.findall(r"\(RL4LMs' `(\w+)`", environment.__doc__)
     assert sorted(config for row in configs.values() for config in row) == RL4LMS_CONFIGS
 
 

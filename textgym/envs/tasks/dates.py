@@ -30,8 +30,8 @@ class DatesEnv(TaskEnv):
 
     ## Rewards
     On the last token how much of a date the text has (`date_share`): tenths for the characters of the longest beginning
-    of one, 1 for one that the calendar has. RL4LMs (`sentences_with_dates`) pays for
-    complete ones only, which the embedded model never writes by chance. No reference.
+    of one, 1 for one that the calendar has. RL4LMs (`sentences_with_dates`) pays for complete ones only, which the
+    embedded model never writes by chance. No reference.
 
     Metrics: the reward itself; `has_date`, the share of texts with a date, as RL4LMs pays but for days that no calendar
     has.
