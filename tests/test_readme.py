@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,23 @@ from textgym.agents import PPOConfig
 from textgym.envs.tasks.sentiment import DEFAULTS
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.registration import TASKS
 from textgym.rewards import functions
 from textgym.rewards.model import RewardModelConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+RL4LMS_CONFIGS = [
+    "common_gen",
+    "dialog",
+    "imdb_text_continuation",
+    "iwslt2017",
+    "narrative_qa",
+    "summarization",
+    "synthetic_generate_increasing_numbers",
+    "totto",
+]
 TABLE_ROW = re.compile(r"^\| `(\w+)` \| (required|`[^`]+`) \| ", re.MULTILINE)
 
 
@@ -115,6 +127,17 @@ def test_ready_made_functions_are_those_of_the_code() -> None:
     table = README.split("Ready-made ones, all in")[1].split("A reward model is")[0]
     names = {name for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert names == set(functions.__all__)
+
+
+def test_tasks_stand_for_the_same_rl4lms_configs_in_readme_and_docstrings() -> None:
+    """And for each of RL4LMs' folders `scripts/training/task_configs` there is one."""
+    shown = dict(re.findall(r"^\| `(textgym/\w+-v0)` \|(?:[^|]*\|){3} ([^|]*) \|", README, re.MULTILINE))
+    configs = {env_id: re.findall(r"`(\w+)`", cell) for env_id, cell in shown.items()}
+    assert set(configs) == {f"textgym/{name}-v0" for name in TASKS}
+    for name, module in TASKS.items():
+        environment = getattr(import_module(f"textgym.envs.tasks.{module}"), f"{name}Env")
+        assert configs[f"textgym/{name}-v0"] == re.findall(r"\(RL4LMs' `(\w+)`", environment.__doc__)
+    assert sorted(config for row in configs.values() for config in row) == RL4LMS_CONFIGS
 
 
 def test_tables_of_arguments_are_those_of_the_code() -> None:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.agents.evaluation import Samples, best_of_n, distinct_2, generate, measure, score_intervals, score_samples
+from textgym.agents.evaluation import (
+    Samples,
+    best_of_n,
+    distinct_2,
+    generate,
+    measure,
+    score_gains,
+    score_intervals,
+    score_samples,
+)
 from textgym.agents.rollout import Rollout
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
@@ -153,6 +162,25 @@ def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
     assert intervals["length"].high == pytest.approx(lengths.mean() + half, abs=0.2 * half)
     assert str(intervals["constant"]) == "2.000 [2.000, 2.000]"
     assert intervals["Chrf"].low < intervals["Chrf"].value < intervals["Chrf"].high
+
+
+def test_gains_are_of_the_same_prompts(policy: ActorCritic) -> None:
+    """A gain that all rows share has no width, however far apart the rows are; other prompts are refused."""
+
+    def shifted(completions: list[str], prompts: list[str], shift: list[float]) -> list[float]:
+        return [100.0 * len(prompt) + extra for prompt, extra in zip(prompts, shift, strict=True)]
+
+    before, after = (
+        generate(policy, make_envs(prompts=[{"prompt": t, "shift": shift} for t in TEXTS]), range(5), seed=0)
+        for shift in (0.0, 0.25)
+    )
+    assert str(score_gains(before, after, [shifted])["shifted"]) == "0.250 [0.250, 0.250]"
+    assert str(score_gains(after, before, [shifted])["shifted"]) == "-0.250 [-0.250, -0.250]"
+    wide = score_intervals(after, [shifted])["shifted"]
+    assert wide.high - wide.low > 50
+    fewer = generate(policy, make_envs(), [4, 3, 2, 1, 0], seed=0)
+    with pytest.raises(ValueError, match="samples of the same prompts"):
+        score_gains(before, fewer, [shifted])
 
 
 def test_metrics_see_what_rewards_saw(policy: ActorCritic) -> None:

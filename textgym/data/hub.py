@@ -1,6 +1,7 @@
 """The data sets that the stand-ins stand for, from the hub, with the columns that their tasks read (extra `tasks`).
 
-Each keeps the licence of its own card. They are loaded by name with the `datasets` package, which caches them.
+Each keeps the licence of its own card. They are loaded by name with the `datasets` package, which caches them. It runs
+no scripts since its version 4; of data sets that are defined by one it reads the hub's own conversion to parquet.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from textgym.data.prompts import Row
 from textgym.data.splits import check_split
 
 Record = Mapping[str, Any]
+CONVERSIONS = "refs/convert/parquet"
+"""The branch of a data set that the hub's conversion is on."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class Original:
         path: its name, or a folder with files of the same columns.
         rows: makes prompts of its records.
         config: which part of it.
-        revision: where its files are; data sets that are defined by a script have them converted elsewhere.
+        converted: the folder of that part in the conversion to parquet, which may be a pattern; its subfolders are the
+            splits. Not set where the data set is no script.
     """
 
     path: str
     rows: Callable[[Iterable[Record]], list[Row]]
     config: str | None = None
-    revision: str | None = None
+    converted: str | None = None
 
     def load(self, split: str) -> list[Row]:
         """Rows with `prompt`, `references` and what else the task reads.
@@ -46,7 +50,10 @@ class Original:
             from datasets import load_dataset
         except ImportError as error:
             raise ImportError(f"{self.path} needs datasets: pip install 'textgym[tasks]'") from error
-        return self.rows(load_dataset(self.path, self.config, split=split, revision=self.revision))
+        if self.converted is None:
+            return self.rows(load_dataset(self.path, self.config, split=split))
+        files = {split: f"{self.converted}/{split}/*.parquet"}  # by themselves "challenge_test" would count as "test"
+        return self.rows(load_dataset(self.path, data_files=files, split=split, revision=CONVERSIONS))
 
 
 def _common_gen(records: Iterable[Record]) -> list[Row]:
@@ -96,15 +103,14 @@ def _narrative_qa(records: Iterable[Record]) -> list[Row]:
 def _daily_dialog(records: Iterable[Record]) -> list[Row]:
     return [
         {"prompt": f"A: {first.strip()}\nB: {second.strip()}\nA:", "references": reply.strip()}
-        for turns in (record["dialog"] for record in records)
+        for turns in (record["utterances"] for record in records)
         for first, second, reply in zip(turns, turns[1:], turns[2:], strict=False)
     ]
 
 
-CONVERTED = "refs/convert/parquet"
 COMMON_GEN = Original("allenai/common_gen", _common_gen)
 CNN_DAILYMAIL = Original("abisee/cnn_dailymail", _cnn_dailymail, "3.0.0")
-TOTTO = Original("GEM/totto", _totto, revision=CONVERTED)
-IWSLT = Original("IWSLT/iwslt2017", _iwslt, "iwslt2017-en-de", CONVERTED)
+TOTTO = Original("GEM/totto", _totto, converted="*")
+IWSLT = Original("IWSLT/iwslt2017", _iwslt, converted="iwslt2017-en-de")
 NARRATIVE_QA = Original("deepmind/narrativeqa", _narrative_qa)
-DAILY_DIALOG = Original("li2017dailydialog/daily_dialog", _daily_dialog, revision=CONVERTED)
+DAILY_DIALOG = Original("roskoN/dailydialog", _daily_dialog, converted="full")

@@ -7,6 +7,7 @@ with settings are classes. All of them serve as evaluation metrics, with weight 
 
 from __future__ import annotations
 
+from textgym.rewards.answers import token_f1
 from textgym.rewards.formats import GrammarMatch, JsonSchema
 from textgym.rewards.judges import Perplexity, SemanticSimilarity
 from textgym.rewards.overlap import Bleu, Chrf, Meteor, Rouge, Ter
@@ -46,4 +47,5 @@ __all__ = [
     "json_valid",
     "lexicon_sentiment",
     "reasoning_gym_score",
+    "token_f1",
 ]

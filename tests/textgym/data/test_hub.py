@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
             "answers": [{"text": "Ada"}, {"text": "Ada did"}],
         }
     ],
-    "DAILY_DIALOG": [{"dialog": ["Hi .", " Hello .", "Bye .", "So long ."]}],
+    "DAILY_DIALOG": [{"utterances": ["Hi .", " Hello .", "Bye .", "So long ."], "acts": [1, 1, 1, 1]}],
 }
 ROWS: dict[str, list[dict[str, Any]]] = {
     "COMMON_GEN": [
@@ -66,15 +66,41 @@ def test_columns_are_mapped(name: str) -> None:
 def test_loaded_by_the_datasets_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split in ("train", "test"):
-        lines = RECORDS[name] if split == "test" else RECORDS[name][-1:]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
-    local = replace(getattr(hub, name), path=str(folder), config=None, revision=None)
+    pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    original = getattr(hub, name)
+    for split in ("train", "test", "challenge_test_scramble"):
+        records = pyarrow.Table.from_pylist(RECORDS[name] if split == "test" else RECORDS[name][-1:])
+        if original.converted is not None:  # the layout of the hub's conversions: config/split/0000.parquet
+            folder = tmp_path / "data" / original.converted.replace("*", "default") / split
+            folder.mkdir(parents=True)
+            parquet.write_table(records, folder / "0000.parquet")
+        elif split != "challenge_test_scramble":  # that of the data sets that are files themselves
+            (tmp_path / "data").mkdir(exist_ok=True)
+            parquet.write_table(records, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    local = replace(original, path=str(tmp_path / "data"), config=None)
     assert local.load("test") == ROWS[name]
     with pytest.raises(ValueError, match="no split 'dev'"):
         local.load("dev")
+
+
+def test_data_sets_that_are_scripts_are_read_from_their_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path: str, *arguments: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        asked.append((path, *arguments, kwargs))
+        return []
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub.CNN_DAILYMAIL.load("test")
+    hub.DAILY_DIALOG.load("test")
+    assert asked == [
+        ("abisee/cnn_dailymail", "3.0.0", {"split": "test"}),
+        (
+            "roskoN/dailydialog",
+            {"data_files": {"test": "full/test/*.parquet"}, "split": "test", "revision": "refs/convert/parquet"},
+        ),
+    ]
 
 
 def test_a_task_takes_its_original(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
 class AnswerEnv(StandInEnv):
-    """Questions to be answered: a stand-in for NarrativeQA (RL4LMs' `narrativeqa`, a task of GRUE).
+    """Questions to be answered: a stand-in for NarrativeQA (RL4LMs' `narrative_qa`, a task of GRUE).
 
     ## Description
     Questions of general knowledge and on computer trouble, without a text that says the answer. They are fetched once,
@@ -48,7 +48,7 @@ class AnswerEnv(StandInEnv):
     """
 
     metrics = (
-        "textgym.rewards.answers:token_f1",
+        "textgym.rewards.functions:token_f1",
         "textgym.rewards.functions:exact_match",
         "textgym.rewards.functions:Rouge",
     )
@@ -56,7 +56,7 @@ class AnswerEnv(StandInEnv):
     load = staticmethod(question_prompts)
     stands_for = hub.NARRATIVE_QA
     own: ClassVar[Settings] = {
-        "reward": "textgym.rewards.answers:token_f1",
+        "reward": "textgym.rewards.functions:token_f1",
         "max_prompt_tokens": 48,
         "max_new_tokens": 16,
     }

@@ -32,7 +32,7 @@ class CopyEnv(TaskEnv):
     On the last token the share of words that stand in their place (`copied_share`), from 0 to 1; 1 only where nothing
     follows. No reference.
 
-    Metric: `exact_match`.
+    Metrics: the reward itself; `exact_match`.
 
     ## Starting State
     One of 500 prompts, drawn once from a seed; every split has a seed of its own.
@@ -50,7 +50,7 @@ class CopyEnv(TaskEnv):
         ValueError: an unknown split, or a length that is not from 1 to 14.
     """
 
-    metrics = ("textgym.rewards.functions:exact_match",)
+    metrics = ("textgym.envs.tasks.copying:copied_share", "textgym.rewards.functions:exact_match")
 
     @classmethod
     def settings(cls, *, length: int = 3, split: str = "train", prompts: Any = None, **kwargs: Any) -> Settings:

@@ -10,7 +10,7 @@ from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
 class DataToTextEnv(StandInEnv):
-    """Facts to be put in a sentence: a stand-in for ToTTo (RL4LMs' `table_to_text`, a task of GRUE).
+    """Facts to be put in a sentence: a stand-in for ToTTo (RL4LMs' `totto`, a task of GRUE).
 
     ## Description
     Title, description and topic of an encyclopedia article; the reference is its first sentence. The text is fetched

@@ -17,7 +17,7 @@ OPENINGS = ("It was on", "The film came out on", "We met on", "The story begins 
 
 
 class DatesEnv(TaskEnv):
-    """A date in the form 2024-02-29: RL4LMs' synthetic task `dates` on the embedded model.
+    """A date in the form 2024-02-29, on the embedded model: a toy after a reward of RL4LMs that no config there uses.
 
     ## Description
     A sentence has been begun that a date may follow. Nothing is fetched.
@@ -30,10 +30,11 @@ class DatesEnv(TaskEnv):
 
     ## Rewards
     On the last token how much of a date the text has (`date_share`): tenths for the characters of the longest beginning
-    of one, 1 for one that the calendar has. RL4LMs pays for complete ones only, which the embedded model never writes
-    by chance. No reference.
+    of one, 1 for one that the calendar has. RL4LMs (`sentences_with_dates`) pays for complete ones only, which the
+    embedded model never writes by chance. No reference.
 
-    Metric: `has_date`, the share of texts with a date, RL4LMs' reward but for days that no calendar has.
+    Metrics: the reward itself; `has_date`, the share of texts with a date, as RL4LMs pays but for days that no calendar
+    has.
 
     ## Starting State
     One of 6 openings. There are no splits, since the opening does not count.
@@ -46,7 +47,7 @@ class DatesEnv(TaskEnv):
         kwargs: all of `TextEnv`'s; what is not given is as above.
     """
 
-    metrics = ("textgym.envs.tasks.dates:has_date",)
+    metrics = ("textgym.envs.tasks.dates:date_share", "textgym.envs.tasks.dates:has_date")
 
     @classmethod
     def settings(cls, **kwargs: Any) -> Settings:

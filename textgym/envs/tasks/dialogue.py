@@ -14,8 +14,8 @@ class DialogueEnv(StandInEnv):
 
     ## Description
     Two turns of a chat between people who do not know each other; the reference is what was replied. The text is
-    fetched once, see `textgym.data.dialogues`; it is what people wrote, and may be crude. Figures are not those of
-    DailyDialog.
+    fetched once, see `textgym.data.dialogues`; it is what people wrote and, since the source marks nothing as crude,
+    not filtered for it. Figures are not those of DailyDialog.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
@@ -24,8 +24,11 @@ class DialogueEnv(StandInEnv):
     As `TextEnv`, `W = 64 + 24`.
 
     ## Rewards
-    On the last token METEOR to the human reply, from 0 to 1; on
-    every token 0.005 times the log-prob under the embedded reference (`kl_mode="reference"`).
+    On the last token METEOR to the human reply, from 0 to 1; on every token 0.005 times the log-prob under the embedded
+    reference (`kl_mode="reference"`). METEOR looks at words, and a good reply may have others than the human one.
+    RL4LMs pays METEOR and whether the reply has the intent of the human one, which these chats are not annotated with.
+    The ratings that they have are of whole conversations: they go with length and say next to nothing of a single
+    reply, so no reward model is learned from them.
 
     Metrics: `Meteor`, `Bleu`, `Rouge`, `DistinctN` (distinct bigrams of a reply).
 

@@ -37,7 +37,7 @@ class IncreasingNumbers:
 
 
 class IncreasingNumbersEnv(TaskEnv):
-    """Numbers that rise: RL4LMs' synthetic task `increasing numbers` on the embedded model.
+    """Numbers that rise, on the embedded model (RL4LMs' `synthetic_generate_increasing_numbers`).
 
     ## Description
     The prompt is a few rising numbers, `"3 4 5"`; what it says does not count. Nothing is fetched.

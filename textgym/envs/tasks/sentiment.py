@@ -18,7 +18,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class SentimentEnv(TaskEnv):
-    """Movie-review continuation, scored by a learned reward model.
+    """Movie-review continuation, scored by a learned reward model (RL4LMs' `imdb_text_continuation`, a task of GRUE).
 
     ## Description
     A review has been begun; write the rest. The reward model was trained on pairwise preferences made from human
