@@ -141,7 +141,8 @@ class ActorCritic(TokenModel):
 
         W has room for the longest prompt with `max_new_tokens` more. A critic of its own is not asked for values.
         """
-        shape = (*prompts.shape, max_new_tokens, stop)
+        num_rows, width = prompts.shape
+        shape = num_rows, width, max_new_tokens, stop
         if self._writer is None or self._writer.shape != shape:
             self._writer = ResponseWriter(self, *shape, captures=self.device.type == "cuda")
         return self._writer.write(prompts, lengths, deterministic)
