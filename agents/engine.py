@@ -14,19 +14,16 @@ trainer computes the behaviour log-probs again, in one packed pass over what was
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from textgym.models.actor_critic import ActorCritic, Step
+from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
-from textgym.models.sequences import Sequences
-from textgym.models.token_model import Observation
 
-from .rollout import Rollout, collect
+from .rollout import Rollout, score_whole
 
 
 class Engine(Protocol):
@@ -55,57 +52,18 @@ def collect_from(engine: Engine, envs: Any, policy: ActorCritic, options: dict[s
         options: for `reset`.
 
     Raises:
-        ValueError: the engine ended a response that the environment does not end, or the environment answered.
+        ValueError: a response is no whole one, or the environment has to be stepped through: it has stop strings, or
+            answers.
     """
-    rollout = collect(envs, _Writer(engine, envs.unwrapped.task, policy), options)  # type: ignore[arg-type]
-    if rollout.sequences.written is not None:
-        raise ValueError("an engine writes one response an episode: play games of several turns with `collect`")
-    return replace(rollout, log_probs=policy.sequence_log_probs(rollout.sequences))
-
-
-class _Writer:
-    """Takes the policy's place in `collect`: hands out responses, written when it is first asked."""
-
-    critic = "separate"  # values come from whole sequences
-
-    def __init__(self, engine: Engine, task: Any, policy: ActorCritic) -> None:
-        self.engine, self.task, self.policy = engine, task, policy
-        self.responses: Tensor | None = None  # (B, T)
-        self.written = 0
-
-    def act(
-        self, observation: Observation, deterministic: bool = False, action_masks: Any = None, with_value: bool = True
-    ) -> Step:
-        """The next token of each row; log-prob and value are left to the passes over whole sequences."""
-        if self.responses is None:
-            self._write(observation)
-        assert self.responses is not None
-        if self.written == self.responses.shape[1] or bool((self._next() < 0)[self.task.episodes.alive].any()):
-            raise ValueError(
-                "the engine ended a response before the environment did: let it stop at stop.ids and max_new_tokens"
-            )
-        tokens = self._next().clamp(min=0)
-        self.written += 1
-        unknown = torch.zeros(len(tokens), device=tokens.device)
-        return Step(tokens, unknown, unknown)
-
-    def sequence_values(self, sequences: Sequences) -> Tensor:
-        """The critic's, of whole sequences."""
-        return self.policy.sequence_values(sequences)
-
-    def _next(self) -> Tensor:
-        assert self.responses is not None
-        return self.responses[:, self.written]
-
-    def _write(self, observation: Observation) -> None:
-        ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1).tolist()
-        episodes = self.task.episodes
-        responses = self.engine.generate(
-            [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)],
-            max_new_tokens=episodes.max_new_tokens,
-            stop=episodes.stop,
-            temperature=self.policy.temperature,
-            seed=int(torch.randint(2**31, (), generator=self.policy.generator, device=self.policy.device)),
-        )
-        rows = [torch.tensor(response, dtype=torch.long, device=ids.device) for response in responses]
-        self.responses = pad_sequence(rows, batch_first=True, padding_value=-1)
+    observation, _ = envs.reset(options=options)
+    episodes = envs.unwrapped.task.episodes
+    ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1).tolist()
+    responses = engine.generate(
+        [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)],
+        max_new_tokens=episodes.max_new_tokens,
+        stop=episodes.stop,
+        temperature=policy.temperature,
+        seed=int(torch.randint(2**31, (), generator=policy.generator, device=policy.device)),
+    )
+    rows = [torch.tensor(response, device=ids.device) for response in responses]
+    return score_whole(envs, policy, pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]))

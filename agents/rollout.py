@@ -92,7 +92,11 @@ def collect(
         observation, _ = envs.reset(options=options)
     alone = task.writes_alone and action_mask is None and not task.episodes.decoder_start
     if alone and envs is envs.unwrapped and type(policy).act is ActorCritic.act:
-        return _collect_whole(envs, policy, observation, deterministic)
+        with phase("decode"):
+            ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
+            whole = policy.write(ids, lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic)
+        values = whole.values if policy.critic is None else None
+        return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, values)
     restricted = task.restricts_actions
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
@@ -142,35 +146,47 @@ def collect(
     )
 
 
-def _collect_whole(envs: Any, policy: ActorCritic, observation: dict[str, Tensor], deterministic: bool) -> Rollout:
-    """As `collect`, where a response depends on the policy alone: written in one go, then scored in one call."""
-    task = envs.task
-    lengths = observation["attention_mask"].sum(1)
-    with phase("decode"):
-        responses = policy.write(
-            observation["input_ids"], lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic
-        )
+def score_whole(
+    envs: Any,
+    policy: ActorCritic,
+    tokens: Tensor,
+    lengths: Tensor,
+    log_probs: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Rollout:
+    """The rollout of whole responses `(B, T)` of these lengths `(B,)` to the prompts that `envs` was just reset with.
+
+    Args:
+        envs: see `TextVectorEnv.submit`.
+        policy: computes the log-probs `(B, T)`, and values `(B, T)`, that are not given, in packed passes.
+        tokens: any number stands after the end of a response, as in what else is given.
+        lengths: tokens of each response, a stop token included.
+    """
+    task = envs.unwrapped.task
     with phase("environment"):
-        scores, infos = envs.submit(responses.tokens, responses.lengths)
+        scores, infos = envs.unwrapped.submit(tokens, lengths)
     sequences = task.episodes.sequences()
     mask = sequences.mask
-    width = mask.shape[1]
+
+    def real(columns: Tensor) -> Tensor:
+        return torch.where(mask, columns[:, : mask.shape[1]], 0.0)
+
+    def tensor(column: Any) -> Tensor:
+        return torch.as_tensor(column, device=task.device)
+
+    with phase("decode"):
+        log_probs = policy.sequence_log_probs(sequences) if log_probs is None else real(log_probs)
     with phase("critic"):
-        shared = policy.critic is None
-        values = torch.where(mask, responses.values[:, :width], 0.0) if shared else policy.sequence_values(sequences)
-
-    def tensor(values: Any) -> Tensor:
-        return torch.as_tensor(values, device=task.device)
-
+        values = policy.sequence_values(sequences) if values is None else real(values)
     return Rollout(
         sequences,
-        torch.where(mask, responses.log_probs[:, :width], 0.0),
+        log_probs,
         values,
-        scores,
+        tensor(scores),
         tensor(infos["score"]).float(),
         _token_rewards(task.token_rewards, mask),
-        responses.by_stop,
-        {name: tensor(values) for name, values in infos.items() if name.startswith(("reward/", "metric/"))},
+        tensor(infos["ended_by_stop"]),
+        {name: tensor(column) for name, column in infos.items() if name.startswith(("reward/", "metric/"))},
     )
 
 

@@ -106,5 +106,5 @@ def test_an_agent_learns_from_an_engine_that_has_the_weights_of_the_last_update(
 def test_a_response_that_ends_before_the_environment_does_is_an_error(policy: ActorCritic) -> None:
     envs = make_envs()
     envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
-    with pytest.raises(ValueError, match=r"let it stop at stop\.ids and max_new_tokens"):
+    with pytest.raises(ValueError, match="must end with its first stop token"):
         collect_from(Hasty(), envs, policy)
