@@ -97,16 +97,20 @@ def killed_at(event: int, checkpoints: Checkpoints, agent: PPO) -> bool:
 
         def hook(name: str, arguments: Any) -> None:
             nonlocal seen
-            seen += name in WRITES
-            if seen == event:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if name in WRITES:
+                seen += 1
+                if seen == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
         try:
             checkpoints.save(agent)
-        finally:
             os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), "it fails of itself"
+    return status != 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
