@@ -205,7 +205,8 @@ def train(command: Train) -> None:
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **_kl_arguments(command))
     agent = _make_agent(command, envs) if newest is None else _load_agent(command, envs, newest)
     policy = agent.policy
-    profiler = Profiler(command.output_dir, agent, command.total_episodes) if command.profile else None
+    profiled = command.profile and isinstance(agent, OnPolicyAgent)
+    profiler = Profiler(command.output_dir, agent, command.total_episodes) if profiled else None
     folder = RunFolder(command.output_dir, command, agent.updates)
     checkpoints.clean()
     callbacks: list[Any] = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from is reported
