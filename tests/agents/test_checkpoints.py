@@ -291,7 +291,7 @@ def test_killed_at_20_random_moments_and_resumed_each_time_a_run_ends_as_the_und
     assert zygote.stdin is not None
     assert zygote.stdout is not None
 
-    def live(*arguments: str, seconds: float = 600.0) -> bool:
+    def live(*arguments: str, seconds: float = threading.TIMEOUT_MAX) -> bool:
         """Runs the command for so many seconds at most; whether it came to its end."""
         zygote.stdin.write(json.dumps(arguments) + "\n")
         zygote.stdin.flush()
