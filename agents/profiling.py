@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from textgym.data.files import atomic_file
 from textgym.models.phases import listen
 
+from .flops import FlopCount
 from .footprint import SavedForBackward, bytes_by_role, cache_bytes
 from .on_policy import Metrics, OnPolicyAgent
 from .peaks import peak_flops, peak_memory, reset_peak_memory
@@ -276,13 +276,14 @@ class _Counts(_Phases):
         self.agent, self.stack = agent, contextlib.ExitStack()
         self.flops: Counter[str] = Counter()
         self.memory: Counter[str] = Counter()
-        self.cache, self.last = 0, 0
+        self.cache = 0
 
     def start(self) -> None:
         policy = self.agent.policy
         kept = [*policy.parameters(), *policy.buffers()]
-        self.counter = self.stack.enter_context(FlopCounterMode(display=False, custom_mapping=ATTENTION))
-        self.saved = self.stack.enter_context(SavedForBackward(kept))
+        self.counter = self.stack.enter_context(FlopCount())
+        self.saved = SavedForBackward(kept)
+        self.stack.enter_context(self.saved)
         reset_peak_memory(policy.device)
         listen(self)
 
@@ -297,9 +298,8 @@ class _Counts(_Phases):
         }
 
     def charge(self, name: str) -> None:
-        total = self.counter.get_total_flops()
-        self.flops[name] += total - self.last
-        self.last = total
+        self.flops[name] += self.counter.total
+        self.counter.total = 0
         self.cache = max(self.cache, cache_bytes(self.agent))
         self.memory[name] = max(self.memory[name], peak_memory(self.agent.policy.device))
         reset_peak_memory(self.agent.policy.device)
@@ -338,21 +338,6 @@ class _Trace(_Phases):
         temporary = path.with_name(f".tmp-{path.name}")  # whose ending says that it is to be compressed
         self.profile.export_chrome_trace(str(temporary))
         temporary.rename(path)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
-
-
-ATTENTION: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""What torch's counter does not know: attention on the CPU."""
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

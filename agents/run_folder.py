@@ -196,7 +196,7 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
     """
     was = json.loads((folder / "config.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    was, now = ({**settings, **settings.pop("config", {})} for settings in (was, now))
+    was, now = ({**settings.pop("config", {}), **settings} for settings in (was, now))
     names = [name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]
 

@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
-    _check_data(command)
+    _check_agent(command)
     join()
     end_with_a_message()
     live = LiveProgress()
@@ -215,7 +215,8 @@ def train(command: Train) -> None:
     if rank() > 0:  # the first process writes and reports for all of them
         return _learn(agent, command, [checkpoints])
     policy = agent.policy
-    profiler = _profiler(command, agent)
+    profiled = command.profile and isinstance(agent, OnPolicyAgent)
+    profiler = Profiler(command.output_dir, agent, command.total_episodes) if profiled else None
     folder = RunFolder(command.output_dir, command, agent.updates)
     checkpoints.clean()
     callbacks: list[Any] = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from is reported
@@ -233,6 +234,8 @@ def train(command: Train) -> None:
         if profiler is not None and profiler.profile is not None:
             live.console.print(*profiler.profile.tables(), sep="\n")
     finally:  # also after Ctrl-C: what was learned is kept
+        if profiler is not None:
+            profiler.close()
         policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.task.tokenizer)
         folder.draw_curves()
         folder.close()
@@ -246,11 +249,13 @@ def _learn(agent: OnPolicyAgent | SFT | DPO, command: Train, callbacks: list[Any
         agent.learn(callbacks)
 
 
-def _check_data(command: Train) -> None:
-    """Offline agents need data, and the others would not read them."""
+def _check_agent(command: Train) -> None:
+    """Offline agents need data, and the others would not read them; what is said of episodes is not for the former."""
     if command.agent in OFFLINE and command.data is None:
         rows = "'prompt' and 'completion'" if command.agent == "sft" else "'prompt', 'chosen' and 'rejected'"
         raise ValueError(f"--agent {command.agent} learns from data: give --data FILE.jsonl, with {rows} a line")
+    if command.agent in OFFLINE and command.profile:
+        raise ValueError(f"--profile looks at the phases of agents that play episodes, not at {command.agent!r}")
     steered = (command.kl_coef, command.kl_target, command.kl_bounds, command.kl_clamp)
     if command.agent in OFFLINE and any(value is not None for value in steered):
         raise ValueError(
@@ -286,14 +291,6 @@ def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> OnPolicyAgent
     if command.agent in OFFLINE:
         return OFFLINE[command.agent](policy, command.data, command.model, command.config)
     return AGENTS[command.agent](policy, envs, command.config)
-
-
-def _profiler(command: Train, agent: OnPolicyAgent | SFT | DPO) -> Profiler | None:
-    if not command.profile:
-        return None
-    if not isinstance(agent, OnPolicyAgent):
-        raise ValueError(f"--profile looks at the phases of agents that play episodes, not at {command.agent!r}")
-    return Profiler(command.output_dir, agent, command.total_episodes)
 
 
 def _load_agent(command: Train, envs: Any, checkpoint: Path) -> OnPolicyAgent | SFT | DPO:

@@ -112,7 +112,8 @@ def test_shared_weights_count_once() -> None:
 
 def test_activations_are_what_waits_for_the_backward_pass() -> None:
     weight, x = torch.ones(10, 10, requires_grad=True), torch.ones(7, 10)
-    with SavedForBackward([weight]) as count:
+    count = SavedForBackward([weight])
+    with count:
         y = (x @ weight).exp()  # keeps x, weight and its own result
         assert count.bytes == 4 * (70 + 70)
         y.sum().backward()
@@ -194,3 +195,4 @@ def test_the_command_prints_the_tables(
         cli.main([*run, "--total-episodes", "20", "--output-dir", "short"])
     with pytest.raises(SystemExit, match="--profile looks at the phases of agents that play episodes, not at 'sft'"):
         cli.main(["train", "--agent", "sft", "--data", "rows.jsonl", "--profile", "--output-dir", "short"])
+    assert not (tmp_path / "short").exists()
