@@ -18,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from textgym.agents import DQN, GRPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
@@ -136,6 +137,7 @@ def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESS
 
 def _run(answers: Any, number: int, shared: dict[str, str], work: Callable[..., Any], arguments: Any) -> None:
     os.environ.update(shared, RANK=str(number), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of an earlier test has said it is alone
     try:
         join()
         torch.set_num_threads(1)
