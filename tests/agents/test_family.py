@@ -285,7 +285,7 @@ def test_grpo_leaves_groups_without_spread_out_and_counts_them() -> None:
     agent = make_agent("grpo", make_envs(reward=by_prompt, kl_coef=0.0))
     seen: list[int] = []
     evaluate = agent.evaluate
-    agent.evaluate = lambda batch: (seen.append(len(batch)), evaluate(batch))[1]  # type: ignore[method-assign]
+    agent.evaluate = lambda policy, batch: (seen.append(len(batch)), evaluate(policy, batch))[1]  # type: ignore[method-assign]
     rollout_size = 32
     metrics = history_of(agent, rollout_size)[0]
     flat = round(metrics["frac_reward_zero_std"] * 8)
@@ -302,7 +302,7 @@ def test_expert_iteration_imitates_the_best_of_each_group(min_score: float | Non
     agent = make_agent("expert iteration", make_envs(kl_coef=0.0), keep=2, min_score=min_score)
     seen: list[torch.Tensor] = []
     evaluate = agent.evaluate
-    agent.evaluate = lambda batch: (seen.append(batch.indices), evaluate(batch))[1]  # type: ignore[method-assign]
+    agent.evaluate = lambda policy, batch: (seen.append(batch.indices), evaluate(policy, batch))[1]  # type: ignore[method-assign]
     rollout = merge([agent.collect() for _ in range(2)])
     metrics = agent.update(rollout, torch.zeros_like(rollout.log_probs))
     scores = rollout.scores.view(-1, 4)

@@ -257,8 +257,9 @@ class ActorCritic(TokenModel):
             if self.critic is not None:
                 critic |= {f"critic.{name}": weight.contiguous() for name, weight in self.critic.state_dict().items()}
             save_file({name: weight.clone() for name, weight in critic.items()}, temporary / CRITIC_FILE)
-            config = None if self.critic is None else self.critic.config.to_dict()
-            (temporary / CRITIC_CONFIG).write_text(json.dumps({"separate": self.critic is not None, "config": config}))
+            own = self.critic is not None and _shapes(self.critic) != _shapes(self.lm.base_model)
+            form = {"separate": self.critic is not None, "config": self.critic.config.to_dict() if own else None}
+            (temporary / CRITIC_CONFIG).write_text(json.dumps(form))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 
@@ -306,8 +307,12 @@ class _Trunk:
         return self.base_model.dtype
 
 
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in module.state_dict().items()}
+
+
 def _saved_trunk(folder: Path, lm: Any) -> Any:
-    """A trunk of the form that the critic in a folder had, which need not be the policy's; `None` if it had none."""
+    """A trunk of the form that the critic in a folder had; `None` if it was the policy's, or there was none."""
     path = folder / CRITIC_CONFIG
     config = json.loads(path.read_text()).get("config") if path.exists() else None
     if config is None:
