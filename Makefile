@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test lint type format bench bench-demo bench-sb3
+.PHONY: venv demo test lint type format bench bench-demo bench-sb3 bench-peers
 
 venv: $(INSTALLED)
 
@@ -39,3 +39,7 @@ bench-demo: $(INSTALLED)
 bench-sb3: $(INSTALLED)
 	$(BIN)/python benchmarks/sb3.py
 	$(BIN)/python benchmarks/sb3_learning.py
+
+bench-peers: $(INSTALLED)  ## what needs no peer; benchmarks/peers.py says how to install those
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/memory.py --trl
