@@ -56,8 +56,12 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The checkpoints there are, oldest first; every one is complete."""
-        return sorted(self.folder.glob(f"{PREFIX}*"), key=lambda path: int(path.name.removeprefix(PREFIX)))
+        return sorted(self.folder.glob(f"{PREFIX}*"), key=self._number)
 
     def newest(self) -> Path | None:
         """Where to go on from; `None` if there is no checkpoint yet."""
-        return (self.all() or [None])[-1]
+        return max(self.all(), key=self._number, default=None)
+
+    @staticmethod
+    def _number(checkpoint: Path) -> int:
+        return int(checkpoint.name.removeprefix(PREFIX))

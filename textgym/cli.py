@@ -215,8 +215,9 @@ def train(command: Train) -> None:
     if rank() > 0:  # the first process writes and reports for all of them
         return _learn(agent, command, [checkpoints])
     policy = agent.policy
-    profiled = command.profile and isinstance(agent, OnPolicyAgent)
-    profiler = Profiler(command.output_dir, agent, command.total_episodes) if profiled else None
+    profiler = None
+    if command.profile and isinstance(agent, OnPolicyAgent):
+        profiler = Profiler(command.output_dir, agent, command.total_episodes)
     folder = RunFolder(command.output_dir, command, agent.updates)
     checkpoints.clean()
     callbacks: list[Any] = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from is reported

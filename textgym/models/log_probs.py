@@ -74,7 +74,7 @@ def token_log_probs(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weights = [None if x is None else x.to(dtype) for x in (head.weight, head.bias)]
         with torch.autocast(device, enabled=False):
-            return LinearLogProbs.apply(hidden.to(dtype), *weights, scoring)
+            return LinearLogProbs.apply(hidden.to(dtype), *weights, scoring)  # type: ignore[no-untyped-call]
 
     def score(hidden: Tensor, actions: Tensor, banned: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         logits, free = masked_logits(head, hidden, temperature, banned, stop_ids, actions)

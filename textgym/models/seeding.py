@@ -26,10 +26,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 def global_generators() -> dict[str, Any]:
     """States of the generators that everybody shares: Python's, NumPy's and torch's; plain values and tensors."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (reward functions may draw from it)
+    state: Any = np.random.get_state()  # noqa: NPY002  (reward functions may draw from it)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     python = random.getstate()
-    return {"python": python, "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": python,
+        "numpy": [state[0], state[1].tolist(), *state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def restore_global_generators(states: dict[str, Any]) -> None:
