@@ -87,8 +87,10 @@ def collect(
         action_mask: narrows what may be chosen, and the log-probs with it.
     """
     task = envs.unwrapped.task
-    restricted = task.restricts_actions
     observation, _ = envs.reset(options=options)
+    if envs is envs.unwrapped and action_mask is None and task.writes_alone and type(policy).act is ActorCritic.act:
+        return _collect_whole(envs, policy, observation, deterministic)
+    restricted = task.restricts_actions
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
     raw_scores, by_stop = torch.zeros_like(scores), torch.zeros_like(alive)
@@ -130,6 +132,35 @@ def collect(
         _token_rewards(task.token_rewards, sequences.mask),
         by_stop,
         components,
+    )
+
+
+def _collect_whole(envs: Any, policy: ActorCritic, observation: dict[str, Tensor], deterministic: bool) -> Rollout:
+    """As `collect`, where a response depends on the policy alone: written in one go, then scored in one call."""
+    task = envs.task
+    lengths = observation["attention_mask"].sum(1)
+    responses = policy.write(
+        observation["input_ids"], lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic
+    )
+    scores, infos = envs.submit(responses.tokens, responses.lengths)
+    sequences = task.episodes.sequences()
+    mask = sequences.mask
+    width = mask.shape[1]
+
+    def tensor(values: Any) -> Tensor:
+        return torch.as_tensor(values, device=task.device)
+
+    return Rollout(
+        sequences,
+        torch.where(mask, responses.log_probs[:, :width], 0.0),
+        torch.where(mask, responses.values[:, :width], 0.0)
+        if policy.critic is None
+        else policy.sequence_values(sequences),
+        scores,
+        tensor(infos["score"]).float(),
+        _token_rewards(task.token_rewards, mask),
+        responses.by_stop,
+        {name: tensor(values) for name, values in infos.items() if name.startswith(("reward/", "metric/"))},
     )
 
 

@@ -22,7 +22,7 @@ import textgym  # noqa: F401  (registers the ids)
 from textgym import ActorCritic, RewardModel
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.rollout import collect
-from textgym.rewards.last_token import batches_by_length
+from textgym.models.attention import batches_by_length
 
 
 @dataclass
@@ -97,7 +97,7 @@ def padding_share(args: Args) -> None:
     while len(lengths) < args.episodes:
         lengths += collect(envs, policy).sequences.lengths.tolist()
     rows = [[0] * length for length in lengths[: args.episodes]]
-    batches = batches_by_length(rows, model.batch_size)
+    batches = batches_by_length([len(row) for row in rows], model.batch_size)
     shares = [1 - sum(len(rows[i]) for i in b) / (len(b) * max(len(rows[i]) for i in b)) for b in batches]
     total = sum(len(row) for row in rows)
     slots = sum(len(b) * max(len(rows[i]) for i in b) for b in batches)

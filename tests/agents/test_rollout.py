@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from gymnasium.vector import VectorWrapper
 from torch import Tensor
 
 from textgym.agents.rollout import Rollout, collect, merge
@@ -98,13 +99,59 @@ def test_rows_that_ended_stay_untouched() -> None:
 
 def test_ended_rows_are_not_decoded() -> None:
     """Prompts once, then one position for each token; the last tokens of all are never read."""
-    envs, policy = make_envs(), make_policy()
+    envs, policy = VectorWrapper(make_envs()), make_policy()
     positions = Positions(policy.lm.base_model)
     rollout = collect(envs, policy)
     longest = max(lengths_of(rollout))
     prompts = ROWS * int(rollout.sequences.prompt_lengths.max())
-    assert positions.count == prompts + sum(min(length, longest - 1) for length in lengths_of(rollout))
+    stepped = prompts + sum(min(length, longest - 1) for length in lengths_of(rollout))
+    assert positions.count == stepped
     assert positions.runs == longest
+    positions.count = 0
+    policy.seed(0)
+    envs.reset(seed=0)
+    assert tokens_of(collect(envs.unwrapped, policy)) == tokens_of(rollout)
+    assert positions.count < stepped, "prompts of like length in one pass, and rows let go of as they end"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_whole_responses_are_those_of_stepping(critic: str, deterministic: bool) -> None:
+    """With everything that a rollout holds, transcripts and infos too."""
+    settings: dict[str, Any] = {"reward": [bonus, ramp], "missing_eos_penalty": 0.5, "min_new_tokens": 2}
+    whole, stepped = make_envs(**settings), VectorWrapper(make_envs(**settings))
+    for _ in range(2):
+        policies = [make_policy(critic), make_policy(critic)]
+        mine, expected = (
+            collect(whole, policies[0], None, deterministic),
+            collect(stepped, policies[1], None, deterministic),
+        )
+        assert tokens_of(mine) == tokens_of(expected)
+        assert mine.ended_by_stop.tolist() == expected.ended_by_stop.tolist()
+        assert mine.components.keys() == expected.components.keys()
+        for name in ("log_probs", "values", "scores", "raw_scores", "token_rewards"):
+            torch.testing.assert_close(getattr(mine, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+        for name, values in expected.components.items():
+            torch.testing.assert_close(mine.components[name], values)
+        assert whole.transcript == stepped.unwrapped.transcript
+        assert policies[0].generator.get_state().equal(policies[1].generator.get_state())  # type: ignore[union-attr]
+
+
+def test_submitted_responses_must_be_whole() -> None:
+    envs, tokens = make_envs(), torch.full((ROWS, MAX_NEW_TOKENS), 200)
+    tokens[0, 1] = STOP[0]
+    lengths = torch.tensor([2, *[MAX_NEW_TOKENS] * (ROWS - 1)])
+    for wrong in (lengths - 1, lengths.clamp(min=3)):
+        with pytest.raises(ValueError, match="must end with its first stop token"):
+            envs.submit(tokens, wrong)
+    rewards, infos = envs.submit(tokens, lengths)
+    assert infos["ended_by_stop"].tolist() == [True, *[False] * (ROWS - 1)]
+    assert rewards.tolist() == infos["reward/bonus"].tolist()
+    with pytest.raises(ValueError, match="written once"):
+        envs.submit(tokens, lengths)
+    envs = make_envs(stop=["!"])
+    with pytest.raises(ValueError, match="no stop strings"):
+        envs.submit(tokens, lengths)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

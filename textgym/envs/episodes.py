@@ -83,6 +83,30 @@ class Episodes:
         self.alive &= ~(by_stop | by_length)
         return Ends(by_stop, by_length)
 
+    def extend(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Appends whole responses `(B, T)` of these lengths to rows that have just begun, and ends them.
+
+        Returns:
+            Bool `(B,)`, the rows that a stop token ended.
+
+        Raises:
+            ValueError: a response that is empty or too long, goes on after a stop token, or ends without one too early.
+        """
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        stops = self.is_stop[tokens] & (steps >= self.stop.min_new_tokens) & (steps < lengths[:, None])  # (B, T)
+        by_stop = stops.any(1)
+        ends = torch.where(by_stop, stops.int().argmax(1) + 1, self.max_new_tokens)
+        if not bool((self.alive & (self.response_lengths == 0) & (ends == lengths)).all()):
+            raise ValueError(
+                "a response must end with its first stop token, or without one after max_new_tokens="
+                f"{self.max_new_tokens} tokens, and be written once: call envs.reset() first"
+            )
+        rows, places = (steps < lengths[:, None]).nonzero(as_tuple=True)
+        self.input_ids[rows, self.prompt_lengths[rows] + places] = tokens[rows, places]
+        self.lengths += lengths
+        self.alive[:] = False
+        return by_stop
+
     def reply(self, row: int, tokens: list[int]) -> None:
         """Lets the environment write into a row, which then goes on; there must be room for them and one token more."""
         start, step = int(self.lengths[row]), int(self.response_lengths[row])

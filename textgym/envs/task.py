@@ -204,6 +204,30 @@ class TextTask:
             rewards = rewards + score
         return Outcome(rewards, ends, ended, infos)
 
+    @property
+    def writes_alone(self) -> bool:
+        """Whether a response is the policy's tokens and nothing else until a stop token or the limit ends it.
+
+        Not so with stop strings, an `action_mask`, a KL that is paid token by token, or an environment that answers.
+        """
+        answers = type(self).answer is not TextTask.answer
+        return not (self.stop_strings.texts or self.action_mask or self.kl_mode != "deferred" or answers)
+
+    def submit(self, tokens: Tensor, lengths: Tensor) -> Outcome:
+        """Ends all rows, which have just begun, with whole responses `(B, T)` of these lengths `(B,)`.
+
+        Raises:
+            ValueError: something else than the policy's tokens makes up a response, see `writes_alone`.
+        """
+        if not self.writes_alone:
+            raise ValueError(
+                "whole responses can be submitted only where kl_mode='deferred' and there are no stop strings, no "
+                "action_mask and no replies of the environment: step through it instead"
+            )
+        by_stop = self.episodes.extend(tokens, lengths)
+        score, infos = self._settle(np.arange(len(lengths)), by_stop.cpu().numpy())
+        return Outcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
+
     def answer(self, ends: Ends) -> Ends:
         """What the environment has to say to rows whose turn is over; here it is the last one."""
         return ends

@@ -178,6 +178,25 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             self._with_mask(infos),
         )
 
+    def submit(self, tokens: Tensor, lengths: Tensor) -> tuple[Array, dict[str, Any]]:
+        """Ends the episodes of all rows, which were just reset, with whole responses that were written elsewhere.
+
+        The same as stepping through them, but that all are scored in one call; for `kl_mode="deferred"`.
+
+        Args:
+            tokens: `(B, T)` int64; any number stands after the end of a response.
+            lengths: `(B,)`, tokens of each response, a stop token included.
+
+        Returns:
+            Rewards `(B,)` of the last tokens, and the infos of the rows, as `step` gives them.
+
+        Raises:
+            ValueError: a response that is no whole one, or an environment that has to be stepped through.
+        """
+        outcome = self.task.submit(tokens, lengths)
+        self.waiting = outcome.ended
+        return self._out(outcome.rewards), self._infos(outcome)
+
     def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # a row not rendered is None
         """Every row's episode so far, see `render_mode`."""
         return tuple(render(self.render_mode, transcript, None) for transcript in self.transcript)

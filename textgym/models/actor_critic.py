@@ -16,9 +16,10 @@ from textgym.data.files import atomic_folder
 from textgym.models.attention import PackedStates, checkpoint_layers
 from textgym.models.decoding import CachedDecoder
 from textgym.models.loading import Device, disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
-from textgym.models.log_probs import token_log_probs
+from textgym.models.log_probs import StopRule, token_log_probs
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
+from textgym.models.writing import Responses, ResponseWriter
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
 
@@ -63,6 +64,7 @@ class ActorCritic(TokenModel):
         nn.init.zeros_(self.value_head.bias)
         self.generator: torch.Generator | None = torch.Generator(self.device)
         self._critic_decoder: CachedDecoder | None = None
+        self._writer: ResponseWriter | None = None
 
     @classmethod
     def from_pretrained(
@@ -116,7 +118,7 @@ class ActorCritic(TokenModel):
             with_value: off, `value` is zero and a separate critic does no work.
         """
         hidden, batched = self._advance(observation)
-        logits = self._logits(hidden)
+        logits = self.head_logits(hidden)
         if action_masks is not None:
             allowed = torch.as_tensor(action_masks, device=self.device).reshape(logits.shape)
             logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
@@ -127,6 +129,21 @@ class ActorCritic(TokenModel):
         if with_value:
             value = self.value_head(self._critic_hidden(hidden).float())[:, 0]
         return Step(action, log_prob, value) if batched else Step(action[0], log_prob[0], value[0])
+
+    def write(
+        self, prompts: Tensor, lengths: Tensor, max_new_tokens: int, stop: StopRule, deterministic: bool = False
+    ) -> Responses:
+        """Whole responses to right-padded prompts `(B, W)` of these lengths `(B,)`: what `act` would draw, but faster.
+
+        W has room for the longest prompt with `max_new_tokens` more. A critic of its own is not asked for values.
+        """
+        shape = (*prompts.shape, max_new_tokens, stop)
+        if self._writer is None or self._writer.shape != shape:
+            self._writer = ResponseWriter(self, *shape, captures=self.device.type == "cuda")
+        responses = self._writer.write(prompts, lengths, deterministic)
+        if not self._writer.captures:
+            self._writer = None  # captured steps are worth the memory of their cache, a cache alone is not
+        return responses
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """The action of `act`, nothing else."""
@@ -238,8 +255,14 @@ class ActorCritic(TokenModel):
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """One index `(B,)` from each row `(B, V)` by inverting its distribution function: one random number a row."""
+        return self.invert(
+            probabilities, torch.rand(len(probabilities), 1, device=self.device, generator=self.generator)
+        )
+
+    def invert(self, probabilities: Tensor, noise: Tensor) -> Tensor:
+        """The index `(B,)` that a uniform number `(B, 1)` stands for in each distribution `(B, V)`."""
         cumulative = probabilities.cumsum(-1)
-        height = torch.rand(len(probabilities), 1, device=self.device, generator=self.generator) * cumulative[:, -1:]
+        height = noise * cumulative[:, -1:]
         # `right=True` passes over tokens of probability zero; rounding may still reach the top of the last one.
         return torch.searchsorted(cumulative, height, right=True).clamp(max=self.vocab_size - 1)[:, 0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MAX_PADDING = 0.1
+"""Share of padding that is computed for the sake of larger batches."""
 
 
 class Packed(NamedTuple):
@@ -95,6 +97,24 @@ def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
     flat[2, slot] = segment + 1
     ids, positions, segments = flat.view(3, len(room), capacity)
     return Packed(ids, positions, segments, start)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, max_padding: float = MAX_PADDING) -> list[list[int]]:
+    """Indices of rows in batches of similar length: of its slots at most the share `max_padding` is padding.
+
+    >>> batches_by_length([1, 10, 11, 1], batch_size=64)
+    [[0, 3], [1, 2]]
+    """
+    batches: list[list[int]] = []
+    tokens = 0  # real ones in the batch under way
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        width, size = lengths[index], len(batches[-1]) + 1 if batches else 0
+        if not batches or size > batch_size or tokens + width < (1 - max_padding) * size * width:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += width
+    return batches
 
 
 def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:

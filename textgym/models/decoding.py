@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textgym.models.attention import attention_mask
+from textgym.models.attention import attention_mask, batches_by_length
 
 
 class SlotCache(Cache):
@@ -53,6 +53,14 @@ class SlotCache(Cache):
         values[rows, :, self.positions] = value_states[:, :, 0]
         keys, values = keys[:, :, : self.span], values[:, :, : self.span]
         return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
+
+    def take(self, other: SlotCache, rows: Tensor) -> None:
+        """Copies these rows `(num_rows,)` of another cache of the same model."""
+        if not self.keys:
+            self.keys = [states.new_empty(self.num_rows, *states.shape[1:]) for states in other.keys]
+            self.values = [states.new_empty(self.num_rows, *states.shape[1:]) for states in other.values]
+        for mine, states in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            torch.index_select(states, 0, rows, out=mine)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Unused by the models, since they are given position ids; transformers asks for it all the same."""
@@ -123,6 +131,34 @@ class CachedDecoder:
         self.lengths.copy_(lengths)
         assert self.hidden is not None
         return self.hidden.clone()
+
+    # --- for a caller that knows how its contexts grow: no comparison, so no look at the device from the host ---
+
+    @torch.no_grad()
+    def begin(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The last hidden states `(B, d)` of new contexts `(B, W)` in all rows, those of like length in one pass."""
+        for rows in batches_by_length(lengths.tolist(), len(lengths)):
+            index = None if len(rows) == len(lengths) else torch.tensor(rows, device=lengths.device)
+            self._encode(input_ids, lengths, index)
+        self.input_ids.copy_(input_ids)
+        self.lengths.copy_(lengths)
+        assert self.hidden is not None
+        return self.hidden
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, span: int) -> Tensor:
+        """Appends one token `(B,)` to every row; the last hidden states `(B, d)`. `span`: slots that may be in use."""
+        self.input_ids.scatter_(1, self.lengths[:, None], tokens[:, None])
+        self.lengths += 1
+        self._decode(self.input_ids, self.lengths, None, span)
+        assert self.hidden is not None
+        return self.hidden
+
+    def take(self, other: CachedDecoder, rows: Tensor) -> None:
+        """Goes on with these rows `(B,)` of another decoder of the same model and width."""
+        self.cache.take(other.cache, rows)
+        self.input_ids.copy_(other.input_ids[rows])
+        self.lengths.copy_(other.lengths[rows])
 
     def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
         """Whole contexts of some rows, in one pass. Right padding needs no mask: no real token sees what follows it."""

@@ -86,7 +86,7 @@ class TokenModel(nn.Module):
         hidden, batched = self._advance(observation)
         action = torch.as_tensor(action, device=self.device).reshape(-1)
         with torch.no_grad():
-            logits = self._logits(hidden)
+            logits = self.head_logits(hidden)
             free = logits.gather(1, action[:, None])[:, 0]
             if action_masks is not None:
                 allowed = torch.as_tensor(action_masks, device=self.device).reshape(-1, self.vocab_size)
@@ -116,7 +116,7 @@ class TokenModel(nn.Module):
 
     def logits(self, states: PackedStates) -> Tensor:
         """Logits `(M, V)` of the next token in each state, divided by the temperature, float32."""
-        return self._logits(self.hidden(states))
+        return self.head_logits(self.hidden(states))
 
     def hidden(self, states: PackedStates) -> Tensor:
         """Last hidden state `(M, d)` of each state, in one packed pass."""
@@ -126,7 +126,7 @@ class TokenModel(nn.Module):
     def next_logits(self, observation: Observation) -> Tensor:
         """Logits `(B, V)` of the next token, by cached decoding: `logits` without gradients, from observations."""
         with torch.no_grad():
-            return self._logits(self.next_hidden(observation))
+            return self.head_logits(self.next_hidden(observation))
 
     def next_hidden(self, observation: Observation) -> Tensor:
         """Last hidden state `(B, d)` of each observed context, by cached decoding."""
@@ -147,8 +147,9 @@ class TokenModel(nn.Module):
             "stop_ids": sequences.stop.ids,
         }
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden).float() / self.temperature  # (B, V)
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits `(B, V)` of the next token from last hidden states `(B, d)`, divided by the temperature, float32."""
+        return self.head(hidden).float() / self.temperature
 
     def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
         """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""

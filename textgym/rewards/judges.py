@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.messages import Text, plain
+from textgym.models.attention import batches_by_length
 from textgym.models.loading import load_encoder, load_tokenizer
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.rewards.last_token import batches_by_length, pad_right
+from textgym.rewards.last_token import pad_right
 from textgym.rewards.reward_model import encodes_alike
 
 BATCH_SIZE = 64
@@ -56,7 +57,7 @@ class SemanticSimilarity:
         encoder, tokenizer = load_encoder(self.model)
         rows = tokenizer(list(texts), truncation=True, max_length=encoder.config.max_position_embeddings).input_ids
         meanings = torch.empty(len(rows), encoder.config.hidden_size)
-        for batch in batches_by_length(rows, BATCH_SIZE):
+        for batch in batches_by_length([len(row) for row in rows], BATCH_SIZE):
             input_ids, lengths = pad_right([rows[index] for index in batch])
             mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
             hidden = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, T, d)
@@ -107,7 +108,7 @@ class Perplexity:
         scores: list[float | None] = [None] * len(completion_ids)
         kept = [index for index, ids in enumerate(completion_ids) if len(ids)]
         rows = [[*prompt_ids[index], *completion_ids[index]] for index in kept]
-        for batch in batches_by_length(rows, BATCH_SIZE):
+        for batch in batches_by_length([len(row) for row in rows], BATCH_SIZE):
             input_ids, lengths = pad_right([rows[index] for index in batch])
             starts = torch.tensor([len(prompt_ids[kept[index]]) for index in batch])
             sequences = Sequences(input_ids, starts, lengths - starts)

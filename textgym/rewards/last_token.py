@@ -12,9 +12,6 @@ from transformers import PreTrainedModel
 
 from textgym.models.attention import pack, packed_hidden, ragged
 
-MAX_PADDING = 0.1
-"""Share of padding that is computed for the sake of larger batches."""
-
 
 class TextScores(NamedTuple):
     """Raw scores of texts, `(B, K)` float32 for K labels: read at the last token, and the mean over all tokens."""
@@ -51,26 +48,6 @@ def score_head(classifier: PreTrainedModel) -> nn.Linear | None:
     """The head that decoder-only classifiers of transformers read the score with; `None` for encoders."""
     head = getattr(classifier, "score", None)
     return head if isinstance(head, nn.Linear) else None
-
-
-def batches_by_length(
-    rows: Sequence[Sequence[int]], batch_size: int, max_padding: float = MAX_PADDING
-) -> list[list[int]]:
-    """Indices of the rows in batches of similar length: of its slots at most the share `max_padding` is padding.
-
-    >>> batches_by_length([[1], [1] * 10, [1] * 11, [1]], batch_size=64)
-    [[0, 3], [1, 2]]
-    """
-    batches: list[list[int]] = []
-    tokens = 0  # real ones in the batch under way
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        width, size = len(rows[index]), len(batches[-1]) + 1 if batches else 0
-        if not batches or size > batch_size or tokens + width < (1 - max_padding) * size * width:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(index)
-        tokens += width
-    return batches
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from textgym.models.attention import batches_by_length
 from textgym.models.loading import Device, disable_dropout, freeze, load_classifier
-from textgym.rewards.last_token import batches_by_length, pad_right
+from textgym.rewards.last_token import pad_right
 from textgym.rewards.reward_model import encodes_alike
 
 
@@ -106,7 +107,7 @@ class ProcessRewardModel:
         pairs = zip(prompt_ids, completion_ids, strict=True)
         rows = [[*prompt, *completion][-self.max_length :] for prompt, completion in pairs]
         rewards: list[list[float]] = [[] for _ in rows]
-        for batch in batches_by_length(rows, self.batch_size):
+        for batch in batches_by_length([len(row) for row in rows], self.batch_size):
             scores = self.token_scores(*pad_right([rows[index] for index in batch])).tolist()
             for index, row in zip(batch, scores, strict=True):
                 count = len(completion_ids[index])

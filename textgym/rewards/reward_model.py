@@ -21,8 +21,9 @@ from transformers.utils import cached_file
 
 from textgym.data.files import atomic_folder
 from textgym.data.messages import Messages, Text, encode
+from textgym.models.attention import batches_by_length
 from textgym.models.loading import ASSETS, Device, disable_dropout, freeze, load_classifier, quiet
-from textgym.rewards.last_token import LastTokenScorer, batches_by_length, pad_right, score_head
+from textgym.rewards.last_token import LastTokenScorer, pad_right, score_head
 
 SETTINGS_FILE = "reward_model.json"
 TINY = ASSETS / "tiny_reward"
@@ -188,7 +189,7 @@ class RewardModel:
     def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Scores `(N,)` of lists of ids, sorted by length into batches so that little padding is computed."""
         scores = torch.empty(len(rows), device=self.device)
-        for batch in batches_by_length(rows, self.batch_size):
+        for batch in batches_by_length([len(row) for row in rows], self.batch_size):
             input_ids, lengths = pad_right([rows[index] for index in batch])
             scores[batch] = self.score(input_ids.to(self.device), lengths.to(self.device))
         return scores

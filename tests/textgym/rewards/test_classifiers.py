@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
-from textgym.rewards.last_token import MAX_PADDING, batches_by_length
+from textgym.models.attention import MAX_PADDING, batches_by_length
 from textgym.rewards.model import RewardModel
 from textgym.testing import byte_tokenizer, mock_lm
 
@@ -150,7 +150,7 @@ def test_a_foreign_model_with_a_chat_template_is_read_without_a_further_eos(tmp_
 @pytest.mark.parametrize("lengths", [[1, 2, 3, 500], list(range(1, 300)), [7] * 100, [512], []])
 def test_batches_hold_at_most_a_tenth_of_padding(lengths: list[int]) -> None:
     rows = [[0] * length for length in lengths]
-    batches = batches_by_length(rows, batch_size=64)
+    batches = batches_by_length([len(row) for row in rows], batch_size=64)
     assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
     for batch in batches:
         sizes = [lengths[index] for index in batch]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textgym.rewards.last_token import MAX_PADDING, batches_by_length
+from textgym.models.attention import MAX_PADDING, batches_by_length
 from textgym.rewards.pairwise import pairwise_loss
 from textgym.rewards.rules import DistinctN, NumericAnswer, RegexMatch, RepetitionPenalty, exact_match, json_valid
 from textgym.rewards.scaling import RunningScale
@@ -108,7 +108,7 @@ def test_running_scale_does_not_depend_on_how_scores_come_in_batches(batches: li
 
 @given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 64))
 def test_batches_are_a_partition_with_little_padding(lengths: list[int], batch_size: int) -> None:
-    batches = batches_by_length([[0] * length for length in lengths], batch_size)
+    batches = batches_by_length(lengths, batch_size)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         sizes = [lengths[index] for index in batch]

@@ -1,0 +1,292 @@
+"""One PPO update of ours beside one of TRL 1.12, the last with a PPO: same weights, same prompts, same steps.
+
+    pip install --target .peers/trl --no-deps trl==1.12.0      # beside the project, never a dependency of it
+    pip install --target .peers/datasets datasets              # what TRL imports besides
+    python benchmarks/ppo_vs_trl.py --peers .peers/trl .peers/datasets
+
+Each side is a process that waits for its turn, so that a busy machine slows both, and runs one update a turn: collect
+`rows` episodes, score them by a reward model, pay the KL to a reference, then `epochs` epochs of four minibatches. Both
+have a critic and a reward model that are classifiers on copies of the policy's trunk, in float32, on one thread. The
+median of the paired ratios is printed, and the ratio of the floating-point operations of one update, counted.
+
+Settings:
+    full           every response has full length; a separate critic on both sides.
+    eos            responses end at EOS, with the limit of which they reach half on average, printed as mean/limit.
+    full-shared    as full, but our critic shares the policy's trunk, our default.
+    eos-shared     as eos, with our shared trunk.
+What could not be paired: the prompts' order and the sampled texts are each side's own. TRL has no shared critic, so in
+the last two settings the models differ; the number of epochs does not, though our default is two. With EOS, TRL
+generates until its last row has ended and computes every row at full length in all passes: that is what is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import textgym  # noqa: F401  (registers the ids)
+from textgym.agents import PPO, PPOConfig
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.loading import load_causal_lm, load_tokenizer
+from textgym.rewards.model import RewardModel
+
+FIRST_ID = 300
+"""Prompts are made of token ids from here on: no special tokens, no single bytes."""
+LEARNING_RATE = 1e-7
+"""So small that responses keep their lengths while it is measured."""
+BARS = {"full": 0.85, "eos": 0.6, "full-shared": 0.4, "eos-shared": 0.4}
+
+
+@dataclass
+class Config:
+    """What is compared."""
+
+    peers: tuple[Path, ...] = ()
+    """Folders that hold the packages `trl` 1.12 and `datasets`."""
+    model: str = "tiny"
+    """Name or path of a causal language model."""
+    settings: tuple[str, ...] = tuple(BARS)
+    """Which of the settings."""
+    rows: int = 64
+    """Episodes of an update."""
+    prompt_tokens: int = 16
+    """Tokens of every prompt."""
+    new_tokens: int = 48
+    """Most tokens of a response."""
+    epochs: int = 4
+    """Passes over a rollout."""
+    repeats: int = 5
+    """Pairs of updates that are timed, after one pair that is not."""
+    side: Literal["both", "ours", "theirs"] = "both"
+    """Of this process; the sides are started by the process that has both."""
+    setting: str = "full"
+    """Of a side."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether EOS ends responses."""
+        return self.setting.startswith("eos")
+
+    @property
+    def updates(self) -> int:
+        """One to warm up, the timed ones, and one whose operations are counted."""
+        return self.repeats + 2
+
+
+class Turns:
+    """A side's end of the pipe: says what an update took, and waits until the next is asked for."""
+
+    def __init__(self, updates: int) -> None:
+        self.left = updates
+        self.counter = FlopCounterMode(display=False)
+        self._begin()
+
+    def done(self, **figures: float) -> None:
+        """One update is over."""
+        figures |= {
+            "seconds": time.perf_counter() - self.started,
+            "cpu_seconds": time.process_time() - self.cpu_started,
+        }
+        self.left -= 1
+        if self.left == 0:
+            self.counter.__exit__(None, None, None)
+            figures["flops"] = self.counter.get_total_flops()
+        print(json.dumps(figures), flush=True)
+        if self.left:
+            self._begin()
+
+    def _begin(self) -> None:
+        sys.stdin.readline()
+        if self.left == 1:  # counting slows, so the update that is counted is not timed
+            self.counter.__enter__()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+
+
+def prompts(config: Config, vocab_size: int) -> torch.Tensor:
+    """Random prompts for all updates, `(rows * updates, prompt_tokens)`."""
+    shape, generator = (config.rows * config.updates, config.prompt_tokens), torch.Generator().manual_seed(0)
+    return torch.randint(FIRST_ID, vocab_size, shape, generator=generator)
+
+
+def make_envs(config: Config, tokenizer: Any, reward: Any) -> Any:
+    """Our environment on the random prompts; text would not give ids of one length."""
+    envs: Any = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=config.rows,
+        prompts=["."],
+        tokenizer=tokenizer,
+        reward=reward,
+        reference=config.model,
+        kl_coef=0.05,
+        kl_mode="deferred",
+        max_prompt_tokens=config.prompt_tokens,
+        max_new_tokens=config.new_tokens,
+        min_new_tokens=0 if config.ends else config.new_tokens,
+    )
+    task, ids = envs.unwrapped.task, prompts(config, len(tokenizer))
+    task.prompt_ids, task.prompt_lengths = ids.int().numpy(), torch.full((len(ids),), config.prompt_tokens).numpy()
+    task.rows, task.prompt_texts = [{"prompt": "."}] * len(ids), ["."] * len(ids)
+    return envs
+
+
+def ours(config: Config) -> None:
+    """Our PPO, one update a turn."""
+    tokenizer = load_tokenizer(config.model)
+    reward = RewardModel(_classifier(config.model), tokenizer, batch_size=config.rows)
+    shared = config.setting.endswith("shared")
+    policy = ActorCritic.from_pretrained(config.model, critic="shared" if shared else "separate")
+    settings = PPOConfig(
+        episodes_per_update=config.rows,
+        minibatch_size=config.rows // 4,
+        num_epochs=config.epochs,
+        learning_rate=LEARNING_RATE,
+        anneal_learning_rate=False,
+    )
+    agent = PPO(policy, make_envs(config, tokenizer, reward), settings)
+    turns = Turns(config.updates)
+    agent.learn(config.rows * config.updates, [lambda _, metrics: turns.done(tokens=metrics["val/response_tokens"])])
+
+
+def theirs(config: Config) -> None:
+    """TRL's PPO, one update a turn: it logs once an update."""
+    sys.path[:0] = [str(folder) for folder in config.peers]
+    from trl.experimental.ppo import PPOConfig as TheirConfig  # type: ignore[import-not-found, unused-ignore]
+    from trl.experimental.ppo import PPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
+    data: Any = [
+        {"input_ids": row, "attention_mask": [1] * len(row)} for row in prompts(config, len(tokenizer)).tolist()
+    ]
+    settings = TheirConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=config.rows,
+        local_rollout_forward_batch_size=config.rows,
+        num_mini_batches=4,
+        gradient_accumulation_steps=1,
+        total_episodes=config.rows * config.updates,
+        num_ppo_epochs=config.epochs,
+        response_length=config.new_tokens,
+        stop_token="eos" if config.ends else None,
+        temperature=1.0,
+        learning_rate=LEARNING_RATE,
+        num_sample_generations=0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = PPOTrainer(
+        args=settings,
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
+        reward_model=_classifier(config.model),
+        value_model=_classifier(config.model),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    turns = Turns(config.updates)
+    trainer.log = lambda *_, **__: turns.done()
+    trainer.train()
+
+
+def _classifier(model: str) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, num_labels=1)
+
+
+def limit_for_half(config: Config) -> int:
+    """The limit of which the model's own responses to such prompts reach half on average: a multiple of 4."""
+    tokenizer, longest = load_tokenizer(config.model), 96
+    envs = make_envs(replace(config, setting="eos", new_tokens=longest), tokenizer, lambda completions: [0.0])
+    policy = ActorCritic.from_pretrained(config.model)
+    policy.seed(0)
+    task = envs.unwrapped.task
+    prompts = torch.as_tensor(task.prompt_ids, dtype=torch.long)
+    padded = torch.nn.functional.pad(prompts, (0, longest))
+    lengths = policy.write(padded, torch.as_tensor(task.prompt_lengths), longest, task.episodes.stop).lengths
+    shares = {limit: lengths.clamp(max=limit).float().mean().item() / limit for limit in range(8, longest, 4)}
+    return min(shares, key=lambda limit: abs(shares[limit] - 0.5))
+
+
+@contextmanager
+def started(side: str, config: Config) -> Iterator[subprocess.Popen[str]]:
+    """A side's process, ready for its first turn."""
+    command = [sys.executable, __file__, "--side", side, "--setting", config.setting, "--model", config.model]
+    for name in ("rows", "prompt_tokens", "new_tokens", "epochs", "repeats"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    command += ["--peers", *map(str, config.peers)] if config.peers else []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def turn(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Lets a side run one update; its figures."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("{") and "seconds" in line:
+            return json.loads(line)
+    raise RuntimeError("a side ended early; its error stands above")
+
+
+def compare(config: Config) -> dict[str, float]:
+    """The figures of one setting."""
+    with started("ours", config) as mine, started("theirs", config) as other:
+        pairs = [(turn(mine), turn(other)) for _ in range(config.updates)]
+    timed, counted = pairs[1:-1], pairs[-1]
+    return {
+        "wall_time_ratio": statistics.median(a["seconds"] / b["seconds"] for a, b in timed),
+        "cpu_time_ratio": statistics.median(a["cpu_seconds"] / b["cpu_seconds"] for a, b in timed),
+        "flops_ratio": counted[0]["flops"] / counted[1]["flops"],
+        "our_seconds": statistics.median(a["seconds"] for a, _ in timed),
+        "their_seconds": statistics.median(b["seconds"] for _, b in timed),
+        "our_gflops": counted[0]["flops"] / 1e9,
+        "their_gflops": counted[1]["flops"] / 1e9,
+        "response_tokens": statistics.mean(a["tokens"] for a, _ in timed),
+        "bar": BARS[config.setting],
+    }
+
+
+def main(config: Config) -> None:
+    """Prints a table of the settings, and the same as JSON."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if config.side != "both":
+        return ours(config) if config.side == "ours" else theirs(config)
+    results = {}
+    print("| setting | wall time | CPU time | operations | bar | mean response |\n" + "| --- " * 6 + "|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        load_causal_lm(config.model).save_pretrained(folder)
+        load_tokenizer(config.model).save_pretrained(folder)
+        for name in config.settings:
+            limit = limit_for_half(config) if name.startswith("eos") else config.new_tokens
+            row = results[name] = compare(replace(config, setting=name, model=folder, new_tokens=limit))
+            cells = (f"{row[key]:.2f}" for key in ("wall_time_ratio", "cpu_time_ratio", "flops_ratio", "bar"))
+            print(f"| {name} | {' | '.join(cells)} | {row['response_tokens']:.1f}/{limit} |", flush=True)
+    print(json.dumps({name: {key: round(x, 3) for key, x in row.items()} for name, row in results.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

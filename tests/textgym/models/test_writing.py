@@ -1,0 +1,184 @@
+"""ResponseWriter: what `act` would draw token by token, in one go; captured steps; no look at the device in between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from textgym.models import writing
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import StopRule
+from textgym.models.sequences import Sequences
+from textgym.models.writing import Responses, ResponseWriter
+from textgym.testing import mock_lm
+
+ROWS, PROMPT, NEW = 8, 7, 70  # long enough for several spans of a captured step
+STOPS = StopRule(tuple(range(9)))
+LENGTHS = torch.tensor([3, 7, 1, 5, 5, 2, 6, 4])
+
+
+def make_policy(critic: str = "shared", temperature: float = 1.0) -> ActorCritic:
+    policy = ActorCritic.from_pretrained(mock_lm(), critic=critic, temperature=temperature)
+    torch.nn.init.constant_(policy.value_head.weight, 0.1)
+    policy.seed(0)
+    return policy
+
+
+def prompts() -> Tensor:
+    ids = torch.randint(20, 200, (ROWS, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
+    return torch.where(torch.arange(PROMPT + NEW) < LENGTHS[:, None], ids, 0)
+
+
+def stepped(policy: ActorCritic, stop: StopRule, deterministic: bool) -> Responses:
+    """The same by `act`."""
+    ids, lengths = prompts(), LENGTHS.clone()
+    alive, by_stop = torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.bool)
+    tokens, log_probs, values = torch.zeros(ROWS, NEW, dtype=torch.long), torch.zeros(ROWS, NEW), torch.zeros(ROWS, NEW)
+    for step in range(NEW):
+        allowed = torch.ones(ROWS, policy.vocab_size, dtype=torch.bool)
+        allowed[:, list(stop.ids)] = step >= stop.min_new_tokens
+        observation = {"input_ids": ids, "attention_mask": (torch.arange(PROMPT + NEW) < lengths[:, None]).long()}
+        action, log_prob, value = policy.act(observation, deterministic, allowed)
+        for buffer, new in ((tokens, action), (log_probs, log_prob), (values, value)):
+            buffer[alive, step] = new[alive]
+        ids[alive, lengths[alive]] = action[alive]
+        lengths += alive
+        by_stop |= alive & torch.isin(action, torch.tensor(stop.ids))
+        alive &= ~by_stop
+        if not alive.any():
+            break
+    return Responses(tokens, log_probs, values, lengths - LENGTHS, by_stop)
+
+
+def assert_same(written: Responses, expected: Responses) -> None:
+    assert written.lengths.tolist() == expected.lengths.tolist()
+    assert written.by_stop.tolist() == expected.by_stop.tolist()
+    mask = torch.arange(NEW) < expected.lengths[:, None]
+    assert torch.equal(written.tokens[mask], expected.tokens[mask])
+    torch.testing.assert_close(written.log_probs[mask], expected.log_probs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(written.values[mask], expected.values[mask], atol=1e-5, rtol=1e-5)
+
+
+def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False, captures: bool = False) -> Responses:
+    return ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, stop, captures).write(prompts(), LENGTHS, deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("stop", [STOPS, StopRule(STOPS.ids, 6), StopRule(())], ids=["stop", "minimum", "endless"])
+def test_it_writes_what_act_would(stop: StopRule, deterministic: bool) -> None:
+    expected = stepped(make_policy(temperature=0.8), stop, deterministic)
+    written = write(make_policy(temperature=0.8), stop, deterministic)
+    assert_same(written, expected)
+    if stop is STOPS and not deterministic:
+        assert len(set(written.lengths.tolist())) > 4, "a test of rows that end needs some"
+
+
+def test_a_policy_writes_the_same_twice_from_one_seed_and_frees_its_cache() -> None:
+    policy, once = make_policy(), None
+    for _ in range(2):
+        policy.seed(3)
+        responses = policy.write(prompts(), LENGTHS, NEW, STOPS)
+        assert once is None or torch.equal(once.tokens, responses.tokens)
+        once = responses
+        assert policy._writer is None
+
+
+def test_weights_that_change_without_a_trace_are_noticed() -> None:
+    """Fused optimisers write weights without a new version; every writing begins with the prompts anew."""
+    policy = make_policy()
+    writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS, captures=False)
+    writer.write(prompts(), LENGTHS)
+    for weight in policy.lm.parameters():
+        weight.data.mul_(0.5)
+    policy.seed(0)
+    written = writer.write(prompts(), LENGTHS)
+    policy.seed(0)
+    assert_same(written, stepped(policy, STOPS, False))
+
+
+def test_log_probs_and_values_are_those_of_a_pass_over_the_whole() -> None:
+    policy = make_policy()
+    responses = write(policy, STOPS)
+    ids = prompts()
+    for row, (start, length) in enumerate(zip(LENGTHS.tolist(), responses.lengths.tolist(), strict=True)):
+        ids[row, start : start + length] = responses.tokens[row, :length]
+    evaluation = policy.evaluate(Sequences(ids, LENGTHS, responses.lengths, STOPS))
+    mask = torch.arange(evaluation.log_prob.shape[1]) < responses.lengths[:, None]
+    for mine, whole in ((responses.log_probs, evaluation.log_prob), (responses.values, evaluation.value)):
+        torch.testing.assert_close(mine[:, : mask.shape[1]][mask], whole[mask].detach(), atol=1e-5, rtol=1e-5)
+
+
+class Asked(TorchDispatchMode):
+    """Counts questions to the device: values that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_once_a_look_and_never_in_a_step() -> None:
+    writer = ResponseWriter(make_policy(), ROWS, PROMPT + NEW, NEW, StopRule(()), captures=False)
+    writer.look_every = 10
+    with Asked() as asked:
+        writer.write(prompts(), LENGTHS)
+    begin = 2 + ROWS  # the longest prompt, and where the prompts of a batch of like length end
+    assert NEW // 10 - 1 <= asked.count <= NEW // 10 + begin
+
+
+def traced(step: Callable[[], object]) -> Callable[[], object]:
+    """Captures as a CUDA graph does: the operations on the tensors as they are now, none executed, no value asked for.
+
+    make_fx executes while it records, so what it wrote is put back.
+    """
+    before = [(tensor, tensor.clone()) for tensor in tensors(step)]
+    graph = make_fx(lambda: step())()
+    for tensor, value in before:
+        tensor.copy_(value)
+    return graph
+
+
+def tensors(step: Any) -> list[Tensor]:
+    """What a step can write: the buffers of the writer and of its lanes."""
+    captured = {
+        name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__, strict=True)
+    }
+    writer, lanes = captured["self"], captured["lanes"]
+    cache = lanes.decoder.cache
+    owners = (*vars(writer).values(), *vars(lanes).values(), *vars(lanes.decoder).values(), *cache.keys, *cache.values)
+    return [value for value in owners if isinstance(value, Tensor)]
+
+
+def test_captured_steps_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed on the same tensors, over several spans and numbers of rows, and again for the next prompts."""
+    captures: list[Callable[[], object]] = []
+
+    def record(step: Callable[[], object]) -> Callable[[], object]:
+        captures.append(traced(step))
+        return captures[-1]
+
+    monkeypatch.setattr(writing, "capture", record)
+    policy = make_policy()
+    writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS, captures=True)
+    for turn in range(3):
+        policy.seed(turn)
+        written = writer.write(prompts(), LENGTHS)
+        captured = len(captures)
+        policy.seed(turn)
+        assert_same(written, stepped(policy, STOPS, False))
+    assert len(writer.sizes) > 1
+    assert captured == len(captures), "the last round replays what the first ones captured"
+    assert captured >= 2
+    assert copy.deepcopy(writer) is pickle.loads(pickle.dumps(writer)) is None
