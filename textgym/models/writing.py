@@ -7,14 +7,14 @@ now and then whether rows have ended, and lets go of those that have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
-from textgym.models.log_probs import StopRule
+from textgym.models.log_probs import CHUNK_ELEMENTS, StopRule
 
 SPAN = 64
 """A captured step reads slots in multiples of this, since each number of them is a graph of its own."""
@@ -147,14 +147,14 @@ class ResponseWriter:
     def _draw(self, lanes: Lanes, hidden: Tensor, deterministic: bool) -> None:
         """Draws a token in every lane from its last hidden state `(b, d)`."""
         policy, place = self.policy, (lanes.rows, self.step)
-        logits = policy.head_logits(hidden)  # (b, V)
         may_stop = self.step >= self.stop.min_new_tokens
-        if self.stop.min_new_tokens:
-            logits = logits.masked_fill(self.is_stop & ~may_stop, torch.finfo(logits.dtype).min)
-        log_probs = logits.log_softmax(-1)
-        token = log_probs.argmax(-1) if deterministic else policy.invert(log_probs.exp(), self.noise[lanes.rows])
-        self.tokens[place] = token
-        self.log_probs[place] = log_probs.gather(1, token[:, None])[:, 0]
+        size = max(1, CHUNK_ELEMENTS // policy.vocab_size)  # rows draw apart, so that a large V needs no (b, V)
+        noises: Sequence[Tensor | None] = [None] * len(hidden)
+        if not deterministic:
+            noises = self.noise[lanes.rows].split(size)
+        drawn = [self._choose(*part, may_stop) for part in zip(hidden.split(size), noises, strict=False)]
+        token, log_prob = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        self.tokens[place], self.log_probs[place] = token, log_prob
         if policy.critic is None:
             self.values[place] = policy.value_head(hidden.float())[:, 0]
         self.lengths.index_add_(0, lanes.rows, lanes.alive.long())
@@ -162,6 +162,15 @@ class ResponseWriter:
         self.by_stop[lanes.rows] = self.by_stop[lanes.rows] | stops
         lanes.alive &= ~stops
         self.step += 1
+
+    def _choose(self, hidden: Tensor, noise: Tensor | None, may_stop: Tensor) -> tuple[Tensor, Tensor]:
+        """A token for each state and its log-prob: what its random number stands for, or without one the likeliest."""
+        logits = self.policy.head_logits(hidden)  # (b, V)
+        if self.stop.min_new_tokens:
+            logits = logits.masked_fill(self.is_stop & ~may_stop, torch.finfo(logits.dtype).min)
+        log_probs = logits.log_softmax(-1)
+        token = log_probs.argmax(-1) if noise is None else self.policy.invert(log_probs.exp(), noise)
+        return token, log_probs.gather(1, token[:, None])[:, 0]
 
 
 def capture(step: Callable[[], object]) -> Callable[[], object]:

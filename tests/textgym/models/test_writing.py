@@ -72,6 +72,13 @@ def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False, capt
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_that_draw_apart_draw_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = write(make_policy(), STOPS, deterministic)
+    monkeypatch.setattr(writing, "CHUNK_ELEMENTS", 3 * make_policy().vocab_size)
+    assert_same(write(make_policy(), STOPS, deterministic), together)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("stop", [STOPS, StopRule(STOPS.ids, 6), StopRule(())], ids=["stop", "minimum", "endless"])
 def test_it_writes_what_act_would(stop: StopRule, deterministic: bool) -> None:
     expected = stepped(make_policy(temperature=0.8), stop, deterministic)
