@@ -18,7 +18,7 @@ from textgym.testing import Played, play
 
 ID = "textgym/SentimentMLP-v0"
 ALGORITHMS = {
-    "PPO": partial(PPO, n_steps=32, batch_size=128, learning_rate=1e-3, ent_coef=0.01),
+    "PPO": partial(PPO, n_steps=8, batch_size=256, learning_rate=1e-3, ent_coef=0.01),
     "A2C": partial(A2C, n_steps=4, learning_rate=2e-3, gae_lambda=0.95, ent_coef=0.01, normalize_advantage=True),
     "DQN": partial(DQN, gradient_steps=32, learning_rate=1e-3, learning_starts=1000, target_update_interval=500),
 }
@@ -27,7 +27,7 @@ ALGORITHMS = {
 @dataclass
 class Args:
     algorithm: Literal["PPO", "A2C", "DQN"] = "PPO"
-    total_timesteps: int = 20_480
+    total_timesteps: int = 40_960
     num_envs: int = 32
     eval_episodes: int = 256
 
