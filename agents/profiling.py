@@ -230,11 +230,14 @@ class _Phases:
         self.open = [OTHER]
 
     def enter(self, name: str) -> None:
-        self.charge(self.open[-1])
+        if name != self.open[-1]:  # a phase within itself is nothing new
+            self.charge(self.open[-1])
         self.open.append(name)
 
     def leave(self) -> None:
-        self.charge(self.open.pop())
+        name = self.open.pop()
+        if name != self.open[-1]:
+            self.charge(name)
 
     def charge(self, name: str) -> None:
         """What there was since the last call is this phase's."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
 from textgym.models.log_probs import CHUNK_ELEMENTS, StopRule
+from textgym.models.phases import phase
 
 SPAN = 64
 """A captured step reads slots in multiples of this, since each number of them is a graph of its own."""
@@ -104,7 +105,8 @@ class ResponseWriter:
                     break
                 lanes = self._narrowed(lanes, alive)
             self._roll(deterministic)
-            self._advance(lanes, longest + count, deterministic)
+            with phase("decode"):  # token by token, so that a trace can hold the first ones alone
+                self._advance(lanes, longest + count, deterministic)
         return Responses(*(x.clone() for x in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop)))
 
     def _roll(self, deterministic: bool) -> None:
