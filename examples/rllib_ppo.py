@@ -22,9 +22,9 @@ ID = "textgym/SentimentMLP-v0"
 
 @dataclass
 class Args:
-    total_timesteps: int = 20_480
+    total_timesteps: int = 40_960
     num_envs: int = 32
-    train_batch_size: int = 1024
+    train_batch_size: int = 256
     eval_episodes: int = 256
 
 
@@ -34,7 +34,7 @@ def main(args: Args) -> tuple[Played, Played]:
     config = PPOConfig().environment(ID).debugging(seed=0)
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=args.num_envs, gym_env_vectorize_mode=vector)
     config.training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=128)
-    config.training(num_epochs=10, entropy_coeff=0.01, grad_clip=0.5)
+    config.training(num_epochs=4, entropy_coeff=0.01, grad_clip=0.5)
     algorithm = config.build_algo()
 
     def act(observations):

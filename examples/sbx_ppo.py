@@ -20,7 +20,7 @@ ID = "textgym/SentimentMLP-v0"
 
 @dataclass
 class Args:
-    total_timesteps: int = 20_480
+    total_timesteps: int = 40_960
     num_envs: int = 32
     eval_episodes: int = 256
 
@@ -28,7 +28,9 @@ class Args:
 def main(args: Args) -> tuple[Played, Played]:
     torch.set_num_threads(1)
     env = make_vec_env(ID, n_envs=args.num_envs)
-    model = PPO("MlpPolicy", env, n_steps=32, batch_size=128, learning_rate=1e-3, gamma=1.0, ent_coef=0.01, seed=0)
+    model = PPO(
+        "MlpPolicy", env, n_steps=8, batch_size=128, n_epochs=4, learning_rate=1e-3, gamma=1.0, ent_coef=0.01, seed=0
+    )
     before = play(ID, lambda observations: model.predict(observations, deterministic=False)[0], args.eval_episodes)
     model.learn(args.total_timesteps)
     after = play(ID, lambda observations: model.predict(observations, deterministic=False)[0], args.eval_episodes)
