@@ -26,7 +26,7 @@ ID = "textgym/SentimentMLP-v0"
 
 @dataclass
 class Args:
-    total_timesteps: int = 20_480
+    total_timesteps: int = 40_960
     num_envs: int = 32
     eval_episodes: int = 256
 
@@ -43,9 +43,9 @@ def main(args: Args) -> tuple[Played, Played]:
     before = play(ID, lambda seen: actor(TensorDict(observation=seen))["action"], args.eval_episodes)
     loss = ClipPPOLoss(actor, critic, entropy_coeff=0.01, normalize_advantage=True)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
-    for batch in Collector(env, actor, frames_per_batch=32 * args.num_envs, total_frames=args.total_timesteps):
+    for batch in Collector(env, actor, frames_per_batch=8 * args.num_envs, total_frames=args.total_timesteps):
         data = advantage(batch).reshape(-1)
-        for rows in (part for _ in range(10) for part in torch.randperm(len(data)).split(128)):
+        for rows in (part for _ in range(4) for part in torch.randperm(len(data)).split(128)):
             values = loss(data[rows])
             optimizer.zero_grad()
             (values["loss_objective"] + values["loss_critic"] + values["loss_entropy"]).backward()
