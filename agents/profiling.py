@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -125,8 +126,8 @@ class Profile:
         whole = f"{self.seconds:.3f}", "100.0%", f"{speed:,.0f}", f"{flops / 1e9:.3f}", "", f"{memory:,.0f}"
         title = f"An update of {self.tokens:,.0f} response tokens on {self.device}, the mean of {self.updates}. "
         yield (
-            title + f"Utilisation is of {peaks}: {self.peak_of}.",
-            ["phase", "seconds", "share", "tokens/s", "GFLOP", "utilisation", f"peak MiB {kind}"],
+            title + f"MFU (FLOP utilisation) is of {peaks}: {self.peak_of}.",
+            ["phase", "seconds", "share", "tokens/s", "GFLOP", "MFU", f"peak MiB {kind}"],
             [*rows, ["all", *whole]],
         )
         yield (
@@ -344,9 +345,10 @@ class _Trace(_Phases):
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        widest = max(len(row[number]) for row in rows)  # a narrow terminal may break headers, never cut a figure
+        table.add_column(column, justify="right" if number else "left", min_width=widest)
     for row in rows:
         table.add_row(*row)
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from rich.console import Console
 
 from textgym import cli
 from textgym.agents import DQN, PPO, DQNConfig, PPOConfig
 from textgym.agents.footprint import SavedForBackward, bytes_by_role
-from textgym.agents.profiling import PHASES, TIMED, UPDATES, Profiler
+from textgym.agents.profiling import PHASES, TIMED, UPDATES, PhaseFigures, Profile, Profiler
 from textgym.models import phases
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.phases import phase
@@ -134,6 +136,18 @@ def test_files_are_written(tmp_path: Path) -> None:
     text = (tmp_path / "profile.md").read_text()
     assert all(f"| {name} |" in text for name in (*figures["phases"], *figures["memory"], "all"))
     assert "products of 1024 x 1024 matrices" in text
+
+
+def test_narrow_terminals_cut_no_figure() -> None:
+    large = PhaseFigures(1234.567, 0.999, 1234567.0, 987654.321e9, 0.876, 765432 * 2**20)
+    phases = dict.fromkeys((*PHASES, "other"), large)
+    profile = Profile("cpu", 3, 64, {"float32": 5e10}, "a test", phases, {"key-value caches": 2**40})
+    console = Console(width=80, file=io.StringIO())
+    console.print(*profile.tables())
+    shown = console.file.getvalue().split()
+    for text in (*PHASES, "other", "1234.567", "99.9%", "1,234,567", "987654.321", "87.6%", "765,432", "1,048,576.00"):
+        assert text in shown
+    assert "…" not in shown
 
 
 def test_the_trace_does_not_grow_with_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
