@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ def adamw(
     """An optimiser of those weights that are trained.
 
     Args:
-        eight_bit: keep the moments in blocks of 8-bit numbers (Dettmers et al., 2022), by bitsandbytes. Tensors of fewer
-            than 4,096 numbers have theirs in 32 bits.
+        eight_bit: keep the moments in blocks of 8-bit numbers (Dettmers et al., 2022), by bitsandbytes; those of tensors
+            of fewer than 4,096 numbers are in 32 bits.
 
     Raises:
         ImportError: `eight_bit` without bitsandbytes.
@@ -24,7 +25,8 @@ def adamw(
     if not eight_bit:  # fused: one pass over the weights, with no temporary of their size
         return torch.optim.AdamW(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0, fused=True)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes import optim
     except ImportError as error:
         raise ImportError("adam_8bit=True needs bitsandbytes: pip install 'textgym[adam8bit]'") from error
-    return AdamW8bit(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0)
+    untyped: Any = optim
+    return untyped.AdamW8bit(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0)

@@ -70,6 +70,6 @@ def test_offline_agents_too() -> None:
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'textgym\[adam8bit\]'"):
         make_agent(True)
