@@ -15,8 +15,8 @@ def adamw(
     """An optimiser of those weights that are trained.
 
     Args:
-        eight_bit: keep the moments in blocks of 8-bit numbers (Dettmers et al., 2022), by bitsandbytes; those of tensors
-            of fewer than 4,096 numbers are in 32 bits.
+        eight_bit: moments in blocks of 8-bit numbers (Dettmers et al., 2022), by bitsandbytes; those of tensors of
+            fewer than 4,096 numbers are in 32 bits.
 
     Raises:
         ImportError: `eight_bit` without bitsandbytes.
