@@ -33,7 +33,7 @@ def length(completions: list[str]) -> list[float]:
 
 def make_envs(**changes: Any) -> Any:
     settings: dict[str, Any] = {"reference": mock_lm(), "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, **changes}
-    prompts = ["one", "two"]  # of PROMPT tokens
+    prompts = ["one", "two", "six", "ten"]  # of PROMPT tokens
     arguments = {"prompts": prompts, "tokenizer": byte_tokenizer(), "reward": length, "kl_mode": "deferred"}
     return gym.make_vec("textgym/Text-v0", num_envs=ROWS, **arguments, **settings)
 
