@@ -71,7 +71,7 @@ class ResponseWriter:
         self.look_every = 8 if captures else 1
         device, shape = policy.device, (num_rows, max_new_tokens)
         self.is_stop = torch.zeros(policy.vocab_size, dtype=torch.bool, device=device)
-        self.is_stop[list(stop.ids)] = True
+        self.is_stop[[token for token in stop.ids if token < policy.vocab_size]] = True  # the others are never drawn
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)

@@ -191,3 +191,9 @@ def test_captured_steps_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captured == len(captures), "the last round replays what the first ones captured"
     assert captured >= 2
     assert copy.deepcopy(writer) is pickle.loads(pickle.dumps(writer)) is None
+
+
+def test_a_stop_token_that_the_model_does_not_have_is_never_drawn() -> None:
+    policy = make_policy()
+    beyond = StopRule((policy.vocab_size,))
+    assert (policy.write(prompts(), LENGTHS, NEW, beyond).lengths == NEW).all()
