@@ -127,6 +127,16 @@ def test_a_stopwatch_counts_what_is_outermost_and_what_lies_within(benchmark: An
     assert (watch.environment, watch.decode) == (3, 3)
 
 
+def test_an_iteration_with_lora_trains_the_adapter_alone(benchmark: Any) -> None:
+    pytest.importorskip("peft")
+    module = benchmark("lora")
+    config = module.Config(model="tiny", episodes=4, new_tokens=3, rank=2, iterations=2, threads=1)
+    row = module.iterate(config)
+    assert row["trained, M"] * 1e6 == 4 * 2 * 2 * (192 + 192) + 193  # layers, q and v, rank; the value head
+    assert 0 < row["seconds, the slowest"] < 90
+    assert 0 < row["peak GB"]
+
+
 def test_scaling(benchmark: Any) -> None:
     module = benchmark("scaling")
     short, long = module.measure([(16, 2, 300), (48, 2, 300)], module.Config(new_tokens=4, repeats=1))
