@@ -2,10 +2,10 @@
 
     python benchmarks/lora.py
 
-Policy, critic, reference and adapter share one copy of the weights: the critic is a value head on the policy's trunk, the
+Policy, critic and reference share one copy of the weights: the critic is a value head on the policy's trunk, the
 reference is the trunk with the adapter off. 16 episodes of 24 tokens on `textgym/Sentiment-v0`, whose reward model is
-the embedded one; two epochs of two minibatches. Iterations after the first are timed; memory is the most that the
-process ever held, Python and libraries included.
+the embedded one; two epochs of two minibatches. The slowest iteration counts; memory is the most that the process ever
+held, Python and libraries included.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import gymnasium as gym
 import torch
@@ -33,7 +34,6 @@ class Config:
     new_tokens: int = 24
     rank: int = 8
     iterations: int = 3
-    """The first one warms up."""
     threads: int = 2
 
 
@@ -56,7 +56,7 @@ def iterate(config: Config) -> Figures:
     agent = PPO(policy, envs, PPOConfig(episodes_per_update=config.episodes, minibatch_size=config.episodes // 2))
     ends = [time.perf_counter()]
     agent.learn(config.iterations * config.episodes, callbacks=[lambda *_: ends.append(time.perf_counter())])
-    seconds = max(end - start for start, end in zip(ends[1:], ends[2:], strict=False))
+    seconds = max(end - start for start, end in pairwise(ends))
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kB
     return {
         "parameters, M": sum(weight.numel() for weight in policy.lm.parameters()) / 1e6,
