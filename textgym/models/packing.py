@@ -11,7 +11,7 @@ TRIES = 8
 WIDTH_COST = 1e-3
 """What one more slot in a row adds to the cost of each slot in it, as a share of that of the layers' matrices.
 
-Each slot attends to all of its row, which takes 2 d multiplications for each, and 12 d² go into the matrices of a layer:
+Each slot attends to all of its row, with 2 d multiplications for each, beside the 12 d² of a layer's matrices: that is
 1/1152 for the narrow model that textgym brings along, d = 192, and less for wider ones.
 """
 
