@@ -39,8 +39,9 @@ def _masks(task: Any) -> Any:
 class Stopwatch:
     """Seconds by phase while `play` runs; what lies within a phase is named like a path, such as "decode/decode".
 
-    The same two figures come of either way to play, without the pass over the prompt: `environment` is the time of
-    `reset` and `step`, or of `reset` and `submit`, and `decode` that of all tokens but the first.
+    The same figures come of either way to play, without the pass over the prompt: `environment` is the time of `reset`
+    and `step`, or of `reset` and `submit`, `decode` that of all tokens but the first, and `attention` is the part of it
+    that somebody marked so.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -64,7 +65,15 @@ class Stopwatch:
 
     @property
     def decode(self) -> float:
-        return self.seconds["decode/decode"] or self.seconds["decode"]  # `write` marks every token within its whole
+        return self.seconds[self._tokens]
+
+    @property
+    def attention(self) -> float:
+        return self.seconds[f"{self._tokens}/attention"]
+
+    @property
+    def _tokens(self) -> str:
+        return "decode/decode" if "decode/decode" in self.seconds else "decode"  # `write` marks each within its whole
 
     def enter(self, name: str) -> None:
         """A phase begins."""

@@ -9,22 +9,24 @@ dimension changes at a time. All settings run once a round, and medians over rou
     us/token         CPU time of one thread, in microseconds for each token written, without the pass over the prompt:
                      as agents write, whole responses that are submitted
     environment      share of that spent in `reset` and `submit`: ids, ends, texts and rewards; the bar is on this
-    step: us/token   the same where another library steps through the environment, token by token
-    step: env.       share of that spent in `reset` and `step`, which makes observations as well
-    beside           us/token over that of the first row of the table
+    attention        share of it that attention over the context takes
+    the rest         us/token without attention
+    beside           the rest, over that of the first row of the table: what a cache keeps flat as the context grows
+    step: ...        the same where another library steps through the environment, token by token: `reset` and `step`,
+                     which makes observations as well
     MFLOPs/token     counted, by what they go to: attention over the context, the output embedding, the other layers
-
-FLOPs without attention do not grow with the context: that is what a cache is for.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import gymnasium as gym
 import torch
@@ -32,11 +34,13 @@ import tyro
 from peers import Figures, report
 from rollouts import Stopwatch, step_through
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import textgym
 from textgym.agents.flops import FlopCount
 from textgym.agents.rollout import collect
+from textgym.models.phases import phase
 
 SHARE_BAR, BIG = 0.05, 64
 """The environment's share of a rollout of so many rows or more."""
@@ -88,12 +92,20 @@ class Rollout:
             array="torch",
         )
 
-    def play(self, way: Callable[[Any, Any], Any]) -> tuple[float, float]:
-        """Writes all tokens; CPU seconds a token, and those of them that the environment took."""
+    def play(self, way: Callable[[Any, Any], Any]) -> Figures:
+        """Writes all tokens: CPU microseconds a token, and where they go."""
         self.policy.reset_cache()
-        watch = Stopwatch(time.process_time).time(partial(way, self.envs, self.policy))
+        with marked_attention():
+            watch = Stopwatch(time.process_time).time(partial(way, self.envs, self.policy))
+        decode, attention = (seconds / (self.new_tokens - 1) for seconds in (watch.decode, watch.attention))
         environment = watch.environment / self.new_tokens
-        return (watch.decode / (self.new_tokens - 1) + environment) / self.rows, environment / self.rows
+        cost = decode + environment
+        return {
+            "us/token": cost / self.rows * 1e6,
+            "environment": environment / cost,
+            "attention": attention / cost,
+            "the rest": (cost - attention) / self.rows * 1e6,
+        }
 
     def flops(self) -> dict[str, float]:
         """Of the last token of a row, at the full context."""
@@ -109,30 +121,39 @@ class Rollout:
         return {"attention": attention, "head": head, "layers": total - attention - head}
 
 
+@contextmanager
+def marked_attention() -> Iterator[None]:
+    """Makes attention a phase of its own."""
+    attend = functional.scaled_dot_product_attention
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with phase("attention"):
+            return attend(*args, **kwargs)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", marked):
+        yield
+
+
 def measure(settings: list[tuple[int, int, int]], config: Config) -> list[Figures]:
     """One table."""
     rollouts = [Rollout(*setting, config.new_tokens) for setting in settings]
-    for rollout in rollouts:
-        rollout.play(collect), rollout.play(step_through)
-    rounds = [
-        [(rollout.play(collect), rollout.play(step_through)) for rollout in rollouts] for _ in range(config.repeats)
-    ]
+    rounds = [[(x.play(collect), x.play(step_through)) for x in rollouts] for _ in range(1 + config.repeats)]
     table: list[Figures] = []
-    for rollout, times in zip(rollouts, zip(*rounds, strict=True), strict=True):
-        (cost, share), (step_cost, step_share) = (medians(way) for way in zip(*times, strict=True))
-        row: Figures = {**rollout.setting, "us/token": cost, "environment": share}
-        row |= {"step: us/token": step_cost, "step: env.": step_share}
-        row["beside"] = cost / (table[0]["us/token"] if table else cost)
+    for rollout, played in zip(rollouts, zip(*rounds[1:], strict=True), strict=True):
+        writes, steps = (medians(plays) for plays in zip(*played, strict=True))
+        row: Figures = {**rollout.setting, **writes}
+        row["beside"] = row["the rest"] / (table[0] if table else row)["the rest"]
+        row |= {f"step: {name}": steps[name] for name in ("us/token", "environment")}
         row |= {f"MFLOPs/token: {name}": count / 1e6 for name, count in rollout.flops().items()}
-        row[f"bar {SHARE_BAR}"] = ("met" if share < SHARE_BAR else "missed") if rollout.rows >= BIG else "-"
+        within = row["environment"] < SHARE_BAR
+        row[f"bar {SHARE_BAR}"] = "-" if rollout.rows < BIG else "met" if within else "missed"
         table.append(row)
     return table
 
 
-def medians(times: tuple[tuple[float, float], ...]) -> tuple[float, float]:
-    """Microseconds a token, and the environment's share."""
-    cost = statistics.median(seconds for seconds, _ in times) * 1e6
-    return cost, statistics.median(environment / seconds for seconds, environment in times)
+def medians(plays: tuple[Figures, ...]) -> Figures:
+    """Of each figure."""
+    return {name: statistics.median(play[name] for play in plays) for name in plays[0]}
 
 
 def main(config: Config) -> None:

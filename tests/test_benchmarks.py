@@ -140,7 +140,9 @@ def test_scaling(benchmark: Any) -> None:
     module = benchmark("scaling")
     short, long = module.measure([(16, 2, 300), (48, 2, 300)], module.Config(new_tokens=4, repeats=1))
     assert 0 < short["environment"] < 1
-    assert 0 < short["step: env."] < 1
+    assert 0 < short["step: environment"] < 1
+    assert 0 < short["attention"] < 1
+    assert short["the rest"] == pytest.approx((1 - short["attention"]) * short["us/token"])
     assert long["MFLOPs/token: layers"] == pytest.approx(short["MFLOPs/token: layers"], rel=1e-3)
     assert short["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 15 / 1e6)  # layers, QK and PV, 15 tokens
     assert long["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 47 / 1e6)
