@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test lint type format bench bench-demo bench-sb3 bench-peers
+.PHONY: venv demo test lint type format bench bench-demo bench-sb3 bench-peers bench-lora
 
 venv: $(INSTALLED)
 
@@ -43,3 +43,6 @@ bench-sb3: $(INSTALLED)
 bench-peers: $(INSTALLED)  ## what needs no peer; benchmarks/peers.py says how to install those
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py --trl
+
+bench-lora: $(INSTALLED)  ## needs SmolLM2, and says how to install it
+	$(BIN)/python benchmarks/lora.py

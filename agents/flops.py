@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class FlopCount(TorchDispatchMode):
     model trains with other roundings while it counts; this one runs everything as it is.
 
     Attributes:
-        total: operations so far, two for each multiply-add.
+        by_operation: operations so far, two for each multiply-add, by what did them: "mm", "addmm", "bmm", ...
 
     >>> with FlopCount() as count:
     ...     product = torch.ones(2, 3) @ torch.ones(3, 5)
@@ -26,14 +27,19 @@ class FlopCount(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.by_operation: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.by_operation.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and counts it."""
         result = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.by_operation[func.overloadpacket.__name__] += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 

@@ -303,7 +303,7 @@ class _Counts(_Phases):
 
     def charge(self, name: str) -> None:
         self.flops[name] += self.counter.total
-        self.counter.total = 0
+        self.counter.by_operation.clear()
         self.cache = max(self.cache, cache_bytes(self.agent))
         self.memory[name] = max(self.memory[name], peak_memory(self.agent.policy.device))
         reset_peak_memory(self.agent.policy.device)

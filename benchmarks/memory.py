@@ -9,10 +9,10 @@ own, as TRL demands; "shared" is our default. Each run is a process of its own a
 Adam's moments are there already.
 
     peak       most memory of rollout and update together, in MB, less what the process had before it made the models
-    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. An embedding
-               that is tied to the head has two gradients, one from either end, until they are added up. All that grows
-               with the vocabulary whatever an update does, since each token has its row
-    working    peak - state: activations, logits, temporaries
+    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. All of it grows
+               with the vocabulary whatever an update does, since each token has a row in each
+    working    peak - state: activations, logits, temporaries; and the second gradient of an embedding that is tied to
+               the head, which has one from either end until they are added up
     growth     of working, over what it is at the first vocabulary
     update     of ours: working without the rollout, and its growth
 
@@ -82,19 +82,12 @@ class Meter:
         if self.updates == 2:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             tensors = {p.data_ptr(): p for model in models for p in model.parameters()}
-            state = sum(p.nbytes for p in tensors.values()) + 3 * sum(p.nbytes for p in trained) + self._tied(models)
+            state = sum(p.nbytes for p in tensors.values()) + 3 * sum(p.nbytes for p in trained)
             figures = {"peak": max(update, self.rollout), "state": state}
             figures["working"] = figures["peak"] - state
             if self.rollout:
                 figures["update"] = update - state
             self.figures = {name: size / 2**20 for name, size in figures.items()}
-
-    @staticmethod
-    def _tied(models: Sequence[torch.nn.Module]) -> int:
-        """Bytes of the second gradient of the policy's embedding, the first of the models."""
-        lm = getattr(models[0], "lm", models[0])
-        weight = lm.get_input_embeddings().weight
-        return weight.nbytes if weight is lm.get_output_embeddings().weight else 0
 
 
 def _memory(what: Literal["VmRSS", "VmHWM"]) -> int:

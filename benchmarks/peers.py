@@ -121,11 +121,11 @@ def in_turns(
 
 def count_flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of matrix products and attention, forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from textgym.agents.flops import FlopCount
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCount() as count:
         run()
-    return counter.get_total_flops()
+    return count.total
 
 
 def report(rows: Iterable[Mapping[str, Any]]) -> None:

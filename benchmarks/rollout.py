@@ -1,120 +1,175 @@
-"""Cost of a rollout: stepping a TextVectorEnv with the cached decoder, beside `model.generate` on the same work.
+"""Cost of a rollout beside `model.generate` on the same work, and beside what the memory of the device allows.
 
-    python benchmarks/rollout.py                      # the embedded model, 64 rows x 48 tokens, one thread
-    python benchmarks/rollout.py --rows 16 --new-tokens 96 --repeats 15
+    python benchmarks/rollout.py                      # CPU: the embedded model, 64 rows x 48 tokens, one thread
+    python benchmarks/rollout.py --device cuda        # the default where there is a GPU: SmolLM2, 64 rows x 128 tokens
+    python benchmarks/rollout.py --roofline           # on a GPU, a random Llama of 1.2B parameters in bf16
 
-Both sides sample every token of every row from the full distribution; no row ends early. Each repeat runs both, in
-turns, so that a busy machine slows both. Printed: the median of the paired ratios, the environment's own share, and the
-floating-point operations counted.
+Both sides sample every token of every row from the full distribution; no row ends early. A pair of runs is made in
+turns, so that a busy machine slows both. Two rows are printed:
+
+    write    what agents do: `collect` resets the environment, writes whole responses and submits them; no reward is
+             computed, but texts are decoded, rows scored and values noted
+    step     what a loop of another library does: `policy.act` and `envs.step`, token by token
+
+    wall time ratio    median of the pairs, ours over generate's; with the least and the greatest
+    environment        its share of our time, prompts left out: in a run of its own, since a GPU must be awaited for it
+    FLOPs ratio        floating-point operations counted
+
+`--roofline` asks how near decoding comes to the bandwidth of the device's memory, which it measures in the same
+process: bytes of weights and of cached keys and values that a step has to read, over the time of a step.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
+from peers import Figures, count_flops, in_turns, report
+from rollouts import Stopwatch, endless_prompts, step_through, synchronize
+from roofline import measure, random_llama
 
-import textgym  # noqa: F401  (registers the ids)
+from textgym.agents.rollout import collect
+from textgym.data.prompts import OPENINGS
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import load_tokenizer
+
+BARS = {"cpu": 0.9, "cuda": 0.3}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"model": "tiny", "new_tokens": 48, "hidden_size": 512, "layers": 8, "vocab_size": 32_000, "megabytes": 256},
+    "cuda": {
+        "model": "smollm2",
+        "new_tokens": 128,
+        "hidden_size": 2048,
+        "layers": 16,
+        "vocab_size": 128_000,
+        "megabytes": 2048,
+    },
+}
+"""What is not given, by device."""
 
 
 @dataclass
 class Config:
-    model: str = "tiny"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: str = ""
+    """Default: the embedded model on a CPU, "smollm2" on a GPU."""
     rows: int = 64
     prompt_tokens: int = 16
-    new_tokens: int = 48
+    new_tokens: int = 0
+    """Default: 48 on a CPU, 128 on a GPU."""
     repeats: int = 9
     threads: int = 1
+    roofline: bool = False
+    """Measure decoding against the memory of the device instead."""
+    hidden_size: int = 0
+    """Of the roofline's random model; default: 512 on a CPU, 2048 on a GPU."""
+    layers: int = 0
+    """The same: 8 and 16."""
+    vocab_size: int = 0
+    """The same: 32,000 and 128,000."""
+    megabytes: int = 0
+    """Of each of the three arrays that the device's bandwidth is measured on; default: 256 and 2048."""
+
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        for name, default in DEFAULTS[self.device].items():
+            setattr(self, name, getattr(self, name) or default)
 
 
-def zero_reward(completions: list[str]) -> list[float]:
-    return [0.0] * len(completions)
+Play = Callable[[], Any]
 
 
-def make_sides(config: Config) -> tuple[Callable[[], dict[str, float]], Callable[[], None], ActorCritic]:
-    policy = ActorCritic.from_pretrained(config.model)
-    tokenizer = load_tokenizer(config.model)
-    ids = torch.randint(
-        300, len(tokenizer), (config.rows, config.prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
+def make_sides(config: Config) -> tuple[dict[str, Play], Play]:
+    """Our ways to play an episode in every row, and `generate` on the same prompts."""
+    policy = ActorCritic.from_pretrained(config.model, device=config.device)
+    policy.seed(0)
     envs: Any = gym.make_vec(
         "textgym/Text-v0",
         num_envs=config.rows,
-        prompts=["."],
-        tokenizer=tokenizer,
-        reward=zero_reward,
+        prompts=endless_prompts(config.rows, OPENINGS.read_text().splitlines()),
+        tokenizer=config.model,
+        reward=lambda completions: [0.0] * len(completions),
+        kl_mode="deferred",
         max_prompt_tokens=config.prompt_tokens,
         max_new_tokens=config.new_tokens,
         min_new_tokens=config.new_tokens,
+        device=config.device,
+        autoreset_mode="Disabled",
         array="torch",
     )
+    options = {"prompt_index": range(config.rows)}
     task = envs.unwrapped.task
-    # The same prompt ids on both sides; text would not give ids of one length.
-    task.prompt_ids, task.prompt_lengths = ids.int().numpy(), torch.full((config.rows,), config.prompt_tokens).numpy()
-    task.rows = [{"prompt": "."}] * config.rows
+    prompts = torch.as_tensor(task.prompt_ids, dtype=torch.long, device=config.device)
+    assert prompts.shape == (config.rows, config.prompt_tokens), "prompts are cut to one length"
 
-    def ours() -> dict[str, float]:
-        policy.reset_cache()
-        started = time.perf_counter()
-        observation, _ = envs.reset(options={"prompt_index": range(config.rows)})
-        env_seconds = time.perf_counter() - started
-        for _ in range(config.new_tokens):
-            action = policy.act(observation, action_masks=envs.action_masks()).action
-            before = time.perf_counter()
-            observation, *_ = envs.step(action)
-            env_seconds += time.perf_counter() - before
-        return {"seconds": time.perf_counter() - started, "env_seconds": env_seconds}
-
-    def theirs() -> None:
+    def generate() -> None:
         policy.lm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
             do_sample=True,
+            temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=config.new_tokens,
             min_new_tokens=config.new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=task.episodes.pad_token_id,
         )
 
-    return ours, theirs, policy
+    ways = {"write": collect, "step": step_through}
+    return {name: partial(way, envs, policy, options) for name, way in ways.items()}, generate
 
 
-def flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def clocked(play: Play) -> Callable[[], Figures]:
+    """The same, and how long it took."""
+
+    def run() -> Figures:
+        synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        play()
+        synchronize()
+        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+    return run
 
 
-def main(config: Config) -> dict[str, float]:
+def compare(config: Config) -> Iterator[Figures]:
+    """The rows of the table."""
+    ours, generate = make_sides(config)
+    theirs, bar = count_flops(generate), BARS[config.device]
+    for name, play in ours.items():
+        counted = partial(play, deterministic=True) if name == "write" else play  # captured steps hide from the count
+        flops = count_flops(counted)
+        for side in (play, play, generate):  # steps are captured at their second time
+            side()
+        timed, *_ = in_turns(clocked(play), clocked(generate), config.repeats)
+        watches = [Stopwatch().time(play) for _ in range(config.repeats)]
+        yield {
+            "ours": name,
+            **{key.replace("peer's", "generate's"): figure for key, figure in timed.items()},
+            "environment": statistics.median(w.environment / (w.environment + w.decode) for w in watches),
+            "FLOPs ratio": flops / theirs,
+            f"bar {bar}": "-" if name == "step" else "met" if timed["wall time ratio"] <= bar else "missed",
+        }
+
+
+def roofline(config: Config) -> Figures:
+    """The one row of the other table."""
+    torch.manual_seed(0)
+    lm = random_llama(config.hidden_size, config.layers, config.vocab_size, config.prompt_tokens + config.new_tokens)
+    lm = lm.to(device=config.device, dtype=torch.bfloat16 if config.device == "cuda" else torch.float32)
+    return measure(lm, config.rows, config.prompt_tokens, config.new_tokens, config.repeats, config.megabytes)
+
+
+def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    ours, theirs, _ = make_sides(config)
-    ours(), theirs()
-    ratios, shares = [], []
-    for _ in range(config.repeats):
-        mine = ours()
-        started = time.perf_counter()
-        theirs()
-        ratios.append(mine["seconds"] / (time.perf_counter() - started))
-        shares.append(mine["env_seconds"] / mine["seconds"])
-    result = {
-        "wall_time_ratio_to_generate": statistics.median(ratios),
-        "env_share_of_our_time": statistics.median(shares),
-        "env_share_of_generate_time": statistics.median(s * r for s, r in zip(shares, ratios, strict=True)),
-        "flops_ratio_to_generate": flops(ours) / flops(theirs),
-    }
-    print(json.dumps({name: round(value, 3) for name, value in result.items()}, indent=2))
-    return result
+    report([roofline(config)] if config.roofline else compare(config))
 
 
 if __name__ == "__main__":

@@ -6,30 +6,41 @@ Random models of the embedded one's shape (4 layers, 192 wide) with other vocabu
 TextVectorEnv, after a prompt that fills the rest of the context; no row ends early, and the reward costs nothing. One
 dimension changes at a time. All settings run once a round, and medians over rounds are printed:
 
-    us/token         CPU time of one thread, in microseconds for each token written, without the pass over the prompt
-    environment      share of that spent in `step`: ids, ends, observations, texts and rewards
+    us/token         CPU time of one thread, in microseconds for each token written, without the pass over the prompt:
+                     as agents write, whole responses that are submitted
+    environment      share of that spent in `reset` and `submit`: ids, ends, texts and rewards; the bar is on this
+    attention        share of it that attention over the context takes
+    the rest         us/token without attention
+    beside           the rest, over that of the first row of the table: what a cache keeps flat as the context grows
+    step: ...        the same where another library steps through the environment, token by token: `reset` and `step`,
+                     which makes observations as well
     MFLOPs/token     counted, by what they go to: attention over the context, the output embedding, the other layers
-    beside           us/token over that of the first row of the table
-
-FLOPs without attention do not grow with the context: that is what a cache is for.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import gymnasium as gym
 import torch
 import tyro
 from peers import Figures, report
+from rollouts import Stopwatch, step_through
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import textgym
+from textgym.agents.flops import FlopCount
+from textgym.agents.rollout import collect
+from textgym.models.phases import phase
 
 SHARE_BAR, BIG = 0.05, 64
 """The environment's share of a rollout of so many rows or more."""
@@ -76,22 +87,25 @@ class Rollout:
             reward=lambda completions: [0.0] * len(completions),
             max_prompt_tokens=prompt_tokens,
             max_new_tokens=new_tokens,
+            kl_mode="deferred",
             autoreset_mode="Disabled",
             array="torch",
         )
 
-    def play(self) -> tuple[float, float]:
-        """Writes all tokens; CPU seconds of all but the first, and those of them that the environment took."""
+    def play(self, way: Callable[[Any, Any], Any]) -> Figures:
+        """Writes all tokens: CPU microseconds a token, and where they go."""
         self.policy.reset_cache()
-        observation, _ = self.envs.reset(seed=0)
-        observation, *_ = self.envs.step(self.policy.act(observation).action)
-        started, env_seconds = time.process_time(), 0.0
-        for _ in range(self.new_tokens - 1):
-            action = self.policy.act(observation).action
-            before = time.process_time()
-            observation, *_ = self.envs.step(action)
-            env_seconds += time.process_time() - before
-        return time.process_time() - started, env_seconds
+        with marked_attention():
+            watch = Stopwatch(time.process_time).time(partial(way, self.envs, self.policy))
+        decode, attention = (seconds / (self.new_tokens - 1) for seconds in (watch.decode, watch.attention))
+        environment = watch.environment / self.new_tokens
+        cost = decode + environment
+        return {
+            "us/token": cost / self.rows * 1e6,
+            "environment": environment / cost,
+            "attention": attention / cost,
+            "the rest": (cost - attention) / self.rows * 1e6,
+        }
 
     def flops(self) -> dict[str, float]:
         """Of the last token of a row, at the full context."""
@@ -99,32 +113,47 @@ class Rollout:
         observation, _ = self.envs.reset(seed=0)
         for _ in range(self.new_tokens - 1):
             observation, *_ = self.envs.step(self.policy.act(observation).action)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCount() as count:
             self.policy.act(observation)
-        by_operation = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-        total = sum(by_operation.values()) / self.rows
-        attention = sum(n for name, n in by_operation.items() if "attention" in name or "bmm" in name) / self.rows
+        total = count.total / self.rows
+        attention = sum(n for name, n in count.by_operation.items() if "attention" in name) / self.rows
         head = 2.0 * self.policy.head.weight.numel()
         return {"attention": attention, "head": head, "layers": total - attention - head}
+
+
+@contextmanager
+def marked_attention() -> Iterator[None]:
+    """Makes attention a phase of its own."""
+    attend = functional.scaled_dot_product_attention
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with phase("attention"):
+            return attend(*args, **kwargs)
+
+    with mock.patch.object(functional, "scaled_dot_product_attention", marked):
+        yield
 
 
 def measure(settings: list[tuple[int, int, int]], config: Config) -> list[Figures]:
     """One table."""
     rollouts = [Rollout(*setting, config.new_tokens) for setting in settings]
-    for rollout in rollouts:
-        rollout.play()
-    rounds = [[rollout.play() for rollout in rollouts] for _ in range(config.repeats)]
+    rounds = [[(x.play(collect), x.play(step_through)) for x in rollouts] for _ in range(1 + config.repeats)]
     table: list[Figures] = []
-    for rollout, times in zip(rollouts, zip(*rounds, strict=True), strict=True):
-        tokens = rollout.rows * (config.new_tokens - 1)
-        cost = statistics.median(seconds for seconds, _ in times) / tokens * 1e6
-        share = statistics.median(env / seconds for seconds, env in times)
-        row: Figures = {**rollout.setting, "us/token": cost, "environment": share}
+    for rollout, played in zip(rollouts, zip(*rounds[1:], strict=True), strict=True):
+        writes, steps = (medians(plays) for plays in zip(*played, strict=True))
+        row: Figures = {**rollout.setting, **writes}
+        row["beside"] = row["the rest"] / (table[0] if table else row)["the rest"]
+        row |= {f"step: {name}": steps[name] for name in ("us/token", "environment")}
         row |= {f"MFLOPs/token: {name}": count / 1e6 for name, count in rollout.flops().items()}
-        row["beside"] = cost / (table[0]["us/token"] if table else cost)
-        row["bar"] = ("met" if share < SHARE_BAR else "missed") if rollout.rows >= BIG else "-"
+        within = row["environment"] < SHARE_BAR
+        row[f"bar {SHARE_BAR}"] = "-" if rollout.rows < BIG else "met" if within else "missed"
         table.append(row)
     return table
+
+
+def medians(plays: tuple[Figures, ...]) -> Figures:
+    """Of each figure."""
+    return {name: statistics.median(play[name] for play in plays) for name in plays[0]}
 
 
 def main(config: Config) -> None:

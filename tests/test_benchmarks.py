@@ -63,15 +63,86 @@ def test_our_side_of_memory(benchmark: Any, tmp_path: Path, side: Any) -> None:
     module.make_model(config, 500, str(tmp_path))
     figures = module.ours(config)
     per_model = 4 * (500 * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64) / 2**20  # MB: embedding, attention, MLP, norms
-    embedding = 4 * 500 * 64 / 2**20
     trained = 2 if side == "separate" else 1
-    assert figures["state"] == pytest.approx((2 + 4 * trained) * per_model + embedding, rel=0.01)
+    assert figures["state"] == pytest.approx((2 + 4 * trained) * per_model, rel=0.01)
     assert figures["working"] == figures["peak"] - figures["state"]
+
+
+def test_rollouts_write_and_step_what_generate_does(benchmark: Any) -> None:
+    module = benchmark("rollout")
+    written, stepped = module.compare(module.Config(device="cpu", rows=3, prompt_tokens=5, new_tokens=4, repeats=1))
+    assert [written["ours"], stepped["ours"]] == ["write", "step"]
+    assert written["FLOPs ratio"] == pytest.approx(1, rel=0.01)
+    assert stepped["FLOPs ratio"] == pytest.approx(1, rel=0.01)
+    assert 0 < written["environment"] < 1
+    assert 0 < stepped["environment"] < 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_that_a_step_reads_are_those_counted_by_hand(benchmark: Any, tied: bool) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    lm = LlamaForCausalLM(shape).to(torch.bfloat16)
+    read = benchmark("roofline").bytes_per_step(lm, rows=5, context=7)
+    query_and_out, key_and_value, mlp, norms = 2 * 32 * 32, 2 * 32 * 16, 3 * 32 * 80, 2 * 32
+    head, last_norm, looked_up = 100 * 32, 32, 5 * 32
+    assert read["weights"] == 2 * (3 * (query_and_out + key_and_value + mlp + norms) + last_norm + head + looked_up)
+    assert read["cache"] == 2 * (3 * 2 * 5 * 7 * 16)  # layers, keys and values, rows, tokens, 2 heads of 8
+
+
+def test_roofline_counts_the_whole_of_a_step(benchmark: Any) -> None:
+    module = benchmark("rollout")
+    toy = {"rows": 2, "prompt_tokens": 3, "new_tokens": 4, "hidden_size": 64, "layers": 1, "vocab_size": 50}
+    row = module.roofline(module.Config(device="cpu", roofline=True, repeats=1, megabytes=1, **toy))
+    assert row["GB/s"] == pytest.approx((row["weights, MB"] + row["cache, MB"]) / row["ms/step"])
+    assert row["share"] == pytest.approx(row["GB/s"] / row["device's GB/s"])
+
+
+def test_a_stopwatch_counts_what_is_outermost_and_what_lies_within(benchmark: Any) -> None:
+    from textgym.models.phases import phase
+
+    ticks = iter(range(100))
+
+    def play() -> None:
+        with phase("environment"), phase("reward"):
+            pass
+        with phase("decode"):
+            for _ in range(3):
+                with phase("decode"):
+                    pass
+
+    watch = benchmark("rollouts").Stopwatch(lambda: next(ticks)).time(play)
+    assert watch.seconds == {"environment": 3, "environment/reward": 1, "decode": 7, "decode/decode": 3}
+    assert (watch.environment, watch.decode) == (3, 3)
+
+
+def test_an_iteration_with_lora_trains_the_adapter_alone(benchmark: Any) -> None:
+    pytest.importorskip("peft")
+    module = benchmark("lora")
+    config = module.Config(model="tiny", episodes=4, new_tokens=3, rank=2, iterations=2, threads=1)
+    row = module.iterate(config)
+    assert row["trained, M"] * 1e6 == 4 * 2 * 2 * (192 + 192) + 193  # layers, q and v, rank; the value head
+    assert row["seconds, the slowest"] > 0
+    assert row["peak GB"] > 0
 
 
 def test_scaling(benchmark: Any) -> None:
     module = benchmark("scaling")
     short, long = module.measure([(16, 2, 300), (48, 2, 300)], module.Config(new_tokens=4, repeats=1))
     assert 0 < short["environment"] < 1
+    assert 0 < short["step: environment"] < 1
+    assert 0 < short["attention"] < 1
+    assert short["the rest"] == pytest.approx((1 - short["attention"]) * short["us/token"])
     assert long["MFLOPs/token: layers"] == pytest.approx(short["MFLOPs/token: layers"], rel=1e-3)
-    assert long["MFLOPs/token: attention"] == pytest.approx(3 * short["MFLOPs/token: attention"], rel=0.1)
+    assert short["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 15 / 1e6)  # layers, QK and PV, 15 tokens
+    assert long["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 47 / 1e6)

@@ -80,11 +80,12 @@ class Episodes:
         slot = self.lengths.clamp(max=self.width - 1)[:, None]
         kept = self.input_ids.gather(1, slot)[:, 0]
         self.input_ids.scatter_(1, slot, torch.where(self.alive, actions, kept)[:, None])
-        may_stop = self.response_lengths >= self.stop.min_new_tokens
+        before = self.response_lengths
         self.lengths += self.alive
-        by_stop = self.alive & self.is_stop[actions] & may_stop
-        by_length = self.alive & ~by_stop & (self.response_lengths >= self.max_new_tokens)
-        self.alive &= ~(by_stop | by_length)
+        by_stop = self.alive & self.is_stop[actions] & (before >= self.stop.min_new_tokens)
+        playing = self.alive ^ by_stop
+        by_length = playing & (before >= self.max_new_tokens - 1)
+        self.alive = playing ^ by_length
         return Ends(by_stop, by_length)
 
     def extend(self, tokens: Tensor, lengths: Tensor) -> Tensor:

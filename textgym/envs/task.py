@@ -190,13 +190,13 @@ class TextTask:
         Raises:
             ValueError: an action outside the vocabulary; `kl_mode="exact"` without a policy.
         """
-        in_range = (actions >= 0) & (actions < self.vocab_size)
-        if not bool((in_range | ~self.episodes.alive).all()):
-            wrong = actions[~in_range & self.episodes.alive].tolist()
+        given, actions = actions, actions.clamp(0, self.vocab_size - 1)
+        outside = (given != actions) & self.episodes.alive
+        if bool(outside.any()):
             raise ValueError(
-                f"actions {wrong} are outside the vocabulary: use token ids from 0 to {self.vocab_size - 1}"
+                f"actions {given[outside].tolist()} are outside the vocabulary: use token ids from 0 to "
+                f"{self.vocab_size - 1}"
             )
-        actions = actions.clamp(0, self.vocab_size - 1)
         paid = self._pay_kl(actions)
         ends = self.episodes.append(actions)
         if self.stop_strings.texts:

@@ -170,8 +170,9 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             self._restart(outcome.ended)
         else:
             self.waiting = self.waiting | outcome.ended
-        truncated = outcome.ends.by_length if self.task.truncates else torch.zeros_like(outcome.ends.by_length)
-        terminated = (outcome.ends.by_stop | outcome.ends.by_length) & ~truncated
+        terminated, truncated = outcome.ends
+        if not self.task.truncates:
+            terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
         return (
             self._observation(),
             self._out(outcome.rewards),

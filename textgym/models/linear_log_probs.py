@@ -51,7 +51,7 @@ class Scoring:
             logits[:, stops] = logits[:, stops].masked_fill(banned[:, None], lowest)
         if self.allowed is not None:
             logits.masked_fill_(~self.allowed[rows], lowest)
-        return logits.sub_(logits.logsumexp(-1, keepdim=True)).clamp_(min=lowest)
+        return logits.log_softmax(-1).clamp_(min=lowest)
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -89,10 +89,13 @@ class LinearLogProbs(torch.autograd.Function):
         ]
         for rows in scoring.chunks():
             log_probs = scoring.log_softmax(hidden, weight, bias, rows) if kept is None else kept
-            p = log_probs.exp()  # (m, V)
-            of_logits = -of_chosen[rows, None] * p
-            if scoring.entropy_gradient:  # p first, since it is 0 where a log-prob is the lowest float
+            if scoring.entropy_gradient:  # times p first, since it is 0 where a log-prob is the lowest float
+                p = log_probs.exp()  # (m, V)
+                of_logits = -of_chosen[rows, None] * p
                 of_logits -= (log_probs + entropy[rows, None]).mul_(p).mul_(of_entropy[rows, None])
+            else:
+                p = log_probs.exp_() if kept is None else log_probs.exp()
+                of_logits = p.mul_(-of_chosen[rows, None])
             of_logits.scatter_add_(1, scoring.actions[rows, None], of_chosen[rows, None])
             if scoring.temperature != 1.0:
                 of_logits /= scoring.temperature

@@ -168,7 +168,8 @@ class TokenModel(nn.Module):
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits `(B, V)` of the next token from last hidden states `(B, d)`, divided by the temperature, float32."""
-        return self.head(hidden).float() / self.temperature
+        logits = self.head(hidden).float()
+        return logits if self.temperature == 1.0 else logits / self.temperature  # a copy less of what is large
 
     def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
         """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""

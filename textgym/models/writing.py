@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
-from textgym.models.log_probs import CHUNK_ELEMENTS, StopRule
+from textgym.models.log_probs import StopRule
 from textgym.models.phases import phase
 
+DRAW_ELEMENTS = 2**24
+"""Logits held at once: 64 MB in float32. More than an update holds, since every chunk reads the whole embedding."""
 SPAN = 64
 """A captured step reads slots in multiples of this, since each number of them is a graph of its own."""
 
@@ -71,7 +73,7 @@ class ResponseWriter:
         self.look_every = 8 if captures else 1
         device, shape = policy.device, (num_rows, max_new_tokens)
         self.is_stop = torch.zeros(policy.vocab_size, dtype=torch.bool, device=device)
-        self.is_stop[list(stop.ids)] = True
+        self.is_stop[[token for token in stop.ids if token < policy.vocab_size]] = True  # the others are never drawn
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -150,7 +152,7 @@ class ResponseWriter:
         """Draws a token in every lane from its last hidden state `(b, d)`."""
         policy, place = self.policy, (lanes.rows, self.step)
         may_stop = self.step >= self.stop.min_new_tokens
-        size = max(1, CHUNK_ELEMENTS // policy.vocab_size)  # rows draw apart, so that a large V needs no (b, V)
+        size = max(1, DRAW_ELEMENTS // policy.vocab_size)  # rows draw apart, so that a large V needs no (b, V)
         noises: Sequence[Tensor | None] = [None] * len(hidden)
         if not deterministic:
             noises = self.noise[lanes.rows].split(size)

@@ -74,7 +74,7 @@ def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False, capt
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_rows_that_draw_apart_draw_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     together = write(make_policy(), STOPS, deterministic)
-    monkeypatch.setattr(writing, "CHUNK_ELEMENTS", 3 * make_policy().vocab_size)
+    monkeypatch.setattr(writing, "DRAW_ELEMENTS", 3 * make_policy().vocab_size)
     assert_same(write(make_policy(), STOPS, deterministic), together)
 
 
@@ -191,3 +191,9 @@ def test_captured_steps_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captured == len(captures), "the last round replays what the first ones captured"
     assert captured >= 2
     assert copy.deepcopy(writer) is pickle.loads(pickle.dumps(writer)) is None
+
+
+def test_a_stop_token_that_the_model_does_not_have_is_never_drawn() -> None:
+    policy = make_policy()
+    beyond = StopRule((policy.vocab_size,))
+    assert (policy.write(prompts(), LENGTHS, NEW, beyond).lengths == NEW).all()

@@ -1,0 +1,77 @@
+"""Time and memory of one PPO iteration of SmolLM2-135M with LoRA on two CPU cores.
+
+    python benchmarks/lora.py
+
+Policy, critic and reference share one copy of the weights: the critic is a value head on the policy's trunk, the
+reference is the trunk with the adapter off. 16 episodes of 24 tokens on `textgym/Sentiment-v0`, whose reward model is
+the embedded one; two epochs of two minibatches. The slowest iteration counts; memory is the most that the process ever
+held, Python and libraries included.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+import gymnasium as gym
+import torch
+import tyro
+from peers import Figures, report
+
+import textgym
+from textgym.agents import PPO, PPOConfig
+
+SECONDS_BAR, GIGABYTES_BAR = 90.0, 4.0
+
+
+@dataclass
+class Config:
+    model: str = "smollm2"
+    episodes: int = 16
+    prompt_tokens: int = 16
+    new_tokens: int = 24
+    rank: int = 8
+    iterations: int = 3
+    threads: int = 2
+
+
+def iterate(config: Config) -> Figures:
+    """The row of the table."""
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=config.rank, target_modules=["q_proj", "v_proj"])
+    envs = gym.make_vec(
+        "textgym/Sentiment-v0",
+        num_envs=config.episodes,
+        tokenizer=config.model,
+        reference=None,  # the policy as it begins
+        kl_mode="deferred",
+        max_prompt_tokens=config.prompt_tokens,
+        max_new_tokens=config.new_tokens,
+        min_new_tokens=config.new_tokens,
+    )
+    policy = textgym.ActorCritic.from_pretrained(config.model, lora=adapter)
+    agent = PPO(policy, envs, PPOConfig(episodes_per_update=config.episodes, minibatch_size=config.episodes // 2))
+    ends = [time.perf_counter()]
+    agent.learn(config.iterations * config.episodes, callbacks=[lambda *_: ends.append(time.perf_counter())])
+    seconds = max(end - start for start, end in pairwise(ends))
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kB
+    return {
+        "parameters, M": sum(weight.numel() for weight in policy.lm.parameters()) / 1e6,
+        "trained, M": sum(weight.numel() for weight in policy.parameters() if weight.requires_grad) / 1e6,
+        "seconds, the slowest": seconds,
+        f"bar {SECONDS_BAR:g} s": "met" if seconds <= SECONDS_BAR else "missed",
+        "peak GB": gigabytes,
+        f"bar {GIGABYTES_BAR:g} GB": "met" if gigabytes <= GIGABYTES_BAR else "missed",
+    }
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    report([iterate(config)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
