@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import multiprocessing
+from torch.distributed import TCPStore
 
 from textgym.agents import DQN, GRPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
 from textgym.agents.distributed import ProcessLostError, column_total, count, everyone, join, rank
@@ -111,10 +111,9 @@ def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, 
 
 def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
     """What `work` gives, or raises, in each of several processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that nobody else can take
+    meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared = {"WORLD_SIZE": str(processes), **meeting, **environment}
     answers: Any = FORK.SimpleQueue()
     started = [
         FORK.Process(target=_run, args=(answers, number, shared, work, arguments)) for number in range(processes)
@@ -123,13 +122,14 @@ def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESS
         process.start()
     results: dict[int, Any] = {}
     while len(results) < processes:
-        if answers.empty() and not any(process.is_alive() for process in started):
-            break
-        if answers.empty():
+        alive = any(process.is_alive() for process in started)  # asked first: the last words are heard in any case
+        if not answers.empty():
+            number, result = answers.get()
+            results[number] = result
+        elif alive:
             time.sleep(0.01)
-            continue
-        number, result = answers.get()
-        results[number] = result
+        else:
+            break
     for process in started:
         process.join()
     return [results.get(number) for number in range(processes)]
@@ -299,6 +299,7 @@ def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> Non
 
 def train_launched(settings: str, folder: Path, reward: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / settings)]
+    launcher += ["--main_process_port", "0"]  # any that is free
     sizes = ["--num-envs", "4", "--episodes-per-update", "16", "--minibatch-size", "8", "--total-episodes", "32"]
     env = ["--env-kwargs", json.dumps({"max_new_tokens": 4, "reward": reward})]
     train = ["-m", "textgym.cli", "train", "--output-dir", str(folder / "run"), *sizes, *env]
