@@ -86,6 +86,9 @@ class ActorCritic(TokenModel):
             critic: `"shared"`: a value head on the policy's trunk; `"separate"`: on a copy of the trunk; otherwise the
                 name or path of a model whose trunk the critic starts from, such as a reward model. A folder that
                 `save_pretrained` wrote brings its own value head back, if the critic is asked for as it was saved.
+            dtype: of the weights. Log-probs are float32 in any case; those of bfloat16 weights lie within 0.3 nats of
+                float32's, and since decoding and a pass over whole sequences round apart, ratios before the first step
+                lie within 0.2 nats of 1, their mean at 1.00. `PPOConfig(bf16=True)` keeps float32 weights.
             lora: a `peft.LoraConfig`; the adapter alone is trained, and the reference is the same weights without it.
 
         Raises:

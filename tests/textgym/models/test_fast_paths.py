@@ -6,6 +6,7 @@ critic of its own, LoRA: in float32 none of them may move anything by more than 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 KINDS = ["shared", "separate", "lora"]
 """What is trained: the policy's trunk with a value head, one more trunk, or adapters."""
+PAIRS = [("rotary positions", kind) for kind in KINDS] + [(model, "shared") for model in [*MODELS][1:]]
 PATHS: dict[str, dict[str, Any]] = {
     "packed": {},
     "many chunks": {"chunk": 5 * V},
@@ -79,9 +81,7 @@ def assert_close(actual: Any, expected: Any, what: str = "") -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(
-    ("model", "kind"), [("rotary positions", kind) for kind in KINDS] + [(model, "shared") for model in [*MODELS][1:]]
-)
+@pytest.mark.parametrize(("model", "kind"), PAIRS)
 def test_passes_over_whole_sequences_are_the_plain_path(
     model: str, kind: str, path: str, plainly: Plainly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,7 @@ def test_logits_of_a_packed_pass_and_of_cached_decoding_are_those_of_the_whole_m
     rows, steps = sequences.steps
     for step in range(int(RESPONSES.max())):
         cached = policy.next_logits(sequences.observation(torch.full_like(PROMPTS, step).minimum(RESPONSES)))
-        for row in (RESPONSES > step).nonzero()[:, 0].tolist():
+        for row in (step < RESPONSES).nonzero()[:, 0].tolist():
             ids = sequences.input_ids[row : row + 1, : PROMPTS[row] + step]
             plain = policy.lm(input_ids=ids, use_cache=False).logits[0, -1] / 0.8
             assert_close(cached[row], plain, "cached")
@@ -145,9 +145,10 @@ def written(policy: ActorCritic, prompts: Tensor, new: int) -> tuple[Sequences, 
     return Sequences(ids, PROMPTS, counts, STOP), log_probs, values
 
 
-@pytest.mark.parametrize("way", ["act", "write", "captured steps", "chunks of rows"])
 @pytest.mark.parametrize(
-    ("model", "kind"), [("rotary positions", kind) for kind in KINDS] + [(model, "shared") for model in [*MODELS][1:]]
+    ("model", "kind", "way"),
+    [(*pair, way) for pair in PAIRS for way in ("act", "write", "chunks of rows")]
+    + [(*pair, "captured steps") for pair in (PAIRS[0], PAIRS[2], PAIRS[3])],
 )
 def test_what_is_noted_while_writing_is_the_plain_path(
     model: str, kind: str, way: str, plainly: Plainly, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -167,3 +168,54 @@ def test_what_is_noted_while_writing_is_the_plain_path(
     assert_close(log_probs[:, : mask.shape[1]][mask], plain.log_prob[mask])
     if kind != "separate" or way == "act":  # a critic of its own reads whole episodes afterwards
         assert_close(values[:, : mask.shape[1]][mask], plain.value[mask])
+
+
+# --- bfloat16: the bands that ActorCritic.from_pretrained and OnPolicyConfig.bf16 state ---
+
+
+def distance(log_probs: Tensor, others: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean and largest distance of real tokens."""
+    moved = (log_probs - others)[mask].detach().abs()
+    return float(moved.mean()), float(moved.max())
+
+
+def surrogate_gradient(policy: ActorCritic, log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Of a policy loss with random advantages, in one vector."""
+    advantages = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    weights = [*policy.lm.parameters()]
+    found = torch.autograd.grad((log_probs * advantages)[mask].mean(), weights)
+    return torch.cat([gradient.float().flatten() for gradient in found])
+
+
+@pytest.mark.parametrize("name", ["mock", "tiny"])
+@pytest.mark.parametrize("seed", range(3))
+def test_trap_22_what_bf16_moves_is_within_the_documented_bands(name: str, seed: int) -> None:
+    policy = ActorCritic.from_pretrained(mock_lm(seed=seed) if name == "mock" else name)
+    half = ActorCritic.from_pretrained(copy.deepcopy(policy.lm).bfloat16())
+    size, vocabulary, new = 24, policy.vocab_size, 16
+    prompts = torch.randint(vocabulary - 2, (size, 8 + new), generator=torch.Generator().manual_seed(seed))
+    starts, played = torch.full((size,), 8), []
+    for writer in (policy, half):
+        writer.seed(seed)
+        tokens, log_probs, *_ = writer.write(prompts, starts, new, StopRule())
+        ids = torch.cat([prompts[:, :8], tokens], 1)
+        played.append((Sequences(ids, starts, torch.full((size,), new)), log_probs))
+    (sequences, old), (by_half, old_of_half) = played
+    mask = sequences.mask
+
+    exact = policy.evaluate(sequences).log_prob
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = policy.evaluate(sequences).log_prob
+    assert rounded.dtype == torch.float32
+    mean, largest = distance(rounded, old, mask)
+    assert 1e-3 < mean < 0.02
+    assert largest < 0.15, "ratios before the first step"
+    gradients = [surrogate_gradient(policy, log_probs, mask) for log_probs in (exact, rounded)]
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+    again = half.evaluate(by_half).log_prob
+    assert again.dtype == old_of_half.dtype == torch.float32
+    mean, largest = distance(again, old_of_half, mask)
+    assert mean < 0.02
+    assert largest < 0.2, "ratios before the first step: decoding rounds apart from a packed pass"
+    assert distance(again, policy.evaluate(by_half).log_prob, mask)[1] < 0.3
