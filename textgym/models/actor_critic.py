@@ -202,7 +202,7 @@ class ActorCritic(TokenModel):
         return sequences.pad(self.state_values(sequences.states()))
 
     def state_values(self, states: States, hidden: Tensor | None = None) -> Tensor:
-        """Values `(M,)` of states, in one packed pass of the critic, with gradients.
+        """Values `(M,)` of states, in one packed pass of the critic, with gradients; float32, under autocast too.
 
         A critic that shares the policy's trunk takes its `hidden` states `(M, d)` where they are given.
         """
@@ -210,7 +210,8 @@ class ActorCritic(TokenModel):
             hidden = states.hidden(_Trunk(self.critic))
         elif hidden is None:
             hidden = states.hidden(self.lm)
-        return self.value_head(hidden.float())[:, 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float())[:, 0]
 
     def reset_cache(self) -> None:
         """Frees the key-value caches of policy and critic; captured steps are worth the memory of theirs."""
