@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
-from textgym.agents import DQN, GRPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
+from textgym.agents import DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
 from textgym.agents.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.agents.rollout import Rollout
 from textgym.agents.surrogate import SurrogateAgent
@@ -53,6 +53,8 @@ AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "grpo, mean over episodes": (GRPO, {"group_size": 4, "kl_in": "loss", "loss_type": "grpo"}),
     "rloo": (RLOO, {"group_size": 4, "normalise": "batch"}),
     "reinforce": (REINFORCE, {}),
+    "nlpo": (NLPO, {**PPO_SETTINGS, "top_p": 0.8, "mask_update_interval": 2}),
+    "ppo, lora": (PPO, {**PPO_SETTINGS, "gradient_checkpointing": True}),
     "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 1.0}),
 }
 
@@ -84,7 +86,12 @@ def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **ch
     """An agent whose settings are the same however many processes there are."""
     kind, settings = AGENTS[name]
     envs = make_envs(num_envs, **(env or {}))
-    policy = ActorCritic.from_pretrained(mock_lm(), critic="separate")
+    lora = None
+    if "lora" in name:
+        lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # peft draws from torch's global generator
+        policy = ActorCritic.from_pretrained(mock_lm(), critic="separate", lora=lora)
     config = {"episodes_per_update": EPISODES, "learning_rate": 1e-3, **settings, **changes}
     return kind(policy, envs, kind.config_class(**config))
 
@@ -162,7 +169,7 @@ def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, floa
     ("name", "environment"),
     [
         *(pytest.param(name, {}, id=name) for name in AGENTS),
-        *(pytest.param(name, SHARDED, id=f"{name}, fsdp2") for name in ("ppo", "grpo")),
+        *(pytest.param(name, SHARDED, id=f"{name}, fsdp2") for name in ("ppo", "ppo, lora", "grpo")),
     ],
 )
 def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, environment: dict[str, str]) -> None:
