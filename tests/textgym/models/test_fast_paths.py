@@ -7,6 +7,7 @@ critic of its own, LoRA: in float32 none of them may move anything by more than 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.testing import mock_lm
+from textgym.testing import mock_lm, mock_seq2seq_lm
 
 Plainly = Callable[[TokenModel, Sequences], Evaluation]
 
@@ -102,6 +103,34 @@ def test_passes_over_whole_sequences_are_the_plain_path(
     for name in mine:
         assert other[name].norm() > 1e-4, f"{name}: nothing to compare"
         assert_close(mine[name] / other[name].norm(), other[name] / other[name].norm(), name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "t5", "bart"])
+def test_checkpointed_layers_run_again_in_the_backward_pass(architecture: str) -> None:
+    make = mock_seq2seq_lm if architecture in ("t5", "bart") else mock_lm
+    calls, gradients = [], []
+    for checkpointed in (False, True):
+        policy = ActorCritic.from_pretrained(make(V, architecture=architecture), critic="separate")
+        torch.nn.init.ones_(policy.value_head.weight)
+        if checkpointed:
+            policy.checkpoint_layers()
+        projections = [m for m in policy.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+        heads = {id(policy.head), id(policy.lm.get_output_embeddings()), id(policy.value_head)}
+        made: list[Any] = []
+        for module in projections:
+            if id(module) not in heads:
+                module.register_forward_pre_hook(lambda module, _, made=made: made.append(module))
+        sequences = dataclasses.replace(make_sequences(), decoder_start=policy.decoder_start_ids)
+        evaluation = policy.evaluate(sequences)
+        forward = len(made)
+        (evaluation.log_prob + evaluation.value).sum().backward()
+        calls.append((forward, len(made)))
+        gradients.append({name: x.grad for name, x in policy.named_parameters() if x.grad is not None})
+        assert not any(module.training for trunk in (policy.lm, policy.critic) for module in trunk.modules())
+    (forward, _), (again, total) = calls
+    assert again == forward == calls[0][1]
+    assert total == 2 * forward
+    assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("model", MODELS)
