@@ -59,6 +59,8 @@ class OfflineConfig:
     """Share of the updates over which the learning rate rises."""
     anneal_learning_rate: bool = True
     """Whether the learning rate then falls linearly to zero."""
+    adam_8bit: bool = False
+    """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
     max_grad_norm: float = 1.0
     """The gradient of an update is scaled down to this norm."""
     max_length: int = 512

@@ -47,6 +47,7 @@ class OfflineTrainer(Trainer):
             per_device_train_batch_size=micro_batch_size,
             gradient_accumulation_steps=own // micro_batch_size,
             learning_rate=config.learning_rate,
+            optim="adamw_bnb_8bit" if config.adam_8bit else "adamw_torch_fused",
             weight_decay=0.0,
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,

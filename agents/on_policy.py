@@ -43,6 +43,7 @@ from .distributed import (
     same_weights,
     total,
 )
+from .optimizer import adamw
 from .rollout import Rollout, collect, merge
 from .saving import load_policy, save_policy
 
@@ -64,6 +65,8 @@ class OnPolicyConfig:
     """Whether the learning rate falls linearly to zero over `total_episodes`."""
     adam_epsilon: float = 1e-5
     """Adam's epsilon; a small one makes the first updates large."""
+    adam_8bit: bool = False
+    """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
     max_grad_norm: float = 1.0
     """The gradient of a minibatch is scaled down to this norm."""
     seed: int = 0
@@ -125,12 +128,8 @@ class OnPolicyAgent(ABC):
         self.penalty.reference.temperature = policy.temperature
         if self.config.gradient_checkpointing:
             policy.checkpoint_layers()
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.learner.parameters() if parameter.requires_grad],
-            lr=self.config.learning_rate,
-            eps=self.config.adam_epsilon,
-            weight_decay=0.0,
-            fused=True,  # one pass over the weights, with no temporary of their size
+        self.optimizer = adamw(
+            self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
         )
         self.shuffler = torch.Generator().manual_seed(own_seed(self.config.seed))
         self.episodes = 0

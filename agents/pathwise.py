@@ -19,7 +19,6 @@ further.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.adapters import twin
 from textgym.models.log_probs import in_chunks, masked_logits
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -65,7 +65,7 @@ class Pathwise(OffPolicyAgent):
 
     def modules(self) -> nn.ModuleDict:
         """The critic, and the targets."""
-        critic = ActorCritic(copy.deepcopy(self.policy.lm), temperature=self.policy.temperature)
+        critic = ActorCritic(twin(self.policy.lm), temperature=self.policy.temperature)
         self.q = GreedyQ(critic, Heads(critic, noisy=False, n_quantiles=1), self.config.q_scale)
         self.target, self.target_q = frozen_actor(self.policy), self.q.frozen_copy()
         return nn.ModuleDict({"critic": critic, "target": self.target, "target_critic": self.target_q.actor})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.adapters import twin
 from textgym.models.attention import States
 from textgym.models.loading import freeze
 from textgym.models.log_probs import in_chunks, masked_logits
@@ -30,8 +31,8 @@ class Best(NamedTuple):
 
 
 def frozen_actor(actor: ActorCritic) -> ActorCritic:
-    """A frozen copy of policy and critic."""
-    new = ActorCritic(copy.deepcopy(actor.lm), copy.deepcopy(actor.critic), actor.temperature)
+    """A frozen copy of policy and critic, which shares what is never trained."""
+    new = ActorCritic(twin(actor.lm), None if actor.critic is None else twin(actor.critic), actor.temperature)
     new.value_head.load_state_dict(actor.value_head.state_dict())
     return freeze(new)
 

@@ -7,24 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import quiet
+from textgym.models.adapters import is_twin
+
+TRAINED = "trained.safetensors"
 
 
 def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """Writes `policy/`, a plain transformers folder, and under LoRA `base/` and `adapter/`, which it has merged.
+    """Writes `policy/`, a plain transformers folder.
+
+    Under LoRA, which is merged there, `base/` has the frozen weights, `adapter/` the policy's adapter as peft writes
+    it, and a file beside them all weights that are trained.
 
     Returns:
         What `load_policy` has to be told, as plain values.
     """
     policy.save_pretrained(folder / "policy", tokenizer)
     if policy.lora is not None:
-        base = ActorCritic(copy.deepcopy(policy.lora).unload(), policy.critic, policy.temperature)
-        base.value_head = policy.value_head
+        critic = policy.critic
+        if critic is not None and is_twin(critic, policy.lm):
+            critic = None  # the same weights, and an adapter
+        with torch.random.fork_rng(devices=[]):  # which a new value head would draw from
+            base = ActorCritic(copy.deepcopy(policy.lora).unload(), critic, policy.temperature)
         base.save_pretrained(folder / "base")
         policy.lora.save_pretrained(folder / "adapter")
+        trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+        save_file({name: weight.detach().clone() for name, weight in trained.items()}, folder / TRAINED)
     return {
         "critic": "shared" if policy.critic is None else "separate",
         "temperature": policy.temperature,
@@ -37,11 +47,11 @@ def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
     settings = {**settings, "dtype": getattr(torch, settings["dtype"])}
     if not (folder / "adapter").exists():
         return ActorCritic.from_pretrained(folder / "policy", **settings)
-    from peft import PeftConfig, set_peft_model_state_dict
+    from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder / "adapter"))
     config.inference_mode = False
     policy = ActorCritic.from_pretrained(folder / "base", lora=config, **settings)
-    with quiet():
-        set_peft_model_state_dict(policy.lora, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    keys = policy.load_state_dict(load_file(folder / TRAINED, device=str(policy.device)), strict=False)
+    assert not keys.unexpected_keys, "the policy has what was trained"
     return policy

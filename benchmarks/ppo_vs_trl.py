@@ -11,7 +11,8 @@ median of the paired ratios is printed, and the ratio of the floating-point oper
 
 Settings:
     full           every response has full length; a separate critic on both sides.
-    eos            responses end at EOS, with the limit of which they reach half on average, printed as mean/limit.
+    eos            responses end at EOS, which both sides' models know by a shorter embedding, so that responses reach
+                   half of the limit on average.
     full-shared    as full, but our critic shares the policy's trunk, our default.
     eos-shared     as eos, with our shared trunk.
 What could not be paired: the prompts' order and the sampled texts are each side's own. TRL has no shared critic, so in
@@ -211,18 +212,22 @@ def _classifier(model: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, num_labels=1)
 
 
-def limit_for_half(config: Config) -> int:
-    """The limit of which the model's own responses to such prompts reach half on average: a multiple of 4."""
-    tokenizer, longest = load_tokenizer(config.model), 96
-    envs = make_envs(replace(config, setting="eos", new_tokens=longest), tokenizer, lambda completions: [0.0])
-    policy = ActorCritic.from_pretrained(config.model)
-    policy.seed(0)
-    task = envs.unwrapped.task
-    prompts = torch.as_tensor(task.prompt_ids, dtype=torch.long)
-    padded = torch.nn.functional.pad(prompts, (0, longest))
-    lengths = policy.write(padded, torch.as_tensor(task.prompt_lengths), longest, task.episodes.stop).lengths
-    shares = {limit: lengths.clamp(max=limit).float().mean().item() / limit for limit in range(8, longest, 4)}
-    return min(shares, key=lambda limit: abs(shares[limit] - 0.5))
+def end_by_half(lm: Any, config: Config) -> None:
+    """Shortens the embedding of EOS, which is that of the output too, until responses reach half of the limit."""
+    tokenizer = load_tokenizer(config.model)
+    envs = make_envs(replace(config, setting="eos"), tokenizer, lambda completions: [0.0])
+    task, embedding = envs.unwrapped.task, lm.get_input_embeddings().weight
+    prompts = torch.nn.functional.pad(torch.as_tensor(task.prompt_ids, dtype=torch.long), (0, config.new_tokens))
+    lengths = torch.as_tensor(task.prompt_lengths)
+    whole, least, most = embedding[tokenizer.eos_token_id].detach().clone(), 0.0, 1.0
+    for _ in range(8):
+        factor = (least + most) / 2
+        with torch.no_grad():
+            embedding[tokenizer.eos_token_id] = factor * whole
+        policy = ActorCritic.from_pretrained(lm)
+        policy.seed(0)
+        written = policy.write(prompts, lengths, config.new_tokens, task.episodes.stop).lengths
+        least, most = (factor, most) if written.float().mean() > config.new_tokens / 2 else (least, factor)
 
 
 @contextmanager
@@ -277,14 +282,16 @@ def main(config: Config) -> None:
         return ours(config) if config.side == "ours" else theirs(config)
     results = {}
     print("| setting | wall time | CPU time | operations | bar | mean response |\n" + "| --- " * 6 + "|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        load_causal_lm(config.model).save_pretrained(folder)
-        load_tokenizer(config.model).save_pretrained(folder)
-        for name in config.settings:
-            limit = limit_for_half(config) if name.startswith("eos") else config.new_tokens
-            row = results[name] = compare(replace(config, setting=name, model=folder, new_tokens=limit))
-            cells = (f"{row[key]:.2f}" for key in ("wall_time_ratio", "cpu_time_ratio", "flops_ratio", "bar"))
-            print(f"| {name} | {' | '.join(cells)} | {row['response_tokens']:.1f}/{limit} |", flush=True)
+    for name in config.settings:
+        with tempfile.TemporaryDirectory() as folder:
+            lm = load_causal_lm(config.model)
+            if name.startswith("eos"):
+                end_by_half(lm, config)
+            lm.save_pretrained(folder)
+            load_tokenizer(config.model).save_pretrained(folder)
+            row = results[name] = compare(replace(config, setting=name, model=folder))
+        cells = (f"{row[key]:.2f}" for key in ("wall_time_ratio", "cpu_time_ratio", "flops_ratio", "bar"))
+        print(f"| {name} | {' | '.join(cells)} | {row['response_tokens']:.1f}/{config.new_tokens} |", flush=True)
     print(json.dumps({name: {key: round(x, 3) for key, x in row.items()} for name, row in results.items()}, indent=1))
 
 

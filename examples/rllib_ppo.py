@@ -1,6 +1,7 @@
 """PPO of RLlib (new API stack) with its default network on textgym/SentimentMLP-v0, in minutes on one CPU.
 
     python examples/rllib_ppo.py
+    python examples/rllib_ppo.py --num-env-runners 2      # on Ray workers, 0 plays in this process
 
 The agent reads the reference's hidden state and chooses among the 32 tokens that it finds likeliest; RLlib takes the
 vector form of the environment. Needs `pip install ray dm-tree lz4 ormsgpack pyarrow scipy tensorboardX`, which is
@@ -23,16 +24,18 @@ ID = "textgym/SentimentMLP-v0"
 @dataclass
 class Args:
     total_timesteps: int = 40_960
+    num_env_runners: int = 0
     num_envs: int = 32
     train_batch_size: int = 256
     eval_episodes: int = 256
 
 
 def main(args: Args) -> tuple[Played, Played]:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=1 + args.num_env_runners, include_dashboard=False, log_to_driver=False)
     vector = gym.VectorizeMode.VECTOR_ENTRY_POINT
-    config = PPOConfig().environment(ID).debugging(seed=0)
-    config.env_runners(num_env_runners=0, num_envs_per_env_runner=args.num_envs, gym_env_vectorize_mode=vector)
+    config = PPOConfig().environment(f"textgym:{ID}").debugging(seed=0)  # workers import it before they make it
+    config.env_runners(num_env_runners=args.num_env_runners, num_envs_per_env_runner=args.num_envs)
+    config.env_runners(gym_env_vectorize_mode=vector)
     config.training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=128)
     config.training(num_epochs=4, entropy_coeff=0.01, grad_clip=0.5)
     algorithm = config.build_algo()

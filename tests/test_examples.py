@@ -121,6 +121,7 @@ def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("tianshou_ppo", {"total_timesteps": 128, "num_envs": 4}),
         ("torchrl_ppo", {"total_timesteps": 256, "num_envs": 4}),
         ("rllib_ppo", {"total_timesteps": 256, "num_envs": 4, "train_batch_size": 256}),
+        ("rllib_ppo", {"num_env_runners": 2, "total_timesteps": 256, "num_envs": 2, "train_batch_size": 256}),
         ("sbx_ppo", {"total_timesteps": 128, "num_envs": 4}),
         ("sb3_mlp", {"algorithm": "PPO", "total_timesteps": 128, "num_envs": 4}),
         ("sb3_mlp", {"algorithm": "A2C", "total_timesteps": 128, "num_envs": 4}),

@@ -22,7 +22,7 @@ from textgym.rewards.kl import ESTIMATORS
 from textgym.testing import byte_tokenizer, mock_lm
 
 ROWS, BETA = 8, 0.3
-KINDS = ["shared", "separate", "lora"]
+KINDS = ["shared", "separate", "lora", "lora, separate"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 ENV: dict[str, Any] = {
     "prompts": ["one", "three", "a longer prompt", "x"],
@@ -48,19 +48,19 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_policy(kind: str, moved: bool = True, **changes: Any) -> ActorCritic:
     """A policy that its reference is not; where it has not `moved`, one that is as it was loaded."""
     lora = None
-    if kind == "lora":
+    if "lora" in kind:
         peft = pytest.importorskip("peft")
         lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=not moved)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)  # peft draws from torch's global generator
-        critic = "separate" if kind == "separate" else "shared"
+        critic = "separate" if "separate" in kind else "shared"
         policy = ActorCritic.from_pretrained(mock_lm(), critic, temperature=0.8, lora=lora, **changes)
     torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(3))
     return policy
 
 
 def make_envs(kind: str = "shared", **changes: Any) -> Any:
-    reference = None if kind == "lora" else mock_lm(seed=5)  # the policy's own weights without the adapter
+    reference = None if "lora" in kind else mock_lm(seed=5)  # the policy's own weights without the adapter
     settings = {**ENV, "reward": vowels, "reference": reference, "kl_mode": "deferred", **changes}
     return gym.make_vec("textgym/Text-v0", num_envs=ROWS, **settings)
 
@@ -299,7 +299,7 @@ def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly
     """The gradient is the plain one of what the policy wrote alone."""
     settings = {name: value for name, value in ENV.items() if name != "prompts"}
     settings |= {"max_new_tokens": 24, "min_new_tokens": 0, "kl_mode": "deferred"}
-    reference = None if kind == "lora" else mock_lm(seed=5)
+    reference = None if "lora" in kind else mock_lm(seed=5)
     agent = make_agent(kind, GameVectorEnv(ROWS, Echo, **settings, reference=reference))
     rollouts = rollouts_of(agent)
     assert_gradient_is_plain(agent, plainly)
@@ -308,17 +308,17 @@ def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly
     assert theirs.sum() > ROWS, "the environment wrote"
 
 
-@pytest.mark.parametrize(("kind", "bf16"), [("separate", False), ("lora", True)])
+@pytest.mark.parametrize(("kind", "bf16"), [("separate", False), ("lora, separate", True)])
 def test_trap_35_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, captures: list[Any]) -> None:
     options = {"learning_rate": 1e-2, "minibatch_size": 4, "bf16": bf16}
-    whole = make_agent(kind, **options).learn(4 * ROWS)
+    whole = make_agent(kind, **options).learn(3 * ROWS)
     part = make_agent(kind, **options)
     start = {name: weight.clone() for name, weight in part.policy.state_dict().items()}
-    part.learn(4 * ROWS, [lambda agent, _: agent.updates < 2])
+    part.learn(3 * ROWS, [lambda agent, _: False])
     part.save(tmp_path / "agent")
-    resumed = PPO.load(tmp_path / "agent", envs=make_envs(kind)).learn(4 * ROWS)
+    resumed = PPO.load(tmp_path / "agent", envs=make_envs(kind)).learn(3 * ROWS)
     assert resumed.config == whole.config
-    assert resumed.updates == whole.updates == 4
+    assert resumed.updates == whole.updates == 3
     expected = whole.policy.state_dict()
     for name, weight in resumed.policy.state_dict().items():
         assert torch.equal(weight, expected[name]), name

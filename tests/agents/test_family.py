@@ -108,7 +108,8 @@ def test_trap_35_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> Non
     part.save(tmp_path / "agent")
     resumed = type(part).load(tmp_path / "agent", envs=make_envs(reference=None)).learn(160)
     trained = {key for key, weight in whole.policy.named_parameters() if weight.requires_grad}
-    assert all("lora" in key or key.startswith(("critic", "value_head")) for key in trained)
+    assert all("lora" in key or key.startswith("value_head") for key in trained)
+    assert any(key.startswith("critic") for key in trained)
     for (key, expected), actual in zip(
         whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
     ):

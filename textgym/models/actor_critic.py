@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from textgym.data.files import atomic_folder
+from textgym.models.adapters import is_twin, merged, twin, with_lora
 from textgym.models.attention import States, checkpoint_layers
 from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
@@ -90,22 +91,26 @@ class ActorCritic(TokenModel):
                 nats for 99% of tokens and up to 0.3 for single ones. Decoding and a pass over whole sequences round
                 apart, so that ratios before the first step are as far from 1. `PPOConfig(bf16=True)` keeps float32
                 weights.
-            lora: a `peft.LoraConfig`; the adapter alone is trained, and the reference is the same weights without it.
+            lora: a `peft.LoraConfig`; the adapter alone is trained, a separate critic is another one on the same frozen
+                weights, and the reference is these weights without either. A critic that was loaded is trained whole.
 
         Raises:
             ValueError: unknown name, or a model that textgym cannot decode exactly.
             ImportError: `lora` without peft.
         """
         lm = load_causal_lm(name_or_module, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))
         trunk = None
-        if critic == "separate":
-            saved = None if isinstance(name_or_module, nn.Module) else _saved_trunk(Path(resolve(name_or_module)), lm)
-            trunk = disable_dropout(copy.deepcopy(lm.base_model) if saved is None else saved)
-        elif critic != "shared":
+        if critic not in ("shared", "separate"):
             trunk = load_classifier(critic, dtype=dtype, device=device, trust_remote_code=trust_remote_code).base_model
-        policy = cls(lm, trunk, temperature, _with_lora(lm, lora) if lora is not None else None)
-        if not isinstance(name_or_module, nn.Module):
-            policy._load_critic(Path(resolve(name_or_module)), critic)
+        elif critic == "separate" and folder is not None:
+            trunk = _saved_trunk(folder, lm)  # before an adapter changes the names of weights
+        adapter = None if lora is None else with_lora(lm, lora)
+        if critic == "separate" and trunk is None:
+            trunk = disable_dropout(twin(lm.base_model))
+        policy = cls(lm, trunk, temperature, adapter)
+        if folder is not None:
+            policy._load_critic(folder, critic)
         return policy
 
     def seed(self, seed: int) -> None:
@@ -239,7 +244,7 @@ class ActorCritic(TokenModel):
 
     def frozen_copy(self) -> TokenModel:
         """The policy as it is now, its adapter merged where it has one, so that it is a plain language model."""
-        lm = copy.deepcopy(self.lm) if self.lora is None else copy.deepcopy(self.lora).merge_and_unload()
+        lm = copy.deepcopy(self.lm) if self.lora is None else merged(self.lora)
         return freeze(TokenModel(lm, self.temperature))
 
     @property
@@ -256,14 +261,16 @@ class ActorCritic(TokenModel):
             OSError: the disk is full or the folder not writable.
         """
         with atomic_folder(folder) as temporary, quiet():
-            lm = self.lm if self.lora is None else copy.deepcopy(self.lora).merge_and_unload()
+            lm, trunk = (self.lm if self.lora is None else merged(self.lora)), self.critic
+            if trunk is not None and is_twin(trunk, self.lm) and self.lora is not None:
+                trunk = merged(self.lora, trunk).base_model
             lm.save_pretrained(temporary)
             critic = {f"value_head.{name}": weight for name, weight in self.value_head.state_dict().items()}
-            if self.critic is not None:
-                critic |= {f"critic.{name}": weight.contiguous() for name, weight in self.critic.state_dict().items()}
+            if trunk is not None:
+                critic |= {f"critic.{name}": weight.contiguous() for name, weight in trunk.state_dict().items()}
             save_file({name: weight.clone() for name, weight in critic.items()}, temporary / CRITIC_FILE)
-            own = self.critic is not None and _shapes(self.critic) != _shapes(self.lm.base_model)
-            form = {"separate": self.critic is not None, "config": self.critic.config.to_dict() if own else None}
+            own = trunk is not None and _shapes(trunk) != _shapes(lm.base_model)
+            form = {"separate": trunk is not None, "config": trunk.config.to_dict() if own else None}
             (temporary / CRITIC_CONFIG).write_text(json.dumps(form))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
@@ -319,17 +326,11 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 def _saved_trunk(folder: Path, lm: Any) -> Any:
     """A trunk of the form that the critic in a folder had; `None` if it was the policy's, or there was none."""
     path = folder / CRITIC_CONFIG
-    config = json.loads(path.read_text()).get("config") if path.exists() else None
-    if config is None:
+    saved: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"separate": False}
+    if not saved["separate"]:
         return None
+    if (config := saved["config"]) is None:
+        return copy.deepcopy(lm.base_model)
     with torch.random.fork_rng(devices=[]):  # its weights are read afterwards
         kind = AutoConfig.for_model(config.pop("model_type"), **config)
-        return AutoModel.from_config(kind, dtype=lm.dtype).to(lm.device).eval()
-
-
-def _with_lora(lm: Any, config: Any) -> Any:
-    try:
-        from peft import get_peft_model
-    except ImportError as error:
-        raise ImportError("lora= needs peft: pip install 'textgym[lora]'") from error
-    return get_peft_model(lm, config)
+        return disable_dropout(AutoModel.from_config(kind, dtype=lm.dtype).to(lm.device).eval())

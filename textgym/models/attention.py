@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from textgym.models.packing import lay_out
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_PADDING = 0.1
 """Share of padding that is computed for the sake of larger batches."""
@@ -91,30 +93,21 @@ class PackedStates:
 
 
 def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
-    """Packs right-padded rows, longest first, each into the first row that has room (first-fit decreasing).
+    """Packs right-padded rows.
 
     Args:
         input_ids: `(N, W)`, right-padded.
         lengths: `(N,)`, real tokens of each row, at least 1.
     """
-    device, sizes = input_ids.device, lengths.tolist()
-    capacity = max(sizes)
-    room: list[int] = []
-    starts = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        row = next((r for r, left in enumerate(room) if left >= sizes[index]), len(room))
-        if row == len(room):
-            room.append(capacity)
-        starts[index] = (row + 1) * capacity - room[row]
-        room[row] -= sizes[index]
+    device, (starts, rows, width) = input_ids.device, lay_out(lengths.tolist())
     start = torch.tensor(starts, device=device)
     segment, position = ragged(lengths)
     slot = start[segment] + position
-    flat = torch.zeros(3, len(room) * capacity, dtype=torch.long, device=device)
+    flat = torch.zeros(3, rows * width, dtype=torch.long, device=device)
     flat[0, slot] = input_ids[segment, position]
     flat[1, slot] = position
     flat[2, slot] = segment + 1
-    ids, positions, segments = flat.view(3, len(room), capacity)
+    ids, positions, segments = flat.view(3, rows, width)
     return Packed(ids, positions, segments, start)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.adapters import merged
 from textgym.models.loading import freeze
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import KLPenalty
@@ -54,7 +55,7 @@ class SyncReference:
         source, target = (
             dict(itertools.chain(lm.named_parameters(), lm.named_buffers()))  # tied weights once
             for lm in (
-                policy.lm if policy.lora is None else copy.deepcopy(policy.lora).merge_and_unload(),
+                policy.lm if policy.lora is None else merged(policy.lora),
                 penalty.reference.lm,
             )
         )

@@ -33,8 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "sliding windows": {"architecture": "mistral", "sliding_window": 4},
     "tied embedding": {"tie_word_embeddings": True},
 }
-KINDS = ["shared", "separate", "lora"]
-"""What is trained: the policy's trunk with a value head, one more trunk, or adapters."""
+KINDS = ["shared", "separate", "lora", "lora, separate"]
+"""What is trained: the policy's trunk with a value head, one more trunk, an adapter, or two of them."""
 PAIRS = [("rotary positions", kind) for kind in KINDS] + [(model, "shared") for model in [*MODELS][1:]]
 PATHS: dict[str, dict[str, Any]] = {
     "packed": {},
@@ -47,14 +47,14 @@ PATHS: dict[str, dict[str, Any]] = {
 
 def make_policy(kind: str = "shared", **model: Any) -> ActorCritic:
     lora = None
-    if kind == "lora":
+    if "lora" in kind:
         targets = ["c_attn"] if model.get("architecture") == "gpt2" else ["q_proj", "v_proj"]
         peft = pytest.importorskip("peft")
         lora = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)  # peft draws from torch's global generator
         policy = ActorCritic.from_pretrained(
-            mock_lm(V, **model), "separate" if kind == "separate" else "shared", temperature=0.8, lora=lora
+            mock_lm(V, **model), "separate" if "separate" in kind else "shared", temperature=0.8, lora=lora
         )
     torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(3))
     policy.seed(0)
@@ -177,7 +177,7 @@ def written(policy: ActorCritic, prompts: Tensor, new: int) -> tuple[Sequences, 
 @pytest.mark.parametrize(
     ("model", "kind", "way"),
     [(*pair, way) for pair in PAIRS for way in ("act", "write", "chunks of rows")]
-    + [(*pair, "captured steps") for pair in (PAIRS[0], PAIRS[2], PAIRS[3])],
+    + [(*pair, "captured steps") for pair in (PAIRS[0], PAIRS[2], PAIRS[4])],
 )
 def test_what_is_noted_while_writing_is_the_plain_path(
     model: str, kind: str, way: str, plainly: Plainly, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +195,7 @@ def test_what_is_noted_while_writing_is_the_plain_path(
         plain = plainly(policy, sequences)
     mask = sequences.mask
     assert_close(log_probs[:, : mask.shape[1]][mask], plain.log_prob[mask])
-    if kind != "separate" or way == "act":  # a critic of its own reads whole episodes afterwards
+    if "separate" not in kind or way == "act":  # a critic of its own reads whole episodes afterwards
         assert_close(values[:, : mask.shape[1]][mask], plain.value[mask])
 
 

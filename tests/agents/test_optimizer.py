@@ -1,0 +1,75 @@
+"""Adam's moments in 8 bits: smaller, they learn as well, and resume bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+
+from textgym.agents import PPO, SFT, PPOConfig, SFTConfig
+from textgym.agents.footprint import bytes_by_role
+from textgym.models.actor_critic import ActorCritic
+from textgym.testing import byte_tokenizer, mock_lm
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def make_envs() -> Any:
+    settings: dict[str, Any] = {"reward": vowels, "kl_mode": "deferred", "max_new_tokens": 6, "reference": mock_lm()}
+    return gym.make_vec("textgym/Text-v0", 16, prompts=["one", "two"], tokenizer=byte_tokenizer(), **settings)
+
+
+def make_agent(eight_bit: bool, lm: Any = None) -> PPO:
+    config = PPOConfig(episodes_per_update=32, minibatch_size=8, learning_rate=1e-2, adam_8bit=eight_bit)
+    return PPO(ActorCritic.from_pretrained(lm or mock_lm()), make_envs(), config)
+
+
+def test_moments_take_a_quarter() -> None:
+    sizes = []
+    for eight_bit in (False, True):
+        agent = make_agent(eight_bit, mock_lm(hidden_size=128))
+        agent.learn(32)
+        sizes.append(bytes_by_role(agent)["optimiser"])
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_learns_with_moments_in_8_bits() -> None:
+    history: list[dict[str, float]] = []
+    make_agent(True).learn(32 * 20, [lambda _, metrics: history.append(metrics)])
+    assert history[-1]["objective/scores"] > history[0]["objective/scores"] + 0.5
+
+
+def test_trap_35_resume_bit_for_bit_with_moments_in_8_bits(tmp_path: Path) -> None:
+    whole, part = make_agent(True).learn(160), make_agent(True)
+    part.learn(160, [lambda agent, _: agent.updates < 3])
+    part.save(tmp_path / "agent")
+    resumed = PPO.load(tmp_path / "agent", envs=make_envs()).learn(160)
+    for (key, expected), actual in zip(
+        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
+        assert torch.equal(actual, expected), key
+
+
+def test_offline_agents_too() -> None:
+    rows = [{"prompt": "a", "completion": "bcd"}, {"prompt": "e", "completion": "fg"}] * 8
+    losses: list[float] = []
+    agent = SFT(
+        ActorCritic.from_pretrained(mock_lm()),
+        rows,
+        byte_tokenizer(),
+        SFTConfig(batch_size=8, max_steps=20, learning_rate=1e-2, adam_8bit=True),
+    )
+    agent.learn([lambda _, metrics: losses.append(metrics["loss"])])
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"pip install 'textgym\[adam8bit\]'"):
+        make_agent(True)
