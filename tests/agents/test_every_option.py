@@ -24,6 +24,7 @@ from textgym.testing import byte_tokenizer, mock_lm
 ROWS, BETA = 8, 0.3
 KINDS = ["shared", "separate", "lora", "lora, separate"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
+unlike_kinds = pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]])
 ENV: dict[str, Any] = {
     "prompts": ["one", "three", "a longer prompt", "x"],
     "tokenizer": byte_tokenizer(),
@@ -183,7 +184,7 @@ def test_trap_01_ratio_is_one_before_the_first_update(kind: str, bf16: bool, req
     assert captured != []
 
 
-@each_kind
+@unlike_kinds
 def test_trap_01_with_weights_in_bf16(kind: str) -> None:
     """In the band that ActorCritic.from_pretrained states."""
     agent = make_agent(kind, policy=make_policy(kind, dtype=torch.bfloat16), minibatch_size=4, num_epochs=2)
@@ -195,7 +196,7 @@ def test_trap_01_with_weights_in_bf16(kind: str) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@each_kind
+@unlike_kinds
 def test_trap_02_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
     agent = make_agent(kind, make_envs(reference=None), make_policy(kind, moved=False), bf16=bf16)
     rollout = agent.collect()
@@ -204,7 +205,7 @@ def test_trap_02_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
         assert agent.measure_kl(rollout).abs().max() < 1e-5, estimator
 
 
-@each_kind
+@unlike_kinds
 def test_trap_22_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: str, plainly: Any) -> None:
     """`ratios_of` looks at the dtypes."""
     agent = make_agent(kind, bf16=True)
@@ -220,7 +221,7 @@ def test_trap_22_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: 
     assert 0 < distance < 0.05 * sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5
 
 
-@each_kind
+@unlike_kinds
 def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
     """Written, scored and differentiated."""
     agent = make_agent(kind)
@@ -252,7 +253,7 @@ def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
         torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=1e-5, rtol=0)
 
 
-@each_kind
+@unlike_kinds
 def test_trap_24_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None:
     gradients = []
     for size in (None, 1, 3):
@@ -267,7 +268,7 @@ def test_trap_24_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None
             torch.testing.assert_close(parts[name] / scale, whole / scale, atol=1e-5, rtol=0)
 
 
-@each_kind
+@unlike_kinds
 def test_trap_25_gradient_clipping_acts(kind: str) -> None:
     """A loss that explodes: one step of norm `max_grad_norm`, and no weight moves further than the learning rate."""
     envs = make_envs(kind, reward=lambda completions: [1e6 * len(text) for text in completions])
@@ -294,7 +295,7 @@ class Echo:
         return "<!>", float(len(action)), self.turn == 3, False, {}
 
 
-@each_kind
+@unlike_kinds
 def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly: Any) -> None:
     """The gradient is the plain one of what the policy wrote alone."""
     settings = {name: value for name, value in ENV.items() if name != "prompts"}
@@ -327,7 +328,7 @@ def test_trap_35_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, reque
     assert any((expected[name] - start[name]).abs().max() > 1e-2 for name in expected)
 
 
-@pytest.mark.parametrize("kind", ["shared", "lora"])
+@unlike_kinds
 def test_trap_43_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
     """One set of episodes in captured steps, through a `TextVectorEnv` stepped by `act`, and through a `TextEnv`."""
     fast = make_agent(kind)
