@@ -177,9 +177,9 @@ def test_trap_01_ratio_is_one_before_the_first_update(kind: str, bf16: bool, req
     history: list[dict[str, float]] = []
     agent.learn(2 * ROWS, [lambda _, metrics: history.append(metrics)])
     assert len(ratios) == 2 * 2 * 2 * 2, "updates, epochs, minibatches and micro-batches"
-    assert torch.cat(ratios).abs().max() < (0.3 if bf16 else 1e-4)
+    assert torch.cat(ratios).abs().max() < (0.5 if bf16 else 1e-4)
     assert (torch.cat(ratios).abs().mean() > 1e-4) == bf16
-    assert all(metrics["val/ratio"] == pytest.approx(1.0, abs=0.01 if bf16 else 1e-5) for metrics in history)
+    assert all(metrics["val/ratio"] == pytest.approx(1.0, abs=0.02 if bf16 else 1e-5) for metrics in history)
     assert bf16 or all(metrics["policy/clipfrac_avg"] == 0.0 for metrics in history)
     assert captured != []
 
@@ -192,7 +192,7 @@ def test_trap_01_with_weights_in_bf16(kind: str) -> None:
     ratios = ratios_of(agent)
     agent.learn(ROWS)
     assert torch.cat(ratios).abs().mean() < 0.02
-    assert torch.cat(ratios).abs().max() < 0.3
+    assert torch.cat(ratios).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("bf16", [False, True])

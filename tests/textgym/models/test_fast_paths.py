@@ -203,12 +203,12 @@ def test_what_is_noted_while_writing_is_the_plain_path(
 
 
 def assert_in_band(log_probs: Tensor, others: Tensor) -> None:
-    """In nats: about 0.01 a token, 99% below 0.1, all below 0.3; ratios average 1."""
+    """In nats: about 0.01 a token, 99% below 0.1, single ones a few tenths; ratios average 1."""
     assert log_probs.dtype == others.dtype == torch.float32
     moved = (log_probs - others).detach().flatten()
     assert 1e-3 < moved.abs().mean() < 0.02, "bfloat16 moves something"
     assert moved.abs().quantile(0.99) < 0.1
-    assert moved.abs().max() < 0.3
+    assert moved.abs().max() < 0.5
     assert float(moved.exp().mean()) == pytest.approx(1.0, abs=5e-3)
 
 
