@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from textgym.models.packing import plan
 
@@ -181,7 +182,7 @@ def packed_hidden(lm: Any, packed: Packed) -> Tensor:
     allowed = (own & (order[:, None] >= order))[:, None]  # (R, 1, L, L)
     distance = packed.position_ids[:, None, :, None] - packed.position_ids[:, None, None, :]
     mask = attention_mask(lm, allowed, distance)
-    with _recomputing(lm.base_model):
+    with recomputing(lm.base_model):
         output = lm.base_model(
             input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
         )
@@ -198,19 +199,30 @@ def checkpoint_layers(trunk: Any) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # newer versions call it activation checkpointing
         trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trunk.eval()
+    if not checkpointing_layers(trunk):
+        raise ValueError(f"no layer of {type(trunk).__name__} can be run again going backward: leave checkpointing off")
+
+
+def checkpointing_layers(trunk: Any) -> list[Any]:
+    """The layers that keep what goes into them alone, in training mode."""
+    layers = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if layer.gradient_checkpointing]
 
 
 @contextlib.contextmanager
-def _recomputing(trunk: Any) -> Iterator[None]:
-    """Layers checkpoint in training mode alone, and drop the cache in it; so it is left again for decoding."""
-    if not (getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()):
-        yield
-        return
-    trunk.train()  # changes nothing else: there is no dropout
+def recomputing(trunk: Any) -> Iterator[None]:
+    """Layers checkpoint in training mode alone, and drop the cache in it; so they leave it again for decoding.
+
+    What is inside of a layer does not enter it: it would not be in it when the backward pass runs the layer again.
+    """
+    layers = checkpointing_layers(trunk) if torch.is_grad_enabled() else []
+    for layer in layers:
+        layer.training = True
     try:
         yield
     finally:
-        trunk.eval()
+        for layer in layers:
+            layer.training = False
 
 
 def attention_mask(lm: Any, allowed: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:
