@@ -80,8 +80,9 @@ class NLPO(PPO):
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
         """A policy within the mask on a batch, with gradients."""
         sequences = batch.sequences
+        allowed = self.allowed(sequences)  # in the precision that it was sampled with
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
-            new = policy.evaluate_states(sequences.states(), sequences.actions, self.allowed(sequences))
+            new = policy.evaluate_states(sequences.states(), sequences.actions, allowed)
         return Evaluation(*(sequences.pad(x) for x in new))
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:

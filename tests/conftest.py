@@ -1,4 +1,4 @@
-"""One thread, no network: what every test runs under."""
+"""One thread, no network: what every test runs under. The plain path and captured steps, which several tests share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an unknown name fails at once, with no request
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.distributions import Categorical
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pad_sequence
 
 from textgym.data import sources
+from textgym.models import writing
+from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
 
 torch.set_num_threads(1)  # two collapse when another process runs
 
@@ -21,3 +32,66 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     archive = sources.cache_dir() / "downloads" / sources.VADER.filename
     if not archive.exists():
         pytest.skip(f"needs {archive}, which `textgym demo` fetches")
+
+
+@pytest.fixture
+def plainly() -> Callable[[TokenModel, Sequences], Evaluation]:
+    """What `policy.evaluate` gives, the plain way, which every fast path is held against."""
+    return _plainly
+
+
+def _plainly(policy: TokenModel, sequences: Sequences) -> Evaluation:
+    """Each sequence alone through the whole model, without cache, packing or padding; softmax of all of its logits."""
+    rows = []
+    for ids, start, end in zip(sequences.input_ids, sequences.prompt_lengths, sequences.lengths, strict=True):
+        logits = policy.lm(input_ids=ids[None, :end], use_cache=False).logits[0, start - 1 : end - 1].float()  # (t, V)
+        early = torch.arange(end - start)[:, None] < sequences.stop.min_new_tokens
+        stops = torch.isin(torch.arange(logits.shape[1]), torch.tensor(sequences.stop.ids))
+        drawn_from = Categorical(logits=(logits / policy.temperature).masked_fill(early & stops, -1e30))
+        value = torch.zeros(len(logits))
+        if isinstance(policy, ActorCritic):
+            trunk = policy.lm.base_model if policy.critic is None else policy.critic
+            states = trunk(input_ids=ids[None, :end], use_cache=False).last_hidden_state[0, start - 1 : end - 1]
+            value = policy.value_head(states.float())[:, 0]
+        rows.append((drawn_from.log_prob(ids[start:end]), value, drawn_from.entropy()))
+    return Evaluation(*(pad_sequence(column, batch_first=True) * sequences.mask for column in zip(*rows, strict=True)))
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """Responses are written in captured steps, as on a GPU; the steps that were captured."""
+    captures: list[Callable[[], object]] = []
+
+    def record(step: Callable[[], object]) -> Callable[[], object]:
+        captures.append(_traced(step))
+        return captures[-1]
+
+    def writer(*arguments: Any, captures: bool) -> writing.ResponseWriter:
+        return writing.ResponseWriter(*arguments, captures=True)
+
+    monkeypatch.setattr(writing, "capture", record)
+    monkeypatch.setattr("textgym.models.actor_critic.ResponseWriter", writer)
+    return captures
+
+
+def _traced(step: Callable[[], object]) -> Callable[[], object]:
+    """Captures as a CUDA graph does: the operations on the tensors as they are now, none executed, no value asked for.
+
+    make_fx executes while it records, so what it wrote is put back.
+    """
+    before = [(tensor, tensor.clone()) for tensor in _tensors(step)]
+    graph = make_fx(lambda: step())()
+    for tensor, value in before:
+        tensor.copy_(value)
+    return graph
+
+
+def _tensors(step: Any) -> list[Tensor]:
+    """What a step can write: the buffers of the writer and of its lanes."""
+    captured = {
+        name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__, strict=True)
+    }
+    writer, lanes = captured["self"], captured["lanes"]
+    cache = lanes.decoder.cache
+    owners = (*vars(writer).values(), *vars(lanes).values(), *vars(lanes.decoder).values(), *cache.keys, *cache.values)
+    return [value for value in owners if isinstance(value, Tensor)]

@@ -39,8 +39,9 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_import_time_over_gymnasium() -> None:
-    code = "import time, gymnasium; start = time.perf_counter(); import textgym; print(time.perf_counter() - start)"
-    assert min(float(output_of(code)) for _ in range(5)) < 0.3  # the least of five: the machine may be busy
+    """In seconds of this process alone, since the machine may be busy."""
+    code = "import time, gymnasium; start = time.process_time(); import textgym; print(time.process_time() - start)"
+    assert min(float(output_of(code)) for _ in range(5)) < 0.3
 
 
 @pytest.mark.parametrize("name", textgym.__all__)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def killed_at(event: int, checkpoints: Checkpoints, agent: PPO) -> bool:
             checkpoints.save(agent)
             os._exit(0)
         finally:
+            traceback.print_exc()
             os._exit(1)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), "it fails of itself"
@@ -282,6 +284,7 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_20_random_moments_and_resumed_each_time_a_run_ends_as_the_undisturbed_one(
     working_folder: Path,
@@ -310,15 +313,16 @@ def test_killed_at_20_random_moments_and_resumed_each_time_a_run_ends_as_the_und
     assert live(*train("ppo", "whole"))
     length = time.perf_counter() - started
     moments, kills = random.Random(0), 0
-    for number in range(40):
+    for number in itertools.count():
         resume: list[str] = []
-        while not live(*train("ppo", f"run-{number}", *resume), seconds=moments.uniform(0, length)):
+        while kills < 20 and not live(*train("ppo", f"run-{number}", *resume), seconds=moments.uniform(0, length)):
             kills, resume = kills + 1, ["--resume"]
             for path in Path(f"run-{number}").glob("checkpoints/step-*"):
                 assert PPO.load(path, make_envs()).updates == int(path.name[-6:])
+        if kills == 20:  # a busy machine, which needs longer than the undisturbed run did, is let come to an end
+            assert live(*train("ppo", f"run-{number}", "--resume"))
         assert_same(working_folder / f"run-{number}", working_folder / "whole")
-        if kills >= 20:
+        if kills == 20:
             break
-    assert kills >= 20
     zygote.stdin.close()
     assert zygote.wait() == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +19,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import multiprocessing
+from torch.distributed import TCPStore
 
-from textgym.agents import DQN, GRPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
+from textgym.agents import DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
 from textgym.agents.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.agents.rollout import Rollout
 from textgym.agents.surrogate import SurrogateAgent
@@ -53,6 +53,8 @@ AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "grpo, mean over episodes": (GRPO, {"group_size": 4, "kl_in": "loss", "loss_type": "grpo"}),
     "rloo": (RLOO, {"group_size": 4, "normalise": "batch"}),
     "reinforce": (REINFORCE, {}),
+    "nlpo": (NLPO, {**PPO_SETTINGS, "top_p": 0.8, "mask_update_interval": 2}),
+    "ppo, lora": (PPO, {**PPO_SETTINGS, "gradient_checkpointing": True}),
     "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 1.0}),
 }
 
@@ -84,7 +86,12 @@ def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **ch
     """An agent whose settings are the same however many processes there are."""
     kind, settings = AGENTS[name]
     envs = make_envs(num_envs, **(env or {}))
-    policy = ActorCritic.from_pretrained(mock_lm(), critic="separate")
+    lora = None
+    if "lora" in name:
+        lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # peft draws from torch's global generator
+        policy = ActorCritic.from_pretrained(mock_lm(), critic="separate", lora=lora)
     config = {"episodes_per_update": EPISODES, "learning_rate": 1e-3, **settings, **changes}
     return kind(policy, envs, kind.config_class(**config))
 
@@ -111,10 +118,9 @@ def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, 
 
 def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
     """What `work` gives, or raises, in each of several processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that nobody else can take
+    meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared = {"WORLD_SIZE": str(processes), **meeting, **environment}
     answers: Any = FORK.SimpleQueue()
     started = [
         FORK.Process(target=_run, args=(answers, number, shared, work, arguments)) for number in range(processes)
@@ -123,13 +129,14 @@ def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESS
         process.start()
     results: dict[int, Any] = {}
     while len(results) < processes:
-        if answers.empty() and not any(process.is_alive() for process in started):
-            break
-        if answers.empty():
+        alive = any(process.is_alive() for process in started)  # asked first: the last words are heard in any case
+        if not answers.empty():
+            number, result = answers.get()
+            results[number] = result
+        elif alive:
             time.sleep(0.01)
-            continue
-        number, result = answers.get()
-        results[number] = result
+        else:
+            break
     for process in started:
         process.join()
     return [results.get(number) for number in range(processes)]
@@ -162,7 +169,7 @@ def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, floa
     ("name", "environment"),
     [
         *(pytest.param(name, {}, id=name) for name in AGENTS),
-        *(pytest.param(name, SHARDED, id=f"{name}, fsdp2") for name in ("ppo", "grpo")),
+        *(pytest.param(name, SHARDED, id=f"{name}, fsdp2") for name in ("ppo", "ppo, lora", "grpo")),
     ],
 )
 def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, environment: dict[str, str]) -> None:
@@ -299,6 +306,7 @@ def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> Non
 
 def train_launched(settings: str, folder: Path, reward: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / settings)]
+    launcher += ["--main_process_port", "0"]  # any that is free
     sizes = ["--num-envs", "4", "--episodes-per-update", "16", "--minibatch-size", "8", "--total-episodes", "32"]
     env = ["--env-kwargs", json.dumps({"max_new_tokens": 4, "reward": reward})]
     train = ["-m", "textgym.cli", "train", "--output-dir", str(folder / "run"), *sizes, *env]

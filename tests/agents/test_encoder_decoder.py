@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,20 @@ import gymnasium as gym
 import pytest
 import torch
 
-from textgym.agents import DQN, GRPO, PPO, SFT, DQNConfig, GRPOConfig, PPOConfig, SFTConfig
+from textgym.agents import (
+    A2C,
+    DPO,
+    DQN,
+    GRPO,
+    PPO,
+    SFT,
+    A2CConfig,
+    DPOConfig,
+    DQNConfig,
+    GRPOConfig,
+    PPOConfig,
+    SFTConfig,
+)
 from textgym.agents.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import ESTIMATORS, KLPenalty
@@ -81,14 +95,25 @@ def test_a_saved_agent_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, atol=0, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize(("agent", "config"), [(GRPO, GRPOConfig), (DQN, DQNConfig)])
-def test_agents_without_a_critic_and_off_policy_ones_run(agent: Any, config: Any) -> None:
+@pytest.mark.parametrize(("agent", "config"), [(A2C, A2CConfig), (GRPO, GRPOConfig), (DQN, DQNConfig)])
+def test_other_agents_run(agent: Any, config: Any) -> None:
     names = {field.name for field in dataclasses.fields(config)}
     wanted = {"episodes_per_update": 16, "memory_size": 32, "learning_starts": 16, "group_size": 4, "batch_size": 8}
     policy = make_policy()
     before = policy.lm.shared.weight.clone()
     agent(policy, make_envs(), config(**{k: v for k, v in wanted.items() if k in names})).learn(48)
     assert not torch.equal(policy.lm.shared.weight, before)
+
+
+def test_dpo_learns_preferences_after_the_start_tokens() -> None:
+    pairs = [{"prompt": f"{i}", "chosen": "ab" * (1 + i % 3), "rejected": "cd"} for i in range(8)]
+    config = DPOConfig(batch_size=4, micro_batch_size=2, epochs=6, learning_rate=1e-2)
+    agent = DPO(ActorCritic.from_pretrained(mock_seq2seq_lm(num_layers=1)), pairs, byte_tokenizer(), config)
+    history: list[dict[str, float]] = []
+    agent.learn([lambda _, metrics: history.append(metrics)])
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4), "trap 2: it starts at its reference"
+    assert history[-1]["rewards/accuracies"] == 1.0
+    assert history[-1]["rewards/margins"] > 0.5
 
 
 def test_sft_learns_completions_after_the_start_tokens() -> None:

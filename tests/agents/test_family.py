@@ -330,6 +330,22 @@ def test_trap_01_nlpo_starts_at_ratio_one() -> None:
         assert metrics["policy/clipfrac_avg"] == 0
 
 
+def test_trap_22_nlpo_learns_under_the_mask_it_sampled_with_in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = make_agent("nlpo", top_p=0.8, learning_rate=0.0, bf16=True, num_epochs=1)
+    used: list[tuple[Any, torch.Tensor]] = []
+    allowed = NLPO.allowed
+
+    def noted(self: NLPO, sequences: Any) -> torch.Tensor:
+        used.append((sequences, allowed(self, sequences)))
+        return used[-1][1]
+
+    monkeypatch.setattr(NLPO, "allowed", noted)
+    agent.learn(32)
+    assert len(used) == 1 + 4, "a KL and four minibatches"
+    for sequences, mask in used:
+        assert torch.equal(mask, allowed(agent, sequences))
+
+
 def test_trap_05_nlpo_says_what_k1_means() -> None:
     with pytest.warns(UserWarning, match="filtered by TopPMask and the KL estimator is 'k1'"):
         make_agent("nlpo")

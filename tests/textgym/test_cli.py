@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from textgym import agents, cli
 from textgym.agents import PPOConfig
@@ -21,6 +21,7 @@ from textgym.data.sources import Snippet
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.model import RewardModel, RewardModelConfig
+from textgym.testing import byte_tokenizer, mock_seq2seq_lm
 
 REWARDS = """
 def text_length(completions):
@@ -152,6 +153,25 @@ def test_train_leaves_a_run_folder_and_evaluate_reads_it(
     assert {"score", "kl", "judge", "reference_ppl", "distinct_2", "length"} <= set(figures)
     assert float(figures["kl"][0]) == pytest.approx(0.0, abs=1e-3), "the reference to itself"
     assert lines[-1][:5] == ["The", "first", "half", "hour", "of"]
+
+
+@pytest.mark.parametrize("agent", ["ppo", "sft"])
+def test_encoder_decoder_models_are_trained_and_evaluated(
+    agent: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mock_seq2seq_lm().save_pretrained("t5")
+    byte_tokenizer().save_pretrained("t5")
+    rows = [{"prompt": f"{i} is", "completion": " one"} for i in range(12)]
+    (working_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"ppo": SMALL, "sft": ["--data", "rows.jsonl", "--batch-size", "4", "--num-envs", "4"]}[agent]
+    env = env_kwargs(prompts=["one", "two"])
+    cli.main(["train", "--agent", agent, "--model", "t5", "--output-dir", "run", *own, *env])
+    assert len((working_folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    policy, start = (AutoModelForSeq2SeqLM.from_pretrained(folder) for folder in ("run/policy", "t5"))
+    assert not torch.equal(policy.get_output_embeddings().weight, start.get_output_embeddings().weight)
+    capsys.readouterr()
+    cli.main(["evaluate", "--policy", "run/policy", "--reference", "t5", "--prompts", "2", "--samples", "1", *env])
+    assert "score" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from textgym.models.packing import lay_out
+from textgym.models.packing import plan
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_PADDING = 0.1
@@ -38,17 +39,31 @@ class States(Protocol):
 class Packed(NamedTuple):
     """Sequences laid side by side in rows of equal length, so that hardly any padding is computed.
 
+    Where that is cheaper, those with the same prompt share it: it is laid out once, and their responses follow it.
+
     Attributes:
         input_ids: `(R, L)`.
         position_ids: `(R, L)`, counting from 0 in each sequence.
-        segments: `(R, L)`, the number of the sequence from 1, 0 in the rest of a row.
+        segments: `(R, L)`, the number of the sequence from 1, or beyond N of a prompt that is shared; 0 in the rest of
+            a row.
+        prompts: `(R, L)`, the segment that this one goes on from: a shared prompt, or itself.
         starts: `(N,)`, where each sequence starts in `input_ids.flatten()`.
+        shared: `(N,)`, how many of its tokens it shares.
+        resumes: `(N,)`, where it goes on after them.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segments: Tensor
+    prompts: Tensor
     starts: Tensor
+    shared: Tensor
+    resumes: Tensor
+
+    def slots(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Where the tokens at `places` `(M,)` of sequences `rows` `(M,)` are in `input_ids.flatten()`."""
+        shared = self.shared[rows]
+        return torch.where(places < shared, self.starts[rows], self.resumes[rows] - shared) + places
 
 
 @dataclass(frozen=True)
@@ -71,10 +86,12 @@ class PackedStates:
         return PackedStates(self.packed, self.index[chosen])
 
     @classmethod
-    def prefixes(cls, input_ids: Tensor, lengths: Tensor, rows: Tensor, sizes: Tensor) -> PackedStates:
-        """The first `sizes` `(M,)` tokens of `rows` `(M,)` of right-padded `input_ids` `(N, W)` of these lengths."""
-        packed = pack(input_ids, lengths)
-        return cls(packed, packed.starts[rows] + sizes - 1)
+    def prefixes(
+        cls, input_ids: Tensor, lengths: Tensor, rows: Tensor, sizes: Tensor, prompt_lengths: Tensor | None = None
+    ) -> PackedStates:
+        """The first `sizes` `(M,)` tokens of `rows` `(M,)`; the other arguments are those of `pack`."""
+        packed = pack(input_ids, lengths, prompt_lengths)
+        return cls(packed, packed.slots(rows, sizes - 1))
 
     @classmethod
     def whole(cls, input_ids: Tensor, lengths: Tensor) -> PackedStates:
@@ -91,23 +108,45 @@ class PackedStates:
         return packed_hidden(lm, self.packed)[self.index]
 
 
-def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
+def pack(input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = None) -> Packed:
     """Packs right-padded rows.
 
     Args:
         input_ids: `(N, W)`, right-padded.
         lengths: `(N,)`, real tokens of each row, at least 1.
+        prompt_lengths: `(N,)`, how many of them are a prompt, which others may share; `None`: nobody shares.
     """
-    device, (starts, rows, width) = input_ids.device, lay_out(lengths.tolist())
-    start = torch.tensor(starts, device=device)
-    segment, position = ragged(lengths)
-    slot = start[segment] + position
-    flat = torch.zeros(3, rows * width, dtype=torch.long, device=device)
-    flat[0, slot] = input_ids[segment, position]
-    flat[1, slot] = position
-    flat[2, slot] = segment + 1
-    ids, positions, segments = flat.view(3, rows, width)
-    return Packed(ids, positions, segments, start)
+    sizes, device = lengths.tolist(), input_ids.device
+    if prompt_lengths is None:
+        planned = plan(sizes, [0] * len(sizes), [[row] for row in range(len(sizes))])
+    else:
+        planned = plan(sizes, prompt_lengths.tolist(), rows_alike(input_ids, prompt_lengths))
+    starts, shared, resumes, bundles = torch.tensor(planned[:4], device=device)
+    row, place = ragged(lengths)
+    in_prompt, prompt = place < shared[row], bundles[row] + len(sizes) + 1
+    slot = torch.where(in_prompt, starts[row], resumes[row] - shared[row]) + place
+    flat = torch.zeros(4, planned.rows * planned.width, dtype=torch.long, device=device)
+    flat[0, slot] = input_ids[row, place]  # a shared prompt is written by each that shares it
+    flat[1, slot] = place
+    flat[2, slot] = torch.where(in_prompt, prompt, row + 1)
+    flat[3, slot] = torch.where(shared[row] > 0, prompt, row + 1)
+    ids, positions, segments, prompts = flat.view(4, planned.rows, planned.width)
+    return Packed(ids, positions, segments, prompts, starts, shared, resumes)
+
+
+def rows_alike(input_ids: Tensor, lengths: Tensor) -> list[list[int]]:
+    """Indices of rows whose first tokens are the same: as many as `lengths` `(N,)` says of `input_ids` `(N, W)`.
+
+    >>> rows_alike(torch.tensor([[5, 6, 9], [5, 7, 0], [5, 6, 8]]), torch.tensor([2, 2, 2]))
+    [[0, 2], [1]]
+    """
+    ids = input_ids[:, : int(lengths.max())]
+    beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+    kinds = torch.unique(ids.masked_fill(beyond, -1), dim=0, return_inverse=True)[1].tolist()
+    rows: dict[int, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        rows.setdefault(kind, []).append(row)
+    return list(rows.values())
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, max_padding: float = MAX_PADDING) -> list[list[int]]:
@@ -136,13 +175,14 @@ def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_hidden(lm: Any, packed: Packed) -> Tensor:
-    """Last hidden states `(R * L, d)` of the packed sequences, each attending to itself alone."""
-    same = packed.segments[:, :, None] == packed.segments[:, None, :]  # (R, L, L)
-    order = torch.arange(same.shape[1], device=same.device)
-    allowed = (same & (order[:, None] >= order))[:, None]  # (R, 1, L, L)
+    """Last hidden states `(R * L, d)` of the packed sequences, each attending to itself and its prompt alone."""
+    seen = packed.segments[:, None, :]
+    own = (packed.segments[:, :, None] == seen) | (packed.prompts[:, :, None] == seen)  # (R, L, L)
+    order = torch.arange(own.shape[1], device=own.device)
+    allowed = (own & (order[:, None] >= order))[:, None]  # (R, 1, L, L)
     distance = packed.position_ids[:, None, :, None] - packed.position_ids[:, None, None, :]
     mask = attention_mask(lm, allowed, distance)
-    with _recomputing(lm.base_model):
+    with recomputing(lm.base_model):
         output = lm.base_model(
             input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
         )
@@ -159,19 +199,30 @@ def checkpoint_layers(trunk: Any) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # newer versions call it activation checkpointing
         trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trunk.eval()
+    if not checkpointing_layers(trunk):
+        raise ValueError(f"no layer of {type(trunk).__name__} can be run again going backward: leave checkpointing off")
+
+
+def checkpointing_layers(trunk: Any) -> list[Any]:
+    """The layers that keep what goes into them alone, in training mode."""
+    layers = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [layer for layer in layers if layer.gradient_checkpointing]
 
 
 @contextlib.contextmanager
-def _recomputing(trunk: Any) -> Iterator[None]:
-    """Layers checkpoint in training mode alone, and drop the cache in it; so it is left again for decoding."""
-    if not (getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()):
-        yield
-        return
-    trunk.train()  # changes nothing else: there is no dropout
+def recomputing(trunk: Any) -> Iterator[None]:
+    """Layers checkpoint in training mode alone, and drop the cache in it; so they leave it again for decoding.
+
+    What is inside of a layer does not enter it: it would not be in it when the backward pass runs the layer again.
+    """
+    layers = checkpointing_layers(trunk) if torch.is_grad_enabled() else []
+    for layer in layers:
+        layer.training = True
     try:
         yield
     finally:
-        trunk.eval()
+        for layer in layers:
+            layer.training = False
 
 
 def attention_mask(lm: Any, allowed: Tensor, distance: Tensor) -> Tensor | dict[str, Tensor]:

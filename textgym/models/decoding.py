@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textgym.models.attention import attention_mask, batches_by_length
+from textgym.models.attention import attention_mask, batches_by_length, rows_alike
 
 
 class SlotCache(Cache):
@@ -61,6 +61,11 @@ class SlotCache(Cache):
             self.values = [states.new_empty(self.num_rows, *states.shape[1:]) for states in other.values]
         for mine, states in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
             torch.index_select(states, 0, rows, out=mine)
+
+    def spread(self, rows: Tensor, span: int) -> None:
+        """Gives every row the first `span` slots of another, `rows` `(num_rows,)`."""
+        for states in (*self.keys, *self.values):
+            states[:, :, :span] = states[rows, :, :span]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Unused by the models, since they are given position ids; transformers asks for it all the same."""
@@ -149,21 +154,29 @@ class CachedDecoder:
             self._decode(input_ids, lengths, None if num_grown == self.num_rows else grown.nonzero()[:, 0], longest)
         self.input_ids.copy_(input_ids)
         self.lengths.copy_(lengths)
-        assert self.hidden is not None
-        return self.hidden.clone()
+        return self._states().clone()
 
     # --- for a caller that knows how its contexts grow: no comparison, so no look at the device from the host ---
 
     @torch.no_grad()
     def begin(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """The last hidden states `(B, d)` of new contexts `(B, W)` in all rows, those of like length in one pass."""
-        for rows in batches_by_length(lengths.tolist(), len(lengths)):
-            index = None if len(rows) == len(lengths) else torch.tensor(rows, device=lengths.device)
-            self._encode(input_ids, lengths, index)
+        """The last hidden states `(B, d)` of new contexts `(B, W)` in all rows.
+
+        Those of like length are read in one pass, and one that several rows have is read once.
+        """
+        alike, sizes = rows_alike(input_ids, lengths), lengths.tolist()
+        first = [rows[0] for rows in alike]
+        for batch in batches_by_length([sizes[row] for row in first], len(first)):
+            rows = torch.tensor([first[i] for i in batch], device=lengths.device)
+            self._encode(input_ids, lengths, None if len(batch) == len(sizes) else rows)
+        if len(first) < len(sizes):
+            source = {row: rows[0] for rows in alike for row in rows}
+            copied = torch.tensor([source[row] for row in range(len(sizes))], device=lengths.device)
+            self.cache.spread(copied, max(sizes))
+            self._store(None, self._states()[copied])
         self.input_ids.copy_(input_ids)
         self.lengths.copy_(lengths)
-        assert self.hidden is not None
-        return self.hidden
+        return self._states()
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, span: int) -> Tensor:
@@ -171,8 +184,7 @@ class CachedDecoder:
         self.input_ids.scatter_(1, self.lengths[:, None], tokens[:, None])
         self.lengths += 1
         self._decode(self.input_ids, self.lengths, None, span)
-        assert self.hidden is not None
-        return self.hidden
+        return self._states()
 
     def take(self, other: CachedDecoder, rows: Tensor) -> None:
         """Goes on with these rows `(B,)` of another decoder of the same model and width."""
@@ -219,6 +231,10 @@ class CachedDecoder:
         if self.hidden is None:
             self.hidden = hidden.new_zeros(self.num_rows, hidden.shape[-1])
         self.hidden[rows] = hidden
+
+    def _states(self) -> Tensor:
+        assert self.hidden is not None, "a pass has stored some"
+        return self.hidden
 
     def _weights_version(self) -> int:
         """Grows whenever a weight is written in place, as optimisers and `load_state_dict` do."""

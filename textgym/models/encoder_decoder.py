@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from textgym.models.attention import additive_mask, check_encoder_decoder
+from textgym.models.attention import additive_mask, check_encoder_decoder, recomputing
 
 ROWS = 32
 """Rows of one pass, of similar length, so that little padding is computed."""
@@ -101,7 +101,8 @@ class EncoderDecoderStates:
         starts = torch.zeros_like(order)
         parts, offset = [], 0
         for chosen in order.split(ROWS):
-            hidden = rows_hidden(lm, EncoderDecoderRows(*(x[chosen] for x in self.rows)))  # (n, D, d)
+            with recomputing(lm.base_model):
+                hidden = rows_hidden(lm, EncoderDecoderRows(*(x[chosen] for x in self.rows)))  # (n, D, d)
             starts[chosen] = offset + hidden.shape[1] * torch.arange(len(chosen), device=order.device)
             parts.append(hidden.flatten(0, 1))
             offset += len(parts[-1])

@@ -98,7 +98,8 @@ class Sequences:
         if self.decoder_start:
             split = self.split(self.response_lengths - 1)
             return EncoderDecoderStates(split, rows, len(self.decoder_start) + steps - 1)
-        return PackedStates.prefixes(self.input_ids, self.lengths - 1, rows, self.prompt_lengths[rows] + steps)
+        sizes = self.prompt_lengths[rows] + steps
+        return PackedStates.prefixes(self.input_ids, self.lengths - 1, rows, sizes, self.prompt_lengths)
 
     def split(self, response_lengths: Tensor) -> EncoderDecoderRows:
         """The rows as encoder and decoder read them, each response up to a length `(N,)`; as wide for any of these."""

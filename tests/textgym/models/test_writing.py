@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.models import writing
@@ -147,46 +145,17 @@ def test_the_host_asks_once_a_look_and_never_in_a_step() -> None:
     assert NEW // 10 - 1 <= asked.count <= NEW // 10 + begin
 
 
-def traced(step: Callable[[], object]) -> Callable[[], object]:
-    """Captures as a CUDA graph does: the operations on the tensors as they are now, none executed, no value asked for.
-
-    make_fx executes while it records, so what it wrote is put back.
-    """
-    before = [(tensor, tensor.clone()) for tensor in tensors(step)]
-    graph = make_fx(lambda: step())()
-    for tensor, value in before:
-        tensor.copy_(value)
-    return graph
-
-
-def tensors(step: Any) -> list[Tensor]:
-    """What a step can write: the buffers of the writer and of its lanes."""
-    captured = {
-        name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__, strict=True)
-    }
-    writer, lanes = captured["self"], captured["lanes"]
-    cache = lanes.decoder.cache
-    owners = (*vars(writer).values(), *vars(lanes).values(), *vars(lanes.decoder).values(), *cache.keys, *cache.values)
-    return [value for value in owners if isinstance(value, Tensor)]
-
-
-def test_captured_steps_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_write_the_same(captures: list[Any]) -> None:
     """Replayed on the same tensors, over several spans and numbers of rows, and again for the next prompts."""
-    captures: list[Callable[[], object]] = []
-
-    def record(step: Callable[[], object]) -> Callable[[], object]:
-        captures.append(traced(step))
-        return captures[-1]
-
-    monkeypatch.setattr(writing, "capture", record)
     policy = make_policy()
-    writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS, captures=True)
     for turn in range(3):
         policy.seed(turn)
-        written = writer.write(prompts(), LENGTHS)
+        written = policy.write(prompts(), LENGTHS, NEW, STOPS)
         captured = len(captures)
         policy.seed(turn)
         assert_same(written, stepped(policy, STOPS, False))
+    writer = policy._writer
+    assert writer is not None
     assert len(writer.sizes) > 1
     assert captured == len(captures), "the last round replays what the first ones captured"
     assert captured >= 2

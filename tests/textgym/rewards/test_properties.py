@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from textgym.models.attention import MAX_PADDING, batches_by_length
@@ -17,7 +17,8 @@ from textgym.rewards.rules import DistinctN, NumericAnswer, RegexMatch, Repetiti
 from textgym.rewards.scaling import RunningScale
 from textgym.rewards.scoring import Finished, RewardError, Scorer
 
-settings.register_profile("textgym", deadline=None, max_examples=60, derandomize=True)
+patient = [HealthCheck.too_slow]  # the machine may be busy
+settings.register_profile("textgym", deadline=None, max_examples=60, derandomize=True, suppress_health_check=patient)
 settings.load_profile("textgym")
 
 FINITE = st.floats(-1e6, 1e6, width=32)

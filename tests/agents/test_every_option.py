@@ -1,0 +1,367 @@
+"""Traps with every speed-up on: checkpointed layers, micro-batches, packing, chunks, captured steps, LoRA, bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from gymnasium.vector import VectorWrapper
+from torch import Tensor
+
+from textgym import TextEnv
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.rollout import Rollout
+from textgym.envs.games import GameVectorEnv
+from textgym.models import log_probs, writing
+from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.rewards.kl import ESTIMATORS
+from textgym.testing import byte_tokenizer, mock_lm
+
+ROWS, BETA = 8, 0.3
+KINDS = ["shared", "separate", "lora", "lora, separate"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+unlike_kinds = pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]])
+ENV: dict[str, Any] = {
+    "prompts": ["one", "three", "a longer prompt", "x"],
+    "tokenizer": byte_tokenizer(),
+    "stop": list(range(0, 256, 8)),  # so that lengths differ
+    "max_prompt_tokens": 8,
+    "max_new_tokens": 8,
+    "min_new_tokens": 2,
+    "kl_coef": BETA,
+}
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (log_probs, writing):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * 258)
+
+
+def make_policy(kind: str, moved: bool = True, **changes: Any) -> ActorCritic:
+    """A policy that its reference is not; where it has not `moved`, one that is as it was loaded."""
+    lora = None
+    if "lora" in kind:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=not moved)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # peft draws from torch's global generator
+        critic = "separate" if "separate" in kind else "shared"
+        policy = ActorCritic.from_pretrained(mock_lm(), critic, temperature=0.8, lora=lora, **changes)
+    torch.nn.init.normal_(policy.value_head.weight, generator=torch.Generator().manual_seed(3))
+    return policy
+
+
+def make_envs(kind: str = "shared", **changes: Any) -> Any:
+    reference = None if "lora" in kind else mock_lm(seed=5)  # the policy's own weights without the adapter
+    settings = {**ENV, "reward": vowels, "reference": reference, "kl_mode": "deferred", **changes}
+    return gym.make_vec("textgym/Text-v0", num_envs=ROWS, **settings)
+
+
+def make_agent(kind: str, envs: Any = None, policy: ActorCritic | None = None, **changes: Any) -> PPO:
+    settings = {
+        "episodes_per_update": ROWS,
+        "minibatch_size": None,
+        "num_epochs": 1,
+        "micro_batch_size": 3,
+        "gradient_checkpointing": True,
+        "entropy_coef": 0.1,
+        "value_coef": 0.5,
+        "max_grad_norm": 1e9,
+        "learning_rate": 0.0,
+        **changes,
+    }
+    return PPO(policy or make_policy(kind), envs or make_envs(kind), PPOConfig(**settings))
+
+
+def rollouts_of(agent: PPO) -> list[Rollout]:
+    """Those that it is going to collect."""
+    rollouts: list[Rollout] = []
+    own = agent.collect
+    agent.collect = lambda: rollouts.append(own()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    return rollouts
+
+
+def ratios_of(agent: PPO) -> list[Tensor]:
+    """log pi - log pi_old of the real tokens of every pass that it is going to make."""
+    ratios: list[Tensor] = []
+    loss = agent.loss
+
+    def noted(new: Evaluation, batch: Any) -> Any:
+        assert new.log_prob.dtype == new.value.dtype == new.entropy.dtype == torch.float32
+        ratios.append((new.log_prob - batch.log_probs)[batch.mask].detach())
+        value = loss(new, batch)
+        assert value[0].dtype == torch.float32
+        return value
+
+    agent.loss = noted  # type: ignore[method-assign]
+    return ratios
+
+
+def gradients_of(agent: PPO) -> dict[str, Tensor]:
+    return {name: weight.grad for name, weight in agent.policy.named_parameters() if weight.grad is not None}
+
+
+# --- an update, by its definition ---
+
+
+def plain_loss(agent: PPO, rollout: Rollout, plainly: Callable[..., Evaluation]) -> Tensor:
+    """PPO's loss before its first step: equations over single sequences, one token after the other."""
+    config, mask, coef = agent.config, rollout.mask, agent.penalty.coef
+    new = plainly(agent.policy, rollout.sequences)
+    old, values = new.log_prob.detach(), new.value.detach()
+    torch.testing.assert_close(rollout.log_probs, old, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.values, values, atol=1e-5, rtol=1e-5)
+    with torch.no_grad(), agent.penalty.reference._active():
+        rewards = coef * (plainly(agent.penalty.reference, rollout.sequences).log_prob - old)
+    assert rewards[mask].abs().max() > 0.01, "a policy that has moved"
+    for row, end in enumerate(rollout.sequences.response_lengths.tolist()):
+        rewards[row, end - 1] += rollout.scores[row] - rollout.token_rewards[row].sum()
+    rewards = rewards + rollout.token_rewards
+    advantages = torch.zeros_like(rewards)
+    for row, own in enumerate(mask):
+        steps = own.nonzero()[:, 0].tolist()
+        after = [*steps[1:], None]
+        errors = [
+            rewards[row, t] + (0.0 if n is None else config.gamma * values[row, n]) - values[row, t]
+            for t, n in zip(steps, after, strict=True)
+        ]
+        for place, t in enumerate(steps):
+            advantages[row, t] = sum((config.gamma * config.lam) ** k * error for k, error in enumerate(errors[place:]))
+    returns = (advantages + values)[mask]
+    whitened = (advantages[mask] - advantages[mask].mean()) / advantages[mask].std(correction=0)
+    policy = -((new.log_prob[mask] - old[mask]).exp() * whitened).mean()
+    value = 0.5 * (new.value[mask] - returns).square().mean()
+    return policy + config.value_coef * value - config.entropy_coef * new.entropy[mask].mean()
+
+
+def assert_gradient_is_plain(agent: PPO, plainly: Callable[..., Evaluation]) -> None:
+    rollouts = rollouts_of(agent)
+    agent.learn(ROWS)
+    found = {name: gradient.clone() for name, gradient in gradients_of(agent).items()}
+    agent.policy.zero_grad()
+    plain_loss(agent, rollouts[0], plainly).backward()
+    expected = gradients_of(agent)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 1e-5, f"{name}: nothing to compare"
+        scale = max(1.0, float(gradient.norm()))
+        torch.testing.assert_close(found[name] / scale, gradient / scale, atol=1e-5, rtol=0)
+
+
+@each_kind
+def test_the_gradient_of_an_update_is_that_of_the_plain_path(kind: str, plainly: Any, captures: list[Any]) -> None:
+    agent = make_agent(kind)
+    assert_gradient_is_plain(agent, plainly)
+    assert captures, "responses were written in captured steps"
+
+
+# --- the traps ---
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@each_kind
+def test_trap_01_ratio_is_one_before_the_first_update(kind: str, bf16: bool, request: pytest.FixtureRequest) -> None:
+    """In bfloat16 it is in the band that PPOConfig.bf16 states."""
+    captured = request.getfixturevalue("captures") if kind == "lora, separate" and not bf16 else None
+    agent = make_agent(kind, minibatch_size=4, num_epochs=2, bf16=bf16)
+    ratios = ratios_of(agent)
+    history: list[dict[str, float]] = []
+    agent.learn(2 * ROWS, [lambda _, metrics: history.append(metrics)])
+    assert len(ratios) == 2 * 2 * 2 * 2, "updates, epochs, minibatches and micro-batches"
+    assert torch.cat(ratios).abs().max() < (0.5 if bf16 else 1e-4)
+    assert (torch.cat(ratios).abs().mean() > 1e-4) == bf16
+    assert all(metrics["val/ratio"] == pytest.approx(1.0, abs=0.02 if bf16 else 1e-5) for metrics in history)
+    assert bf16 or all(metrics["policy/clipfrac_avg"] == 0.0 for metrics in history)
+    assert captured != []
+
+
+@unlike_kinds
+def test_trap_01_with_weights_in_bf16(kind: str) -> None:
+    """In the band that ActorCritic.from_pretrained states."""
+    agent = make_agent(kind, policy=make_policy(kind, dtype=torch.bfloat16), minibatch_size=4, num_epochs=2)
+    assert agent.policy.lm.dtype == torch.bfloat16
+    ratios = ratios_of(agent)
+    agent.learn(ROWS)
+    assert torch.cat(ratios).abs().mean() < 0.02
+    assert torch.cat(ratios).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@unlike_kinds
+def test_trap_02_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
+    agent = make_agent(kind, make_envs(reference=None), make_policy(kind, moved=False), bf16=bf16)
+    rollout = agent.collect()
+    for estimator in ESTIMATORS:
+        agent.penalty.estimator = estimator
+        assert agent.measure_kl(rollout).abs().max() < 1e-5, estimator
+
+
+@unlike_kinds
+def test_trap_22_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: str, plainly: Any) -> None:
+    """`ratios_of` looks at the dtypes."""
+    agent = make_agent(kind, bf16=True)
+    ratios, rollouts = ratios_of(agent), rollouts_of(agent)
+    agent.learn(ROWS)
+    moved = gradients_of(agent)
+    agent.policy.zero_grad()
+    plain_loss(agent, rollouts[0], plainly).backward()
+    exact = gradients_of(agent)
+    assert 1e-4 < torch.cat(ratios).abs().mean() < 0.02
+    assert all(moved[name].dtype == torch.float32 for name in moved)
+    distance = sum(float((moved[name] - exact[name]).square().sum()) for name in exact) ** 0.5
+    assert 0 < distance < 0.05 * sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5
+
+
+@unlike_kinds
+def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
+    """Written, scored and differentiated."""
+    agent = make_agent(kind)
+    task = agent.envs.unwrapped.task
+    observation, _ = agent.envs.reset(options={"prompt_index": [0, 1, 2, 3, 2, 1, 0, 3]})
+    ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
+    settings = task.episodes.max_new_tokens, task.episodes.stop, True
+    together = agent.policy.write(ids, lengths, *settings)
+    for row in range(ROWS):
+        alone = agent.policy.write(ids[row : row + 1], lengths[row : row + 1], *settings)
+        end = int(alone.lengths[0])
+        assert end == together.lengths[row]
+        assert alone.tokens[0, :end].tolist() == together.tokens[row, :end].tolist()
+        torch.testing.assert_close(alone.log_probs[0, :end], together.log_probs[row, :end], atol=1e-5, rtol=0)
+
+    sequences = agent.collect().sequences
+    agent.policy.evaluate(sequences, entropy_gradient=True).log_prob.sum().backward()
+    expected = {name: gradient.clone() for name, gradient in gradients_of(agent).items()}
+    agent.policy.zero_grad()
+    whole = agent.policy.evaluate(sequences)
+    for row in range(ROWS):
+        one = agent.policy.evaluate(sequences[row : row + 1], entropy_gradient=True)
+        for name in Evaluation._fields:
+            mine, other = getattr(one, name)[0], getattr(whole, name)[row]
+            torch.testing.assert_close(mine, other[: len(mine)], atol=1e-5, rtol=1e-5)
+        one.log_prob.sum().backward()
+    for name, gradient in gradients_of(agent).items():
+        scale = max(1.0, float(gradient.norm()))
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=1e-5, rtol=0)
+
+
+@unlike_kinds
+def test_trap_24_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None:
+    gradients = []
+    for size in (None, 1, 3):
+        agent = make_agent(kind, micro_batch_size=size)
+        rollouts = rollouts_of(agent)
+        agent.learn(ROWS)
+        gradients.append(gradients_of(agent))
+    assert len({*rollouts[0].sequences.response_lengths.tolist()}) > 2, "unequal lengths"
+    for name, whole in gradients[0].items():
+        for parts in gradients[1:]:
+            scale = max(1.0, float(whole.norm()))
+            torch.testing.assert_close(parts[name] / scale, whole / scale, atol=1e-5, rtol=0)
+
+
+@unlike_kinds
+def test_trap_25_gradient_clipping_acts(kind: str) -> None:
+    """A loss that explodes: one step of norm `max_grad_norm`, and no weight moves further than the learning rate."""
+    envs = make_envs(kind, reward=lambda completions: [1e6 * len(text) for text in completions])
+    options = {"whiten_advantages": False, "max_grad_norm": 0.5, "learning_rate": 1e-3}
+    agent = make_agent(kind, envs, anneal_learning_rate=False, clip_range_value=None, **options)
+    before = {name: weight.detach().clone() for name, weight in agent.policy.named_parameters()}
+    history: list[dict[str, float]] = []
+    agent.learn(ROWS, [lambda _, metrics: history.append(metrics)])
+    assert history[0]["val/grad_norm"] > 1e5
+    assert torch.stack([x.norm() for x in gradients_of(agent).values()]).norm() == pytest.approx(0.5, rel=1e-3)
+    moved = max(float((weight - before[name]).detach().abs().max()) for name, weight in agent.policy.named_parameters())
+    assert 1e-4 < moved < 1.01e-3
+
+
+class Echo:
+    """Three turns; the environment answers each with what it heard and a mark."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.turn = 0
+        return f"{seed}?", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        return "<!>", float(len(action)), self.turn == 3, False, {}
+
+
+@unlike_kinds
+def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly: Any) -> None:
+    """The gradient is the plain one of what the policy wrote alone."""
+    settings = {name: value for name, value in ENV.items() if name != "prompts"}
+    settings |= {"max_new_tokens": 24, "min_new_tokens": 0, "kl_mode": "deferred"}
+    reference = None if "lora" in kind else mock_lm(seed=5)
+    agent = make_agent(kind, GameVectorEnv(ROWS, Echo, **settings, reference=reference))
+    rollouts = rollouts_of(agent)
+    assert_gradient_is_plain(agent, plainly)
+    steps = torch.arange(rollouts[0].mask.shape[1])
+    theirs = (steps < rollouts[0].sequences.response_lengths[:, None]) & ~rollouts[0].mask
+    assert theirs.sum() > ROWS, "the environment wrote"
+
+
+@pytest.mark.parametrize(("kind", "bf16"), [("separate", False), ("lora, separate", True)])
+def test_trap_35_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if kind == "separate":
+        request.getfixturevalue("captures")  # which take long
+    options = {"learning_rate": 1e-2, "minibatch_size": 4, "bf16": bf16}
+    whole = make_agent(kind, **options).learn(3 * ROWS)
+    part = make_agent(kind, **options)
+    start = {name: weight.clone() for name, weight in part.policy.state_dict().items()}
+    part.learn(3 * ROWS, [lambda agent, _: False])
+    part.save(tmp_path / "agent")
+    resumed = PPO.load(tmp_path / "agent", envs=make_envs(kind)).learn(3 * ROWS)
+    assert resumed.config == whole.config
+    assert resumed.updates == whole.updates == 3
+    expected = whole.policy.state_dict()
+    for name, weight in resumed.policy.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+    assert any((expected[name] - start[name]).abs().max() > 1e-2 for name in expected)
+
+
+@unlike_kinds
+def test_trap_43_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
+    """One set of episodes in captured steps, through a `TextVectorEnv` stepped by `act`, and through a `TextEnv`."""
+    fast = make_agent(kind)
+    slow = make_agent(kind, VectorWrapper(make_envs(kind)))  # a wrapper is stepped through
+    rollouts = [agent.collect() for agent in (fast, slow)]
+    assert captures, "the first one was written in captured steps"
+    written, stepped = rollouts
+    sequences, mask = written.sequences, written.mask
+    assert torch.equal(sequences.actions, stepped.sequences.actions)
+    assert torch.equal(mask, stepped.mask)
+    kl, rewards, advantages = [], [], []
+    for agent, rollout in zip((fast, slow), rollouts, strict=True):
+        kl.append(agent.measure_kl(rollout))
+        rewards.append(agent.price(rollout, kl[-1]))
+        advantages.append(agent.advantages(rollout, rewards[-1]).advantages)
+    for name in ("log_probs", "values", "scores"):
+        torch.testing.assert_close(getattr(written, name), getattr(stepped, name), atol=1e-5, rtol=1e-5)
+    for mine, other in (kl, rewards, advantages):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+    policy, reference = fast.policy, fast.penalty.reference
+    prompts = fast.envs.unwrapped.task.current.tolist()
+    for row in range(ROWS):
+        env = TextEnv(**{**ENV, "reward": vowels, "reference": reference, "kl_mode": "exact"})
+        env.attach_policy(policy)
+        observation, _ = env.reset(options={"prompt_index": prompts[row]})
+        start = int(sequences.prompt_lengths[row])
+        for step in range(int(sequences.response_lengths[row])):
+            token = int(sequences.input_ids[row, start + step])
+            log_prob = policy.log_prob(observation, token, env.action_masks())
+            value = policy.value(observation)
+            observation, reward, terminated, *_ = env.step(token)
+            for single, column in ((log_prob, written.log_probs), (value, written.values), (reward, rewards[0])):
+                found = torch.as_tensor(single).float().reshape(())
+                torch.testing.assert_close(found, column[row, step], atol=1e-5, rtol=1e-5)
+        assert terminated
