@@ -6,8 +6,10 @@ One update: 64 episodes, 8 of each prompt; a reward that costs nothing; advantag
 model in the loss with beta = 0.04; the mean over tokens ("dapo"); 1 or 4 epochs of one optimiser step each. Both sides
 have the embedded model's weights, the same prompts and stop tokens, AdamW without weight decay, one thread and float32.
 In half of the settings every response has full length; in the others 1 token in 30 is a stop token, so that the mean
-length is about half the limit. The sides run in processes of their own and make an update in turns, after one to warm
-up; printed are the medians of the paired ratios. FLOPs are counted in runs of their own.
+length is about half the limit. Prompts are openings of reviews, about 10 tokens; in the last two settings six openings
+in a row, since a prompt that a group has in common is read once by us and eight times by TRL. The sides run in
+processes of their own and make an update in turns, after one to warm up; printed are the medians of the paired ratios.
+FLOPs are counted in runs of their own.
 
 Not paired: the tokens drawn, since each side has its own random numbers (the mean length of both is printed); the order
 of prompts; the figures that each side computes besides, to report them.
@@ -43,6 +45,8 @@ class Config:
     side: Literal["both", "ours", "trl"] = "both"
     """What this process runs; "both" starts processes for the two sides."""
     epochs: int = 1
+    openings: int = 1
+    """In a prompt."""
     stop: tuple[int, ...] = ()
     """Stop tokens; without any, responses have full length."""
     flops: bool = False
@@ -54,10 +58,11 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
     return [float(row) for row in range(len(completions))]
 
 
-def prompts() -> list[dict[str, str]]:
+def prompts(openings: int = 1) -> list[dict[str, str]]:
     from textgym.data.prompts import OPENINGS
 
-    return [{"prompt": line} for line in OPENINGS.read_text().splitlines()]
+    lines = OPENINGS.read_text().splitlines()
+    return [{"prompt": " ".join(lines[i : i + openings])} for i in range(len(lines) - openings + 1)]
 
 
 def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[], float]]:
@@ -70,7 +75,7 @@ def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[
     envs = gym.make_vec(
         "textgym/Text-v0",
         num_envs=config.rows,
-        prompts=prompts(),
+        prompts=prompts(config.openings),
         tokenizer="tiny",
         reward=reward,
         kl_mode="deferred",
@@ -137,7 +142,11 @@ def trl(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[
 
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"), padding_side="left")
     trainer = GRPOTrainer(
-        model, noted, args=settings, train_dataset=Dataset.from_list(prompts()), processing_class=tokenizer
+        model,
+        noted,
+        args=settings,
+        train_dataset=Dataset.from_list(prompts(config.openings)),
+        processing_class=tokenizer,
     )
 
     def learn(after_update: Callable[[], None]) -> None:
@@ -168,7 +177,7 @@ def run_side(config: Config) -> None:
 def arguments(config: Config) -> list[str]:
     """The command line of one side."""
     given = ["--side", config.side, "--flops" if config.flops else "--no-flops"]
-    for name in ("rows", "group_size", "new_tokens", "updates", "epochs"):
+    for name in ("rows", "group_size", "new_tokens", "updates", "epochs", "openings"):
         given += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return [*given, "--stop", *map(str, config.stop)] if config.stop else given
 
@@ -206,6 +215,7 @@ def compare(config: Config) -> Figures:
         for side in (mine, peer)
     ]
     return {
+        "prompts": "long" if config.openings > 1 else "short",
         "responses": "stop" if config.stop else "full length",
         "epochs": config.epochs,
         "tokens": said[-1]["tokens"],
@@ -220,8 +230,8 @@ def main(config: Config) -> None:
     if config.side != "both":
         return run_side(config)
     stop = one_in_thirty(config.new_tokens)
-    settings = [(epochs, tokens) for epochs in (1, 4) for tokens in ((), stop)]
-    report(compare(replace(config, epochs=epochs, stop=tokens)) for epochs, tokens in settings)
+    settings = [(openings, epochs, tokens) for openings, epochs in ((1, 1), (1, 4), (6, 1)) for tokens in ((), stop)]
+    report(compare(replace(config, openings=n, epochs=epochs, stop=tokens)) for n, epochs, tokens in settings)
     return None
 
 

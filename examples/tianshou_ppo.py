@@ -1,4 +1,4 @@
-"""PPO of Tianshou 2 with small networks on textgym/SentimentMLP-v0, in two minutes on one CPU thread.
+"""PPO of Tianshou 2 with small networks on textgym/SentimentMLP-v0, in four minutes on one CPU thread.
 
     python examples/tianshou_ppo.py
 
@@ -28,7 +28,7 @@ ID = "textgym/SentimentMLP-v0"
 
 @dataclass
 class Args:
-    total_timesteps: int = 20_480
+    total_timesteps: int = 40_960
     num_envs: int = 32
     eval_episodes: int = 256
 
@@ -46,8 +46,8 @@ def main(args: Args) -> tuple[Played, Played]:
     algorithm = PPO(policy=policy, critic=critic, optim=optim, gamma=1.0, ent_coef=0.01, max_grad_norm=0.5)
     collector = Collector(policy, envs, VectorReplayBuffer(8192, args.num_envs))
     params = OnPolicyTrainerParams(training_collector=collector, max_epochs=1, epoch_num_steps=args.total_timesteps)
-    params.batch_size, params.update_step_num_repetitions, params.show_progress = 128, 10, False
-    params.collection_step_num_env_steps = min(1024, args.total_timesteps)
+    params.batch_size, params.update_step_num_repetitions, params.show_progress = 128, 4, False
+    params.collection_step_num_env_steps = 8 * args.num_envs
     before = play(ID, lambda observations: policy(Batch(obs=observations, info={})).act, args.eval_episodes)
     algorithm.run_training(params)
     after = play(ID, lambda observations: policy(Batch(obs=observations, info={})).act, args.eval_episodes)
