@@ -42,8 +42,8 @@ def vowels(completions: list[str]) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (log_probs, writing):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * 258)
+    monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 5 * 258)
+    monkeypatch.setattr(writing, "DRAW_ELEMENTS", 5 * 258)
 
 
 def make_policy(kind: str, moved: bool = True, **changes: Any) -> ActorCritic:

@@ -186,7 +186,7 @@ def test_what_is_noted_while_writing_is_the_plain_path(
     prompts = torch.nn.functional.pad(make_sequences().input_ids[:, :7], (0, new))
     captured = request.getfixturevalue("captures") if way == "captured steps" else None
     if way == "chunks of rows":
-        monkeypatch.setattr(writing, "CHUNK_ELEMENTS", 2 * V)
+        monkeypatch.setattr(writing, "DRAW_ELEMENTS", 2 * V)
     for _ in range(1 if captured is None else 3):
         sequences, log_probs, values = (acted if way == "act" else written)(policy, prompts, new)
     assert captured != []
