@@ -23,7 +23,7 @@ ID = "textgym/SentimentMLP-v0"
 
 @dataclass
 class Args:
-    total_timesteps: int = 40_960
+    total_timesteps: int = 122_880
     num_env_runners: int = 0
     num_envs: int = 32
     train_batch_size: int = 256
