@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.adapters import is_twin
 
 T = TypeVar("T")
 BUCKET = 2**25
@@ -195,18 +196,21 @@ class Learner(nn.Module):
         """Brings the policy up to date with what was trained."""
         if self.sharded:
             whole: ActorCritic = self.__dict__["whole"]
-            for weight, trained in zip(whole.parameters(), self.policy.parameters(), strict=True):
-                if weight.requires_grad:
-                    weight.copy_(full(trained.detach()))
+            mine, sharded = ([x for x in p.parameters() if x.requires_grad] for p in (whole, self.policy))
+            for weight, trained in zip(mine, sharded, strict=True):
+                weight.copy_(full(trained.detach()))
             whole.reset_cache()
 
 
 def _copied(policy: ActorCritic) -> ActorCritic:
     generator, policy.generator = policy.generator, None  # which nobody can copy, and only whoever samples needs
     try:
-        return copy.deepcopy(policy)
+        new = copy.deepcopy(policy)
     finally:
         policy.generator = generator
+    if new.critic is not None and is_twin(new.critic, new.lm):
+        new.critic = copy.deepcopy(new.critic)  # FSDP shards no weight twice
+    return new
 
 
 def _shard(learner: Learner) -> None:

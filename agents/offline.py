@@ -70,6 +70,8 @@ class OfflineConfig:
     """End completions with EOS where it is missing; not wanted of texts that a length limit cut off."""
     bf16: bool = False
     """Run the forward passes in bfloat16 (autocast); log-softmax and losses stay in float32."""
+    gradient_checkpointing: bool = False
+    """Keep what goes into each layer alone and run it again in the backward pass: less memory, more time."""
     seed: int = 0
     """Of the order of the data."""
 
@@ -99,6 +101,8 @@ class OfflineAgent(ABC):
     def __init__(self, policy: ActorCritic, data: Any, tokenizer: Any = "tiny", config: Any = None) -> None:
         self.policy, self.tokenizer = policy, load_tokenizer(tokenizer)
         self.config = config if config is not None else self.config_class()
+        if self.config.gradient_checkpointing:
+            policy.checkpoint_layers()
         self.read(data)
         self.updates = 0
         self.trainer: OfflineTrainer | None = None

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from textgym.agents import SFT, SFTConfig
 from textgym.agents.evaluation import generate
+from textgym.agents.footprint import SavedForBackward
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.testing import byte_tokenizer, mock_lm
@@ -55,6 +56,21 @@ def gradient_of(agent: SFT) -> Tensor:
 
 def weights_of(agent: SFT) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in agent.policy.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_memory_alone(architecture: str) -> None:
+    kept, weights = [], []
+    for on in (False, True):
+        agent = make_agent(lm=mock_lm(architecture=architecture, num_layers=4), gradient_checkpointing=on)
+        saved = SavedForBackward(agent.policy.parameters())
+        with saved:
+            gradient_of(agent)
+        kept.append(saved.peak)
+        weights.append(weights_of(agent.learn()))
+    assert kept[1] < 0.7 * kept[0]
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, atol=1e-5, rtol=0)
 
 
 def test_learns() -> None:

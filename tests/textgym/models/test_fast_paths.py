@@ -41,7 +41,8 @@ PATHS: dict[str, dict[str, Any]] = {
     "many chunks": {"chunk": 5 * V},
     "checkpointing": {"checkpointing": True},
     "micro-batches": {"micro": 4},
-    "all of them": {"chunk": 5 * V, "checkpointing": True, "micro": 4},
+    "prompts in common": {"groups": True},
+    "all of them": {"chunk": 5 * V, "checkpointing": True, "micro": 4, "groups": True},
 }
 
 
@@ -61,9 +62,13 @@ def make_policy(kind: str = "shared", **model: Any) -> ActorCritic:
     return policy
 
 
-def make_sequences() -> Sequences:
+def make_sequences(groups: bool = False) -> Sequences:
+    """Six rows; with `groups`, the last four of them respond to the same prompt."""
     ids = torch.randint(8, V - 2, (len(PROMPTS), WIDTH), generator=torch.Generator().manual_seed(0))
-    return Sequences(ids, PROMPTS, RESPONSES, STOP)
+    prompts = PROMPTS.clone()
+    if groups:
+        ids[2:, :7], prompts[2:] = ids[2, :7], 7
+    return Sequences(ids, prompts, RESPONSES, STOP)
 
 
 def gradients(policy: ActorCritic, *evaluations: Evaluation) -> dict[str, Tensor]:
@@ -86,7 +91,7 @@ def assert_close(actual: Any, expected: Any, what: str = "") -> None:
 def test_passes_over_whole_sequences_are_the_plain_path(
     model: str, kind: str, path: str, plainly: Plainly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, sequences = PATHS[path], make_sequences()
+    options, sequences = PATHS[path], make_sequences("groups" in PATHS[path])
     parts = torch.arange(len(sequences)).split(options.get("micro", len(sequences)))
     plain, fast = (make_policy(kind, **MODELS[model]) for _ in range(2))
     expected = [plainly(plain, sequences[rows]) for rows in parts]

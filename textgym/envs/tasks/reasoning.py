@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from textgym.data.prompts import Row
 from textgym.data.splits import SPLITS, check_split
 from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv
+
+FEW = 0.1
+"""A split that has less than this share of the questions that were asked for comes with a warning."""
 
 
 class ReasoningGymEnv(TaskEnv):
@@ -101,4 +105,10 @@ def reasoning_prompts(task: str, split: str, size: int, seed: int, config: dict[
     ]
     if not rows:
         raise ValueError(f"all {size} questions of {split!r} are in earlier splits: make size smaller or config wider")
+    if len(rows) < FEW * size:
+        warnings.warn(
+            f"only {len(rows)} of {size} questions of {split!r} are not in earlier splits: make size smaller or config "
+            "wider",
+            stacklevel=2,
+        )
     return rows
