@@ -191,6 +191,7 @@ class OnPolicyAgent(ABC):
 
     def collect(self) -> Rollout:
         """One episode in every row."""
+        self.optimizer.zero_grad(set_to_none=True)  # memory that a rollout can use
         return collect(self.envs, self.policy, self.episode_options())
 
     def episode_options(self) -> dict[str, Any]:

@@ -7,18 +7,18 @@ now and then whether rows have ended, and lets go of those that have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
-from textgym.models.log_probs import StopRule
+from textgym.models.log_probs import CHUNK_ELEMENTS, StopRule
 from textgym.models.phases import phase
 
 DRAW_ELEMENTS = 2**24
-"""Logits held at once: 64 MB in float32. More than an update holds, since every chunk reads the whole embedding."""
+"""Logits held at once: 64 MB in float32. More than are worked on at once, since to make them reads the embedding."""
 SPAN = 64
 """A captured step reads slots in multiples of this, since each number of them is a graph of its own."""
 
@@ -152,11 +152,11 @@ class ResponseWriter:
         """Draws a token in every lane from its last hidden state `(b, d)`."""
         policy, place = self.policy, (lanes.rows, self.step)
         may_stop = self.step >= self.stop.min_new_tokens
-        size = max(1, DRAW_ELEMENTS // policy.vocab_size)  # rows draw apart, so that a large V needs no (b, V)
-        noises: Sequence[Tensor | None] = [None] * len(hidden)
-        if not deterministic:
-            noises = self.noise[lanes.rows].split(size)
-        drawn = [self._choose(*part, may_stop) for part in zip(hidden.split(size), noises, strict=False)]
+        noise = None if deterministic else self.noise[lanes.rows]
+        drawn = [
+            self._choose(logits, None if noise is None else noise[rows], may_stop)
+            for logits, rows in self._logits(hidden)
+        ]
         token, log_prob = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         self.tokens[place], self.log_probs[place] = token, log_prob
         if policy.critic is None:
@@ -167,9 +167,17 @@ class ResponseWriter:
         lanes.alive &= ~stops
         self.step += 1
 
-    def _choose(self, hidden: Tensor, noise: Tensor | None, may_stop: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each state and its log-prob: what its random number stands for, or without one the likeliest."""
-        logits = self.policy.head_logits(hidden)  # (b, V)
+    def _logits(self, hidden: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """Logits `(m, V)` of some rows after others, and which: with a large V not all are worked on at once."""
+        many, few = (max(1, size // self.policy.vocab_size) for size in (DRAW_ELEMENTS, CHUNK_ELEMENTS))
+        for start in range(0, len(hidden), many):
+            logits = self.policy.head_logits(hidden[start : start + many])
+            for first in range(0, len(logits), few):
+                part = logits[first : first + few]
+                yield part, slice(start + first, start + first + len(part))
+
+    def _choose(self, logits: Tensor, noise: Tensor | None, may_stop: Tensor) -> tuple[Tensor, Tensor]:
+        """A token for each row of logits `(m, V)`: the one its random number names, or the likeliest; its log-prob."""
         if self.stop.min_new_tokens:
             logits = logits.masked_fill(self.is_stop & ~may_stop, torch.finfo(logits.dtype).min)
         log_probs = logits.log_softmax(-1)

@@ -73,6 +73,7 @@ def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False, capt
 def test_rows_that_draw_apart_draw_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     together = write(make_policy(), STOPS, deterministic)
     monkeypatch.setattr(writing, "DRAW_ELEMENTS", 3 * make_policy().vocab_size)
+    monkeypatch.setattr(writing, "CHUNK_ELEMENTS", 2 * make_policy().vocab_size)
     assert_same(write(make_policy(), STOPS, deterministic), together)
 
 
