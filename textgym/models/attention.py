@@ -176,17 +176,23 @@ def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed_hidden(lm: Any, packed: Packed) -> Tensor:
     """Last hidden states `(R * L, d)` of the packed sequences, each attending to itself and its prompt alone."""
+    rows, width = packed.input_ids.shape
+    if rows == len(packed.starts):  # one in each: no real token sees what follows it, and kernels need no mask for that
+        mask, positions = None, torch.arange(width, device=packed.input_ids.device).expand(rows, -1)
+    else:
+        mask, positions = attention_mask(lm, *_own_past(packed)), packed.position_ids
+    with recomputing(lm.base_model):
+        output = lm.base_model(input_ids=packed.input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def _own_past(packed: Packed) -> tuple[Tensor, Tensor]:
+    """Which slots each slot may see, bool `(R, 1, L, L)`, and how many positions away they are."""
     seen = packed.segments[:, None, :]
     own = (packed.segments[:, :, None] == seen) | (packed.prompts[:, :, None] == seen)  # (R, L, L)
     order = torch.arange(own.shape[1], device=own.device)
-    allowed = (own & (order[:, None] >= order))[:, None]  # (R, 1, L, L)
-    distance = packed.position_ids[:, None, :, None] - packed.position_ids[:, None, None, :]
-    mask = attention_mask(lm, allowed, distance)
-    with recomputing(lm.base_model):
-        output = lm.base_model(
-            input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
-        )
-    return output.last_hidden_state.flatten(0, 1)
+    allowed = (own & (order[:, None] >= order))[:, None]
+    return allowed, packed.position_ids[:, None, :, None] - packed.position_ids[:, None, None, :]
 
 
 def checkpoint_layers(trunk: Any) -> None:
