@@ -9,7 +9,7 @@ venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[adam8bit,contrib,dev,libraries,lora,metrics,plots,tasks,trackers]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[contrib,dev,libraries,lora,metrics,plots,tasks,trackers]'
 	@touch $@
 
 demo: $(INSTALLED)  ## trains the embedded model on real human ratings and shows before and after

@@ -18,6 +18,7 @@ from textgym.models.sequences import Sequences
 from textgym.rewards.pairwise import SILENT
 
 from .distributed import everyone, join, share_of
+from .optimizer import adamw
 
 if TYPE_CHECKING:
     from .offline import Callback, OfflineAgent
@@ -47,7 +48,6 @@ class OfflineTrainer(Trainer):
             per_device_train_batch_size=micro_batch_size,
             gradient_accumulation_steps=own // micro_batch_size,
             learning_rate=config.learning_rate,
-            optim="adamw_bnb_8bit" if config.adam_8bit else "adamw_torch_fused",
             weight_decay=0.0,
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
@@ -68,6 +68,15 @@ class OfflineTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # `compute_loss` gives shares of the batch's mean, not means of their own
         self.agent = agent
         self.figures: dict[str, float] = {}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """That of transformers, which would keep the moments of embeddings in 32 bits in spite of `adam_8bit`."""
+        if not self.agent.config.adam_8bit:
+            return super().create_optimizer(model)
+        trained: nn.Module = self.model if model is None else model  # type: ignore[assignment]
+        arguments = self.args
+        self.optimizer = adamw(trained.parameters(), arguments.learning_rate, arguments.adam_epsilon, eight_bit=True)
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Up and then down in straight lines, without the updates at a learning rate of 0 of those of transformers."""

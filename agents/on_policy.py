@@ -118,7 +118,11 @@ class OnPolicyAgent(ABC):
                 f"num_envs={envs.num_envs}{processes}"
             )
         same_weights(policy)
+        if self.config.gradient_checkpointing:
+            policy.checkpoint_layers()
         self.learner = Learner(policy)
+        if self.learner.sharded and self.config.adam_8bit:
+            raise ValueError("bitsandbytes cannot shard its moments: leave adam_8bit=False under FSDP2")
         envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
         envs.unwrapped.array = "torch"
         # Where the environment names no reference, the policy's own start is one.
@@ -126,8 +130,6 @@ class OnPolicyAgent(ABC):
             policy.reference(), task.kl_coef, task.kl_estimator, task.kl_clamp
         )
         self.penalty.reference.temperature = policy.temperature
-        if self.config.gradient_checkpointing:
-            policy.checkpoint_layers()
         self.optimizer = adamw(
             self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
         )
@@ -184,6 +186,7 @@ class OnPolicyAgent(ABC):
         scale = self.envs.unwrapped.task.scorer.scale
         before = torch.tensor(scale.moments(), dtype=torch.float64, device=device())
         rounds = self.config.episodes_per_update // (self.envs.num_envs * count())
+        self.optimizer.zero_grad(set_to_none=True)  # memory that a rollout can use
         rollout = merge([self.collect() for _ in range(rounds)])
         if count() > 1 and scale.scaling is not None:
             scale.take_moments(*(before + total(before.new_tensor(scale.moments()) - before)).tolist())
@@ -191,7 +194,6 @@ class OnPolicyAgent(ABC):
 
     def collect(self) -> Rollout:
         """One episode in every row."""
-        self.optimizer.zero_grad(set_to_none=True)  # memory that a rollout can use
         return collect(self.envs, self.policy, self.episode_options())
 
     def episode_options(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from textgym.agents.distributed import ProcessLostError, column_total, count, ev
 from textgym.agents.rollout import Rollout
 from textgym.agents.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.attention import checkpointing_layers
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import byte_tokenizer, mock_lm
 
@@ -94,7 +95,11 @@ def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **ch
         policy = ActorCritic.from_pretrained(mock_lm(), critic="separate", lora=lora)
     # A small epsilon would magnify what rounding does to the smallest gradients.
     config = {"episodes_per_update": EPISODES, "learning_rate": 1e-3, "adam_epsilon": 1e-3, **settings, **changes}
-    return kind(policy, envs, kind.config_class(**config))
+    agent = kind(policy, envs, kind.config_class(**config))
+    trained = agent.learner.policy  # under FSDP2 a copy
+    for trunk in (trained.lm.base_model, trained.critic):
+        assert bool(checkpointing_layers(trunk)) == agent.config.gradient_checkpointing
+    return agent
 
 
 def learn(agent: SurrogateAgent) -> tuple[Weights, list[dict[str, float]]]:

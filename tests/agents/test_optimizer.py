@@ -15,6 +15,8 @@ from textgym.agents.footprint import bytes_by_role
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
+pytest.importorskip("bitsandbytes")
+
 
 def vowels(completions: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
@@ -67,6 +69,18 @@ def test_offline_agents_too() -> None:
     )
     agent.learn([lambda _, metrics: losses.append(metrics["loss"])])
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_embeddings_of_offline_agents_too() -> None:
+    """transformers' own way to 8 bits leaves embeddings out, in all optimisers of the process from then on."""
+    rows = [{"prompt": "a", "completion": "bcd"}] * 8
+    for _ in range(2):
+        agent = SFT(
+            ActorCritic.from_pretrained(mock_lm()), rows, byte_tokenizer(), SFTConfig(max_steps=1, adam_8bit=True)
+        ).learn()
+        optimizer = agent.trainer.optimizer
+        embedding = agent.policy.lm.get_input_embeddings().weight
+        assert optimizer.state[embedding]["state1"].dtype == torch.uint8
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ class Scoring:
             logits /= self.temperature
         lowest = torch.finfo(logits.dtype).min
         if self.banned is not None and self.stop_ids:
-            stops = torch.tensor(self.stop_ids, device=logits.device)
+            known = [token for token in self.stop_ids if token < logits.shape[1]]
+            stops = torch.tensor(known, dtype=torch.long, device=logits.device)
             banned = self.banned[rows] & ~torch.isin(self.actions[rows], stops)
             logits[:, stops] = logits[:, stops].masked_fill(banned[:, None], lowest)
         if self.allowed is not None:

@@ -105,7 +105,8 @@ def masked_logits(
     logits = head(hidden).float() / temperature
     if banned is None or not stop_ids:
         return logits, logits
-    stops = torch.tensor(stop_ids, device=logits.device)
+    known = [token for token in stop_ids if token < logits.shape[1]]
+    stops = torch.tensor(known, dtype=torch.long, device=logits.device)
     if actions is not None:
         banned = banned & ~torch.isin(actions, stops)
     ban = torch.zeros_like(logits, dtype=torch.bool)
