@@ -75,7 +75,7 @@ class OnPolicyConfig:
     """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32. Rounding
     moves a log-prob by about 0.01 nats, 99% of them by less than 0.1 and single ones by 0.2 or more. So far are ratios
     from 1 before the first step, their mean at 1.00 and hardly any outside of a clip range of 0.2. The gradient moves
-    by less than 5% of its norm."""
+    by less than 5% of its norm (`python benchmarks/bf16.py`)."""
     gradient_checkpointing: bool = False
     """Keep what goes into each layer alone and run it again in the backward pass: less memory, more time."""
 

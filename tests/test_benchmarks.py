@@ -78,6 +78,15 @@ def test_rollouts_write_and_step_what_generate_does(benchmark: Any) -> None:
     assert 0 < stepped["environment"] < 1
 
 
+def test_bfloat16_moves_log_probs_as_far_as_its_config_says(benchmark: Any) -> None:
+    module = benchmark("bf16")
+    for row in module.compare(module.Config(rows=16, new_tokens=16)):
+        assert 1e-4 < row["mean"] < 0.03
+        assert row["99% below"] < 0.1
+        assert abs(row["mean ratio"] - 1) < 0.01
+        assert 0 < row["gradient"] < 0.1
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_that_a_step_reads_are_those_counted_by_hand(benchmark: Any, tied: bool) -> None:
     import torch

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.registration import TASKS
 from textgym.testing import mock_lm
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "tasks.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_ppo_improves_the_metric_of_a_toy_over_the_untrained_policy() -> None:
@@ -32,15 +31,10 @@ def test_ppo_improves_the_metric_of_a_toy_over_the_untrained_policy() -> None:
     assert gain.value <= 1.0 - before.rollout.raw_scores.mean(), "no text scores above 1"
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_tasks", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("tasks")
 
 
 @pytest.mark.slow
