@@ -4,6 +4,7 @@ A peer is no dependency. It is installed beside the project and found by path. W
 called site-packages, since `dill` takes modules from anywhere else for the user's own and fails to hash them:
 
     pip install --target .peers/trl-1.16 --no-deps trl==1.16.0
+    pip install --target .peers/trl-1.12 --no-deps trl==1.12.0
     pip install --target .peers/site-packages --no-deps datasets dill multiprocess pandas pyarrow python-dateutil xxhash
 
 Each side is a script in a process of its own, so that neither side's imports, caches or memory touch the other's. It

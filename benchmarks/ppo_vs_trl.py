@@ -1,8 +1,6 @@
 """One PPO update of ours beside one of TRL 1.12, the last with a PPO: same weights, same prompts, same steps.
 
-    pip install --target .peers/trl --no-deps trl==1.12.0      # beside the project, never a dependency of it
-    pip install --target .peers/datasets datasets              # what TRL imports besides
-    python benchmarks/ppo_vs_trl.py --peers .peers/trl .peers/datasets
+    python benchmarks/ppo_vs_trl.py --peers .peers/trl-1.12 .peers/site-packages         # peers.py has the pip lines
 
 Each side is a process that waits for its turn, so that a busy machine slows both, and runs one update a turn: collect
 `rows` episodes, score them by a reward model, pay the KL to a reference, then `epochs` epochs of four minibatches. Both
@@ -24,12 +22,7 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +30,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
+from peers import Clock, Side
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -90,32 +84,26 @@ class Config:
 
 
 class Turns:
-    """A side's end of the pipe: says what an update took, and waits until the next is asked for."""
+    """A side's updates: each is timed, and of the last one the operations are counted instead, which slows it."""
 
     def __init__(self, updates: int) -> None:
-        self.left = updates
+        self.left, self.clock = updates, Clock()
         self.counter = FlopCounterMode(display=False)
         self._begin()
+        self.clock.start()
 
     def done(self, **figures: float) -> None:
         """One update is over."""
-        figures |= {
-            "seconds": time.perf_counter() - self.started,
-            "cpu_seconds": time.process_time() - self.cpu_started,
-        }
         self.left -= 1
         if self.left == 0:
             self.counter.__exit__(None, None, None)
             figures["flops"] = self.counter.get_total_flops()
-        print(json.dumps(figures), flush=True)
-        if self.left:
-            self._begin()
+        self._begin()
+        self.clock.lap(**figures)
 
     def _begin(self) -> None:
-        sys.stdin.readline()
-        if self.left == 1:  # counting slows, so the update that is counted is not timed
+        if self.left == 1:
             self.counter.__enter__()
-        self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
 
 def prompts(config: Config, vocab_size: int) -> torch.Tensor:
@@ -165,7 +153,6 @@ def ours(config: Config) -> None:
 
 def theirs(config: Config) -> None:
     """TRL's PPO, one update a turn: it logs once an update."""
-    sys.path[:0] = [str(folder) for folder in config.peers]
     from trl.experimental.ppo import PPOConfig as TheirConfig  # type: ignore[import-not-found, unused-ignore]
     from trl.experimental.ppo import PPOTrainer
 
@@ -230,36 +217,19 @@ def end_by_half(lm: Any, config: Config) -> None:
         least, most = (factor, most) if written.float().mean() > config.new_tokens / 2 else (least, factor)
 
 
-@contextmanager
-def started(side: str, config: Config) -> Iterator[subprocess.Popen[str]]:
-    """A side's process, ready for its first turn."""
-    command = [sys.executable, __file__, "--side", side, "--setting", config.setting, "--model", config.model]
+def arguments(config: Config) -> list[str]:
+    """The command line of one side."""
+    given = ["--side", config.side, "--setting", config.setting, "--model", config.model]
     for name in ("rows", "prompt_tokens", "new_tokens", "epochs", "repeats"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    command += ["--peers", *map(str, config.peers)] if config.peers else []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def turn(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Lets a side run one update; its figures."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("{") and "seconds" in line:
-            return json.loads(line)
-    raise RuntimeError("a side ended early; its error stands above")
+        given += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return given
 
 
 def compare(config: Config) -> dict[str, float]:
     """The figures of one setting."""
-    with started("ours", config) as mine, started("theirs", config) as other:
-        pairs = [(turn(mine), turn(other)) for _ in range(config.updates)]
+    mine, peer = (arguments(replace(config, side=side)) for side in ("ours", "theirs"))
+    with Side(__file__, *mine) as one, Side(__file__, *peer, libraries=config.peers) as other:
+        pairs = [(one.work(), other.work()) for _ in range(config.updates)]
     timed, counted = pairs[1:-1], pairs[-1]
     return {
         "wall_time_ratio": statistics.median(a["seconds"] / b["seconds"] for a, b in timed),
