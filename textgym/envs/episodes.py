@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from textgym.models.devices import Device
 from textgym.models.encoder_decoder import split_rows
-from textgym.models.loading import Device
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
 

@@ -18,7 +18,8 @@ from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.models.attention import check_encoder_decoder
-from textgym.models.loading import Device, load_tokenizer
+from textgym.models.devices import Device, resolve_device
+from textgym.models.loading import load_tokenizer
 from textgym.models.masks import ActionMask, FunctionMask, narrow
 from textgym.models.phases import phase
 from textgym.models.token_model import Observation, TokenModel
@@ -87,7 +88,7 @@ class TextTask:
         device: Device,
     ) -> None:
         _check_arguments(max_prompt_tokens, max_new_tokens, min_new_tokens, kl_mode, length_limit)
-        self.device = torch.device(device or "cpu")
+        self.device = resolve_device(device)
         self.tokenizer = load_tokenizer(tokenizer)
         self.scorer = Scorer(
             reward,

@@ -12,7 +12,7 @@ from torch import nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
-from textgym.models.loading import Device
+from textgym.models.devices import Device
 from textgym.rewards.kl import Estimator, KLController
 from textgym.rewards.scaling import Scaling
 from textgym.rewards.scoring import OnRewardError, RewardSpec

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Outcome, Policy, TextTask, prompt_choice
-from textgym.models.loading import Device
+from textgym.models.devices import Device
 from textgym.rewards.kl import Estimator, KLController
 from textgym.rewards.scaling import Scaling
 from textgym.rewards.scoring import OnRewardError, RewardSpec

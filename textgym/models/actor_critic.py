@@ -18,8 +18,9 @@ from textgym.models.adapters import is_twin, merged, twin, with_lora
 from textgym.models.attention import States, checkpoint_layers
 from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
+from textgym.models.devices import Device
 from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
-from textgym.models.loading import Device, disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
+from textgym.models.loading import disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
 from textgym.models.log_probs import StopRule, token_log_probs
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel

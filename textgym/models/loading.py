@@ -28,11 +28,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.files import atomic_folder
 from textgym.data.sources import cache_dir
+from textgym.models.devices import Device, resolve_device
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("tiny", "smollm2")
 """Names whose weights never change, so that frozen copies can be shared."""
-Device = torch.device | str | None
 
 
 def resolve(name: str | os.PathLike[str]) -> str:
@@ -91,7 +91,9 @@ def load_causal_lm(
         ValueError: unknown name.
     """
     if isinstance(name, nn.Module):
-        model: Any = name if dtype is None and device is None else name.to(device=device, dtype=dtype)
+        model: Any = _placed(name, device)
+        if dtype is not None:
+            model = model.to(dtype)
     else:
         with _explained(str(name), "model"):
             config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
@@ -130,7 +132,7 @@ def load_classifier(
             f"{name} has no trained reward head (missing: {', '.join(sorted(info['missing_keys']))}): train one with "
             f"train_reward_model(preferences, {str(name)!r})"
         )
-    return disable_dropout(model.to(device) if device is not None else model)
+    return disable_dropout(_placed(model, device))
 
 
 @lru_cache(maxsize=4)
@@ -146,9 +148,13 @@ def load_encoder(name: str) -> tuple[Any, Tokenizer]:
     return freeze(disable_dropout(_load(AutoModel, name, None, None, False))), tokenizer
 
 
-@lru_cache(maxsize=8)
 def shared_causal_lm(name: str, dtype: torch.dtype | None = None, device: Device = None) -> PreTrainedModel:
-    """The frozen model of that name, one copy a process: references of several environments share it."""
+    """The frozen model of that name, one copy a process and device: references of several environments share it."""
+    return _shared_causal_lm(name, dtype, resolve_device(device))
+
+
+@lru_cache(maxsize=8)
+def _shared_causal_lm(name: str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
     return freeze(load_causal_lm(name, dtype=dtype, device=device))
 
 
@@ -180,7 +186,11 @@ def _load(
             trust_remote_code=trust_remote_code,
             **kwargs,
         )
-    return model.to(device) if device is not None and isinstance(model, nn.Module) else model
+    return _placed(model, device) if isinstance(model, nn.Module) else model  # else with what is known of its loading
+
+
+def _placed(model: Any, device: Device) -> Any:
+    return model if device is None else model.to(resolve_device(device))
 
 
 class _explained:

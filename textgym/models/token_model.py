@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from textgym.models.attention import States
 from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
+from textgym.models.devices import Device
 from textgym.models.encoder_decoder import decoder_start_ids
 from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.head import output_head
-from textgym.models.loading import EMBEDDED, Device, freeze, load_causal_lm, shared_causal_lm
+from textgym.models.loading import EMBEDDED, freeze, load_causal_lm, shared_causal_lm
 from textgym.models.log_probs import token_log_probs
 from textgym.models.sequences import Sequences
 from textgym.models.support import check_supported

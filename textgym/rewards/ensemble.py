@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from textgym.models.loading import Device
+from textgym.models.devices import Device
 from textgym.rewards.reward_model import RewardModel
 
 Reduce = Literal["mean", "min", "mean_minus_std"]

@@ -12,7 +12,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.models.attention import batches_by_length
-from textgym.models.loading import Device, disable_dropout, freeze, load_classifier
+from textgym.models.devices import Device
+from textgym.models.loading import disable_dropout, freeze, load_classifier
 from textgym.rewards.last_token import pad_right
 from textgym.rewards.reward_model import encodes_alike
 

@@ -22,7 +22,8 @@ from transformers.utils import cached_file
 from textgym.data.files import atomic_folder
 from textgym.data.messages import Messages, Text, encode
 from textgym.models.attention import batches_by_length
-from textgym.models.loading import ASSETS, Device, disable_dropout, freeze, load_classifier, quiet
+from textgym.models.devices import Device
+from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.rewards.last_token import LastTokenScorer, pad_right, score_head
 
 SETTINGS_FILE = "reward_model.json"

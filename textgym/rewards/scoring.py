@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from textgym.data.importing import import_attribute
-from textgym.models.loading import Device
+from textgym.models.devices import Device
 from textgym.rewards.calling import Log, ReadsIds, RewardFunction, accepted_keywords, arguments_for, start
 from textgym.rewards.checking import Value, checked
 from textgym.rewards.finished import Finished, RewardError
