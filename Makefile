@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test lint type format bench bench-demo bench-sb3 bench-peers bench-lora
+.PHONY: venv demo test test-fast test-slow lint type format bench bench-demo bench-sb3 bench-peers bench-lora
 
 venv: $(INSTALLED)
 
@@ -15,8 +15,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## trains the embedded model on real human ratings and shows before and after
 	$(BIN)/textgym demo
 
-test: $(INSTALLED)  ## one thread: two OpenMP threads collapse when another process runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Each worker has one thread: two OpenMP threads collapse when another process runs.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+test-fast: $(INSTALLED)  ## all units and no training: what a developer runs while working
+	$(PYTEST) -m "not slow and not training"
+
+test: $(INSTALLED)
+	$(PYTEST) --durations 20
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow --durations 20
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
