@@ -3,13 +3,13 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test test-fast test-slow lint type format bench bench-demo bench-sb3 bench-peers bench-lora
+.PHONY: venv demo test test-fast test-slow docs lint type format bench bench-demo bench-sb3 bench-peers bench-lora
 
 venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[contrib,dev,libraries,lora,metrics,plots,tasks,trackers]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[contrib,dev,docs,libraries,lora,metrics,plots,tasks,trackers]'
 	@touch $@
 
 demo: $(INSTALLED)  ## trains the embedded model on real human ratings and shows before and after
@@ -31,6 +31,9 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)  ## the documentation as a site in build/docs; a warning is an error
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
 type: $(INSTALLED)
 	@mkdir -p build/types/textgym && ln -sfn ../../../agents build/types/textgym/agents

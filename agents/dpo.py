@@ -3,10 +3,12 @@
     textgym train --agent dpo --data pairs.jsonl --output-dir runs/dpo
 
 Before training: log-probs of all completions under the reference, each distinct text once.
+
 One update:
     1. Take a batch of pairs; every distinct text in it is scored once, packed side by side.    models/sequences.py
     2. The implicit reward of a completion is beta (log pi - log pi_ref), summed over its tokens.
     3. Minimise the loss of the pairs' rewards.
+
 If pairs are labelled by Bradley and Terry's model of a reward r, the minimum is pi_ref exp(r / beta) / Z: the same
 optimum that the other agents approach by sampling.
 """

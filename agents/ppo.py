@@ -7,6 +7,7 @@ One update:
     2. Price every token: reward - beta KL(pi, pi_ref), the score on the last token.                 textgym/rewards
     3. Advantages by GAE, whitened over real tokens.                                                 advantages.py
     4. Several epochs of minibatches of whole sequences: policy and value losses.                    losses.py
+
 The policy's loss is the clipped surrogate or, with `variant="penalty"`, the plain one with a penalty on KL(old, new)
 whose coefficient is doubled after an update that went too far and halved after one that went too short.
 Every mean is over real tokens. Importance ratios start from the behaviour log-probs, so the first ratio is 1.

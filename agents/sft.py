@@ -5,6 +5,7 @@
 One update:
     1. Take a batch of prompts with their completions, packed side by side without padding.    models/sequences.py
     2. Minimise -log pi of the completion tokens, a mean over all of them; prompts are read, not learned.
+
 With transcripts of an environment it clones whoever played them; where the length limit cut them off,
 `append_eos=False` does not teach them to end there.
 """

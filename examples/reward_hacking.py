@@ -1,7 +1,7 @@
 """Reward hacking, and what the KL penalty does about it: the same PPO run with beta 0, small, and right.
 
     python examples/reward_hacking.py                                # one seed, a few minutes on one core
-    python examples/reward_hacking.py --seeds 0 1 2 --jobs 2         # the table in README
+    python examples/reward_hacking.py --seeds 0 1 2 --jobs 2         # the table in docs/results.md
 
 Without a penalty the learned score rises and the text falls apart; with the right one it rises less and stays a text.
 The judge is the VADER lexicon, which no policy is trained on. Prompts are halves of real review snippets, fetched once.

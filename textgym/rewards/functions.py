@@ -1,4 +1,4 @@
-"""Ready-made reward functions, all in one place; README has the table, with the extra that each needs.
+"""Ready-made reward functions, all in one place; docs/rewards.md has the table, with the extra that each needs.
 
 Each follows the protocol of `textgym.rewards.scoring`. Plain functions and small classes whose instances pickle; those
 with settings are classes. All of them serve as evaluation metrics, with weight 0 or in

@@ -43,7 +43,7 @@ class PreferenceReport:
         by_margin: by the pairs' `margin`, in buckets of equal count; empty if they have none.
         by_confidence: by the probability `sigmoid(|difference|)` that the model itself gives to its order, in tenths
             between 1/2 and 1. A calibrated model is right as often as it says.
-        calibration_error: mean of |confidence - accuracy| over the pairs, by bucket.
+        calibration_error: mean of `abs(confidence - accuracy)` over the pairs, by bucket.
     """
 
     accuracy: float
