@@ -1,0 +1,101 @@
+"""Scenarios on a GPU: on a real one, or on the pretend one that was loaded first.
+
+    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/on_cuda
+
+Without either they are left out. `tests/test_pretend_cuda.py` runs them on the pretend device.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import textgym  # noqa: F401  (registers the environments)
+from textgym.models.actor_critic import ActorCritic
+
+PRETEND = sys.modules.get("pretend_cuda")
+collect_ignore_glob = [] if torch.cuda.is_available() else ["*"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    asked_for = any(
+        Path(argument.split("::")[0]).resolve().is_relative_to(Path(__file__).parent) for argument in config.args
+    )
+    if asked_for and not torch.cuda.is_available():
+        raise pytest.UsageError("these need a GPU: PYTHONPATH=tests python -m pytest -p pretend_cuda tests/on_cuda")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_machine() -> Iterator[None]:
+    """One GPU again, and accelerate, which remembers devices, asks anew."""
+    yield
+    if PRETEND is not None:
+        PRETEND.machine.gpus, PRETEND.machine.current = 1, 0
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def two_gpus() -> None:
+    """A second GPU."""
+    if PRETEND is not None:
+        PRETEND.machine.gpus = 2
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+
+@pytest.fixture
+def gpus() -> Callable[[int], None]:
+    """Sets the number of GPUs, as on another machine."""
+    if PRETEND is None:
+        pytest.skip("a real machine keeps its GPUs")
+
+    def become(number: int) -> None:
+        assert PRETEND is not None
+        PRETEND.machine.gpus = number
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    return become
+
+
+@pytest.fixture
+def syncs() -> Callable[[], AbstractContextManager[Counter[str]]]:
+    """Counts how often the host waits for the device in a block, by line."""
+    if PRETEND is None:
+        pytest.skip("only the pretend device counts synchronisations")
+
+    @contextmanager
+    def counting() -> Iterator[Counter[str]]:
+        assert PRETEND is not None
+        before, seen = Counter(PRETEND.machine.syncs), Counter[str]()
+        yield seen
+        seen.update(PRETEND.machine.syncs - before)
+
+    return counting
+
+
+@pytest.fixture
+def make_policy() -> Callable[..., ActorCritic]:
+    """The embedded model as a policy on a device."""
+    return lambda device="cuda", **kwargs: ActorCritic.from_pretrained("tiny", device=device, **kwargs)
+
+
+@pytest.fixture
+def make_envs() -> Callable[..., Any]:
+    """A vector environment on a device, as agents take it."""
+
+    def make(device: str | None = "cuda", num_envs: int = 4, **kwargs: Any) -> Any:
+        settings = {"kl_mode": "deferred", "max_new_tokens": 6, "array": "torch", **kwargs}
+        return gym.make_vec("textgym/Sentiment-v0", num_envs=num_envs, device=device, **settings)
+
+    return make

@@ -1,0 +1,31 @@
+"""The scenarios of `tests/on_cuda` on a pretend GPU, in processes of their own, since it patches torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+GROUPS = {"all": ["test_pretend_device.py"]}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_scenarios_hold_on_the_pretend_device(group: str) -> None:
+    files = [str(TESTS / "on_cuda" / name) for name in GROUPS[group]]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "pretend_cuda", "-p", "no:cacheprovider", *files],
+        cwd=TESTS.parent,
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_every_scenario_is_in_a_group() -> None:
+    grouped = sorted(name for names in GROUPS.values() for name in names)
+    assert grouped == sorted(path.name for path in (TESTS / "on_cuda").glob("test_*.py"))
