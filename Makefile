@@ -20,13 +20,17 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-fast: $(INSTALLED)  ## all units and no training: what a developer runs while working
-	$(PYTEST) -m "not slow and not training"
+	$(PYTEST) -m "not slow and not training and not gpu"
 
 test: $(INSTALLED)
 	$(PYTEST) --durations 20
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow --durations 20
+
+.PHONY: test-oldest
+test-oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; downloads several GB
+	$(PYTHON) scripts/test_oldest.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

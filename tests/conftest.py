@@ -34,6 +34,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs {archive}, which `textgym demo` fetches")
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tests marked `gpu` run: on the CPU, or on the device that TEXTGYM_DEVICE names; `make gpu` sets it."""
+    return torch.device(os.environ.get("TEXTGYM_DEVICE", "cpu"))
+
+
 @pytest.fixture
 def plainly() -> Callable[[TokenModel, Sequences], Evaluation]:
     """What `policy.evaluate` gives, the plain way, which every fast path is held against."""
@@ -45,10 +51,11 @@ def _plainly(policy: TokenModel, sequences: Sequences) -> Evaluation:
     rows = []
     for ids, start, end in zip(sequences.input_ids, sequences.prompt_lengths, sequences.lengths, strict=True):
         logits = policy.lm(input_ids=ids[None, :end], use_cache=False).logits[0, start - 1 : end - 1].float()  # (t, V)
-        early = torch.arange(end - start)[:, None] < sequences.stop.min_new_tokens
-        stops = torch.isin(torch.arange(logits.shape[1]), torch.tensor(sequences.stop.ids))
+        tokens = torch.arange(logits.shape[1], device=ids.device)
+        early = torch.arange(end - start, device=ids.device)[:, None] < sequences.stop.min_new_tokens
+        stops = torch.isin(tokens, torch.tensor(sequences.stop.ids, device=ids.device))
         drawn_from = Categorical(logits=(logits / policy.temperature).masked_fill(early & stops, -1e30))
-        value = torch.zeros(len(logits))
+        value = torch.zeros(len(logits), device=ids.device)
         if isinstance(policy, ActorCritic):
             trunk = policy.lm.base_model if policy.critic is None else policy.critic
             states = trunk(input_ids=ids[None, :end], use_cache=False).last_hidden_state[0, start - 1 : end - 1]
