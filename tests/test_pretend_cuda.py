@@ -17,9 +17,9 @@ GROUPS = {"all": ["test_pretend_device.py"]}
 def test_scenarios_hold_on_the_pretend_device(group: str) -> None:
     files = [str(TESTS / "on_cuda" / name) for name in GROUPS[group]]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "pretend_cuda", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.pretend_cuda", "-p", "no:cacheprovider", *files],
         cwd=TESTS.parent,
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,6 @@
 """Scenarios on a GPU: on a real one, or on the pretend one that was loaded first.
 
-    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/on_cuda
+    python -m pytest -p tests.pretend_cuda tests/on_cuda
 
 Without either they are left out. `tests/test_pretend_cuda.py` runs them on the pretend device.
 """
@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import textgym  # noqa: F401  (registers the environments)
 from textgym.models.actor_critic import ActorCritic
 
-PRETEND = sys.modules.get("pretend_cuda")
+PRETEND = sys.modules.get("tests.pretend_cuda")
 collect_ignore_glob = [] if torch.cuda.is_available() else ["*"]
 
 
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         Path(argument.split("::")[0]).resolve().is_relative_to(Path(__file__).parent) for argument in config.args
     )
     if asked_for and not torch.cuda.is_available():
-        raise pytest.UsageError("these need a GPU: PYTHONPATH=tests python -m pytest -p pretend_cuda tests/on_cuda")
+        raise pytest.UsageError("these need a GPU: python -m pytest -p tests.pretend_cuda tests/on_cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """A pretend CUDA device: to import it patches torch, and then `device="cuda"` gives CPU tensors that carry a tag.
 
-    PYTHONPATH=tests python -m pytest -p pretend_cuda tests/on_cuda
+    python -m pytest -p tests.pretend_cuda tests/on_cuda
 
 What CUDA refuses is refused: operations on tensors of several devices, NumPy arrays of CUDA tensors, generators and
 generator states of another kind of device, and whatever a CUDA graph's capture does not allow. Operations of a capture
@@ -20,9 +20,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an unknown name fails at once, with no request
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from pretend_cuda import factories, generators, graphs, moving, runtime
-from pretend_cuda.graphs import CUDAGraph
-from pretend_cuda.machine import machine
+from . import factories, generators, graphs, moving, runtime
+from .graphs import CUDAGraph
+from .machine import machine
 
 for part in (factories, moving, generators, graphs, runtime):
     part.patch()

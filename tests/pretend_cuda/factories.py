@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from pretend_cuda.generators import check_generator
-from pretend_cuda.machine import CPU, machine
-from pretend_cuda.tensor import CudaTensor, plain, tagged
+from .generators import check_generator
+from .machine import CPU, machine
+from .tensor import CudaTensor, plain, tagged
 
 FROM_NOTHING = (
     *("zeros", "ones", "empty", "empty_strided", "empty_permuted", "full", "scalar_tensor", "eye"),

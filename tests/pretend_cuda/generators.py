@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretend_cuda.machine import machine, source_line
+from .machine import machine, source_line
 
 IN_PLACE = ("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_")
 STATE_BYTES = 16

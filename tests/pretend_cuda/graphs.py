@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._mode_utils import no_dispatch
 
-from pretend_cuda.machine import machine
-from pretend_cuda.tensor import tensors_in
+from .machine import machine
+from .tensor import tensors_in
 
 _pools = itertools.count(1)
 

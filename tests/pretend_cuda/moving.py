@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretend_cuda.machine import CPU, machine
-from pretend_cuda.tensor import CudaTensor, plain, tagged, unpickled
+from .machine import CPU, machine
+from .tensor import CudaTensor, plain, tagged, unpickled
 
 _to, _numpy, _tolist, _load = Tensor.to, Tensor.numpy, Tensor.tolist, torch.load
 

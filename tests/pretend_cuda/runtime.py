@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretend_cuda.generators import default_generator
-from pretend_cuda.machine import machine
+from .generators import default_generator
+from .machine import machine
 
 NAME = "Pretend H100"
 MEMORY = 2**36
@@ -133,6 +133,9 @@ class Stream:
 
     def record_event(self, event: Any = None) -> Any:
         return event or Event()
+
+    def is_capturing(self) -> bool:
+        return machine.capture is not None
 
     def synchronize(self) -> None:
         machine.wait("a stream")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map
 
-from pretend_cuda.machine import machine, source_line
+from .machine import machine, source_line
 
 INDEXING = {"aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 TAKE_CPU_SCALARS = {
