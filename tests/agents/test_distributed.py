@@ -37,6 +37,7 @@ BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce"}
 """Whose figures weigh parts of a batch by episodes, as their losses do, so that means over tokens are not exact."""
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+pytestmark = pytest.mark.training
 PARALLEL = pytest.mark.parametrize("environment", [{}, SHARDED], ids=["data parallel", "fsdp2"])
 FORK = multiprocessing.get_context("fork")  # what has been imported need not be imported again
 PPO_SETTINGS = {
@@ -58,6 +59,8 @@ AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "ppo, lora": (PPO, {**PPO_SETTINGS, "gradient_checkpointing": True}),
     "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 0.5}),
 }
+FAST = ("ppo", "grpo", "ppo, lora")
+"""Those that `make test` runs; the others share their update and differ in the loss."""
 
 
 def vowels(completions: list[str]) -> list[float]:
@@ -174,8 +177,9 @@ def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, floa
 @pytest.mark.parametrize(
     ("name", "environment"),
     [
-        *(pytest.param(name, {}, id=name) for name in AGENTS),
-        *(pytest.param(name, SHARDED, id=f"{name}, fsdp2") for name in ("ppo", "ppo, lora", "grpo")),
+        *(pytest.param(name, {}, id=name, marks=() if name in FAST else pytest.mark.slow) for name in AGENTS),
+        pytest.param("ppo", SHARDED, id="ppo, fsdp2"),
+        *(pytest.param(name, SHARDED, id=f"{name}, fsdp2", marks=pytest.mark.slow) for name in ("ppo, lora", "grpo")),
     ],
 )
 def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, environment: dict[str, str]) -> None:
