@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import is_twin
+from textgym.models.transfer import to_host
 
 T = TypeVar("T")
 BUCKET = 2**25
@@ -96,11 +97,12 @@ def everyone(value: T) -> list[T]:
 
 
 def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns `(N,)` of each process as columns of all of them; NaN where a process has none of that name."""
+    """Columns `(N,)` of each process as columns of all of them, on the host; NaN where one has none of that name."""
+    columns = dict(zip(columns, to_host(*columns.values()), strict=True))
     if count() == 1:
         return columns
-    unknown = torch.full_like(next(iter(columns.values())), torch.nan, dtype=torch.float64, device="cpu")
-    parts = everyone({name: column.cpu() for name, column in columns.items()})
+    unknown = torch.full_like(next(iter(columns.values())), torch.nan, dtype=torch.float64)
+    parts = everyone(columns)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part.get(name, unknown) for part in parts]) for name in names}
 
@@ -112,7 +114,7 @@ def column_total(values: Tensor) -> Tensor:
     return total(nn.functional.pad(values, (0, widest - width)))[..., :width]
 
 
-def evenly(parts: Sequence[Tensor], spare: Tensor) -> list[tuple[Tensor, bool]]:
+def evenly(parts: Sequence[T], spare: T) -> list[tuple[T, bool]]:
     """Parts of a batch and whether they count, as many as the process with the most of them has.
 
     A process that runs out goes through `spare` instead, since whoever computes with sharded weights needs the others.

@@ -14,16 +14,18 @@ from bad texts too should beat.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
+from textgym.models.transfer import to_host
 
 from .advantages import masked_mean, overall_mean
+from .figures import Figures
 from .group import GroupAgent, GroupConfig
-from .on_policy import Metrics, OnPolicyConfig
+from .on_policy import OnPolicyConfig
 from .rollout import Rollout
 from .surrogate import Batch, Targets
 
@@ -60,7 +62,8 @@ class ExpertIteration(GroupAgent):
 
     def usable(self) -> Tensor | None:
         """The episodes that are kept."""
-        return self.kept.nonzero()[:, 0]
+        [kept] = to_host(self.kept)
+        return kept.nonzero()[:, 0]
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative log-likelihood of the tokens, and the entropy bonus."""
@@ -73,7 +76,6 @@ class ExpertIteration(GroupAgent):
             "policy/entropy_avg": entropy,
         }
 
-    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """An update; the share of the episodes that were kept is reported."""
-        metrics: dict[str, Any] = super().update(rollout, kl)
-        return {**metrics, "val/kept": float(overall_mean(self.kept))}
+    def figures(self) -> Figures:
+        """The share of the episodes that were kept."""
+        return {"val/kept": overall_mean(self.kept)}

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
+from textgym.models.transfer import to_host
 from textgym.rewards.kl import estimate_kl
 
 from .advantages import masked_mean, overall_mean
+from .figures import Figures
 from .group import GroupAgent, GroupConfig
 from .losses import clipped_policy_loss
-from .on_policy import Metrics, OnPolicyConfig
+from .on_policy import OnPolicyConfig
 from .rollout import Rollout
 from .surrogate import Batch, Targets
 
@@ -81,16 +83,16 @@ class GRPO(GroupAgent):
             return super().measure_kl(rollout)
         return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.mask)
 
-    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """An update; groups without spread are counted."""
-        metrics = super().update(rollout, kl)
-        return {**metrics, "frac_reward_zero_std": float(1 - overall_mean(self.spread.float()))}
+    def figures(self) -> Figures:
+        """The share of groups without spread."""
+        return {"frac_reward_zero_std": 1 - overall_mean(self.spread.float())}
 
     def usable(self) -> Tensor | None:
         """Without a KL in the loss, groups without spread have no gradient and cost no work."""
         if self.reference_log_probs is not None:
             return None
-        return self.spread.repeat_interleave(self.config.group_size).nonzero()[:, 0]
+        [spread] = to_host(self.spread)
+        return spread.repeat_interleave(self.config.group_size).nonzero()[:, 0]
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate, and the KL if it is paid here."""

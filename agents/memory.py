@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textgym.models.sequences import Sequences
+from textgym.models.sequences import HostRows, Sequences
+from textgym.models.transfer import to_device
 
 
 class Memories(NamedTuple):
@@ -32,7 +34,7 @@ class Memories(NamedTuple):
     def part(self, rows: slice) -> Memories:
         """Some of the episodes, as wide as the longest of them."""
         sequences = self.sequences[rows]
-        width = sequences.mask.shape[1]
+        width = sequences.longest
         columns = (self.rewards[rows, :width], self.reference_log_probs[rows, :width])
         return Memories(sequences, *columns, self.weights[rows], self.indices[rows])
 
@@ -58,6 +60,12 @@ class EpisodeMemory:
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
+
+    @cached_property
+    def host(self) -> HostRows:
+        """What the host knows of all episodes; read once from tensors that were loaded, and kept up from then on."""
+        names = ("input_ids", "prompt_lengths", "response_lengths")
+        return HostRows.read(Sequences(*(self.tensors[name] for name in names)))
 
     def add(self, sequences: Sequences, rewards: Tensor, reference_log_probs: Tensor, longest: int) -> None:
         """Keeps N episodes in place of the oldest ones; new ones are as urgent as the most urgent one.
@@ -92,6 +100,8 @@ class EpisodeMemory:
         urgent = self.tensors["priorities"].max() if self.added else 1.0
         self.stop, self.decoder_start = sequences.stop, sequences.decoder_start
         slots = torch.arange(self.added, self.added + len(sequences), device=rewards.device) % self.capacity
+        for kept, new in zip(self.host, sequences.host, strict=True):
+            kept[np.arange(self.added, self.added + len(sequences)) % self.capacity] = new
         for name, values in columns.items():
             self.tensors[name][slots] = values
         self.tensors["priorities"][slots] = urgent
@@ -99,23 +109,28 @@ class EpisodeMemory:
 
     def sample(self, count: int, generator: torch.Generator) -> Memories:
         """Draws `count` episodes, with replacement; `generator` is a CPU's."""
-        device = self.tensors["rewards"].device
         if self.alpha == 0:
-            indices = torch.randint(len(self), (count,), generator=generator).to(device)
-            weights = torch.ones(count, device=device)
+            drawn, weights = torch.randint(len(self), (count,), generator=generator), torch.ones(count)
         else:
             odds = self.tensors["priorities"][: len(self)].cpu() ** self.alpha
             drawn = torch.multinomial(odds, count, replacement=True, generator=generator)
             weights = (odds[drawn] / odds.mean()) ** -self.beta
-            indices, weights = drawn.to(device), (weights / weights.max()).to(device)
+            weights = weights / weights.max()
+        indices, weights = to_device(self.tensors["rewards"].device, drawn, weights)
+        host = self.host.take(drawn.numpy())
+        widest, longest = int((host.prompt_lengths + host.response_lengths).max()), int(host.response_lengths.max())
         column = {name: values[indices] for name, values in self.tensors.items()}
-        lengths = (column["prompt_lengths"], column["response_lengths"])
-        sequences = Sequences(column["input_ids"], *lengths, self.stop, decoder_start=self.decoder_start)
-        width = sequences.mask.shape[1]
         return Memories(
-            replace(sequences, input_ids=sequences.input_ids[:, : int(sequences.lengths.max())]),
-            column["rewards"][:, :width],
-            column["reference_log_probs"][:, :width],
+            Sequences(
+                column["input_ids"][:, :widest],
+                column["prompt_lengths"],
+                column["response_lengths"],
+                self.stop,
+                decoder_start=self.decoder_start,
+                known=host,
+            ),
+            column["rewards"][:, :longest],
+            column["reference_log_probs"][:, :longest],
             weights,
             indices,
         )

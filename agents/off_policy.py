@@ -23,6 +23,7 @@ from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 
 from .distributed import count
+from .figures import Figures, mean_over, on_host
 from .memory import EpisodeMemory, Memories
 from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
 from .rollout import Rollout, collect
@@ -201,21 +202,18 @@ class OffPolicyAgent(OnPolicyAgent):
         reference_log_probs = torch.where(rollout.mask, rollout.log_probs - kl, 0.0)
         longest = self.envs.unwrapped.task.episodes.max_new_tokens
         self.memory.add(rollout.sequences, rollout.rewards(), reference_log_probs, longest)
-        steps: list[dict[str, Tensor]] = []
+        steps: list[Figures] = []
         if self.memory.added >= self.config.learning_starts:
             steps = [self._step() for _ in range(self.config.gradient_steps)]
-        metrics = (
-            {name: float(torch.stack([step[name] for step in steps]).mean()) for name in steps[0]} if steps else {}
-        )
-        return {**metrics, "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
+        return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
-    def _step(self) -> dict[str, Tensor]:
+    def _step(self) -> Figures:
         """One step of the optimiser; in micro-batches, whose gradients add up (trap 24)."""
         batch = self.memory.sample(self.config.batch_size, self.shuffler)
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
         size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
-        figures: dict[str, Tensor] = {}
+        figures: Figures = {}
         for start in range(0, self.config.batch_size, size):
             part = batch.part(slice(start, start + size))
             share = part.sequences.response_lengths.sum() / total  # losses are means over tokens
@@ -226,7 +224,7 @@ class OffPolicyAgent(OnPolicyAgent):
                 self.memory.reprioritise(part.indices, errors, part.sequences.mask)
             for name, figure in reported.items():
                 figures[name] = figures.get(name, 0.0) + share * figure
-        figures["val/grad_norm"] = torch.as_tensor(self.apply_gradients())
+        figures["val/grad_norm"] = self.apply_gradients()
         self.steps += 1
         if self.steps % self.config.target_update_interval == 0:
             self._update_targets()

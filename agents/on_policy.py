@@ -213,19 +213,20 @@ class OnPolicyAgent(ABC):
         """The policy's action, `(B,)` or `()`."""
         return self.policy.predict(observation, deterministic)
 
-    def step(self, loss: Tensor) -> float:
+    def step(self, loss: Tensor) -> Tensor:
         """One optimiser step on a loss; returns the gradient's norm before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return self.apply_gradients()
 
-    def apply_gradients(self) -> float:
-        """One optimiser step with the gradient's norm clipped; returns the norm before clipping."""
+    def apply_gradients(self) -> Tensor:
+        """One optimiser step with the gradient's norm clipped; returns the norm before clipping, on the device."""
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         add_up_gradients(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
         self.optimizer.step()
-        return float(full(norm))
+        whole: Tensor = full(norm)
+        return whole
 
     def _anneal(self) -> None:
         left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Rollout:
     def __getitem__(self, rows: slice) -> Rollout:
         """Some of the episodes, as wide as the longest of them."""
         sequences = self.sequences[rows]
-        width = sequences.mask.shape[1]
+        width = sequences.longest
         return Rollout(
             sequences,
             self.log_probs[rows, :width],
@@ -194,14 +194,6 @@ def merge(rollouts: list[Rollout]) -> Rollout:
     """Several rollouts as one, padded to the longest response."""
     if len(rollouts) == 1:
         return rollouts[0]
-    parts = [rollout.sequences for rollout in rollouts]
-    sequences = replace(
-        parts[0],
-        input_ids=torch.cat([part.input_ids for part in parts]),
-        prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
-        response_lengths=torch.cat([part.response_lengths for part in parts]),
-        written=_written(parts),
-    )
     longest = max(rollout.log_probs.shape[1] for rollout in rollouts)
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.components)
 
@@ -210,7 +202,7 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1])) for x in columns])
 
     return Rollout(
-        sequences,
+        Sequences.cat([rollout.sequences for rollout in rollouts]),
         padded("log_probs"),
         padded("values"),
         torch.cat([rollout.scores for rollout in rollouts]),
@@ -219,15 +211,6 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         torch.cat([rollout.ended_by_stop for rollout in rollouts]),
         {name: torch.cat([_component(rollout, name) for rollout in rollouts]) for name in names},
     )
-
-
-def _written(parts: list[Sequences]) -> Tensor | None:
-    masks = [part.written for part in parts]
-    if all(mask is None for mask in masks):
-        return None
-    width = max(part.mask.shape[1] for part in parts)
-    padded = [torch.nn.functional.pad(part.mask, (0, width - part.mask.shape[1])) for part in parts]
-    return torch.cat(padded)
 
 
 def _component(rollout: Rollout, name: str) -> Tensor:

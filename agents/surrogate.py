@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.sequences import Sequences
+from textgym.models.sequences import Sequences, on_both
 
 from .advantages import overall_mean
 from .distributed import evenly, everyone, share_of, total
+from .figures import Figures, mean_over, on_host
 from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
 from .rollout import Rollout
 
@@ -73,10 +74,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, rows: Tensor) -> Batch:
-        """Some of the episodes, as wide as the longest of them."""
-        sequences = self.sequences[rows]
-        width = sequences.mask.shape[1]
+    def __getitem__(self, chosen: slice | Tensor) -> Batch:
+        """Some of the episodes, as wide as the longest of them; indices are on the host."""
+        rows, host_rows = on_both(chosen, self.indices.device)
+        sequences = self.sequences.take(rows, host_rows)
+        width = sequences.longest
         columns = (self.log_probs, self.values, self.advantages, self.returns)
         log_probs, values, advantages, returns = (x[rows, :width] for x in columns)
         return Batch(sequences, log_probs, values, advantages, returns, self.indices[rows])
@@ -106,11 +108,15 @@ class SurrogateAgent(OnPolicyAgent):
 
     def weight(self, batch: Batch) -> int:
         """What a batch's mean weighs in the mean of several: its tokens, since losses are means over tokens."""
-        return int(batch.mask.sum())
+        return batch.sequences.num_tokens
 
     def usable(self) -> Tensor | None:
-        """Indices of the episodes worth training on; `None` for all."""
+        """Indices of the episodes worth training on, on the host; `None` for all."""
         return None
+
+    def figures(self) -> Figures:
+        """What an update reports besides the figures of `loss`; most have nothing."""
+        return {}
 
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
         """A policy on a batch, with gradients."""
@@ -124,49 +130,60 @@ class SurrogateAgent(OnPolicyAgent):
         returns = torch.zeros_like(rewards) if targets.returns is None else targets.returns
         indices = torch.arange(len(rollout), device=rewards.device)
         batch = Batch(rollout.sequences, rollout.log_probs, rollout.values, targets.advantages, returns, indices)
-        figures: list[Metrics] = []
-        for rows, counts in self._minibatches(len(rollout), self.usable()):
-            figures.append(self._learn_from(batch[rows], counts))
-            approximate = figures[-1].get("policy/approxkl_avg", 0.0)
-            if self.config.target_kl is not None and approximate > 1.5 * self.config.target_kl:
-                break
+        steps: list[Figures] = []
+        for minibatch, counts in self._minibatches(batch):
+            steps.append(self._learn_from(minibatch, counts))
+            if self.config.target_kl is not None:  # the one thing that the host waits for in every minibatch
+                approximate = steps[-1].get("policy/approxkl_avg", 0.0)
+                if float(approximate) > 1.5 * self.config.target_kl:
+                    break
         self.learner.refresh()
-        means = {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]} if figures else {}
-        return {**means, **({} if targets.returns is None else _explained(batch))}
+        figures = mean_over(steps) | self.figures()
+        if targets.returns is not None:
+            figures |= _explained(batch)
+        return on_host(figures)
 
-    def _learn_from(self, batch: Batch, counts: bool) -> Metrics:
+    def _learn_from(self, batch: Batch, counts: bool) -> Figures:
         """One optimiser step; in micro-batches, whose gradients add up to that of the batch (trap 24).
 
         The batch is that of all processes, of which each has a part; `counts` says whether this one's does.
         """
         self.optimizer.zero_grad(set_to_none=True)
         whole = sum(everyone(self.weight(batch) * counts))
-        figures: Metrics = {}
-        parts = torch.arange(len(batch)).split(self.config.micro_batch_size or len(batch))
-        for rows, real in evenly(parts, spare=parts[0][:1]):
-            part = batch[rows] if len(rows) < len(batch) else batch
+        figures: Figures = {}
+        for rows, real in evenly(_slices(len(batch), self.config.micro_batch_size), spare=slice(0, 1)):
+            part = batch if rows.stop - rows.start == len(batch) else batch[rows]
             share = self.weight(part) / whole if counts and real else 0.0
             loss, minibatch = self.loss(self.learner(functools.partial(self.evaluate, batch=part)), part)
             (loss * share).backward()
             for name, figure in minibatch.items():
-                figures[name] = figures.get(name, 0.0) + share * float(figure.detach())
-        shares = total(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.policy.device))
-        return {**dict(zip(figures, shares.tolist(), strict=True)), "val/grad_norm": self.apply_gradients()}
+                figures[name] = figures.get(name, 0.0) + share * figure.detach().double()
+        shares = total(torch.stack(list(figures.values())))
+        return {**dict(zip(figures, shares, strict=True)), "val/grad_norm": self.apply_gradients()}
 
-    def _minibatches(self, count: int, usable: Tensor | None) -> Iterator[tuple[Tensor, bool]]:
-        """Row indices of every minibatch of every epoch, and whether they count, see `evenly`.
+    def _minibatches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+        """Every minibatch of every epoch, and whether it counts, see `evenly`.
 
-        Each epoch sees each episode once, in a new order.
+        Each epoch sees each usable episode once, in a new order.
         """
-        rows = torch.arange(count, device=self.policy.device) if usable is None else usable
-        size = share_of(self.config.minibatch_size, "minibatch_size") if self.config.minibatch_size else count
+        usable = self.usable()
+        rows = torch.arange(len(batch)) if usable is None else usable
+        size = share_of(self.config.minibatch_size, "minibatch_size") if self.config.minibatch_size else None
         for _ in range(self.config.num_epochs):
-            order = torch.randperm(len(rows), generator=self.shuffler).to(rows.device)
-            yield from evenly(rows[order].split(size) if len(rows) else (), spare=rows.new_zeros(1))
+            order = rows[torch.randperm(len(rows), generator=self.shuffler)]
+            shuffled = batch[order] if len(order) else batch
+            for chosen, counts in evenly(_slices(len(order), size), spare=slice(0, 1)):
+                yield shuffled[chosen], counts
 
 
-def _explained(batch: Batch) -> Metrics:
+def _slices(count: int, size: int | None) -> list[slice]:
+    """So many rows in parts of a size; `None`: in one."""
+    size = size or max(count, 1)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _explained(batch: Batch) -> Figures:
     mask, returns = batch.mask, batch.returns
     error = overall_mean((returns - batch.values).square(), mask)
     variance = overall_mean((returns - overall_mean(returns, mask)).square(), mask)
-    return {"val/explained_variance": float(1 - error / variance.clamp(min=1e-8))}
+    return {"val/explained_variance": 1 - error / variance.clamp(min=1e-8)}

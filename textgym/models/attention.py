@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from textgym.models.packing import plan
+from textgym.models.transfer import to_device, to_host
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_PADDING = 0.1
@@ -50,6 +52,7 @@ class Packed(NamedTuple):
         starts: `(N,)`, where each sequence starts in `input_ids.flatten()`.
         shared: `(N,)`, how many of its tokens it shares.
         resumes: `(N,)`, where it goes on after them.
+        lengths: `(N,)`, its tokens.
     """
 
     input_ids: Tensor
@@ -59,6 +62,7 @@ class Packed(NamedTuple):
     starts: Tensor
     shared: Tensor
     resumes: Tensor
+    lengths: Tensor
 
     def slots(self, rows: Tensor, places: Tensor) -> Tensor:
         """Where the tokens at `places` `(M,)` of sequences `rows` `(M,)` are in `input_ids.flatten()`."""
@@ -86,17 +90,17 @@ class PackedStates:
         return PackedStates(self.packed, self.index[chosen])
 
     @classmethod
-    def prefixes(
-        cls, input_ids: Tensor, lengths: Tensor, rows: Tensor, sizes: Tensor, prompt_lengths: Tensor | None = None
-    ) -> PackedStates:
+    def prefixes(cls, input_ids: Tensor, lengths: Tensor, rows: Tensor, sizes: Tensor) -> PackedStates:
         """The first `sizes` `(M,)` tokens of `rows` `(M,)`; the other arguments are those of `pack`."""
-        packed = pack(input_ids, lengths, prompt_lengths)
+        packed = pack(input_ids, lengths)
         return cls(packed, packed.slots(rows, sizes - 1))
 
     @classmethod
     def whole(cls, input_ids: Tensor, lengths: Tensor) -> PackedStates:
         """Every row of `input_ids` `(N, W)` to its full length `(N,)`: N states."""
-        return cls.prefixes(input_ids, lengths, torch.arange(len(lengths), device=lengths.device), lengths)
+        packed = pack(input_ids, lengths)
+        rows = torch.arange(len(packed.lengths), device=input_ids.device)
+        return cls(packed, packed.slots(rows, packed.lengths - 1))
 
     def hidden(self, lm: Any) -> Tensor:
         """Last hidden state `(M, d)` of each state.
@@ -108,21 +112,29 @@ class PackedStates:
         return packed_hidden(lm, self.packed)[self.index]
 
 
-def pack(input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = None) -> Packed:
-    """Packs right-padded rows.
+def pack(
+    input_ids: Tensor,
+    lengths: Tensor | np.ndarray,
+    prompt_lengths: Tensor | np.ndarray | None = None,
+    sharing: Sequence[Sequence[int]] | None = None,
+) -> Packed:
+    """Packs right-padded rows. Lengths are read on the host, so they had better be there already.
 
     Args:
         input_ids: `(N, W)`, right-padded.
         lengths: `(N,)`, real tokens of each row, at least 1.
         prompt_lengths: `(N,)`, how many of them are a prompt, which others may share; `None`: nobody shares.
+        sharing: the rows of each prompt, where they are known, see `rows_alike`.
     """
     sizes, device = lengths.tolist(), input_ids.device
     if prompt_lengths is None:
         planned = plan(sizes, [0] * len(sizes), [[row] for row in range(len(sizes))])
     else:
-        planned = plan(sizes, prompt_lengths.tolist(), rows_alike(input_ids, prompt_lengths))
-    starts, shared, resumes, bundles = torch.tensor(planned[:4], device=device)
-    row, place = ragged(lengths)
+        sharing = sharing or rows_alike(input_ids, torch.as_tensor(prompt_lengths))
+        planned = plan(sizes, prompt_lengths.tolist(), sharing)
+    [columns] = to_device(device, torch.tensor([sizes, *planned[:4]]))
+    there, starts, shared, resumes, bundles = columns
+    row, place = ragged(there, sum(sizes))
     in_prompt, prompt = place < shared[row], bundles[row] + len(sizes) + 1
     slot = torch.where(in_prompt, starts[row], resumes[row] - shared[row]) + place
     flat = torch.zeros(4, planned.rows * planned.width, dtype=torch.long, device=device)
@@ -131,7 +143,7 @@ def pack(input_ids: Tensor, lengths: Tensor, prompt_lengths: Tensor | None = Non
     flat[2, slot] = torch.where(in_prompt, prompt, row + 1)
     flat[3, slot] = torch.where(shared[row] > 0, prompt, row + 1)
     ids, positions, segments, prompts = flat.view(4, planned.rows, planned.width)
-    return Packed(ids, positions, segments, prompts, starts, shared, resumes)
+    return Packed(ids, positions, segments, prompts, starts, shared, resumes, there)
 
 
 def rows_alike(input_ids: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -140,13 +152,21 @@ def rows_alike(input_ids: Tensor, lengths: Tensor) -> list[list[int]]:
     >>> rows_alike(torch.tensor([[5, 6, 9], [5, 7, 0], [5, 6, 8]]), torch.tensor([2, 2, 2]))
     [[0, 2], [1]]
     """
-    ids = input_ids[:, : int(lengths.max())]
-    beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
-    kinds = torch.unique(ids.masked_fill(beyond, -1), dim=0, return_inverse=True)[1].tolist()
-    rows: dict[int, list[int]] = {}
-    for row, kind in enumerate(kinds):
-        rows.setdefault(kind, []).append(row)
-    return list(rows.values())
+    ids, sizes = to_host(input_ids, lengths)
+    return alike(first_tokens(ids, sizes))
+
+
+def first_tokens(input_ids: Tensor, lengths: Tensor) -> list[bytes]:
+    """The first tokens of each row, as many as `lengths` `(N,)` says, in a form to compare; both are on the host."""
+    return [row[:length].tobytes() for row, length in zip(input_ids.numpy(), lengths.tolist(), strict=True)]
+
+
+def alike(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Indices of equal keys, in the order in which they first occur."""
+    found: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        found.setdefault(key, []).append(index)
+    return list(found.values())
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, max_padding: float = MAX_PADDING) -> list[list[int]]:
@@ -167,10 +187,13 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, max_padding: floa
     return batches
 
 
-def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every real slot of rows with these lengths, row by row: two `(sum(lengths),)` tensors."""
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+def ragged(lengths: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+    """Row and column of every real slot of rows with these lengths, row by row: two `(sum(lengths),)` tensors.
+
+    The host waits for the sum of the lengths, unless it is given.
+    """
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+    first = (lengths.cumsum(0) - lengths)[rows]
     return rows, torch.arange(len(rows), device=lengths.device) - first
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from textgym.models.attention import pack, packed_hidden, ragged
+from textgym.models.attention import pack, packed_hidden
 
 
 class TextScores(NamedTuple):
@@ -28,10 +28,14 @@ class LastTokenScorer(nn.Module):
         self.classifier = classifier
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> TextScores:
-        """Scores of `input_ids` `(B, T)`, of which row i holds `lengths[i]` tokens and then padding."""
+        """Scores of `input_ids` `(B, T)`, of which row i holds `lengths[i]` tokens and then padding.
+
+        Lengths are read on the host, so they had better be there.
+        """
         head = score_head(self.classifier)
         if head is None:  # an encoder such as BERT, which pools by itself and is told what is padding
-            mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
+            slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+            mask = slots < lengths.to(input_ids.device)[:, None]  # (B, T)
             logits = self.classifier(input_ids=input_ids, attention_mask=mask.long()).logits.float()
             return TextScores(logits, logits)
         packed = pack(input_ids, lengths)
@@ -39,9 +43,9 @@ class LastTokenScorer(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if head.bias is None else head.bias.float()
             scores = F.linear(hidden.float(), head.weight.float(), bias)  # (R * L, K)
-        rows, positions = ragged(lengths)
-        total = torch.zeros_like(scores[: len(lengths)]).index_add(0, rows, scores[packed.starts[rows] + positions])
-        return TextScores(scores[packed.starts + lengths - 1], total / lengths[:, None])
+        sums = scores.new_zeros(len(packed.lengths) + 1, scores.shape[1])
+        total = sums.index_add(0, packed.segments.flatten(), scores)[1:]  # the first is that of slots without a token
+        return TextScores(scores[packed.starts + packed.lengths - 1], total / packed.lengths[:, None])
 
 
 def score_head(classifier: PreTrainedModel) -> nn.Linear | None:

@@ -21,9 +21,10 @@ from transformers.utils import cached_file
 
 from textgym.data.files import atomic_folder
 from textgym.data.messages import Messages, Text, encode
-from textgym.models.attention import batches_by_length
+from textgym.models.attention import MAX_PADDING, batches_by_length
 from textgym.models.devices import Device
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
+from textgym.models.transfer import to_device
 from textgym.rewards.last_token import LastTokenScorer, pad_right, score_head
 
 SETTINGS_FILE = "reward_model.json"
@@ -172,7 +173,7 @@ class RewardModel:
 
         Args:
             input_ids: `(B, T)` ids on the model's device; row i holds `lengths[i]` real tokens, then anything.
-            lengths: `(B,)`, at least 1.
+            lengths: `(B,)`, at least 1; on the host, or the host waits for them.
 
         Returns:
             `(B,)` float32 on the model's device.
@@ -188,11 +189,18 @@ class RewardModel:
         return self.score_rows(self.encode(texts))
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Scores `(N,)` of lists of ids, sorted by length into batches so that little padding is computed."""
-        scores = torch.empty(len(rows), device=self.device)
-        for batch in batches_by_length([len(row) for row in rows], self.batch_size):
+        """Scores `(N,)` of lists of ids, on the host, sorted by length into batches so that little padding is computed.
+
+        Decoders take whole batches: their rows are packed, and none is padded.
+        """
+        scores, parts = torch.empty(len(rows)), []
+        padding = MAX_PADDING if score_head(self.model) is None else 1.0
+        batches = batches_by_length([len(row) for row in rows], self.batch_size, padding)
+        for batch in batches:
             input_ids, lengths = pad_right([rows[index] for index in batch])
-            scores[batch] = self.score(input_ids.to(self.device), lengths.to(self.device))
+            parts.append(self.score(*to_device(self.device, input_ids), lengths))
+        if parts:
+            scores[[index for batch in batches for index in batch]] = torch.cat(parts).cpu()
         return scores
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:

@@ -1,0 +1,32 @@
+"""Copies several tensors between host and device at once, since the host waits for each copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the CPU, by one copy; those of a CPU as they are."""
+    return _moved(tensors, CPU)
+
+
+def to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of the CPU on a device, by one copy, which the host does not wait for; what is there stays as it is."""
+    return _moved(tensors, device)
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    if not tensors or tensors[0].device.type == device.type:
+        return list(tensors)
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)  # so that each part begins where it may
+    packed = torch.cat([tensors[i].detach().contiguous().flatten().view(torch.uint8) for i in order])
+    if device.type == "cuda":
+        packed = packed.pin_memory()  # from other memory the copy would wait for all work on the device
+    parts = packed.to(device, non_blocking=device.type == "cuda").split([tensors[i].nbytes for i in order])
+    moved = {i: part.view(tensors[i].dtype).view(tensors[i].shape) for i, part in zip(order, parts, strict=True)}
+    return [moved[i] for i in range(len(tensors))]
