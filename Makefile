@@ -3,7 +3,7 @@ PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || ech
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: venv demo test test-fast test-slow docs lint type format bench bench-demo bench-sb3 bench-peers bench-lora
+.PHONY: venv demo test test-fast test-slow test-numerics docs lint type format bench bench-demo bench-sb3 bench-peers bench-lora
 
 venv: $(INSTALLED)
 
@@ -31,6 +31,9 @@ test-slow: $(INSTALLED)
 .PHONY: test-oldest
 test-oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; downloads several GB
 	$(PYTHON) scripts/test_oldest.py
+
+test-numerics: $(INSTALLED)  ## the tests marked numerics under 18 kinds of arithmetic, and a table of them
+	$(BIN)/python scripts/test_numerics.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ class Checkpoints:
     """Saves an agent after every so many updates as `step-000123`, named by its updates; the last few are kept.
 
     It is a callback of agents: `agent.learn(4096, callbacks=[Checkpoints("checkpoints")])`. What is written is what
-    `agent.save` writes, so `PPO.load(Checkpoints("checkpoints").newest())` goes on from it, bit for bit on a CPU. A
+    `agent.save` writes, so `PPO.load(Checkpoints("checkpoints").newest())` goes on from it. A
     checkpoint is written under a temporary name, put on the disk and renamed, and the oldest is removed afterwards:
     kill -9 or a power cut at any moment leaves whole checkpoints only.
 

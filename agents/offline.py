@@ -190,7 +190,7 @@ class OfflineAgent(ABC):
     # --- saving: weights in safetensors, the trainer's state as it writes checkpoints, read with weights_only ---
 
     def save(self, folder: str | Path) -> None:
-        """Writes what `load` needs to go on bit for bit: `policy/`, a transformers folder, and the training state."""
+        """Writes all that `load` needs to go on: `policy/`, a transformers folder, and the training state."""
         meta = {
             "config": dataclasses.asdict(self.config),
             "updates": self.updates,

@@ -1,4 +1,4 @@
-"""One thread, no network: what every test runs under. The plain path and captured steps, which several tests share."""
+"""What every test runs under: no network, one thread unless `OMP_NUM_THREADS` says otherwise, and shared fixtures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
-torch.set_num_threads(1)  # two collapse when another process runs
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collapse when another process runs
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("bit_for_bit") is not None and "MKL_CBWR" not in os.environ:
+        pytest.skip("needs MKL_CBWR=COMPATIBLE; tests/test_bit_for_bit.py runs it in a process that has it")
     if item.get_closest_marker("data") is None:
         return
     archive = sources.cache_dir() / "downloads" / sources.VADER.filename

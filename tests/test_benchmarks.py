@@ -82,7 +82,7 @@ def test_bfloat16_moves_log_probs_as_far_as_its_config_says(benchmark: Any) -> N
     module = benchmark("bf16")
     for row in module.compare(module.Config(rows=16, new_tokens=16)):
         assert 1e-4 < row["mean"] < 0.03
-        assert row["99% below"] < 0.1
+        assert row["99% below"] < 0.15
         assert abs(row["mean ratio"] - 1) < 0.01
         assert 0 < row["gradient"] < 0.1
 

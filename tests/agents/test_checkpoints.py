@@ -214,6 +214,7 @@ def assert_same(folder: Path, whole: Path) -> None:
             torch.load(path, weights_only=True)
 
 
+@pytest.mark.bit_for_bit
 @pytest.mark.training
 @pytest.mark.parametrize(
     "agent", [pytest.param(name, marks=() if name in ("ppo", "dqn") else pytest.mark.slow) for name in SETTINGS]
@@ -291,6 +292,7 @@ for line in sys.stdin:
 """A process that has imported everything, and forks one that runs the command for each line it reads."""
 
 
+@pytest.mark.bit_for_bit
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -28,7 +28,9 @@ from textgym.agents.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.attention import checkpointing_layers
 from textgym.rewards.kl import AdaptiveKL
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
 
 Weights = dict[str, np.ndarray]
 SETTINGS = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -166,7 +168,7 @@ def _run(answers: Any, number: int, shared: dict[str, str], work: Callable[..., 
 def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, float]]], by_episodes: bool) -> None:
     for weights, history in results:
         for name, weight in expected[0].items():
-            np.testing.assert_allclose(weights[name], weight, atol=1e-6, rtol=0, err_msg=name)
+            assert_close(weights[name], weight, terms=FORWARD, scale=1.0, what=name)
         for metrics, whole in zip(history, expected[1], strict=True):
             assert metrics.keys() == whole.keys()
             for key in metrics.keys() - (TOKEN_MEANS if by_episodes else set()):
@@ -234,6 +236,7 @@ def resume(folder: Path) -> Weights:
     return weights_of(GRPO.load(folder, envs=make_envs(EPISODES // count())).learn(EPISODES * UPDATES))
 
 
+@pytest.mark.bit_for_bit
 @PARALLEL
 def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
     tmp_path: Path, environment: dict[str, str]
@@ -264,7 +267,8 @@ def learn_from_few(kind: str) -> float:
 
 def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others() -> None:
     first, second = launched(learn_from_few, "expert iteration", **SHARDED)
-    assert first == second > 0
+    assert first == pytest.approx(second)
+    assert second > 0
 
 
 def learn_from_texts(processes: int) -> tuple[Weights, list[dict[str, float]]]:
@@ -281,7 +285,7 @@ def test_two_processes_learn_what_one_learns_from_all_texts() -> None:
     weights, history = learn_from_texts(1)
     for others, figures in launched(learn_from_texts, PROCESSES):
         for name, weight in weights.items():
-            np.testing.assert_allclose(others[name], weight, atol=1e-6, rtol=0, err_msg=name)
+            assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
         assert [row["loss"] for row in figures] == pytest.approx([row["loss"] for row in history], rel=1e-4)
 
 

@@ -19,7 +19,11 @@ from textgym.envs.games import GameVectorEnv
 from textgym.models import log_probs, writing
 from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.rewards.kl import ESTIMATORS
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
+
+FORWARD = terms_of(mock_lm())
+LOG_PROB = 8.0  # the size of the mock model's log-probs
+ROUNDING = tolerance(FORWARD, scale=LOG_PROB)
 
 ROWS, BETA = 8, 0.3
 KINDS = ["shared", "separate", "lora", "lora, separate"]
@@ -118,8 +122,8 @@ def plain_loss(agent: PPO, rollout: Rollout, plainly: Callable[..., Evaluation])
     config, mask, coef = agent.config, rollout.mask, agent.penalty.coef
     new = plainly(agent.policy, rollout.sequences)
     old, values = new.log_prob.detach(), new.value.detach()
-    torch.testing.assert_close(rollout.log_probs, old, atol=1e-5, rtol=0)
-    torch.testing.assert_close(rollout.values, values, atol=1e-5, rtol=1e-5)
+    assert_close(rollout.log_probs, old, terms=FORWARD)
+    assert_close(rollout.values, values, terms=FORWARD)
     with torch.no_grad(), agent.penalty.reference._active():
         rewards = coef * (plainly(agent.penalty.reference, rollout.sequences).log_prob - old)
     assert rewards[mask].abs().max() > 0.01, "a policy that has moved"
@@ -154,7 +158,7 @@ def assert_gradient_is_plain(agent: PPO, plainly: Callable[..., Evaluation]) -> 
     for name, gradient in expected.items():
         assert gradient.norm() > 1e-5, f"{name}: nothing to compare"
         scale = max(1.0, float(gradient.norm()))
-        torch.testing.assert_close(found[name] / scale, gradient / scale, atol=1e-5, rtol=0)
+        assert_close(found[name] / scale, gradient / scale, terms=FORWARD, scale=1.0)
 
 
 @each_kind
@@ -177,9 +181,9 @@ def test_trap_01_ratio_is_one_before_the_first_update(kind: str, bf16: bool, req
     history: list[dict[str, float]] = []
     agent.learn(2 * ROWS, [lambda _, metrics: history.append(metrics)])
     assert len(ratios) == 2 * 2 * 2 * 2, "updates, epochs, minibatches and micro-batches"
-    assert torch.cat(ratios).abs().max() < (0.5 if bf16 else 1e-4)
+    assert torch.cat(ratios).abs().max() < (0.5 if bf16 else ROUNDING)
     assert (torch.cat(ratios).abs().mean() > 1e-4) == bf16
-    assert all(metrics["val/ratio"] == pytest.approx(1.0, abs=0.02 if bf16 else 1e-5) for metrics in history)
+    assert all(metrics["val/ratio"] == pytest.approx(1.0, abs=0.02 if bf16 else ROUNDING) for metrics in history)
     assert bf16 or all(metrics["policy/clipfrac_avg"] == 0.0 for metrics in history)
     assert captured != []
 
@@ -191,7 +195,7 @@ def test_trap_01_with_weights_in_bf16(kind: str) -> None:
     assert agent.policy.lm.dtype == torch.bfloat16
     ratios = ratios_of(agent)
     agent.learn(ROWS)
-    assert torch.cat(ratios).abs().mean() < 0.02
+    assert torch.cat(ratios).abs().mean() < 0.03
     assert torch.cat(ratios).abs().max() < 0.5
 
 
@@ -202,7 +206,7 @@ def test_trap_02_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
     rollout = agent.collect()
     for estimator in ESTIMATORS:
         agent.penalty.estimator = estimator
-        assert agent.measure_kl(rollout).abs().max() < 1e-5, estimator
+        assert agent.measure_kl(rollout).abs().max() < ROUNDING, estimator
 
 
 @unlike_kinds
@@ -215,7 +219,7 @@ def test_trap_22_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: 
     agent.policy.zero_grad()
     plain_loss(agent, rollouts[0], plainly).backward()
     exact = gradients_of(agent)
-    assert 1e-4 < torch.cat(ratios).abs().mean() < 0.02
+    assert 1e-4 < torch.cat(ratios).abs().mean() < 0.03
     assert all(moved[name].dtype == torch.float32 for name in moved)
     distance = sum(float((moved[name] - exact[name]).square().sum()) for name in exact) ** 0.5
     assert 0 < distance < 0.05 * sum(float(gradient.square().sum()) for gradient in exact.values()) ** 0.5
@@ -235,7 +239,7 @@ def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
         end = int(alone.lengths[0])
         assert end == together.lengths[row]
         assert alone.tokens[0, :end].tolist() == together.tokens[row, :end].tolist()
-        torch.testing.assert_close(alone.log_probs[0, :end], together.log_probs[row, :end], atol=1e-5, rtol=0)
+        assert_close(alone.log_probs[0, :end], together.log_probs[row, :end], terms=FORWARD)
 
     sequences = agent.collect().sequences
     agent.policy.evaluate(sequences, entropy_gradient=True).log_prob.sum().backward()
@@ -246,11 +250,11 @@ def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
         one = agent.policy.evaluate(sequences[row : row + 1], entropy_gradient=True)
         for name in Evaluation._fields:
             mine, other = getattr(one, name)[0], getattr(whole, name)[row]
-            torch.testing.assert_close(mine, other[: len(mine)], atol=1e-5, rtol=1e-5)
+            assert_close(mine, other[: len(mine)], terms=FORWARD)
         one.log_prob.sum().backward()
     for name, gradient in gradients_of(agent).items():
         scale = max(1.0, float(gradient.norm()))
-        torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=1e-5, rtol=0)
+        assert_close(gradient / scale, expected[name] / scale, terms=FORWARD, scale=1.0)
 
 
 @unlike_kinds
@@ -265,7 +269,7 @@ def test_trap_24_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None
     for name, whole in gradients[0].items():
         for parts in gradients[1:]:
             scale = max(1.0, float(whole.norm()))
-            torch.testing.assert_close(parts[name] / scale, whole / scale, atol=1e-5, rtol=0)
+            assert_close(parts[name] / scale, whole / scale, terms=FORWARD, scale=1.0)
 
 
 @unlike_kinds
@@ -309,6 +313,7 @@ def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly
     assert theirs.sum() > ROWS, "the environment wrote"
 
 
+@pytest.mark.bit_for_bit
 @pytest.mark.parametrize(("kind", "bf16"), [("separate", False), ("lora, separate", True)])
 def test_trap_35_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if kind == "separate":
@@ -345,9 +350,9 @@ def test_trap_43_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> No
         rewards.append(agent.price(rollout, kl[-1]))
         advantages.append(agent.advantages(rollout, rewards[-1]).advantages)
     for name in ("log_probs", "values", "scores"):
-        torch.testing.assert_close(getattr(written, name), getattr(stepped, name), atol=1e-5, rtol=1e-5)
+        assert_close(getattr(written, name), getattr(stepped, name), terms=FORWARD)
     for mine, other in (kl, rewards, advantages):
-        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+        assert_close(mine, other, terms=FORWARD)
 
     policy, reference = fast.policy, fast.penalty.reference
     prompts = fast.envs.unwrapped.task.current.tolist()
@@ -363,5 +368,5 @@ def test_trap_43_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> No
             observation, reward, terminated, *_ = env.step(token)
             for single, column in ((log_prob, written.log_probs), (value, written.values), (reward, rewards[0])):
                 found = torch.as_tensor(single).float().reshape(())
-                torch.testing.assert_close(found, column[row, step], atol=1e-5, rtol=1e-5)
+                assert_close(found, column[row, step], terms=FORWARD, scale=LOG_PROB)
         assert terminated

@@ -47,6 +47,7 @@ def test_learns_with_moments_in_8_bits() -> None:
     assert history[-1]["objective/scores"] > history[0]["objective/scores"] + 0.5
 
 
+@pytest.mark.bit_for_bit
 def test_trap_35_resume_bit_for_bit_with_moments_in_8_bits(tmp_path: Path) -> None:
     whole, part = make_agent(True).learn(160), make_agent(True)
     part.learn(160, [lambda agent, _: agent.updates < 3])

@@ -9,7 +9,11 @@ from textgym.agents.q_functions import GreedyQ, Heads, SoftQ
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
-from textgym.testing import ExactTask
+from textgym.testing import ExactTask, assert_close, mock_lm, terms_of
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_lm())
 
 TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
 
@@ -37,7 +41,7 @@ def test_soft_values_are_the_log_sum_of_soft_qs() -> None:
     log_reference = reference.sequence_log_probs(sequences)
     value, added = SoftQ(policy).of_actions(sequences, log_reference, beta)
     q = (value + added)[:, 0]
-    torch.testing.assert_close(beta * (log_reference[:, 0] + q / beta).logsumexp(0), value[0, 0])
+    assert_close(beta * (log_reference[:, 0] + q / beta).logsumexp(0), value[0, 0], terms=FORWARD)
 
 
 @pytest.mark.parametrize("dueling", [True, False])
@@ -48,9 +52,9 @@ def test_greedy_q_starts_from_the_language_model(dueling: bool) -> None:
     expected = 0.5 * (logits.log_softmax(-1) if dueling else logits)
     best = q.best(sequences)
     assert torch.equal(best.action, logits.argmax(-1))
-    torch.testing.assert_close(best.value, expected.amax(-1))
-    torch.testing.assert_close(q.of_actions(sequences), expected.gather(1, sequences.actions[:, None])[:, 0])
-    torch.testing.assert_close(q.of_actions(sequences, best.action), best.value)
+    assert_close(best.value, expected.amax(-1), terms=FORWARD)
+    assert_close(q.of_actions(sequences), expected.gather(1, sequences.actions[:, None])[:, 0], terms=FORWARD)
+    assert_close(q.of_actions(sequences, best.action), best.value, terms=FORWARD)
 
 
 def test_quantiles_have_q_as_their_mean() -> None:
@@ -63,7 +67,7 @@ def test_quantiles_have_q_as_their_mean() -> None:
     plain = GreedyQ(policy, Heads(policy, noisy=False, n_quantiles=1)).of_actions(sequences)
     assert quantiles.shape == (len(plain), 5)
     assert quantiles.std(1).min() > 0.1
-    torch.testing.assert_close(quantiles.mean(1), plain)
+    assert_close(quantiles.mean(1), plain, terms=FORWARD)
 
 
 def test_noise_is_factored_and_can_be_taken_away() -> None:
@@ -78,11 +82,11 @@ def test_noise_is_factored_and_can_be_taken_away() -> None:
     assert heads.noise is not None
     out, within = heads.noise  # (1, V), (1, d)
     weight = policy.head.weight + heads.sigma * (out.T @ within)
-    torch.testing.assert_close(q.logits(hidden), hidden @ weight.T)
+    assert_close(q.logits(hidden), hidden @ weight.T, terms=FORWARD)
     noisy.sum().backward()
     assert heads.sigma.grad is not None
     heads.quieten()
-    assert torch.equal(q.of_actions(sequences), plain)
+    assert_close(q.of_actions(sequences), plain, terms=FORWARD)
 
 
 def test_banned_stop_tokens_are_never_best() -> None:

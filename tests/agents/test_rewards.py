@@ -14,7 +14,9 @@ from textgym import AdaptiveKL, SyncReference, ThresholdKL
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.rollout import collect, merge
 from textgym.models.actor_critic import ActorCritic
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
 
 
 def lengths(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
@@ -65,7 +67,7 @@ def test_token_level_rewards_are_scaled_with_the_score() -> None:
     rollout = collect(agent.envs, agent.policy)
     actions = rollout.sequences.pad(rollout.sequences.actions)
     per_token = rollout.rewards()
-    torch.testing.assert_close(per_token.sum(1), rollout.scores, atol=1e-5, rtol=0)
+    assert_close(per_token.sum(1), rollout.scores, terms=FORWARD)
     nonzero = per_token[(actions % 2 == 1) & rollout.mask]
     assert (nonzero > 0.3).all(), "each odd token has its own reward, in units of the deviation"
     assert (per_token[(actions % 2 == 0) & rollout.mask].abs() < 1e-5).all()

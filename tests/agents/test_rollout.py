@@ -12,7 +12,9 @@ from torch import Tensor
 
 from textgym.agents.rollout import Rollout, collect, merge
 from textgym.models.actor_critic import ActorCritic
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
 
 ROWS, MAX_NEW_TOKENS, PAD = 6, 5, 257
 STOP = range(50)  # a fifth of the vocabulary, so that a random model ends rows at different times
@@ -130,7 +132,7 @@ def test_whole_responses_are_those_of_stepping(critic: str, deterministic: bool)
         assert mine.ended_by_stop.tolist() == expected.ended_by_stop.tolist()
         assert mine.components.keys() == expected.components.keys()
         for name in ("log_probs", "values", "scores", "raw_scores", "token_rewards"):
-            torch.testing.assert_close(getattr(mine, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+            assert_close(getattr(mine, name), getattr(expected, name), terms=FORWARD)
         for name, values in expected.components.items():
             torch.testing.assert_close(mine.components[name], values)
         assert whole.transcript == stepped.unwrapped.transcript
@@ -162,8 +164,8 @@ def test_log_probs_and_values_are_those_of_the_states(critic: str) -> None:
     if critic == "separate":
         assert runs.runs == 1, "a separate critic reads whole episodes in one pass"
     expected = policy.evaluate(rollout.sequences)
-    torch.testing.assert_close(rollout.log_probs, expected.log_prob.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rollout.values, expected.value.detach(), atol=1e-5, rtol=1e-5)
+    assert_close(rollout.log_probs, expected.log_prob.detach(), terms=FORWARD)
+    assert_close(rollout.values, expected.value.detach(), terms=FORWARD)
     assert not rollout.log_probs.requires_grad
     assert not rollout.values.requires_grad
 

@@ -15,7 +15,9 @@ from textgym.agents.surrogate import Batch
 from textgym.models.actor_critic import Evaluation
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import KLPenalty
-from textgym.testing import mock_lm
+from textgym.testing import mock_lm, tolerance
+
+pytestmark = pytest.mark.numerics
 
 TRL = json.loads(Path(__file__).with_name("trl_group_losses.json").read_text())
 NEW, OLD, REFERENCE = (torch.tensor(TRL[name]) for name in ("new", "old", "reference"))
@@ -50,8 +52,8 @@ def test_grpo(case: dict[str, Any], batch: Batch) -> None:
         kl_gradient="exact" if case["exact"] else "k3",
     )
     assert TRL["trl"] == "1.16.0"
-    assert loss_of(GRPO, config, batch, case["beta"]) == pytest.approx(case["loss"], abs=1e-6)
+    assert loss_of(GRPO, config, batch, case["beta"]) == pytest.approx(case["loss"], abs=tolerance(NEW.numel()))
 
 
 def test_rloo(batch: Batch) -> None:
-    assert loss_of(RLOO, RLOOConfig(), batch) == pytest.approx(TRL["rloo"], abs=1e-6)
+    assert loss_of(RLOO, RLOOConfig(), batch) == pytest.approx(TRL["rloo"], abs=tolerance(NEW.numel()))

@@ -88,10 +88,9 @@ class ActorCritic(TokenModel):
             critic: `"shared"`: a value head on the policy's trunk; `"separate"`: on a copy of the trunk; otherwise the
                 name or path of a model whose trunk the critic starts from, such as a reward model. A folder that
                 `save_pretrained` wrote brings its own value head back, if the critic is asked for as it was saved.
-            dtype: of the weights. Log-probs are float32 in any case, but bfloat16 weights move them, by less than 0.1
-                nats for 99% of tokens and 0.2 or more for single ones. Decoding and a pass over whole sequences round
-                apart, so that ratios before the first step are as far from 1. `PPOConfig(bf16=True)` keeps float32
-                weights.
+            dtype: of the weights. Log-probs are float32 in any case, but bfloat16 weights move them, in the band that
+                `PPOConfig.bf16` states. On most processors decoding and a pass over whole sequences round apart, so
+                that ratios before the first step may be as far from 1. `PPOConfig(bf16=True)` keeps float32 weights.
             lora: a `peft.LoraConfig`; the adapter alone is trained, a separate critic is another one on the same frozen
                 weights, and the reference is these weights without either. A critic that was loaded is trained whole.
 

@@ -6,7 +6,7 @@ from textgym.models.letters import letter_tokenizer
 from textgym.testing.checks import check_text_env
 from textgym.testing.exact import ExactOptimum, ExactTask
 from textgym.testing.mocks import byte_tokenizer, mock_lm, mock_seq2seq_lm
-from textgym.testing.numerics import assert_close, terms_of, tolerance
+from textgym.testing.numerics import assert_close, assert_trained_alike, terms_of, tolerance
 from textgym.testing.play import Played, mean_and_error, play
 from textgym.testing.rewards import check_reward
 from textgym.testing.table import TableConfig, TableLM
@@ -18,6 +18,7 @@ __all__ = [
     "TableConfig",
     "TableLM",
     "assert_close",
+    "assert_trained_alike",
     "byte_tokenizer",
     "check_reward",
     "check_text_env",

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,8 @@ def assert_close(
     """Check that floats differ by no more than rounding; the module's text states the rule.
 
     Args:
-        actual: a number, a tensor, an array, a list of numbers, or a mapping whose values are such.
-        expected: the same kind and shape; of a mapping, the same keys. Where it is infinite or NaN, so must `actual` be.
+        actual: a number, a list of numbers, a tensor, an array, or a list or mapping of these.
+        expected: the same kind and shape; of a mapping, the same keys. Infinities and NaN must be at the same places.
         terms: the length of the longest sum behind each number; `terms_of(model)` for a forward pass.
         scale: the size of what is summed. None: the largest absolute value among the expected numbers.
         dtype: the arithmetic behind the numbers. None: the coarser of the two dtypes, and float32 at least, since a
@@ -75,8 +76,10 @@ def assert_close(
     AssertionError: 1 of 2 numbers differ by more than rounding: by up to 1.0e-03 at [1], 9.5e-07 is allowed
     """
     prefix = f"{what}: " if what else ""
+    if isinstance(expected, Sequence) and not all(isinstance(number, Real) for number in expected):
+        actual, expected = dict(enumerate(actual)), dict(enumerate(expected))
     if isinstance(expected, Mapping):
-        assert actual.keys() == expected.keys(), f"{prefix}keys {set(actual) ^ set(expected)} are on one side only"
+        assert actual.keys() == expected.keys(), f"{prefix}{set(actual) ^ set(expected)} are on one side only"
         for key in expected:
             where = f"{prefix}{key}"
             assert_close(actual[key], expected[key], terms=terms, scale=scale, dtype=dtype, what=where)
@@ -104,6 +107,39 @@ def assert_close(
         )
 
 
+def assert_trained_alike(actual: Any, expected: Any, learning_rate: float) -> None:
+    """Check that two runs of the same few updates ended with the same weights, up to what Adam makes of rounding.
+
+    Adam divides a gradient by its own size, so that a mistake moves most weights by about the learning rate, however
+    small the gradients are. Where a gradient is itself no more than rounding, its step is arbitrary. So all weights but
+    one in a thousand must agree to a twentieth of the learning rate, which is far above what rounding does to them.
+
+    Args:
+        actual: weights, as one vector, a list of tensors or a mapping of them.
+        expected: the same kind and shapes.
+        learning_rate: of the updates.
+
+    Raises:
+        AssertionError: too many weights are apart; it says how many, and how far.
+
+    >>> assert_trained_alike(torch.ones(4), torch.ones(4) + 1e-6, learning_rate=1e-3)
+    >>> assert_trained_alike(torch.ones(4), torch.ones(4) + 1e-4, learning_rate=1e-3)
+    Traceback (most recent call last):
+    AssertionError: 4 of 4 weights are more than 5% of the learning rate apart, up to 1.0e-04
+    """
+    if isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys()
+        actual, expected = [actual[name] for name in expected], list(expected.values())
+    mine, other = _vector(actual), _vector(expected)
+    assert mine.shape == other.shape
+    difference = np.abs(mine - other)
+    apart = ~(difference <= 0.05 * learning_rate)  # so that NaN counts
+    assert apart.mean() <= 0.001, (
+        f"{apart.sum()} of {apart.size} weights are more than 5% of the learning rate apart, "
+        f"up to {difference.max():.1e}"
+    )
+
+
 def _dtype(numbers: Any) -> torch.dtype:
     """Return the float dtype of a tensor or array; what has none is as exact as it can be."""
     if isinstance(numbers, np.ndarray | np.floating):
@@ -117,6 +153,11 @@ def _float64(numbers: Any) -> np.ndarray:
     """Return any numbers as one array that rounds none of float32 or below."""
     if isinstance(numbers, torch.Tensor):
         return numbers.detach().double().cpu().numpy()
-    if isinstance(numbers, Sequence):
-        return np.array([_float64(number) for number in numbers], dtype=np.float64)
     return np.asarray(numbers, dtype=np.float64)
+
+
+def _vector(weights: Any) -> np.ndarray:
+    """Return weights in one vector."""
+    if isinstance(weights, Sequence):
+        return np.concatenate([_vector(weight) for weight in weights])
+    return _float64(weights).reshape(-1)

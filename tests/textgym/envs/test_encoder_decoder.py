@@ -14,8 +14,10 @@ import torch
 import textgym  # noqa: F401  (registers the ids)
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
-from textgym.testing import byte_tokenizer, check_text_env, mock_lm, mock_seq2seq_lm
+from textgym.testing import assert_close, byte_tokenizer, check_text_env, mock_lm, mock_seq2seq_lm, terms_of
 from textgym.wrappers import TextObservation, TokenHistory, TopKActions
+
+FORWARD = terms_of(mock_seq2seq_lm())
 
 START = (257,)
 
@@ -80,7 +82,7 @@ def test_the_environment_pays_the_kl_of_an_encoder_decoder_reference(settings: d
     reference = TokenModel(settings["reference"]).sequence_log_probs(sequences).sum(1)
     own = policy.sequence_log_probs(sequences).sum(1) if kl_mode == "exact" else 0.0
     scores = torch.tensor([len(row["completion"]) for row in envs.unwrapped.transcript], dtype=torch.float32)
-    torch.testing.assert_close(total, scores + 0.1 * (reference - own), atol=1e-4, rtol=1e-4)
+    assert_close(total, scores + 0.1 * (reference - own), terms=FORWARD, scale=1.0)
 
 
 def test_a_view_of_actions_works_and_views_of_the_whole_text_are_refused(settings: dict[str, Any]) -> None:

@@ -19,7 +19,10 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.masks import TopKMask
 from textgym.rewards.kl import AdaptiveKL
-from textgym.testing import mock_lm
+from textgym.testing import assert_close, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
+LOG_PROB = 8.0  # the size of the mock model's log-probs
 
 
 def test_equals_discrete() -> None:
@@ -86,7 +89,7 @@ def test_reference_is_masked_as_the_actions_are(settings: dict[str, Any]) -> Non
     _, rewards, *_ = envs.step([98, 100])
     logits = mock_lm()(input_ids=torch.as_tensor(observation["input_ids"][:1, :1])).logits[0, -1]
     masked = logits[torch.arange(258) % 2 == 0].log_softmax(-1)
-    np.testing.assert_allclose(rewards, 0.1 * masked[[49, 50]].detach(), atol=1e-5)
+    assert_close(rewards, 0.1 * masked[[49, 50]].detach(), terms=FORWARD, scale=LOG_PROB)
 
 
 @pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # tested in test_kl.py

@@ -13,7 +13,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.models.actor_critic import ActorCritic
-from textgym.testing import mock_lm
+from textgym.testing import assert_close, mock_lm, terms_of, tolerance
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_lm())
+LOG_PROB = 8.0  # the size of the mock model's log-probs
+ROUNDING = tolerance(FORWARD, scale=LOG_PROB)
 
 EOS = 256
 MODES = list(AutoresetMode)
@@ -49,7 +55,7 @@ def test_trap_39_each_end_is_delivered_once_to_the_right_episode(settings: dict[
         mine, theirs = envs.step(actions), others.step(actions)
         for key in mine[0]:
             np.testing.assert_array_equal(mine[0][key], theirs[0][key])
-        np.testing.assert_allclose(mine[1], theirs[1], atol=1e-5)
+        assert_close(mine[1], theirs[1], terms=FORWARD, scale=LOG_PROB)
         np.testing.assert_array_equal(mine[2], theirs[2])
         np.testing.assert_array_equal(mine[3], theirs[3])
         compare_infos(mine[4], theirs[4])
@@ -77,7 +83,7 @@ def compare_infos(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
                 if observation is not None:
                     np.testing.assert_array_equal(observation["input_ids"], theirs[key][row]["input_ids"])
         else:
-            np.testing.assert_allclose(value.astype(float), theirs[key].astype(float), atol=1e-5)
+            assert_close(value.astype(float), theirs[key].astype(float), terms=FORWARD, scale=LOG_PROB)
 
 
 def test_disabled_rows_wait(settings: dict[str, Any]) -> None:
@@ -151,17 +157,17 @@ def test_trap_43_slow_and_fast_paths_agree(settings: dict[str, Any], restricted:
             masks = env.action_masks()
             log_prob = policy.log_prob(observation, int(tokens[row, t]), masks)
             values[row, t] = policy.act(observation).value
-            torch.testing.assert_close(log_prob, rollout.log_probs[row, t], atol=1e-5, rtol=1e-5)
+            assert_close(log_prob, rollout.log_probs[row, t], terms=FORWARD, scale=LOG_PROB)
             observation, rewards[row, t], terminated, _, info = env.step(int(tokens[row, t]))
         assert terminated
-        assert info["kl"] == pytest.approx(kl[row].sum().item(), abs=1e-4)
-        assert info["score"] == pytest.approx(rollout.scores[row].item(), abs=1e-5)
+        assert info["kl"] == pytest.approx(kl[row].sum().item(), abs=ROUNDING)
+        assert info["score"] == pytest.approx(rollout.scores[row].item(), abs=ROUNDING)
     mask = rollout.mask
-    torch.testing.assert_close(rewards, fast, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(stepped, fast, atol=1e-5)
+    assert_close(rewards, fast, terms=FORWARD, scale=LOG_PROB)
+    assert_close(stepped, fast, terms=FORWARD, scale=LOG_PROB)
     slow_advantages, _ = gae(rewards, values, mask, 0.99, 0.95)
     fast_advantages, _ = gae(fast, rollout.values, mask, 0.99, 0.95)
-    torch.testing.assert_close(slow_advantages, fast_advantages, atol=1e-5, rtol=1e-5)
+    assert_close(slow_advantages, fast_advantages, terms=FORWARD, scale=LOG_PROB)
 
 
 def test_trap_36_vector_seeding(settings: dict[str, Any]) -> None:

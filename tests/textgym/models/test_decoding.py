@@ -8,7 +8,11 @@ import transformers as tf
 from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
-from textgym.testing import mock_lm
+from textgym.testing import assert_close, mock_lm, terms_of
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_lm())
 
 SMALL = {
     "vocab_size": 97,
@@ -76,7 +80,7 @@ def test_trap_42_cached_decoding_equals_full_recomputation(name: str) -> None:
         logits = lm.get_output_embeddings()(decoder.advance(ids, lengths))
         for row in range(rows):
             expected = full_logits(lm, ids[row, : lengths[row]])[-1]
-            torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
+            assert_close(logits[row], expected, terms=FORWARD)
         lengths = lengths + torch.randint(0, 2, (rows,), generator=rng)  # some rows wait
         restart = (torch.rand(rows, generator=rng) < 0.1) | (lengths > width)
         lengths = torch.where(restart, torch.randint(1, 12, (rows,), generator=rng), lengths)
@@ -96,7 +100,7 @@ def test_any_observation_is_legal() -> None:
         hidden = decoder.advance(ids, lengths)
         for row in range(2):
             expected = full_logits(lm, ids[row, : lengths[row]])[-1]
-            torch.testing.assert_close(lm.get_output_embeddings()(hidden[row]), expected, atol=1e-5, rtol=1e-5)
+            assert_close(lm.get_output_embeddings()(hidden[row]), expected, terms=FORWARD)
 
 
 def test_a_step_costs_one_token_a_row() -> None:
@@ -122,7 +126,7 @@ def test_a_weight_update_empties_the_cache() -> None:
     lm(input_ids=ids).logits.square().sum().backward()
     optimizer.step()
     logits = lm.get_output_embeddings()(decoder.advance(ids, torch.tensor([6])))
-    torch.testing.assert_close(logits[0], full_logits(lm, ids[0, :6])[-1], atol=1e-5, rtol=1e-5)
+    assert_close(logits[0], full_logits(lm, ids[0, :6])[-1], terms=FORWARD)
 
 
 def test_errors_say_what_is_wrong() -> None:

@@ -17,7 +17,11 @@ from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.testing import mock_lm, mock_seq2seq_lm
+from textgym.testing import assert_close, mock_lm, mock_seq2seq_lm, terms_of
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_seq2seq_lm())
 
 V = 97
 T5_SHAPE = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
@@ -66,7 +70,7 @@ def test_cached_decoding_equals_full_recomputation(name: str) -> None:
         logits = head(decoder.advance(prompts, sizes, ids, lengths))
         for row in range(rows):
             expected = full_logits(lm, prompts[row, : sizes[row]], ids[row, : lengths[row]])[-1]
-            torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
+            assert_close(logits[row], expected, terms=FORWARD)
         lengths = lengths + torch.randint(0, 2, (rows,), generator=rng)  # some rows wait
         restart = (torch.rand(rows, generator=rng) < 0.1) | (lengths > longest)
         lengths = torch.where(restart, torch.randint(1, 5, (rows,), generator=rng), lengths)
@@ -89,7 +93,7 @@ def test_any_observation_is_legal() -> None:
         logits = head(decoder.advance(prompts, sizes, ids, lengths))
         for row in range(2):
             expected = full_logits(lm, prompts[row, : sizes[row]], ids[row, : lengths[row]])[-1]
-            torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
+            assert_close(logits[row], expected, terms=FORWARD)
 
 
 def test_the_encoder_runs_once_an_episode_and_a_step_costs_one_token_a_row() -> None:
@@ -120,7 +124,7 @@ def test_a_weight_update_empties_the_cache() -> None:
     with torch.no_grad():
         lm.shared.weight.mul_(1.1)
     logits = model.head(decoder.advance(prompts, sizes, ids, torch.tensor([3])))
-    torch.testing.assert_close(logits[0], full_logits(lm, prompts[0], ids[0, :3])[-1], atol=1e-5, rtol=1e-5)
+    assert_close(logits[0], full_logits(lm, prompts[0], ids[0, :3])[-1], terms=FORWARD)
 
 
 def sequences_of(
@@ -160,13 +164,13 @@ def test_trap_01_ratio_is_one_before_the_first_update(name: str, critic: str) ->
     for rows in (torch.tensor([2, 0]), torch.arange(4)):
         new = policy.evaluate(sequences[rows])
         width = new.log_prob.shape[1]
-        torch.testing.assert_close(new.log_prob, log_probs[rows, :width], atol=1e-4, rtol=0)
-        torch.testing.assert_close(new.value, values[rows, :width], atol=1e-4, rtol=0)
-    torch.testing.assert_close(policy.sequence_values(sequences), values, atol=1e-4, rtol=0)
-    torch.testing.assert_close(policy.reference().sequence_log_probs(sequences), log_probs, atol=1e-4, rtol=0)
+        assert_close(new.log_prob, log_probs[rows, :width], terms=FORWARD)
+        assert_close(new.value, values[rows, :width], terms=FORWARD)
+    assert_close(policy.sequence_values(sequences), values, terms=FORWARD)
+    assert_close(policy.reference().sequence_log_probs(sequences), log_probs, terms=FORWARD)
     before_last = sequences.observation(sequences.response_lengths - 1)
     expected = values.gather(1, sequences.response_lengths[:, None] - 1)[:, 0]
-    torch.testing.assert_close(policy.value(before_last), expected, atol=1e-4, rtol=0)
+    assert_close(policy.value(before_last), expected, terms=FORWARD)
 
 
 @pytest.mark.parametrize("every_option", [False, True])
@@ -195,14 +199,14 @@ def test_log_probs_and_gradients_are_those_of_a_plain_forward(
             output_hidden_states=True,
         )
         chosen = output.logits[0, -length:].log_softmax(-1).gather(1, response[:, None])[:, 0]
-        torch.testing.assert_close(evaluation.log_prob[row, :length], chosen, atol=1e-5, rtol=1e-5)
+        assert_close(evaluation.log_prob[row, :length], chosen, terms=FORWARD)
         plain = plain + chosen.sum() + policy.value_head(output.decoder_hidden_states[-1][0, -length:]).sum()
     plain.backward()
     assert len(gradients) > 20
     for key, weight in policy.lm.named_parameters():
         if weight.grad is not None:
             scale = max(1.0, float(weight.grad.norm()))
-            torch.testing.assert_close(gradients[key] / scale, weight.grad / scale, atol=1e-5, rtol=0)
+            assert_close(gradients[key] / scale, weight.grad / scale, terms=FORWARD, scale=1.0)
 
 
 def test_more_rows_than_one_pass_takes_come_back_in_their_order() -> None:
@@ -214,7 +218,7 @@ def test_more_rows_than_one_pass_takes_come_back_in_their_order() -> None:
     head = TokenModel(lm).head
     for row in (0, 31, 32, 69):
         expected = full_logits(lm, ids[row, : sizes[row]], rows.decoder_input_ids[row, : rows.decoder_lengths[row]])
-        torch.testing.assert_close(head(hidden[row]), expected[-1], atol=1e-5, rtol=1e-5)
+        assert_close(head(hidden[row]), expected[-1], terms=FORWARD)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
@@ -226,10 +230,10 @@ def test_a_saved_policy_is_a_plain_transformers_folder(name: str, critic: str, t
     policy.save_pretrained(tmp_path / "policy")
     plain = tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "policy")
     prompt, ids = sequences.input_ids[0, :3], torch.tensor([V - 1, 4, 9])
-    assert torch.equal(full_logits(plain, prompt, ids), full_logits(policy.lm, prompt, ids))
+    assert_close(full_logits(plain, prompt, ids), full_logits(policy.lm, prompt, ids), terms=FORWARD)
     after = ActorCritic.from_pretrained(tmp_path / "policy", critic).evaluate(sequences)
     for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+        assert_close(one, other, terms=FORWARD)
 
 
 def test_lora_trains_the_adapter_alone_and_the_reference_is_without_it() -> None:
@@ -242,14 +246,14 @@ def test_lora_trains_the_adapter_alone_and_the_reference_is_without_it() -> None
         if "lora_B" in key:
             torch.nn.init.normal_(weight)
     assert (policy.evaluate(sequences).log_prob - start).abs().max() > 0.1
-    torch.testing.assert_close(policy.reference().sequence_log_probs(sequences), start, atol=1e-5, rtol=0)
+    assert_close(policy.reference().sequence_log_probs(sequences), start, terms=FORWARD)
 
 
 def test_dropout_and_layer_drop_are_off_even_in_training_mode() -> None:
     lm = random_lm("bart", dropout=0.5, attention_dropout=0.5, encoder_layerdrop=0.5, decoder_layerdrop=0.5)
     policy = ActorCritic.from_pretrained(lm).train()
     sequences, log_probs, _ = play(policy, sequences_of([3, 2], [4, 2]))
-    torch.testing.assert_close(policy.evaluate(sequences).log_prob, log_probs, atol=1e-4, rtol=0)
+    assert_close(policy.evaluate(sequences).log_prob, log_probs, terms=FORWARD)
 
 
 def test_the_start_tokens_are_read_from_the_config() -> None:

@@ -13,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from textgym.models.attention import PackedStates
 from textgym.models.decoding import CachedDecoder
 from textgym.models.token_model import TokenModel
+from textgym.testing import assert_close, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
 
 V = 97
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -125,13 +128,13 @@ def test_families_that_are_taken_are_exact(name: str) -> None:
     lengths = torch.tensor([12, 6, 5])
     expected = [lm(input_ids=ids[row : row + 1, : lengths[row]], use_cache=False).logits[0] for row in range(3)]
     packed = head(PackedStates.whole(ids, lengths).hidden(lm))
-    torch.testing.assert_close(packed, torch.stack([logits[-1] for logits in expected]), atol=1e-5, rtol=1e-5)
+    assert_close(packed, torch.stack([logits[-1] for logits in expected]), terms=FORWARD)
     decoder = CachedDecoder(lm, 3, 12)
     for missing in range(5, -1, -1):
         seen = (lengths - missing).clamp(min=1)
         logits = head(decoder.advance(ids, seen))
         for row in range(3):
-            torch.testing.assert_close(logits[row], expected[row][seen[row] - 1], atol=1e-5, rtol=1e-5)
+            assert_close(logits[row], expected[row][seen[row] - 1], terms=FORWARD)
 
 
 @pytest.mark.parametrize("name", marked(REFUSED, FAST_REFUSED))

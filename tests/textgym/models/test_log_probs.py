@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from textgym.models import log_probs
 from textgym.models.log_probs import token_log_probs
+from textgym.testing import assert_close, mock_lm, terms_of
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_lm())
 
 M, D, V = 23, 8, 50
 STOPS = (3, 4)
@@ -68,8 +73,8 @@ def test_chunked_log_probs_and_gradients_are_those_of_the_plain_computation(
             loss = loss + (torch.linspace(1, -0.5, M) * entropy).sum()
         outputs.append(torch.stack((chosen, entropy)).detach())
         gradients.append(torch.autograd.grad(loss, leaves))
-    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=0)
+    assert_close(outputs[1], outputs[0], terms=FORWARD)
+    assert_close(gradients[1], gradients[0], terms=FORWARD, scale=1.0)
 
 
 def test_a_head_of_another_kind_is_differentiated_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +84,7 @@ def test_a_head_of_another_kind_is_differentiated_by_autograd(monkeypatch: pytes
     for kind in (head, lambda x: head(x)):
         chosen, entropy = token_log_probs(hidden, kind, actions, V, temperature=0.7)
         results.append((chosen, entropy, torch.autograd.grad(chosen.sum(), head.weight)[0]))
-    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)
+    assert_close(results[1], results[0], terms=FORWARD)
 
 
 def test_entropy_is_only_a_figure_unless_its_gradient_is_asked_for() -> None:

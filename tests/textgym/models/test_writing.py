@@ -16,7 +16,11 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.models.writing import Responses, ResponseWriter
-from textgym.testing import mock_lm
+from textgym.testing import assert_close, mock_lm, terms_of
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_lm())
 
 ROWS, PROMPT, NEW = 8, 7, 70  # long enough for several spans of a captured step
 STOPS = StopRule(tuple(range(9)))
@@ -61,8 +65,8 @@ def assert_same(written: Responses, expected: Responses) -> None:
     assert written.by_stop.tolist() == expected.by_stop.tolist()
     mask = torch.arange(NEW) < expected.lengths[:, None]
     assert torch.equal(written.tokens[mask], expected.tokens[mask])
-    torch.testing.assert_close(written.log_probs[mask], expected.log_probs[mask], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(written.values[mask], expected.values[mask], atol=1e-5, rtol=1e-5)
+    assert_close(written.log_probs[mask], expected.log_probs[mask], terms=FORWARD)
+    assert_close(written.values[mask], expected.values[mask], terms=FORWARD)
 
 
 def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False, captures: bool = False) -> Responses:
@@ -121,7 +125,7 @@ def test_log_probs_and_values_are_those_of_a_pass_over_the_whole() -> None:
     evaluation = policy.evaluate(Sequences(ids, LENGTHS, responses.lengths, STOPS))
     mask = torch.arange(evaluation.log_prob.shape[1]) < responses.lengths[:, None]
     for mine, whole in ((responses.log_probs, evaluation.log_prob), (responses.values, evaluation.value)):
-        torch.testing.assert_close(mine[:, : mask.shape[1]][mask], whole[mask].detach(), atol=1e-5, rtol=1e-5)
+        assert_close(mine[:, : mask.shape[1]][mask], whole[mask].detach(), terms=FORWARD)
 
 
 class Asked(TorchDispatchMode):

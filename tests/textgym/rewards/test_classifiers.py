@@ -11,7 +11,10 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 
 from textgym.models.attention import MAX_PADDING, batches_by_length
 from textgym.rewards.model import RewardModel
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
+
+FORWARD = terms_of(mock_lm())
+ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
 
 EOS = 256
 TEXTS = ["good", "a much longer text than the others are", "bad film", "x"]
@@ -42,18 +45,18 @@ def test_the_label_that_is_chosen_counts(kind: str) -> None:
     logits = logits_of(model, "film", *([EOS] if kind != "bert" else []))
     for label in (2, "POSITIVE"):
         reward = RewardModel(model, byte_tokenizer(), label=label, **settings)
-        assert reward([""], ["film"]) == pytest.approx([logits[2].item()], abs=1e-5)
+        assert reward([""], ["film"]) == pytest.approx([logits[2].item()], abs=ROUNDING)
     probability = RewardModel(model, byte_tokenizer(), label="NEUTRAL", output="probability", **settings)
-    assert probability([""], ["film"]) == pytest.approx([logits.softmax(-1)[1].item()], abs=1e-5)
+    assert probability([""], ["film"]) == pytest.approx([logits.softmax(-1)[1].item()], abs=ROUNDING)
 
 
 def test_probability_where_labels_do_not_exclude_each_other() -> None:
     several = classifier(2, problem_type="multi_label_classification")
     reward = RewardModel(several, byte_tokenizer(), label=1, output="probability")
-    assert reward([""], ["film"])[0] == pytest.approx(logits_of(several, "film", EOS)[1].sigmoid().item(), abs=1e-5)
+    assert reward([""], ["film"])[0] == pytest.approx(logits_of(several, "film", EOS)[1].sigmoid().item(), abs=ROUNDING)
     one = classifier()
     reward = RewardModel(one, byte_tokenizer(), output="probability")
-    assert reward([""], ["film"])[0] == pytest.approx(logits_of(one, "film", EOS)[0].sigmoid().item(), abs=1e-5)
+    assert reward([""], ["film"])[0] == pytest.approx(logits_of(one, "film", EOS)[0].sigmoid().item(), abs=ROUNDING)
 
 
 def test_a_label_has_to_be_chosen() -> None:
@@ -73,7 +76,7 @@ def test_trap_29_all_settings_survive_saving(kind: str, tmp_path: Path) -> None:
     loaded = RewardModel.from_pretrained(tmp_path / "saved")
     assert loaded(["a "], ["film"]) == model(["a "], ["film"]) == model(["other "], ["film"])
     other = RewardModel.from_pretrained(tmp_path / "saved", label=0)
-    assert other(["a "], ["film"])[0] == pytest.approx(1 - model(["a "], ["film"])[0], abs=1e-5)
+    assert other(["a "], ["film"])[0] == pytest.approx(1 - model(["a "], ["film"])[0], abs=ROUNDING)
 
 
 def test_an_encoder_whose_head_was_never_trained_is_refused(tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_conversations_are_read_through_the_chat_template() -> None:
     model = classifier()
     reward = RewardModel(model, tokenizer)
     prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
-    expected = pytest.approx([logits_of(model, "<u>hi<a>yo", EOS).item()], abs=1e-5)
+    expected = pytest.approx([logits_of(model, "<u>hi<a>yo", EOS).item()], abs=ROUNDING)
     assert reward([prompt], [completion]) == expected
     assert reward([prompt], ["yo"]) == expected
     assert reward.score_texts([prompt + completion]).tolist() == expected
@@ -164,4 +167,4 @@ def test_long_and_short_texts_score_as_they_do_alone() -> None:
     model = RewardModel(classifier(), byte_tokenizer())
     texts = ["x" * length for length in (1, 100, 3, 50, 101, 99, 2)]
     alone = torch.cat([model.score_texts([text]) for text in texts])
-    torch.testing.assert_close(model.score_texts(texts), alone, atol=1e-5, rtol=0)
+    assert_close(model.score_texts(texts), alone, terms=FORWARD)

@@ -33,7 +33,9 @@ from textgym.rewards.functions import (
     reasoning_gym_score,
 )
 from textgym.rewards.scoring import Finished, Scorer
-from textgym.testing import byte_tokenizer
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
 
 HYPOTHESES = ["the cat sat on the mat", "a quick brown dog jumps", "it is what it is .", "completely different words"]
 REFERENCES = ["the cat is on the mat", "the quick brown fox jumps over", "it is what it is .", "nothing in common here"]
@@ -143,11 +145,11 @@ def encoder(tmp_path: Path) -> str:
 def test_semantic_similarity(encoder: str) -> None:
     similarity = SemanticSimilarity(encoder)
     same, other, best = similarity(["a cat", "a cat", "a cat"], references=["a cat", "dogs", ["dogs", "a cat"]])
-    assert same == pytest.approx(1.0, abs=1e-5)
+    assert_close(same, 1.0, terms=FORWARD)
     assert best == same > other
     # Padding changes nothing, and long texts are cut.
     alone, padded = similarity.embed(["a cat"])[0], similarity.embed(["a cat", "a cats"])[0]
-    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=0)
+    assert_close(alone, padded, terms=FORWARD, scale=1.0)
     similarity(["x" * 1000], references=["y"])
 
 

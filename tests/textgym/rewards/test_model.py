@@ -16,7 +16,12 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 
 from textgym.models.loading import load_classifier
 from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
+
+pytestmark = pytest.mark.numerics
+
+FORWARD = terms_of(mock_lm())
+ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
 
 EOS, PAD = 256, 257
 ARCHITECTURES = ["llama", "gpt2"]
@@ -63,7 +68,7 @@ def test_trap_06_right_padding_invariance(reward_model: RewardModel, padding: in
     ids = [*ids_of("a film"), EOS]
     padded = torch.tensor([ids + [PAD] * padding, [*range(50, 50 + len(ids) + padding)]])
     scores = reward_model.score(padded, torch.tensor([len(ids), len(ids) + padding]))
-    torch.testing.assert_close(scores[0], by_hand(reward_model, ids), atol=1e-5, rtol=0)
+    assert_close(scores[0], by_hand(reward_model, ids), terms=FORWARD, scale=1.0)
 
 
 def test_trap_07_pad_token_equal_to_eos(reward_model: RewardModel) -> None:
@@ -74,7 +79,7 @@ def test_trap_07_pad_token_equal_to_eos(reward_model: RewardModel) -> None:
     prompt = "one turn<eos>another"  # EOS in the middle of a chat is a token like any other
     scores = torch.tensor(model([prompt, "x"], [" and more", " text that is a good deal longer than that"]))
     expected = by_hand(model, [*ids_of("one turn"), EOS, *ids_of("another and more"), EOS])
-    torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=0)
+    assert_close(scores[0], expected, terms=FORWARD, scale=1.0)
 
 
 def test_trap_08_a_real_pad_id_is_read(reward_model: RewardModel) -> None:
@@ -85,7 +90,7 @@ def test_trap_08_a_real_pad_id_is_read(reward_model: RewardModel) -> None:
         )
         real = completion[:-1] if completion[-1] == EOS else completion
         expected = by_hand(reward_model, [97, 98, *real, EOS])
-        assert score[0] == pytest.approx(expected.item(), abs=1e-5)
+        assert score[0] == pytest.approx(expected.item(), abs=ROUNDING)
 
 
 def test_trap_22_scores_are_fp32_whatever_the_dtype() -> None:
@@ -100,8 +105,8 @@ def test_trap_23_a_row_alone_and_in_a_batch(reward_model: RewardModel) -> None:
     together = reward_model.score_texts(TEXTS)
     alone = torch.cat([reward_model.score_texts([text]) for text in TEXTS])
     reward_model.batch_size = 2
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    torch.testing.assert_close(reward_model.score_texts(TEXTS), alone, atol=1e-5, rtol=0)
+    assert_close(together, alone, terms=FORWARD)
+    assert_close(reward_model.score_texts(TEXTS), alone, terms=FORWARD)
 
 
 def test_trap_27_scoring_leaves_the_model_frozen(reward_model: RewardModel) -> None:
@@ -117,7 +122,7 @@ def test_trap_03_dropout_is_off() -> None:
     dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
     model = RewardModel(classifier("gpt2", **dropout), byte_tokenizer())
     model.model.train()
-    assert torch.equal(model.score_texts(TEXTS), model.score_texts(TEXTS))
+    assert_close(model.score_texts(TEXTS), model.score_texts(TEXTS), terms=FORWARD)
 
 
 def test_trap_28_last_real_token_whatever_follows(reward_model: RewardModel) -> None:
@@ -128,11 +133,19 @@ def test_trap_28_last_real_token_whatever_follows(reward_model: RewardModel) -> 
         reward_model(["the ", "p"], ["", ""], prompt_ids=prompt_ids, completion_ids=[ids_of("film") + ending, [65]])
         for ending in endings
     ]
-    assert scores[0][0] == pytest.approx(by_hand(reward_model, [*ids_of("the film"), EOS]).item(), abs=1e-5)
+    assert scores[0][0] == pytest.approx(by_hand(reward_model, [*ids_of("the film"), EOS]).item(), abs=ROUNDING)
     for score in scores[1:]:
-        assert score == pytest.approx(scores[0], abs=1e-5)
+        assert score == pytest.approx(scores[0], abs=ROUNDING)
     texts = [reward_model(["the ", "p"], ["film" + end, "q"])[0] for end in ("", "<eos>", "<eos>junk", "<eos><eos>")]
-    assert texts == pytest.approx([scores[0][0]] * 4, abs=1e-5)
+    assert texts == pytest.approx([scores[0][0]] * 4, abs=ROUNDING)
+
+
+def assert_same_weights(one: RewardModel, other: RewardModel) -> None:
+    """Copies are exact; what is computed with them need not be: a file's weights may lie otherwise in memory."""
+    expected = other.model.state_dict()
+    assert one.model.state_dict().keys() == expected.keys()
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_trap_29_a_bias_of_the_head_survives_saving(reward_model: RewardModel, tmp_path: Path) -> None:
@@ -141,20 +154,22 @@ def test_trap_29_a_bias_of_the_head_survives_saving(reward_model: RewardModel, t
         reward_model.model.score.bias.fill_(1.5)
     before = reward_model.score_texts(TEXTS)
     reward_model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(RewardModel.from_pretrained(tmp_path / "saved").score_texts(TEXTS), before)
+    loaded = RewardModel.from_pretrained(tmp_path / "saved")
+    assert_same_weights(loaded, reward_model)
+    assert_close(loaded.score_texts(TEXTS), before, terms=FORWARD)
 
 
 def test_trap_30_calibration_is_mean_0_deviation_1_and_saved(reward_model: RewardModel, tmp_path: Path) -> None:
     assert reward_model.calibrate(TEXTS) is reward_model
     scores = reward_model.score_texts(TEXTS)
-    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
-    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert scores.mean().item() == pytest.approx(0, abs=ROUNDING)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=ROUNDING)
     reward_model.calibrate(TEXTS)  # a second time changes nothing
-    torch.testing.assert_close(reward_model.score_texts(TEXTS), scores, atol=1e-5, rtol=0)
+    assert_close(reward_model.score_texts(TEXTS), scores, terms=FORWARD)
     reward_model.save_pretrained(tmp_path / "saved")
     loaded = RewardModel.from_pretrained(str(tmp_path / "saved"))
     assert (loaded.gain, loaded.bias) == (reward_model.gain, reward_model.bias)
-    assert torch.equal(loaded.score_texts(TEXTS), reward_model.score_texts(TEXTS))
+    assert_close(loaded.score_texts(TEXTS), reward_model.score_texts(TEXTS), terms=FORWARD)
     with pytest.raises(ValueError, match="score the same"):
         reward_model.calibrate(["one", "one"])
 
@@ -164,11 +179,11 @@ def test_trap_34_shared_ids_are_not_decoded_and_encoded_again(reward_model: Rewa
     tokenizer = reward_model.tokenizer
     texts = [tokenizer.decode(prompt[0])], [tokenizer.decode(completion[0][:-1])]
     from_text = reward_model(*texts, prompt_ids=prompt, completion_ids=completion)
-    assert from_text == reward_model(*texts), "nobody said that the ids are its own"
+    assert from_text == pytest.approx(reward_model(*texts), abs=ROUNDING), "nobody said that the ids are its own"
     assert reward_model.share_ids_with(byte_tokenizer())
     from_ids = reward_model(*texts, prompt_ids=prompt, completion_ids=completion)
-    assert from_ids[0] == pytest.approx(by_hand(reward_model, [97, 0xFF, 0xFE, 98, EOS]).item(), abs=1e-5)
-    assert from_ids != from_text
+    assert from_ids[0] == pytest.approx(by_hand(reward_model, [97, 0xFF, 0xFE, 98, EOS]).item(), abs=ROUNDING)
+    assert from_ids != pytest.approx(from_text, abs=1e-3)
 
 
 def test_trap_34_ids_of_another_tokenizer_are_never_read(reward_model: RewardModel) -> None:
@@ -177,7 +192,8 @@ def test_trap_34_ids_of_another_tokenizer_are_never_read(reward_model: RewardMod
     assert not reward_model.share_ids_with(other)
     assert reward_model.share_ids_with(byte_tokenizer())
     ids = {"prompt_ids": [[1, 2, 3]], "completion_ids": [[4, 5, 6]]}
-    assert reward_model(["a "], ["film"], **ids) == reward_model(["a "], ["film"])  # others still send theirs
+    alone = reward_model(["a "], ["film"])
+    assert reward_model(["a "], ["film"], **ids) == pytest.approx(alone, abs=ROUNDING)  # others still send theirs
 
 
 # The reward function
@@ -188,16 +204,18 @@ def test_it_is_a_reward_function(reward_model: RewardModel) -> None:
     assert reward_model.__name__ == "reward_model"
     assert isinstance(scores, list)
     assert all(isinstance(score, float) for score in scores)
-    torch.testing.assert_close(torch.tensor(scores), reward_model.score_texts(["a film", "b play"]))
+    assert_close(scores, reward_model.score_texts(["a film", "b play"]), terms=FORWARD, scale=1.0)
     reward_model.gain, reward_model.bias = 2.0, -1.0
-    assert reward_model(["a ", "b "], ["film", "play"]) == pytest.approx([2 * score - 1 for score in scores], abs=1e-5)
+    assert reward_model(["a ", "b "], ["film", "play"]) == pytest.approx(
+        [2 * score - 1 for score in scores], abs=ROUNDING
+    )
     assert reward_model([], []) == []
 
 
 def test_without_eos_the_text_is_read_as_it_is(reward_model: RewardModel) -> None:
     open_ended = RewardModel(reward_model.model, reward_model.tokenizer, append_eos=False)
     open_ended.share_ids_with(open_ended.tokenizer)
-    expected = pytest.approx([by_hand(reward_model, ids_of("a film")).item()], abs=1e-5)
+    expected = pytest.approx([by_hand(reward_model, ids_of("a film")).item()], abs=ROUNDING)
     assert open_ended(["a "], ["film"]) == expected
     ids = {"prompt_ids": [ids_of("a ")], "completion_ids": [[*ids_of("film"), EOS, 7]]}
     assert open_ended(["a "], ["film"], **ids) == expected
@@ -216,7 +234,7 @@ def test_long_texts_lose_their_beginning(reward_model: RewardModel) -> None:
 def test_an_encoder_is_told_what_is_padding(tmp_path: Path) -> None:
     model = RewardModel(bert(), byte_tokenizer(), append_eos=False)
     alone = torch.cat([model.score_texts([text]) for text in TEXTS])
-    torch.testing.assert_close(model.score_texts(TEXTS), alone, atol=1e-5, rtol=0)
+    assert_close(model.score_texts(TEXTS), alone, terms=FORWARD)
     assert not model.share_ids_with(model.tokenizer), "encoders put special tokens around the text"
     model.save_pretrained(tmp_path / "bert")
     torch.testing.assert_close(
@@ -227,7 +245,8 @@ def test_an_encoder_is_told_what_is_padding(tmp_path: Path) -> None:
 def test_copies_score_alike(reward_model: RewardModel) -> None:
     scores = reward_model.score_texts(TEXTS)
     for clone in (copy.deepcopy(reward_model), pickle.loads(pickle.dumps(reward_model))):
-        assert torch.equal(clone.score_texts(TEXTS), scores)
+        assert_same_weights(clone, reward_model)
+        assert_close(clone.score_texts(TEXTS), scores, terms=FORWARD)
         assert clone.model is not reward_model.model
 
 
@@ -249,10 +268,11 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     loaded = RewardModel.from_pretrained(tmp_path / "saved")
     assert (loaded.gain, loaded.bias, loaded.append_eos, loaded.max_length) == (2.0, 0.5, False, 9)
-    assert torch.equal(loaded.score_texts(TEXTS), model.score_texts(TEXTS))
+    assert_same_weights(loaded, model)
+    assert_close(loaded.score_texts(TEXTS), model.score_texts(TEXTS), terms=FORWARD)
     # It is a plain transformers folder besides.
     plain = load_classifier(tmp_path / "saved")(torch.tensor([ids_of("a film")])).logits[0, 0]
-    assert plain.item() == pytest.approx(by_hand(model, ids_of("a film")).item(), abs=1e-5)
+    assert plain.item() == pytest.approx(by_hand(model, ids_of("a film")).item(), abs=ROUNDING)
 
 
 def test_saving_replaces_the_folder_whole(reward_model: RewardModel, tmp_path: Path) -> None:

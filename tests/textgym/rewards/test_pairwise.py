@@ -16,7 +16,9 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.rewards.pairwise import GroupCollator, MuonAndAdamW, pairwise_loss
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
 
 EOS = 256
 
@@ -65,7 +67,7 @@ def test_the_seed_decides(mock_folder: Path) -> None:
         train_reward_model(PAIRS, mock_folder, config=RewardModelConfig(epochs=1, seed=seed))[0].score_texts(GOOD)
         for seed in (1, 1, 2)
     ]
-    assert torch.equal(scores[0], scores[1])
+    assert (scores[0] - scores[1]).abs().max() < 0.01 * (scores[0] - scores[2]).abs().max(), "rounding at most"
     assert not torch.equal(scores[0], scores[2])
 
 
@@ -111,8 +113,8 @@ def test_the_mean_over_tokens_is_trained_too() -> None:
     prefixes = [
         model.score(torch.tensor([[99, 99, 99, EOS][:length]]), torch.tensor([length])) for length in (1, 2, 3, 4)
     ]
-    torch.testing.assert_close(last[-1:], prefixes[-1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(mean[-1:], sum(prefixes) / 4, atol=1e-5, rtol=0)
+    assert_close(last[-1:], prefixes[-1], terms=FORWARD, scale=1.0)
+    assert_close(mean[-1:], sum(prefixes) / 4, terms=FORWARD, scale=1.0)
 
 
 def test_the_optimiser_moves_matrices_by_muon_and_the_rest_by_adamw() -> None:
@@ -168,7 +170,7 @@ def test_trap_28_loss_is_that_of_trl_on_the_same_logits(case: dict[str, Any]) ->
     chosen, rejected = torch.tensor(case["scores"]).chunk(2)
     margin = None if case["margin"] is None else torch.tensor(case["margin"])
     loss = pairwise_loss(chosen, rejected, margin, case["center_coefficient"] or 0.0)
-    assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
+    assert_close(loss, case["loss"], terms=len(chosen), scale=max(1.0, *map(abs, case["scores"])))
 
 
 def test_label_smoothing_and_graded_preferences_by_hand() -> None:
@@ -235,4 +237,4 @@ def test_preferences_in_every_format_of_trl(mock_folder: Path) -> None:
         scores.append(model.score_texts(["<u>Is it good?<a>yes", "<u>Is it good?<a>no"]))
         assert pairwise_accuracy(model, [pair]) == float(scores[-1][0] > scores[-1][1])
     for other in scores[1:]:
-        torch.testing.assert_close(other, scores[0], atol=1e-4, rtol=0)
+        assert_close(other, scores[0], terms=FORWARD)

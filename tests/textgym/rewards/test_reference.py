@@ -14,7 +14,12 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import SyncReference
-from textgym.testing import mock_lm
+from textgym.testing import assert_close, mock_lm, terms_of, tolerance
+
+pytestmark = pytest.mark.numerics
+
+ROUNDING = tolerance(terms_of(mock_lm()), scale=8.0)  # of the mock model's log-probs
+FORWARD = terms_of(mock_lm())
 
 SEQUENCES = Sequences(torch.arange(24).view(2, 12) + 60, torch.tensor([3, 5]), torch.tensor([9, 4]))
 
@@ -28,7 +33,7 @@ def test_a_full_step_makes_the_reference_the_policy() -> None:
     policy, penalty = ActorCritic.from_pretrained(mock_lm(seed=0)), KLPenalty(mock_lm(seed=1), 0.1)
     assert kl_of(penalty, policy) > 1
     SyncReference(every=1).sync(penalty, policy)
-    assert kl_of(penalty, policy) < 1e-5
+    assert kl_of(penalty, policy) < ROUNDING
     assert not any(parameter.requires_grad for parameter in penalty.reference.parameters())
 
 
@@ -74,7 +79,7 @@ def test_cached_decoding_does_not_see_the_old_weights() -> None:
     penalty.reference.log_prob(observation, torch.tensor([1, 2]))
     SyncReference(every=1).sync(penalty, policy)
     expected = TokenModel(copy.deepcopy(policy.lm)).log_prob(observation, torch.tensor([1, 2]))
-    torch.testing.assert_close(penalty.reference.log_prob(observation, torch.tensor([1, 2])), expected)
+    assert_close(penalty.reference.log_prob(observation, torch.tensor([1, 2])), expected, terms=FORWARD)
 
 
 def test_under_lora_the_merged_weights_are_taken() -> None:
@@ -87,8 +92,8 @@ def test_under_lora_the_merged_weights_are_taken() -> None:
     assert kl_of(penalty, policy) > 0.1
     before = policy.sequence_log_probs(SEQUENCES)
     SyncReference(every=1).sync(penalty, policy)
-    assert kl_of(penalty, policy) < 1e-4
-    assert torch.equal(policy.sequence_log_probs(SEQUENCES), before)
+    assert kl_of(penalty, policy) < ROUNDING
+    assert_close(policy.sequence_log_probs(SEQUENCES), before, terms=FORWARD)
 
 
 def test_it_moves_after_every_so_many_updates() -> None:

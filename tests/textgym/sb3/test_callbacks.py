@@ -14,7 +14,9 @@ from stable_baselines3.common.logger import configure
 
 from textgym.rewards.kl import AdaptiveKL
 from textgym.sb3 import EpisodeReplayBuffer, KLCallback, SyncReferenceCallback, TextQPolicy
-from textgym.testing import mock_lm
+from textgym.testing import assert_trained_alike, mock_lm, terms_of, tolerance
+
+ROUNDING = tolerance(terms_of(mock_lm()), scale=8.0)  # of the mock model's log-probs
 
 MakeEnv = Any
 STOCK: dict[str, Any] = {"rollout_buffer_class": DictRolloutBuffer, "rollout_buffer_kwargs": {}}
@@ -30,7 +32,7 @@ def test_pays_what_the_buffer_pays(
         shift_weights(model)
         model.learn(2 * 48, callback=callback)
         vectors.append(model.policy.parameters_to_vector())
-    np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-6)
+    assert_trained_alike(*vectors, model.learning_rate)
 
 
 def logged(model: Any, folder: Path, callback: Any, steps: int = 4 * 48) -> list[dict[str, str]]:
@@ -62,7 +64,7 @@ def test_measures_the_same_whether_it_pays_or_not(
         shift_weights(model)
         rows = logged(model, tmp_path / name, callback, steps=48)
         figures.append(float(rows[0]["textgym/kl"]))
-    assert figures[0] == pytest.approx(figures[1], abs=1e-4)
+    assert figures[0] == pytest.approx(figures[1], abs=ROUNDING)
 
 
 def test_coefficient_follows_its_controller(
@@ -135,7 +137,7 @@ def test_the_reference_follows_the_policy(make_env: MakeEnv, make_model: Any, sh
     model.learn(2 * 48)
     assert float(np.mean(np.abs(model.rollout_buffer.episode_kl))) > 1e-3
     model.learn(4 * 48, callback=SyncReferenceCallback(every=2))
-    assert float(np.mean(np.abs(model.rollout_buffer.episode_kl))) < 1e-5
+    assert float(np.mean(np.abs(model.rollout_buffer.episode_kl))) < ROUNDING
 
 
 def test_there_must_be_a_reference_to_move(make_env: MakeEnv, make_model: Any) -> None:

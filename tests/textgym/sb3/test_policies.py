@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.sb3 import TextActorCriticPolicy
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import byte_tokenizer, mock_lm, tolerance
 
 MakeEnv = Any
 
@@ -45,6 +45,7 @@ def test_trap_38_rollout_actions_are_those_of_an_uncached_policy(
     np.testing.assert_array_equal(tokens[0], tokens[1])
 
 
+@pytest.mark.bit_for_bit
 def test_same_seed_same_run(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
     vectors = [make_model(make_env()).learn(96).policy.parameters_to_vector() for _ in range(2)]
     np.testing.assert_array_equal(vectors[0], vectors[1])
@@ -65,7 +66,7 @@ def test_trap_03_dropout_of_the_config_is_off(make_env: MakeEnv, tmp_path: Path,
     byte_tokenizer().save_pretrained(tmp_path)
     model = make_model(make_env(), folder=str(tmp_path))
     model.learn(48)
-    assert abs(model.logger.name_to_value["train/approx_kl"]) < 1e-7
+    assert abs(model.logger.name_to_value["train/approx_kl"]) < tolerance()
 
 
 def test_predict(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:

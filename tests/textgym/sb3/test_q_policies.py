@@ -15,7 +15,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer
 from transformers import AutoModelForCausalLM
 
 from textgym.sb3 import EpisodeReplayBuffer, TextQPolicy, TextQuantilePolicy, make_vec_env
-from textgym.testing import letter_tokenizer, mock_lm
+from textgym.testing import assert_trained_alike, letter_tokenizer, mock_lm
 
 MakeEnv = Any
 BOTH = [(DQN, TextQPolicy), (QRDQN, TextQuantilePolicy)]
@@ -60,7 +60,7 @@ def test_packed_states_give_what_observations_give(
         model.learning_starts = 0
         model.train(gradient_steps=1, batch_size=5)
         vectors.append(torch.cat([weight.detach().flatten() for weight in network(model).parameters()]))
-    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-6, rtol=0)
+    assert_trained_alike(*vectors, model.learning_rate)
 
 
 @pytest.mark.parametrize(("algorithm", "policy"), BOTH)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.testing import assert_close, mock_lm, terms_of, tolerance
+from textgym.testing import assert_close, assert_trained_alike, mock_lm, terms_of, tolerance
 
 pytestmark = pytest.mark.numerics
 
@@ -42,21 +42,18 @@ def test_a_forward_pass_is_close_to_that_in_float64(architecture: str) -> None:
 
 
 def test_precision_that_was_lost_on_the_way_is_not_rounding() -> None:
-    lm = mock_lm()
     ids = torch.randint(250, (8, 40), generator=generator())
     with torch.no_grad():
-        plain = lm(ids).logits.log_softmax(-1)
-        moved = [lm.bfloat16()(ids).logits.float().log_softmax(-1)]
-        for bits in (10, 16):  # TF32 keeps 10 bits of every weight
-            step = torch.tensor(2.0**-bits)
-            rough = mock_lm()
-            for weight in rough.parameters():
-                size = weight.abs().clamp(min=1e-6).log2().floor().exp2()
-                weight.copy_((weight / size / step).round() * step * size)
-            moved.append(rough(ids).logits.log_softmax(-1))
-    for log_probs in moved[:2]:
+        plain = mock_lm()(ids).logits.log_softmax(-1)
+        half = mock_lm().bfloat16()(ids).logits.float().log_softmax(-1)
+        rough = mock_lm()
+        for weight in rough.parameters():  # TF32 keeps 10 bits of a number
+            mantissa, exponent = torch.frexp(weight)
+            weight.copy_(torch.ldexp((mantissa * 2**11).round() / 2**11, exponent))
+        tf32 = rough(ids).logits.log_softmax(-1)
+    for log_probs in (half, tf32):
         with pytest.raises(AssertionError, match="differ by more than rounding"):
-            assert_close(log_probs, plain, terms=terms_of(lm))
+            assert_close(log_probs, plain, terms=terms_of(rough))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +69,8 @@ def test_precision_that_was_lost_on_the_way_is_not_rounding() -> None:
         ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.1}),
         ({"a": 1.0}, {"a": 1.0, "b": 2.0}),
         ({"a": 1.0, "b": 2.0}, {"a": 1.0}),
+        ([torch.ones(2)], [torch.ones(2), torch.ones(3)]),
+        ([torch.ones(2), torch.zeros(3)], [torch.ones(2), torch.ones(3)]),
         (torch.ones(2, 1), torch.ones(2)),
         (torch.ones(1), 1.0),
     ],
@@ -91,6 +90,9 @@ def test_what_is_not_rounding_fails(actual: object, expected: object) -> None:
         torch.tensor([0.1, torch.nan, -torch.inf]),
         torch.tensor([1, 2]),
         {"a": torch.ones(2), "b": {"c": 0.1}},
+        [torch.ones(2), torch.zeros(3, 2)],
+        (torch.tensor(0.1), 0.1),
+        [[0.1, 0.2], [0.3]],
         torch.zeros(0),
     ],
 )
@@ -121,3 +123,29 @@ def test_a_tolerance_grows_with_the_root_of_the_length() -> None:
 def test_the_message_names_what_is_wrong() -> None:
     with pytest.raises(AssertionError, match=r"log-probs: b: 1 of 3 numbers .* at \[2\], .* is allowed"):
         assert_close({"b": [1.0, 2.0, 3.5]}, {"b": [1.0, 2.0, 3.0]}, what="log-probs")
+
+
+def test_runs_that_differ_by_rounding_are_trained_alike() -> None:
+    """Two sums of a batch in two orders; a weight whose gradient cancels goes either way."""
+    runs = []
+    for order in (torch.arange(64), torch.randperm(64, generator=generator(1))):
+        weights = torch.nn.Parameter(torch.zeros(2000))
+        adam = torch.optim.Adam([weights], lr=1e-2, eps=1e-8)
+        numbers = torch.randn(64, 2000, generator=generator())
+        numbers[32:, 0] = -numbers[:32, 0]
+        for _ in range(5):
+            weights.grad = sum(numbers[row] for row in order)
+            adam.step()
+        runs.append(weights.detach())
+    assert (runs[0] - runs[1]).abs().max() > 1e-3, "the cancelled gradient is rounding, and moves its weight"
+    assert_trained_alike(*runs, learning_rate=1e-2)
+
+
+def test_a_mistake_is_not_trained_alike() -> None:
+    expected = {"a": torch.zeros(1000), "b": torch.zeros(1000)}
+    wrong = {"a": torch.zeros(1000), "b": torch.full((1000,), 1e-3)}
+    assert_trained_alike({"b": expected["b"], "a": expected["a"]}, expected, learning_rate=1e-3)
+    with pytest.raises(AssertionError, match="1000 of 2000 weights"):
+        assert_trained_alike(wrong, expected, learning_rate=1e-3)
+    with pytest.raises(AssertionError):
+        assert_trained_alike([torch.full((10,), torch.nan)], [torch.zeros(10)], learning_rate=1e-3)

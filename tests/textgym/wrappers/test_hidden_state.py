@@ -17,7 +17,10 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.sb3 import make_vec_env
+from textgym.testing import assert_close, mock_lm, terms_of
 from textgym.wrappers import HiddenStateObservation, VectorHiddenStateObservation
+
+FORWARD = terms_of(mock_lm())
 
 ENV_ID = "textgym/SentimentMLP-v0"
 
@@ -33,7 +36,7 @@ def test_it_is_the_last_hidden_state(settings: dict[str, Any]) -> None:
     tokens, _ = plain.reset(options={"prompt_index": 1})
     seen, _ = env.reset(options={"prompt_index": 1})
     for action in (97, 98, 99):
-        np.testing.assert_allclose(seen, full_pass(settings["reference"], tokens), atol=1e-5)
+        assert_close(seen, full_pass(settings["reference"], tokens), terms=FORWARD)
         assert env.observation_space.contains(seen)
         tokens, seen = plain.step(action)[0], env.step(action)[0]
 
@@ -50,13 +53,13 @@ def test_rows_and_their_final_observations(settings: dict[str, Any], mode: Autor
     for actions in np.random.default_rng(0).choice([97, 256], (9, 3)):
         for row in range(3):
             one = {key: value[row] for key, value in tokens.items()}
-            np.testing.assert_allclose(seen[row], full_pass(settings["reference"], one), atol=1e-5)
+            assert_close(seen[row], full_pass(settings["reference"], one), terms=FORWARD)
         tokens, *_, token_infos = plain.step(actions)
         seen, *_, infos = envs.step(actions)
         for row in np.flatnonzero(infos.get("_final_obs", [])):
             finals += 1
             expected = full_pass(settings["reference"], token_infos["final_obs"][row])
-            np.testing.assert_allclose(infos["final_obs"][row], expected, atol=1e-5)
+            assert_close(infos["final_obs"][row], expected, terms=FORWARD)
     assert (finals > 3) == (mode == AutoresetMode.SAME_STEP)
 
 

@@ -13,6 +13,7 @@ from gymnasium.vector import SyncVectorEnv
 
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.testing import mock_lm, terms_of, tolerance
 from textgym.wrappers import (
     ChatTemplate,
     TextObservation,
@@ -22,6 +23,9 @@ from textgym.wrappers import (
     VectorTextObservation,
     VectorTokenHistory,
 )
+
+FORWARD = terms_of(mock_lm())
+ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
 
 TEMPLATE = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}<a>"
 
@@ -47,7 +51,7 @@ def test_a_turn_is_the_sum_of_its_tokens(settings: dict[str, Any]) -> None:
     env.reset(options={"prompt_index": 2})
     observation, reward, terminated, truncated, info = env.step("hi")
     assert (observation, terminated, truncated, info["response_tokens"]) == ("ahi<eos>", True, False, 3)
-    assert reward == pytest.approx(sum(rewards))
+    assert reward == pytest.approx(sum(rewards), abs=ROUNDING)
     env.reset(options={"prompt_index": 2})
     assert env.step("too long a turn")[0] == "atoo l", "the length limit ends it"
 

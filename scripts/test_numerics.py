@@ -1,0 +1,123 @@
+"""Runs the tests that are sensitive to rounding under several kinds of arithmetic, and prints a table.
+
+    python scripts/test_numerics.py
+    python scripts/test_numerics.py --capabilities default --cbwr COMPATIBLE --threads 1
+
+`ATEN_CPU_CAPABILITY` chooses among PyTorch's kernels ("native" leaves the choice to it), `MKL_CBWR` among MKL's, and
+`OMP_NUM_THREADS` says how sums are split. A row runs the tests marked `numerics`, then trains for a few updates, kills
+the run with SIGKILL, resumes it, and compares the bytes of its weights with those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [
+    *("--env", "textgym/Sentiment-v0", "--env-kwargs", json.dumps({"max_new_tokens": 4})),
+    *("--num-envs", "16", "--episodes-per-update", "16", "--total-episodes", "64", "--checkpoint-every", "1"),
+]
+"""A run of four updates of PPO."""
+
+
+@dataclass
+class Config:
+    capabilities: tuple[str, ...] = ("default", "avx2", "native")
+    cbwr: tuple[str, ...] = ("unset", "COMPATIBLE", "AVX2,STRICT")
+    threads: tuple[int, ...] = (1, 2)
+    resume: bool = True
+    """Whether each row also kills and resumes a run."""
+
+
+def environment(capability: str, cbwr: str, threads: int) -> dict[str, str]:
+    """The environment of a row of the table."""
+    variables = {name: text for name, text in os.environ.items() if name not in ("ATEN_CPU_CAPABILITY", "MKL_CBWR")}
+    if capability != "native":
+        variables["ATEN_CPU_CAPABILITY"] = capability
+    if cbwr != "unset":
+        variables["MKL_CBWR"] = cbwr
+    return variables | {"OMP_NUM_THREADS": str(threads)}
+
+
+def run_tests(variables: dict[str, str], folder: Path) -> tuple[int, int, float]:
+    """Returns how many tests passed, how many failed, and the seconds; the names of those that failed are printed."""
+    report = folder / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "numerics", "--quiet", "--tb=short", f"--junitxml={report}"]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    if not report.exists():
+        raise SystemExit(f"pytest did not run:\n{result.stdout}{result.stderr}")
+
+    (suite,) = xml.etree.ElementTree.parse(report).iter("testsuite")
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    if failed:
+        print(result.stdout)
+    return counts["tests"] - failed - counts["skipped"], failed, float(suite.attrib["time"])
+
+
+def resumes(variables: dict[str, str], folder: Path) -> bool:
+    """Returns whether a run that was killed and resumed ends with the bytes of an undisturbed one."""
+
+    def train(name: str, *flags: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "textgym.cli", "train", "--output-dir", str(folder / name)]
+        needed = {"MKL_CBWR": "COMPATIBLE"} | variables  # equal bits rest on it: docs/rounding.md
+        with (folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen([*command, *TRAIN, *flags], env=needed, stdout=log, stderr=log)
+
+    whole = train("whole").wait()
+    part = train("part")
+    while part.poll() is None and not (folder / "part" / "checkpoints" / "step-000002").exists():
+        time.sleep(0.01)
+    part.send_signal(signal.SIGKILL)
+    killed = part.wait() == -signal.SIGKILL
+
+    if train("part", "--resume").wait() or whole or not killed:
+        print((folder / "part.log").read_text(), (folder / "whole.log").read_text())
+        return False
+    files = sorted((folder / "whole" / "policy").glob("*.safetensors"))
+    return bool(files) and all(
+        file.read_bytes() == (folder / "part" / "policy" / file.name).read_bytes() for file in files
+    )
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def main(config: Config) -> bool:
+    """Prints the table; whether all of it is as it should be."""
+    print(f"{processor()}; {platform.platform()}\n", flush=True)
+    print("| ATEN_CPU_CAPABILITY | MKL_CBWR | threads | passed | failed | seconds | killed and resumed |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    right = True
+    for capability, cbwr, threads in itertools.product(config.capabilities, config.cbwr, config.threads):
+        variables = environment(capability, cbwr, threads)
+        with tempfile.TemporaryDirectory() as name:
+            passed, failed, seconds = run_tests(variables, Path(name))
+            same = resumes(variables, Path(name)) if config.resume else None
+        word = {None: "-", True: "equal bytes", False: "DIFFERENT"}[same]
+        print(f"| {capability} | {cbwr} | {threads} | {passed} | {failed} | {seconds:.0f} | {word} |", flush=True)
+        right = right and passed > 0 and not failed and same is not False
+    return right
+
+
+if __name__ == "__main__":
+    if not main(tyro.cli(Config)):
+        raise SystemExit(1)

@@ -1,0 +1,28 @@
+"""Runs that repeat themselves bit for bit: in the environment that they need, which must be set before torch starts.
+
+Outside Intel, MKL rounds differently for differently aligned memory unless `MKL_CBWR` is set; with several threads, the
+order of sums may depend on which is faster. Every other test holds without these.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENVIRONMENT = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+FOLDERS = ["agents", "textgym"]
+
+
+@pytest.mark.training
+@pytest.mark.skipif("MKL_CBWR" in os.environ, reason="the tests marked bit_for_bit run in this process")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_promises_of_equal_bits_hold_where_what_they_need_is_set(folder: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "bit_for_bit and not slow", str(Path(__file__).parent / folder)]
+    result = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+    assert "needs MKL_CBWR" not in result.stdout
