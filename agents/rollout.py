@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.masks import ActionMask, narrow
 from textgym.models.phases import phase
 from textgym.models.sequences import Sequences
+from textgym.models.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,14 @@ def collect(
         noted = whole.values if policy.critic is None else None
         return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, noted)
     restricted = task.restricts_actions
+    waiting = envs.unwrapped.waiting
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
-    raw_scores, by_stop = torch.zeros_like(scores), torch.zeros_like(alive)
-    components: dict[str, Tensor] = {}
+    noted: dict[str, np.ndarray] = {"score": np.zeros(envs.num_envs), "ended_by_stop": waiting.copy()}
     # A separate critic reads whole episodes in one pass afterwards; a shared one comes free with every token.
     shared = policy.critic is None
-    played, log_probs, values = [], [], []
-    while alive.any():
+    log_probs, values = [], []
+    while not waiting.all():
         masks = task.action_masks() if restricted else None
         if action_mask is not None:
             masks = narrow(task.action_masks(), action_mask(observation))
@@ -113,37 +115,26 @@ def collect(
             step = policy.act(observation, deterministic, masks, with_value=shared)
         with phase("environment"):
             observation, rewards, terminated, truncated, infos = envs.step(step.action)
-        played.append(alive)
+        waiting = envs.unwrapped.waiting
         log_probs.append(step.log_prob)
         values.append(step.value)
         scores += torch.where(alive, rewards, 0.0)
         alive = alive & ~(terminated | truncated)
-        if infos:
-            ended = torch.as_tensor(infos["_score"], device=task.device)
-            by_stop |= ended & torch.as_tensor(infos["ended_by_stop"], device=task.device)
-            raw_scores = torch.where(ended, torch.as_tensor(infos["score"], device=task.device).float(), raw_scores)
-            for name in (key for key in infos if key.startswith(("reward/", "metric/"))):
-                known, component = (torch.as_tensor(infos[key], device=task.device) for key in (f"_{name}", name))
-                unknown = torch.full_like(component, torch.nan)
-                components[name] = torch.where(known, component, components.get(name, unknown))
+        for name in ("score", "ended_by_stop", *(key for key in infos if key.startswith(("reward/", "metric/")))):
+            if name in infos:
+                before = noted.get(name, np.full(envs.num_envs, np.nan))
+                noted[name] = np.where(infos[f"_{name}"], infos[name], before)
     sequences = task.episodes.sequences()
+    mask = sequences.mask
+    places = (mask.cumsum(1) - 1).clamp(min=0)  # the policy's k-th token is that of the k-th step
 
     def laid_out(steps: list[Tensor]) -> Tensor:
         """What was noted at each step `(N,)`, at the token that was written then: `(N, T)`."""
-        return sequences.pad(torch.stack(steps, 1)[torch.stack(played, 1)])
+        return torch.where(mask, torch.stack(steps, 1).gather(1, places), 0.0)
 
     with phase("critic"):
         state_values = laid_out(values) if shared else policy.sequence_values(sequences)
-    return Rollout(
-        sequences,
-        laid_out(log_probs),
-        state_values,
-        scores,
-        raw_scores,
-        _token_rewards(task.token_rewards, sequences.mask),
-        by_stop,
-        components,
-    )
+    return _rollout(task, sequences, laid_out(log_probs), state_values, scores, noted)
 
 
 def score_whole(
@@ -171,22 +162,30 @@ def score_whole(
     def real(columns: Tensor) -> Tensor:
         return torch.where(mask, columns[:, : mask.shape[1]], 0.0)
 
-    def tensor(column: Any) -> Tensor:
-        return torch.as_tensor(column, device=task.device)
-
     with phase("decode"):
         log_probs = policy.sequence_log_probs(sequences) if log_probs is None else real(log_probs)
     with phase("critic"):
         values = policy.sequence_values(sequences) if values is None else real(values)
+    return _rollout(task, sequences, log_probs, values, scores, infos)
+
+
+def _rollout(
+    task: Any, sequences: Sequences, log_probs: Tensor, values: Tensor, scores: Tensor, noted: dict[str, np.ndarray]
+) -> Rollout:
+    """A rollout, with what the host has noted of its episodes, by one copy to the device."""
+    names = [name for name in noted if name.startswith(("reward/", "metric/"))]
+    columns = [noted["score"].astype(np.float32), noted["ended_by_stop"], *(noted[name] for name in names)]
+    columns.append(_token_rewards(task.token_rewards, sequences.longest))
+    raw_scores, by_stop, *components, token_rewards = to_device(task.device, *map(torch.from_numpy, columns))
     return Rollout(
         sequences,
         log_probs,
         values,
-        tensor(scores),
-        tensor(infos["score"]).float(),
-        _token_rewards(task.token_rewards, mask),
-        tensor(infos["ended_by_stop"]),
-        {name: tensor(column) for name, column in infos.items() if name.startswith(("reward/", "metric/"))},
+        scores,
+        raw_scores,
+        token_rewards,
+        by_stop,
+        dict(zip(names, components, strict=True)),
     )
 
 
@@ -219,9 +218,9 @@ def _component(rollout: Rollout, name: str) -> Tensor:
     return rollout.components.get(name, unknown)
 
 
-def _token_rewards(given: list[Any], mask: Tensor) -> Tensor:
-    rewards = torch.zeros(mask.shape, device=mask.device)
+def _token_rewards(given: list[Any], longest: int) -> np.ndarray:
+    rewards = np.zeros((len(given), longest), dtype=np.float32)
     for row, values in enumerate(given):
         if values is not None:
-            rewards[row, : len(values)] = torch.as_tensor(values, dtype=rewards.dtype)
+            rewards[row, : len(values)] = values
     return rewards

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from textgym.models.devices import Device
+from textgym.models.attention import first_tokens, ragged
 from textgym.models.encoder_decoder import split_rows
 from textgym.models.log_probs import StopRule
-from textgym.models.sequences import Sequences
+from textgym.models.sequences import HostRows, Sequences
+from textgym.models.transfer import to_device, to_host
 
 
 class Ends(NamedTuple):
@@ -23,7 +26,8 @@ class Ends(NamedTuple):
 class Episodes:
     """B rows of tokens, each a prompt and a growing response, right-padded so that a token's slot is its position.
 
-    A row is alive from `begin` until it ends; rows that are not alive ignore what is appended.
+    A row is alive from `begin` until it ends; rows that are not alive ignore what is appended. Tokens are on the
+    device, and the host keeps count of them, so that it hardly ever has to wait.
 
     Args:
         num_rows: B.
@@ -59,40 +63,57 @@ class Episodes:
         self.written = torch.ones(num_rows, max_new_tokens, dtype=torch.bool, device=device)  # by the policy
         self.is_stop = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self.is_stop[list(stop.ids)] = True
+        self.prompts = np.full(num_rows, b"", dtype=object)  # their ids, as `first_tokens` gives them
+        self.host_prompt_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.host_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.replied = np.zeros(num_rows, dtype=bool)  # rows in which the environment has written
 
     @property
     def response_lengths(self) -> Tensor:
         """`(B,)`, tokens appended so far."""
         return self.lengths - self.prompt_lengths
 
-    def begin(self, rows: Tensor, prompts: Tensor, lengths: Tensor) -> None:
-        """Starts rows `(k,)` anew with right-padded prompts `(k, P)` of these lengths `(k,)`."""
-        width = prompts.shape[1]
-        fresh = torch.full((len(rows), self.width), self.pad_token_id, dtype=torch.long, device=rows.device)
-        fresh[:, :width] = torch.where(self.slots[:width] < lengths[:, None], prompts, self.pad_token_id)
-        self.input_ids[rows] = fresh
-        self.lengths[rows] = self.prompt_lengths[rows] = lengths
-        self.written[rows] = True
-        self.alive[rows] = True
+    def begin(self, rows: np.ndarray, prompts: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Starts rows `(k,)` anew with right-padded prompts `(k, P)` of these lengths `(k,)`.
 
-    def append(self, actions: Tensor) -> Ends:
-        """Appends one token `(B,)` to every row that is alive; says which rows it ended."""
+        Returns:
+            The rows, on the device.
+        """
+        host_ids, host_lengths = torch.from_numpy(prompts).long(), torch.from_numpy(lengths)
+        index, ids, sizes = to_device(self.input_ids.device, torch.from_numpy(rows), host_ids, host_lengths)
+        width = prompts.shape[1]
+        fresh = torch.full((len(rows), self.width), self.pad_token_id, dtype=torch.long, device=index.device)
+        fresh[:, :width] = torch.where(self.slots[:width] < sizes[:, None], ids, self.pad_token_id)
+        self.input_ids[index] = fresh
+        self.lengths[index] = self.prompt_lengths[index] = sizes
+        self.written[index] = True
+        self.alive[index] = True
+        self.prompts[rows] = first_tokens(host_ids, host_lengths)
+        self.host_lengths[rows] = self.host_prompt_lengths[rows] = lengths
+        self.replied[rows] = False
+        return index
+
+    def ends(self, actions: Tensor) -> Ends:
+        """Which rows one token more `(B,)` would end; nothing changes."""
+        before = self.response_lengths
+        by_stop = self.alive & self.is_stop[actions] & (before >= self.stop.min_new_tokens)
+        by_length = (self.alive ^ by_stop) & (before >= self.max_new_tokens - 1)
+        return Ends(by_stop, by_length)
+
+    def append(self, actions: Tensor, ends: Ends, alive: np.ndarray) -> None:
+        """Appends one token `(B,)` to every row that is `alive`, bool `(B,)`, and ends those that it `ends`."""
         slot = self.lengths.clamp(max=self.width - 1)[:, None]
         kept = self.input_ids.gather(1, slot)[:, 0]
         self.input_ids.scatter_(1, slot, torch.where(self.alive, actions, kept)[:, None])
-        before = self.response_lengths
         self.lengths += self.alive
-        by_stop = self.alive & self.is_stop[actions] & (before >= self.stop.min_new_tokens)
-        playing = self.alive ^ by_stop
-        by_length = playing & (before >= self.max_new_tokens - 1)
-        self.alive = playing ^ by_length
-        return Ends(by_stop, by_length)
+        self.host_lengths += alive
+        self.alive = self.alive ^ (ends.by_stop | ends.by_length)
 
-    def extend(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def extend(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, np.ndarray]:
         """Appends whole responses `(B, T)` of these lengths to rows that have just begun, and ends them.
 
         Returns:
-            Bool `(B,)`, the rows that a stop token ended.
+            Bool `(B,)`, the rows that a stop token ended, on the device and on the host.
 
         Raises:
             ValueError: a response that is empty or too long, goes on after a stop token, or ends without one too early.
@@ -101,23 +122,29 @@ class Episodes:
         stops = self.is_stop[tokens] & (steps >= self.stop.min_new_tokens) & (steps < lengths[:, None])  # (B, T)
         by_stop = stops.any(1)
         ends = torch.where(by_stop, stops.int().argmax(1) + 1, self.max_new_tokens)
-        if not bool((self.alive & (self.response_lengths == 0) & (ends == lengths)).all()):
+        whole = self.alive & (self.response_lengths == 0) & (ends == lengths)
+        whole, ended_by_stop, counts = to_host(whole, by_stop, lengths)
+        if not whole.all():
             raise ValueError(
                 "a response must end with its first stop token, or without one after max_new_tokens="
                 f"{self.max_new_tokens} tokens, and be written once: call envs.reset() first"
             )
-        rows, places = (steps < lengths[:, None]).nonzero(as_tuple=True)
+        rows, places = ragged(lengths, int(counts.sum()))
         self.input_ids[rows, self.prompt_lengths[rows] + places] = tokens[rows, places]
         self.lengths += lengths
+        self.host_lengths += counts.numpy()
         self.alive[:] = False
-        return by_stop
+        return by_stop, ended_by_stop.numpy()
 
     def reply(self, row: int, tokens: list[int]) -> None:
         """Lets the environment write into a row, which then goes on; there must be room for them and one token more."""
-        start, step = int(self.lengths[row]), int(self.response_lengths[row])
+        start = int(self.host_lengths[row])
+        step = start - int(self.host_prompt_lengths[row])
         self.input_ids[row, start : start + len(tokens)] = torch.tensor(tokens, device=self.input_ids.device)
         self.written[row, step : step + len(tokens)] = False
         self.lengths[row] += len(tokens)
+        self.host_lengths[row] += len(tokens)
+        self.replied[row] = True
         self.alive[row] = True
 
     @property
@@ -157,12 +184,16 @@ class Episodes:
 
     def sequences(self) -> Sequences:
         """All rows as whole sequences, a copy."""
-        written = None if bool(self.written.all()) else self.written.clone()
+        host = None
+        if not self.replied.any():
+            lengths = self.host_lengths - self.host_prompt_lengths
+            host = HostRows(self.prompts.copy(), self.host_prompt_lengths.copy(), lengths, lengths)
         return Sequences(
             self.input_ids.clone(),
             self.prompt_lengths.clone(),
             self.response_lengths,
             self.stop,
-            written,
+            self.written.clone() if self.replied.any() else None,
             self.decoder_start,
+            host,
         )

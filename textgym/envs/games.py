@@ -57,23 +57,24 @@ class GameTask(TextTask):
             self.turn_starts[row], self.turn_rewards[row] = 0, {}
         super().begin(rows, prompts)
 
-    def answer(self, ends: Ends) -> Ends:
+    def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
         """Plays the turns that have just been closed; a game that goes on writes its reply and the row lives on."""
-        by_stop, by_length = ends.by_stop.clone(), ends.by_length.clone()
-        for row in ends.by_stop.nonzero()[:, 0].tolist():
+        stopped, by_length = ends.by_stop.clone(), ends.by_length.clone()
+        for row in np.flatnonzero(by_stop).tolist():
             response = self._response_ids(np.array([row]))[0]
             turn = self.stop_strings.cut(self._decode(response[self.turn_starts[row] :]))
             reply, reward, terminated, truncated, _ = self.games[row].step(turn)
             self.turn_rewards[row][len(response) - 1] = float(reward)
             if terminated or truncated:
                 continue
-            by_stop[row] = False
+            stopped[row] = False
             tokens = self.tokenizer(reply, add_special_tokens=False).input_ids
-            by_length[row] = len(response) + len(tokens) >= self.episodes.max_new_tokens
-            if not by_length[row]:
+            fits = len(response) + len(tokens) < self.episodes.max_new_tokens
+            by_length[row] = not fits
+            if fits:
                 self.episodes.reply(row, tokens)
                 self.turn_starts[row] = len(response) + len(tokens)
-        return Ends(by_stop, by_length)
+        return Ends(stopped, by_length)
 
     def finished(self, rows: np.ndarray) -> Finished:
         """With a column `turn_rewards`, which `game` reads."""

@@ -23,6 +23,7 @@ from textgym.models.loading import load_tokenizer
 from textgym.models.masks import ActionMask, FunctionMask, narrow
 from textgym.models.phases import phase
 from textgym.models.token_model import Observation, TokenModel
+from textgym.models.transfer import to_device, to_host
 from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
 from textgym.rewards.scaling import Scaling
 from textgym.rewards.scoring import Finished, OnRewardError, RewardSpec, Scorer, Scores
@@ -176,12 +177,7 @@ class TextTask:
 
     def begin(self, rows: np.ndarray, prompts: np.ndarray) -> None:
         """Starts rows (indices) anew with prompts (indices)."""
-        index = torch.as_tensor(rows, device=self.device)
-        self.episodes.begin(
-            index,
-            torch.as_tensor(self.prompt_ids[prompts], dtype=torch.long, device=self.device),
-            torch.as_tensor(self.prompt_lengths[prompts], device=self.device),
-        )
+        index = self.episodes.begin(rows, self.prompt_ids[prompts], self.prompt_lengths[prompts])
         self.current[rows] = prompts
         self.kl_sum[index] = self.kl_paid[index] = 0.0
 
@@ -192,22 +188,27 @@ class TextTask:
             ValueError: an action outside the vocabulary; `kl_mode="exact"` without a policy.
         """
         given, actions = actions, actions.clamp(0, self.vocab_size - 1)
+        ends = self.episodes.ends(actions)
         outside = (given != actions) & self.episodes.alive
-        if bool(outside.any()):
+        outside, by_stop, by_length, alive = to_host(outside, *ends, self.episodes.alive)  # what a step waits for
+        if outside.any():
             raise ValueError(
-                f"actions {given[outside].tolist()} are outside the vocabulary: use token ids from 0 to "
+                f"actions {given.cpu()[outside].tolist()} are outside the vocabulary: use token ids from 0 to "
                 f"{self.vocab_size - 1}"
             )
         paid = self._pay_kl(actions)
-        ends = self.episodes.append(actions)
+        self.episodes.append(actions, ends, alive.numpy())
         if self.stop_strings.texts:
             ends = self._end_by_string(actions, ends)
-        ends = self.answer(ends)
-        ended = (ends.by_stop | ends.by_length).cpu().numpy()
+            by_stop, by_length = to_host(*ends)
+        if by_stop.any() and (answered := self.answer(ends, by_stop.numpy())) is not ends:
+            ends = answered
+            by_stop, by_length = to_host(*ends)
+        ended = (by_stop | by_length).numpy()
         rewards = torch.zeros_like(self.kl_paid) if paid is None else paid
         infos: dict[str, np.ndarray] = {}
         if ended.any():
-            score, infos = self._settle(np.flatnonzero(ended), ends.by_stop.cpu().numpy())
+            score, infos = self._settle(np.flatnonzero(ended), by_stop.numpy())
             rewards = rewards + score
         return Outcome(rewards, ends, ended, infos)
 
@@ -231,19 +232,19 @@ class TextTask:
                 "whole responses can be submitted only where kl_mode='deferred' and there are no stop strings, no "
                 "action_mask and no replies of the environment: step through it instead"
             )
-        by_stop = self.episodes.extend(tokens, lengths)
-        score, infos = self._settle(np.arange(len(lengths)), by_stop.cpu().numpy())
+        by_stop, ended_by_stop = self.episodes.extend(tokens, lengths)
+        score, infos = self._settle(np.arange(len(lengths)), ended_by_stop)
         return Outcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
 
-    def answer(self, ends: Ends) -> Ends:
-        """What the environment has to say to rows whose turn is over; here it is the last one."""
+    def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
+        """What the environment has to say to rows whose turn is over, bool `(B,)`; here it is the last one."""
         return ends
 
     def transcript(self, row: int) -> dict[str, Any]:
         """Prompt, completion and columns of a row's last finished episode, or of the one under way."""
         if self.transcripts[row] and not bool(self.episodes.alive[row]):
             return self.transcripts[row]
-        return self._transcript(row, self._texts(np.array([row]))[0])
+        return self._transcript(row, self._text(self._response_ids(np.array([row]))[0]))
 
     def _pay_kl(self, actions: Tensor) -> Tensor | None:
         """The KL term of the reward of each row's next token, `(B,)`; `None` where the environment pays none."""
@@ -286,13 +287,13 @@ class TextTask:
         penalty = self.missing_eos_penalty * ~by_stop[rows]
         paid = scores.score - penalty
         self._remember(rows, finished, scores)
-        everywhere = torch.zeros_like(self.kl_paid)
-        everywhere[torch.as_tensor(rows, device=self.device)] = torch.as_tensor(
-            paid, dtype=everywhere.dtype, device=self.device
-        )
+        [everywhere] = to_device(self.device, torch.from_numpy(_scatter(paid, rows, len(by_stop))).float())
+        kl_paid, kl_sum = np.zeros(len(rows)), np.zeros(len(rows))
+        if self.kl_mode != "deferred":
+            kl_paid, kl_sum = (x.numpy().astype(np.float64)[rows] for x in to_host(self.kl_paid, self.kl_sum))
         values: dict[str, np.ndarray] = {
             "score": scores.raw - penalty,
-            "kl_reward": self.kl_paid.cpu().numpy().astype(np.float64)[rows],
+            "kl_reward": kl_paid,
             "response_tokens": np.array([len(ids) for ids in finished.completion_ids], dtype=np.int64),
             "is_success": scores.raw - penalty > 0,
             "ended_by_stop": by_stop[rows],
@@ -300,7 +301,7 @@ class TextTask:
             **{f"metric/{name}": np.full(len(rows), value) for name, value in scores.metrics.items()},
         }
         if self.kl_mode == "exact":  # only then the policy is known
-            values["kl"] = self.kl_sum.cpu().numpy().astype(np.float64)[rows]
+            values["kl"] = kl_sum
             if self.penalty is not None:
                 self.penalty.controller.update(float(values["kl"].mean()), len(rows))
         if self.scorer.scale.active:
@@ -313,14 +314,15 @@ class TextTask:
         """What is scored of rows (indices) that have ended."""
         columns = [self.rows[index] for index in self.current[rows]]
         names = [name for name in columns[0] if name != "prompt"]
+        completion_ids = self._response_ids(rows)
         return Finished(
             prompts=[copy.deepcopy(column["prompt"]) for column in columns],  # functions may write into messages
             completions=[
                 text if isinstance(column["prompt"], str) else [{"role": "assistant", "content": text}]
-                for text, column in zip(self._texts(rows), columns, strict=True)
+                for text, column in zip(map(self._text, completion_ids), columns, strict=True)
             ],
             prompt_ids=[self.prompt_ids[i, : self.prompt_lengths[i]].tolist() for i in self.current[rows]],
-            completion_ids=self._response_ids(rows),
+            completion_ids=completion_ids,
             columns={name: [column[name] for column in columns] for name in names},
         )
 
@@ -335,14 +337,13 @@ class TextTask:
         return {**self.rows[index], "prompt": self.prompt_texts[index], "completion": completion}
 
     def _response_ids(self, rows: np.ndarray) -> list[list[int]]:
-        index = torch.as_tensor(rows, device=self.device)
-        state = self.episodes
-        ids, first, last = (x[index].tolist() for x in (state.input_ids, state.prompt_lengths, state.lengths))
-        return [row[a:b] for row, a, b in zip(ids, first, last, strict=True)]
+        [ids] = to_host(self.episodes.input_ids)
+        first, last = self.episodes.host_prompt_lengths, self.episodes.host_lengths
+        return [ids[row, first[row] : last[row]].tolist() for row in rows]
 
-    def _texts(self, rows: np.ndarray) -> list[str]:
-        """Responses as text, without the stop token or stop string that ended them."""
-        return [self.stop_strings.cut(self._decode(ids)) for ids in self._response_ids(rows)]
+    def _text(self, ids: list[int]) -> str:
+        """A response as text, without the stop token or stop string that ended it."""
+        return self.stop_strings.cut(self._decode(ids))
 
     def _decode(self, ids: list[int]) -> str:
         while ids and ids[-1] in self.episodes.stop.ids:

@@ -13,6 +13,7 @@ from torch import nn
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
 from textgym.models.devices import Device
+from textgym.models.transfer import to_host
 from textgym.rewards.kl import Estimator, KLController
 from textgym.rewards.scaling import Scaling
 from textgym.rewards.scoring import OnRewardError, RewardSpec
@@ -198,8 +199,9 @@ class TextEnv(gym.Env[ObsType, int]):
         if not bool(self.task.episodes.alive[0]):
             raise gym.error.ResetNeeded("there is no episode under way: call env.reset() before env.step(action)")
         outcome = self.task.play(torch.tensor([int(action)], device=self.task.device))
-        by_length = bool(outcome.ends.by_length[0])
-        truncated = by_length and self.task.truncates
+        observation = self.task.episodes.observation()
+        by_length, rewards, *shown = to_host(outcome.ends.by_length, outcome.rewards, *observation.values())
+        truncated = bool(by_length[0]) and self.task.truncates
         info: dict[str, Any] = {key: value.item() for key, (value,) in outcome.infos.items() if not np.isnan(value)}
         if info:
             self._score = info["score"]
@@ -208,7 +210,8 @@ class TextEnv(gym.Env[ObsType, int]):
         terminated = bool(outcome.ended[0]) and not truncated
         if self.render_mode == "human":
             self.render()
-        return self._observation(), float(outcome.rewards[0]), terminated, truncated, self._with_mask(info)
+        shown_here = {key: value[0].numpy() for key, value in zip(observation, shown, strict=True)}
+        return shown_here, float(rewards[0]), terminated, truncated, self._with_mask(info)
 
     def render(self) -> str | None:
         """The episode so far, see `render_mode`."""
@@ -228,7 +231,8 @@ class TextEnv(gym.Env[ObsType, int]):
         return self.task.transcript(0)
 
     def _observation(self) -> ObsType:
-        return {key: value[0].cpu().numpy() for key, value in self.task.episodes.observation().items()}
+        observation = self.task.episodes.observation()
+        return {key: value[0].numpy() for key, value in zip(observation, to_host(*observation.values()), strict=True)}
 
     def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "action_mask": self.action_masks()} if self.info_action_mask else info

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Outcome, Policy, TextTask, prompt_choice
 from textgym.models.devices import Device
+from textgym.models.transfer import to_host
 from textgym.rewards.kl import Estimator, KLController
 from textgym.rewards.scaling import Scaling
 from textgym.rewards.scoring import OnRewardError, RewardSpec
@@ -173,13 +174,11 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         terminated, truncated = outcome.ends
         if not self.task.truncates:
             terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
-        return (
-            self._observation(),
-            self._out(outcome.rewards),
-            self._out(terminated),
-            self._out(truncated),
-            self._with_mask(infos),
+        observation = self.task.episodes.observation()
+        *shown, rewards, terminated, truncated = self._out(
+            *observation.values(), outcome.rewards, terminated, truncated
         )
+        return dict(zip(observation, shown, strict=True)), rewards, terminated, truncated, self._with_mask(infos)
 
     def submit(self, tokens: Tensor, lengths: Tensor) -> tuple[Array, dict[str, Any]]:
         """Ends the episodes of all rows, which were just reset, with whole responses that were written elsewhere.
@@ -198,7 +197,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         """
         outcome = self.task.submit(tokens, lengths)
         self.waiting = outcome.ended
-        return self._out(outcome.rewards), self._infos(outcome)
+        return self._out(outcome.rewards)[0], self._infos(outcome)
 
     def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # a row not rendered is None
         """Every row's episode so far, see `render_mode`."""
@@ -206,7 +205,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
 
     def action_masks(self) -> Array:
         """Bool `(B, V)`: the actions that are allowed now."""
-        return self._out(self.task.action_masks())
+        return self._out(self.task.action_masks())[0]
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""
@@ -243,10 +242,12 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         return tensor
 
     def _observation(self) -> dict[str, Array]:
-        return {key: self._out(value) for key, value in self.task.episodes.observation().items()}
+        observation = self.task.episodes.observation()
+        return dict(zip(observation, self._out(*observation.values()), strict=True))
 
-    def _out(self, values: Tensor) -> Array:
-        return values if self.array == "torch" else values.cpu().numpy()
+    def _out(self, *tensors: Tensor) -> list[Array]:
+        """What is handed out, on the device or, by one copy, as NumPy arrays."""
+        return list(tensors) if self.array == "torch" else [tensor.numpy() for tensor in to_host(*tensors)]
 
     def _infos(self, outcome: Outcome) -> dict[str, Any]:
         """What is known of rows that ended, each key with its `_key` mask, as Gymnasium lays infos out."""
