@@ -175,7 +175,8 @@ class DPO(OfflineAgent):
         size = 2 * (self.config.micro_batch_size or self.config.batch_size)
         parts = [range(len(self.texts))[start : start + size] for start in range(0, len(self.texts), size)]
         with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return torch.cat([model.sequence_log_probs(self.sequences(part)).sum(1) for part in parts]).cpu()
+            scores = [model.sequence_log_probs(self.sequences(part).to(model.device)).sum(1) for part in parts]
+            return torch.cat(scores).cpu()
 
 
 def preference_loss(

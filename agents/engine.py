@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.devices import check_one_device
 from textgym.models.log_probs import StopRule
 
 from .rollout import Rollout, score_whole
@@ -55,6 +56,7 @@ def collect_from(engine: Engine, envs: Any, policy: ActorCritic, options: dict[s
         ValueError: a response is no whole one, or the environment has to be stepped through: it has stop strings, or
             answers.
     """
+    check_one_device(policy=policy.device, environment=envs.unwrapped.task.device)
     observation, _ = envs.reset(options=options)
     episodes = envs.unwrapped.task.episodes
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1).tolist()

@@ -95,7 +95,7 @@ def measure(
         `ended_by_stop` (share); and one for each of `metrics`, by its name.
     """
     rollout, mask = samples.rollout, samples.rollout.mask
-    reference_log_probs = reference.sequence_log_probs(rollout.sequences)
+    reference_log_probs = reference.sequence_log_probs(rollout.sequences.to(reference.device)).to(mask.device)
     figures: dict[str, Any] = {
         "score": rollout.raw_scores.mean(),
         "score_std": rollout.raw_scores.std(correction=0),
@@ -192,7 +192,7 @@ def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str
         [ids for row in rows for ids in row.completion_ids],
         {name: [value for row in rows for value in row.columns[name]] for name in rows[0].columns},
     )
-    scorer = Scorer(list(metrics), tokenizer=samples.tokenizer)
+    scorer = Scorer(list(metrics), tokenizer=samples.tokenizer, device=samples.rollout.scores.device)
     components = scorer(finished).components
     completions, references = finished.completions, finished.columns.get("references", [])
 

@@ -99,6 +99,7 @@ class Behaviour:
         head: Any = None,
     ) -> None:
         self.policy, self.reference, self.greedy = policy, reference, greedy
+        self.device = policy.device
         self.epsilon, self.temperature = epsilon, temperature
         self.head = policy.head if head is None else head
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.devices import on_device
 from textgym.models.loading import load_tokenizer
 from textgym.models.seeding import seeded
 from textgym.models.sequences import Sequences
@@ -153,7 +154,8 @@ class OfflineAgent(ABC):
         """
         if self.updates >= self.total_updates:
             return self
-        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed), explained():
+        device = self.policy.device
+        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed), explained(), on_device(device):
             if self.updates:
                 self._write_progress(Path(folder))
             self.trainer = OfflineTrainer(self, folder, callbacks)

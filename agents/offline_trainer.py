@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
+from textgym.models.training_arguments import OneDeviceArguments
 from textgym.rewards.pairwise import SILENT
 
 from .distributed import everyone, join, share_of
@@ -41,7 +42,7 @@ class OfflineTrainer(Trainer):
             raise ValueError(
                 f"a process's {own} of batch_size must be a multiple of micro_batch_size={micro_batch_size}"
             )
-        arguments = TrainingArguments(
+        arguments = OneDeviceArguments(
             output_dir=folder,
             num_train_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
@@ -51,7 +52,7 @@ class OfflineTrainer(Trainer):
             weight_decay=0.0,
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
-            use_cpu=agent.policy.device.type == "cpu",  # without it bf16 is refused on a CPU
+            model_device=str(agent.policy.device),
             seed=config.seed,
             data_seed=config.seed,
             logging_steps=1,

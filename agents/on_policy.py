@@ -21,6 +21,7 @@ from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.devices import check_one_device
 from textgym.models.phases import phase
 from textgym.models.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
@@ -131,6 +132,7 @@ class OnPolicyAgent(ABC):
         self.penalty: KLPenalty = task.penalty or KLPenalty(
             policy.reference(), task.kl_coef, task.kl_estimator, task.kl_clamp
         )
+        check_one_device(policy=policy.device, environment=task.device, reference=self.penalty.reference.device)
         self.penalty.reference.temperature = policy.temperature
         self.optimizer = adamw(
             self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.devices import check_one_device
 from textgym.models.masks import ActionMask, narrow
 from textgym.models.phases import phase
 from textgym.models.sequences import Sequences
@@ -90,6 +91,7 @@ def collect(
         action_mask: narrows what may be chosen, and the log-probs with it.
     """
     task = envs.unwrapped.task
+    check_one_device(policy=policy.device, environment=task.device)
     with phase("environment"):
         observation, _ = envs.reset(options=options)
     alone = task.writes_alone and action_mask is None and not task.episodes.decoder_start

@@ -20,7 +20,7 @@ from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.models.attention import check_encoder_decoder
 from textgym.models.devices import Device, resolve_device
 from textgym.models.loading import load_tokenizer
-from textgym.models.masks import ActionMask, FunctionMask, narrow
+from textgym.models.masks import ActionMask, FunctionMask, ModelMask, narrow
 from textgym.models.phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.models.transfer import to_device, to_host
@@ -89,7 +89,7 @@ class TextTask:
         device: Device,
     ) -> None:
         _check_arguments(max_prompt_tokens, max_new_tokens, min_new_tokens, kl_mode, length_limit)
-        self.device = resolve_device(device)
+        self.device = _device_of(device, reference)
         self.tokenizer = load_tokenizer(tokenizer)
         self.scorer = Scorer(
             reward,
@@ -99,7 +99,7 @@ class TextTask:
             timeout=reward_timeout,
             scaling=score_scaling,
             clip=score_clip,
-            device=device,
+            device=self.device,
         )
         self.kl_mode, self.truncates = kl_mode, length_limit == "truncate"
         self.missing_eos_penalty = missing_eos_penalty
@@ -107,6 +107,8 @@ class TextTask:
         self.action_mask = (
             action_mask if action_mask is None or isinstance(action_mask, ActionMask) else FunctionMask(action_mask)
         )
+        if isinstance(self.action_mask, ModelMask):
+            self.action_mask.follow_device(self.device)
         self.penalty = self._make_penalty(reference)
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
@@ -232,6 +234,7 @@ class TextTask:
                 "whole responses can be submitted only where kl_mode='deferred' and there are no stop strings, no "
                 "action_mask and no replies of the environment: step through it instead"
             )
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device)  # whoever wrote them may be elsewhere
         by_stop, ended_by_stop = self.episodes.extend(tokens, lengths)
         score, infos = self._settle(np.arange(len(lengths)), ended_by_stop)
         return Outcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
@@ -410,6 +413,13 @@ def prompt_choice(options: Mapping[str, Any] | None, count: int, num_prompts: in
     if len(chosen) != count or (chosen < 0).any() or (chosen >= num_prompts).any():
         raise ValueError(f"options['prompt_index'] must hold {count} indices from 0 to {num_prompts - 1}, got {chosen}")
     return chosen
+
+
+def _device_of(device: Device, reference: str | nn.Module | None) -> torch.device:
+    """Where an environment is: where it was told to be, or else where the reference is that it was given."""
+    if device is None and isinstance(reference, nn.Module):
+        return next(reference.parameters()).device
+    return resolve_device(device)
 
 
 def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

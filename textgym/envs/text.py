@@ -96,7 +96,8 @@ class TextEnv(gym.Env[ObsType, int]):
         decoder_start_ids: for encoder-decoder models, the token ids that the decoder begins with, as
             `policy.decoder_start_ids` says them.
         render_mode: `"ansi"`, `"human"` or `"html"`; others warn.
-        device: where reference and episodes live.
+        device: where the episodes are, and models that are given by name. `None`: where the reference is, if a model
+            is given as one, and the CPU otherwise. Models that are given stay where they are.
         info_text: put prompt, completion and columns into `info` at the end.
         info_action_mask: put `action_mask` into every `info`.
 

@@ -186,7 +186,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         The same as stepping through them, but that all are scored in one call; for `kl_mode="deferred"`.
 
         Args:
-            tokens: `(B, T)` int64; any number stands after the end of a response.
+            tokens: `(B, T)` int64, on any device; any number stands after the end of a response.
             lengths: `(B,)`, tokens of each response, a stop token included.
 
         Returns:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,12 +19,12 @@ from textgym.models.adapters import is_twin, merged, twin, with_lora
 from textgym.models.attention import States, checkpoint_layers
 from textgym.models.contexts import cached_decoder, read_contexts
 from textgym.models.decoding import CachedDecoder
-from textgym.models.devices import Device
+from textgym.models.devices import Device, on_device, seed_of
 from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.loading import disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
 from textgym.models.log_probs import StopRule, token_log_probs
 from textgym.models.sequences import Sequences
-from textgym.models.token_model import Observation, TokenModel
+from textgym.models.token_model import Observation, TokenModel, fits
 from textgym.models.writing import Responses, ResponseWriter
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
@@ -117,6 +118,15 @@ class ActorCritic(TokenModel):
         """Seeds the sampling of actions, which has a generator of its own; torch's global one is not used."""
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves all that is the policy's, see `TokenModel`; sampling goes on by a generator of the new device."""
+        super()._apply(fn, recurse)
+        self._writer = None
+        if self.generator is not None and self.generator.device != self.device:
+            seed = seed_of(self.generator.get_state())
+            self.generator = torch.Generator(self.device).manual_seed(seed)
+        return self
+
     @torch.no_grad()
     def act(
         self, observation: Observation, deterministic: bool = False, action_masks: Any = None, with_value: bool = True
@@ -130,6 +140,10 @@ class ActorCritic(TokenModel):
                 distribution.
             with_value: off, `value` is zero and a separate critic does no work.
         """
+        with self._own_precision():
+            return self._act(observation, deterministic, action_masks, with_value)
+
+    def _act(self, observation: Observation, deterministic: bool, action_masks: Any, with_value: bool) -> Step:
         hidden, batched = self._advance(observation)
         logits = self.head_logits(hidden)
         if action_masks is not None:
@@ -150,11 +164,13 @@ class ActorCritic(TokenModel):
 
         W has room for the longest prompt with `max_new_tokens` more. A critic of its own is not asked for values.
         """
+        prompts, lengths = prompts.to(self.device), lengths.to(self.device)
         num_rows, width = prompts.shape
         shape = num_rows, width, max_new_tokens, stop
         if self._writer is None or self._writer.shape != shape:
             self._writer = ResponseWriter(self, *shape, captures=self.device.type == "cuda")
-        return self._writer.write(prompts, lengths, deterministic)
+        with on_device(self.device), self._own_precision():
+            return self._writer.write(prompts, lengths, deterministic)
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """The action of `act`, nothing else."""
@@ -166,7 +182,8 @@ class ActorCritic(TokenModel):
         contexts, _ = read_contexts(observation, self.device)
         if self._decoder is not None and self._decoder.shape == contexts.shape:
             hidden, _ = self._advance(observation)
-            return self.value_head(self._critic_hidden(hidden).float())[:, 0]
+            with self._own_precision():
+                return self.value_head(self._critic_hidden(hidden).float())[:, 0]
         return self.state_values(contexts.states())
 
     def evaluate(self, sequences: Sequences, entropy_gradient: bool = False) -> Evaluation:
@@ -298,7 +315,7 @@ class ActorCritic(TokenModel):
         if self.critic is None:
             return hidden
         assert self._decoder is not None
-        if self._critic_decoder is None or self._critic_decoder.shape != self._decoder.shape:
+        if not fits(self._critic_decoder, self._decoder.shape, self.device):
             self._critic_decoder = cached_decoder(_Trunk(self.critic), self._decoder.shape)
         return self._critic_decoder.advance(*self._decoder.seen)
 

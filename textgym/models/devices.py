@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -53,6 +54,28 @@ def resolve_device(device: Device) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return a device and what it is: `"cuda:0 (NVIDIA H100 80GB HBM3)"`, or `"cpu"`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU the current one for a block: graphs are captured, and streams made, on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def check_one_device(**devices: torch.device) -> None:
+    """Check that parts that work together are on one device; they are named by the keywords.
+
+    >>> check_one_device(policy=torch.device("cpu"), environment=torch.device("cpu"))
+
+    Raises:
+        ValueError: two of them are on different ones.
+    """
+    (first, here), *others = devices.items()
+    for name, there in others:
+        if there != here:
+            raise ValueError(
+                f"the {first} is on {str(here)!r} and the {name} on {str(there)!r}: make the {name} with "
+                f"device={str(here)!r}, or move the {first} to {str(there)!r}"
+            )
 
 
 def check_fork(kind: str) -> None:

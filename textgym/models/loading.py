@@ -136,7 +136,7 @@ def load_classifier(
 
 
 @lru_cache(maxsize=4)
-def load_encoder(name: str) -> tuple[Any, Tokenizer]:
+def load_encoder(name: str, device: torch.device | None = None) -> tuple[Any, Tokenizer]:
     """A frozen encoder of texts and its tokenizer: `"minilm"`, a hub id, or a path.
 
     Raises:
@@ -145,7 +145,7 @@ def load_encoder(name: str) -> tuple[Any, Tokenizer]:
     """
     with _explained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    return freeze(disable_dropout(_load(AutoModel, name, None, None, False))), tokenizer
+    return freeze(disable_dropout(_load(AutoModel, name, None, device, False))), tokenizer
 
 
 def shared_causal_lm(name: str, dtype: torch.dtype | None = None, device: Device = None) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from textgym.models.devices import Device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 
@@ -65,10 +66,12 @@ class ModelMask(ActionMask):
 
     Args:
         model: a name, a path, a language model or a `TokenModel`; frozen.
+        device: where a model that is given by name is; `None`: where the environment is.
     """
 
-    def __init__(self, model: str | nn.Module | TokenModel) -> None:
-        self.model = TokenModel.load(model)
+    def __init__(self, model: str | nn.Module | TokenModel, device: Device = None) -> None:
+        self.model = TokenModel.load(model, device=device)
+        self.name = model if isinstance(model, str) and device is None else None
 
     @abstractmethod
     def choose(self, logits: Tensor) -> Tensor:
@@ -76,7 +79,12 @@ class ModelMask(ActionMask):
 
     def refresh(self, model: TokenModel) -> None:
         """Goes by `model` from now on, frozen by the caller: `mask.refresh(policy.frozen_copy())`."""
-        self.model = model
+        self.model, self.name = model, None
+
+    def follow_device(self, device: torch.device) -> None:
+        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
+        if self.name is not None and self.model.device != device:
+            self.model = TokenModel.load(self.name, device=device)  # moved in place, others' would move with it
 
     @torch.no_grad()
     def __call__(self, observation: Observation) -> Tensor:
@@ -99,12 +107,14 @@ class TopPMask(ModelMask):
     [[True, True, False, False]]
     """
 
-    def __init__(self, model: str | nn.Module | TokenModel, p: float = 0.9, min_tokens: int = 1) -> None:
+    def __init__(
+        self, model: str | nn.Module | TokenModel, p: float = 0.9, min_tokens: int = 1, device: Device = None
+    ) -> None:
         if not 0 < p <= 1:
             raise ValueError(f"p is a share of probability, above 0 and at most 1; got {p}")
         if min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
-        super().__init__(model)
+        super().__init__(model, device)
         self.p, self.min_tokens = p, min_tokens
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -124,8 +134,8 @@ class TopKMask(ModelMask):
     [[True, False, False, False]]
     """
 
-    def __init__(self, model: str | nn.Module | TokenModel, k: int = 50) -> None:
-        super().__init__(model)
+    def __init__(self, model: str | nn.Module | TokenModel, k: int = 50, device: Device = None) -> None:
+        super().__init__(model, device)
         if not 1 <= k <= self.model.vocab_size:
             raise ValueError(f"k must be from 1 to the {self.model.vocab_size} tokens of the vocabulary, got {k}")
         self.k = k

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def check_supported(lm: Any, head: Callable[[Tensor], Tensor]) -> None:
     if reason is not None:
         raise ValueError(f"{kind} {reason}")
     try:
-        differences = (_try_encoder_decoder if lm.config.is_encoder_decoder else _try_causal)(lm, head)
+        with full_precision(lm.device):
+            differences = (_try_encoder_decoder if lm.config.is_encoder_decoder else _try_causal)(lm, head)
     except Exception as error:
         raise ValueError(
             f"{kind} does not take the explicit masks, positions or caches that textgym decodes with ({error}): "
@@ -47,6 +49,33 @@ def check_supported(lm: Any, head: Callable[[Tensor], Tensor]) -> None:
                 f"{kind} gives other logits {what} than by itself, by {difference:.2g} standard deviations, so its "
                 f"log-probs would be wrong: {INSTEAD}"
             )
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply matrices in the dtype that they have: no autocast, and no TF32, which rounds float32 to 10 bits."""
+    backends: Any = torch.backends  # whose types leave parts out
+    products = (backends.cuda.matmul, backends.mkldnn.matmul)
+    newer = [product.fp32_precision for product in products]
+    try:
+        older: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses the older setting once the newer one was used
+        older = None
+
+    try:
+        if older is None:
+            for product in products:
+                product.fp32_precision = "ieee"
+        elif older != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if older is None:
+            for product, precision in zip(products, newer, strict=True):
+                product.fp32_precision = precision
+        elif older != "highest":
+            torch.set_float32_matmul_precision(older)
 
 
 def _known_reason(lm: Any) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -73,9 +73,14 @@ class TokenModel(nn.Module):
     def load(
         cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None
     ) -> TokenModel:
-        """A frozen scorer, from a name, a path, a language model (copied by nobody) or another `TokenModel`."""
+        """A frozen scorer, from a name, a path, a language model (copied by nobody) or another `TokenModel`.
+
+        A model that is given stays where it is; `device` is for one that is loaded by its name.
+        """
         if isinstance(model, TokenModel):
             return model
+        if isinstance(model, nn.Module):
+            return freeze(cls(load_causal_lm(model), temperature))
         if isinstance(model, str) and model in EMBEDDED:
             return freeze(cls(shared_causal_lm(model, device=device), temperature))
         return freeze(cls(load_causal_lm(model, device=device), temperature))
@@ -84,6 +89,12 @@ class TokenModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.cuda`, `.cpu` and `.half` do to the weights; a cache that was made by the old ones is freed."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.reset_cache()
+        return self
 
     @property
     def decoder_start_ids(self) -> tuple[int, ...]:
@@ -100,7 +111,7 @@ class TokenModel(nn.Module):
         """
         hidden, batched = self._advance(observation)
         action = torch.as_tensor(action, device=self.device).reshape(-1)
-        with torch.no_grad():
+        with torch.no_grad(), self._own_precision():
             logits = self.head_logits(hidden)
             free = logits.gather(1, action[:, None])[:, 0]
             if action_masks is not None:
@@ -140,7 +151,7 @@ class TokenModel(nn.Module):
 
     def next_logits(self, observation: Observation) -> Tensor:
         """Logits `(B, V)` of the next token, by cached decoding: `logits` without gradients, from observations."""
-        with torch.no_grad():
+        with torch.no_grad(), self._own_precision():
             return self.head_logits(self.next_hidden(observation))
 
     def next_hidden(self, observation: Observation) -> Tensor:
@@ -175,10 +186,17 @@ class TokenModel(nn.Module):
     def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
         """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""
         contexts, batched = read_contexts(observation, self.device)
-        if self._decoder is None or self._decoder.shape != contexts.shape:
+        if not fits(self._decoder, contexts.shape, self.device):
             self._decoder = cached_decoder(self.lm, contexts.shape)
-        with self._active():
+        with self._active(), self._own_precision():
             return self._decoder.advance(*contexts.tensors), batched
+
+    def _own_precision(self) -> torch.autocast:
+        """Decoding keeps the precision of the weights under a caller's autocast, which would mix dtypes in the cache.
+
+        Whole sequences are scored under it, as updates in bfloat16 are.
+        """
+        return torch.autocast(self.device.type, enabled=False)
 
     def _active(self) -> contextlib.AbstractContextManager[Any]:
         adapter = self.__dict__["adapter"]
@@ -194,3 +212,10 @@ class TokenModel(nn.Module):
         finally:
             self._decoder = decoder
         return new
+
+
+def fits(
+    decoder: CachedDecoder | CachedEncoderDecoder | None, shape: tuple[int, ...], device: torch.device
+) -> TypeGuard[CachedDecoder | CachedEncoderDecoder]:
+    """Whether a decoder is for contexts of this shape, and is where the model is, which may have been moved."""
+    return decoder is not None and decoder.shape == shape and decoder.slots.device == device

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from textgym.rewards.finished import Finished, RewardError
 
 RewardFunction = Callable[..., Any]
@@ -36,6 +38,14 @@ class ReadsIds(Protocol):
 
     def share_ids_with(self, tokenizer: Any) -> bool:
         """Hears of the policy's tokenizer; answers whether ids will be read."""
+
+
+@runtime_checkable
+class FollowsDevice(Protocol):
+    """A reward function with a model that was named without a device, which is then the environment's."""
+
+    def follow_device(self, device: torch.device) -> None:
+        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
 
 
 class Log:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 
 from textgym.models.devices import Device
 from textgym.rewards.reward_model import RewardModel
@@ -25,7 +26,7 @@ class RewardEnsemble:
         reduce: `"mean"`, `"min"` (worst case), or `"mean_minus_std"`, mean - k deviations between the members (Coste et
             al., 2023, "Reward Model Ensembles Help Mitigate Overoptimization").
         k: of `"mean_minus_std"`.
-        device: where members that are given by name live.
+        device: where members that are given by name are; `None`: where the environment is.
 
     Raises:
         ValueError: no members, or an unknown reduction.
@@ -47,12 +48,19 @@ class RewardEnsemble:
         self.members = [
             m if isinstance(m, RewardModel) else RewardModel.from_pretrained(m, device=device) for m in members
         ]
+        follows = device is None
+        self.own = [m for m, given in zip(self.members, members, strict=True) if follows and m is not given]
         self.reduce, self.k = reduce, k
 
     def share_ids_with(self, tokenizer: Any) -> bool:
         """Tells the members of a policy's tokenizer; returns whether all of them read its ids."""
         shared = [member.share_ids_with(tokenizer) for member in self.members]  # every one is told
         return all(shared)
+
+    def follow_device(self, device: torch.device) -> None:
+        """Hears from an environment where it is; members that were named without a device go there."""
+        for member in self.own:
+            member.to(device)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.messages import Text, plain
 from textgym.models.attention import batches_by_length
+from textgym.models.devices import Device, resolve_device
 from textgym.models.loading import load_encoder, load_tokenizer
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -22,7 +23,7 @@ from textgym.rewards.reward_model import encodes_alike
 BATCH_SIZE = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class SemanticSimilarity:
     """Cosine, -1 to 1, between the meanings of a completion and of the column `references`, the best over a row's.
 
@@ -30,12 +31,22 @@ class SemanticSimilarity:
 
     Attributes:
         model: `"minilm"` (all-MiniLM-L6-v2, extra `similarity`), or the name or path of any encoder.
+        device: where it is; `None`: where the environment is.
 
     Raises:
         ImportError: `"minilm"` without its package; the message is the pip line.
     """
 
     model: str = "minilm"
+    device: Device = None
+
+    def __post_init__(self) -> None:
+        self.where = resolve_device(self.device)
+
+    def follow_device(self, device: torch.device) -> None:
+        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
+        if self.device is None:
+            self.where = device
 
     def __call__(
         self, completions: Sequence[Text], references: Sequence[str | Sequence[str] | None], **_: Any
@@ -53,16 +64,16 @@ class SemanticSimilarity:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Meanings `(N, d)`, of length 1."""
-        encoder, tokenizer = load_encoder(self.model)
+        """Meanings `(N, d)`, of length 1, on the CPU."""
+        encoder, tokenizer = load_encoder(self.model, self.where)
         rows = tokenizer(list(texts), truncation=True, max_length=encoder.config.max_position_embeddings).input_ids
         meanings = torch.empty(len(rows), encoder.config.hidden_size)
         for batch in batches_by_length([len(row) for row in rows], BATCH_SIZE):
-            input_ids, lengths = pad_right([rows[index] for index in batch])
-            mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+            input_ids, lengths = (x.to(self.where) for x in pad_right([rows[index] for index in batch]))
+            mask = (torch.arange(input_ids.shape[1], device=self.where) < lengths[:, None]).long()
             hidden = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, T, d)
             mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
-            meanings[batch] = torch.nn.functional.normalize(mean, dim=-1)
+            meanings[batch] = torch.nn.functional.normalize(mean, dim=-1).cpu()
         return meanings
 
 
@@ -76,11 +87,21 @@ class Perplexity:
     Attributes:
         model: a name or path, as every model's.
         log: mean log-prob, in nats a token, in place of perplexity.
+        device: where it is; `None`: where the environment is.
     """
 
     model: str = "tiny"
     log: bool = False
+    device: Device = None
     shared_ids: bool | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.where = resolve_device(self.device)
+
+    def follow_device(self, device: torch.device) -> None:
+        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
+        if self.device is None:
+            self.where = device
 
     def share_ids_with(self, tokenizer: Tokenizer) -> bool:
         """Tells it of a policy's tokenizer; returns whether that gives the same ids as the model's own.
@@ -111,13 +132,14 @@ class Perplexity:
         for batch in batches_by_length([len(row) for row in rows], BATCH_SIZE):
             input_ids, lengths = pad_right([rows[index] for index in batch])
             starts = torch.tensor([len(prompt_ids[kept[index]]) for index in batch])
-            sequences = Sequences(input_ids, starts, lengths - starts)
-            log_probs = _language_model(self.model).sequence_log_probs(sequences).sum(1) / (lengths - starts)
+            sequences = Sequences(input_ids, starts, lengths - starts).to(self.where)
+            totals = _language_model(self.model, self.where).sequence_log_probs(sequences).sum(1)
+            log_probs = totals.cpu() / (lengths - starts)
             for index, score in zip(batch, (log_probs if self.log else (-log_probs).exp()).tolist(), strict=True):
                 scores[kept[index]] = score
         return scores
 
 
 @lru_cache(maxsize=4)
-def _language_model(name: str) -> TokenModel:
-    return TokenModel.load(name)
+def _language_model(name: str, device: torch.device) -> TokenModel:
+    return TokenModel.load(name, device=device)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from textgym.models.devices import Device, check_one_device
 from textgym.models.log_probs import full_kl
 from textgym.models.masks import ModelMask
 from textgym.models.sequences import Sequences
@@ -111,11 +112,12 @@ class KLPenalty:
     """beta times an estimate of KL(pi, pi_ref), paid token by token.
 
     Args:
-        reference: a model name, a language model, or a `TokenModel`; it is frozen.
+        reference: a model name, a language model, or a `TokenModel`; it is frozen, and stays where it is.
         coef: beta, or a controller that moves it.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
         clamp: what is paid for a token is cut to -clamp and clamp nats, so that no single one rules an update; what is
             measured is not.
+        device: where a reference that is given by name is.
 
     Raises:
         ValueError: an unknown estimator, a negative coefficient, or a clamp that is not above 0.
@@ -127,12 +129,13 @@ class KLPenalty:
         coef: float | KLController,
         estimator: Estimator = "k1",
         clamp: float | None = None,
+        device: Device = None,
     ) -> None:
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown kl_estimator {estimator!r}; use one of {ESTIMATORS}")
         if clamp is not None and not clamp > 0:
             raise ValueError(f"kl_clamp must be above 0 nats, got {clamp}")
-        self.reference = TokenModel.load(reference)
+        self.reference = TokenModel.load(reference, device=device)
         self.owns_reference = False  # others may share its weights, so nobody may change them
         self.clamp = clamp
         self.controller: KLController = FixedKL(float(coef)) if isinstance(coef, int | float) else coef
@@ -153,9 +156,14 @@ class KLPenalty:
             policy: the policy that wrote the sequences; asked for its distributions by `"full"` alone.
             sequences: whole episodes.
             log_probs: `(N, T)` behaviour log-probs.
+
+        Raises:
+            ValueError: `"full"`, and the reference is on another device than the policy.
         """
         if self.estimator != "full":
-            return self.of_log_probs(log_probs, self.reference.sequence_log_probs(sequences), sequences.mask)
+            reference_log_probs = self.reference.sequence_log_probs(sequences.to(self.reference.device))
+            return self.of_log_probs(log_probs, reference_log_probs, sequences.mask)
+        check_one_device(policy=policy.device, reference=self.reference.device)
         states = sequences.states()
         flat = full_kl(
             policy.hidden(states),
@@ -170,8 +178,12 @@ class KLPenalty:
         return sequences.pad(flat)
 
     def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
-        """The estimate where `mask` is set, zero elsewhere, whatever stands there (trap 15)."""
-        return torch.where(mask, estimate_kl(log_probs, reference_log_probs, self.estimator), 0.0)
+        """The estimate where `mask` is set, zero elsewhere, whatever stands there (trap 15).
+
+        The reference may be elsewhere; the result is where `log_probs` is.
+        """
+        kl = estimate_kl(log_probs, reference_log_probs.to(log_probs.device), self.estimator)
+        return torch.where(mask, kl, 0.0)
 
     def price(self, kl: Tensor) -> Tensor:
         """What estimates of the KL cost, of any shape: beta times them, clamped."""

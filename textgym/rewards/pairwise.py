@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from textgym.data.messages import Text
+from textgym.models.devices import on_device
+from textgym.models.training_arguments import OneDeviceArguments
 from textgym.rewards.last_token import LastTokenScorer, pad_right
 
 Pair = Mapping[str, Any]
@@ -123,8 +125,9 @@ def fit(
         config: learning rates, epochs, loss.
         callbacks: of transformers, for progress.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+    device = scorer.classifier.device
+    with tempfile.TemporaryDirectory() as folder, on_device(device):
+        arguments = OneDeviceArguments(
             output_dir=folder,
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.groups_per_batch,
@@ -132,7 +135,7 @@ def fit(
             warmup_steps=config.warmup,
             max_grad_norm=1.0,
             bf16=config.bf16,
-            use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused on a CPU
+            model_device=str(device),
             seed=config.seed,
             logging_steps=10,
             **SILENT,

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from textgym.data.files import atomic_folder
 from textgym.data.messages import Messages, Text, encode
 from textgym.models.attention import MAX_PADDING, batches_by_length
-from textgym.models.devices import Device
+from textgym.models.devices import Device, resolve_device
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.transfer import to_device
 from textgym.rewards.last_token import LastTokenScorer, pad_right, score_head
@@ -255,6 +255,11 @@ class RewardModel:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    def to(self, device: Device) -> Self:
+        """Moves the model."""
+        self.model.to(resolve_device(device))
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -20,8 +20,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from textgym.data.importing import import_attribute
-from textgym.models.devices import Device
-from textgym.rewards.calling import Log, ReadsIds, RewardFunction, accepted_keywords, arguments_for, start
+from textgym.models.devices import Device, resolve_device
+from textgym.rewards.calling import (
+    FollowsDevice,
+    Log,
+    ReadsIds,
+    RewardFunction,
+    accepted_keywords,
+    arguments_for,
+    start,
+)
 from textgym.rewards.checking import Value, checked
 from textgym.rewards.finished import Finished, RewardError
 from textgym.rewards.model import RewardModel
@@ -70,7 +78,7 @@ class Scorer:
         timeout: seconds that an async function has for a batch; they run beside each other.
         scaling: see `RunningScale`.
         clip: see `RunningScale`.
-        device: where reward models that are given by name live.
+        device: where reward models that are given by name are, and the models of functions that name no device.
 
     Attributes:
         errors: rows in which each function failed so far.
@@ -108,6 +116,8 @@ class Scorer:
             accepted_keywords(function)  # one without a signature fails here, not after the first episode
             if tokenizer is not None and isinstance(function, ReadsIds):
                 function.share_ids_with(tokenizer)
+            if device is not None and isinstance(function, FollowsDevice):
+                function.follow_device(resolve_device(device))
         self.on_error, self.timeout = on_error, timeout
         self.scale = RunningScale(scaling, clip)
         self.errors = dict.fromkeys(self.names, 0)

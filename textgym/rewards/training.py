@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from textgym.data.preferences import Pair, load_preferences
+from textgym.models.devices import Device
 from textgym.models.loading import freeze, load_classifier, load_tokenizer
 from textgym.models.seeding import seeded
 from textgym.rewards.last_token import LastTokenScorer
@@ -29,6 +30,7 @@ def train_reward_model(
     config: RewardModelConfig | None = None,
     heldout: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
+    device: Device = "auto",
 ) -> tuple[RewardModel, float]:
     """Trains a reward model on preference pairs with `transformers.Trainer`; quiet, and it leaves no files.
 
@@ -42,6 +44,7 @@ def train_reward_model(
         config: learning rates, loss, length.
         heldout: pairs to measure accuracy on; `None` holds out a share of the groups.
         callbacks: of transformers, for progress; the trainer itself prints nothing.
+        device: where it is trained, and stays; `"auto"` is the current GPU where there is one.
 
     Returns:
         The reward model, frozen, and its accuracy on the held-out pairs (NaN if there are none).
@@ -56,7 +59,7 @@ def train_reward_model(
     groups, heldout = _grouped(pairs), load_preferences(heldout) if heldout else []
     with seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
-        model = load_classifier(base, num_layers=config.num_layers)
+        model = load_classifier(base, num_layers=config.num_layers, device=device)
         model.config.pad_token_id = tokenizer.pad_token_id
         reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
         model.requires_grad_(True)

@@ -113,7 +113,7 @@ class KLCallback(BaseCallback):
         log_probs = self.locals["log_probs"]
         actions, masks = self.locals["actions"].reshape(-1), self.locals.get("action_masks")
         reference = penalty.reference.log_prob(self.locals["obs_tensor"], actions, masks)
-        kl = penalty.of_log_probs(log_probs, reference, torch.ones_like(reference, dtype=torch.bool)).cpu()
+        kl = penalty.of_log_probs(log_probs, reference, torch.ones_like(log_probs, dtype=torch.bool)).cpu()
         self.kl_so_far += kl.numpy()
         if self.pays:
             self.locals["rewards"][:] -= penalty.price(kl).numpy()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 
-import torch
-
 from textgym.envs.spaces import TokenSpace
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import freeze, load_causal_lm
@@ -23,12 +21,12 @@ class Explorer:
 
     Args:
         tokens: the action space.
-        model: the language model, frozen.
+        model: the language model, frozen; it moves with the policy, see `ExploringPolicy`.
     """
 
     def __init__(self, tokens: TokenSpace, model: str | os.PathLike[str]) -> None:
         self.tokens = tokens
-        self.actor = freeze(ActorCritic(load_causal_lm(model)))  # a copy of its own, since it moves with the policy
+        self.actor = freeze(ActorCritic(load_causal_lm(model)))  # a copy of its own, which can be moved
         self.actor.generator = None  # torch's own, which `model.set_random_seed` seeds
         self.draws: list[int] = []
         self.drawn_for: object = None
@@ -51,11 +49,6 @@ class Explorer:
             self.look(current)
             self.drawn_for = current
         return self.draws.pop(0)
-
-    def to(self, device: torch.device) -> Explorer:
-        """Moves the model."""
-        self.actor.to(device)
-        return self
 
     def _warn(self) -> None:
         if not self.warned:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import gymnasium as gym
 import torch
@@ -116,9 +117,15 @@ class ExploringPolicy(BasePolicy):
             self.online.model.reset_cache()
         super().set_training_mode(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the explorer too, which is no submodule since it is neither trained nor saved."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.explorer.actor._apply(fn, recurse)
+        return self
+
     def is_vectorized_observation(self, observation: Any) -> bool:
         """SB3 asks this of the observation that it is about to act on at random, which tells the explorer."""
-        self.explorer.to(self.device).look(observation)
+        self.explorer.look(observation)
         return super().is_vectorized_observation(observation)
 
     def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:

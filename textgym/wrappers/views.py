@@ -85,8 +85,10 @@ class VectorView(VectorWrapper[Any, Any, Any, Any, Any]):
         return policy
 
     def out(self, values: Any) -> Any:
-        """A tensor as the environment hands arrays out."""
-        return values if self.unwrapped.array == "torch" else values.cpu().numpy()  # type: ignore[attr-defined]
+        """A tensor as the environment hands arrays out; a view's model may be on another device."""
+        if self.unwrapped.array == "torch":  # type: ignore[attr-defined]
+            return values.to(self.task.device)
+        return values.cpu().numpy()
 
 
 class VectorObservationView(VectorView):
