@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-GROUPS = {"all": ["test_pretend_device.py"]}
+GROUPS = {"all": ["test_placement.py", "test_pretend_device.py"]}
 
 
 @pytest.mark.parametrize("group", GROUPS)

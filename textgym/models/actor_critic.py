@@ -119,8 +119,12 @@ class ActorCritic(TokenModel):
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves all that is the policy's, see `TokenModel`; sampling goes on by a generator of the new device."""
+        """Moves all that is the policy's, see `TokenModel`; sampling goes on by a generator of the new device.
+
+        The value head stays float32, as it is made.
+        """
         super()._apply(fn, recurse)
+        self.value_head._apply(Tensor.float)  # type: ignore[no-untyped-call]
         self._writer = None
         if self.generator is not None and self.generator.device != self.device:
             seed = seed_of(self.generator.get_state())

@@ -15,7 +15,7 @@ import torch
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators, which `transformers.Trainer` does too, and puts them back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (others' generators, kept for them)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # it warns of several unless they are named
         torch.manual_seed(seed)
         try:
             yield
