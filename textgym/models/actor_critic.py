@@ -124,7 +124,7 @@ class ActorCritic(TokenModel):
         The value head stays float32, as it is made.
         """
         super()._apply(fn, recurse)
-        self.value_head._apply(Tensor.float)  # type: ignore[no-untyped-call]
+        self.value_head._apply(Tensor.float)
         self._writer = None
         if self.generator is not None and self.generator.device != self.device:
             seed = seed_of(self.generator.get_state())
