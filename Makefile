@@ -35,6 +35,13 @@ test-oldest:  ## the fast tests with the oldest versions that pyproject.toml all
 test-numerics: $(INSTALLED)  ## the tests marked numerics under 18 kinds of arithmetic, and a table of them
 	$(BIN)/python scripts/test_numerics.py
 
+# No environment of ours, since a GPU machine brings its torch: python3, unless PYTHON is given.
+.PHONY: gpu
+gpu:  ## checks and measurements on a GPU in five minutes; `make gpu DEVICE=cpu` rehearses them
+	$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) scripts/gpu.py $(if $(PART),--part $(PART)) \
+		$(if $(DEVICE),--device $(DEVICE)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS)) \
+		$(if $(PAGE),--page $(PAGE))
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -29,6 +29,8 @@ import tyro
 from peers import Clock, Figures, Side, count_flops, in_turns, report, run_script, say
 
 BAR, BETA, LEARNING_RATE = 0.6, 0.04, 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of both sides: TRL takes a GPU where there is one."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Config:
     """Stop tokens; without any, responses have full length."""
     flops: bool = False
     """Count operations instead of seconds."""
+    liger: bool = False
+    """TRL computes its loss with Liger kernels, which need a GPU and the package liger-kernel."""
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -83,6 +87,7 @@ def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[
         max_new_tokens=config.new_tokens,
         min_new_tokens=0 if config.stop else config.new_tokens,
         stop=config.stop,
+        device=DEVICE,
     )
     settings = GRPOConfig(
         episodes_per_update=config.rows,
@@ -92,7 +97,7 @@ def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[
         kl_in="loss",
         kl_gradient="k3",
     )
-    agent = GRPO(textgym.ActorCritic.from_pretrained("tiny"), envs, settings)
+    agent = GRPO(textgym.ActorCritic.from_pretrained("tiny", device=DEVICE), envs, settings)
     lengths: list[float] = []
 
     def learn(after_update: Callable[[], None]) -> None:
@@ -127,8 +132,9 @@ def trl(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[
         temperature=1.0,
         learning_rate=LEARNING_RATE,
         bf16=False,
+        use_liger_kernel=config.liger,
         gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=DEVICE == "cpu",
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
@@ -177,6 +183,7 @@ def run_side(config: Config) -> None:
 def arguments(config: Config) -> list[str]:
     """The command line of one side."""
     given = ["--side", config.side, "--flops" if config.flops else "--no-flops"]
+    given.append("--liger" if config.liger else "--no-liger")
     for name in ("rows", "group_size", "new_tokens", "updates", "epochs", "openings"):
         given += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return [*given, "--stop", *map(str, config.stop)] if config.stop else given

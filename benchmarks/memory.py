@@ -35,6 +35,7 @@ from peers import Figures, report, run_script, say
 
 PEAK_BAR, GROWTH_BAR = 0.5, 0.2
 CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 
 
 @dataclass
@@ -118,14 +119,15 @@ def ours(config: Config) -> Figures:
         num_envs=config.rows,
         prompts=[" ".join(f"w{10 * row + i}" for i in range(config.prompt_tokens)) for row in range(config.rows)],
         tokenizer=tokenizer,
-        reward=RewardModel(classifier(config), tokenizer),
+        reward=RewardModel(classifier(config).to(DEVICE), tokenizer),
         kl_mode="deferred",
         kl_coef=0.05,
         max_prompt_tokens=config.prompt_tokens,
         max_new_tokens=config.new_tokens,
         min_new_tokens=config.new_tokens,
+        device=DEVICE,
     )
-    policy = textgym.ActorCritic.from_pretrained(config.model, critic=config.side)
+    policy = textgym.ActorCritic.from_pretrained(config.model, critic=config.side, device=DEVICE)
     settings = PPOConfig(episodes_per_update=config.rows, minibatch_size=config.rows // 4, num_epochs=1)
     agent = PPO(policy, envs, settings)
     models = [policy, agent.penalty.reference, envs.unwrapped.task.scorer.functions[0].model]

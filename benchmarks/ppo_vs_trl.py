@@ -44,6 +44,8 @@ FIRST_ID = 300
 """Prompts are made of token ids from here on: no special tokens, no single bytes."""
 LEARNING_RATE = 1e-7
 """So small that responses keep their lengths while it is measured."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Of both sides: TRL takes a GPU where there is one."""
 BARS = {"full": 0.85, "eos": 0.6, "full-shared": 0.4, "eos-shared": 0.4}
 
 
@@ -126,6 +128,7 @@ def make_envs(config: Config, tokenizer: Any, reward: Any) -> Any:
         max_prompt_tokens=config.prompt_tokens,
         max_new_tokens=config.new_tokens,
         min_new_tokens=0 if config.ends else config.new_tokens,
+        device=DEVICE,
     )
     task, ids = envs.unwrapped.task, prompts(config, len(tokenizer))
     task.prompt_ids, task.prompt_lengths = ids.int().numpy(), torch.full((len(ids),), config.prompt_tokens).numpy()
@@ -136,9 +139,9 @@ def make_envs(config: Config, tokenizer: Any, reward: Any) -> Any:
 def ours(config: Config) -> None:
     """Our PPO, one update a turn."""
     tokenizer = load_tokenizer(config.model)
-    reward = RewardModel(_classifier(config.model), tokenizer, batch_size=config.rows)
+    reward = RewardModel(_classifier(config.model).to(DEVICE), tokenizer, batch_size=config.rows)
     shared = config.setting.endswith("shared")
-    policy = ActorCritic.from_pretrained(config.model, critic="shared" if shared else "separate")
+    policy = ActorCritic.from_pretrained(config.model, critic="shared" if shared else "separate", device=DEVICE)
     settings = PPOConfig(
         episodes_per_update=config.rows,
         minibatch_size=config.rows // 4,
@@ -175,7 +178,7 @@ def theirs(config: Config) -> None:
         num_sample_generations=0,
         report_to=[],
         save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=DEVICE == "cpu",
         bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
@@ -203,9 +206,9 @@ def end_by_half(lm: Any, config: Config) -> None:
     """Shortens the embedding of EOS, which is that of the output too, until responses reach half of the limit."""
     tokenizer = load_tokenizer(config.model)
     envs = make_envs(replace(config, setting="eos"), tokenizer, lambda completions: [0.0])
-    task, embedding = envs.unwrapped.task, lm.get_input_embeddings().weight
+    task, embedding = envs.unwrapped.task, lm.to(DEVICE).get_input_embeddings().weight
     prompts = torch.nn.functional.pad(torch.as_tensor(task.prompt_ids, dtype=torch.long), (0, config.new_tokens))
-    lengths = torch.as_tensor(task.prompt_lengths)
+    prompts, lengths = prompts.to(DEVICE), torch.as_tensor(task.prompt_lengths, device=DEVICE)
     whole, least, most = embedding[tokenizer.eos_token_id].detach().clone(), 0.0, 1.0
     for _ in range(8):
         factor = (least + most) / 2

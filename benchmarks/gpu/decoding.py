@@ -1,0 +1,79 @@
+"""Decoding beside transformers' `generate`, with and without captured steps: the embedded model, and one of 80M."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from figures import start, tell
+from models import Size, save_model
+from rollout import BARS, Config, compare
+from roofline import timed
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.log_probs import StopRule
+from textgym.models.writing import ResponseWriter
+
+
+def beside_generate(name: str, config: Config, judged: bool) -> None:
+    """Rollouts by `policy.write` and by `policy.act`, a token at a time, over `generate` on the same prompts."""
+    for row in compare(config):
+        goal = BARS["cuda"] if row["ours"] == "write" else None
+        size = f"{config.rows} rows, {config.new_tokens} tokens"
+        ours, theirs = row["seconds"], row["generate's seconds"]
+        spread = f"{row['least']:.2f} to {row['most']:.2f}; {ours:.3g} s and {theirs:.3g} s"
+        tell(
+            f"{name}: {row['ours']}, time over generate's",
+            row["wall time ratio"],
+            at_most=goal,
+            judged=judged,
+            note=f"{size}; {spread}",
+        )
+
+
+def captured(name: str, config: Config) -> None:
+    """Tokens a second with captured steps, and how many times that is without."""
+    policy = ActorCritic.from_pretrained(config.model, device=config.device)
+    width = config.prompt_tokens + config.new_tokens
+    prompts = torch.randint(3, 300, (config.rows, width), device=policy.device)
+    lengths = torch.full((config.rows,), config.prompt_tokens, device=policy.device)
+    stop = StopRule()
+    eager = ResponseWriter(policy, config.rows, width, config.new_tokens, stop, captures=False)
+    seconds: dict[str, list[float]] = {"captured": [], "eager": []}
+    for _ in range(2 + config.repeats):
+        seconds["captured"].append(timed(lambda: policy.write(prompts, lengths, config.new_tokens, stop)))
+        seconds["eager"].append(timed(lambda: eager.write(prompts, lengths)))
+    fast, slow = (statistics.median(column[2:]) for column in seconds.values())  # the first two capture
+    tokens = config.rows * config.new_tokens
+    tell(
+        f"{name}: response tokens a second",
+        tokens / fast,
+        note="captured steps" if policy.device.type == "cuda" else "",
+    )
+    tell(f"{name}: the same without captured steps", tokens / slow)
+    tell(f"{name}: captured over eager", slow / fast, "times")
+
+
+def main() -> None:
+    device = start(__doc__)
+    on_gpu = device.type == "cuda"
+    kind = "cuda" if on_gpu else "cpu"
+    config = Config(device=kind, model="tiny", rows=64, prompt_tokens=16, new_tokens=128, repeats=5)
+    if not on_gpu:
+        config = replace(config, rows=4, new_tokens=8, repeats=1)
+    beside_generate("embedded model, float32", config, judged=on_gpu)
+    captured("embedded model, float32", config)
+
+    size = Size(512, 24, 48_000) if on_gpu else Size(64, 2, 500)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(size, config.prompt_tokens + config.new_tokens, Path(folder), torch.float32)
+        config = replace(config, model=folder)
+        beside_generate(f"random model of {size.parameters / 1e6:.0f}M", config, judged=on_gpu)
+        captured(f"random model of {size.parameters / 1e6:.0f}M", config)
+
+
+if __name__ == "__main__":
+    main()

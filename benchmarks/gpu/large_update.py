@@ -1,0 +1,127 @@
+"""One update of PPO with a model of 1.2B weights and its passes in bfloat16: time, memory, tokens, share of peak FLOPs.
+
+Weights and Adam's moments are float32, 16 bytes a weight with the gradient; the frozen reference adds 4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import torch
+from figures import need_bf16, note, skip, start, tell
+from models import BILLION, TOY, Size, fitting, make_model, word_prompts, word_tokenizer
+from peers import count_flops
+from rollouts import synchronize
+
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.peaks import peak_flops, peak_memory, reset_peak_memory
+from textgym.models.actor_critic import ActorCritic
+
+BYTES_PER_WEIGHT = 20.0
+
+
+def make_agent(
+    size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int, eight_bit: bool = False
+) -> PPO:
+    """PPO on a random model and a reward that costs nothing; one epoch of two minibatches of full-length responses."""
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=rows,
+        prompts=word_prompts(rows, prompt_tokens, size.vocab_size),
+        tokenizer=word_tokenizer(size.vocab_size),
+        reward=lambda completions: [float(row % 2) for row in range(len(completions))],
+        kl_mode="deferred",
+        kl_coef=0.05,
+        max_prompt_tokens=prompt_tokens,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        device=str(device),
+    )
+    config = PPOConfig(
+        episodes_per_update=rows,
+        minibatch_size=rows // 2,
+        micro_batch_size=max(1, rows // 8),
+        num_epochs=1,
+        learning_rate=1e-6,
+        bf16=True,
+        adam_8bit=eight_bit,
+    )
+    return PPO(ActorCritic(make_model(size, prompt_tokens + new_tokens, device, torch.float32)), envs, config)
+
+
+def timed_updates(agent: PPO, rows: int, count: int) -> list[dict[str, float]]:
+    """Seconds and memory of several updates after one to warm up; steps are captured from the second one on."""
+    figures: list[dict[str, float]] = []
+    clock = {"started": 0.0}
+
+    def note_update(_: Any, metrics: dict[str, float]) -> None:
+        synchronize()
+        seconds = time.perf_counter() - clock["started"]
+        figures.append({**metrics, "seconds": seconds, "memory": peak_memory(agent.policy.device)})
+        reset_peak_memory(agent.policy.device)
+        clock["started"] = time.perf_counter()
+
+    clock["started"] = time.perf_counter()
+    agent.learn(rows * (1 + count), callbacks=[note_update])
+    return figures[1:]
+
+
+def flops_of_update(agent: PPO, rows: int) -> int:
+    """Operations of the update without its rollout, counted in one more update, which the count slows."""
+    counted: list[int] = []
+    update: Callable[..., Any] = agent.update
+
+    def counting(*arguments: Any) -> Any:
+        result: list[Any] = []
+        counted.append(count_flops(lambda: result.append(update(*arguments))))
+        return result[0]
+
+    agent.update = counting  # type: ignore[method-assign]
+    agent.learn(agent.episodes + rows)
+    return counted[0]
+
+
+def main() -> None:
+    device = start(__doc__)
+    need_bf16(device)
+    on_gpu = device.type == "cuda"
+    rows, prompt_tokens, new_tokens = (64, 128, 128) if on_gpu else (4, 4, 4)
+    sizes = BILLION if on_gpu else TOY
+    for index in range(len(sizes)):
+        size = fitting(sizes[index:], device, BYTES_PER_WEIGHT, spare=8e9)
+        if size is None:
+            skip("too little free memory for PPO on a model of 50M weights")
+        try:
+            measure(size, device, rows, prompt_tokens, new_tokens)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            note(f"out of memory with {size.parameters / 1e6:.0f}M weights: a smaller model is next")
+            continue
+        return
+
+
+def measure(size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int) -> None:
+    agent = make_agent(size, device, rows, prompt_tokens, new_tokens)
+    trained = sum(weight.numel() for weight in agent.policy.parameters())
+    updates = timed_updates(agent, rows, 2)
+    seconds = min(update["seconds"] for update in updates)
+    rollout = min(update["time/rollout_s"] for update in updates)
+    learning = min(update["time/update_s"] for update in updates)
+    work = f"{trained / 1e6:.0f}M weights, {rows} episodes of {prompt_tokens} + {new_tokens} tokens"
+    tell("an update with its rollout", seconds, "s", note=work)
+    tell("of it the rollout", rollout, "s", note="float32 weights are decoded without TF32")
+    tell("peak memory", max(update["memory"] for update in updates) / 2**30, "GiB")
+    tell("response tokens a second", rows * new_tokens / seconds)
+
+    flops = flops_of_update(agent, rows)
+    on_gpu = device.type == "cuda"
+    peak = peak_flops(device, torch.bfloat16 if on_gpu else torch.float32, 3 if on_gpu else 1)
+    tell("operations of the update", flops / 1e12, "TFLOP")
+    tell("share of peak FLOPs in the update", flops / learning / peak.flops, note=f"of {peak.flops / 1e12:.3g} TFLOP/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Check and measure textgym on a GPU in at most five minutes, part by part, and write a page of it.
+
+    make gpu                                   # all parts; writes benchmarks/results/gpu.md and gpu.json
+    make gpu PART=decoding                     # one part again; its figures replace the old ones on the page
+    make gpu DEVICE=cpu                        # rehearsal: every line at toy size; writes build/gpu-cpu.md
+    make gpu WHEELS=../wheels COMMIT=abc1234   # missing packages from a folder; the commit, where there is no git
+
+It needs no installation and no network: textgym is taken from this checkout, by PYTHON and the packages that it has. A
+part is a script in benchmarks/gpu/ and a process of its own, with a budget of seconds; one that fails, hangs or lacks a
+package leaves a line on the page, and the next part goes on. After every figure the page is written anew.
+
+The exit code is 1 if a part failed or was stopped, and 0 where goals were missed or parts were skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bare_checkout import environment, install_missing, missing
+from gpu_page import write_page
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 300.0
+"""Seconds of all parts together, on a GPU."""
+
+
+class Part(NamedTuple):
+    """A script in benchmarks/gpu/.
+
+    Attributes:
+        title: on the page.
+        budget: seconds after which it is stopped.
+        least: seconds without which it is not started.
+        needs: packages, by the names that they are imported by.
+    """
+
+    title: str
+    budget: float
+    least: float
+    needs: tuple[str, ...] = ()
+
+
+# In the order in which they run: what matters most comes first, since the time may be over before the last ones.
+BASE = ("torch", "transformers", "gymnasium", "numpy", "tyro", "stable_baselines3")
+PARTS = {
+    "machine": Part("Machine", 45, 5),
+    "equalities": Part("Tests on the device", 90, 20, ("pytest",)),
+    "decoding": Part("Decoding beside generate", 60, 20),
+    "bandwidth": Part("Decoding beside the bandwidth of memory", 45, 15),
+    "large_update": Part("One update of PPO with 1.2B weights", 50, 20),
+    "learning": Part("PPO learns, stops and resumes", 45, 15),
+    "stock_sb3": Part("Unmodified PPO of Stable-Baselines3", 50, 20),
+    "adam8bit": Part("Adam's moments in 8 bits", 30, 15, ("bitsandbytes",)),
+    "grpo_trl": Part("GRPO beside TRL", 60, 30, ("trl", "datasets")),
+    "ppo_trl": Part("PPO beside TRL", 60, 30, ("trl", "datasets")),
+    "vllm_peer": Part("Decoding beside vLLM", 120, 60, ("vllm",)),
+}
+NO_DEVICE = "no device"
+SLOWER_ON_CPU = 10.0
+"""Budgets are so many times as long in a rehearsal, whose machine may be busy."""
+
+
+class Run(NamedTuple):
+    """What this run was asked for."""
+
+    device: str
+    commit: str
+    page: Path
+
+    @property
+    def results(self) -> Path:
+        """The JSON beside the page."""
+        return self.page.with_suffix(".json")
+
+
+def git_commit() -> str:
+    """The commit of this checkout, with a plus sign where files were changed; "unknown" without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Earlier results; none where there is no file, or one that cannot be read."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):
+        results = {}
+    return {"parts": {}, **results} if isinstance(results, dict) else {"parts": {}}
+
+
+def save(results: dict[str, Any], run: Run) -> None:
+    """Write JSON and page, each under another name first, so that a kill leaves whole files."""
+    run.page.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in ((run.results, json.dumps(results, indent=1)), (run.page, write_page(results, list(PARTS)))):
+        temporary = path.with_suffix(path.suffix + ".part")
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
+
+
+def run_part(name: str, run: Run, seconds: float, results: dict[str, Any]) -> None:
+    """Run one part, print what it says as it goes, and save after every figure."""
+    part = PARTS[name]
+    entry: dict[str, Any] = {
+        "title": part.title,
+        "command": f"make gpu PART={name}" + ("" if run.device == "cuda" else f" DEVICE={run.device}"),
+        "commit": run.commit,
+        "state": "running",
+        "figures": [],
+        "notes": [],
+    }
+    results["parts"][name] = entry
+    print(f"\n{part.title} ({name}), at most {seconds:.0f} s", flush=True)
+
+    lacking = missing((*BASE, *part.needs))
+    if lacking:
+        entry |= {"state": "skipped", "why": f"missing: {', '.join(lacking)}", "seconds": 0.0}
+    else:
+        run_script(name, run, seconds, entry, results)
+    why = f": {entry['why']}" if "why" in entry else ""
+    print(f"  {entry['state']} after {entry['seconds']:.1f} s{why}", flush=True)
+    if entry["state"] == NO_DEVICE:
+        raise SystemExit("nothing can be measured: name another DEVICE, or rehearse with DEVICE=cpu")
+    save(results, run)
+
+
+def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], results: dict[str, Any]) -> None:
+    """Start a part's script, read what it prints, and stop it with all of its children when its time is over."""
+    started = time.monotonic()
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else {}  # libraries take a GPU that they see
+    process = subprocess.Popen(
+        [sys.executable, f"benchmarks/gpu/{name}.py", "--device", run.device],
+        cwd=ROOT,
+        env={**environment(ROOT), **no_gpu},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of its own, with the processes that it starts
+    )
+    lines: list[str] = []
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if told := as_object(line):
+                note_told(told, entry, results)
+                if entry["state"] != NO_DEVICE:  # an earlier page stays as it was
+                    save(results, run)
+            elif line.strip():
+                lines.append(line.strip())
+                print(f"  | {line.rstrip()}", flush=True)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(None if seconds == float("inf") else seconds)
+    except subprocess.TimeoutExpired:
+        entry |= {"state": "stopped", "why": f"over its time of {seconds:.0f} s"}
+        code = 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    reader.join(5)  # not for ever: a process that left the group may hold the pipe
+
+    entry["seconds"] = round(time.monotonic() - started, 1)
+    if code:
+        entry |= {"state": "failed", "why": lines[-1][:300] if lines else f"exit code {code}"}
+    elif entry["state"] == "running":
+        entry["state"] = "done"
+
+
+def as_object(line: str) -> dict[str, Any] | None:
+    """What a part told in JSON, see benchmarks/gpu/figures.py; `None` for any other line."""
+    if not line.startswith("{"):
+        return None
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def note_told(told: dict[str, Any], entry: dict[str, Any], results: dict[str, Any]) -> None:
+    """Put a figure, a note, the machine or a reason where it belongs, and print it."""
+    if "figure" in told:
+        figure = told["figure"]
+        entry["figures"].append(figure)
+        print(f"  {spoken(figure)}", flush=True)
+    elif "note" in told:
+        entry["notes"].append(told["note"])
+        print(f"  {told['note']}", flush=True)
+    elif "machine" in told:
+        results["machine"] = told["machine"]
+    elif "skipped" in told:
+        entry |= {"state": "skipped", "why": told["skipped"]}
+    elif "no device" in told:
+        entry |= {"state": NO_DEVICE, "why": told["no device"]}
+    elif "failed" in told:
+        entry |= {"state": "failed", "why": told["failed"]}
+
+
+def spoken(figure: dict[str, Any]) -> str:
+    """A figure in one line for the terminal."""
+    value = figure["value"] if isinstance(figure["value"], str) else f"{figure['value']:.4g}"
+    goal = f" (goal: {figure['goal']}, {verdict(figure)})" if "goal" in figure else ""
+    note = f"  [{figure['note']}]" if figure["note"] else ""
+    return f"{figure['name']}: {value} {figure['unit']}".rstrip() + goal + note
+
+
+def verdict(figure: dict[str, Any]) -> str:
+    return {True: "met", False: "missed", None: "not judged"}[figure["met"]]
+
+
+def run_parts(names: list[str], run: Run, limit: float, results: dict[str, Any]) -> None:
+    """Run parts until the time is over; what is left out says so."""
+    until = time.monotonic() + limit
+    longer = 1.0 if run.device.startswith("cuda") else SLOWER_ON_CPU
+    for name in names:
+        part, left = PARTS[name], until - time.monotonic()
+        if left < part.least:
+            why = f"{max(left, 0):.0f} s were left: run it by make gpu PART={name}"
+            if results["parts"].get(name, {}).get("state") != "done":  # what was measured before stays
+                results["parts"][name] = {"title": part.title, "state": "left out", "why": why, "seconds": 0.0}
+            print(f"\n{part.title} ({name}) left out: {why}", flush=True)
+            save(results, run)
+            continue
+        run_part(name, run, min(part.budget * longer, left), results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="", help=f"one of {', '.join(PARTS)}, or several with commas; default: all")
+    parser.add_argument("--device", default="", help="cuda, cuda:1, cpu; default: cuda")
+    parser.add_argument("--commit", default="", help="default: what git says")
+    parser.add_argument("--wheels", default="", help="a folder of wheels, for packages that are missing")
+    parser.add_argument("--page", type=Path, help="default: benchmarks/results/gpu.md, on a CPU build/gpu-cpu.md")
+    parser.add_argument(
+        "--limit", type=float, help=f"seconds of all parts; default {LIMIT:.0f}, none for PART or a CPU"
+    )
+    options = parser.parse_args()
+
+    names = options.part.split(",") if options.part else list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    device = options.device or "cuda"
+    default = ROOT / "build" / "gpu-cpu.md" if device == "cpu" else ROOT / "benchmarks" / "results" / "gpu.md"
+    run = Run(device, options.commit or git_commit(), (options.page or default).resolve())
+    limit = options.limit or (float("inf") if options.part or device == "cpu" else LIMIT)
+
+    started = time.monotonic()
+    results = load(run.results)
+    results |= {"commit": run.commit, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+    for line in install_missing(options.wheels, ROOT):
+        print(line, flush=True)
+    try:
+        run_parts(names, run, limit, results)
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured is on the page", flush=True)
+    save(results, run)
+
+    states = {name: results["parts"][name]["state"] for name in names if name in results["parts"]}
+    print(f"\n{time.monotonic() - started:.0f} s; " + ", ".join(f"{name} {state}" for name, state in states.items()))
+    print(f"page: {os.path.relpath(run.page)}")
+    sys.exit(any(state in ("failed", "stopped", "running") for state in states.values()))
+
+
+if __name__ == "__main__":
+    main()
