@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.models.devices import Device
 from textgym.models.attention import first_tokens, ragged
+from textgym.models.contexts import Shown
+from textgym.models.devices import Device
 from textgym.models.encoder_decoder import split_rows
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import HostRows, Sequences
 from textgym.models.transfer import to_device, to_host
+
+NUMBERS = itertools.count(1)
+"""Of the episodes of all environments of this process."""
 
 
 class Ends(NamedTuple):
@@ -67,6 +72,7 @@ class Episodes:
         self.host_prompt_lengths = np.zeros(num_rows, dtype=np.int64)
         self.host_lengths = np.zeros(num_rows, dtype=np.int64)
         self.replied = np.zeros(num_rows, dtype=bool)  # rows in which the environment has written
+        self.numbers = np.zeros(num_rows, dtype=np.int64)  # of the episodes, see `Shown`
 
     @property
     def response_lengths(self) -> Tensor:
@@ -91,6 +97,7 @@ class Episodes:
         self.prompts[rows] = first_tokens(host_ids, host_lengths)
         self.host_lengths[rows] = self.host_prompt_lengths[rows] = lengths
         self.replied[rows] = False
+        self.numbers[rows] = [next(NUMBERS) for _ in rows]
         return index
 
     def ends(self, actions: Tensor) -> Ends:
@@ -162,7 +169,8 @@ class Episodes:
         """
         if not self.decoder_start:
             mask = (self.slots < self.lengths[:, None]).long()
-            return {"input_ids": self.input_ids.clone(), "attention_mask": mask}
+            tensors = {"input_ids": self.input_ids.clone(), "attention_mask": mask}
+            return Shown(tensors, self.numbers.copy(), self.host_lengths.copy())
         return split_rows(
             self.input_ids,
             self.prompt_lengths,

@@ -154,7 +154,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         prompts = prompt_choice(options, len(rows), len(self.task.rows))
         self.task.begin(rows, self.task.draw(len(rows), self.np_random) if prompts is None else prompts)
         self.waiting = np.zeros(self.num_envs, dtype=bool) if self.waiting is None else self.waiting & ~mask
-        return self._observation(), self._with_mask({})
+        return self._shown()[0], self._with_mask({})
 
     def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
         """Appends one token to every row that is under way."""
@@ -174,11 +174,8 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         terminated, truncated = outcome.ends
         if not self.task.truncates:
             terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
-        observation = self.task.episodes.observation()
-        *shown, rewards, terminated, truncated = self._out(
-            *observation.values(), outcome.rewards, terminated, truncated
-        )
-        return dict(zip(observation, shown, strict=True)), rewards, terminated, truncated, self._with_mask(infos)
+        observation, flags = self._shown(outcome.rewards, terminated, truncated)
+        return observation, *flags, self._with_mask(infos)
 
     def submit(self, tokens: Tensor, lengths: Tensor) -> tuple[Array, dict[str, Any]]:
         """Ends the episodes of all rows, which were just reset, with whole responses that were written elsewhere.
@@ -241,9 +238,13 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
             )
         return tensor
 
-    def _observation(self) -> dict[str, Array]:
+    def _shown(self, *tensors: Tensor) -> tuple[dict[str, Array], list[Array]]:
+        """The observation and other tensors as they are handed out: NumPy arrays come over in one copy."""
         observation = self.task.episodes.observation()
-        return dict(zip(observation, self._out(*observation.values()), strict=True))
+        if self.array == "torch":
+            return observation, list(tensors)
+        arrays = self._out(*observation.values(), *tensors)
+        return dict(zip(observation, arrays, strict=False)), arrays[len(observation) :]
 
     def _out(self, *tensors: Tensor) -> list[Array]:
         """What is handed out, on the device or, by one copy, as NumPy arrays."""
@@ -262,7 +263,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         return {**infos, **{f"_{key}": known.get(key, outcome.ended).copy() for key in infos}}
 
     def _final(self, ended: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
-        observation = self._observation()
+        observation, _ = self._shown()
         final = np.full(self.num_envs, None, dtype=object)
         for row in np.flatnonzero(ended):
             final[row] = {key: value[row] for key, value in observation.items()}

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from textgym.models.attention import attention_mask, batches_by_length, rows_alike
+from textgym.models.transfer import to_device, to_host
+
+
+class NumberedContexts(NamedTuple):
+    """Contexts of episodes that only ever grow: the number of each row's, and its tokens so far, `(B,)` each."""
+
+    episodes: np.ndarray
+    lengths: np.ndarray
+
+    def go_on_from(self, before: NumberedContexts) -> np.ndarray:
+        """Bool `(B,)`: rows that begin with what they were."""
+        return self.episodes == before.episodes
+
+
+class PlainContexts(NamedTuple):
+    """Contexts that the host has: ids `(B, W)`, right-padded, and lengths `(B,)`."""
+
+    input_ids: np.ndarray
+    lengths: np.ndarray
+
+    def go_on_from(self, before: PlainContexts) -> np.ndarray:
+        """Bool `(B,)`: rows that begin with what they were."""
+        beyond = np.arange(self.input_ids.shape[1]) >= before.lengths[:, None]
+        return ((self.input_ids == before.input_ids) | beyond).all(1)
+
+
+HostContexts = NumberedContexts | PlainContexts
+"""What the host knows of contexts: how they have changed takes no look at the device then."""
 
 
 class SlotCache(Cache):
@@ -75,9 +104,9 @@ class SlotCache(Cache):
 class CachedDecoder:
     """Steps a causal language model over a batch of contexts through a static key-value cache.
 
-    `advance` compares the contexts with those it saw last. A row that grew by one token decodes that token; a row that
-    did not change costs nothing; any other row is encoded anew, all such rows in one batch. So rows may restart at any
-    time, any observation is legal, and the result equals a full forward pass. Weights that change empty the cache, if
+    `advance` compares the contexts with those it saw last, on the host where that knows them. A row that grew by one
+    token decodes that token; a row that did not change costs nothing; any other row is encoded anew, all such rows in
+    one batch. So rows may restart at any time, any observation is legal, and the result equals a full forward pass. Weights that change empty the cache, if
     torch notices: fused optimisers write them unseen, so whoever trains with one calls `reset` (`ActorCritic` does).
 
     Args:
@@ -97,9 +126,9 @@ class CachedDecoder:
         return self.num_rows, self.max_tokens
 
     @property
-    def seen(self) -> tuple[Tensor, ...]:
+    def seen(self) -> tuple[Any, ...]:
         """What `advance` was given last."""
-        return self.input_ids, self.lengths
+        return self.input_ids, self.lengths, self.host
 
     @property
     def outdated(self) -> bool:
@@ -114,6 +143,7 @@ class CachedDecoder:
         self.lengths = torch.zeros(self.num_rows, dtype=torch.long, device=device)
         self.slots = torch.arange(self.max_tokens, device=device)
         self.hidden: Tensor | None = None  # (B, d)
+        self.host: HostContexts | None = None
         self.version = self._weights_version()
 
     @property
@@ -122,12 +152,13 @@ class CachedDecoder:
         return sum(states.nbytes for states in (*self.cache.keys, *self.cache.values))
 
     @torch.no_grad()
-    def advance(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def advance(self, input_ids: Tensor, lengths: Tensor, host: HostContexts | None = None) -> Tensor:
         """The last hidden state of every context.
 
         Args:
             input_ids: `(B, W)`, right-padded.
             lengths: `(B,)`, tokens of each context, at least 1.
+            host: what the host knows of them.
 
         Returns:
             `(B, d)`, in the model's dtype; a fresh tensor.
@@ -139,22 +170,39 @@ class CachedDecoder:
             raise ValueError(f"expected input_ids of shape {(self.num_rows, self.max_tokens)}, got {input_ids.shape}")
         if self.outdated:
             self.reset()
+        grown, other, sizes = self._changes(input_ids, lengths, host)
+        if sizes.min() < 1:
+            raise ValueError("a context is empty: begin it with at least one token")
+        if other.any():
+            self._encode(input_ids, lengths, self._index(other))
+        if grown.any():
+            self._decode(input_ids, lengths, self._index(grown), int(sizes.max()))
+        self.input_ids.copy_(input_ids)
+        self.lengths.copy_(lengths)
+        self.host = host
+        return self._states().clone()
+
+    def _changes(
+        self, input_ids: Tensor, lengths: Tensor, host: HostContexts | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows that have grown by a token, rows that are others than before, and lengths, `(B,)` each on the host."""
+        if host is not None and type(host) is type(self.host):
+            known, before, sizes = host.go_on_from(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
+            grown = known & (sizes == before + 1)
+            return grown, ~grown & ~(known & (sizes == before)), sizes
         known = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
         known = known.all(1) & (self.lengths > 0)
         grown = known & (lengths == self.lengths + 1)
         other = ~grown & ~(known & (lengths == self.lengths))
-        num_grown, num_other, longest, shortest = torch.stack(
-            (grown.sum(), other.sum(), lengths.max(), lengths.min())
-        ).tolist()  # the one host synchronisation of a step
-        if shortest < 1:
-            raise ValueError("a context is empty: begin it with at least one token")
-        if num_other:
-            self._encode(input_ids, lengths, None if num_other == self.num_rows else other.nonzero()[:, 0])
-        if num_grown:
-            self._decode(input_ids, lengths, None if num_grown == self.num_rows else grown.nonzero()[:, 0], longest)
-        self.input_ids.copy_(input_ids)
-        self.lengths.copy_(lengths)
-        return self._states().clone()
+        grown, other, sizes = (x.numpy() for x in to_host(grown, other, lengths))  # what a step waits for
+        return grown, other, sizes
+
+    def _index(self, rows: np.ndarray) -> Tensor | None:
+        """Indices of the rows that are set in a bool array `(B,)`; `None` for all."""
+        if rows.all():
+            return None
+        [index] = to_device(self.slots.device, torch.from_numpy(np.flatnonzero(rows)))
+        return index
 
     # --- for a caller that knows how its contexts grow: no comparison, so no look at the device from the host ---
 
@@ -176,6 +224,7 @@ class CachedDecoder:
             self._store(None, self._states()[copied])
         self.input_ids.copy_(input_ids)
         self.lengths.copy_(lengths)
+        self.host = None
         return self._states()
 
     @torch.no_grad()

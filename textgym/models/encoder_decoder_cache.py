@@ -104,7 +104,14 @@ class CachedEncoderDecoder:
         return self.decoder.nbytes
 
     @torch.no_grad()
-    def advance(self, input_ids: Tensor, lengths: Tensor, decoder_input_ids: Tensor, decoder_lengths: Tensor) -> Tensor:
+    def advance(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        decoder_input_ids: Tensor,
+        decoder_lengths: Tensor,
+        host: HostContexts | None = None,
+    ) -> Tensor:
         """The last hidden state of every row.
 
         Args:
@@ -112,6 +119,7 @@ class CachedEncoderDecoder:
             lengths: `(B,)`, tokens of each prompt, at least 1.
             decoder_input_ids: `(B, D)`, start tokens and responses, right-padded.
             decoder_lengths: `(B,)`, at least 1.
+            host: what the host knows of the responses with their prompts.
 
         Returns:
             `(B, d)`, in the model's dtype; a fresh tensor.

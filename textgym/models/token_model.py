@@ -189,7 +189,7 @@ class TokenModel(nn.Module):
         if not fits(self._decoder, contexts.shape, self.device):
             self._decoder = cached_decoder(self.lm, contexts.shape)
         with self._active(), self._own_precision():
-            return self._decoder.advance(*contexts.tensors), batched
+            return self._decoder.advance(*contexts.tensors, contexts.host), batched
 
     def _own_precision(self) -> torch.autocast:
         """Decoding keeps the precision of the weights under a caller's autocast, which would mix dtypes in the cache.

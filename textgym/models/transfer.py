@@ -21,12 +21,16 @@ def to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 
 
 def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    if not tensors or tensors[0].device.type == device.type:
+    if not tensors:
+        return []
+    here = tensors[0].device
+    if here.type == device.type and device.index in (None, here.index):
         return list(tensors)
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)  # so that each part begins where it may
     packed = torch.cat([tensors[i].detach().contiguous().flatten().view(torch.uint8) for i in order])
-    if device.type == "cuda":
+    uploads = here.type == "cpu" and device.type == "cuda"
+    if uploads:
         packed = packed.pin_memory()  # from other memory the copy would wait for all work on the device
-    parts = packed.to(device, non_blocking=device.type == "cuda").split([tensors[i].nbytes for i in order])
+    parts = packed.to(device, non_blocking=uploads).split([tensors[i].nbytes for i in order])
     moved = {i: part.view(tensors[i].dtype).view(tensors[i].shape) for i, part in zip(order, parts, strict=True)}
     return [moved[i] for i in range(len(tensors))]
