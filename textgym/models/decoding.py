@@ -106,8 +106,9 @@ class CachedDecoder:
 
     `advance` compares the contexts with those it saw last, on the host where that knows them. A row that grew by one
     token decodes that token; a row that did not change costs nothing; any other row is encoded anew, all such rows in
-    one batch. So rows may restart at any time, any observation is legal, and the result equals a full forward pass. Weights that change empty the cache, if
-    torch notices: fused optimisers write them unseen, so whoever trains with one calls `reset` (`ActorCritic` does).
+    one batch. So rows may restart at any time, any observation is legal, and the result equals a full forward pass.
+    Weights that change empty the cache, if torch notices: fused optimisers write them unseen, so whoever trains with
+    one calls `reset` (`ActorCritic` does).
 
     Args:
         model: a causal language model of transformers with full or sliding-window attention.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
 from textgym.models.attention import additive_mask
-from textgym.models.decoding import CachedDecoder, SlotCache
+from textgym.models.decoding import CachedDecoder, HostContexts, SlotCache
 from textgym.models.encoder_decoder import EncoderDecoderRows, encode
 
 
