@@ -19,8 +19,6 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.testing import assert_close, mock_lm, mock_seq2seq_lm, terms_of
 
-pytestmark = pytest.mark.numerics
-
 FORWARD = terms_of(mock_seq2seq_lm())
 
 V = 97

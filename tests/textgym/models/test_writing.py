@@ -18,8 +18,6 @@ from textgym.models.sequences import Sequences
 from textgym.models.writing import Responses, ResponseWriter
 from textgym.testing import assert_close, mock_lm, terms_of
 
-pytestmark = pytest.mark.numerics
-
 FORWARD = terms_of(mock_lm())
 
 ROWS, PROMPT, NEW = 8, 7, 70  # long enough for several spans of a captured step
