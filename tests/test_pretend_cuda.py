@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-GROUPS = {"all": ["test_placement.py", "test_pretend_device.py"]}
+GROUPS = {
+    "play": [
+        "test_environments.py",
+        "test_policy.py",
+        "test_pretend_device.py",
+        "test_sb3.py",
+        "test_synchronisations.py",
+    ],
+    "learn": ["test_agents.py", "test_command.py", "test_placement.py", "test_saving.py", "test_two_gpus.py"],
+}
+"""Of about the same length, since to begin a process takes seconds and two workers run the tests."""
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -23,6 +23,8 @@ class Machine:
         current: index of the current one.
         capture: the CUDA graph that is being captured.
         syncs: how often the host waited for the device, by what for and the project's source line.
+        uneven_sums: how far cumulative sums rise and fall where nothing is added, as a share. CUDA adds up in blocks
+            (pytorch#21780) and is off by rounding alone; tests exaggerate it.
         unfinished: copies to the host that nobody has waited for yet, as (destination, source).
     """
 
@@ -30,6 +32,7 @@ class Machine:
     current: int = 0
     capture: Any = None
     syncs: Counter[str] = field(default_factory=Counter)
+    uneven_sums: float = 0.0
     unfinished: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def wait(self, what: str) -> None:

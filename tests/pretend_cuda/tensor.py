@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -127,7 +127,7 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = list(tensors_in((*args, *kwargs.values())))
     index = next(tensor for tensor in tensors if isinstance(tensor, CudaTensor))._gpu
     named = {**dict(zip(operation.arguments, args, strict=False)), **kwargs}
-    written = list(tensors_in(named[name] for name in operation.writes if name in named))
+    written = list(tensors_in(named[name] for name in operation.writes if name in named)) if operation.writes else []
 
     check_placement(operation, args, tensors, written)
     check_host_access(operation, func, named, tensors)
@@ -136,7 +136,7 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
     if graph is not None:
         graph.before(written)
     with no_dispatch():
-        result = carried_out(operation, func, args, kwargs)
+        result = carried_out(operation, func, *args, **kwargs)
 
     given = {id(tensor) for tensor in tensors}
 
@@ -144,16 +144,22 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
         ours = isinstance(value, Tensor) and id(value) not in given and not isinstance(value, CudaTensor)
         return tagged(value, index) if ours else value
 
-    result = tree_map(tag, result)
+    result = tag(result) if isinstance(result, Tensor) else tree_map(tag, result)
     if graph is not None and not func.is_view:
-        graph.record(func, args, kwargs, list(tensors_in([result])), tensors, written)
+        kernel = partial(carried_out, operation, func)
+        graph.record(kernel, args, kwargs, list(tensors_in([result])), tensors, written)
     return result
 
 
-def carried_out(operation: Operation, func: Any, args: Any, kwargs: Any) -> Any:
+def carried_out(operation: Operation, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """The CPU's result, where CUDA's differs in more than rounding made like that."""
     if operation.name == "aten::histc" and not args[0].is_floating_point():  # CUDA has it for integers, the CPU not
         return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
-    return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    if machine.uneven_sums and operation.name == "aten::cumsum" and result.is_floating_point():
+        result[..., 1::3] *= 1 + machine.uneven_sums
+        result[..., 2::3] *= 1 - machine.uneven_sums
+    return result
 
 
 def check_placement(operation: Operation, args: Any, tensors: list[Tensor], written: list[Tensor]) -> None:
