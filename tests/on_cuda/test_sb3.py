@@ -95,7 +95,7 @@ def test_value_based(kind: Any, policy: Any, env: Any, model: str, tmp_path: Pat
     agent = make(kind, policy, env, model, replay_buffer_class=EpisodeReplayBuffer, **settings, **exploration)
     agent.learn(32)
     agent.save(tmp_path / "agent")
-    again = kind.load(tmp_path / "agent", env=env, device="cuda").learn(16)
+    again = kind.load(tmp_path / "agent", env=env, device="cuda", action_space=env.action_space).learn(16)
     assert torch.as_tensor(again.predict(env.reset(), deterministic=True)[0]).shape == (4,)
 
 
