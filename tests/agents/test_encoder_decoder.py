@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,9 @@ from textgym.agents.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import ESTIMATORS, KLPenalty
 from textgym.testing import (
+    Measured,
     assert_close,
+    assert_learns,
     byte_tokenizer,
     letter_tokenizer,
     mock_seq2seq_lm,
@@ -85,13 +88,26 @@ def test_a_rollout_has_the_log_probs_and_values_of_whole_sequences(architecture:
         assert penalty.of_sequences(policy, rollout.sequences, rollout.log_probs).abs().max() < ROUNDING
 
 
-def test_ppo_improves_a_task() -> None:
-    config = PPOConfig(episodes_per_update=64, learning_rate=1e-2, seed=0)
+def gain_of(seed: int, learning_rate: float = 1e-2) -> float:
+    """The mean score of the last two updates less that of the first two, 128 episodes each; a score is from 0 to 1."""
+    config = PPOConfig(episodes_per_update=64, num_epochs=2, learning_rate=learning_rate, seed=seed)
     scores: list[float] = []
-    agent = PPO(make_policy(), make_envs(16), config)
-    agent.learn(64 * 12, [lambda agent, metrics: scores.append(metrics["objective/scores"])])
-    assert scores[0] < 0.3
-    assert scores[-1] > scores[0] + 0.3
+    agent = PPO(make_policy(), make_envs(64), config)
+    agent.learn(64 * 8, [lambda agent, metrics: scores.append(metrics["objective/scores"])])
+    return float(np.mean(scores[-2:]) - np.mean(scores[:2]))
+
+
+@pytest.mark.training
+def test_ppo_improves_a_task() -> None:
+    """A false failure has a chance of 3e-5."""
+    gains = [gain_of(seed) for seed in range(2)]
+    assert_learns(gains, at_least=0.15, measured=Measured(mean=0.654, deviation=0.105, runs=12))
+
+
+@pytest.mark.slow
+def test_ppo_without_a_learning_rate_fails() -> None:
+    """A score has a deviation of 0.15 at first, so a gain of nothing has one of 0.02."""
+    assert max(gain_of(seed, learning_rate=0.0) for seed in range(5)) < 0.1
 
 
 @pytest.mark.bit_for_bit
@@ -116,18 +132,27 @@ def test_other_agents_run(agent: Any, config: Any) -> None:
     assert not torch.equal(policy.lm.shared.weight, before)
 
 
+@pytest.mark.training
 def test_dpo_learns_preferences_after_the_start_tokens() -> None:
-    pairs = [{"prompt": f"{i}", "chosen": "ab" * (1 + i % 3), "rejected": "cd"} for i in range(8)]
-    config = DPOConfig(batch_size=4, micro_batch_size=2, epochs=6, learning_rate=1e-2)
-    agent = DPO(ActorCritic.from_pretrained(mock_seq2seq_lm(num_layers=1)), pairs, byte_tokenizer(), config)
-    history: list[dict[str, float]] = []
-    agent.learn([lambda _, metrics: history.append(metrics)])
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=ROUNDING), "trap 2: it starts at its reference"
-    assert history[-1]["rewards/accuracies"] == 1.0
-    assert history[-1]["rewards/margins"] > 0.5
+    """Margins of the last epoch, which has each pair once: 0 for a policy that does not move."""
+    margins = []
+    for seed in range(2):
+        pairs = [{"prompt": f"{i}", "chosen": "ab" * (1 + i % 3), "rejected": "cd"} for i in range(8)]
+        config = DPOConfig(batch_size=4, micro_batch_size=2, epochs=6, learning_rate=1e-2, seed=seed)
+        agent = DPO(ActorCritic.from_pretrained(mock_seq2seq_lm(num_layers=1)), pairs, byte_tokenizer(), config)
+        history: list[dict[str, float]] = []
+        agent.learn([lambda _, metrics, history=history: history.append(metrics)])
+        assert history[0]["loss"] == pytest.approx(math.log(2), abs=ROUNDING), "trap 2: it starts at its reference"
+        margins.append(float(np.mean([row["rewards/margins"] for row in history[-2:]])))
+    assert_learns(margins, at_least=1.0, measured=Measured(mean=3.21, deviation=0.05, runs=6))
 
 
+@pytest.mark.training
 def test_sft_learns_completions_after_the_start_tokens() -> None:
+    """All rows are one batch, so a seed changes the order of its sums and no more.
+
+    The log-prob of the completions rises from -146 to -39; if nothing is learned it stays as it is.
+    """
     rows = [{"prompt": f"{i}", "completion": "ab" if i % 2 else "cd"} for i in range(8)]
     policy = ActorCritic.from_pretrained(mock_seq2seq_lm(num_layers=1))
     agent = SFT(policy, rows, byte_tokenizer(), SFTConfig(batch_size=8, epochs=12, learning_rate=1e-2))

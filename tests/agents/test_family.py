@@ -1,7 +1,8 @@
-"""The on-policy agents together: they learn, resume, accumulate gradients, and estimate the true gradient."""
+"""The on-policy agents together: they resume, accumulate gradients, and estimate the true gradient."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,12 @@ def history_of(agent: SurrogateAgent, episodes: int, *callbacks: Any) -> list[di
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_learns(name: str) -> None:
-    history = history_of(make_agent(name, learning_rate=1e-2), 32 * 20)
-    assert history[-1]["objective/scores"] > history[0]["objective/scores"] + 0.5
+def test_starts_at_its_reference_and_reports_finite_numbers(name: str) -> None:
+    """test_optimality.py tests that each of them learns."""
+    history = history_of(make_agent(name), 96)
     assert history[0]["objective/kl"] == pytest.approx(0.0, abs=ROUNDING)
-    assert all(value == value for metrics in history for value in metrics.values())
+    assert history[-1]["objective/kl"] != history[0]["objective/kl"]
+    assert np.isfinite([value for metrics in history for value in metrics.values()]).all()
 
 
 @pytest.mark.bit_for_bit
@@ -179,7 +181,7 @@ def exact_policy() -> ActorCritic:
     with torch.no_grad():
         noise = torch.randn(policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(5))
         policy.lm.model.logits.weight += 0.5 * noise
-        policy.value_head.weight.fill_(0.3)  # a critic that is wrong: it may not move the mean
+        policy.value_head.weight.fill_(0.2)  # a critic that is wrong: it may not move the mean
     return policy
 
 
@@ -226,27 +228,38 @@ def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | N
     return np.array(taken) * scale
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_trap_19_estimators_agree_with_the_exact_gradient(name: str) -> None:
-    """Within three standard errors over 10,240 episodes, in the direction of the gradient and in length across it."""
+    """Over 40 batches, in the direction of the gradient and in length across it.
+
+    The bars are so wide that other samples fail one of the 22 comparisons with a chance below 1 in 10,000. Student's t
+    with 39 degrees of freedom is beyond 5.4 with a chance of 4e-6. |off|^2 / variance is about chi^2(n) / n with n from
+    9 to 12 (measured: (trace C)^2 / trace C^2 of the covariance C of the batches), above 5.5 with a chance below 1e-6.
+    The narrow error keeps the power: a factor k / (k - 1) = 4 / 3 of a group of 4, or 3 / 4, is off by eight errors.
+    """
     exact = exact_gradient(SHARES.get(name, 1.0)).flatten().numpy()
     sampled = -FACTORS.get(name, 1.0) * estimates(name)
     along = sampled @ exact / (exact @ exact)  # 1 on average
     error = along.std(ddof=1) / np.sqrt(len(along))
-    assert abs(along.mean() - 1) < 3 * error
-    assert error < 0.05
+    assert abs(along.mean() - 1) < 5.4 * error
+    assert error < 0.03
     off = sampled.mean(0) - exact
     variance = sampled.var(0, ddof=1).sum() / len(sampled)  # what |off|^2 is on average, if unbiased
-    assert off @ off < 3 * variance
+    assert off @ off < 5.5 * variance
 
 
+@functools.cache
+def spread(name: str) -> float:
+    """Variance of the estimates of rewards that are all near 3, which says nothing of any token."""
+    return float(estimates(name, 20, shift=3.0, value=3.0).var(0, ddof=1).sum())
+
+
+@pytest.mark.training
 @pytest.mark.parametrize("baseline", ["mean baseline", "rloo", "learned baseline"])
 def test_baselines_lower_the_variance(baseline: str) -> None:
-    """Of rewards that are all near 3, which says nothing of any token."""
-    spread = {
-        name: float(estimates(name, 20, shift=3.0, value=3.0).var(0, ddof=1).sum()) for name in ("to go", baseline)
-    }
-    assert spread[baseline] < 0.4 * spread["to go"]
+    """Measured ratios are 0.06 to 0.08; their logarithms differ by 0.1 between samples, so 0.4 is 15 deviations off."""
+    assert spread(baseline) < 0.4 * spread("to go")
 
 
 # --- what belongs to one of them ---

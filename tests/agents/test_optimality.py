@@ -1,4 +1,8 @@
-"""Agents reach the optimum that enumeration knows; benchmarks/optimality.py has the long runs."""
+"""Agents reach the optimum that enumeration knows; benchmarks/optimality.py has the long runs.
+
+Gains are exact: the share of the way from the reference to the optimum, by enumeration of all texts. A policy that does
+not move gains 0.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,98 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from torch import Tensor
 
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents.rollout import Rollout
+from textgym.agents.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
-from textgym.testing import ExactTask, tolerance
+from textgym.testing import ExactTask, Measured, assert_learns, tolerance
 
-TASK = ExactTask(vocab_size=8, horizon=3)
-GROUPS = {"group_size": 16, "num_epochs": 2, "minibatch_size": 64}
-PPO_SETTINGS = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning"),  # tested in test_family.py
+]
+
+Kind = type[SurrogateAgent]
+TASK = ExactTask(vocab_size=5, horizon=2, seed=1)
+BETA = 0.5
+GROUPS = {"group_size": 4}
+PPO_SETTINGS = {"num_epochs": 2, "minibatch_size": 64}
+AGENTS: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "reinforce": (REINFORCE, {}),
+    "reinforce, learned": (REINFORCE, {"baseline": "learned"}),
+    "a2c": (A2C, {}),
+    "a2c, n steps": (A2C, {"estimator": "n_step", "n_steps": 2}),
+    "ppo": (PPO, PPO_SETTINGS),
+    "ppo, penalty": (PPO, {**PPO_SETTINGS, "variant": "penalty"}),
+    "nlpo": (NLPO, {**PPO_SETTINGS, "mask_update_interval": 2}),
+    "grpo": (GRPO, GROUPS),
+    "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "loss_type": "grpo"}),
+    "rloo": (RLOO, GROUPS),
+    "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
+    "expert iteration": (ExpertIteration, GROUPS),
+}
 
 
+def gain_of(name: str, seed: int, learning_rate: float = 0.2) -> float:
+    kind, settings = AGENTS[name]
+    envs = gym.make_vec("textgym/Text-v0", num_envs=128, kl_mode="deferred", **TASK.env_kwargs(BETA))
+    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
+    config = {"episodes_per_update": 128, "learning_rate": learning_rate, "seed": seed, **settings}
+    kind(policy, envs, kind.config_class(**config)).learn(128 * 12)
+    return TASK.optimum(BETA).gap_closed(TASK.log_probs(policy))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_agent_comes_near_the_optimum(name: str) -> None:
+    """The lowest mean and the largest deviation of all of them are measured over 8 seeds; the rest have 0.87 to 0.99.
+
+    The chance of a false failure is 1e-5, by the formula of `textgym.testing.learning`.
+    """
+    gains = [gain_of(name, seed) for seed in range(2)]
+    assert_learns(gains, at_least=0.4, measured=Measured(mean=0.747, deviation=0.037, runs=8))
+
+
+def nothing(monkeypatch: pytest.MonkeyPatch) -> float:
+    return 0.0
+
+
+def flipped(monkeypatch: pytest.MonkeyPatch) -> float:
+    price = SurrogateAgent.price
+
+    def negative(self: SurrogateAgent, rollout: Rollout, kl: Tensor) -> Tensor:
+        return -price(self, rollout, kl)
+
+    monkeypatch.setattr(SurrogateAgent, "price", negative)
+    return 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [nothing, flipped])
+@pytest.mark.parametrize("name", AGENTS)
+def test_agents_without_a_learning_rate_or_with_flipped_advantages_are_told_apart(
+    name: str, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each seed by itself is far below the bar of the test above."""
+    learning_rate = fault(monkeypatch)
+    assert max(gain_of(name, seed, learning_rate) for seed in range(2)) < 0.1
+
+
+LONG = ExactTask(vocab_size=8, horizon=3)
+LONG_GROUPS = {"group_size": 16, "num_epochs": 2, "minibatch_size": 64}
+LONG_PPO = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "rows", "bar"),
     [
-        (PPO, PPO_SETTINGS, 256, 0.99),
-        (PPO, {**PPO_SETTINGS, "variant": "penalty"}, 256, 0.99),
-        (NLPO, {**PPO_SETTINGS, "top_p": 1.0}, 256, 0.97),
-        (GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}, 256, 0.99),
-        (RLOO, GROUPS, 256, 0.99),
+        (PPO, LONG_PPO, 256, 0.99),
+        (PPO, {**LONG_PPO, "variant": "penalty"}, 256, 0.99),
+        (NLPO, {**LONG_PPO, "top_p": 1.0}, 256, 0.97),
+        (GRPO, {**LONG_GROUPS, "loss_type": "dr_grpo", "scale": "none"}, 256, 0.99),
+        (RLOO, LONG_GROUPS, 256, 0.99),
         (REINFORCE, {"baseline": "learned"}, 64, 0.97),
         (A2C, {}, 64, 0.97),
     ],
@@ -33,11 +111,16 @@ PPO_SETTINGS = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
 def test_trap_40_the_learned_policy_is_the_closed_form(
     kind: Any, settings: dict[str, Any], rows: int, bar: float
 ) -> None:
-    optimum = TASK.optimum(beta=1.0)
-    envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **TASK.env_kwargs(1.0))
-    policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
-    assert optimum.gap_closed(TASK.log_probs(policy)) == pytest.approx(0.0, abs=tolerance(terms=1000))
-    kind(policy, envs, kind.config_class(episodes_per_update=rows, learning_rate=0.05, **settings)).learn(25_600)
-    log_probs = TASK.log_probs(policy)
-    assert optimum.gap_closed(log_probs) >= bar
-    assert np.abs(np.exp(log_probs) - optimum.probabilities).sum() < 0.15, "text by text, not in the mean alone"
+    optimum = LONG.optimum(beta=1.0)
+    gaps, distances = [], []
+    for seed in range(2):
+        envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **LONG.env_kwargs(1.0))
+        policy = ActorCritic.from_pretrained(LONG.language_model(), critic="separate")
+        assert optimum.gap_closed(LONG.log_probs(policy)) == pytest.approx(0.0, abs=tolerance(terms=1000))
+        config = kind.config_class(episodes_per_update=rows, learning_rate=0.05, seed=seed, **settings)
+        kind(policy, envs, config).learn(25_600)
+        log_probs = LONG.log_probs(policy)
+        gaps.append(optimum.gap_closed(log_probs))
+        distances.append(np.abs(np.exp(log_probs) - optimum.probabilities).sum())
+    assert np.mean(gaps) >= bar
+    assert np.mean(distances) < 0.15, "text by text, not in the mean alone"

@@ -15,7 +15,7 @@ from textgym.agents.pathwise import relax
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
-from textgym.testing import ExactTask
+from textgym.testing import ExactTask, Measured, assert_learns
 
 TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
 
@@ -45,7 +45,8 @@ def batch_of(agent: Pathwise, *chosen: int) -> Memories:
 def test_relaxed_tokens_are_drawn_from_the_policy() -> None:
     log_probs = torch.tensor([0.5, 0.3, 0.2]).log().expand(30_000, 3)
     token = relax(log_probs, 0, PathwiseConfig())
-    torch.testing.assert_close(token.mean(0), torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0)
+    # 4.3 standard errors of the share that has the largest one, 0.0029: other draws would fail once in 20,000 times.
+    torch.testing.assert_close(token.mean(0), torch.tensor([0.5, 0.3, 0.2]), atol=0.0125, rtol=0)
     assert ((token == 0) | ((token - 1).abs() < 1e-6)).all()
     soft = relax(log_probs, 0, PathwiseConfig(relaxation="gumbel"))
     assert torch.equal(soft.argmax(1), token.argmax(1))
@@ -62,15 +63,15 @@ def test_the_actor_is_pushed_to_where_the_critic_says_more_and_the_critic_is_not
     agent = make_agent()
     sequences = texts(0, 40, 60, 80)
     hidden = reference_hidden(agent, sequences)
-    earned, _, _ = agent.values(agent.policy, agent.q, sequences, hidden, seed=1)
-    earned.sum().backward()
+    weight = agent.policy.lm.model.logits.weight
+    for seed in range(64):  # the noise of the relaxation; gradients add up
+        earned, _, _ = agent.values(agent.policy, agent.q, sequences, hidden, seed=seed)
+        earned.sum().backward()
     assert all(weight.grad is None for weight in agent.q.actor.parameters())
-    first = agent.policy.lm.model.logits.weight.grad
-    assert first is not None
-    assert first.abs().max() > 0
+    mean = weight.grad.flatten() / 64
     exact, _, _ = agent.values(agent.policy, agent.q, sequences, hidden)
-    (gradient,) = torch.autograd.grad(exact.sum(), agent.policy.lm.model.logits.weight)
-    assert torch.nn.functional.cosine_similarity(first.flatten(), gradient.flatten(), 0) > 0.5
+    (gradient,) = torch.autograd.grad(exact.sum(), weight)
+    assert torch.nn.functional.cosine_similarity(mean, gradient.flatten(), 0) > 0.9  # 0.975, with a deviation of 0.003
 
 
 @pytest.mark.parametrize("min_new_tokens", [0, 2])
@@ -116,17 +117,36 @@ def test_pathwise_targets_have_the_kl_of_later_states_alone() -> None:
     torch.testing.assert_close(errors, targets - sequences.pad(agent.q.of_actions(sequences)).detach())
 
 
-def test_pathwise_learns_to_pay_less_kl() -> None:
-    """Without rewards the actor goes back to the reference."""
-    agent = make_agent(make_envs(1.0, reward=lambda completions: [0.0] * len(completions)), q_scale=1e-3)
+SMALL = ExactTask(vocab_size=5, horizon=2, seed=2)
+
+
+def kl_left(seed: int, **changes: Any) -> float:
+    """Without rewards the actor goes back to the reference: the share of its KL that is left after training."""
+    arguments = SMALL.env_kwargs(1.0) | {"reward": lambda completions: [0.0] * len(completions)}
+    envs = gym.make_vec("textgym/Text-v0", num_envs=64, kl_mode="deferred", **arguments)
+    policy = ActorCritic.from_pretrained(SMALL.language_model(), critic="separate")
     with torch.no_grad():
-        noise = torch.randn(agent.policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
-        agent.policy.lm.model.logits.weight += noise
+        noise = torch.randn(policy.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(1))
+        policy.lm.model.logits.weight += noise
+    settings = {"episodes_per_update": 64, "learning_starts": 64, "learning_rate": 0.2, "adam_epsilon": 1e-8}
+    agent = Pathwise(policy, envs, PathwiseConfig(**{**settings, "q_scale": 1e-3, "seed": seed, **changes}))
 
     def divergence() -> float:
-        log_probs = TASK.log_probs(agent.policy)
-        return float((np.exp(log_probs) * (log_probs - TASK.log_reference)).sum())
+        log_probs = SMALL.log_probs(policy)
+        return float((np.exp(log_probs) * (log_probs - SMALL.log_reference)).sum())
 
     before = divergence()
-    agent.learn(32 * 40)
-    assert divergence() < 0.1 * before
+    agent.learn(64 * 8)
+    return divergence() / before
+
+
+@pytest.mark.training
+def test_pathwise_learns_to_pay_less_kl() -> None:
+    """A false failure has a chance below 1e-9."""
+    gains = [1 - kl_left(seed) for seed in range(2)]
+    assert_learns(gains, at_least=0.7, measured=Measured(mean=0.991, deviation=0.001, runs=6))
+
+
+@pytest.mark.slow
+def test_pathwise_without_a_learning_rate_pays_the_same_kl() -> None:
+    assert kl_left(0, learning_rate=0.0) == 1.0

@@ -14,21 +14,35 @@ from textgym.agents.evaluation import generate, score_gains
 from textgym.data.sources import FetchError
 from textgym.models.actor_critic import ActorCritic
 from textgym.registration import TASKS
-from textgym.testing import mock_lm
+from textgym.testing import Measured, assert_learns, mock_lm
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_ppo_improves_the_metric_of_a_toy_over_the_untrained_policy() -> None:
-    """The whole interval of the paired gain is above 0, of a random model on `textgym/Enumerable-v0`."""
-    envs = gym.make_vec("textgym/Enumerable-v0", 64, kl_mode="deferred", array="torch")
-    policy = ActorCritic.from_pretrained(mock_lm(12, initializer_range=0.02))
-    before = generate(policy, envs, [0] * 256, seed=1)
-    PPO(policy, envs, PPOConfig(learning_rate=1e-3)).learn(2048)
-    after = generate(policy, envs, [0] * 256, seed=1)
+def gain_of(seed: int, learning_rate: float = 3e-3) -> float:
+    """How much better a random model does on `textgym/Enumerable-v0`, by 256 texts before and after."""
+    envs = gym.make_vec("textgym/Enumerable-v0", 128, kl_mode="deferred", array="torch")
+    policy = ActorCritic.from_pretrained(mock_lm(12, num_layers=1, initializer_range=0.02))
+    before = generate(policy, envs, [0] * 256, seed=seed)
+    config = PPOConfig(num_epochs=2, minibatch_size=64, learning_rate=learning_rate, seed=seed)
+    PPO(policy, envs, config).learn(128 * 8)
+    after = generate(policy, envs, [0] * 256, seed=seed)
     (gain,) = score_gains(before, after, envs.unwrapped.metrics).values()
-    assert gain.low > 0.1
     assert gain.value <= 1.0 - before.rollout.raw_scores.mean(), "no text scores above 1"
+    return gain.value
+
+
+@pytest.mark.training
+def test_ppo_improves_the_metric_of_a_toy_over_the_untrained_policy() -> None:
+    """A false failure has a chance of 5e-5."""
+    gains = [gain_of(seed) for seed in range(3)]
+    assert_learns(gains, at_least=0.05, measured=Measured(mean=0.323, deviation=0.035, runs=6))
+
+
+@pytest.mark.slow
+def test_ppo_that_does_not_learn_improves_no_metric() -> None:
+    """The same model writes the same texts for the same seed."""
+    assert gain_of(0, learning_rate=0.0) == 0.0
 
 
 @pytest.fixture

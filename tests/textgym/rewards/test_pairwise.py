@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.rewards.pairwise import GroupCollator, MuonAndAdamW, pairwise_loss
-from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+from textgym.testing import Measured, assert_close, assert_learns, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
 
@@ -32,14 +32,41 @@ EXACT: dict[str, Any] = {"mean_coefficient": 0.0, "matrix_learning_rate": 0.02, 
 FAST = RewardModelConfig(epochs=8, **EXACT)
 
 
+def gaps(model: RewardModel) -> tuple[float, float]:
+    """How much higher a model scores what was preferred: the least of the pairs, and a pair that is held out."""
+    trained = model.score_texts(GOOD) - model.score_texts(BAD)
+    other = model.score_texts(["one good day"]) - model.score_texts(["one bad day"])
+    return float(trained.min()), float(other.min())
+
+
+@pytest.mark.training
 def test_it_learns_what_was_preferred(mock_folder: Path) -> None:
+    """A head that was not trained is random, and its gaps differ by about 1.3 from seed to seed."""
+    models = [train_reward_model(PAIRS, mock_folder, config=replace(FAST, seed=seed))[0] for seed in range(3)]
+    trained, other = zip(*map(gaps, models), strict=True)
+    assert_learns(trained, at_least=4.0, measured=Measured(mean=9.92, deviation=1.2, runs=12))
+    assert_learns(other, at_least=2.0, measured=Measured(mean=9.47, deviation=1.9, runs=12))
+
+
+@pytest.mark.slow
+def test_a_reward_model_that_does_not_learn_is_told_apart(mock_folder: Path) -> None:
+    still = replace(FAST, learning_rate=0.0, matrix_learning_rate=0.0)
+    for seed in range(3):
+        trained, other = gaps(train_reward_model(PAIRS, mock_folder, config=replace(still, seed=seed))[0])
+        assert trained < 4.0
+        assert other < 2.0
+    swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
+    assert max(gaps(train_reward_model(swapped, mock_folder, config=FAST)[0])) < 0.0
+
+
+def test_the_accuracy_is_that_of_the_saved_model(mock_folder: Path) -> None:
     heldout = [{"prompt": "one ", "chosen": "good day", "rejected": "bad day"}]
-    model, accuracy = train_reward_model(PAIRS, mock_folder, config=FAST, heldout=heldout)
-    assert accuracy == 1.0
-    assert pairwise_accuracy(model, PAIRS) == 1.0
+    model, accuracy = train_reward_model(PAIRS, mock_folder, config=replace(FAST, epochs=1), heldout=heldout)
+    assert accuracy == pairwise_accuracy(model, heldout)
+    before = pairwise_accuracy(model, PAIRS)
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
     model.save_pretrained(mock_folder / "reward")
-    assert pairwise_accuracy(RewardModel.from_pretrained(mock_folder / "reward"), PAIRS) == 1.0
+    assert pairwise_accuracy(RewardModel.from_pretrained(mock_folder / "reward"), PAIRS) == before
 
 
 def test_training_is_quiet_and_leaves_no_trace(
