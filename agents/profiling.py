@@ -30,9 +30,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from textgym.data.files import atomic_file
+from textgym.models.flops import FlopCount
 from textgym.models.phases import listen
 
-from .flops import FlopCount
 from .footprint import SavedForBackward, bytes_by_role, cache_bytes
 from .on_policy import Metrics, OnPolicyAgent
 from .peaks import peak_flops, peak_memory, reset_peak_memory

@@ -38,8 +38,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import textgym
-from textgym.agents.flops import FlopCount
 from textgym.agents.rollout import collect
+from textgym.models.flops import FlopCount
 from textgym.models.phases import phase
 
 SHARE_BAR, BIG = 0.05, 64

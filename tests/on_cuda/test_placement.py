@@ -14,6 +14,7 @@ from textgym import ActorCritic
 from textgym.agents import DPO, DQN, PPO, SFT, DPOConfig, DQNConfig, PPOConfig, SFTConfig
 from textgym.agents.engine import collect_from
 from textgym.agents.evaluation import generate, measure
+from textgym.models.flops import FlopCount
 from textgym.models.loading import load_causal_lm
 from textgym.models.log_probs import StopRule
 from textgym.models.masks import TopPMask
@@ -253,3 +254,18 @@ def test_writing_under_autocast_is_writing_without(make_policy: Make) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
             written.append(policy.write(*prompts(), 8, ANYTIME).log_probs.tolist())
     assert written[0] == written[1] == written[2]
+
+
+# --- counting ---
+
+
+def test_replayed_steps_count_as_if_they_were_carried_out(make_policy: Make) -> None:
+    products: dict[str, list[int]] = {}
+    for device in ("cuda", "cpu"):
+        policy = make_policy(device)
+        for _ in range(3):  # the first one captures and replays, the third one only replays
+            with FlopCount() as count:
+                policy.write(*prompts(), 8, StopRule((0,), 8))
+            products.setdefault(device, []).append(count.by_operation["mm"])
+    assert products["cuda"] == products["cpu"]
+    assert min(products["cuda"]) > 0

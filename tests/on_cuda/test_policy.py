@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from textgym.agents.flops import FlopCount
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.flops import FlopCount
 from textgym.models.log_probs import StopRule
 from textgym.models.token_model import TokenModel
 from textgym.testing import mock_lm, mock_seq2seq_lm
@@ -231,7 +231,6 @@ def test_all_graphs_share_one_pool_of_memory(tiny_policy: Callable[..., ActorCri
     assert len(graph.pools - pools) <= 1
 
 
-@pytest.mark.xfail(reason="A9: what is replayed is not counted")
 def test_replayed_steps_are_counted(both: tuple[ActorCritic, ActorCritic]) -> None:
     totals = []
     for policy in both:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
+from textgym.models.flops import captured, replayed
 from textgym.models.log_probs import CHUNK_ELEMENTS, StopRule
 from textgym.models.phases import phase
 
@@ -188,6 +189,11 @@ class ResponseWriter:
 def capture(step: Callable[[], object]) -> Callable[[], object]:
     """A step as a CUDA graph: what replays it, on the same tensors."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured() as operations, torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+        replayed(operations)
+
+    return replay

@@ -1,9 +1,11 @@
-"""FlopCount: counts floating-point operations, and changes none of them."""
+"""FlopCount: counts floating-point operations, those of replayed CUDA graphs too, and changes none of them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +31,15 @@ class FlopCount(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_operation: Counter[str] = Counter()
 
+    def __enter__(self) -> Self:
+        _counting.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _counting.remove(self)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
     @property
     def total(self) -> int:
         """All of them."""
@@ -41,6 +52,30 @@ class FlopCount(TorchDispatchMode):
         if formula is not None:
             self.by_operation[func.overloadpacket.__name__] += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+_counting: list[FlopCount] = []  # those that are under way
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[Counter[str]]:
+    """Count what is captured as a CUDA graph in this block, for `replayed`.
+
+    Counts under way leave it out: what is captured is recorded, and not carried out.
+    """
+    outer = list(_counting)
+    with FlopCount() as own:
+        try:
+            yield own.by_operation
+        finally:
+            for count in outer:
+                count.by_operation.subtract(own.by_operation)
+
+
+def replayed(operations: Counter[str]) -> None:
+    """Add what `captured` counted to the counts under way, which see nothing of a replay."""
+    for count in _counting:
+        count.by_operation.update(operations)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
