@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 
 from textgym.data import sources
 from textgym.models import writing
@@ -63,7 +63,11 @@ def _plainly(policy: TokenModel, sequences: Sequences) -> Evaluation:
             states = trunk(input_ids=ids[None, :end], use_cache=False).last_hidden_state[0, start - 1 : end - 1]
             value = policy.value_head(states.float())[:, 0]
         rows.append((drawn_from.log_prob(ids[start:end]), value, drawn_from.entropy()))
-    return Evaluation(*(pad_sequence(column, batch_first=True) * sequences.mask for column in zip(*rows, strict=True)))
+    mask = sequences.mask
+    columns = (
+        [pad(values, (0, mask.shape[1] - len(values))) for values in column] for column in zip(*rows, strict=True)
+    )
+    return Evaluation(*(torch.stack(column) * mask for column in columns))
 
 
 @pytest.fixture
