@@ -18,8 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import pad
 
 from textgym.data import sources
-from textgym.models import writing
+from textgym.models import sampling, writing
 from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.models.graphs import Graphs, NotCapturedError
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
@@ -72,18 +73,22 @@ def _plainly(policy: TokenModel, sequences: Sequences) -> Evaluation:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
-    """Responses are written in captured steps, as on a GPU; the steps that were captured."""
+    """Responses are written in captured steps, as on a GPU; the steps that were captured.
+
+    What asks for a value fails, as it does there.
+    """
     captures: list[Callable[[], object]] = []
 
-    def record(step: Callable[[], object]) -> Callable[[], object]:
-        captures.append(_traced(step))
+    def record(graphs: Graphs, step: Callable[[], object]) -> Callable[[], object]:
+        try:
+            captures.append(_traced(step))
+        except RuntimeError as error:
+            raise NotCapturedError(str(error)) from error
         return captures[-1]
 
-    def writer(*arguments: Any, captures: bool) -> writing.ResponseWriter:
-        return writing.ResponseWriter(*arguments, captures=True)
-
-    monkeypatch.setattr(writing, "capture", record)
-    monkeypatch.setattr("textgym.models.actor_critic.ResponseWriter", writer)
+    monkeypatch.setattr(Graphs, "capture", record)
+    monkeypatch.setattr(writing, "can_capture", lambda device: True)
+    monkeypatch.setattr(sampling, "looks_are_free", lambda device: False)
     return captures
 
 
@@ -93,10 +98,11 @@ def _traced(step: Callable[[], object]) -> Callable[[], object]:
     make_fx executes while it records, so what it wrote is put back.
     """
     before = [(tensor, tensor.clone()) for tensor in _tensors(step)]
-    graph = make_fx(lambda: step())()
-    for tensor, value in before:
-        tensor.copy_(value)
-    return graph
+    try:
+        return make_fx(lambda: step())()
+    finally:
+        for tensor, value in before:
+            tensor.copy_(value)
 
 
 def _tensors(step: Any) -> list[Tensor]:

@@ -23,9 +23,10 @@ from textgym.models.devices import Device, on_device, seed_of
 from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.loading import disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
 from textgym.models.log_probs import StopRule, token_log_probs
+from textgym.models.sampling import sample
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel, fits
-from textgym.models.writing import Responses, ResponseWriter
+from textgym.models.writing import Responses, Writers
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
 
@@ -70,7 +71,7 @@ class ActorCritic(TokenModel):
         nn.init.zeros_(self.value_head.bias)
         self.generator: torch.Generator | None = torch.Generator(self.device)
         self._critic_decoder: CachedDecoder | CachedEncoderDecoder | None = None
-        self._writer: ResponseWriter | None = None
+        self._writers = Writers()
 
     @classmethod
     def from_pretrained(
@@ -125,7 +126,7 @@ class ActorCritic(TokenModel):
         """
         super()._apply(fn, recurse)
         self.value_head._apply(Tensor.float)
-        self._writer = None
+        self._writers = Writers()
         if self.generator is not None and self.generator.device != self.device:
             seed = seed_of(self.generator.get_state())
             self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -170,11 +171,9 @@ class ActorCritic(TokenModel):
         """
         prompts, lengths = prompts.to(self.device), lengths.to(self.device)
         num_rows, width = prompts.shape
-        shape = num_rows, width, max_new_tokens, stop
-        if self._writer is None or self._writer.shape != shape:
-            self._writer = ResponseWriter(self, *shape, captures=self.device.type == "cuda")
         with on_device(self.device), self._own_precision():
-            return self._writer.write(prompts, lengths, deterministic)
+            writer = self._writers.get(self, num_rows, width, max_new_tokens, stop)
+            return writer.write(prompts, lengths, deterministic)
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """The action of `act`, nothing else."""
@@ -243,8 +242,7 @@ class ActorCritic(TokenModel):
         """Frees the key-value caches of policy and critic; captured steps are worth the memory of theirs."""
         super().reset_cache()
         self._critic_decoder = None
-        if self._writer is not None and not self._writer.captures:
-            self._writer = None
+        self._writers.reset()
 
     def checkpoint_layers(self) -> None:
         """From now on an update keeps what goes into each layer alone, for less memory and more time."""
@@ -255,7 +253,7 @@ class ActorCritic(TokenModel):
     @property
     def cache_bytes(self) -> int:
         """Bytes of the key-value caches of policy and critic, as they are now."""
-        return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._writer) if x is not None)
+        return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._writers) if x is not None)
 
     def reference(self) -> TokenModel:
         """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""
@@ -297,17 +295,9 @@ class ActorCritic(TokenModel):
                 tokenizer.save_pretrained(temporary)
 
     def draw(self, probabilities: Tensor) -> Tensor:
-        """One index `(B,)` from each row `(B, V)` by inverting its distribution function: one random number a row."""
-        return self.invert(
-            probabilities, torch.rand(len(probabilities), 1, device=self.device, generator=self.generator)
-        )
-
-    def invert(self, probabilities: Tensor, noise: Tensor) -> Tensor:
-        """The index `(B,)` that a uniform number `(B, 1)` stands for in each distribution `(B, V)`."""
-        cumulative = probabilities.cumsum(-1)
-        height = noise * cumulative[:, -1:]
-        # `right=True` passes over tokens of probability zero; rounding may still reach the top of the last one.
-        return torch.searchsorted(cumulative, height, right=True).clamp(max=self.vocab_size - 1)[:, 0]
+        """Samples one index `(B,)` from each row `(B, V)`, by one random number a row."""
+        noise = torch.rand(len(probabilities), 1, device=self.device, generator=self.generator)
+        return sample(probabilities, noise)
 
     def _load_critic(self, folder: Path, critic: str) -> None:
         if not (folder / CRITIC_FILE).exists() or critic not in ("shared", "separate"):

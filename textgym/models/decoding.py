@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textgym.models.attention import attention_mask, batches_by_length, rows_alike
+from textgym.models.attention import attention_mask, batches_by_length
 from textgym.models.transfer import to_device, to_host
 
 
@@ -145,6 +145,7 @@ class CachedDecoder:
         self.slots = torch.arange(self.max_tokens, device=device)
         self.hidden: Tensor | None = None  # (B, d)
         self.host: HostContexts | None = None
+        self.longest = 0  # tokens of the longest context that `begin` was given
         self.version = self._weights_version()
 
     @property
@@ -175,7 +176,7 @@ class CachedDecoder:
         if sizes.min() < 1:
             raise ValueError("a context is empty: begin it with at least one token")
         if other.any():
-            self._encode(input_ids, lengths, self._index(other))
+            self._encode(input_ids, lengths, self._index(other), int(sizes[other].max()))
         if grown.any():
             self._decode(input_ids, lengths, self._index(grown), int(sizes.max()))
         self.input_ids.copy_(input_ids)
@@ -211,18 +212,23 @@ class CachedDecoder:
     def begin(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """The last hidden states `(B, d)` of new contexts `(B, W)` in all rows.
 
-        Those of like length are read in one pass, and one that several rows have is read once.
+        Those of like length are read in one pass, and one that several rows have is read once. The host looks at the
+        contexts once.
         """
-        alike, sizes = rows_alike(input_ids, lengths), lengths.tolist()
-        first = [rows[0] for rows in alike]
-        for batch in batches_by_length([sizes[row] for row in first], len(first)):
-            rows = torch.tensor([first[i] for i in batch], device=lengths.device)
-            self._encode(input_ids, lengths, None if len(batch) == len(sizes) else rows)
-        if len(first) < len(sizes):
-            source = {row: rows[0] for rows in alike for row in rows}
-            copied = torch.tensor([source[row] for row in range(len(sizes))], device=lengths.device)
-            self.cache.spread(copied, max(sizes))
-            self._store(None, self._states()[copied])
+        sizes, first = _first_alike(input_ids, lengths)
+        self.longest = max(sizes)
+        kinds = sorted(set(first))
+        batches = [[kinds[i] for i in batch] for batch in batches_by_length([sizes[row] for row in kinds], len(kinds))]
+
+        order = [row for batch in batches for row in batch]
+        rows, source = to_device(lengths.device, torch.tensor(order), torch.tensor(first))
+        for batch, chosen in zip(batches, rows.split([len(batch) for batch in batches]), strict=True):
+            width = max(sizes[row] for row in batch)
+            self._encode(input_ids, lengths, None if len(batch) == len(sizes) else chosen, width)
+
+        if len(kinds) < len(sizes):
+            self.cache.spread(source, self.longest)
+            self._store(None, self._states()[source])
         self.input_ids.copy_(input_ids)
         self.lengths.copy_(lengths)
         self.host = None
@@ -242,11 +248,14 @@ class CachedDecoder:
         self.input_ids.copy_(other.input_ids[rows])
         self.lengths.copy_(other.lengths[rows])
 
-    def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
-        """Whole contexts of some rows, in one pass. Right padding needs no mask: no real token sees what follows it."""
+    def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, width: int | None = None) -> None:
+        """Whole contexts of some rows in one pass; `width` is the length of the longest, if the host knows it.
+
+        Right padding needs no mask: no real token sees what follows it.
+        """
         if rows is not None:
             input_ids, lengths = input_ids[rows], lengths[rows]
-        width = int(lengths.max())
+        width = int(lengths.max()) if width is None else width
         positions = self.slots[None, :width]
         distance = (self.slots[:width, None] - self.slots[None, :width])[None, None]  # (1, 1, Q, K)
         self.cache.fill(rows)
@@ -289,3 +298,12 @@ class CachedDecoder:
     def _weights_version(self) -> int:
         """Grows whenever a weight is written in place, as optimisers and `load_state_dict` do."""
         return sum(parameter._version for parameter in self.parameters)
+
+
+def _first_alike(input_ids: Tensor, lengths: Tensor) -> tuple[list[int], list[int]]:
+    """Length of each context `(B, W)`, and the first row that has the same one."""
+    host = torch.cat((lengths[:, None], input_ids), dim=1).cpu().numpy()
+    sizes: list[int] = host[:, 0].tolist()
+    rows: dict[bytes, int] = {}
+    first = [rows.setdefault(host[row, : size + 1].tobytes(), row) for row, size in enumerate(sizes)]
+    return sizes, first

@@ -181,10 +181,10 @@ class _Responses(CachedDecoder):
         self.encoder_mask[chosen, :width] = mask
         self.lengths[chosen] = 0
 
-    def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None) -> None:
+    def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, width: int | None = None) -> None:
         self.prompts.rows = self.reading = rows
         self.both.is_updated = {}  # so that cross-attention makes its keys and values, and stores them
-        super()._encode(input_ids, lengths, rows)
+        super()._encode(input_ids, lengths, rows, width)
 
     def _decode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, span: int) -> None:
         """One new token of some rows, in groups of equal length."""

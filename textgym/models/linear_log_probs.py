@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from textgym.models.stop_tokens import stop_tokens
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -46,9 +48,8 @@ class Scoring:
             logits /= self.temperature
         lowest = torch.finfo(logits.dtype).min
         if self.banned is not None and self.stop_ids:
-            known = [token for token in self.stop_ids if token < logits.shape[1]]
-            stops = torch.tensor(known, dtype=torch.long, device=logits.device)
-            banned = self.banned[rows] & ~torch.isin(self.actions[rows], stops)
+            stops, is_stop = stop_tokens(self.stop_ids, logits.shape[1], logits.device)
+            banned = self.banned[rows] & ~is_stop[self.actions[rows]]
             logits[:, stops] = logits[:, stops].masked_fill(banned[:, None], lowest)
         if self.allowed is not None:
             logits.masked_fill_(~self.allowed[rows], lowest)

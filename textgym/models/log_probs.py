@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from textgym.models.linear_log_probs import LinearLogProbs, Scoring
+from textgym.models.stop_tokens import stop_tokens
 
 CHUNK_ELEMENTS = 2**22
-"""Logits held at once: 16 MB in float32."""
+"""Logits worked on at once on a CPU: 16 MB in float32, since larger chunks do not fit its cache."""
+CUDA_CHUNK_ELEMENTS = 2**27
+"""The same on CUDA: 512 MB in float32, or 880 tokens of a vocabulary of 152,000. Each chunk reads the whole embedding,
+and with a few hundred tokens that takes less time than the arithmetic does."""
+CUDA_BYTES = 64
+"""Free memory that each logit of a chunk needs on CUDA: room for 16 tensors of the chunk's size in float32."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -68,7 +74,7 @@ def token_log_probs(
         log-probs `(M,)` and entropies `(M,)` in nats, float32.
     """
     if type(head) is nn.Linear:  # not a subclass, such as a sharded or an adapted one, which computes in its own way
-        size = max(1, CHUNK_ELEMENTS // vocab_size)
+        size = chunk_tokens(vocab_size, hidden.device)
         scoring = Scoring(actions, size, temperature, banned, stop_ids, allowed, entropy_gradient)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -105,10 +111,9 @@ def masked_logits(
     logits = head(hidden).float() / temperature
     if banned is None or not stop_ids:
         return logits, logits
-    known = [token for token in stop_ids if token < logits.shape[1]]
-    stops = torch.tensor(known, dtype=torch.long, device=logits.device)
+    stops, is_stop = stop_tokens(stop_ids, logits.shape[1], logits.device)
     if actions is not None:
-        banned = banned & ~torch.isin(actions, stops)
+        banned = banned & ~is_stop[actions]
     ban = torch.zeros_like(logits, dtype=torch.bool)
     ban[:, stops] = banned[:, None]
     return logits.masked_fill(ban, torch.finfo(logits.dtype).min), logits
@@ -135,11 +140,26 @@ def full_kl(
     return in_chunks(score, vocab_size, hidden, reference_hidden, banned)[0]
 
 
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """How many tokens' logits `(m, V)` are worked on at once.
+
+    On CUDA a power of two of them, as many as the free memory has room for: as it goes up and down a little, sums are
+    still rounded alike.
+    """
+    elements = CHUNK_ELEMENTS
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        fitting = 2 ** ((free + cached) // CUDA_BYTES).bit_length() // 2
+        elements = max(CHUNK_ELEMENTS, min(fitting, CUDA_CHUNK_ELEMENTS))
+    return max(1, elements // vocab_size)
+
+
 def in_chunks(score: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Applies `score` to slices of `(M, ...)` inputs; under gradients each slice is recomputed in the backward pass."""
     first = inputs[0]
     assert first is not None
-    size, total = max(1, CHUNK_ELEMENTS // vocab_size), first.shape[0]
+    size, total = chunk_tokens(vocab_size, first.device), first.shape[0]
     if total <= size:
         return score(*inputs)
     parts = []

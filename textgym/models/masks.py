@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.devices import Device
+from textgym.models.sampling import running_sum
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 
@@ -120,7 +121,7 @@ class TopPMask(ModelMask):
     def choose(self, logits: Tensor) -> Tensor:
         """The tokens before which less than `p` has been gathered, most likely first."""
         probabilities, order = logits.softmax(-1).sort(-1, descending=True)
-        before = probabilities.cumsum(-1) - probabilities
+        before = running_sum(probabilities) - probabilities
         kept = (before < self.p) | (self.p == 1)  # sums reach 1 before the last tokens, by rounding
         kept[..., : self.min_tokens] = True
         return torch.zeros_like(kept).scatter_(-1, order, kept)

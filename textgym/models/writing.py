@@ -1,12 +1,13 @@
-"""ResponseWriter: whole responses to a batch of prompts, drawn token by token without the host in between.
+"""ResponseWriter: whole responses to a batch of prompts, token by token without the host in between.
 
-A step decodes the newest token of every row and draws the next one, on tensors of fixed shapes at fixed places. On a
+A step decodes the newest token of every row and samples the next one, on tensors of fixed shapes at fixed places. On a
 GPU it is captured as a CUDA graph, once for each number of rows and of slots in use, and replayed. The host asks only
 now and then whether rows have ended, and lets go of those that have.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,14 +15,21 @@ import torch
 from torch import Tensor
 
 from textgym.models.decoding import CachedDecoder
-from textgym.models.flops import captured, replayed
-from textgym.models.log_probs import CHUNK_ELEMENTS, StopRule
+from textgym.models.graphs import Graphs, HostAccess, NotCapturedError, computing, state_of
+from textgym.models.log_probs import StopRule, chunk_tokens
 from textgym.models.phases import phase
+from textgym.models.sampling import sample
+from textgym.models.stop_tokens import stop_tokens
 
 DRAW_ELEMENTS = 2**24
-"""Logits held at once: 64 MB in float32. More than are worked on at once, since to make them reads the embedding."""
+"""Logits held at once on a CPU: 64 MB in float32. More than are worked on at once, since to make them reads the
+embedding."""
 SPAN = 64
 """A captured step reads slots in multiples of this, since each number of them is a graph of its own."""
+FIRST_LOOK, LOOK_GROWTH = 16, 1.5
+"""Steps after which the host first looks whether rows have ended, and by what the number grows until it looks again."""
+KEPT_WRITERS, KEPT_BYTES = 4, 2**30
+"""Writers that capture are kept for so many shapes, as long as the caches of all together are no larger than this."""
 
 
 class Responses(NamedTuple):
@@ -44,13 +52,63 @@ class Lanes:
         self.decoder = CachedDecoder(policy.lm, num_rows, width)
         self.rows = torch.arange(num_rows, device=policy.device)
         self.alive = torch.ones(num_rows, dtype=torch.bool, device=policy.device)
-        self.steps: dict[int, Callable[[], object] | None] = {}  # captured, by the slots that they read
+        self.steps: dict[tuple[int, bool], Callable[[], object] | None] = {}  # captured, by span and `deterministic`
 
     def take(self, others: Lanes, chosen: Tensor) -> None:
         """Goes on with some of the others' rows, `(b,)` indices."""
         self.decoder.take(others.decoder, chosen)
         self.rows.copy_(others.rows[chosen])
         self.alive.copy_(others.alive[chosen])
+
+
+class Writers:
+    """The `ResponseWriter`s of a policy, one for each shape that it was asked for lately.
+
+    A writer belongs to the state that the policy was in. When that has changed, what was captured is no longer true.
+
+    Attributes:
+        graphs: captures the policy's steps, where its device can.
+    """
+
+    def __init__(self) -> None:
+        self.graphs = Graphs()
+        self.kept: dict[tuple[Any, ...], tuple[tuple[Any, ...], ResponseWriter]] = {}  # state and writer by shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the policy, or what is unpickled, captures its own: graphs can be neither copied nor pickled."""
+        return (type(self), ())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key-value caches."""
+        return sum(writer.nbytes for _, writer in self.kept.values())
+
+    def get(self, policy: Any, num_rows: int, width: int, max_new_tokens: int, stop: StopRule) -> ResponseWriter:
+        """The writer for this shape, and for the policy as it is now."""
+        captures = can_capture(policy.device) and not self.graphs.reason
+        state = state_of(policy) if captures else computing(policy.device)
+        shape = (num_rows, width, max_new_tokens, stop)
+
+        known_state, writer = self.kept.pop(shape, (None, None))
+        if writer is None or known_state != state:
+            writer = ResponseWriter(policy, *shape, self.graphs if captures else None)
+        if not captures:
+            self.kept.clear()
+        self.kept[shape] = state, writer  # the last one is the one used last
+
+        while len(self.kept) > 1 and (len(self.kept) > KEPT_WRITERS or self.nbytes > KEPT_BYTES):
+            del self.kept[next(iter(self.kept))]
+        return writer
+
+    def reset(self) -> None:
+        """Frees the key-value caches, except for those of captured steps: to capture anew costs more than memory."""
+        if any(writer.graphs is None for _, writer in self.kept.values()):
+            self.kept.clear()
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether steps on a device can be captured."""
+    return device.type == "cuda"
 
 
 class ResponseWriter:
@@ -62,19 +120,23 @@ class ResponseWriter:
         width: longest prompt and response together, W.
         max_new_tokens: T.
         stop: what ends a response, and the shortest one.
-        captures: whether steps are captured and replayed, for which rows are let go by halves.
+        graphs: captures steps, for which rows are let go by halves; `None` runs every step as it is.
     """
 
     def __init__(
-        self, policy: Any, num_rows: int, width: int, max_new_tokens: int, stop: StopRule, captures: bool
+        self,
+        policy: Any,
+        num_rows: int,
+        width: int,
+        max_new_tokens: int,
+        stop: StopRule,
+        graphs: Graphs | None = None,
     ) -> None:
-        self.shape = (num_rows, width, max_new_tokens, stop)
         self.policy, self.num_rows, self.width = policy, num_rows, width
-        self.max_new_tokens, self.stop, self.captures = max_new_tokens, stop, captures
-        self.look_every = 8 if captures else 1
+        self.max_new_tokens, self.stop, self.graphs = max_new_tokens, stop, graphs
+        self.chunk = chunk_tokens(policy.vocab_size, policy.device)
         device, shape = policy.device, (num_rows, max_new_tokens)
-        self.is_stop = torch.zeros(policy.vocab_size, dtype=torch.bool, device=device)
-        self.is_stop[[token for token in stop.ids if token < policy.vocab_size]] = True  # the others are never drawn
+        self.is_stop = stop_tokens(stop.ids, policy.vocab_size, device).table
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -82,10 +144,6 @@ class ResponseWriter:
         self.noise = torch.zeros(num_rows, 1, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         self.sizes = {num_rows: Lanes(policy, num_rows, width)}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the policy, or what is unpickled, captures its own: graphs can be neither copied nor pickled."""
-        return (type(None), ())
 
     @property
     def nbytes(self) -> int:
@@ -95,32 +153,38 @@ class ResponseWriter:
     @torch.no_grad()
     def write(self, prompts: Tensor, lengths: Tensor, deterministic: bool = False) -> Responses:
         """Responses to right-padded prompts `(B, W)` of these lengths `(B,)`."""
-        lanes, longest = self.sizes[self.num_rows], int(lengths.max())
+        lanes = self.sizes[self.num_rows]
         for buffer in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop, self.step):
             buffer.zero_()
         lanes.alive.fill_(True)
         self._roll(deterministic)
         self._draw(lanes, lanes.decoder.begin(prompts, lengths), deterministic)
+        self._go_on(lanes, lanes.decoder.longest, deterministic)
+        return Responses(*(x.clone() for x in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop)))
+
+    def _go_on(self, lanes: Lanes, longest: int, deterministic: bool) -> None:
+        """All tokens but the first."""
+        next_look = 1 if self.graphs is None else FIRST_LOOK
         for count in range(1, self.max_new_tokens):
-            if count % self.look_every == 0:
-                alive = int(lanes.alive.sum())
+            if count >= next_look:
+                alive = int(lanes.alive.sum())  # the host waits for the device here, and nowhere else
                 if not alive:
                     break
                 lanes = self._narrowed(lanes, alive)
+                next_look = count + 1 if self.graphs is None else int(LOOK_GROWTH * count)
             self._roll(deterministic)
             with phase("decode"):  # token by token, so that a trace can hold the first ones alone
                 self._advance(lanes, longest + count, deterministic)
-        return Responses(*(x.clone() for x in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop)))
 
     def _roll(self, deterministic: bool) -> None:
-        """A random number for every row, under way or not, so that no row's end changes what others draw."""
+        """A random number for every row, under way or not, so that no row's end changes what others sample."""
         if not deterministic:
             self.noise.uniform_(generator=self.policy.generator)
 
     def _narrowed(self, lanes: Lanes, alive: int) -> Lanes:
         """Lanes without the rows that have ended, if those are many: to copy the others costs about one token."""
         size = len(lanes.rows)
-        if self.captures:
+        if self.graphs is not None:
             while size % 2 == 0 and alive <= size // 2:
                 size //= 2
         elif alive <= 0.75 * size:
@@ -128,29 +192,60 @@ class ResponseWriter:
         if size == len(lanes.rows):
             return lanes
         fewer = self.sizes.get(size) or Lanes(self.policy, size, self.width)
-        if self.captures:
+        if self.graphs is not None:
             self.sizes[size] = fewer
         fewer.take(lanes, lanes.alive.int().argsort(descending=True, stable=True)[:size])
         return fewer
 
     def _advance(self, lanes: Lanes, span: int, deterministic: bool) -> None:
         """One token more in every lane."""
-        if not self.captures or deterministic:
+        if self.graphs is None:
             return self._step(lanes, span, deterministic)
         span = min(-(-span // SPAN) * SPAN, self.width)
-        if span not in lanes.steps:  # the first one warms up the libraries, which may not happen in a capture
-            lanes.steps[span] = None
-            return self._step(lanes, span, False)
-        replay = lanes.steps[span] = lanes.steps[span] or capture(lambda: self._step(lanes, span, False))
+        kind = (span, deterministic)
+
+        if kind not in lanes.steps:  # the first one warms up the libraries, which may not happen in a capture
+            lanes.steps[kind] = None
+            with HostAccess() as access:
+                self._step(lanes, span, deterministic)
+            if access.operation:
+                self._give_up(f"{access.operation} makes the host wait for the device")
+            return None
+
+        replay = lanes.steps[kind]
+        if replay is None:
+            try:
+                replay = self.graphs.capture(lambda: self._step(lanes, span, deterministic))
+            except NotCapturedError as error:
+                self._give_up(str(error))
+                return self._step(lanes, span, deterministic)
+            finally:
+                lanes.decoder.hidden = None  # it is in the memory that all graphs share
+            lanes.steps[kind] = replay
         replay()
+        return None
+
+    def _give_up(self, reason: str) -> None:
+        """Runs every step as it is from now on, in this writer and in the others of the policy."""
+        assert self.graphs is not None
+        self.graphs.reason = reason
+        self.graphs = None
+        self.sizes = {self.num_rows: self.sizes[self.num_rows]}
+        for lanes in self.sizes.values():
+            lanes.steps.clear()
+        warnings.warn(
+            f"steps of {type(self.policy.lm).__name__} cannot be captured as CUDA graphs: {reason}. Responses are the "
+            "same, and small models generate them more slowly",
+            stacklevel=2,
+        )
 
     def _step(self, lanes: Lanes, span: int, deterministic: bool) -> None:
-        """Decodes the newest tokens and draws the next. Nothing in here asks the device for a value."""
+        """Decodes the newest tokens and samples the next. Nothing in here asks the device for a value."""
         newest = self.tokens[lanes.rows, self.step - 1]
         self._draw(lanes, lanes.decoder.extend(newest, span), deterministic)
 
     def _draw(self, lanes: Lanes, hidden: Tensor, deterministic: bool) -> None:
-        """Draws a token in every lane from its last hidden state `(b, d)`."""
+        """Samples a token in every lane from its last hidden state `(b, d)`."""
         policy, place = self.policy, (lanes.rows, self.step)
         may_stop = self.step >= self.stop.min_new_tokens
         noise = None if deterministic else self.noise[lanes.rows]
@@ -170,7 +265,8 @@ class ResponseWriter:
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Logits `(m, V)` of some rows after others, and which: with a large V not all are worked on at once."""
-        many, few = (max(1, size // self.policy.vocab_size) for size in (DRAW_ELEMENTS, CHUNK_ELEMENTS))
+        few = self.chunk
+        many = max(few, DRAW_ELEMENTS // self.policy.vocab_size)
         for start in range(0, len(hidden), many):
             logits = self.policy.head_logits(hidden[start : start + many])
             for first in range(0, len(logits), few):
@@ -182,18 +278,5 @@ class ResponseWriter:
         if self.stop.min_new_tokens:
             logits = logits.masked_fill(self.is_stop & ~may_stop, torch.finfo(logits.dtype).min)
         log_probs = logits.log_softmax(-1)
-        token = log_probs.argmax(-1) if noise is None else self.policy.invert(log_probs.exp(), noise)
+        token = log_probs.argmax(-1) if noise is None else sample(log_probs.exp(), noise)
         return token, log_probs.gather(1, token[:, None])[:, 0]
-
-
-def capture(step: Callable[[], object]) -> Callable[[], object]:
-    """A step as a CUDA graph: what replays it, on the same tensors."""
-    graph = torch.cuda.CUDAGraph()
-    with captured() as operations, torch.cuda.graph(graph):
-        step()
-
-    def replay() -> None:
-        graph.replay()
-        replayed(operations)
-
-    return replay

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from textgym.models import writing
+from textgym.models import log_probs, writing
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
 from textgym.models.sequences import Sequences
@@ -67,15 +67,15 @@ def assert_same(written: Responses, expected: Responses) -> None:
     assert_close(written.values[mask], expected.values[mask], terms=FORWARD)
 
 
-def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False, captures: bool = False) -> Responses:
-    return ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, stop, captures).write(prompts(), LENGTHS, deterministic)
+def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False) -> Responses:
+    return ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, stop).write(prompts(), LENGTHS, deterministic)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_rows_that_draw_apart_draw_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     together = write(make_policy(), STOPS, deterministic)
     monkeypatch.setattr(writing, "DRAW_ELEMENTS", 3 * make_policy().vocab_size)
-    monkeypatch.setattr(writing, "CHUNK_ELEMENTS", 2 * make_policy().vocab_size)
+    monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 2 * make_policy().vocab_size)
     assert_same(write(make_policy(), STOPS, deterministic), together)
 
 
@@ -104,7 +104,7 @@ def test_a_policy_writes_the_same_twice_from_one_seed_and_frees_its_cache() -> N
 def test_weights_that_change_without_a_trace_are_noticed() -> None:
     """Fused optimisers write weights without a new version; every writing begins with the prompts anew."""
     policy = make_policy()
-    writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS, captures=False)
+    writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS)
     writer.write(prompts(), LENGTHS)
     for weight in policy.lm.parameters():
         weight.data.mul_(0.5)
@@ -139,13 +139,16 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_asks_once_a_look_and_never_in_a_step() -> None:
-    writer = ResponseWriter(make_policy(), ROWS, PROMPT + NEW, NEW, StopRule(()), captures=False)
-    writer.look_every = 10
+def test_the_host_asks_at_most_once_for_ten_tokens(captures: list[Any]) -> None:
+    """Where steps are captured: the prompts once, and now and then whether rows have ended."""
+    policy = make_policy()
+    for _ in range(2):
+        policy.write(prompts(), LENGTHS, NEW, StopRule(()))
+    captured = len(captures)
     with Asked() as asked:
-        writer.write(prompts(), LENGTHS)
-    begin = 2 + ROWS  # the longest prompt, and where the prompts of a batch of like length end
-    assert NEW // 10 - 1 <= asked.count <= NEW // 10 + begin
+        policy.write(prompts(), LENGTHS, NEW, StopRule(()))
+    assert len(captures) == captured > 0
+    assert 0 < asked.count <= 0.1 * NEW
 
 
 def test_captured_steps_write_the_same(captures: list[Any]) -> None:
@@ -157,12 +160,12 @@ def test_captured_steps_write_the_same(captures: list[Any]) -> None:
         captured = len(captures)
         policy.seed(turn)
         assert_same(written, stepped(policy, STOPS, False))
-    writer = policy._writer
-    assert writer is not None
+    ((_, writer),) = policy._writers.kept.values()
     assert len(writer.sizes) > 1
     assert captured == len(captures), "the last round replays what the first ones captured"
     assert captured >= 2
-    assert copy.deepcopy(writer) is pickle.loads(pickle.dumps(writer)) is None
+    for copied in (copy.deepcopy(policy._writers), pickle.loads(pickle.dumps(policy._writers))):
+        assert not copied.kept
 
 
 def test_a_stop_token_that_the_model_does_not_have_is_never_drawn() -> None:
