@@ -41,7 +41,7 @@ def captured(name: str, config: Config) -> None:
     prompts = torch.randint(3, 300, (config.rows, width), device=policy.device)
     lengths = torch.full((config.rows,), config.prompt_tokens, device=policy.device)
     stop = StopRule()
-    eager = ResponseWriter(policy, config.rows, width, config.new_tokens, stop, captures=False)
+    eager = ResponseWriter(policy, config.rows, width, config.new_tokens, stop)
     seconds: dict[str, list[float]] = {"captured": [], "eager": []}
     for _ in range(2 + config.repeats):
         seconds["captured"].append(timed(lambda: policy.write(prompts, lengths, config.new_tokens, stop)))

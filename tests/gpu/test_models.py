@@ -133,7 +133,7 @@ def test_captured_steps_write_what_eager_steps_write(device: torch.device) -> No
         for rows in (6, 4):
             policy.seed(turn)
             fast = policy.write(prompts[:rows], lengths[:rows], NEW, STOP)
-            eager = ResponseWriter(policy, rows, WIDTH, NEW, STOP, captures=False)
+            eager = ResponseWriter(policy, rows, WIDTH, NEW, STOP)
             policy.seed(turn)
             plain = eager.write(prompts[:rows], lengths[:rows])
 
