@@ -20,7 +20,8 @@ SHOWN = 20
 def run_tests(device: str, results: Path) -> int:
     """Run pytest without the plugins and options of pyproject.toml that may be missing here; return its exit code."""
     options = ["-o", "addopts=--import-mode=importlib", "-o", "minversion=7.0", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *options, f"--junitxml={results}"]
+    # -P: the current folder is not searched, where textgym stands without its agents.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=short", *options, f"--junitxml={results}"]
     environment = {**os.environ, "TEXTGYM_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     scenarios = ["tests/on_cuda"] if device.startswith("cuda") else []  # they name the device themselves
     return subprocess.run([*command, "tests/gpu", *scenarios], cwd=ROOT, env=environment).returncode

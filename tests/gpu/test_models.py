@@ -5,7 +5,6 @@ Run by `make test` on the CPU, where they compare two runs, and by `make gpu` wi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -204,7 +203,7 @@ def test_masks_of_a_model_are_the_cpus(device: torch.device) -> None:
 def test_a_moved_policy_acts_and_writes_as_one_that_was_made_there(device: torch.device) -> None:
     policy = make_policy(torch.device("cpu"))
     policy.act(make_sequences(torch.device("cpu")).observation(torch.ones(6, dtype=torch.long)))
-    moved = copy.deepcopy(policy).to(device)
+    moved = policy.to(device)
     moved.seed(0)
     made = make_policy(device)
     (mine, _), (other, _) = written(moved, device), written(made, device)
