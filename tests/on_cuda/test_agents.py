@@ -153,9 +153,8 @@ class Fives:
 def test_an_engine_writes_responses(
     tiny_policy: Callable[..., Any], text_envs: Callable[..., Any], same: Callable[..., None]
 ) -> None:
-    rollouts = []
-    for device in ("cuda", "cpu"):
-        rollouts.append(collect_from(Fives(), text_envs(device), tiny_policy(device), {"prompt_index": [0, 1, 2, 0]}))
+    chosen = {"prompt_index": [0, 1, 2, 0]}
+    rollouts = [collect_from(Fives(), text_envs(device), tiny_policy(device), chosen) for device in ("cuda", "cpu")]
     same(rollouts[0].log_probs, rollouts[1].log_probs)
     same(rollouts[0].scores, rollouts[1].scores)
 
