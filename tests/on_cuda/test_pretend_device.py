@@ -38,6 +38,15 @@ def test_a_tensor_says_where_it_is() -> None:
     assert torch.tensor([1.0]).to(tensor).device == tensor.device
 
 
+def test_sequences_are_padded_on_the_gpu() -> None:
+    rows = [torch.tensor([1.0, 2.0], device="cuda", requires_grad=True), torch.tensor([3.0], device="cuda")]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=9.0)
+    assert padded.is_cuda
+    assert padded.tolist() == [[1, 2], [3, 9]]
+    padded.sum().backward()
+    assert rows[0].grad.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     "mixed",
     [

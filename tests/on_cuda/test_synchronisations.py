@@ -23,7 +23,6 @@ def shown(seen: Counter[str]) -> str:
     return "\n".join(f"{number} x {what}" for what, number in seen.most_common())
 
 
-@pytest.mark.xfail(reason="B: choosing a token waits once")
 def test_choosing_a_token_does_not_wait(
     syncs: Counting, make_policy: Callable[..., ActorCritic], make_envs: Callable[..., Any]
 ) -> None:
@@ -37,13 +36,7 @@ def test_choosing_a_token_does_not_wait(
     assert seen.total() == 0, shown(seen)
 
 
-@pytest.mark.parametrize(
-    ("array", "most"),
-    [
-        pytest.param("torch", 1, marks=pytest.mark.xfail(reason="B: a step waits three times")),
-        pytest.param("numpy", 3, marks=pytest.mark.xfail(reason="B: a step with arrays waits ten times")),
-    ],
-)
+@pytest.mark.parametrize(("array", "most"), [("torch", 1), ("numpy", 3)])
 def test_a_step_of_the_environment_waits_seldom(
     array: str, most: int, syncs: Counting, make_policy: Callable[..., ActorCritic], make_envs: Callable[..., Any]
 ) -> None:

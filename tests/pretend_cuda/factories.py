@@ -21,6 +21,7 @@ FROM_NOTHING = (
 )
 LIKE_ANOTHER = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 NEW = ("new_zeros", "new_ones", "new_empty", "new_full")
+_pad_sequence = torch.nn.utils.rnn.pad_sequence
 _tensor, _asarray, _as_tensor, _new_tensor = torch.tensor, torch.asarray, torch.as_tensor, Tensor.new_tensor
 
 
@@ -32,6 +33,7 @@ def patch() -> None:
         setattr(Tensor, name, new(getattr(Tensor, name)))
     torch.tensor, torch.asarray, torch.as_tensor = tensor, asarray, as_tensor
     Tensor.new_tensor = new_tensor  # type: ignore[method-assign]
+    torch.nn.utils.rnn.pad_sequence = pad_sequence
 
 
 def default_device() -> torch.device:
@@ -128,3 +130,19 @@ def asarray(data: Any, *, dtype: torch.dtype | None = None, device: Any = None, 
 
 def new_tensor(self: Tensor, data: Any, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Any:
     return tensor(data, dtype=dtype or self.dtype, device=device or self.device, **kwargs)
+
+
+def pad_sequence(
+    sequences: Any, batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Tensor:
+    """torch's own makes its result in C++, which takes these tensors for ones on the CPU."""
+    if not any(sequence.is_cuda for sequence in sequences):
+        return _pad_sequence(sequences, batch_first, padding_value, padding_side)
+    longest = max(len(sequence) for sequence in sequences)
+    rows = []
+    for sequence in sequences:
+        missing = longest - len(sequence)
+        before, after = (missing, 0) if padding_side == "left" else (0, missing)
+        sides = [0, 0] * (sequence.dim() - 1)
+        rows.append(torch.nn.functional.pad(sequence, (*sides, before, after), value=padding_value))
+    return torch.stack(rows, 0 if batch_first else 1)
