@@ -22,6 +22,7 @@ from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.devices import device_name, resolve_device, use_device
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL
@@ -58,6 +59,10 @@ class DemoConfig:
     """Taken off the score of a text that did not end within `max_new_tokens`."""
     seed: int = 0
     """Of everything."""
+    device: str = "auto"
+    """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    deterministic: bool = False
+    """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
     reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
     """Training of the reward model."""
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=3e-4, minibatch_size=64, value_coef=0.5))
@@ -73,11 +78,12 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
 
     Interrupted by Ctrl-C, it stops where it is and keeps what was written.
     """
-    torch.set_num_threads(1)  # two threads collapse when another process runs
+    live = LiveProgress()
+    live.console.print(f"device: {device_name(use_device(config.device))}", markup=False)
     folder = RunFolder(config.output_dir, config)
     snippets = movie_snippets()
     try:
-        with LiveProgress() as live:
+        with live:
             reward, accuracies = learn_reward(config, snippets, live)
             return improve(config, reward, accuracies, folder, live)
     finally:
@@ -108,7 +114,7 @@ def improve(
 
 def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
     """The policy before training and the frozen reference, on whose samples the reward's scores are calibrated."""
-    calibrate(reward, ActorCritic.from_pretrained(config.model), config)
+    calibrate(reward, ActorCritic.from_pretrained(config.model, device=config.device), config)
     reward.save_pretrained(reward_folder)
     policy = with_critic(config, reward, reward_folder)
     return policy, policy.reference()
@@ -120,7 +126,7 @@ def with_critic(config: DemoConfig, reward: RewardModel, reward_folder: Path) ->
     What the reward model says of a text so far is a first guess at what it will say of the whole, so a critic that
     starts as its copy is of use at once.
     """
-    policy = ActorCritic.from_pretrained(config.model, critic=str(reward_folder))
+    policy = ActorCritic.from_pretrained(config.model, critic=str(reward_folder), device=config.device)
     with torch.no_grad():
         policy.value_head.weight.copy_(reward.gain * reward.model.score.weight)
         policy.value_head.bias.fill_(reward.bias)
@@ -135,7 +141,12 @@ def learn_reward(
     pairs = make_preferences([s for s in snippets if s.split == "train"], seed=config.seed)
     heldout = heldout_pairs([s for s in snippets if s.split != "train"], seed=0)
     reward, accuracy = train_reward_model(
-        pairs, config.model, config=config.reward_model, heldout=heldout, callbacks=[TrainingProgress(live)]
+        pairs,
+        config.model,
+        config=config.reward_model,
+        heldout=heldout,
+        callbacks=[TrainingProgress(live)],
+        device=config.device,
     )
     accuracies = {"reward model": accuracy, "lexicon": pairwise_accuracy(lexicon_sentiment, heldout)}
     live.finish()
@@ -148,6 +159,8 @@ def learn_reward(
 
 def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
     """`textgym/Sentiment-v0` in the form that agents take, with these prompts."""
+    place = resolve_device(config.device)
+    own: dict[str, Any] = {} if place.type == "cpu" else {"device": str(place)}
     return gym.make_vec(
         "textgym/Sentiment-v0",
         num_envs=config.num_envs,
@@ -161,6 +174,7 @@ def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
         min_new_tokens=config.min_new_tokens,
         missing_eos_penalty=config.missing_eos_penalty,
         array="torch",
+        **own,
     )
 
 

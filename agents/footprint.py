@@ -10,30 +10,37 @@ from torch import Tensor, nn
 
 from textgym.models.token_model import TokenModel
 
+from .offline import OfflineAgent
 from .on_policy import OnPolicyAgent
 
 
-def bytes_by_role(agent: OnPolicyAgent) -> dict[str, int]:
+def bytes_by_role(agent: OnPolicyAgent | OfflineAgent) -> dict[str, int]:
     """Bytes of weights, optimiser state and gradients, as they are now; what two roles share counts for the first."""
-    policy, optimizer = agent.policy, agent.optimizer
-    others = [module for module in vars(agent).values() if isinstance(module, nn.Module) and module is not policy]
+    policy = agent.policy
     roles: dict[str, Iterable[Tensor]] = {
         "policy": _weights([policy.lm]),
         "critic": _weights([policy.value_head] if policy.critic is None else [policy.critic, policy.value_head]),
-        "reference": _weights([agent.penalty.reference.lm]),
-        "reward model": _weights(_reward_models(agent)),
-        "other models": _weights(others),
-        "optimiser": [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)],
-        "gradients": [w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None],
     }
+    if isinstance(agent, OnPolicyAgent):
+        others = [module for module in vars(agent).values() if isinstance(module, nn.Module) and module is not policy]
+        roles["reference"] = _weights([agent.penalty.reference.lm])
+        roles["reward model"] = _weights(_reward_models(agent))
+        roles["other models"] = _weights(others)
+    optimizer = agent.optimizer if isinstance(agent, OnPolicyAgent) else getattr(agent.trainer, "optimizer", None)
+    if optimizer is not None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        roles["optimiser"] = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        roles["gradients"] = [weight.grad for weight in weights if weight.grad is not None]
     seen: set[int] = set()
     return {role: _size(tensors, seen) for role, tensors in roles.items()}
 
 
-def cache_bytes(agent: OnPolicyAgent) -> int:
+def cache_bytes(agent: OnPolicyAgent | OfflineAgent) -> int:
     """Bytes of all key-value caches, as they are now."""
-    models = {id(model): model for model in (*vars(agent).values(), agent.penalty.reference)}
-    return sum(model.cache_bytes for model in models.values() if isinstance(model, TokenModel))
+    models = {id(model): model for model in vars(agent).values() if isinstance(model, TokenModel)}
+    if isinstance(agent, OnPolicyAgent):
+        models[id(agent.penalty.reference)] = agent.penalty.reference
+    return sum(model.cache_bytes for model in models.values())
 
 
 class SavedForBackward(torch.autograd.graph.saved_tensors_hooks):

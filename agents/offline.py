@@ -25,7 +25,7 @@ from torch import Tensor
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import on_device
+from textgym.models.devices import Device, on_device
 from textgym.models.loading import load_tokenizer
 from textgym.models.seeding import seeded
 from textgym.models.sequences import Sequences
@@ -33,9 +33,11 @@ from textgym.models.token_model import Observation
 from textgym.rewards.last_token import pad_right
 
 from .distributed import explained
+from .machine import machine, warn_of_differences
 from .offline_trainer import OfflineTrainer
 from .on_policy import Metrics
-from .saving import load_policy, save_policy
+from .out_of_memory import memory_explained
+from .saving import load_policy, place_of, save_policy
 
 Callback = Callable[["OfflineAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
@@ -151,11 +153,19 @@ class OfflineAgent(ABC):
         """Trains to the end of `epochs` or `max_steps`; returns the agent.
 
         After an early end, or after `load`, it goes on where it stopped. A callback that returns `False` ends it early.
+
+        Raises:
+            MemoryError: a GPU was out of memory; it says what took it, and what to lower.
         """
         if self.updates >= self.total_updates:
             return self
-        device = self.policy.device
-        with tempfile.TemporaryDirectory() as folder, seeded(self.config.seed), explained(), on_device(device):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            seeded(self.config.seed),
+            explained(),
+            memory_explained(self),
+            on_device(self.policy.device),
+        ):
             if self.updates:
                 self._write_progress(Path(folder))
             self.trainer = OfflineTrainer(self, folder, callbacks)
@@ -197,6 +207,7 @@ class OfflineAgent(ABC):
             "config": dataclasses.asdict(self.config),
             "updates": self.updates,
             "data": self.fingerprint(),
+            "machine": machine(self.policy),
         }
         with atomic_folder(folder) as temporary:
             meta["policy"] = save_policy(self.policy, temporary, self.tokenizer)
@@ -207,24 +218,29 @@ class OfflineAgent(ABC):
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, data: Any) -> Self:
-        """An agent as it was saved, ready to `learn` on; that reads the folder again, so it has to stay until then.
+    def load(cls, folder: str | Path, data: Any, device: Device = None) -> Self:
+        """Load an agent as it was saved, ready to `learn` on, which reads the folder again: it has to stay until then.
 
         Args:
             folder: what `save` wrote.
             data: what the agent was made with.
+            device: where to go on, such as `"cuda"` or `"auto"`. `None` is where the agent was saved, if this machine
+                has such a device.
 
         Raises:
-            ValueError: other data than the agent was made with.
+            ValueError: other data than the agent was made with, or `device` is not on this machine.
         """
         folder = Path(folder)
         meta = json.loads((folder / "agent.json").read_text())
-        config, policy = cls.config_class(**meta["config"]), load_policy(folder, meta["policy"])
+        config = cls.config_class(**meta["config"])
+        place = place_of(folder, meta["policy"], device)
+        policy = load_policy(folder, {**meta["policy"], "device": place})
         state: dict[str, Any] = load_file(folder / "state.safetensors")
         agent = cls(policy, data, folder / "policy", config, **state)
         if agent.fingerprint() != meta["data"]:
             raise ValueError(f"{folder} was trained on other data: pass what it was made with, load(folder, data)")
         agent.updates, agent._saved_progress = meta["updates"], folder / "trainer"
+        warn_of_differences(folder, meta["machine"], policy)
         return agent
 
     def fingerprint(self) -> str:

@@ -21,7 +21,7 @@ from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import check_one_device
+from textgym.models.devices import Device, check_one_device, generator_state, restore_generator
 from textgym.models.phases import phase
 from textgym.models.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
@@ -44,9 +44,11 @@ from .distributed import (
     same_weights,
     total,
 )
+from .machine import machine, warn_of_differences
 from .optimizer import adamw
+from .out_of_memory import memory_explained
 from .rollout import Rollout, collect, merge
-from .saving import load_policy, save_policy
+from .saving import load_policy, place_of, save_policy
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
 Metrics = dict[str, float]
@@ -152,9 +154,12 @@ class OnPolicyAgent(ABC):
         """Trains until `total_episodes` have been collected since the agent was made; returns the agent.
 
         After `load` the same total continues the run where it stopped. A callback that returns `False` ends it early.
+
+        Raises:
+            MemoryError: a GPU was out of memory; it says what took it, and what to lower.
         """
         self.total_episodes = total_episodes
-        with explained():
+        with explained(), memory_explained(self):
             while self.episodes < total_episodes:
                 metrics = self._iterate()
                 stop = False in [callback(self, metrics) for callback in callbacks]
@@ -325,8 +330,8 @@ class OnPolicyAgent(ABC):
             "optimizer": full(self.optimizer.state_dict()),
             "generators": everyone(
                 {
-                    "sampler": self._sampler.get_state(),
-                    "shuffler": self.shuffler.get_state(),
+                    "sampler": generator_state(self._sampler),
+                    "shuffler": generator_state(self.shuffler),
                     "global": global_generators(),  # reward functions may draw from them
                 }
             ),
@@ -348,6 +353,7 @@ class OnPolicyAgent(ABC):
             "np_random": envs.np_random.bit_generator.state,
             "env": envs.spec.to_json() if envs.spec is not None and _is_plain(envs.spec.kwargs) else None,
             "num_envs": envs.num_envs,
+            "machine": machine(self.policy),
         }
         with atomic_folder(folder) as temporary:
             meta["policy"] = save_policy(self.policy, temporary, task.tokenizer)
@@ -359,21 +365,27 @@ class OnPolicyAgent(ABC):
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, envs: Any = None) -> Self:
-        """An agent as it was saved, ready to `learn` on; the global random generators go on from then, too.
+    def load(cls, folder: str | Path, envs: Any = None, device: Device = None) -> Self:
+        """Load an agent as it was saved, ready to `learn` on; the global random generators go on from then, too.
+
+        On another kind of device than the one that saved it, the run goes on with other random numbers, and says so.
 
         Args:
             folder: what `save` wrote.
             envs: the environment to go on in; not needed if `gym.make_vec` made the agent's from plain values.
+            device: where to go on, such as `"cuda"` or `"auto"`. `None` is where `envs` are; without them, where the
+                agent was saved, if this machine has such a device.
 
         Raises:
             ValueError: the environment cannot be made again from what was saved; pass it as `envs`. Or the run had
-                another number of processes.
+                another number of processes. Or `device` is not on this machine.
         """
         join()
         folder = Path(folder)
         meta = json.loads((folder / "agent.json").read_text())
-        state = torch.load(folder / "state.pt", weights_only=True)
+        place = place_of(folder, meta["policy"], device, envs)
+        # Tensors of a device that is not here could not be read; loading the optimizer moves its own.
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if (saved := len(state["generators"])) != count():
             raise ValueError(
                 f"{folder} was saved by {saved} processes, and this run has {count()}: launch {saved}, or start "
@@ -384,13 +396,13 @@ class OnPolicyAgent(ABC):
                 raise ValueError(
                     f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
                 )
-            own: dict[str, Any] = {} if device() is None else {"device": str(device())}
-            envs = gym.make_vec(gym.envs.registration.EnvSpec.from_json(meta["env"]), num_envs=meta["num_envs"], **own)
-        policy = load_policy(folder, {**meta["policy"], "device": device()})
+            envs = _made_again(meta, place)
+        policy = load_policy(folder, {**meta["policy"], "device": place})
         agent = cls(policy, envs, cls.config_class(**meta["config"]))
         load_optimizer(agent.optimizer, state["optimizer"])
-        agent._sampler.set_state(state["generators"][rank()]["sampler"])
-        agent.shuffler.set_state(state["generators"][rank()]["shuffler"])
+        generators = state["generators"][rank()]
+        restore_generator(agent._sampler, generators["sampler"])
+        restore_generator(agent.shuffler, generators["shuffler"])
         agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
         for name, value in meta["controller"].items():
             setattr(agent.penalty.controller, name, value)
@@ -403,8 +415,17 @@ class OnPolicyAgent(ABC):
             agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
         envs.unwrapped.task.queue = meta["prompt_queue"]
         envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
-        restore_global_generators(state["generators"][rank()]["global"])
+        restore_global_generators(generators["global"])
+        warn_of_differences(folder, meta["machine"], policy)
         return agent
+
+
+def _made_again(meta: dict[str, Any], place: torch.device) -> Any:
+    """The environment that an agent was saved with, on another device if need be."""
+    spec = gym.envs.registration.EnvSpec.from_json(meta["env"])
+    on_cpu = place.type == "cpu" and "device" not in spec.kwargs
+    own: dict[str, Any] = {} if on_cpu else {"device": str(place)}
+    return gym.make_vec(spec, num_envs=meta["num_envs"], **own)
 
 
 def _is_plain(kwargs: dict[str, Any]) -> bool:

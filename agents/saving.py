@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import is_twin
+from textgym.models.devices import Device, resolve_device
+
+from . import distributed
 
 TRAINED = "trained.safetensors"
 
@@ -39,11 +43,43 @@ def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, 
         "critic": "shared" if policy.critic is None else "separate",
         "temperature": policy.temperature,
         "dtype": str(policy.lm.dtype).removeprefix("torch."),
+        "device": str(policy.device),
     }
 
 
+def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: Any = None) -> torch.device:
+    """Return where an agent is loaded: where the caller says, else where its environment is, else where it was saved.
+
+    Of several processes each has a device of its own.
+
+    Args:
+        folder: of the agent.
+        saved: what `save_policy` returned.
+        device: what the caller says.
+        envs: the caller's environment.
+
+    Raises:
+        ValueError: the caller's device is not on this machine.
+    """
+    if (own := distributed.device()) is not None:
+        return own
+    if device is not None:
+        return resolve_device(device)
+    if envs is not None:
+        return resolve_device(envs.unwrapped.task.device)
+    try:
+        return resolve_device(saved["device"])
+    except ValueError as error:
+        place = resolve_device("auto")
+        warnings.warn(
+            f"{folder} was saved on {saved['device']!r} and is loaded on {str(place)!r}: {error}",
+            stacklevel=3,
+        )
+        return place
+
+
 def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
-    """The policy that `save_policy` wrote, weight for weight."""
+    """The policy that `save_policy` wrote, weight for weight, on `settings["device"]`."""
     settings = {**settings, "dtype": getattr(torch, settings["dtype"])}
     if not (folder / "adapter").exists():
         return ActorCritic.from_pretrained(folder / "policy", **settings)

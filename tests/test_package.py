@@ -55,7 +55,7 @@ def test_metadata() -> None:
     assert metadata("textgym")["Requires-Python"] == ">=3.11"
     assert metadata("textgym")["License-Expression"] == "Apache-2.0"
     (command,) = entry_points(group="console_scripts", name="textgym")
-    assert command.value == "textgym.cli:main"
+    assert command.value == "textgym.__main__:main"
 
 
 def test_direct_dependencies_are_pinned() -> None:
@@ -135,7 +135,8 @@ def folder(module: str) -> str:
 
 def layer(module: str) -> int:
     name = module.split(".")[1]
-    return {**LAYERS, "agents": AGENTS, "cli": COMMAND_LINE, "__main__": COMMAND_LINE}.get(name, BESIDE)
+    on_top = dict.fromkeys(("cli", "flags", "__main__"), COMMAND_LINE)
+    return {**LAYERS, "agents": AGENTS, **on_top}.get(name, BESIDE)
 
 
 def imported_modules(path: Path) -> set[str]:

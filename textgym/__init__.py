@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from textgym.envs.vector import TextVectorEnv
     from textgym.models.actor_critic import ActorCritic
     from textgym.models.decoding import CachedDecoder
+    from textgym.models.determinism import deterministic_environment
     from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
     from textgym.rewards.model import RewardModel, train_reward_model
     from textgym.rewards.reference import SyncReference
@@ -33,6 +34,7 @@ __all__ = [
     "TextEnv",
     "TextVectorEnv",
     "ThresholdKL",
+    "deterministic_environment",
     "train_reward_model",
 ]
 
@@ -48,6 +50,7 @@ _HOMES = {
     "TextEnv": "textgym.envs.text",
     "TextVectorEnv": "textgym.envs.vector",
     "ThresholdKL": "textgym.rewards.kl",
+    "deterministic_environment": "textgym.models.determinism",
     "train_reward_model": "textgym.rewards.model",
 }
 

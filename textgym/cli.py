@@ -12,175 +12,54 @@
     textgym evaluate --policy runs/ppo/policy
     accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym.cli train --output-dir runs/ppo
 
-It sits on top of both packages, so it alone in `textgym` may import `textgym.agents`.
+It sits on top of both packages, so it and its flags alone in `textgym` may import `textgym.agents`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+if __name__ == "__main__":  # python -m textgym.cli: the environment is prepared before torch is imported
+    from textgym.__main__ import main as prepare_and_run
+
+    prepare_and_run()
+    raise SystemExit
+
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import torch
-import tyro
 from rich.text import Text
 
-from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
+from textgym.agents import DPO, SFT
 from textgym.agents.checkpoints import Checkpoints
 from textgym.agents.demo import DemoConfig
 from textgym.agents.demo import run as run_demo
 from textgym.agents.distributed import device, end_with_a_message, join, rank
 from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
-from textgym.agents.offline import OfflineConfig
-from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
+from textgym.agents.on_policy import OnPolicyAgent
 from textgym.agents.profiling import Profiler
 from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import FetchError, movie_snippets
 from textgym.envs.tasks.base import TaskVectorEnv
+from textgym.flags import AGENTS, FREE, OFFLINE, Evaluate, Train, TrainReward, parse
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.devices import device_name, use_device
+from textgym.models.seeding import deterministic
 from textgym.rewards.functions import lexicon_sentiment
-from textgym.rewards.kl import AdaptiveKL, Estimator, ThresholdKL
-from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.kl import AdaptiveKL, ThresholdKL
+from textgym.rewards.model import pairwise_accuracy, train_reward_model
 from textgym.rewards.pairwise import text_of
 from textgym.rewards.report import PreferenceReport
 from textgym.rewards.training import split_preferences
 
-AGENTS: dict[str, type[OnPolicyAgent]] = {
-    "ppo": PPO,
-    "nlpo": NLPO,
-    "a2c": A2C,
-    "reinforce": REINFORCE,
-    "rloo": RLOO,
-    "grpo": GRPO,
-    "expert-iteration": ExpertIteration,
-    "dqn": DQN,
-    "pathwise": Pathwise,
-}
-OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
-"""Agents that learn from data instead of episodes."""
-FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "profile")
-"""Settings of `train` that may change when a run goes on."""
-
-
-@dataclass
-class Train:
-    """Trains a policy with one of the agents and leaves a run folder."""
-
-    output_dir: Path
-    """Where the run folder is written."""
-    agent: Literal[
-        "ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration", "dqn", "pathwise", "sft", "dpo"
-    ] = "ppo"
-    """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
-    data: str | None = None
-    """What "sft" and "dpo" learn from, and they alone: a .jsonl file or 'module:attribute'."""
-    env: str = "textgym/Sentiment-v0"
-    """Id of the environment; "sft" and "dpo" write samples in it."""
-    model: str = "tiny"
-    """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
-    total_episodes: int = 4096
-    """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
-    num_envs: int = 64
-    """Rows of the environment; of each process's, where there are several."""
-    critic: str = "shared"
-    """'shared', 'separate', or a model whose trunk the critic starts from."""
-    temperature: float = 1.0
-    """Divides the logits, in sampling and training alike."""
-    kl_coef: float | None = None
-    """beta; the environment's own if not given."""
-    kl_target: float | None = None
-    """Steer beta so that the KL comes to this many nats an episode."""
-    kl_bounds: tuple[float, float] | None = None
-    """Double beta while the KL is above the second of these nats an episode, halve it while it is below the first."""
-    kl_clamp: float | None = None
-    """The KL estimate of a token is cut to minus this and this."""
-    kl_estimator: Estimator = "k1"
-    """How the KL is estimated."""
-    env_kwargs: str = "{}"
-    """Further arguments of the environment, as JSON."""
-    checkpoint_every: int = 10
-    """Updates from one checkpoint to the next."""
-    keep_checkpoints: int = 2
-    """How many checkpoints stay, the newest ones."""
-    resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
-    profile: bool = False
-    """Measure six updates: time, arithmetic and memory by phase, into `profile.md`, `profile.json`, `trace.json.gz`."""
-    config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
-    """The agent's own settings."""
-
-
-@dataclass
-class TrainReward:
-    """Trains a reward model on preferences: yours, or some made from human ratings."""
-
-    output_dir: Path
-    """Folder for the reward model."""
-    model: str = "tiny"
-    """The trunk it starts from: 'tiny', 'smollm2', a hub id or a path."""
-    preferences: Path | None = None
-    """A .jsonl file of pairs with 'chosen' and 'rejected'; made from human ratings of movie snippets if not given."""
-    heldout: Path | None = None
-    """A .jsonl file of pairs to measure on; a share of `preferences` if not given."""
-    settings: tyro.conf.OmitArgPrefixes[RewardModelConfig] = field(default_factory=RewardModelConfig)
-    """Its training."""
-
-
-@dataclass
-class Evaluate:
-    """Prints what a policy writes and how good it is, beside its reference."""
-
-    policy: str
-    """A policy folder, or any model name."""
-    env: str = "textgym/Sentiment-v0"
-    """Id of the environment."""
-    reference: str = "tiny"
-    """What KL and perplexity are measured to, and what the policy is compared with."""
-    prompts: int = 128
-    """How many prompts, the environment's first ones."""
-    num_envs: int = 64
-    """Rows of the environment."""
-    metrics: tuple[str, ...] = ()
-    """Further reward functions to report, as 'module:attribute', such as textgym.rewards.functions:DistinctN."""
-    samples: int = 5
-    """How many completions to show."""
-    seed: int = 0
-    """Of the sampling."""
-    env_kwargs: str = "{}"
-    """Further arguments of the environment, as JSON."""
-
-
-def parse(arguments: Sequence[str] | None = None) -> Any:
-    """The command that a command line asks for; the flags of `train` are those of the agent that it names."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
-    named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
-    config = {**AGENTS, **OFFLINE}.get(
-        named[-1] if named else "ppo", PPO
-    ).config_class  # tyro complains of an unknown one
-    settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
-    with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
-    with_settings.__doc__ = Train.__doc__
-    commands = (
-        Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
-        | Annotated[with_settings, tyro.conf.subcommand("train", prefix_name=False)]
-        | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
-    )
-    return tyro.cli(commands, args=words, prog="textgym")
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
-    torch.set_num_threads(1)  # two threads collapse when another process runs
     sys.path.insert(0, str(Path.cwd()))  # for "module:attribute" of a file beside the user, as `python -m` finds it
     command = parse(arguments)
     runs: dict[type, Callable[[Any], Any]] = {
@@ -191,10 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
     }
     run = next(run for kind, run in runs.items() if isinstance(command, kind))
     try:
+        if command.deterministic:
+            deterministic()
+        else:
+            torch.set_num_threads(1)  # two threads collapse when another process runs
         run(command)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, ImportError, FetchError, gym.error.Error) as error:
+    except (ValueError, OSError, ImportError, MemoryError, FetchError, gym.error.Error) as error:
         sys.exit(f"textgym: {' '.join(str(error).split())}")
 
 
@@ -204,14 +87,17 @@ def train(command: Train) -> None:
     join()
     end_with_a_message()
     live = LiveProgress()
+    place = _place(command)
+    if rank() == 0:
+        live.console.print(f"device: {device_name(place)}", markup=False)
     checkpoints = Checkpoints(command.output_dir / "checkpoints", command.checkpoint_every, command.keep_checkpoints)
     newest = _newest_checkpoint(command, checkpoints, live)
-    settings: dict[str, Any] = {"temperature": command.temperature, "device": device()}
-    policy = ActorCritic.from_pretrained(command.model, critic=command.critic, **settings)
-    own_device = {} if device() is None else {"device": str(device())}
-    arguments = {**_kl_arguments(command), **_decoder_start(policy), **own_device}
-    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **arguments)
-    agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest)
+    policy = ActorCritic.from_pretrained(
+        command.model, critic=command.critic, temperature=command.temperature, device=place
+    )
+    arguments = {**_kl_arguments(command), **_decoder_start(policy)}
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
+    agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
     if rank() > 0:  # the first process writes and reports for all of them
         return _learn(agent, command, [checkpoints])
     policy = agent.policy
@@ -241,6 +127,23 @@ def train(command: Train) -> None:
         folder.draw_curves()
         folder.close()
         live.console.print(f"run folder: {command.output_dir}")
+
+
+def _place(command: Train | TrainReward | Evaluate) -> torch.device:
+    """The device that a command asks for, made the current one; of several processes each has one of its own.
+
+    Raises:
+        ValueError: it is not on this machine, or the launcher has chosen another kind.
+    """
+    own = device()
+    if own is None:
+        return use_device(command.device)
+    if command.device not in ("auto", own.type):
+        raise ValueError(
+            f"the launcher gives this process {own}, and --device asks for {command.device}: leave --device out, and "
+            "choose with the launcher (accelerate launch --cpu, --gpu_ids)"
+        )
+    return own
 
 
 def _learn(agent: OnPolicyAgent | SFT | DPO, command: Train, callbacks: list[Any]) -> None:
@@ -294,19 +197,26 @@ def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> OnPolicyAgent
     return AGENTS[command.agent](policy, envs, command.config)
 
 
-def _load_agent(command: Train, envs: Any, checkpoint: Path) -> OnPolicyAgent | SFT | DPO:
+def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> OnPolicyAgent | SFT | DPO:
     if command.agent in OFFLINE:
-        return OFFLINE[command.agent].load(checkpoint, command.data)
-    return AGENTS[command.agent].load(checkpoint, envs)
+        return OFFLINE[command.agent].load(checkpoint, command.data, place)
+    return AGENTS[command.agent].load(checkpoint, envs, place)
 
 
 def train_reward(command: TrainReward) -> None:
     """A reward model, its accuracy on held-out pairs, and a picture of both: `report.json` and `report.png`."""
+    live, place = LiveProgress(), _place(command)
+    live.console.print(f"device: {device_name(place)}", markup=False)
     pairs, heldout, calibration = _preferences(command)
-    with LiveProgress() as live:
+    with live:
         live.stage("training the reward model", 1)
         reward, _ = train_reward_model(
-            pairs, command.model, config=command.settings, heldout=heldout, callbacks=[TrainingProgress(live)]
+            pairs,
+            command.model,
+            config=command.settings,
+            heldout=heldout,
+            callbacks=[TrainingProgress(live)],
+            device=place,
         )
         reward.calibrate(calibration)
         live.finish()
@@ -348,10 +258,12 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
 
 def evaluate(command: Evaluate) -> None:
     """Figures and samples of a policy and its reference on the same prompts and seeds; a task's own have intervals."""
+    live, place = LiveProgress(), _place(command)
+    live.console.print(f"device: {device_name(place)}", markup=False)
     policies = {"reference": command.reference, "policy": command.policy}
-    loaded = {name: ActorCritic.from_pretrained(model) for name, model in policies.items()}
+    loaded = {name: ActorCritic.from_pretrained(model, device=place) for name, model in policies.items()}
     models = {"tokenizer": command.reference, "reference": command.reference, **_decoder_start(loaded["policy"])}
-    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, **models)
+    envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))
     samples = {name: generate(policy, envs, prompts, command.seed) for name, policy in loaded.items()}
     scorer = envs.unwrapped.task.penalty.reference
@@ -362,7 +274,6 @@ def evaluate(command: Evaluate) -> None:
         intervals = {name: str(interval) for name, interval in score_intervals(chosen, own).items()} if own else {}
         return {**measure(chosen, scorer, judge, command.metrics), **intervals}
 
-    live = LiveProgress()
     live.console.print(
         figures_table(
             f"{len(prompts)} prompts",
@@ -373,13 +284,20 @@ def evaluate(command: Evaluate) -> None:
         live.console.print(Text.assemble(transcript["prompt"], (transcript["completion"], "bold")))
 
 
-def _make_envs(env: str, num_envs: int, env_kwargs: str, **kwargs: Any) -> Any:
+def _make_envs(env: str, num_envs: int, env_kwargs: str, place: torch.device, **kwargs: Any) -> Any:
     try:
         further = json.loads(env_kwargs)
     except json.JSONDecodeError as error:
         raise ValueError(f"--env-kwargs is not JSON: {error}") from error
     if not isinstance(further, dict):
         raise ValueError(f"--env-kwargs must be a JSON object of arguments, got {env_kwargs}")
+    if "device" in further:
+        raise ValueError(
+            f"--env-kwargs has a device, which the policy would not share: leave it out, and give --device "
+            f"{further['device']} for both"
+        )
+    if place.type != "cpu":  # the default of environments
+        kwargs["device"] = str(place)
     try:
         return gym.make_vec(env, num_envs, **{"kl_mode": "deferred", "array": "torch", **kwargs, **further})
     except TypeError as error:
@@ -407,11 +325,7 @@ def _decoder_start(policy: ActorCritic) -> dict[str, Any]:
 
 def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:
     prompts = range(min(64, len(envs.unwrapped.task.rows)))
-    start = ActorCritic.from_pretrained(command.model, temperature=command.temperature)
+    start = ActorCritic.from_pretrained(command.model, temperature=command.temperature, device=policy.device)
     before, after = (generate(p, envs, prompts, command.config.seed) for p in (start, policy))
     texts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, texts)
-
-
-if __name__ == "__main__":
-    main()

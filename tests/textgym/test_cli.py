@@ -200,6 +200,63 @@ def test_offline_agents_leave_the_same_run_folder(
     assert not torch.equal(policy.get_output_embeddings().weight, start.get_output_embeddings().weight.float())
 
 
+# --- devices ---
+
+
+COMMANDS = {
+    "train": ["train", "--output-dir", "run"],
+    "evaluate": ["evaluate", "--policy", "tiny"],
+    "reward-model": ["reward-model", "--output-dir", "run"],
+    "demo": ["demo", "--output-dir", "run"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_device_that_is_not_there_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert error_of(*COMMANDS[name], "--device", "cuda").startswith("textgym: there is no device 'cuda': ")
+    assert error_of(*COMMANDS[name], "--device", "gpu").startswith("textgym: unknown device 'gpu': ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_take_a_gpu_where_there_is_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both GPUs are made up, so the first thing that is put on one of them fails; it is the chosen one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"made up, number {device.index}")
+    chosen: list[torch.device] = []
+
+    def set_device(device: torch.device) -> None:
+        chosen.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for further, index in (([], 1), (["--device", "cuda:0"], 0)):
+        with pytest.raises(SystemExit):
+            cli.main([*COMMANDS[name], *further])
+        assert chosen.pop() == torch.device("cuda", index)
+    assert "cuda:3" in error_of(*COMMANDS[name], "--device", "cuda:3")
+
+
+def test_the_first_line_says_where_it_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["evaluate", "--policy", "tiny", "--prompts", "1", "--num-envs", "1", "--device", "cpu", *env_kwargs()])
+    assert capsys.readouterr().out.splitlines()[0] == "device: cpu"
+
+
+def test_a_device_among_the_arguments_of_the_environment_is_refused_with_what_to_use() -> None:
+    for command in (["train", "--output-dir", "run", *SMALL], ["evaluate", "--policy", "tiny"]):
+        assert "give --device cuda" in error_of(*command, *env_kwargs(device="cuda"))
+
+
+def test_a_launcher_has_given_each_process_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "device", lambda: torch.device("cpu"))
+    assert cli._place(parsed("train --output-dir out")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="the launcher gives this process cpu, and --device asks for cuda"):
+        cli._place(parsed("train --output-dir out --device cuda"))
+
+
 def test_evaluate_shows_brackets_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

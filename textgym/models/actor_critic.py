@@ -104,7 +104,8 @@ class ActorCritic(TokenModel):
         folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))
         trunk = None
         if critic not in ("shared", "separate"):
-            trunk = load_classifier(critic, dtype=dtype, device=device, trust_remote_code=trust_remote_code).base_model
+            classifier = load_classifier(critic, dtype=dtype, device=lm.device, trust_remote_code=trust_remote_code)
+            trunk = classifier.base_model
         elif critic == "separate" and folder is not None:
             trunk = _saved_trunk(folder, lm)  # before an adapter changes the names of weights
         adapter = None if lora is None else with_lora(lm, lora)

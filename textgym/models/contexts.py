@@ -12,6 +12,7 @@ from torch import Tensor
 
 from textgym.models.attention import PackedStates, States, check_encoder_decoder
 from textgym.models.decoding import CachedDecoder, HostContexts, NumberedContexts, PlainContexts
+from textgym.models.devices import check_fork
 from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
 from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.transfer import to_device
@@ -77,6 +78,7 @@ class Contexts:
 
 def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple[Contexts, bool]:
     """The contexts of an observation, and whether they came as a batch."""
+    check_fork(device.type)
     given: list[Tensor] = []
     for part in PARTS:
         if f"{part}input_ids" in observation:

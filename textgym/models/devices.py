@@ -51,6 +51,14 @@ def resolve_device(device: Device) -> torch.device:
     return found
 
 
+def use_device(device: Device) -> torch.device:
+    """Return `resolve_device(device)`, and make it the current GPU if it is one, for all that asks for "cuda" alone."""
+    found = resolve_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
+
+
 def device_name(device: torch.device) -> str:
     """Return a device and what it is: `"cuda:0 (NVIDIA H100 80GB HBM3)"`, or `"cpu"`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

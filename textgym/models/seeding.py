@@ -1,14 +1,40 @@
-"""The random numbers that everybody shares: seeds that leave them as they were, and their states."""
+"""Runs that repeat themselves: the random numbers that everybody shares, and arithmetic that always rounds alike."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+
+from textgym.models.determinism import missing_variables
+from textgym.models.devices import seed_of
+
+
+def deterministic() -> None:
+    """Make torch round alike in every run on this machine: the same threads, kernels and precision.
+
+    Deterministic kernels may be slower, and an operation that has none raises an error.
+
+    Raises:
+        ValueError: the environment lacks what torch and MKL read when they start, see
+            `textgym.deterministic_environment`.
+    """
+    if missing := missing_variables():
+        settings = " ".join(f"{name}={value}" for name, value in missing.items())
+        raise ValueError(
+            f"bit-for-bit runs need variables of the environment before torch is imported: start with {settings}, "
+            "or begin the script with `import os, textgym; os.environ.update(textgym.deterministic_environment())`"
+        )
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("highest")  # no TF32 in products
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False  # which would choose the kernel that was fastest this time
 
 
 @contextlib.contextmanager
@@ -38,9 +64,13 @@ def global_generators() -> dict[str, Any]:
 
 
 def restore_global_generators(states: dict[str, Any]) -> None:
-    """Puts them back where `global_generators` found them."""
+    """Puts them back where `global_generators` found them; a GPU that was not there begins where the CPU's went on."""
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
+    for device in range(torch.cuda.device_count()):
+        if device < len(states["cuda"]):
+            torch.cuda.set_rng_state(states["cuda"][device].cpu(), device)
+        else:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed_of(states["torch"]))

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from textgym.data.files import atomic_folder
 from textgym.data.messages import Messages, Text, encode
 from textgym.models.attention import MAX_PADDING, batches_by_length
-from textgym.models.devices import Device, resolve_device
+from textgym.models.devices import Device, check_fork, resolve_device
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.transfer import to_device
 from textgym.rewards.last_token import LastTokenScorer, pad_right, score_head
@@ -193,6 +193,7 @@ class RewardModel:
 
         Decoders take whole batches: their rows are packed, and none is padded.
         """
+        check_fork(self.device.type)
         scores, parts = torch.empty(len(rows)), []
         padding = MAX_PADDING if score_head(self.model) is None else 1.0
         batches = batches_by_length([len(row) for row in rows], self.batch_size, padding)

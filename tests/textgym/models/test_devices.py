@@ -71,6 +71,22 @@ def test_cuda_in_a_forked_process_is_refused_with_the_way_out(two_gpus, monkeypa
     assert resolve_device("cpu").type == "cpu"
 
 
+def test_models_that_came_along_into_a_forked_process_say_so(two_gpus, monkeypatch):
+    """Their weights are on the GPU of the process that was forked; here their device says so."""
+    from textgym.models.actor_critic import ActorCritic
+    from textgym.rewards.reward_model import RewardModel
+
+    policy, reward = ActorCritic.from_pretrained("tiny"), RewardModel.from_pretrained("tiny")
+    observation = {"input_ids": torch.ones(4, dtype=torch.long), "attention_mask": torch.ones(4, dtype=torch.long)}
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    for kind in (ActorCritic, RewardModel):
+        monkeypatch.setattr(kind, "device", property(lambda self: torch.device("cuda", 0)))
+    with pytest.raises(ValueError, match=r"forked process.*spawn"):
+        policy.act(observation)
+    with pytest.raises(ValueError, match=r"forked process.*spawn"):
+        reward(["The film"], [" is a joy."])
+
+
 def test_a_generator_goes_on_where_it_was():
     generator = torch.Generator().manual_seed(3)
     saved = generator_state(generator)

@@ -1,0 +1,156 @@
+"""The flags of the `textgym` command, and what a command line asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
+from textgym.agents.demo import DemoConfig
+from textgym.agents.offline import OfflineConfig
+from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
+from textgym.rewards.kl import Estimator
+from textgym.rewards.model import RewardModelConfig
+
+AGENTS: dict[str, type[OnPolicyAgent]] = {
+    "ppo": PPO,
+    "nlpo": NLPO,
+    "a2c": A2C,
+    "reinforce": REINFORCE,
+    "rloo": RLOO,
+    "grpo": GRPO,
+    "expert-iteration": ExpertIteration,
+    "dqn": DQN,
+    "pathwise": Pathwise,
+}
+OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
+"""Agents that learn from data instead of episodes."""
+FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "profile", "device", "deterministic")
+"""Settings of `train` that may change when a run goes on."""
+
+
+@dataclass
+class Train:
+    """Trains a policy with one of the agents and leaves a run folder."""
+
+    output_dir: Path
+    """Where the run folder is written."""
+    agent: Literal[
+        "ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration", "dqn", "pathwise", "sft", "dpo"
+    ] = "ppo"
+    """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
+    data: str | None = None
+    """What "sft" and "dpo" learn from, and they alone: a .jsonl file or 'module:attribute'."""
+    env: str = "textgym/Sentiment-v0"
+    """Id of the environment; "sft" and "dpo" write samples in it."""
+    model: str = "tiny"
+    """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
+    total_episodes: int = 4096
+    """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
+    num_envs: int = 64
+    """Rows of the environment; of each process's, where there are several."""
+    critic: str = "shared"
+    """'shared', 'separate', or a model whose trunk the critic starts from."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and training alike."""
+    kl_coef: float | None = None
+    """beta; the environment's own if not given."""
+    kl_target: float | None = None
+    """Steer beta so that the KL comes to this many nats an episode."""
+    kl_bounds: tuple[float, float] | None = None
+    """Double beta while the KL is above the second of these nats an episode, halve it while it is below the first."""
+    kl_clamp: float | None = None
+    """The KL estimate of a token is cut to minus this and this."""
+    kl_estimator: Estimator = "k1"
+    """How the KL is estimated."""
+    env_kwargs: str = "{}"
+    """Further arguments of the environment, as JSON."""
+    checkpoint_every: int = 10
+    """Updates from one checkpoint to the next."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay, the newest ones."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
+    profile: bool = False
+    """Measure six updates: time, arithmetic and memory by phase, into `profile.md`, `profile.json`, `trace.json.gz`."""
+    device: str = "auto"
+    """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    deterministic: bool = False
+    """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
+    config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
+    """The agent's own settings."""
+
+
+@dataclass
+class TrainReward:
+    """Trains a reward model on preferences: yours, or some made from human ratings."""
+
+    output_dir: Path
+    """Folder for the reward model."""
+    model: str = "tiny"
+    """The trunk it starts from: 'tiny', 'smollm2', a hub id or a path."""
+    preferences: Path | None = None
+    """A .jsonl file of pairs with 'chosen' and 'rejected'; made from human ratings of movie snippets if not given."""
+    heldout: Path | None = None
+    """A .jsonl file of pairs to measure on; a share of `preferences` if not given."""
+    device: str = "auto"
+    """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    deterministic: bool = False
+    """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
+    settings: tyro.conf.OmitArgPrefixes[RewardModelConfig] = field(default_factory=RewardModelConfig)
+    """Its training."""
+
+
+@dataclass
+class Evaluate:
+    """Prints what a policy writes and how good it is, beside its reference."""
+
+    policy: str
+    """A policy folder, or any model name."""
+    env: str = "textgym/Sentiment-v0"
+    """Id of the environment."""
+    reference: str = "tiny"
+    """What KL and perplexity are measured to, and what the policy is compared with."""
+    prompts: int = 128
+    """How many prompts, the environment's first ones."""
+    num_envs: int = 64
+    """Rows of the environment."""
+    metrics: tuple[str, ...] = ()
+    """Further reward functions to report, as 'module:attribute', such as textgym.rewards.functions:DistinctN."""
+    samples: int = 5
+    """How many completions to show."""
+    seed: int = 0
+    """Of the sampling."""
+    env_kwargs: str = "{}"
+    """Further arguments of the environment, as JSON."""
+    device: str = "auto"
+    """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    deterministic: bool = False
+    """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Any:
+    """The command that a command line asks for; the flags of `train` are those of the agent that it names."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
+    named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
+    config = {**AGENTS, **OFFLINE}.get(
+        named[-1] if named else "ppo", PPO
+    ).config_class  # tyro complains of an unknown one
+    settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
+    with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
+    with_settings.__doc__ = Train.__doc__
+    commands = (
+        Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
+        | Annotated[with_settings, tyro.conf.subcommand("train", prefix_name=False)]
+        | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+    )
+    return tyro.cli(commands, args=words, prog="textgym")
