@@ -23,7 +23,6 @@ OFFLINE: dict[str, tuple[Any, Any]] = {
     "DPO": (DPO, [{"prompt": "ab", "chosen": "c", "rejected": "xy"}] * 12),
 }
 DIRECTIONS = [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda"), ("cpu", "cpu")]
-NEEDS_A_DEVICE = "A1: loading puts the policy on the CPU, and knows no `device`"
 
 pytestmark = pytest.mark.filterwarnings("ignore:the random generator was saved")
 
@@ -32,7 +31,6 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
-@pytest.mark.xfail(reason=NEEDS_A_DEVICE)
 @pytest.mark.parametrize(
     ("name", "start", "end"),
     [
@@ -70,7 +68,6 @@ def test_an_agent_goes_on(
         same(seen, expected, 1e-6)
 
 
-@pytest.mark.xfail(reason=NEEDS_A_DEVICE)
 @pytest.mark.parametrize(
     ("name", "start", "end"), [*(("SFT", *direction) for direction in DIRECTIONS), ("DPO", "cuda", "cuda")]
 )
@@ -100,7 +97,6 @@ def test_an_offline_agent_goes_on(
     same(seen, expected[2:])
 
 
-@pytest.mark.xfail(reason=NEEDS_A_DEVICE)
 def test_the_environment_is_made_again_where_it_is_wanted(
     tmp_path: Path, make_policy: Callable[..., Any], make_envs: Callable[..., Any], gpus: Callable[[int], None]
 ) -> None:
