@@ -35,7 +35,6 @@ def train(folder: Path, *flags: str) -> None:
     cli.main(["train", "--output-dir", str(folder), *SHORT, *flags])
 
 
-@pytest.mark.xfail(reason="A2: the command line uses no GPU")
 def test_training_takes_the_gpu_and_says_so(
     tmp_path: Path, placed: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -44,9 +43,8 @@ def test_training_takes_the_gpu_and_says_so(
     assert "cuda:0" in capsys.readouterr().out.splitlines()[0]
 
 
-@pytest.mark.xfail(reason="A2: the command line knows no --device")
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
-@pytest.mark.filterwarnings("ignore:the random generator was saved")
+@pytest.mark.filterwarnings("ignore:the random generator was saved", "ignore:.* was saved under other circumstances")
 def test_a_run_goes_on_on_either_device(first: str, then: str, tmp_path: Path, placed: list[tuple[str, str]]) -> None:
     train(tmp_path, "--checkpoint-every", "1", "--device", first, "--total-episodes", "8")
     cli.main(["train", "--output-dir", str(tmp_path), *SHORT, "--checkpoint-every", "1", "--resume", "--device", then])
@@ -54,7 +52,6 @@ def test_a_run_goes_on_on_either_device(first: str, then: str, tmp_path: Path, p
     assert all(policy == envs for policy, envs in placed)
 
 
-@pytest.mark.xfail(reason="A2: the command line knows no --device")
 def test_policies_are_evaluated_on_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +63,6 @@ def test_policies_are_evaluated_on_the_gpu(
     assert seen == ["cuda:0", "cuda:0"]
 
 
-@pytest.mark.xfail(reason="A2: the command line knows no --device")
 def test_an_offline_agent_trains_on_the_gpu(tmp_path: Path, placed: list[tuple[str, str]]) -> None:
     row = {"prompt": "The film is", "completion": " good."}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4))
@@ -75,7 +71,6 @@ def test_an_offline_agent_trains_on_the_gpu(tmp_path: Path, placed: list[tuple[s
     assert placed == [("cuda:0", "cuda:0")]
 
 
-@pytest.mark.xfail(reason="A2: the command line knows no --device")
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_reward_models_train_where_they_are_told_to(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,7 +87,6 @@ def test_reward_models_train_where_they_are_told_to(
     assert seen == [device]
 
 
-@pytest.mark.xfail(reason="A2: the command line knows no --device")
 @pytest.mark.parametrize(("number", "device"), [(0, "cuda"), (2, "cuda:3")])
 def test_a_gpu_that_is_not_there_is_one_line(
     number: int, device: str, tmp_path: Path, gpus: Callable[[int], None]
@@ -105,7 +99,6 @@ def test_a_gpu_that_is_not_there_is_one_line(
     assert "\n" not in message
 
 
-@pytest.mark.xfail(reason="bad input: running out of memory is a traceback")
 def test_out_of_memory_says_what_to_lower_and_leaves_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
