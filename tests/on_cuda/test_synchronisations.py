@@ -50,7 +50,6 @@ def test_a_step_of_the_environment_waits_seldom(
     assert seen.total() <= 10 * most, shown(seen)
 
 
-@pytest.mark.xfail(reason="B: a captured token waits 0.3 times")
 def test_captured_generation_waits_every_tenth_token(syncs: Counting, tiny_policy: Callable[..., ActorCritic]) -> None:
     policy, ids = tiny_policy(), torch.randint(3, 50, (8, 96), device="cuda")
     lengths, stop = torch.arange(3, 11, device="cuda"), StopRule((256,), TOKENS)
@@ -69,7 +68,6 @@ def agent(make_policy: Callable[..., ActorCritic], make_envs: Callable[..., Any]
     return PPO(make_policy(), envs, config).learn(16)
 
 
-@pytest.mark.xfail(reason="B: a rollout waits 65 times")
 def test_a_rollout_waits_twelve_times(syncs: Counting, agent: PPO) -> None:
     with syncs() as seen:
         agent._play()
