@@ -23,6 +23,7 @@ GROUPS = {
 """Of about the same length, since to begin a process takes seconds and two workers run the tests."""
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("group", GROUPS)
 def test_scenarios_hold_on_the_pretend_device(group: str) -> None:
     files = [str(TESTS / "on_cuda" / name) for name in GROUPS[group]]
