@@ -44,7 +44,7 @@ def test_training_takes_the_gpu_and_says_so(
 
 
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
-@pytest.mark.filterwarnings("ignore:.* was saved under other circumstances", "ignore:.* was saved under other circumstances")
+@pytest.mark.filterwarnings("ignore:.* was saved under other circumstances")
 def test_a_run_goes_on_on_either_device(first: str, then: str, tmp_path: Path, placed: list[tuple[str, str]]) -> None:
     train(tmp_path, "--checkpoint-every", "1", "--device", first, "--total-episodes", "8")
     cli.main(["train", "--output-dir", str(tmp_path), *SHORT, "--checkpoint-every", "1", "--resume", "--device", then])
