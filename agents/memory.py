@@ -64,8 +64,8 @@ class EpisodeMemory:
     @cached_property
     def host(self) -> HostRows:
         """What the host knows of all episodes; read once from tensors that were loaded, and kept up from then on."""
-        names = ("input_ids", "prompt_lengths", "response_lengths")
-        return HostRows.read(Sequences(*(self.tensors[name] for name in names)))
+        tensors = self.tensors
+        return HostRows.read(Sequences(tensors["input_ids"], tensors["prompt_lengths"], tensors["response_lengths"]))
 
     def add(self, sequences: Sequences, rewards: Tensor, reference_log_probs: Tensor, longest: int) -> None:
         """Keeps N episodes in place of the oldest ones; new ones are as urgent as the most urgent one.

@@ -99,8 +99,8 @@ def collect(
         with phase("decode"):
             ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
             whole = policy.write(ids, lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic)
-        noted = whole.values if policy.critic is None else None
-        return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, noted)
+        written_values = whole.values if policy.critic is None else None
+        return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, written_values)
     restricted = task.restricts_actions
     waiting = envs.unwrapped.waiting
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)

@@ -189,15 +189,15 @@ class CachedDecoder:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows that have grown by a token, rows that are others than before, and lengths, `(B,)` each on the host."""
         if host is not None and type(host) is type(self.host):
-            known, before, sizes = host.go_on_from(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
-            grown = known & (sizes == before + 1)
-            return grown, ~grown & ~(known & (sizes == before)), sizes
+            same, before, now = host.go_on_from(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
+            longer = same & (now == before + 1)
+            return longer, ~longer & ~(same & (now == before)), now
         known = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
         known = known.all(1) & (self.lengths > 0)
         grown = known & (lengths == self.lengths + 1)
         other = ~grown & ~(known & (lengths == self.lengths))
-        grown, other, sizes = (x.numpy() for x in to_host(grown, other, lengths))  # what a step waits for
-        return grown, other, sizes
+        grown, other, lengths = to_host(grown, other, lengths)  # what a step waits for
+        return grown.numpy(), other.numpy(), lengths.numpy()
 
     def _index(self, rows: np.ndarray) -> Tensor | None:
         """Indices of the rows that are set in a bool array `(B,)`; `None` for all."""

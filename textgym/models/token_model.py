@@ -188,8 +188,9 @@ class TokenModel(nn.Module):
         contexts, batched = read_contexts(observation, self.device)
         if not fits(self._decoder, contexts.shape, self.device):
             self._decoder = cached_decoder(self.lm, contexts.shape)
+        known: tuple[Any, ...] = (*contexts.tensors, contexts.host)
         with self._active(), self._own_precision():
-            return self._decoder.advance(*contexts.tensors, contexts.host), batched
+            return self._decoder.advance(*known), batched
 
     def _own_precision(self) -> torch.autocast:
         """Decoding keeps the precision of the weights under a caller's autocast, which would mix dtypes in the cache.

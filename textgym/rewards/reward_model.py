@@ -199,7 +199,8 @@ class RewardModel:
         batches = batches_by_length([len(row) for row in rows], self.batch_size, padding)
         for batch in batches:
             input_ids, lengths = pad_right([rows[index] for index in batch])
-            parts.append(self.score(*to_device(self.device, input_ids), lengths))
+            [there] = to_device(self.device, input_ids)
+            parts.append(self.score(there, lengths))
         if parts:
             scores[[index for batch in batches for index in batch]] = torch.cat(parts).cpu()
         return scores
