@@ -29,7 +29,7 @@ def gae(
     Args:
         rewards: `(N, T)`; the reward of an action stands at the action.
         values: `(N, T)`, the value of the state before each action.
-        mask: bool `(N, T)`, the real steps; what the environment wrote in between is stepped over (trap 33).
+        mask: bool `(N, T)`, the real steps; what the environment wrote in between is stepped over.
         gamma: discount.
         lam: lambda.
         bootstrap: `(N,)`, value of the state after the last action of a truncated row; 0 if the row terminated.

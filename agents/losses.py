@@ -1,4 +1,4 @@
-"""Losses over padded (N, T) tokens. Padding is replaced before any arithmetic, so NaN there stays there (trap 15)."""
+"""Losses over padded (N, T) tokens. Padding is replaced before any arithmetic, so NaN there stays there."""
 
 from __future__ import annotations
 

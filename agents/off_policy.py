@@ -209,7 +209,7 @@ class OffPolicyAgent(OnPolicyAgent):
         return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
     def _step(self) -> Figures:
-        """One step of the optimiser; in micro-batches, whose gradients add up (trap 24)."""
+        """One step of the optimiser; in micro-batches, whose gradients add up."""
         batch = self.memory.sample(self.config.batch_size, self.shuffler)
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)

@@ -106,7 +106,7 @@ class OfflineTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The share of a micro-batch in the mean loss of the update, so that gradients add up (trap 24)."""
+        """The share of a micro-batch in the mean loss of the update, so that gradients add up."""
         log_probs, entropies = model(inputs["input_ids"], inputs["prompt_lengths"], inputs["response_lengths"])
         loss, figures = self.agent.loss(log_probs, entropies, inputs)
         assert num_items_in_batch is not None  # from `get_batch_samples`

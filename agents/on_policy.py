@@ -243,7 +243,7 @@ class OnPolicyAgent(ABC):
             group["lr"] = self.config.learning_rate * left
 
     def _describe(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Figures of the episodes of all processes; sums over tokens are averaged over sequences (trap 20)."""
+        """Figures of the episodes of all processes; sums over tokens are averaged over sequences."""
         columns = gathered(
             {
                 "kl": kl.sum(1),

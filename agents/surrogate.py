@@ -144,7 +144,7 @@ class SurrogateAgent(OnPolicyAgent):
         return on_host(figures)
 
     def _learn_from(self, batch: Batch, counts: bool) -> Figures:
-        """One optimiser step; in micro-batches, whose gradients add up to that of the batch (trap 24).
+        """One optimiser step; in micro-batches, whose gradients add up to that of the batch.
 
         The batch is that of all processes, of which each has a part; `counts` says whether this one's does.
         """

@@ -59,6 +59,15 @@ def test_python_blocks_run_as_pasted(name: str, block: str, tmp_path: Path, monk
     exec(compile(block, name, "exec"), {"__name__": "__main__"})
 
 
+def test_each_pitfall_names_tests_that_exist() -> None:
+    files = (ROOT / "tests").glob("**/test_*.py")
+    tests = {name for file in files for name in re.findall(r"^def test_(\w+)", file.read_text("utf-8"), re.MULTILINE)}
+    rows = [row.split("|") for row in PAGES["docs/pitfalls.md"].splitlines() if row.count("|") == 5]
+    named = [re.findall(r"`(\w+)`", row[4]) for row in rows if row[1].strip(" -") not in ("", "pitfall")]
+    assert all(named), "a pitfall that nothing guards against"
+    assert {name for names in named for name in names} <= tests
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]

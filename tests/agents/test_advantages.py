@@ -46,7 +46,7 @@ def quadratic_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
-def test_trap_12_gae_equals_its_definition(gamma: float, lam: float) -> None:
+def test_gae_equals_its_definition(gamma: float, lam: float) -> None:
     rewards, values, mask = batch()
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     expected = quadratic_gae(rewards, values, mask, gamma, lam)
@@ -54,7 +54,7 @@ def test_trap_12_gae_equals_its_definition(gamma: float, lam: float) -> None:
     assert_close(returns, torch.where(mask, expected + values, 0.0), terms=8)
 
 
-def test_trap_12_lambda_zero_is_td_and_lambda_one_is_monte_carlo() -> None:
+def test_lambda_zero_is_td_and_lambda_one_is_monte_carlo() -> None:
     rewards, values, mask = batch()
     rewards, values = rewards * mask, values * mask
     following = torch.cat([values[:, 1:], torch.zeros(4, 1)], 1)
@@ -65,7 +65,7 @@ def test_trap_12_lambda_zero_is_td_and_lambda_one_is_monte_carlo() -> None:
     assert_close(returns, monte_carlo, terms=8)
 
 
-def test_trap_12_padding_changes_nothing() -> None:
+def test_padding_changes_nothing() -> None:
     plain = gae(*batch(), 0.99, 0.95)
     padded = gae(*batch(pads=5), 0.99, 0.95)
     for expected, actual in zip(plain, padded, strict=True):
@@ -73,7 +73,7 @@ def test_trap_12_padding_changes_nothing() -> None:
         assert (actual[:, 8:] == 0).all()
 
 
-def test_trap_10_the_score_belongs_to_eos() -> None:
+def test_the_score_belongs_to_eos() -> None:
     """Five tokens, the fifth is EOS, gamma 1, lambda 0.95, V = 0: A_t = 0.95^(4 - t) score."""
     score = 2.0
     rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0, score, 0.0]])
@@ -83,7 +83,7 @@ def test_trap_10_the_score_belongs_to_eos() -> None:
     assert_close(advantages, expected, terms=8)
 
 
-def test_trap_11_a_terminated_row_is_not_bootstrapped_and_a_truncated_one_is() -> None:
+def test_a_terminated_row_is_not_bootstrapped_and_a_truncated_one_is() -> None:
     rewards, values, mask = torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
     _, terminated = gae(rewards, values, mask, 0.9, 1.0)
     _, truncated = gae(rewards, values, mask, 0.9, 1.0, bootstrap=torch.tensor([10.0]))
@@ -92,7 +92,7 @@ def test_trap_11_a_terminated_row_is_not_bootstrapped_and_a_truncated_one_is() -
 
 
 @pytest.mark.parametrize("pads", [0, 7])
-def test_trap_13_whitening_over_real_tokens_only(pads: int) -> None:
+def test_whitening_over_real_tokens_only(pads: int) -> None:
     rewards, _, mask = batch(pads=pads)
     whitened = whiten(rewards, mask)
     real = whitened[mask]
@@ -104,7 +104,7 @@ def test_trap_13_whitening_over_real_tokens_only(pads: int) -> None:
     assert_close(kept.mean(), rewards[mask].mean(), terms=len(real), scale=2.0)
 
 
-def test_trap_13_degenerate_batches_are_finite() -> None:
+def test_degenerate_batches_are_finite() -> None:
     one = torch.tensor([[True, False]])
     assert whiten(torch.tensor([[3.0, 9.0]]), one).isfinite().all()
     assert whiten(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)).isfinite().all()
@@ -112,7 +112,7 @@ def test_trap_13_degenerate_batches_are_finite() -> None:
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
-def test_trap_15_junk_in_padding_stays_there(junk: float) -> None:
+def test_junk_in_padding_stays_there(junk: float) -> None:
     rewards, values, mask = batch()
     expected = gae(rewards, values, mask, 0.99, 0.95)
     planted = gae(torch.where(mask, rewards, junk), torch.where(mask, values, junk), mask, 0.99, 0.95)
@@ -138,7 +138,7 @@ def test_n_step_returns_by_hand() -> None:
     assert_close(n_step_returns(REWARDS, VALUES, MASK, 0.5, 2), two)
 
 
-def test_trap_12_n_steps_are_ends_of_gae() -> None:
+def test_n_steps_are_ends_of_gae() -> None:
     """One step is GAE with lambda 0, more steps than there are is GAE with lambda 1."""
     for n, lam in ((1, 0.0), (3, 1.0), (9, 1.0)):
         _, returns = gae(REWARDS, VALUES, MASK, 0.9, lam)

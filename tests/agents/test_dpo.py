@@ -91,7 +91,7 @@ def test_margins_are_differences_of_rewards() -> None:
 
 
 @pytest.mark.parametrize(("loss", "start"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", (1 / (2 * 0.1)) ** 2)])
-def test_trap_02_starts_at_the_reference(loss: Any, start: float) -> None:
+def test_starts_at_the_reference(loss: Any, start: float) -> None:
     first = history_of(make_agent(loss=loss, max_steps=1))[0]
     assert first["loss"] == pytest.approx(start, abs=ROUNDING)
     assert first["rewards/chosen"] == pytest.approx(0.0, abs=ROUNDING)
@@ -99,7 +99,7 @@ def test_trap_02_starts_at_the_reference(loss: Any, start: float) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
-def test_trap_40_reaches_the_exact_optimum(beta: float) -> None:
+def test_reaches_the_exact_optimum(beta: float) -> None:
     """Of pairs labelled by Bradley and Terry's model of a reward the minimum is pi_ref exp(r / beta) / Z.
 
     The reference ends every text by itself, since every text that a preference names is one that ended.
@@ -176,7 +176,7 @@ def test_another_reference_and_one_scored_before() -> None:
     assert_trained_alike(weights_of(again.learn()), weights_of(other.learn()), again.config.learning_rate)
 
 
-def test_trap_27_the_reference_does_not_move_with_the_policy() -> None:
+def test_the_reference_does_not_move_with_the_policy() -> None:
     agent = make_agent()
     before = agent.reference_log_probs.clone()
     agent.learn()
@@ -186,7 +186,7 @@ def test_trap_27_the_reference_does_not_move_with_the_policy() -> None:
 
 
 @pytest.mark.bit_for_bit
-def test_trap_02_under_lora_the_reference_is_without_the_adapter(tmp_path: Path) -> None:
+def test_under_lora_the_reference_is_without_the_adapter(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     agent = make_agent(lora=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     assert_close(agent.reference_log_probs, make_agent().reference_log_probs, terms=FORWARD)
@@ -204,7 +204,7 @@ def test_trap_02_under_lora_the_reference_is_without_the_adapter(tmp_path: Path)
 # --- batches, resuming ---
 
 
-def test_trap_24_micro_batches_do_what_the_batch_does() -> None:
+def test_micro_batches_do_what_the_batch_does() -> None:
     histories = [history_of(make_agent(batch_size=12, micro_batch_size=size)) for size in (None, 2, 3)]
     for history in histories[1:]:
         for expected, actual in zip(histories[0], history, strict=True):
@@ -214,7 +214,7 @@ def test_trap_24_micro_batches_do_what_the_batch_does() -> None:
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("stop", [3, 4, 6])
-def test_trap_35_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
+def test_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
     whole = make_agent(micro_batch_size=2).learn()
     part = make_agent(micro_batch_size=2).learn([lambda agent, _: agent.updates < stop])
     part.save(tmp_path / "agent")

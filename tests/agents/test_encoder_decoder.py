@@ -142,7 +142,7 @@ def test_dpo_learns_preferences_after_the_start_tokens() -> None:
         agent = DPO(ActorCritic.from_pretrained(mock_seq2seq_lm(num_layers=1)), pairs, byte_tokenizer(), config)
         history: list[dict[str, float]] = []
         agent.learn([lambda _, metrics, history=history: history.append(metrics)])
-        assert history[0]["loss"] == pytest.approx(math.log(2), abs=ROUNDING), "trap 2: it starts at its reference"
+        assert history[0]["loss"] == pytest.approx(math.log(2), abs=ROUNDING), "it starts at its reference"
         margins.append(float(np.mean([row["rewards/margins"] for row in history[-2:]])))
     assert_learns(margins, at_least=1.0, measured=Measured(mean=3.21, deviation=0.05, runs=6))
 

@@ -168,12 +168,12 @@ def test_the_gradient_of_an_update_is_that_of_the_plain_path(kind: str, plainly:
     assert captures, "responses were written in captured steps"
 
 
-# --- the traps ---
+# --- what no option may change ---
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @each_kind
-def test_trap_01_ratio_is_one_before_the_first_update(kind: str, bf16: bool, request: pytest.FixtureRequest) -> None:
+def test_ratio_is_one_before_the_first_update(kind: str, bf16: bool, request: pytest.FixtureRequest) -> None:
     """In bfloat16 it is in the band that PPOConfig.bf16 states."""
     captured = request.getfixturevalue("captures") if kind == "lora, separate" and not bf16 else None
     agent = make_agent(kind, minibatch_size=4, num_epochs=2, bf16=bf16)
@@ -189,7 +189,7 @@ def test_trap_01_ratio_is_one_before_the_first_update(kind: str, bf16: bool, req
 
 
 @unlike_kinds
-def test_trap_01_with_weights_in_bf16(kind: str) -> None:
+def test_with_weights_in_bf16(kind: str) -> None:
     """In the band that ActorCritic.from_pretrained states."""
     agent = make_agent(kind, policy=make_policy(kind, dtype=torch.bfloat16), minibatch_size=4, num_epochs=2)
     assert agent.policy.lm.dtype == torch.bfloat16
@@ -201,7 +201,7 @@ def test_trap_01_with_weights_in_bf16(kind: str) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @unlike_kinds
-def test_trap_02_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
+def test_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
     agent = make_agent(kind, make_envs(reference=None), make_policy(kind, moved=False), bf16=bf16)
     rollout = agent.collect()
     for estimator in ESTIMATORS:
@@ -210,7 +210,7 @@ def test_trap_02_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
 
 
 @unlike_kinds
-def test_trap_22_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: str, plainly: Any) -> None:
+def test_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: str, plainly: Any) -> None:
     """`ratios_of` looks at the dtypes."""
     agent = make_agent(kind, bf16=True)
     ratios, rollouts = ratios_of(agent), rollouts_of(agent)
@@ -226,7 +226,7 @@ def test_trap_22_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: 
 
 
 @unlike_kinds
-def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
+def test_a_row_alone_and_in_a_batch(kind: str) -> None:
     """Written, scored and differentiated."""
     agent = make_agent(kind)
     task = agent.envs.unwrapped.task
@@ -258,7 +258,7 @@ def test_trap_23_a_row_alone_and_in_a_batch(kind: str) -> None:
 
 
 @unlike_kinds
-def test_trap_24_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None:
+def test_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None:
     gradients = []
     for size in (None, 1, 3):
         agent = make_agent(kind, micro_batch_size=size)
@@ -273,7 +273,7 @@ def test_trap_24_micro_batches_give_the_gradient_of_the_batch(kind: str) -> None
 
 
 @unlike_kinds
-def test_trap_25_gradient_clipping_acts(kind: str) -> None:
+def test_gradient_clipping_acts(kind: str) -> None:
     """A loss that explodes: one step of norm `max_grad_norm`, and no weight moves further than the learning rate."""
     envs = make_envs(kind, reward=lambda completions: [1e6 * len(text) for text in completions])
     options = {"whiten_advantages": False, "max_grad_norm": 0.5, "learning_rate": 1e-3}
@@ -300,7 +300,7 @@ class Echo:
 
 
 @unlike_kinds
-def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly: Any) -> None:
+def test_tokens_of_the_environment_are_not_trained_on(kind: str, plainly: Any) -> None:
     """The gradient is the plain one of what the policy wrote alone."""
     settings = {name: value for name, value in ENV.items() if name != "prompts"}
     settings |= {"max_new_tokens": 24, "min_new_tokens": 0, "kl_mode": "deferred"}
@@ -315,7 +315,7 @@ def test_trap_33_tokens_of_the_environment_are_not_trained_on(kind: str, plainly
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize(("kind", "bf16"), [("separate", False), ("lora, separate", True)])
-def test_trap_35_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if kind == "separate":
         request.getfixturevalue("captures")  # which take long
     options = {"learning_rate": 1e-2, "minibatch_size": 4, "bf16": bf16}
@@ -334,7 +334,7 @@ def test_trap_35_resume_bit_for_bit(kind: str, bf16: bool, tmp_path: Path, reque
 
 
 @unlike_kinds
-def test_trap_43_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
+def test_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
     """One set of episodes in captured steps, through a `TextVectorEnv` stepped by `act`, and through a `TextEnv`."""
     fast = make_agent(kind)
     slow = make_agent(kind, VectorWrapper(make_envs(kind)))  # a wrapper is stepped through

@@ -84,7 +84,7 @@ def test_starts_at_its_reference_and_reports_finite_numbers(name: str) -> None:
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("name", ["reinforce, learned", "ppo, penalty", "nlpo", "grpo, KL in loss", "rloo"])
-def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
     whole = make_agent(name).learn(160)
     part = make_agent(name)
     part.learn(160, [lambda agent, _: agent.updates < 3])
@@ -99,7 +99,7 @@ def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("name", ["ppo", "nlpo"])
-def test_trap_35_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> None:
+def test_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> None:
     lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
     def make() -> SurrogateAgent:
@@ -124,7 +124,7 @@ def test_trap_35_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["reinforce", "a2c", "ppo", "grpo", "grpo, KL in loss", "rloo"])
-def test_trap_24_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
     gradients = []
     for micro_batch_size in (None, 5):
         agent = make_agent(name, episodes_per_update=32, micro_batch_size=micro_batch_size, learning_rate=0.0)
@@ -144,7 +144,7 @@ def gradient_of(agent: SurrogateAgent) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None])
 
 
-def test_trap_37_adams_epsilon_keeps_the_first_update_modest() -> None:
+def test_adams_epsilon_keeps_the_first_update_modest() -> None:
     """A first step of Adam moves each weight by the learning rate, unless its gradient is small beside epsilon."""
     default = agents.PPOConfig()
     assert default.adam_epsilon == 1e-5
@@ -230,7 +230,7 @@ def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | N
 
 @pytest.mark.training
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_trap_19_estimators_agree_with_the_exact_gradient(name: str) -> None:
+def test_estimators_agree_with_the_exact_gradient(name: str) -> None:
     """Over 40 batches, in the direction of the gradient and in length across it.
 
     The bars are so wide that other samples fail one of the 22 comparisons with a chance below 1 in 10,000. Student's t
@@ -342,13 +342,13 @@ def test_nlpo_wide_open_is_ppo() -> None:
     assert_trained_alike(*vectors, agent.config.learning_rate)
 
 
-def test_trap_01_nlpo_starts_at_ratio_one() -> None:
+def test_nlpo_starts_at_ratio_one() -> None:
     for metrics in history_of(make_agent("nlpo", top_p=0.8, learning_rate=0.0), 64):
         assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-3)
         assert metrics["policy/clipfrac_avg"] == 0
 
 
-def test_trap_22_nlpo_learns_under_the_mask_it_sampled_with_in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nlpo_learns_under_the_mask_it_sampled_with_in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = make_agent("nlpo", top_p=0.8, learning_rate=0.0, bf16=True, num_epochs=1)
     used: list[tuple[Any, torch.Tensor]] = []
     allowed = NLPO.allowed
@@ -364,7 +364,7 @@ def test_trap_22_nlpo_learns_under_the_mask_it_sampled_with_in_bf16_too(monkeypa
         assert torch.equal(mask, allowed(agent, sequences))
 
 
-def test_trap_05_nlpo_says_what_k1_means() -> None:
+def test_nlpo_says_what_k1_means() -> None:
     with pytest.warns(UserWarning, match="filtered by TopPMask and the KL estimator is 'k1'"):
         make_agent("nlpo")
     with warnings.catch_warnings():
@@ -384,7 +384,7 @@ def test_nlpo_chooses_within_the_mask() -> None:
 
 
 @pytest.mark.parametrize(("interval", "fresh"), [(2, [False, True, False, True]), (None, [False] * 4)])
-def test_trap_41_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: list[bool]) -> None:
+def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: list[bool]) -> None:
     agent = make_agent("nlpo", mask_update_interval=interval)
     equal: list[bool] = []
 

@@ -100,7 +100,7 @@ def scripted(texts: list[str]) -> Any:
     return policy, rollout
 
 
-def test_trap_33_environment_tokens_carry_no_loss_no_kl_and_gae_steps_over_them() -> None:
+def test_environment_tokens_carry_no_loss_no_kl_and_gae_steps_over_them() -> None:
     policy, rollout = scripted(["3.5.", "7.6.4.", "5."])
     mask = rollout.mask
     assert mask.sum(1).tolist() == [4, 6, 2]

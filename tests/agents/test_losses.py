@@ -33,7 +33,7 @@ def one(value: float, gradient: bool = False) -> Tensor:
         (-2.0, 1.5, 3.0, False),  # worse but made more likely: bring it back
     ],
 )
-def test_trap_18_clip_signs(advantage: float, ratio: float, expected: float, flat: bool) -> None:
+def test_clip_signs(advantage: float, ratio: float, expected: float, flat: bool) -> None:
     log_probs = one(math.log(ratio), gradient=True)
     result = clipped_policy_loss(log_probs, one(0.0), one(advantage), ONE, 0.2)
     torch.testing.assert_close(result.loss.item(), expected, atol=1e-5, rtol=0)
@@ -51,7 +51,7 @@ def test_trap_18_clip_signs(advantage: float, ratio: float, expected: float, fla
         (-0.5, 0.0, 0.1, 0.18, False),  # past the range on the wrong side
     ],
 )
-def test_trap_17_clipped_value_loss(value: float, old: float, target: float, expected: float, flat: bool) -> None:
+def test_clipped_value_loss(value: float, old: float, target: float, expected: float, flat: bool) -> None:
     values = one(value, gradient=True)
     clipped = clipped_value_loss(values, one(old), one(target), ONE, 0.2)
     plain = clipped_value_loss(values, one(old), one(target), ONE, None)
@@ -62,7 +62,7 @@ def test_trap_17_clipped_value_loss(value: float, old: float, target: float, exp
 
 
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
-def test_trap_15_junk_in_padding_reaches_neither_loss_nor_gradient(junk: float) -> None:
+def test_junk_in_padding_reaches_neither_loss_nor_gradient(junk: float) -> None:
     mask = torch.tensor([[True, True, False]])
     clean = [torch.tensor([[0.1, -0.2, 0.0]]) + i for i in range(3)]
     dirty = [torch.where(mask, x, junk) for x in clean]
@@ -75,7 +75,7 @@ def test_trap_15_junk_in_padding_reaches_neither_loss_nor_gradient(junk: float) 
     assert dirty[0].grad[0, 2] == 0
 
 
-def test_trap_14_metrics_ignore_padding() -> None:
+def test_metrics_ignore_padding() -> None:
     rng = torch.Generator().manual_seed(0)
     new, old, advantages = (torch.randn(2, 4, generator=rng) for _ in range(3))
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
@@ -108,7 +108,7 @@ def surrogate(ratio: float, advantage: float, **settings: Any) -> tuple[float, f
         (1.5, -1.0, 1.5, 1.5),
     ],
 )
-def test_trap_18_asymmetric_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+def test_asymmetric_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
     assert surrogate(ratio, advantage, clip_range_high=0.4) == pytest.approx(
         (loss, gradient), abs=tolerance(terms=4, scale=3.0)
     )
@@ -123,7 +123,7 @@ def test_trap_18_asymmetric_clip(ratio: float, advantage: float, loss: float, gr
         (0.5, -2.0, 1.6, 0.0),
     ],
 )
-def test_trap_18_dual_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+def test_dual_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
     assert surrogate(ratio, advantage, dual_clip=3.0) == pytest.approx(
         (loss, gradient), abs=tolerance(terms=4, scale=3.0)
     )
@@ -147,7 +147,7 @@ def test_penalty_is_the_kl_from_the_old_policy_on_average() -> None:
     assert (old.exp() * (ratio - 1 - ratio.log())).sum().item() == pytest.approx(exact.item())
 
 
-def test_trap_15_nan_in_the_padding_of_the_other_losses() -> None:
+def test_nan_in_the_padding_of_the_other_losses() -> None:
     mask = torch.tensor([[True, False]])
     log_probs = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
     advantages = torch.tensor([[2.0, torch.nan]])

@@ -62,14 +62,14 @@ def texts(*chosen: int) -> Sequences:
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if name != "soft"])
-def test_trap_40_the_greedy_text_is_the_best(name: str) -> None:
+def test_the_greedy_text_is_the_best(name: str) -> None:
     agent = make_agent(name, learning_rate=0.1, gradient_steps=8)
     assert TASK.greedy_reward(agent.policy) < TASK.rewards.max()
     agent.learn(32 * 100)
     assert TASK.greedy_reward(agent.policy) == TASK.rewards.max()
 
 
-def test_trap_40_the_soft_policy_is_the_closed_form() -> None:
+def test_the_soft_policy_is_the_closed_form() -> None:
     agent, optimum = make_agent("soft", max_grad_norm=100.0), TASK.optimum(0.3)
     agent.learn(32 * 200)
     log_probs = TASK.log_probs(agent.policy)
@@ -79,7 +79,7 @@ def test_trap_40_the_soft_policy_is_the_closed_form() -> None:
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("name", ["soft", "everything", "pathwise"])
-def test_trap_35_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
     beta = 0.3 if name == "soft" else 0.0
     whole = make_agent(name, memory_size=80).learn(160)
     part = make_agent(name, memory_size=80)
@@ -317,7 +317,7 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", ["soft", "greedy", "quantiles", "pathwise"])
-def test_trap_24_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
     gradients = []
     for micro_batch_size in (None, 5):
         agent = make_agent(name, micro_batch_size=micro_batch_size, max_grad_norm=1e9)

@@ -104,9 +104,7 @@ LONG_PPO = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
     ],
     ids=["ppo", "ppo-penalty", "nlpo", "grpo", "rloo", "reinforce", "a2c"],
 )
-def test_trap_40_the_learned_policy_is_the_closed_form(
-    kind: Any, settings: dict[str, Any], rows: int, bar: float
-) -> None:
+def test_the_learned_policy_is_the_closed_form(kind: Any, settings: dict[str, Any], rows: int, bar: float) -> None:
     optimum = LONG.optimum(beta=1.0)
     gaps, distances = [], []
     for seed in range(2):

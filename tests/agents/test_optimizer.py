@@ -61,7 +61,7 @@ def test_learns_with_moments_in_8_bits_as_in_32() -> None:
 
 
 @pytest.mark.bit_for_bit
-def test_trap_35_resume_bit_for_bit_with_moments_in_8_bits(tmp_path: Path) -> None:
+def test_resume_bit_for_bit_with_moments_in_8_bits(tmp_path: Path) -> None:
     whole, part = make_agent(True).learn(160), make_agent(True)
     part.learn(160, [lambda agent, _: agent.updates < 3])
     part.save(tmp_path / "agent")

@@ -79,7 +79,7 @@ def test_a_transformer_without_a_learning_rate_gains_nothing() -> None:
 
 
 @pytest.mark.parametrize("minibatch_size", [4, 8, 32])
-def test_trap_01_first_update_starts_at_ratio_one(minibatch_size: int) -> None:
+def test_first_update_starts_at_ratio_one(minibatch_size: int) -> None:
     """With learning rate 0 the ratio is 1 in every minibatch of every epoch."""
     history: list[dict[str, float]] = []
     agent = make_agent(learning_rate=0.0, minibatch_size=minibatch_size, num_epochs=2)
@@ -90,7 +90,7 @@ def test_trap_01_first_update_starts_at_ratio_one(minibatch_size: int) -> None:
         assert metrics["policy/clipfrac_avg"] == 0
 
 
-def test_trap_20_kl_is_the_mean_over_sequences_of_the_sum_over_tokens() -> None:
+def test_kl_is_the_mean_over_sequences_of_the_sum_over_tokens() -> None:
     agent = make_agent(envs=make_envs(reference=mock_lm(seed=5)), learning_rate=0.0, episodes_per_update=16)
     seen: list[dict[str, float]] = []
     agent.learn(16, [lambda agent, metrics: seen.append(metrics)])
@@ -105,7 +105,7 @@ def test_trap_20_kl_is_the_mean_over_sequences_of_the_sum_over_tokens() -> None:
     assert seen[0]["objective/kl"] == pytest.approx(total / 16, abs=ROUNDING)
 
 
-def test_trap_25_gradient_clipping_acts() -> None:
+def test_gradient_clipping_acts() -> None:
     """A reward of a million: the gradient explodes, the step taken is still one of norm max_grad_norm."""
     agent = make_agent(value_coef=1.0, clip_range_value=None, max_grad_norm=0.5)
     seen = {}
@@ -119,7 +119,7 @@ def test_trap_25_gradient_clipping_acts() -> None:
     assert seen["norm"] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_trap_27_frozen_models_do_not_move() -> None:
+def test_frozen_models_do_not_move() -> None:
     classifier = LlamaForSequenceClassification(LlamaConfig(**{**mock_lm().config.to_dict(), "num_labels": 1}))
     reward = RewardModel(classifier, byte_tokenizer())
     envs = make_envs(reward=reward)
@@ -177,7 +177,7 @@ def test_a_callback_stops_the_run() -> None:
 @pytest.mark.bit_for_bit
 @pytest.mark.numerics
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_trap_35_resume_bit_for_bit(tmp_path: Path, critic: str) -> None:
+def test_resume_bit_for_bit(tmp_path: Path, critic: str) -> None:
     whole = make_agent(critic).learn(128)
     part = make_agent(critic)
     part.learn(128, [lambda agent, metrics: agent.updates < 2])

@@ -108,7 +108,7 @@ def test_merging_rollouts_with_different_components() -> None:
 
 
 @pytest.mark.parametrize("reference", [None, "mock"])
-def test_trap_35_scaling_and_a_moved_reference_are_resumed(tmp_path: Path, reference: str | None) -> None:
+def test_scaling_and_a_moved_reference_are_resumed(tmp_path: Path, reference: str | None) -> None:
     def agent() -> PPO:
         return make_agent(score_scaling="running", reference=reference and mock_lm(seed=3))
 
@@ -125,7 +125,7 @@ def test_trap_35_scaling_and_a_moved_reference_are_resumed(tmp_path: Path, refer
             assert again[-1][name] == value, name
 
 
-def test_trap_35_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> None:
+def test_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> None:
     """An environment that names no reference leaves the policy's own start as one, and the policy moves on."""
     whole = history_of(make_agent(), 64)
     part = make_agent()
@@ -144,7 +144,7 @@ def test_trap_35_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> No
     ],
     ids=["above", "below", "adaptive"],
 )
-def test_trap_21_controllers_steer_the_coefficient(controller: Any, factors: list[float], tmp_path: Path) -> None:
+def test_controllers_steer_the_coefficient(controller: Any, factors: list[float], tmp_path: Path) -> None:
     agent = make_agent(kl_coef=controller, reference=mock_lm(seed=3))
     history = history_of(agent, 32)
     assert [row["objective/kl_coef"] for row in history] == pytest.approx([0.1, 0.1 * factors[0]])

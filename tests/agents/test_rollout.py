@@ -188,7 +188,7 @@ def test_scores_and_columns_belong_to_their_rows() -> None:
     assert rollout.components["reward/ramp"].tolist() == [n * (n + 1) / 2 for n in lengths_of(rollout)]
 
 
-def test_trap_10_the_score_is_paid_at_the_last_token() -> None:
+def test_the_score_is_paid_at_the_last_token() -> None:
     rollout = collect(make_envs(missing_eos_penalty=0.5), make_policy())
     rewards = rollout.rewards()
     for row, length in enumerate(lengths_of(rollout)):

@@ -164,7 +164,7 @@ def test_the_gradient_knows_every_token_of_a_completion() -> None:
 
 
 @pytest.mark.parametrize("pads", [1, 5])
-def test_trap_06_padding_changes_nothing(pads: int) -> None:
+def test_padding_changes_nothing(pads: int) -> None:
     agent = make_agent()
     batch = agent.collate(range(4))
     padded = {**batch, "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, pads), value=EOS)}
@@ -176,7 +176,7 @@ def test_trap_06_padding_changes_nothing(pads: int) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 6])
-def test_trap_24_micro_batches_add_up_to_the_gradient_of_the_batch(micro_batch_size: int) -> None:
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(micro_batch_size: int) -> None:
     """Completions have 2 to 10 tokens, and the last update of the epoch has 2 examples of 12."""
     taken = []
     for size in (None, micro_batch_size):
@@ -210,7 +210,7 @@ def watched(gradients: list[Tensor]) -> Iterator[None]:
 
 @pytest.mark.bit_for_bit
 @pytest.mark.parametrize("stop", [1, 4, 5, 9])
-def test_trap_35_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
+def test_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
     """8 updates in 2 epochs: stopped in the first, at its end, in the second, and not at all."""
     whole = make_agent(micro_batch_size=2).learn()
     part = make_agent(micro_batch_size=2).learn([lambda agent, _: agent.updates < stop])

@@ -83,7 +83,7 @@ def test_value_loss(case: dict[str, Any]) -> None:
     assert case["vf_clipfrac"] > 0
 
 
-def test_trap_10_the_score_is_paid_on_the_last_token_and_not_after_it() -> None:
+def test_the_score_is_paid_on_the_last_token_and_not_after_it() -> None:
     """The two agree on a response that fills the width, which has no token after it, and on no other."""
     case = TRL["cases"][0]
     unscored, values, theirs = tensors(case, "unscored", "values", "raw_advantages")

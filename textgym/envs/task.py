@@ -144,7 +144,7 @@ class TextTask:
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
         self.policy = policy
-        if self.penalty is not None:  # one temperature on both sides (trap 4); a policy that has none samples at 1
+        if self.penalty is not None:  # one temperature on both sides; a policy that has none samples at 1
             self.penalty.reference.temperature = getattr(policy, "temperature", 1.0)
 
     @property

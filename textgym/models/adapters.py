@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def with_lora(lm: Any, config: Any) -> Any:
     """A peft model around a language model, whose layers it changes in place: from now on the adapter alone is trained.
 
-    The adapter's dropout is removed as the model's is (trap 3).
+    The adapter's dropout is removed as the model's is.
 
     Args:
         config: a `peft.LoraConfig`.

@@ -79,7 +79,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A fresh language model in evaluation mode, its dropout removed (trap 3); a module is used as it is.
+    """A fresh language model in evaluation mode, its dropout removed; a module is used as it is.
 
     What is causal is loaded as such, an encoder-decoder model with both its halves.
 
@@ -164,7 +164,7 @@ def freeze(model: Any) -> Any:
 
 
 def disable_dropout(model: Any) -> Any:
-    """Sets every dropout probability to zero, so that `train()` changes nothing (trap 3); returns the model."""
+    """Sets every dropout probability to zero, so that `train()` changes nothing; returns the model."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,7 +1,7 @@
 """Token log-probs and entropies from hidden states, without ever holding an (N, T, V) tensor.
 
 Logits are made for a chunk of tokens at a time and, when gradients flow through several chunks, made again in the
-backward pass. Log-softmax is taken in float32 whatever the model's dtype (trap 22).
+backward pass. Log-softmax is taken in float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def token_log_probs(
         head: the output embedding, `(m, d) -> (m, V)`.
         actions: `(M,)` token ids.
         vocab_size: V, to size the chunks.
-        temperature: divides the logits, in sampling and here alike (trap 4).
+        temperature: divides the logits, in sampling and here alike.
         banned: bool `(M,)`, the tokens at which `stop_ids` may not be chosen. An agent that chooses one all the same
             gets its log-prob under the distribution without the ban, so the result stays finite.
         allowed: bool `(M, V)`, which tokens may be chosen at all; every action must be. `None` allows all.

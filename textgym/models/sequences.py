@@ -50,7 +50,7 @@ class HostRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequences:
-    """N prompts with their responses. Masks come from lengths, never from token ids (trap 8).
+    """N prompts with their responses. Masks come from lengths, never from token ids.
 
     What follows from these tensors is computed when it is first asked for, and kept.
 
@@ -60,7 +60,7 @@ class Sequences:
         response_lengths: `(N,)`, at least 1.
         stop: which tokens end a response and how early they may, see `StopRule`.
         written: bool `(N, T)` or wider, the response tokens that the policy wrote; `None` where it wrote all. What an
-            environment put in between, such as the replies of a game, is context: no loss, no KL, no value (trap 33).
+            environment put in between, such as the replies of a game, is context: no loss, no KL, no value.
         decoder_start: for encoder-decoder models, the token ids that the decoder begins with, before the response.
         known: what the host knows of the rows already; `None` reads it from the device when it is needed.
     """

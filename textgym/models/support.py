@@ -150,7 +150,7 @@ def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str,
 
 
 def _tokens(lm: Any, width: int, first: int = 3) -> Tensor:
-    """Different ids `(3, width)`, and one that pads, which a model must take for a token like any other (trap 8)."""
+    """Different ids `(3, width)`, and one that pads, which a model must take for a token like any other."""
     vocab_size = lm.get_output_embeddings().weight.shape[0]
     count = len(LENGTHS) * width
     ids = ((torch.arange(count, device=lm.device) * 7 + first) % vocab_size).view(len(LENGTHS), width)

@@ -178,7 +178,7 @@ class KLPenalty:
         return sequences.pad(flat)
 
     def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
-        """The estimate where `mask` is set, zero elsewhere, whatever stands there (trap 15).
+        """The estimate where `mask` is set, zero elsewhere, whatever stands there.
 
         The reference may be elsewhere; the result is where `log_probs` is.
         """
@@ -191,7 +191,7 @@ class KLPenalty:
 
 
 def warn_of_filter(action_mask: object | None, estimator: Estimator) -> None:
-    """Says what a KL means where sampling is filtered by top-k or top-p, and k1 estimates it (trap 5).
+    """Says what a KL means where sampling is filtered by top-k or top-p, and k1 estimates it.
 
     Policy and reference are filtered alike, so k1 is right for the KL between the two *filtered* distributions, which
     does not see tokens that the filter took away.

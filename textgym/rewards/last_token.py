@@ -21,7 +21,7 @@ class TextScores(NamedTuple):
 
 
 class LastTokenScorer(nn.Module):
-    """The raw score of right-padded rows, in fp32 whatever the model's dtype (traps 22, 28)."""
+    """The raw score of right-padded rows, in fp32 whatever the model's dtype."""
 
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()

@@ -134,7 +134,7 @@ class RewardModel:
         """One score for each completion.
 
         Ids are read in place of the texts if `share_ids_with` found the policy's tokenizer to be this model's own,
-        because encoding the decoded text again need not give them back (trap 34).
+        because encoding the decoded text again need not give them back.
         """
         plain = all(isinstance(prompt, str) for prompt in prompts)  # conversations have this model's own template
         if self.shared_ids and plain and prompt_ids is not None and completion_ids is not None:
@@ -315,7 +315,7 @@ def _label_index(model: PreTrainedModel, label: int | str | None) -> int:
 
 
 def _restore_bias(model: PreTrainedModel, path: str) -> None:
-    """Takes over what `AutoModelForSequenceClassification` ignores: the bias of a decoder's head (trap 29)."""
+    """Takes over what `AutoModelForSequenceClassification` ignores: the bias of a decoder's head."""
     head = score_head(model)
     if head is None:
         return

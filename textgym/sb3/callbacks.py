@@ -89,7 +89,7 @@ class KLCallback(BaseCallback):
         if self.pays:
             self.tokens.pay_kl("KLCallback")
             warn_of_filter(self.tokens.action_mask, self.kl_estimator)
-        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides (trap 4)
+        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides
 
     def _on_step(self) -> bool:
         if self.penalty is not None:

@@ -209,7 +209,7 @@ class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):  # type: ignore[misc
         """Log-prob `(B,)` of tokens, for `attach_policy`.
 
         Raises:
-            ValueError: the environment masks actions, which this policy does not (trap 5).
+            ValueError: the environment masks actions, which this policy does not.
         """
         if action_masks is not None:
             raise ValueError(

@@ -235,7 +235,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
 
     def _kl(self, penalty: KLPenalty) -> np.ndarray:
         """KL estimate of every token, `(buffer_size, n_envs)` nats, in a few packed passes of the reference."""
-        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides (trap 4)
+        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides
         kl = np.zeros_like(self.rewards)
         for chosen in self._batches(np.arange(len(self.segments)), CHUNK_TOKENS):
             where = self._where(chosen)

@@ -74,7 +74,7 @@ class VectorTokenHistory(VectorObservationView):
 
 
 def window(observation: dict[str, torch.Tensor], n: int, task: TextTask) -> dict[str, torch.Tensor]:
-    """The last n tokens of each row, from the lengths alone (trap 8)."""
+    """The last n tokens of each row, from the lengths alone."""
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1, keepdim=True)
     slots = lengths - n + torch.arange(n, device=ids.device)  # (B, n)
     real = slots >= 0

@@ -105,7 +105,7 @@ def _last_info(env: TextEnv) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("end", "fined"), [([EOS], False), ([PAD], False), ([10], False), ([98], True)])
-def test_trap_32_a_missing_end_is_one_by_any_stop_token(settings: dict[str, Any], end: list[int], fined: bool) -> None:
+def test_a_missing_end_is_one_by_any_stop_token(settings: dict[str, Any], end: list[int], fined: bool) -> None:
     """Stop tokens are the environment's: EOS, a stop id that is not EOS, and one that is the pad token."""
     env = TextEnv(**{**settings, "kl_coef": 0.0}, missing_eos_penalty=100.0, stop=[10, PAD])
     env.reset(seed=0)
@@ -148,7 +148,7 @@ class _Confident:
         return torch.zeros(1)
 
 
-def test_trap_05_filtered_sampling_with_k1_is_said(settings: dict[str, Any]) -> None:
+def test_filtered_sampling_with_k1_is_said(settings: dict[str, Any]) -> None:
     mask = TopKMask(mock_lm(), k=9)
     with pytest.warns(UserWarning, match="sampling is filtered by TopKMask and the KL estimator is 'k1'"):
         TextEnv(**settings, action_mask=mask)

@@ -79,7 +79,7 @@ def test_eos_ends_the_row_and_gets_the_score(settings: dict[str, Any]) -> None:
     assert env.transcript["completion"] == "a"
 
 
-def test_trap_11_the_length_limit_terminates_unless_asked_to_truncate(settings: dict[str, Any]) -> None:
+def test_the_length_limit_terminates_unless_asked_to_truncate(settings: dict[str, Any]) -> None:
     for limit, expected in (("terminate", (True, False)), ("truncate", (False, True))):
         env = TextEnv(**{**settings, "length_limit": limit, "missing_eos_penalty": 2.0, "kl_coef": 0.0})
         env.reset(seed=0)
@@ -104,7 +104,7 @@ def test_stop_ids_and_stop_strings(settings: dict[str, Any]) -> None:
     assert reward == 3.0
 
 
-def test_trap_09_a_generation_config_of_the_model_stops_nothing(settings: dict[str, Any]) -> None:
+def test_a_generation_config_of_the_model_stops_nothing(settings: dict[str, Any]) -> None:
     """What ends a row is the environment's: not what the model's own generation config takes for an end."""
     lm = mock_lm()
     lm.generation_config.eos_token_id = [token for token in range(258) if token != EOS]
@@ -194,7 +194,7 @@ def test_prompts_are_drawn_without_replacement(settings: dict[str, Any]) -> None
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
 
 
-def test_trap_36_same_seed_same_episodes_and_global_generators_untouched(settings: dict[str, Any]) -> None:
+def test_same_seed_same_episodes_and_global_generators_untouched(settings: dict[str, Any]) -> None:
     env = TextEnv(**settings)
 
     def episode() -> tuple[Any, ...]:

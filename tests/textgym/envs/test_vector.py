@@ -32,7 +32,7 @@ def scripted(steps: int, rows: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_trap_39_each_end_is_delivered_once_to_the_right_episode(settings: dict[str, Any], mode: AutoresetMode) -> None:
+def test_each_end_is_delivered_once_to_the_right_episode(settings: dict[str, Any], mode: AutoresetMode) -> None:
     """Against Gymnasium's own SyncVectorEnv over one-row environments, fed the same prompts and actions."""
     rows, steps = 3, 40
     envs = TextVectorEnv(rows, **settings, autoreset_mode=mode)
@@ -122,7 +122,7 @@ def test_torch_arrays_stay_tensors(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("restricted", [0, 3])
-def test_trap_43_slow_and_fast_paths_agree(settings: dict[str, Any], restricted: int) -> None:
+def test_slow_and_fast_paths_agree(settings: dict[str, Any], restricted: int) -> None:
     """One set of episodes through TextEnv (exact KL), TextVectorEnv (exact KL), and the agents' batched path."""
     from textgym.agents.advantages import gae
     from textgym.agents.rollout import collect
@@ -170,7 +170,7 @@ def test_trap_43_slow_and_fast_paths_agree(settings: dict[str, Any], restricted:
     assert_close(slow_advantages, fast_advantages, terms=FORWARD, scale=LOG_PROB)
 
 
-def test_trap_36_vector_seeding(settings: dict[str, Any]) -> None:
+def test_vector_seeding(settings: dict[str, Any]) -> None:
     envs = TextVectorEnv(3, **settings)
 
     def prompts() -> list[int]:

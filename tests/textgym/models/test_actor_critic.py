@@ -69,7 +69,7 @@ def policy_of(
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 @pytest.mark.parametrize("minibatch", [1, 3, 8])
-def test_trap_01_ratio_is_one_before_the_first_update(architecture: str, critic: str, minibatch: int) -> None:
+def test_ratio_is_one_before_the_first_update(architecture: str, critic: str, minibatch: int) -> None:
     policy = policy_of(architecture, critic)
     sequences, log_probs, values = play(policy, blank(*EIGHT))
     for rows in torch.randperm(8).split(minibatch):
@@ -81,14 +81,14 @@ def test_trap_01_ratio_is_one_before_the_first_update(architecture: str, critic:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_trap_02_kl_is_zero_at_step_zero(estimator: Any, temperature: float) -> None:
+def test_kl_is_zero_at_step_zero(estimator: Any, temperature: float) -> None:
     policy = policy_of(temperature=temperature)
     sequences, log_probs, _ = play(policy, blank(*EIGHT))
     kl = KLPenalty(policy.reference(), 0.1, estimator).of_sequences(policy, sequences, log_probs)
     assert kl.abs().max() < ROUNDING
 
 
-def test_trap_02_kl_is_zero_through_lora_with_the_adapter_off() -> None:
+def test_kl_is_zero_through_lora_with_the_adapter_off() -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     policy = ActorCritic.from_pretrained(mock_lm(), lora=lora)
@@ -103,7 +103,7 @@ def test_trap_02_kl_is_zero_through_lora_with_the_adapter_off() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_trap_03_dropout_is_off_even_in_training_mode(architecture: str) -> None:
+def test_dropout_is_off_even_in_training_mode(architecture: str) -> None:
     rates = {"gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}, "llama": {"attention_dropout": 0.5}}
     policy = policy_of(architecture, critic="separate", **rates[architecture])
     policy.train()
@@ -115,7 +115,7 @@ def test_trap_03_dropout_is_off_even_in_training_mode(architecture: str) -> None
     assert (reference.sequence_log_probs(sequences) - log_probs).abs().max() < ROUNDING
 
 
-def test_trap_04_temperature_is_in_training_and_reference_too() -> None:
+def test_temperature_is_in_training_and_reference_too() -> None:
     policy = policy_of(temperature=0.7)
     sequences, log_probs, _ = play(policy, blank(*EIGHT))
     assert (policy.evaluate(sequences).log_prob - log_probs).abs().max() < ROUNDING
@@ -147,7 +147,7 @@ def test_checkpointed_layers_keep_less_and_have_the_same_gradients(architecture:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("pads", [0, 1, 5])
-def test_trap_06_right_padding_invariance(architecture: str, pads: int) -> None:
+def test_right_padding_invariance(architecture: str, pads: int) -> None:
     policy = policy_of(architecture)
     sequences = blank([4], [6], width=10)
     plain = policy.evaluate(sequences)
@@ -164,7 +164,7 @@ def test_trap_06_right_padding_invariance(architecture: str, pads: int) -> None:
     assert step.action[0] == logits[-1].argmax()
 
 
-def test_trap_07_pad_token_equal_to_eos() -> None:
+def test_pad_token_equal_to_eos() -> None:
     """EOS inside a response, and the same id in the padding: lengths decide, so its log-prob stays."""
     policy = policy_of()
     sequences = blank([3, 3], [6, 2])
@@ -177,7 +177,7 @@ def test_trap_07_pad_token_equal_to_eos() -> None:
     assert sequences.mask.sum(1).tolist() == [6, 2]
 
 
-def test_trap_08_masks_come_from_lengths_not_from_ids() -> None:
+def test_masks_come_from_lengths_not_from_ids() -> None:
     """The pad id sampled as an ordinary token: log-probs after it still agree."""
     policy = policy_of("gpt2")
     pad = V - 1
@@ -193,7 +193,7 @@ def test_trap_08_masks_come_from_lengths_not_from_ids() -> None:
     assert_close(new.log_prob, torch.stack(stepped, 1) * sequences.mask, terms=FORWARD)
 
 
-def test_trap_14_entropy_is_exact_positive_and_blind_to_padding() -> None:
+def test_entropy_is_exact_positive_and_blind_to_padding() -> None:
     policy = policy_of(temperature=0.7)
     sequences = blank([4, 2], [6, 3])
     entropy = policy.evaluate(sequences).entropy
@@ -209,7 +209,7 @@ def test_trap_14_entropy_is_exact_positive_and_blind_to_padding() -> None:
     torch.testing.assert_close(policy.evaluate(wider).entropy, entropy)
 
 
-def test_trap_16_no_off_by_one() -> None:
+def test_no_off_by_one() -> None:
     """A model whose next token is planted: id + 1. Log-prob t belongs to token t, value t to the state before it."""
     policy = policy_of()
     ids = torch.arange(10, 34)[None].clone()
@@ -227,7 +227,7 @@ def test_trap_16_no_off_by_one() -> None:
     assert_close(policy.evaluate(sequences).value[0], expected, terms=FORWARD)
 
 
-def test_trap_22_log_softmax_in_float32() -> None:
+def test_log_softmax_in_float32() -> None:
     """bf16 weights: the log-probs are float32, sum to one, and stay within the documented band of the fp32 model's."""
     policy = policy_of()
     sequences, _, _ = play(policy, blank(*EIGHT))
@@ -241,7 +241,7 @@ def test_trap_22_log_softmax_in_float32() -> None:
     assert (result.log_prob - exact.log_prob).abs().max() < 0.5
 
 
-def test_trap_23_batch_composition_changes_nothing() -> None:
+def test_batch_composition_changes_nothing() -> None:
     policy = policy_of("gpt2")
     sequences, _, _ = play(policy, blank(*EIGHT))
     together = policy.evaluate(sequences)
@@ -253,7 +253,7 @@ def test_trap_23_batch_composition_changes_nothing() -> None:
             assert_close(getattr(together, name)[row, :width], expected, terms=FORWARD)
 
 
-def test_trap_26_value_loss_leaves_the_policy_alone_with_a_separate_critic() -> None:
+def test_value_loss_leaves_the_policy_alone_with_a_separate_critic() -> None:
     policy = policy_of(critic="separate")
     policy.evaluate(blank(*EIGHT)).value.square().sum().backward()
     assert all(parameter.grad is None for parameter in policy.lm.parameters())
@@ -262,7 +262,7 @@ def test_trap_26_value_loss_leaves_the_policy_alone_with_a_separate_critic() -> 
     )
 
 
-def test_trap_26_a_fresh_value_head_says_zero() -> None:
+def test_a_fresh_value_head_says_zero() -> None:
     assert (ActorCritic.from_pretrained(mock_lm()).evaluate(blank(*EIGHT)).value == 0).all()
 
 

@@ -126,7 +126,7 @@ def test_saved_merged_and_loaded_with_or_without_a_new_adapter(sequences: Sequen
     assert not is_twin(again.critic, again.lm), "its weights are its own, which were trained"
 
 
-def test_trap_03_dropout_of_the_adapter_is_off_even_in_training_mode(sequences: Sequences) -> None:
+def test_dropout_of_the_adapter_is_off_even_in_training_mode(sequences: Sequences) -> None:
     policy = make_policy(lora_dropout=0.5).train()
     torch.nn.init.normal_(policy.value_head.weight)
     first, second = policy.evaluate(sequences), policy.evaluate(sequences)

@@ -68,7 +68,7 @@ def full_logits(lm: torch.nn.Module, row: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_trap_42_cached_decoding_equals_full_recomputation(name: str) -> None:
+def test_cached_decoding_equals_full_recomputation(name: str) -> None:
     lm = random_lm(name)
     rows, width, steps = 5, 40, 60
     rng = torch.Generator().manual_seed(1)

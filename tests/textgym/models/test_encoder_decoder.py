@@ -156,7 +156,7 @@ def policy_of(name: str, critic: str = "shared", **arguments: Any) -> ActorCriti
 @pytest.mark.parametrize(
     ("name", "critic"), [("t5", "shared"), ("t5", "separate"), ("bart", "shared"), ("mbart", "separate")]
 )
-def test_trap_01_ratio_is_one_before_the_first_update(name: str, critic: str) -> None:
+def test_ratio_is_one_before_the_first_update(name: str, critic: str) -> None:
     policy = policy_of(name, critic, temperature=0.7)
     sequences, log_probs, values = play(policy, sequences_of([3, 1, 7, 4], [5, 8, 1, 3]))
     for rows in (torch.tensor([2, 0]), torch.arange(4)):

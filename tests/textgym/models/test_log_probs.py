@@ -102,7 +102,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("chunk", [4 * V, 100 * V])
-def test_trap_22_log_probs_under_autocast_are_float32_and_close(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_under_autocast_are_float32_and_close(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", chunk)
     hidden, head, actions, _ = inputs()
     plain, _ = token_log_probs(hidden, head, actions, V)

@@ -69,7 +69,7 @@ def test_a_label_has_to_be_chosen() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_trap_29_all_settings_survive_saving(kind: str, tmp_path: Path) -> None:
+def test_all_settings_survive_saving(kind: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"label": 1, "output": "probability", "include_prompt": False, "append_eos": False}
     model = RewardModel(classifier(2, kind), byte_tokenizer(), **settings)
     model.save_pretrained(tmp_path / "saved")

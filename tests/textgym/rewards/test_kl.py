@@ -19,7 +19,7 @@ P = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
 Q = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1])
 
 
-def test_trap_19_estimators_against_the_exact_kl_of_a_categorical() -> None:
+def test_estimators_against_the_exact_kl_of_a_categorical() -> None:
     exact = (P * (P / Q).log()).sum()
     k1, k2, k3 = (estimate_kl(P.log(), Q.log(), name) for name in ("k1", "k2", "k3"))
     torch.testing.assert_close((P * k1).sum(), exact)
@@ -31,7 +31,7 @@ def test_trap_19_estimators_against_the_exact_kl_of_a_categorical() -> None:
         estimate_kl(P.log(), Q.log(), "full")
 
 
-def test_trap_19_gradients_of_the_estimators_as_losses() -> None:
+def test_gradients_of_the_estimators_as_losses() -> None:
     """Expected gradients of estimates differentiated at fixed samples, by the logits of a softmax policy.
 
     k1's is zero: as a loss it does nothing. k2's is the gradient of KL(pi, pi_ref), k3's that of KL(pi_ref, pi). As a
@@ -57,7 +57,7 @@ def test_trap_19_gradients_of_the_estimators_as_losses() -> None:
     assert (forward - reverse).abs().max() > 0.01
 
 
-def test_trap_20_kl_is_summed_over_tokens_and_the_full_form_is_exact() -> None:
+def test_kl_is_summed_over_tokens_and_the_full_form_is_exact() -> None:
     policy, reference = ActorCritic.from_pretrained(mock_lm(seed=0)), mock_lm(seed=1)
     ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
     sequences = Sequences(ids, torch.tensor([3, 4, 2]), torch.tensor([9, 5, 1]), StopRule((256,), 0))
@@ -74,7 +74,7 @@ def test_trap_20_kl_is_summed_over_tokens_and_the_full_form_is_exact() -> None:
     assert_close(k1.sum(1)[0], drawn, terms=FORWARD)
 
 
-def test_trap_21_adaptive_controller() -> None:
+def test_adaptive_controller() -> None:
     """Twice the target for n episodes: the coefficient grows by 1 + 0.2 n / horizon, the error being clipped at 0.2."""
     controller = AdaptiveKL(target=6.0, horizon=1000, coef=0.1)
     controller.update(12.0, 100)
@@ -90,7 +90,7 @@ def test_trap_21_adaptive_controller() -> None:
     assert fixed.coef == 0.3
 
 
-def test_trap_21_threshold_controller() -> None:
+def test_threshold_controller() -> None:
     """PPO-penalty: raised above the upper bound, lowered below the lower one, kept in between."""
     controller = ThresholdKL(low=2.0, high=6.0, factor=1.5, coef=0.1)
     for kl, coef in ((4.0, 0.1), (6.1, 0.15), (2.0, 0.15), (1.9, 0.1), (100.0, 0.15)):

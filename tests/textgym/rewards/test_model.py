@@ -64,14 +64,14 @@ def ids_of(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
-def test_trap_06_right_padding_invariance(reward_model: RewardModel, padding: int) -> None:
+def test_right_padding_invariance(reward_model: RewardModel, padding: int) -> None:
     ids = [*ids_of("a film"), EOS]
     padded = torch.tensor([ids + [PAD] * padding, [*range(50, 50 + len(ids) + padding)]])
     scores = reward_model.score(padded, torch.tensor([len(ids), len(ids) + padding]))
     assert_close(scores[0], by_hand(reward_model, ids), terms=FORWARD, scale=1.0)
 
 
-def test_trap_07_pad_token_equal_to_eos(reward_model: RewardModel) -> None:
+def test_pad_token_equal_to_eos(reward_model: RewardModel) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     model = RewardModel(reward_model.model, tokenizer)
@@ -82,7 +82,7 @@ def test_trap_07_pad_token_equal_to_eos(reward_model: RewardModel) -> None:
     assert_close(scores[0], expected, terms=FORWARD, scale=1.0)
 
 
-def test_trap_08_a_real_pad_id_is_read(reward_model: RewardModel) -> None:
+def test_a_real_pad_id_is_read(reward_model: RewardModel) -> None:
     reward_model.share_ids_with(reward_model.tokenizer)
     for completion in ([65, PAD, 66, EOS], [65, PAD], [PAD, PAD, EOS]):
         score = reward_model(
@@ -93,7 +93,7 @@ def test_trap_08_a_real_pad_id_is_read(reward_model: RewardModel) -> None:
         assert score[0] == pytest.approx(expected.item(), abs=ROUNDING)
 
 
-def test_trap_22_scores_are_fp32_whatever_the_dtype() -> None:
+def test_scores_are_fp32_whatever_the_dtype() -> None:
     full = RewardModel(classifier(), byte_tokenizer()).score_texts(TEXTS)
     half = RewardModel(classifier().to(torch.bfloat16), byte_tokenizer()).score_texts(TEXTS)
     assert half.dtype == torch.float32
@@ -101,7 +101,7 @@ def test_trap_22_scores_are_fp32_whatever_the_dtype() -> None:
     assert not torch.equal(half, half.to(torch.bfloat16).float()), "the head itself is read in fp32"
 
 
-def test_trap_23_a_row_alone_and_in_a_batch(reward_model: RewardModel) -> None:
+def test_a_row_alone_and_in_a_batch(reward_model: RewardModel) -> None:
     together = reward_model.score_texts(TEXTS)
     alone = torch.cat([reward_model.score_texts([text]) for text in TEXTS])
     reward_model.batch_size = 2
@@ -109,7 +109,7 @@ def test_trap_23_a_row_alone_and_in_a_batch(reward_model: RewardModel) -> None:
     assert_close(reward_model.score_texts(TEXTS), alone, terms=FORWARD)
 
 
-def test_trap_27_scoring_leaves_the_model_frozen(reward_model: RewardModel) -> None:
+def test_scoring_leaves_the_model_frozen(reward_model: RewardModel) -> None:
     before = {name: value.clone() for name, value in reward_model.model.state_dict().items()}
     scores = reward_model.score_texts(TEXTS)
     assert not scores.requires_grad
@@ -118,14 +118,14 @@ def test_trap_27_scoring_leaves_the_model_frozen(reward_model: RewardModel) -> N
     assert all(torch.equal(value, before[name]) for name, value in reward_model.model.state_dict().items())
 
 
-def test_trap_03_dropout_is_off() -> None:
+def test_dropout_is_off() -> None:
     dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
     model = RewardModel(classifier("gpt2", **dropout), byte_tokenizer())
     model.model.train()
     assert_close(model.score_texts(TEXTS), model.score_texts(TEXTS), terms=FORWARD)
 
 
-def test_trap_28_last_real_token_whatever_follows(reward_model: RewardModel) -> None:
+def test_last_real_token_whatever_follows(reward_model: RewardModel) -> None:
     reward_model.share_ids_with(reward_model.tokenizer)
     prompt_ids = [ids_of("the "), ids_of("a rather longer prompt ")]
     endings = [[], [EOS], [EOS, 7, 8, 9], [EOS, EOS], [EOS, PAD, PAD]]  # by length, by EOS, and junk after EOS
@@ -148,7 +148,7 @@ def assert_same_weights(one: RewardModel, other: RewardModel) -> None:
         assert torch.equal(weight, expected[name]), name
 
 
-def test_trap_29_a_bias_of_the_head_survives_saving(reward_model: RewardModel, tmp_path: Path) -> None:
+def test_a_bias_of_the_head_survives_saving(reward_model: RewardModel, tmp_path: Path) -> None:
     reward_model.model.score = nn.Linear(32, 1, bias=True).requires_grad_(False)
     with torch.no_grad():
         reward_model.model.score.bias.fill_(1.5)
@@ -159,7 +159,7 @@ def test_trap_29_a_bias_of_the_head_survives_saving(reward_model: RewardModel, t
     assert_close(loaded.score_texts(TEXTS), before, terms=FORWARD)
 
 
-def test_trap_30_calibration_is_mean_0_deviation_1_and_saved(reward_model: RewardModel, tmp_path: Path) -> None:
+def test_calibration_is_mean_0_deviation_1_and_saved(reward_model: RewardModel, tmp_path: Path) -> None:
     assert reward_model.calibrate(TEXTS) is reward_model
     scores = reward_model.score_texts(TEXTS)
     assert scores.mean().item() == pytest.approx(0, abs=ROUNDING)
@@ -174,7 +174,7 @@ def test_trap_30_calibration_is_mean_0_deviation_1_and_saved(reward_model: Rewar
         reward_model.calibrate(["one", "one"])
 
 
-def test_trap_34_shared_ids_are_not_decoded_and_encoded_again(reward_model: RewardModel) -> None:
+def test_shared_ids_are_not_decoded_and_encoded_again(reward_model: RewardModel) -> None:
     prompt, completion = [[97, 0xFF]], [[0xFE, 98, EOS]]  # not UTF-8: encode(decode(x)) != x
     tokenizer = reward_model.tokenizer
     texts = [tokenizer.decode(prompt[0])], [tokenizer.decode(completion[0][:-1])]
@@ -186,7 +186,7 @@ def test_trap_34_shared_ids_are_not_decoded_and_encoded_again(reward_model: Rewa
     assert from_ids != pytest.approx(from_text, abs=1e-3)
 
 
-def test_trap_34_ids_of_another_tokenizer_are_never_read(reward_model: RewardModel) -> None:
+def test_ids_of_another_tokenizer_are_never_read(reward_model: RewardModel) -> None:
     other = byte_tokenizer()
     other.add_tokens(["film"])
     assert not reward_model.share_ids_with(other)

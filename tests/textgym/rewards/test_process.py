@@ -109,7 +109,7 @@ def test_bad_arguments() -> None:
         ProcessRewardModel(classifier(), byte_tokenizer(), label=5)
 
 
-def test_trap_27_it_is_frozen() -> None:
+def test_it_is_frozen() -> None:
     model: Any = classifier().train()
     reward = ProcessRewardModel(model, byte_tokenizer())
     assert not reward.model.training

@@ -71,7 +71,7 @@ def test_the_score_is_the_weighted_sum_and_token_rewards_add_up(
 
 @given(st.data(), batches(), st.sampled_from(["penalise", "skip"]))
 @pytest.mark.filterwarnings("ignore:reward function:UserWarning")
-def test_trap_31_nothing_that_a_function_returns_gets_through_unless_it_is_a_number(
+def test_nothing_that_a_function_returns_gets_through_unless_it_is_a_number(
     data: st.DataObject, finished: Finished, mode: Any
 ) -> None:
     bad = st.sampled_from([math.nan, math.inf, -math.inf, "1", 1j, {}, [], [None], ["a"], [1.0] * 6, object()])
@@ -89,7 +89,7 @@ def test_trap_31_nothing_that_a_function_returns_gets_through_unless_it_is_a_num
 @given(
     batches(), st.one_of(st.none(), st.integers(), TEXT, st.lists(FINITE, max_size=12), st.dictionaries(TEXT, FINITE))
 )
-def test_trap_31_a_batch_of_another_length_is_refused(finished: Finished, values: Any) -> None:
+def test_a_batch_of_another_length_is_refused(finished: Finished, values: Any) -> None:
     if isinstance(values, list) and len(values) == len(finished):
         values = [*values, 0.0]
     with pytest.raises(RewardError, match="must return a list of"):

@@ -60,7 +60,7 @@ def test_tied_weights_move_once() -> None:
     torch.testing.assert_close(penalty.reference.head.weight, start + 0.1)
 
 
-def test_trap_27_models_that_others_share_stay() -> None:
+def test_models_that_others_share_stay() -> None:
     first, second = KLPenalty("tiny", 0.1), KLPenalty("tiny", 0.1)
     assert first.reference.lm is second.reference.lm
     before = copy.deepcopy(second.reference.lm.state_dict())

@@ -33,7 +33,7 @@ def broken(completions: list[str]) -> list[float]:
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("penalise", [2 - 2.0 - 2.0, 5 + 6.0 - 2.0]), ("skip", [2.0, 11.0])])
-def test_trap_31_failures_are_counted_and_lived_with(mode: Any, expected: list[float], finished: Finished) -> None:
+def test_failures_are_counted_and_lived_with(mode: Any, expected: list[float], finished: Finished) -> None:
     scorer = Scorer([text_length, half_broken, broken], [1.0, 2.0, 2.0], on_error=mode)
     with pytest.warns(UserWarning, match="on_reward_error=.*said once, then counted") as said:
         scores = scorer(finished)
@@ -191,7 +191,7 @@ def test_a_format_function_of_conversations_as_in_trl_documentation() -> None:
 # --- scaling ---
 
 
-def test_trap_30_running_scale_is_that_of_all_scores_so_far() -> None:
+def test_running_scale_is_that_of_all_scores_so_far() -> None:
     rng = np.random.default_rng(0)
     batches = [rng.normal(3.0, 2.0, size) for size in (1, 5, 7, 100)]
     scale = RunningScale("running")

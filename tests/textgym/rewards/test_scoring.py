@@ -186,7 +186,7 @@ def len_of_prompts(prompts: list[str]) -> list[float]:
     return [float(len(prompt)) for prompt in prompts]
 
 
-# --- what breaks the contract (trap 31) ---
+# --- what breaks the contract ---
 
 FIRST = r"row 0 \(prompt '2 \+ 2 =', completion ' 4'\)"
 SECOND = r"row 1 \(prompt '3 \+ 4 =', completion ' 8 or'\)"
@@ -216,12 +216,12 @@ SECOND = r"row 1 \(prompt '3 \+ 4 =', completion ' 8 or'\)"
         ([[0.0], [1.0, math.inf, 3.0]], f"returned inf, not a finite number, for {SECOND}"),
     ],
 )
-def test_trap_31_wrong_returns_are_named(values: Any, message: str, finished: Finished) -> None:
+def test_wrong_returns_are_named(values: Any, message: str, finished: Finished) -> None:
     with pytest.raises(RewardError, match=f"^reward function 'given' {message}"):
         scores_of(values, finished)
 
 
-def test_trap_31_exceptions_are_named(finished: Finished) -> None:
+def test_exceptions_are_named(finished: Finished) -> None:
     def broken(completions: list[str]) -> list[float]:
         raise KeyError("no such thing")
 
@@ -235,7 +235,7 @@ def test_trap_31_exceptions_are_named(finished: Finished) -> None:
         assert isinstance(caught.value.__cause__, KeyError | OSError)
 
 
-def test_trap_31_a_column_that_the_prompts_lack(finished: Finished) -> None:
+def test_a_column_that_the_prompts_lack(finished: Finished) -> None:
     def graded(completions: list[str], grade: list[float]) -> list[float]:
         return grade
 
@@ -245,13 +245,13 @@ def test_trap_31_a_column_that_the_prompts_lack(finished: Finished) -> None:
         Scorer(graded)(finished)
 
 
-def test_trap_31_a_tensor_that_holds_no_numbers(finished: Finished) -> None:
+def test_a_tensor_that_holds_no_numbers(finished: Finished) -> None:
     """Tensors of any device are read; the meta device stands for one that cannot be."""
     with pytest.raises(RewardError, match=f"'given' returned a Tensor that cannot be read .*{FIRST}"):
         scores_of(torch.zeros(2, device="meta"), finished)
 
 
-def test_trap_31_an_answer_that_comes_too_late(finished: Finished) -> None:
+def test_an_answer_that_comes_too_late(finished: Finished) -> None:
     async def asleep(completions: list[str]) -> list[float]:
         await asyncio.sleep(60)
         return [0.0, 0.0]

@@ -71,7 +71,7 @@ KINDS = ["none", "minimum", "function", "top_p", "top_k"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trap_05_behaviour_log_probs_are_those_of_the_masked_distribution(
+def test_behaviour_log_probs_are_those_of_the_masked_distribution(
     make_env: MakeEnv, lm_folder: str, maskable: Any, kind: str
 ) -> None:
     env = make_env(**restrictions(lm_folder)[kind])
@@ -82,14 +82,14 @@ def test_trap_05_behaviour_log_probs_are_those_of_the_masked_distribution(
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_trap_05_mean_kl_of_masked_sampling_is_not_negative(
+def test_mean_kl_of_masked_sampling_is_not_negative(
     make_env: MakeEnv, lm_folder: str, maskable: Any, shift_weights: Any, kind: str
 ) -> None:
     env = make_env(n_envs=32, **restrictions(lm_folder)[kind])
     model = maskable(env, n_steps=40)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(env, callback, model.rollout_buffer, 40)
-    assert np.abs(model.rollout_buffer.episode_kl).max() < ROUNDING  # the reference itself, masked alike (trap 2)
+    assert np.abs(model.rollout_buffer.episode_kl).max() < ROUNDING  # the reference itself, masked alike
     shift_weights(model)
     model.collect_rollouts(env, callback, model.rollout_buffer, 40)
     kl = np.array(model.rollout_buffer.episode_kl)
@@ -137,7 +137,7 @@ def test_kl_equals_that_of_exact_stepping(make_env: MakeEnv, lm_folder: str, mas
     assert_close(rewards[0], rewards[1], terms=FORWARD, scale=LOG_PROB)
 
 
-def test_trap_41_mask_model_equals_the_policy_of_the_moment_of_each_refresh(
+def test_mask_model_equals_the_policy_of_the_moment_of_each_refresh(
     make_env: MakeEnv, lm_folder: str, maskable: Any
 ) -> None:
     mask = TopPMask(lm_folder, p=0.8)

@@ -27,7 +27,7 @@ from textgym.testing import byte_tokenizer, mock_lm, tolerance
 MakeEnv = Any
 
 
-def test_trap_38_rollout_actions_are_those_of_an_uncached_policy(
+def test_rollout_actions_are_those_of_an_uncached_policy(
     make_env: MakeEnv, lm_folder: str, make_model: Any, collect: Any
 ) -> None:
     tokens = []
@@ -61,7 +61,7 @@ def test_construction_leaves_pretrained_weights_alone(make_env: MakeEnv, lm_fold
         assert not model.policy.actor_critic.value_head.weight.any()
 
 
-def test_trap_03_dropout_of_the_config_is_off(make_env: MakeEnv, tmp_path: Path, make_model: Any) -> None:
+def test_dropout_of_the_config_is_off(make_env: MakeEnv, tmp_path: Path, make_model: Any) -> None:
     mock_lm(attention_dropout=0.5).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     model = make_model(make_env(), folder=str(tmp_path))
@@ -233,7 +233,7 @@ def test_other_environments_and_continuous_exploration_are_refused(
         make_model(make_env(), use_sde=True)
 
 
-def test_trap_05_kl_of_an_environment_that_masks_is_refused_to_a_policy_that_does_not(
+def test_kl_of_an_environment_that_masks_is_refused_to_a_policy_that_does_not(
     make_env: MakeEnv, lm_folder: str, make_model: Any
 ) -> None:
     env = make_env(kl_mode="exact", min_new_tokens=3)

@@ -74,7 +74,7 @@ def stock_transitions(buffer: DictReplayBuffer) -> set[Transition]:
 
 
 @pytest.mark.parametrize("length_limit", ["terminate", "truncate"])
-def test_trap_11_transitions_are_those_of_the_stock_buffer(make_env: MakeEnv, length_limit: str) -> None:
+def test_transitions_are_those_of_the_stock_buffer(make_env: MakeEnv, length_limit: str) -> None:
     env = make_env(3, kl_mode="reference", length_limit=length_limit)
     spaces = (env.observation_space, env.action_space)
     ours = EpisodeReplayBuffer(1000, *spaces, n_envs=3)

@@ -48,14 +48,14 @@ def test_one_update_changes_the_parameters_as_the_stock_buffer_does(
     assert_trained_alike(*vectors, model.learning_rate)
 
 
-def test_trap_38_first_epoch_has_ratio_one(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
+def test_first_epoch_has_ratio_one(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
     model = make_model(make_env())
     model.learn(2 * 48)
     assert abs(model.logger.name_to_value["train/approx_kl"]) < tolerance()
     assert model.logger.name_to_value["train/clip_fraction"] == 0
 
 
-def test_trap_38_log_probs_recomputed_from_observations_equal_those_of_the_rollout(
+def test_log_probs_recomputed_from_observations_equal_those_of_the_rollout(
     make_env: MakeEnv, lm_folder: str, make_model: Any, collect: Any
 ) -> None:
     model = make_model(make_env())
@@ -190,7 +190,7 @@ def test_observations_can_be_sub_sampled_token_by_token(
 
 
 @pytest.mark.parametrize("length_limit", ["terminate", "truncate"])
-def test_trap_11_only_truncated_rows_are_bootstrapped(
+def test_only_truncated_rows_are_bootstrapped(
     make_env: MakeEnv, lm_folder: str, length_limit: str, make_model: Any, collect: Any
 ) -> None:
     model = make_model(make_env(length_limit=length_limit, kl_coef=0.0, stop=()), rollout_buffer_kwargs={})

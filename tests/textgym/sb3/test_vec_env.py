@@ -41,7 +41,7 @@ def dummy_beside(env: Any, settings: dict[str, Any], **changes: Any) -> VecEnv:
 
 
 @pytest.mark.parametrize("length_limit", ["terminate", "truncate"])
-def test_trap_39_ends_are_delivered_as_dummy_vec_env_does(
+def test_ends_are_delivered_as_dummy_vec_env_does(
     make_env: MakeEnv, settings: dict[str, Any], length_limit: str
 ) -> None:
     env = make_env(3, length_limit=length_limit)

@@ -95,7 +95,7 @@ def test_every_text_has_logits_of_its_own(table: TableLM) -> None:
     assert len(rows) == 4 + 16 + 64 + 256
 
 
-def test_trap_42_cached_decoding_of_the_table(table: TableLM) -> None:
+def test_cached_decoding_of_the_table(table: TableLM) -> None:
     rng = torch.Generator().manual_seed(1)
     decoder = CachedDecoder(table, 3, 4)
     ids, lengths = torch.zeros(3, 4, dtype=torch.long), torch.ones(3, dtype=torch.long)
