@@ -121,8 +121,13 @@ def test_counts_updates_and_epochs() -> None:
     assert {"loss", "entropy", "grad_norm", "learning_rate"} <= set(history[0])
 
 
+@pytest.mark.training
 def test_clones_what_an_agent_did() -> None:
-    """Transcripts of an environment, columns and all, are examples."""
+    """Transcripts of an environment, columns and all, are examples.
+
+    Nothing is sampled. Each learned token is the greedy one if its probability is above a half, and from 8 initial
+    weights the least of them is 0.9966 +- 0.0006 at the end.
+    """
     envs = gym.make_vec(
         "textgym/Text-v0",
         num_envs=4,
