@@ -7,7 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an unknown name fails at once, with no request
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +35,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     archive = sources.cache_dir() / "downloads" / sources.VADER.filename
     if not archive.exists():
         pytest.skip(f"needs {archive}, which `textgym demo` fetches")
+
+
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Variables that a test sets, as the commands of a bit-for-bit run do, do not reach the tests after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def test_torch_is_told_of_threads_kernels_and_precision(
 # --- kill -9 ---
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("agent", ["ppo"])
 def test_a_killed_run_that_is_resumed_has_the_bytes_of_an_undisturbed_one(agent: str, tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce"}
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 pytestmark = pytest.mark.training
-PARALLEL = pytest.mark.parametrize("environment", [{}, SHARDED], ids=["data parallel", "fsdp2"])
+PARALLEL = pytest.mark.parametrize(
+    "environment",
+    [pytest.param({}, id="data parallel"), pytest.param(SHARDED, id="fsdp2", marks=pytest.mark.slow)],
+)
 FORK = multiprocessing.get_context("fork")  # what has been imported need not be imported again
 PPO_SETTINGS = {
     "num_epochs": 2,

@@ -95,6 +95,7 @@ def _language_model(folder: Path) -> Path:
     return folder / "lm"
 
 
+@pytest.mark.slow
 def test_awkward_texts() -> None:
     assert (
         check_reward(ProcessRewardModel(classifier(), byte_tokenizer(), separator=" "), tokenizer=byte_tokenizer())
