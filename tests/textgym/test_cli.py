@@ -193,7 +193,8 @@ def test_offline_agents_leave_the_same_run_folder(
     assert {path.name for path in run.iterdir()} == expected
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["updates"] for row in history] == [1, 2, 3]
-    assert history[-1]["loss"] < history[0]["loss"]
+    # Over 6 seeds the loss of SFT falls by 2.63 +- 0.03 and that of DPO by 0.6925 +- 0.0001.
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert metric in history[0]
     assert len((run / "samples.md").read_text().splitlines()) == 2 + 64
     policy, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run / "policy", ASSETS / "tiny"))
@@ -310,7 +311,7 @@ def test_reward_model_is_trained_and_saved(
     assert "held-out pairwise accuracy: reward model " in capsys.readouterr().out
     model = RewardModel.from_pretrained(working_folder / "reward")
     good, bad = model(["", ""], ["good film", "bad film"])
-    assert good > bad
+    assert good > bad  # over 6 seeds the least of all good scores is 1.97 +- 0.02 above the greatest of all bad ones
     report = json.loads((working_folder / "reward" / "report.json").read_text())
     assert report["accuracy"] == 1.0
     assert report["by_margin"][0]["mean"] == 6.0

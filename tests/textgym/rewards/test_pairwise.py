@@ -98,16 +98,22 @@ def test_the_seed_decides(mock_folder: Path) -> None:
     assert not torch.equal(scores[0], scores[2])
 
 
+@pytest.mark.training
 def test_margin_and_centring_act(mock_folder: Path) -> None:
+    far = [{**pair, "margin": 10.0} for pair in PAIRS]
+
     def gap_and_sum(**settings: Any) -> tuple[float, float]:
-        config = RewardModelConfig(epochs=8, **EXACT, **settings)
-        model, _ = train_reward_model(PAIRS, mock_folder, config=config)
+        model, _ = train_reward_model(far, mock_folder, config=replace(FAST, **settings))
         good, bad = model.score_texts(GOOD), model.score_texts(BAD)
         return (good - bad).mean().item(), (good + bad).square().mean().item()
 
-    plain_gap, plain_sum = gap_and_sum()
-    assert gap_and_sum(use_margin=True)[0] > plain_gap
-    assert gap_and_sum(center_coefficient=1.0)[1] < plain_sum
+    wider, nearer = [], []
+    for seed in range(2):
+        plain_gap, plain_sum = gap_and_sum(seed=seed)
+        wider.append(gap_and_sum(seed=seed, use_margin=True)[0] - plain_gap)
+        nearer.append(float(np.log(plain_sum / gap_and_sum(seed=seed, center_coefficient=1.0)[1])))
+    assert_learns(wider, at_least=1.5, measured=Measured(mean=6.26, deviation=0.77, runs=8))
+    assert_learns(nearer, at_least=0.5, measured=Measured(mean=9.53, deviation=1.6, runs=8))
 
 
 GROUP = [
@@ -213,16 +219,23 @@ def test_label_smoothing_and_graded_preferences_by_hand() -> None:
     assert abs(difference.grad.item()) < 1e-6
 
 
+@pytest.mark.training
 def test_graded_preferences_are_learned_as_such(mock_folder: Path) -> None:
-    """Raters who are split leave the scores close; with certainty the same pairs are driven apart."""
+    """Raters who are split leave the scores close; with certainty the same pairs are driven apart.
+
+    A probability of 0.55 is that of a gap of 0.20; over 8 seeds it is 0.199 +- 0.0025, and random at the start.
+    """
     pairs = [{**pair, "probability": 0.55} for pair in PAIRS]
-    gaps = []
-    for use_probability in (False, True):
-        config = replace(FAST, use_probability=use_probability)
+
+    def gap(seed: int, use_probability: bool) -> float:
+        config = replace(FAST, seed=seed, use_probability=use_probability)
         model, _ = train_reward_model(pairs, mock_folder, config=config, heldout=pairs)
-        gaps.append(float((model.score_texts(GOOD) - model.score_texts(BAD)).mean()))
-    assert gaps[0] > 2.0
-    assert abs(gaps[1] - 0.2) < 0.5
+        return float((model.score_texts(GOOD) - model.score_texts(BAD)).mean())
+
+    certain = [gap(seed, use_probability=False) for seed in range(2)]
+    assert_learns(certain, at_least=4.5, measured=Measured(mean=10.53, deviation=0.86, runs=8))
+    split = [gap(seed, use_probability=True) for seed in range(2)]
+    assert np.abs(np.array(split) - 0.2).max() < 0.05
 
 
 def test_learning_rates_depend_on_the_trunk() -> None:
