@@ -54,6 +54,7 @@ def test_header_names_the_command_and_every_setting_has_a_default(name: str) -> 
     assert module.Args() == module.Args()
 
 
+@pytest.mark.training
 def test_gym_make(capsys: pytest.CaptureFixture[str]) -> None:
     output = output_of("gym_make", capsys, episodes=2, num_envs=3)
     assert "textgym/Sentiment-v0: Discrete(2048), observations of 72 slots" in output
@@ -61,6 +62,7 @@ def test_gym_make(capsys: pytest.CaptureFixture[str]) -> None:
     assert "episodes in 3 rows: mean score " in output
 
 
+@pytest.mark.training
 def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
     output = output_of("custom_reward", capsys, total_episodes=16, num_envs=4, max_new_tokens=4, samples=2)
     assert [line.split()[1] for line in output.splitlines() if line.startswith("episode")] == ["8", "16"]
@@ -77,6 +79,7 @@ def test_custom_reward_counts_words() -> None:
     assert logged == [("empty", pytest.approx(1 / 3))]
 
 
+@pytest.mark.slow
 def test_reward_hacking(
     working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +97,7 @@ def test_reward_hacking(
     assert (working_folder / "out" / "curves.png").exists()
 
 
+@pytest.mark.training
 def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"total_episodes": 16, "num_envs": 8, "max_new_tokens": 4, "eval_prompts": 12}
     output = output_of("ppo_sentiment", capsys, output_dir=working_folder / "policy", **settings)
@@ -105,7 +109,15 @@ def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # MaskablePPO says what its KL is
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.startswith("sb3_") and name != "sb3_mlp"])
+@pytest.mark.training
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "sb3_ppo" else pytest.mark.slow)
+        for name in EXAMPLES
+        if name.startswith("sb3_") and name != "sb3_mlp"
+    ],
+)
 def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Stock algorithms, each in a file of at most 40 lines."""
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 40
@@ -118,16 +130,22 @@ def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("name", "settings"),
     [
         ("cleanrl_loop", {"total_timesteps": 192, "num_envs": 4}),
-        ("tianshou_ppo", {"total_timesteps": 128, "num_envs": 4}),
-        ("torchrl_ppo", {"total_timesteps": 256, "num_envs": 4}),
-        ("rllib_ppo", {"total_timesteps": 256, "num_envs": 4, "train_batch_size": 256}),
-        ("rllib_ppo", {"num_env_runners": 2, "total_timesteps": 256, "num_envs": 2, "train_batch_size": 256}),
-        ("sbx_ppo", {"total_timesteps": 128, "num_envs": 4}),
         ("sb3_mlp", {"algorithm": "PPO", "total_timesteps": 128, "num_envs": 4}),
-        ("sb3_mlp", {"algorithm": "A2C", "total_timesteps": 128, "num_envs": 4}),
-        ("sb3_mlp", {"algorithm": "DQN", "total_timesteps": 1100, "num_envs": 32}),
+        *(
+            pytest.param(name, settings, marks=pytest.mark.slow)
+            for name, settings in (
+                ("tianshou_ppo", {"total_timesteps": 128, "num_envs": 4}),
+                ("torchrl_ppo", {"total_timesteps": 256, "num_envs": 4}),
+                ("rllib_ppo", {"total_timesteps": 256, "num_envs": 4, "train_batch_size": 256}),
+                ("rllib_ppo", {"num_env_runners": 2, "total_timesteps": 256, "num_envs": 2, "train_batch_size": 256}),
+                ("sbx_ppo", {"total_timesteps": 128, "num_envs": 4}),
+                ("sb3_mlp", {"algorithm": "A2C", "total_timesteps": 128, "num_envs": 4}),
+                ("sb3_mlp", {"algorithm": "DQN", "total_timesteps": 1100, "num_envs": 32}),
+            )
+        ),
     ],
 )
+@pytest.mark.training
 @pytest.mark.filterwarnings("ignore")  # theirs
 def test_other_libraries(name: str, settings: dict[str, Any]) -> None:
     """Each trains and says what it scored before and after."""
@@ -145,6 +163,7 @@ def test_an_example_of_another_library_has_at_most_60_lines(name: str) -> None:
     assert not any("fmt: skip" in line for line in lines)
 
 
+@pytest.mark.training
 def test_train_reward_model(
     working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,7 +213,7 @@ def test_micro_batches_do_what_the_batch_does() -> None:
 
 
 @pytest.mark.bit_for_bit
-@pytest.mark.parametrize("stop", [3, 4, 6])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (4, 6))])
 def test_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
     whole = make_agent(micro_batch_size=2).learn()
     part = make_agent(micro_batch_size=2).learn([lambda agent, _: agent.updates < stop])

@@ -93,7 +93,14 @@ def test_starts_at_its_reference_and_reports_finite_numbers(name: str) -> None:
 
 
 @pytest.mark.bit_for_bit
-@pytest.mark.parametrize("name", ["reinforce, learned", "ppo, penalty", "nlpo", "grpo, KL in loss", "rloo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ppo, penalty",
+        "grpo, KL in loss",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reinforce, learned", "nlpo", "rloo")),
+    ],
+)
 def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
     whole = make_agent(name).learn(160)
     part = make_agent(name)
@@ -108,7 +115,7 @@ def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.bit_for_bit
-@pytest.mark.parametrize("name", ["ppo", "nlpo"])
+@pytest.mark.parametrize("name", ["ppo", pytest.param("nlpo", marks=pytest.mark.slow)])
 def test_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> None:
     lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 

@@ -155,7 +155,9 @@ def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.bit_for_bit
-@pytest.mark.parametrize("name", ["soft", "everything", "pathwise"])
+@pytest.mark.parametrize(
+    "name", ["soft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("everything", "pathwise"))]
+)
 def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) -> None:
     lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     kind, settings = AGENTS[name]

@@ -214,7 +214,7 @@ def watched(gradients: list[Tensor]) -> Iterator[None]:
 
 
 @pytest.mark.bit_for_bit
-@pytest.mark.parametrize("stop", [1, 4, 5, 9])
+@pytest.mark.parametrize("stop", [1, 4, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (5, 9))])
 def test_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
     """8 updates in 2 epochs: stopped in the first, at its end, in the second, and not at all."""
     whole = make_agent(micro_batch_size=2).learn()

@@ -18,6 +18,7 @@ from textgym.data.messages import Text
 from textgym.models.devices import on_device
 from textgym.models.training_arguments import OneDeviceArguments
 from textgym.rewards.last_token import LastTokenScorer, pad_right
+from textgym.rewards.muon import Muon
 
 Pair = Mapping[str, Any]
 SILENT: dict[str, Any] = {
@@ -233,7 +234,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         others = [parameter for parameter in scorer.parameters() if id(parameter) not in chosen]
         decay = config.weight_decay
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=config.matrix_learning_rate, weight_decay=decay)
+            Muon(matrices, lr=config.matrix_learning_rate, weight_decay=decay)
             if config.matrix_learning_rate > 0
             else torch.optim.AdamW(matrices, lr=config.learning_rate, weight_decay=decay),
             torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
