@@ -78,6 +78,7 @@ def test_rollouts_write_and_step_what_generate_does(benchmark: Any) -> None:
     assert 0 < stepped["environment"] < 1
 
 
+@pytest.mark.slow
 def test_bfloat16_moves_log_probs_as_far_as_its_config_says(benchmark: Any) -> None:
     module = benchmark("bf16")
     for row in module.compare(module.Config(rows=16, new_tokens=16)):

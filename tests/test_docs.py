@@ -52,7 +52,12 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.training
 @pytest.mark.parametrize(
-    ("name", "block"), [(name, block) for name, page in PAGES.items() for block in blocks("python", page)]
+    ("name", "block"),
+    [
+        pytest.param(name, block, marks=() if name == "README.md" else pytest.mark.slow)
+        for name, page in PAGES.items()
+        for block in blocks("python", page)
+    ],
 )
 def test_python_blocks_run_as_pasted(name: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

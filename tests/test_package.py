@@ -18,7 +18,6 @@ import textgym
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["textgym", "agents"]
 MODULES = sorted(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))
-MAX_LINES = 450
 
 # A module imports from its own folder and from those before it. What stands beside the folders (registration, testing,
 # ...) may use all of textgym; the command line sits on top of everything.
@@ -95,13 +94,6 @@ def test_agents_are_not_installed_at_top_level(tmp_path: Path) -> None:
     code = "import importlib.util as u; print(u.find_spec('agents'), u.find_spec('textgym.agents').origin)"
     result = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.startswith("None ")
-
-
-def test_no_file_is_long() -> None:
-    folders = [*PACKAGES, "benchmarks", "examples", "scripts", "tests"]
-    files = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
-    long = {str(path): lines for path in files if (lines := path.read_text(encoding="utf-8").count("\n")) > MAX_LINES}
-    assert not long, f"each a place to ask whether it holds one idea (limit {MAX_LINES} lines)"
 
 
 @pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -24,11 +24,26 @@ GROUPS = {
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("group", GROUPS)
-def test_scenarios_hold_on_the_pretend_device(group: str) -> None:
+@pytest.mark.parametrize(
+    ("group", "marked"),
+    [*((group, "not slow") for group in GROUPS), pytest.param("learn", "slow", marks=pytest.mark.slow)],
+)
+def test_scenarios_hold_on_the_pretend_device(group: str, marked: str) -> None:
     files = [str(TESTS / "on_cuda" / name) for name in GROUPS[group]]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "tests.pretend_cuda", "-p", "no:cacheprovider", *files],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            marked,
+            "-p",
+            "tests.pretend_cuda",
+            "-p",
+            "no:cacheprovider",
+            *files,
+        ],
         cwd=TESTS.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,

@@ -245,6 +245,7 @@ def test_a_run_that_broke_off_ends_as_the_undisturbed_one(
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(working_folder: Path) -> None:
     run(*train("ppo", "run"))
     shutil.copytree("run", "before")
@@ -253,6 +254,7 @@ def test_resuming_a_finished_run_changes_nothing(working_folder: Path) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_resuming_without_a_checkpoint_begins_anew(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(*train("ppo", "run", "--resume"))
     assert "run has no checkpoint to resume from: beginning anew" in " ".join(capsys.readouterr().out.split())

@@ -232,6 +232,7 @@ def test_an_agent_saved_on_a_gpu_is_loaded_without_one(
     path = tmp_path / "agent" / "agent.json"
     meta = json.loads(path.read_text())
     meta["policy"]["device"] = "cuda:1"
+    meta["machine"]["device"] = "cuda:1 (a GPU)"
     path.write_text(json.dumps(meta))
     if kind == "ppo":
         state = torch.load(tmp_path / "agent" / "state.pt", weights_only=True)

@@ -98,7 +98,7 @@ def test_starts_at_the_reference(loss: Any, start: float) -> None:
     assert first["rewards/rejected"] == pytest.approx(0.0, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0])
+@pytest.mark.parametrize("beta", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_reaches_the_exact_optimum(beta: float) -> None:
     """Of pairs labelled by Bradley and Terry's model of a reward the minimum is pi_ref exp(r / beta) / Z.
 

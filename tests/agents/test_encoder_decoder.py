@@ -133,6 +133,7 @@ def test_other_agents_run(agent: Any, config: Any) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_dpo_learns_preferences_after_the_start_tokens() -> None:
     """Margins of the last epoch, which has each pair once: 0 for a policy that does not move."""
     margins = []

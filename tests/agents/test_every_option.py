@@ -28,7 +28,7 @@ ROUNDING = tolerance(FORWARD, scale=LOG_PROB)
 ROWS, BETA = 8, 0.3
 KINDS = ["shared", "separate", "lora", "lora, separate"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
-unlike_kinds = pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]])
+unlike_kinds = pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[-1], marks=pytest.mark.slow)])
 ENV: dict[str, Any] = {
     "prompts": ["one", "three", "a longer prompt", "x"],
     "tokenizer": byte_tokenizer(),

@@ -217,6 +217,7 @@ ESTIMATORS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
     "grpo, not scaled": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo"}),
     "grpo, KL in loss": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo", "kl_in": "loss"}),
 }
+FAST = ("whole episode", "ppo", "rloo", "grpo, KL in loss")
 # Dr. GRPO divides by the longest length, and an episode is part of the mean of its group of 4.
 FACTORS = {"grpo, not scaled": 3 * 4 / 3, "grpo, KL in loss": 3.0}
 SHARES = {"grpo, KL in loss": 3 / 4}
@@ -246,7 +247,9 @@ def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | N
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ESTIMATORS]
+)
 def test_estimators_agree_with_the_exact_gradient(name: str) -> None:
     """Over 40 batches, in the direction of the gradient and in length across it.
 

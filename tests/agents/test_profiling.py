@@ -81,6 +81,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operations]:
         yield clock
 
 
+@pytest.mark.slow
 def test_phases_sum_to_the_whole_time(tmp_path: Path, clock: Operations) -> None:
     agent = make_agent()
     profiler = Profiler(tmp_path, agent, UPDATES * ROWS)
@@ -184,6 +185,7 @@ def test_the_trace_does_not_grow_with_episodes(tmp_path: Path, monkeypatch: pyte
     assert named.count("update") == 1
 
 
+@pytest.mark.slow
 def test_a_profiled_run_learns_the_same(tmp_path: Path) -> None:
     plain = make_agent().learn(UPDATES * ROWS)
     agent = profiled(make_agent(), tmp_path).agent

@@ -69,7 +69,14 @@ def test_an_agent_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "start", "end"), [*(("SFT", *direction) for direction in DIRECTIONS), ("DPO", "cuda", "cuda")]
+    ("name", "start", "end"),
+    [
+        ("SFT", "cuda", "cpu"),
+        ("SFT", "cpu", "cuda"),
+        pytest.param("SFT", "cuda", "cuda", marks=pytest.mark.slow),
+        pytest.param("SFT", "cpu", "cpu", marks=pytest.mark.slow),
+        pytest.param("DPO", "cuda", "cuda", marks=pytest.mark.slow),
+    ],
 )
 def test_an_offline_agent_goes_on(
     name: str,
@@ -97,6 +104,7 @@ def test_an_offline_agent_goes_on(
     same(seen, expected[2:])
 
 
+@pytest.mark.slow
 def test_the_environment_is_made_again_where_it_is_wanted(
     tmp_path: Path, make_policy: Callable[..., Any], make_envs: Callable[..., Any], gpus: Callable[[int], None]
 ) -> None:

@@ -156,7 +156,7 @@ def test_train_leaves_a_run_folder_and_evaluate_reads_it(
     assert lines[-1][:5] == ["The", "first", "half", "hour", "of"]
 
 
-@pytest.mark.parametrize("agent", ["ppo", "sft"])
+@pytest.mark.parametrize("agent", ["ppo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_encoder_decoder_models_are_trained_and_evaluated(
     agent: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +319,7 @@ def test_reward_model_is_trained_and_saved(
     assert (working_folder / "reward" / "report.png").exists()
 
 
+@pytest.mark.slow
 def test_reward_model_is_trained_on_a_file_of_preferences(
     working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,6 +405,7 @@ def test_evaluate_needs_prompts() -> None:
     assert "choose at least one" in error_of("evaluate", "--policy", "tiny", "--prompts", "0", *env_kwargs())
 
 
+@pytest.mark.slow
 def test_the_installed_command(working_folder: Path) -> None:
     """In a process of its own: where it computes, exit code 1, one line on stderr, no traceback."""
     command = [str(Path(sys.executable).with_name("textgym")), "train", "--output-dir", "run", "--env-kwargs", "{"]

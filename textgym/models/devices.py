@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import warnings
 from typing import Any, TypedDict
 
 import torch
@@ -109,7 +108,7 @@ def restore_generator(generator: torch.Generator, saved: GeneratorState) -> None
     """Put a generator where `generator_state` found it, or one on another kind of device.
 
     Kinds of devices have different generators. On another kind the stream is seeded with a hash of the saved state, so
-    that two runs that go on from one checkpoint still equal each other, and a warning says that the numbers differ.
+    that two runs that go on from one checkpoint still equal each other, though not the undisturbed run.
     """
     state = saved["state"].cpu()
     if saved["kind"] == generator.device.type:
@@ -117,12 +116,6 @@ def restore_generator(generator: torch.Generator, saved: GeneratorState) -> None
         return
 
     generator.manual_seed(seed_of(state))
-    warnings.warn(
-        f"the random generator was saved on {saved['kind']!r}, and {generator.device.type!r} has another kind of "
-        "generator: it was seeded from what was saved, and the continued run draws other random "
-        "numbers than an undisturbed one",
-        stacklevel=2,
-    )
 
 
 def seed_of(state: Tensor) -> int:

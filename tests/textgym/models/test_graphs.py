@@ -112,6 +112,7 @@ def test_what_a_captured_step_depends_on_is_part_of_its_state(change: Callable[[
     assert state_of(policy) != before
 
 
+@pytest.mark.slow
 def test_changes_between_captured_steps_are_followed(captures: list[Any]) -> None:
     policy = make_policy()
     before = generate(policy)
@@ -132,6 +133,7 @@ def test_greedy_and_sampled_steps_are_captured_apart(captures: list[Any]) -> Non
     assert len(captures) == 2
 
 
+@pytest.mark.slow
 def test_shapes_in_turn_are_captured_once_and_few_are_kept(
     captures: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

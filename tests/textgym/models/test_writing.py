@@ -151,6 +151,7 @@ def test_the_host_asks_at_most_once_for_ten_tokens(captures: list[Any]) -> None:
     assert 0 < asked.count <= 0.1 * NEW
 
 
+@pytest.mark.slow
 def test_captured_steps_write_the_same(captures: list[Any]) -> None:
     """Replayed on the same tensors, over several spans and numbers of rows, and again for the next prompts."""
     policy = make_policy()

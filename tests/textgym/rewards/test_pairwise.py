@@ -99,6 +99,7 @@ def test_the_seed_decides(mock_folder: Path) -> None:
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_margin_and_centring_act(mock_folder: Path) -> None:
     far = [{**pair, "margin": 10.0} for pair in PAIRS]
 
@@ -220,6 +221,7 @@ def test_label_smoothing_and_graded_preferences_by_hand() -> None:
 
 
 @pytest.mark.training
+@pytest.mark.slow
 def test_graded_preferences_are_learned_as_such(mock_folder: Path) -> None:
     """Raters who are split leave the scores close; with certainty the same pairs are driven apart.
 

@@ -86,6 +86,7 @@ def test_transitions_are_those_of_the_stock_buffer(make_env: MakeEnv, length_lim
     assert seen == stock_transitions(stock)
 
 
+@pytest.mark.slow
 def test_every_transition_is_as_likely(make_env: MakeEnv) -> None:
     env = make_env(3, kl_mode="reference")
     buffer = EpisodeReplayBuffer(1000, env.observation_space, env.action_space, n_envs=3)
