@@ -63,7 +63,7 @@ def main() -> None:
     stopped = make_agent().learn(total, [noting("stopped", updates // 2)])
     with tempfile.TemporaryDirectory() as folder:
         stopped.save(folder)
-        resumed = PPO.load(folder, envs=make_envs(device, rows, new_tokens))
+        resumed = PPO.load(folder, envs=make_envs(device, rows, new_tokens), device=device)
     resumed.learn(total, [noting("stopped", updates)])
 
     scores = {name: [row["objective/scores"] for row in history] for name, history in figures.items()}
