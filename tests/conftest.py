@@ -27,6 +27,11 @@ from textgym.models.token_model import TokenModel
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collapse when another process runs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that two workers end at about the same time."""
+    items.sort(key=lambda item: "test_scenarios_hold_on_the_pretend_device" not in item.nodeid)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("bit_for_bit") is not None and "MKL_CBWR" not in os.environ:
         pytest.skip("needs MKL_CBWR=COMPATIBLE; tests/test_bit_for_bit.py runs it in a process that has it")
