@@ -20,7 +20,7 @@ class Muon(torch.optim.Muon):
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
             if any(weight.is_cuda for weight in group["params"]):
-                super().step(closure)
+                super().step(closure)  # type: ignore[no-untyped-call]
                 return
             for weight in group["params"]:
                 if weight.grad is not None:
