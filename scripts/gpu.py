@@ -57,6 +57,7 @@ PARTS = {
     "equalities": Part("Tests on the device", 90, 20, ("pytest",)),
     "decoding": Part("Decoding beside generate", 60, 20),
     "bandwidth": Part("Decoding beside the bandwidth of memory", 45, 15),
+    "chunks": Part("Log-probs by the size of their chunks", 20, 10),
     "large_update": Part("One update of PPO with 1.2B weights", 50, 20),
     "learning": Part("PPO learns, stops and resumes", 45, 15),
     "stock_sb3": Part("Unmodified PPO of Stable-Baselines3", 50, 20),

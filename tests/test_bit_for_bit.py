@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+from textgym import deterministic_environment
 
 
 @pytest.mark.training
@@ -28,7 +28,9 @@ ENVIRONMENT = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
 )
 def test_promises_of_equal_bits_hold_where_what_they_need_is_set(tests: str, kind: str) -> None:
     command = [sys.executable, "-m", "pytest", "-m", kind, str(Path(__file__).parent / tests)]
-    result = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=os.environ | deterministic_environment(), capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
     assert "needs MKL_CBWR" not in result.stdout

@@ -40,20 +40,6 @@ def reward(completions):
         os.kill(os.getpid(), signal.SIGKILL)
     return [float(len(set(text))) for text in completions]
 """
-ZYGOTE = """
-import json, os, sys
-import matplotlib.figure, torch.utils.tensorboard  # what a run imports by and by
-from textgym import cli
-
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        cli.main(json.loads(line))
-        os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-"""A process that has imported everything, and forks one that runs the command for each line it reads."""
 
 
 @pytest.fixture
@@ -138,36 +124,26 @@ def test_torch_is_told_of_threads_kernels_and_precision(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("agent", ["ppo"])
-def test_a_killed_run_that_is_resumed_has_the_bytes_of_an_undisturbed_one(agent: str, tmp_path: Path) -> None:
+def test_a_killed_run_that_is_resumed_has_the_bytes_of_an_undisturbed_one(
+    clean_environment: None, tmp_path: Path
+) -> None:
+    """By the command itself, which sets what it needs before it imports torch."""
     mock_lm().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "killer.py").write_text(KILLER)
-    zygote = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE],
-        cwd=tmp_path,
-        env={**os.environ, **textgym.deterministic_environment()},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert zygote.stdin is not None
-    assert zygote.stdout is not None
     env = {"prompts": ["one", "two", "three"], "reward": "killer:reward", "max_new_tokens": 4}
     settings = ["--env", "textgym/Text-v0", "--env-kwargs", json.dumps(env), "--model", "model", "--num-envs", "8"]
-    settings += ["--agent", agent, "--total-episodes", "64", "--episodes-per-update", "8", "--minibatch-size", "4"]
+    settings += ["--total-episodes", "64", "--episodes-per-update", "8", "--minibatch-size", "4"]
     settings += ["--learning-rate", "0.01", "--checkpoint-every", "2", "--deterministic", "--device", "cpu"]
-    ends = []
-    for run, further in (("whole", []), ("part", []), ("part", ["--resume"])):
-        (tmp_path / "kill").touch() if (run, further) == ("part", []) else None
-        zygote.stdin.write(json.dumps(["train", *settings, "--output-dir", run, *further]) + "\n")
-        zygote.stdin.flush()
-        ends.append(int(zygote.stdout.readline()))
-    zygote.stdin.close()
 
-    assert zygote.wait() == 0
-    assert ends == [0, signal.SIGKILL, 0]
+    def train(run: str, *further: str) -> int:
+        command = [sys.executable, "-m", "textgym", "train", *settings, "--output-dir", run, *further]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode
+
+    assert train("whole") == 0
+    (tmp_path / "kill").touch()
+    assert train("part") == -signal.SIGKILL
+    assert train("part", "--resume") == 0
     for name in ("model.safetensors", "critic.safetensors"):
         whole, part = ((tmp_path / run / "policy" / name).read_bytes() for run in ("whole", "part"))
         assert whole == part, name

@@ -2,11 +2,11 @@
 
 A token is chosen by inverting the distribution function: the running sum of the probabilities is searched for the
 random number. So a row's token depends on its own number alone, whatever the other rows do. A race of exponential
-variables, as in `torch.multinomial`, needs V random numbers a row, and takes about 20 times as long on a CPU core.
+variables, as in `torch.multinomial`, needs V random numbers a row.
 
 A running sum in floats need not be monotone where it is added up in parallel, as on CUDA (pytorch#21780), and may grow
-at a token of probability zero. To make it monotone (`cummax`) does not mend the second, and takes several times as long
-as the sum. So the token that was found is looked at instead: one of probability zero gives way to the likeliest.
+at a token of probability zero. `cummax` mends only the first. So the token that was found is checked
+instead: one of probability zero gives way to the likeliest.
 """
 
 from __future__ import annotations

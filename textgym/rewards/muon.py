@@ -11,8 +11,8 @@ from torch import Tensor
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, which orthogonalises in bfloat16, with float32 products on the CPU.
 
-    Processors without bfloat16 instructions, such as AMD's before Zen 4, take 30 times as long for a product in it. On
-    a GPU this is torch's own step.
+    Processors without bfloat16 instructions, such as AMD's before Zen 4, take many times as long for a product in it.
+    On a GPU this is torch's own step.
     """
 
     @torch.no_grad()
