@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an unknown name fails at once, with no request
@@ -30,6 +31,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collap
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests come first, so that two workers end at about the same time."""
     items.sort(key=lambda item: "test_scenarios_hold_on_the_pretend_device" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """Everything imported so far stays, so that collections of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

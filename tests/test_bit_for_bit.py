@@ -16,18 +16,11 @@ import pytest
 from textgym import deterministic_environment
 
 
-@pytest.mark.training
+@pytest.mark.slow
 @pytest.mark.skipif("MKL_CBWR" in os.environ, reason="the tests marked bit_for_bit run in this process")
-@pytest.mark.parametrize(
-    ("tests", "kind"),
-    [
-        ("agents/test_ppo.py", "bit_for_bit"),
-        pytest.param("agents", "bit_for_bit", marks=pytest.mark.slow),
-        pytest.param("textgym", "bit_for_bit", marks=pytest.mark.slow),
-    ],
-)
-def test_promises_of_equal_bits_hold_where_what_they_need_is_set(tests: str, kind: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-m", kind, str(Path(__file__).parent / tests)]
+@pytest.mark.parametrize("tests", ["agents", "textgym"])
+def test_promises_of_equal_bits_hold_where_what_they_need_is_set(tests: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "bit_for_bit", str(Path(__file__).parent / tests)]
     result = subprocess.run(
         command, env=os.environ | deterministic_environment(), capture_output=True, text=True, check=False
     )

@@ -129,11 +129,11 @@ def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("cleanrl_loop", {"total_timesteps": 192, "num_envs": 4}),
         ("sb3_mlp", {"algorithm": "PPO", "total_timesteps": 128, "num_envs": 4}),
         *(
             pytest.param(name, settings, marks=pytest.mark.slow)
             for name, settings in (
+                ("cleanrl_loop", {"total_timesteps": 192, "num_envs": 4}),
                 ("tianshou_ppo", {"total_timesteps": 128, "num_envs": 4}),
                 ("torchrl_ppo", {"total_timesteps": 256, "num_envs": 4}),
                 ("rllib_ppo", {"total_timesteps": 256, "num_envs": 4, "train_batch_size": 256}),

@@ -117,6 +117,7 @@ def test_an_unknown_part_is_refused_by_name() -> None:
     assert "unknown part decodng: choose from machine, equalities" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_one_line_and_leaves_no_page(tmp_path: Path) -> None:
     run = script("--device", "tpu", "--part", "machine", "--page", str(tmp_path / "page.md"))
     assert run.returncode == 1

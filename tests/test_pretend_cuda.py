@@ -11,39 +11,23 @@ import pytest
 
 TESTS = Path(__file__).parent
 GROUPS = {
-    "play": [
-        "test_environments.py",
-        "test_policy.py",
-        "test_pretend_device.py",
-        "test_sb3.py",
-        "test_synchronisations.py",
-    ],
-    "learn": ["test_agents.py", "test_command.py", "test_placement.py", "test_saving.py", "test_two_gpus.py"],
+    "learn": ["test_agents.py", "test_two_gpus.py"],
+    "play": ["test_environments.py", "test_policy.py", "test_pretend_device.py"],
+    "keep": ["test_command.py", "test_saving.py"],
+    "place": ["test_placement.py", "test_sb3.py", "test_synchronisations.py"],
 }
-"""Of about the same length, since to begin a process takes seconds and two workers run the tests."""
+"""Pairs of about the same length, since to begin a process takes seconds and two workers run the tests."""
+SLOW = ("keep", "place")
 
 
 @pytest.mark.training
 @pytest.mark.parametrize(
-    ("group", "marked"),
-    [*((group, "not slow") for group in GROUPS), pytest.param("learn", "slow", marks=pytest.mark.slow)],
+    "group", [pytest.param(group, marks=pytest.mark.slow if group in SLOW else ()) for group in GROUPS]
 )
-def test_scenarios_hold_on_the_pretend_device(group: str, marked: str) -> None:
+def test_scenarios_hold_on_the_pretend_device(group: str) -> None:
     files = [str(TESTS / "on_cuda" / name) for name in GROUPS[group]]
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            marked,
-            "-p",
-            "tests.pretend_cuda",
-            "-p",
-            "no:cacheprovider",
-            *files,
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.pretend_cuda", "-p", "no:cacheprovider", *files],
         cwd=TESTS.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,

@@ -132,8 +132,11 @@ def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, 
 
 def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
     """What `work` gives, or raises, in each of several processes."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port that nobody else can take
+    # At a port that nobody else can take. The processes inherit the epoll instance of a server on libuv, with which two
+    # of them once waited for each other for ever; the plain server has none.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meeting["USE_LIBUV"] = "0"
     shared = {"WORLD_SIZE": str(processes), **meeting, **environment}
     answers: Any = FORK.SimpleQueue()
     started = [

@@ -43,7 +43,7 @@ def test_training_takes_the_gpu_and_says_so(
     assert "cuda:0" in capsys.readouterr().out.splitlines()[0]
 
 
-@pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), pytest.param("cpu", "cuda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
 @pytest.mark.filterwarnings("ignore:.* was saved under other circumstances")
 def test_a_run_goes_on_on_either_device(first: str, then: str, tmp_path: Path, placed: list[tuple[str, str]]) -> None:
     train(tmp_path, "--checkpoint-every", "1", "--device", first, "--total-episodes", "8")
@@ -63,7 +63,6 @@ def test_policies_are_evaluated_on_the_gpu(
     assert seen == ["cuda:0", "cuda:0"]
 
 
-@pytest.mark.slow
 def test_an_offline_agent_trains_on_the_gpu(tmp_path: Path, placed: list[tuple[str, str]]) -> None:
     row = {"prompt": "The film is", "completion": " good."}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4))
@@ -73,7 +72,6 @@ def test_an_offline_agent_trains_on_the_gpu(tmp_path: Path, placed: list[tuple[s
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.slow
 def test_reward_models_train_where_they_are_told_to(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,7 +214,7 @@ def test_a_policy_on_another_gpu_than_the_current_one_writes_as_on_the_cpu(two_g
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=pytest.mark.slow), "cuda:1"])
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_two_gpus_double_no_batch_and_move_no_policy(two_gpus: None, make_policy: Make, device: str) -> None:
     for agent in (
         SFT(make_policy(device), ROWS, config=SFTConfig(batch_size=2)),
@@ -227,7 +227,7 @@ def test_two_gpus_double_no_batch_and_move_no_policy(two_gpus: None, make_policy
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=pytest.mark.slow), "cuda:1"])
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_a_reward_model_is_trained_on_one_gpu_of_two(two_gpus: None, device: str) -> None:
     class Steps(TrainerCallback):
         seen = 0

@@ -73,9 +73,9 @@ def test_an_agent_goes_on(
     [
         ("SFT", "cuda", "cpu"),
         ("SFT", "cpu", "cuda"),
-        pytest.param("SFT", "cuda", "cuda", marks=pytest.mark.slow),
-        pytest.param("SFT", "cpu", "cpu", marks=pytest.mark.slow),
-        pytest.param("DPO", "cuda", "cuda", marks=pytest.mark.slow),
+        ("SFT", "cuda", "cuda"),
+        ("SFT", "cpu", "cpu"),
+        ("DPO", "cuda", "cuda"),
     ],
 )
 def test_an_offline_agent_goes_on(
@@ -104,7 +104,6 @@ def test_an_offline_agent_goes_on(
     same(seen, expected[2:])
 
 
-@pytest.mark.slow
 def test_the_environment_is_made_again_where_it_is_wanted(
     tmp_path: Path, make_policy: Callable[..., Any], make_envs: Callable[..., Any], gpus: Callable[[int], None]
 ) -> None:

@@ -237,8 +237,8 @@ def likeness(make_q: Any, tmp_path: Path) -> Any:
 LIKENESS = {DQN: Measured(mean=0.809, deviation=0.065, runs=9), QRDQN: Measured(mean=0.767, deviation=0.082, runs=9)}
 
 
-@pytest.mark.training
-@pytest.mark.parametrize(("algorithm", "policy"), [BOTH[0], pytest.param(*BOTH[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "policy"), BOTH)
 def test_learns_the_best_of_a_few_texts(algorithm: Any, policy: Any, likeness: Any) -> None:
     """Untrained values correlate by -0.35."""
     gains = [likeness(algorithm, policy, seed) for seed in range(2)]
