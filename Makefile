@@ -67,7 +67,7 @@ bench-sb3: $(INSTALLED)
 	$(BIN)/python benchmarks/sb3.py
 	$(BIN)/python benchmarks/sb3_learning.py
 
-bench-peers: $(INSTALLED)  ## what needs no peer; benchmarks/peers.py says how to install those
+bench-peers: $(INSTALLED)  ## what needs no peer; benchmarks/measuring/peers.py says how to install those
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py --trl
 

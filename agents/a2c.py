@@ -18,11 +18,11 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 
-from .advantages import gae, masked_mean, n_step_returns, whiten
-from .losses import per_episode, policy_gradient_loss
-from .on_policy import OnPolicyConfig
-from .rollout import Rollout
-from .surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
+from .common.advantages import gae, masked_mean, n_step_returns, whiten
+from .common.losses import per_episode, policy_gradient_loss
+from .common.on_policy import OnPolicyConfig
+from .common.rollout import Rollout
+from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
 
 
 @dataclass

@@ -30,7 +30,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.pairwise import pairwise_loss
 
-from .offline import Batch, OfflineAgent, OfflineConfig
+from .common.supervised import Batch, OfflineAgent, OfflineConfig
 
 DPOLoss = Literal["sigmoid", "hinge", "ipo"]
 

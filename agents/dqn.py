@@ -30,12 +30,12 @@ from torch.nn import functional as F
 
 from textgym.models.actor_critic import ActorCritic
 
-from .advantages import masked_mean, n_step_returns
-from .memory import Memories
-from .off_policy import OffPolicyAgent, OffPolicyConfig
-from .on_policy import OnPolicyConfig
-from .q_functions import GreedyQ, Heads, SoftQ, frozen_actor
-from .rollout import Rollout
+from .common.advantages import masked_mean, n_step_returns
+from .common.off_policy import OffPolicyAgent, OffPolicyConfig
+from .common.on_policy import OnPolicyConfig
+from .common.q_functions import GreedyQ, Heads, SoftQ, frozen_actor
+from .common.replay_memory import Memories
+from .common.rollout import Rollout
 
 
 @dataclass

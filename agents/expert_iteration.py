@@ -22,12 +22,12 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 from textgym.models.transfer import to_host
 
-from .advantages import masked_mean, overall_mean
-from .figures import Figures
-from .group import GroupAgent, GroupConfig
-from .on_policy import OnPolicyConfig
-from .rollout import Rollout
-from .surrogate import Batch, Targets
+from .common.advantages import masked_mean, overall_mean
+from .common.group import GroupAgent, GroupConfig
+from .common.metrics import Figures
+from .common.on_policy import OnPolicyConfig
+from .common.rollout import Rollout
+from .common.surrogate import Batch, Targets
 
 
 @dataclass

@@ -27,13 +27,13 @@ from textgym.models.actor_critic import Evaluation
 from textgym.models.transfer import to_host
 from textgym.rewards.kl import estimate_kl
 
-from .advantages import masked_mean, overall_mean
-from .figures import Figures
-from .group import GroupAgent, GroupConfig
-from .losses import clipped_policy_loss
-from .on_policy import OnPolicyConfig
-from .rollout import Rollout
-from .surrogate import Batch, Targets
+from .common.advantages import masked_mean, overall_mean
+from .common.group import GroupAgent, GroupConfig
+from .common.losses import clipped_policy_loss
+from .common.metrics import Figures
+from .common.on_policy import OnPolicyConfig
+from .common.rollout import Rollout
+from .common.surrogate import Batch, Targets
 
 
 @dataclass

@@ -22,10 +22,10 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import warn_of_filter
 
-from .on_policy import Metrics, OnPolicyConfig
+from .common.on_policy import Metrics, OnPolicyConfig
+from .common.rollout import Rollout, collect
+from .common.surrogate import Batch
 from .ppo import PPO, PPOConfig
-from .rollout import Rollout, collect
-from .surrogate import Batch
 
 CHUNK = 64
 """Episodes whose masks are held at once when the KL is measured."""

@@ -32,11 +32,11 @@ from textgym.models.log_probs import in_chunks, masked_logits
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
-from .advantages import masked_mean, n_step_returns
-from .memory import Memories
-from .off_policy import OffPolicyAgent, OffPolicyConfig
-from .on_policy import OnPolicyConfig
-from .q_functions import GreedyQ, Heads, frozen_actor
+from .common.advantages import masked_mean, n_step_returns
+from .common.off_policy import OffPolicyAgent, OffPolicyConfig
+from .common.on_policy import OnPolicyConfig
+from .common.q_functions import GreedyQ, Heads, frozen_actor
+from .common.replay_memory import Memories
 
 
 @dataclass

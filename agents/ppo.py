@@ -27,11 +27,11 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 
-from .advantages import gae, masked_mean, overall_mean, whiten
-from .losses import PolicyLoss, clipped_policy_loss, clipped_value_loss, penalty_policy_loss
-from .on_policy import Metrics, OnPolicyConfig
-from .rollout import Rollout
-from .surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
+from .common.advantages import gae, masked_mean, overall_mean, whiten
+from .common.losses import PolicyLoss, clipped_policy_loss, clipped_value_loss, penalty_policy_loss
+from .common.on_policy import Metrics, OnPolicyConfig
+from .common.rollout import Rollout
+from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
 
 
 @dataclass

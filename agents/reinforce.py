@@ -19,11 +19,11 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 
-from .advantages import discounted_returns, leave_one_out_mean, masked_mean
-from .losses import per_episode, policy_gradient_loss
-from .on_policy import OnPolicyConfig
-from .rollout import Rollout
-from .surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
+from .common.advantages import discounted_returns, leave_one_out_mean, masked_mean
+from .common.losses import per_episode, policy_gradient_loss
+from .common.on_policy import OnPolicyConfig
+from .common.rollout import Rollout
+from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
 
 
 @dataclass

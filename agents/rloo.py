@@ -21,12 +21,12 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 
-from .advantages import masked_mean, whiten
-from .group import GroupAgent, GroupConfig
-from .losses import per_episode, sequence_policy_loss
-from .on_policy import OnPolicyConfig
-from .rollout import Rollout
-from .surrogate import Batch, Targets
+from .common.advantages import masked_mean, whiten
+from .common.group import GroupAgent, GroupConfig
+from .common.losses import per_episode, sequence_policy_loss
+from .common.on_policy import OnPolicyConfig
+from .common.rollout import Rollout
+from .common.surrogate import Batch, Targets
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 from textgym.data.completions import encode_completions, load_examples, shorten
 from textgym.models.actor_critic import ActorCritic
 
-from .offline import Batch, OfflineAgent, OfflineConfig
+from .common.supervised import Batch, OfflineAgent, OfflineConfig
 
 
 @dataclass

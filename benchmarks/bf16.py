@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import gymnasium as gym
 import torch
 import tyro
-from peers import Figures, report
+from measuring.peers import Figures, report
 from torch import Tensor
 
-from textgym.agents.rollout import collect
+from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from peers import Clock, Figures, Side, count_flops, in_turns, report, run_script, say
+from measuring.peers import Clock, Figures, Side, count_flops, in_turns, report, run_script, say
 
 BAR, BETA, LEARNING_RATE = 0.6, 0.04, 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

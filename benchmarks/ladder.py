@@ -47,9 +47,10 @@ from textgym.agents import (
     ExpertIteration,
     SFTConfig,
 )
-from textgym.agents.demo import DemoConfig, calibrate, learn_reward, make_envs, with_critic
-from textgym.agents.evaluation import Samples, best_of_n, generate, measure
-from textgym.agents.run_folder import LiveProgress
+from textgym.agents.runs.demo import DemoConfig, calibrate, learn_reward, make_envs, with_critic
+from textgym.agents.runs.evaluation import Samples, generate, measure
+from textgym.agents.runs.run_folder import LiveProgress
+from textgym.agents.search.best_of_n import best_of_n
 from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import movie_snippets
 from textgym.models.actor_critic import ActorCritic

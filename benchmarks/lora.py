@@ -19,7 +19,7 @@ from itertools import pairwise
 import gymnasium as gym
 import torch
 import tyro
-from peers import Figures, report
+from measuring.peers import Figures, report
 
 import textgym
 from textgym.agents import PPO, PPOConfig

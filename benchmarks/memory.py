@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from peers import Figures, report, run_script, say
+from measuring.peers import Figures, report, run_script, say
 
 PEAK_BAR, GROWTH_BAR = 0.5, 0.2
 CUDA = torch.cuda.is_available()

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
-from peers import Clock, Side
+from measuring.peers import Clock, Side
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -21,7 +21,7 @@ import tyro
 import textgym  # noqa: F401  (registers the ids)
 from textgym import ActorCritic, RewardModel
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.rollout import collect
+from textgym.agents.common.rollout import collect
 from textgym.models.attention import batches_by_length
 
 

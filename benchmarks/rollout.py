@@ -31,11 +31,11 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
-from peers import Figures, count_flops, in_turns, report
-from rollouts import Stopwatch, endless_prompts, step_through, synchronize
-from roofline import measure, random_llama
+from measuring.episode_timing import Stopwatch, endless_prompts, step_through, synchronize
+from measuring.peers import Figures, count_flops, in_turns, report
+from measuring.roofline import measure, random_llama
 
-from textgym.agents.rollout import collect
+from textgym.agents.common.rollout import collect
 from textgym.data.prompts import OPENINGS
 from textgym.models.actor_critic import ActorCritic
 

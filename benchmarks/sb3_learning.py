@@ -28,7 +28,7 @@ from sb3_contrib import QRDQN, TRPO, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO
 
 from textgym import sb3
-from textgym.agents.evaluation import generate, measure
+from textgym.agents.runs.evaluation import generate, measure
 from textgym.data.prompts import snippet_prompts
 from textgym.envs.tasks.enumerable import VOCAB_SIZE
 from textgym.models.actor_critic import ActorCritic

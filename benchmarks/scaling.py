@@ -31,14 +31,14 @@ from unittest import mock
 import gymnasium as gym
 import torch
 import tyro
-from peers import Figures, report
-from rollouts import Stopwatch, step_through
+from measuring.episode_timing import Stopwatch, step_through
+from measuring.peers import Figures, report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import textgym
-from textgym.agents.rollout import collect
+from textgym.agents.common.rollout import collect
 from textgym.models.flops import FlopCount
 from textgym.models.phases import phase
 

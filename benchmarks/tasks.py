@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from textgym.agents import PPO, SFT, PPOConfig, SFTConfig
-from textgym.agents.evaluation import Interval, Samples, generate, score_gains, score_intervals
+from textgym.agents.runs.evaluation import Interval, Samples, generate, score_gains, score_intervals
 from textgym.envs.tasks.enumerable import VOCAB_SIZE
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel

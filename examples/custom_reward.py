@@ -21,7 +21,7 @@ import tyro
 import textgym  # noqa: F401  (registers the ids)
 from textgym import ActorCritic
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.evaluation import generate
+from textgym.agents.runs.evaluation import generate
 from textgym.data.prompts import load_prompts
 from textgym.rewards.functions import RepetitionPenalty
 from textgym.testing import check_reward

@@ -19,8 +19,8 @@ from rich.console import Console
 import textgym  # noqa: F401  (registers the ids)
 from textgym import ActorCritic
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.evaluation import generate, measure
-from textgym.agents.run_folder import figures_table
+from textgym.agents.runs.evaluation import generate, measure
+from textgym.agents.runs.run_folder import figures_table
 
 
 @dataclass

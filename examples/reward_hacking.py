@@ -24,7 +24,7 @@ import tyro
 import textgym  # noqa: F401  (registers the ids)
 from textgym import ActorCritic
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.evaluation import generate, measure
+from textgym.agents.runs.evaluation import generate, measure
 from textgym.data.prompts import snippet_prompts
 from textgym.rewards.functions import lexicon_sentiment
 

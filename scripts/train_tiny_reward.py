@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from textgym.agents.evaluation import generate
+from textgym.agents.runs.evaluation import generate
 from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic

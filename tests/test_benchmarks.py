@@ -21,11 +21,11 @@ def test_a_side_works_when_it_is_asked(benchmark: Any, tmp_path: Path) -> None:
     script = tmp_path / "side.py"
     script.write_text(
         f"import sys; sys.path.append({str(FOLDER)!r})\n"
-        "from peers import Clock\n"
+        "from measuring.peers import Clock\n"
         "clock = Clock(); clock.start()\n"
         "for i in range(int(sys.argv[1])): print('noise'); clock.lap(done=i)\n"
     )
-    peers = benchmark("peers")
+    peers = benchmark("measuring.peers")
     with peers.Side(script, 9) as ours, peers.Side(script, 9) as theirs:
         timed, mine, others = peers.in_turns(ours.work, theirs.work, repeats=3)
     assert [said["done"] for said in mine] == [said["done"] for said in others] == [0, 1, 2]
@@ -36,13 +36,13 @@ def test_a_script_that_fails_says_why(benchmark: Any, tmp_path: Path) -> None:
     script = tmp_path / "side.py"
     script.write_text("raise SystemExit('no such model')")
     with pytest.raises(RuntimeError, match="no such model"):
-        benchmark("peers").run_script(script)
+        benchmark("measuring.peers").run_script(script)
 
 
 def test_flops_of_a_product(benchmark: Any) -> None:
     import torch
 
-    assert benchmark("peers").count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
+    assert benchmark("measuring.peers").count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
 
 
 @pytest.mark.parametrize("stop", [(), (300, 301)])
@@ -103,7 +103,7 @@ def test_bytes_that_a_step_reads_are_those_counted_by_hand(benchmark: Any, tied:
         tie_word_embeddings=tied,
     )
     lm = LlamaForCausalLM(shape).to(torch.bfloat16)
-    read = benchmark("roofline").bytes_per_step(lm, rows=5, context=7)
+    read = benchmark("measuring.roofline").bytes_per_step(lm, rows=5, context=7)
     query_and_out, key_and_value, mlp, norms = 2 * 32 * 32, 2 * 32 * 16, 3 * 32 * 80, 2 * 32
     head, last_norm, looked_up = 100 * 32, 32, 5 * 32
     assert read["weights"] == 2 * (3 * (query_and_out + key_and_value + mlp + norms) + last_norm + head + looked_up)
@@ -131,7 +131,7 @@ def test_a_stopwatch_counts_what_is_outermost_and_what_lies_within(benchmark: An
                 with phase("decode"):
                     pass
 
-    watch = benchmark("rollouts").Stopwatch(lambda: next(ticks)).time(play)
+    watch = benchmark("measuring.episode_timing").Stopwatch(lambda: next(ticks)).time(play)
     assert watch.seconds == {"environment": 3, "environment/reward": 1, "decode": 7, "decode/decode": 3}
     assert (watch.environment, watch.decode) == (3, 3)
 

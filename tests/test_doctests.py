@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def modules_with_examples() -> list[str]:
-    files = [*ROOT.glob("textgym/**/*.py"), *ROOT.glob("agents/*.py")]
+    files = [*ROOT.glob("textgym/**/*.py"), *ROOT.glob("agents/**/*.py")]
     paths = [file.relative_to(ROOT).with_suffix("") for file in files if ">>> " in file.read_text(encoding="utf-8")]
     names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
     return sorted(f"textgym.{name}" if name.startswith("agents") else name for name in names)

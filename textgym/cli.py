@@ -34,14 +34,14 @@ import torch
 from rich.text import Text
 
 from textgym.agents import DPO, SFT
-from textgym.agents.checkpoints import Checkpoints
-from textgym.agents.demo import DemoConfig
-from textgym.agents.demo import run as run_demo
-from textgym.agents.distributed import device, end_with_a_message, join, rank
-from textgym.agents.evaluation import Judge, Samples, generate, measure, score_intervals
-from textgym.agents.on_policy import OnPolicyAgent
-from textgym.agents.profiling import Profiler
-from textgym.agents.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
+from textgym.agents.common.on_policy import OnPolicyAgent
+from textgym.agents.machine.distributed import device, end_with_a_message, join, rank
+from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.agents.runs.demo import DemoConfig
+from textgym.agents.runs.demo import run as run_demo
+from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
+from textgym.agents.runs.profiling import Profiler
+from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.data.sources import FetchError, movie_snippets

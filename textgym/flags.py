@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
-from textgym.agents.demo import DemoConfig
-from textgym.agents.offline import OfflineConfig
-from textgym.agents.on_policy import OnPolicyAgent, OnPolicyConfig
+from textgym.agents.common.on_policy import OnPolicyAgent, OnPolicyConfig
+from textgym.agents.common.supervised import OfflineConfig
+from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
 from textgym.rewards.model import RewardModelConfig
 

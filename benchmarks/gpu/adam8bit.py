@@ -10,7 +10,7 @@ from figures import need_bf16, note, skip, start, tell
 from large_update import BYTES_PER_WEIGHT, make_agent, timed_updates
 from models import BILLION, TOY, fitting
 
-from textgym.agents.peaks import reset_peak_memory
+from textgym.agents.machine.device_limits import reset_peak_memory
 
 
 def main() -> None:

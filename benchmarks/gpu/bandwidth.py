@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from figures import need_bf16, note, skip, start, tell
+from measuring.roofline import BAR, measure
 from models import BILLION, TOY, fitting, make_model
-from roofline import BAR, measure
 
 
 def main() -> None:

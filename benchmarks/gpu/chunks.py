@@ -12,7 +12,7 @@ import torch
 from figures import note, start, tell
 from torch import Tensor, nn
 
-from textgym.agents.peaks import peak_memory, reset_peak_memory
+from textgym.agents.machine.device_limits import peak_memory, reset_peak_memory
 from textgym.models import log_probs
 
 GIB = 2**30

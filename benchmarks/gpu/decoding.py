@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from figures import start, tell
+from measuring.roofline import timed
 from models import Size, save_model
 from rollout import BARS, Config, compare
-from roofline import timed
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule

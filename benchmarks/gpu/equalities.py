@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from figures import note, skip, start, tell
-from peers import say
+from measuring.peers import say
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 20

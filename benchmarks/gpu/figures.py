@@ -7,7 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 import torch
-from peers import say
+from measuring.peers import say
 
 from textgym.models.devices import resolve_device
 

@@ -12,7 +12,7 @@ def main() -> None:
     device = start(__doc__)
     for package in ("trl", "datasets"):
         if importlib.util.find_spec(package) is None:
-            skip(f"{package} is missing: put it on PYTHONPATH; benchmarks/peers.py says how")
+            skip(f"{package} is missing: put it on PYTHONPATH; benchmarks/measuring/peers.py says how")
     on_gpu = device.type == "cuda"
     liger = on_gpu and importlib.util.find_spec("liger_kernel") is not None
     config = Config(trl=(), repeats=3, liger=liger)

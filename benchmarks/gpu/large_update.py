@@ -12,12 +12,12 @@ from typing import Any
 import gymnasium as gym
 import torch
 from figures import need_bf16, note, skip, start, tell
+from measuring.episode_timing import synchronize
+from measuring.peers import count_flops
 from models import BILLION, TOY, Size, fitting, make_model, word_prompts, word_tokenizer
-from peers import count_flops
-from rollouts import synchronize
 
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.peaks import peak_flops, peak_memory, reset_peak_memory
+from textgym.agents.machine.device_limits import peak_flops, peak_memory, reset_peak_memory
 from textgym.models.actor_critic import ActorCritic
 
 BYTES_PER_WEIGHT = 20.0

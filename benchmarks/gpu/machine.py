@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from figures import note, start, tell
-from peers import say
-from roofline import bandwidth
+from measuring.peers import say
+from measuring.roofline import bandwidth
 
-from textgym.agents.peaks import peak_flops
+from textgym.agents.machine.device_limits import peak_flops
 
 PACKAGES = (
     "torch",

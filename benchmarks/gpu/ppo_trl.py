@@ -12,9 +12,9 @@ from ppo_vs_trl import BARS, Config, compare, load_causal_lm, load_tokenizer
 def main() -> None:
     device = start(__doc__)
     if importlib.util.find_spec("trl") is None:
-        skip("TRL is missing: put trl-1.12 and datasets on PYTHONPATH; benchmarks/peers.py says how")
+        skip("TRL is missing: put trl-1.12 and datasets on PYTHONPATH; benchmarks/measuring/peers.py says how")
     if importlib.util.find_spec("trl.experimental.ppo") is None:
-        skip("this TRL has no PPO: put trl-1.12 on PYTHONPATH; benchmarks/peers.py says how")
+        skip("this TRL has no PPO: put trl-1.12 on PYTHONPATH; benchmarks/measuring/peers.py says how")
     on_gpu = device.type == "cuda"
     config = Config(repeats=3) if on_gpu else Config(rows=4, new_tokens=4, epochs=1, repeats=1)
     with tempfile.TemporaryDirectory() as folder:

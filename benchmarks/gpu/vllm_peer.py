@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from figures import need_bf16, skip, start, tell
+from measuring.roofline import timed
 from models import Size, save_model
-from roofline import timed
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule

@@ -26,7 +26,7 @@ from textgym.agents import (
     PPOConfig,
     SFTConfig,
 )
-from textgym.agents.rollout import collect
+from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import ESTIMATORS, KLPenalty
 from textgym.testing import (

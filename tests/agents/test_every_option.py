@@ -14,7 +14,7 @@ from torch import Tensor
 
 from textgym import TextEnv
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.rollout import Rollout
+from textgym.agents.common.rollout import Rollout
 from textgym.envs.games import GameVectorEnv
 from textgym.models import log_probs, writing
 from textgym.models.actor_critic import ActorCritic, Evaluation

@@ -14,8 +14,8 @@ import torch
 
 from textgym import agents
 from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
-from textgym.agents.rollout import collect, merge
-from textgym.agents.surrogate import SurrogateAgent
+from textgym.agents.common.rollout import collect, merge
+from textgym.agents.common.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import (
     ExactTask,

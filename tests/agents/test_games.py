@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.advantages import gae, whiten
-from textgym.agents.rollout import collect, merge
+from textgym.agents.common.advantages import gae, whiten
+from textgym.agents.common.rollout import collect, merge
 from textgym.envs.games import GameEnv, GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import KLPenalty

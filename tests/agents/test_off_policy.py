@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
-from textgym.agents.memory import EpisodeMemory, Memories
-from textgym.agents.off_policy import Behaviour, OffPolicyAgent
-from textgym.agents.rollout import collect
+from textgym.agents.common.off_policy import Behaviour, OffPolicyAgent
+from textgym.agents.common.replay_memory import EpisodeMemory, Memories
+from textgym.agents.common.rollout import collect
 from textgym.models import log_probs
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences

@@ -14,8 +14,8 @@ import pytest
 from torch import Tensor
 
 from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
-from textgym.agents.rollout import Rollout
-from textgym.agents.surrogate import SurrogateAgent
+from textgym.agents.common.rollout import Rollout
+from textgym.agents.common.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask, Measured, assert_learns, tolerance
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from textgym.agents import Pathwise, PathwiseConfig
-from textgym.agents.memory import Memories
+from textgym.agents.common.replay_memory import Memories
 from textgym.agents.pathwise import relax
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.rollout import collect
+from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.model import RewardModel
 from textgym.testing import (

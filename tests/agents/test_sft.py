@@ -18,8 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from textgym.agents import SFT, SFTConfig
-from textgym.agents.evaluation import generate
-from textgym.agents.footprint import SavedForBackward
+from textgym.agents.machine.memory_by_role import SavedForBackward
+from textgym.agents.runs.evaluation import generate
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.testing import (

@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.evaluation import generate, score_gains
+from textgym.agents.runs.evaluation import generate, score_gains
 from textgym.data.sources import FetchError
 from textgym.models.actor_critic import ActorCritic
 from textgym.registration import TASKS

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from textgym.agents.advantages import gae, masked_mean, whiten
-from textgym.agents.losses import clipped_policy_loss, clipped_value_loss
+from textgym.agents.common.advantages import gae, masked_mean, whiten
+from textgym.agents.common.losses import clipped_policy_loss, clipped_value_loss
 from textgym.testing import assert_close, tolerance
 
 pytestmark = pytest.mark.numerics

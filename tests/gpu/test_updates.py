@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym import agents
-from textgym.agents.rollout import Rollout
+from textgym.agents.common.rollout import Rollout
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.model import RewardModel, RewardModelConfig, train_reward_model
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of

@@ -23,8 +23,9 @@ from textgym.agents import (
     ExpertIteration,
     Pathwise,
 )
-from textgym.agents.engine import collect_from
-from textgym.agents.evaluation import best_of_n, generate, measure
+from textgym.agents.engines.engine import collect_from
+from textgym.agents.runs.evaluation import generate, measure
+from textgym.agents.search.best_of_n import best_of_n
 from textgym.rewards.judges import Perplexity
 from textgym.rewards.model import RewardModelConfig, train_reward_model
 from textgym.testing import byte_tokenizer

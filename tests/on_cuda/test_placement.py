@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from textgym import ActorCritic
 from textgym.agents import DPO, DQN, PPO, SFT, DPOConfig, DQNConfig, PPOConfig, SFTConfig
-from textgym.agents.engine import collect_from
-from textgym.agents.evaluation import generate, measure
+from textgym.agents.engines.engine import collect_from
+from textgym.agents.runs.evaluation import generate, measure
 from textgym.models.flops import FlopCount
 from textgym.models.loading import load_causal_lm
 from textgym.models.log_probs import StopRule

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from textgym import agents, cli
 from textgym.agents import PPOConfig
-from textgym.agents.demo import DemoConfig
-from textgym.agents.run_folder import LiveProgress
+from textgym.agents.runs.demo import DemoConfig
+from textgym.agents.runs.run_folder import LiveProgress
 from textgym.data.sources import Snippet
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
@@ -295,7 +295,7 @@ def test_ctrl_c_before_the_first_update(working_folder: Path, monkeypatch: pytes
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("textgym.agents.on_policy.collect", interrupt)
+    monkeypatch.setattr("textgym.agents.common.on_policy.collect", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs()])
     assert caught.value.code == 130

@@ -2,7 +2,7 @@
 
 Each follows the protocol of `textgym.rewards.scoring`. Plain functions and small classes whose instances pickle; those
 with settings are classes. All of them serve as evaluation metrics, with weight 0 or in
-`textgym.agents.evaluation.measure`.
+`textgym.agents.runs.evaluation.measure`.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def test_torch_arrays_stay_tensors(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("restricted", [0, 3])
 def test_slow_and_fast_paths_agree(settings: dict[str, Any], restricted: int) -> None:
     """One set of episodes through TextEnv (exact KL), TextVectorEnv (exact KL), and the agents' batched path."""
-    from textgym.agents.advantages import gae
-    from textgym.agents.rollout import collect
+    from textgym.agents.common.advantages import gae
+    from textgym.agents.common.rollout import collect
     from textgym.rewards.kl import KLPenalty
 
     rows = 4

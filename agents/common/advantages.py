@@ -1,0 +1,109 @@
+"""Advantage estimates over padded (N, T) episodes. Padding never takes part, whatever stands in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..machine.distributed import column_total, total
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the entries where `mask` is set; 0 where none is."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def overall_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`masked_mean` over the entries of all processes of the run; without a mask over all of them."""
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    return total(torch.where(mask, values, 0.0).sum()) / total(mask.sum()).clamp(min=1)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns (Schulman et al., 2016, equation 16).
+
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1};  R_t = A_t + V(s_t).
+
+    Args:
+        rewards: `(N, T)`; the reward of an action stands at the action.
+        values: `(N, T)`, the value of the state before each action.
+        mask: bool `(N, T)`, the real steps; what the environment wrote in between is stepped over.
+        gamma: discount.
+        lam: lambda.
+        bootstrap: `(N,)`, value of the state after the last action of a truncated row; 0 if the row terminated.
+
+    Returns:
+        advantages and returns, `(N, T)` each, zero in the padding.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    following = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap  # V(s_{t+1})
+    running = torch.zeros_like(following)  # A_{t+1}
+    advantages = torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = delta + gamma * lam * running
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        following = torch.where(mask[:, t], values[:, t], following)
+        running = torch.where(mask[:, t], advantage, running)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_{t+1}, `(N, T)`: what is paid from each action on; zero in the padding."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def n_step_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int, goes_on: Tensor | None = None
+) -> Tensor:
+    """Rewards of n steps and then the critic: sum_{i<n} gamma^i r_{t+i} + gamma^n V(s_{t+n}), `(N, T)`.
+
+    Past the end of a row there are neither rewards nor a value.
+
+    Args:
+        rewards: `(N, T)`.
+        values: `(N, T)`, the value of the state before each action.
+        mask: bool `(N, T)`, the real steps.
+        gamma: discount.
+        n: steps.
+        goes_on: bool `(N, T)`, the actions that the values would have chosen themselves. At the first other one, the
+            action t itself aside, the critic takes over, so that nothing is learned from what was a mistake (Watkins,
+            1989).
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    following = _shifted(values)  # V(s_{t+1})
+    returns = rewards + gamma * following
+    for _ in range(min(n, rewards.shape[1]) - 1):
+        later = _shifted(returns)
+        if goes_on is not None:
+            later = torch.where(_shifted(goes_on), later, following)
+        returns = rewards + gamma * later
+    return torch.where(mask, returns, 0.0)
+
+
+def _shifted(values: Tensor) -> Tensor:
+    """Of each step, the next step's; nothing past the end."""
+    return torch.nn.functional.pad(values[:, 1:], (0, 1))
+
+
+def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """At each step the mean over the other rows of all processes that got as far, `(N, T)`; 0 where there is no other.
+
+    A row's own value is left out, so that as a baseline it does not depend on the row's action.
+    """
+    real = torch.where(mask, values, 0.0)
+    count = column_total(mask.sum(0)) - mask.long()
+    return torch.where(mask, (column_total(real.sum(0)) - real) / count.clamp(min=1), 0.0)
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scales real entries to variance 1, and to mean 0 unless `shift_mean` is off; zero in the padding.
+
+    Mean and variance are those of the entries of all processes of the run.
+    """
+    mean = overall_mean(values, mask)
+    variance = overall_mean((values - mean).square(), mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)

@@ -1,0 +1,261 @@
+"""OffPolicyAgent: the loop of agents that learn from what they remember, and not from the newest episodes alone.
+
+One update:
+    1. Play whole episodes: the policy's own tokens, and with probability epsilon the reference's.
+    2. Remember them, with the reference's log-probs of their tokens.                              memory.py
+    3. Several steps of the optimiser, each on episodes drawn from memory; targets from slower copies.
+
+Random tokens are drawn from the reference and not from the whole vocabulary, hardly any of which makes sense.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textgym.models.actor_critic import ActorCritic, Step
+from textgym.models.phases import phase
+from textgym.models.token_model import Observation, TokenModel
+from textgym.rewards.kl import FixedKL
+
+from ..machine.distributed import count
+from .metrics import Figures, mean_over, on_host
+from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
+from .replay_memory import EpisodeMemory, Memories
+from .rollout import Rollout, collect
+
+
+@dataclass
+class OffPolicyConfig(OnPolicyConfig):
+    """What every agent with a memory can be told; `episodes_per_update` are played between two updates."""
+
+    episodes_per_update: int = 64
+    """Episodes collected before each update; a multiple of the number of rows of the environment."""
+    gradient_steps: int = 4
+    """Steps of the optimiser in an update."""
+    batch_size: int = 64
+    """Episodes drawn from memory for a step."""
+    micro_batch_size: int | None = None
+    """Of them in one forward pass; gradients add up to those of the batch. None: the whole batch."""
+    memory_size: int = 8192
+    """Episodes that are remembered, the newest ones."""
+    learning_starts: int = 256
+    """Episodes that are played before the first step."""
+    gamma: float = 1.0
+    """Discount."""
+    n_steps: int = 1
+    """Rewards before the target; with more a score at the end reaches earlier tokens sooner."""
+    tau: float = 1.0
+    """Share of the new weights in the targets when they are updated; 1 copies them."""
+    target_update_interval: int = 16
+    """Steps of the optimiser from one update of the targets to the next."""
+    epsilon_start: float = 1.0
+    """Share of tokens drawn from the reference at first."""
+    epsilon_end: float = 0.05
+    """The same from `epsilon_fraction` of the episodes on; in between it falls linearly."""
+    epsilon_fraction: float = 0.5
+    """Share of the episodes over which epsilon falls."""
+    exploration_temperature: float = 1.0
+    """Divides the reference's logits where epsilon draws from it: the more above 1, the nearer to uniform."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_steps", "target_update_interval", "n_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau is a share above 0 and at most 1, got {self.tau}")
+        if self.exploration_temperature <= 0:
+            raise ValueError(f"exploration_temperature must be above 0, got {self.exploration_temperature}")
+        for name in ("epsilon_start", "epsilon_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
+
+
+class Behaviour:
+    """Who plays: a policy's distribution, mixed with the reference's; takes the policy's place in `collect`.
+
+    Args:
+        policy: whose generator draws.
+        reference: mixed in.
+        epsilon: its share.
+        temperature: divides the reference's logits.
+        greedy: the likeliest token of the policy instead of its distribution.
+        head: output weights other than the policy's own.
+    """
+
+    critic = None  # as a policy without one of its own: its values are those of `act`
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        reference: TokenModel,
+        epsilon: float,
+        temperature: float,
+        greedy: bool,
+        head: Any = None,
+    ) -> None:
+        self.policy, self.reference, self.greedy = policy, reference, greedy
+        self.device = policy.device
+        self.epsilon, self.temperature = epsilon, temperature
+        self.head = policy.head if head is None else head
+
+    @torch.no_grad()
+    def act(
+        self, observation: Observation, deterministic: bool = False, action_masks: Any = None, with_value: bool = True
+    ) -> Step:
+        """One token for each row, its log-prob under the mixture, and no value."""
+        logits = self.head(self.policy.next_hidden(observation)).float() / self.policy.temperature  # (B, V)
+        probabilities = self._distribution(logits, action_masks)
+        if self.greedy:
+            probabilities = torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(-1, keepdim=True), 1.0)
+        if self.epsilon > 0:
+            with phase("reference"):
+                reference_logits = self.reference.next_logits(observation)
+            explored = self._distribution(reference_logits / self.temperature, action_masks)
+            probabilities = torch.lerp(probabilities, explored, self.epsilon)
+        action = self.policy.draw(probabilities)
+        log_prob = probabilities.gather(1, action[:, None])[:, 0].log()
+        return Step(action, log_prob, torch.zeros_like(log_prob))
+
+    @staticmethod
+    def _distribution(logits: Tensor, action_masks: Any) -> Tensor:
+        if action_masks is not None:
+            allowed = torch.as_tensor(action_masks, device=logits.device).reshape(logits.shape)
+            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1)
+
+
+class OffPolicyAgent(OnPolicyAgent):
+    """See the module's text; arguments as `OnPolicyAgent`, whose loop it is but for the memory in it.
+
+    An algorithm has `modules` besides the policy, targets that `follow` them, and a `loss`.
+
+    Raises:
+        ValueError: a KL whose coefficient moves, or that is estimated or clamped in a way of its own.
+    """
+
+    config: OffPolicyConfig
+    greedy: bool
+
+    def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        if count() > 1:
+            raise ValueError(
+                f"{type(self).__name__} remembers its own episodes alone, so it runs in one process: launch one, or "
+                "use an on-policy agent"
+            )
+        if not isinstance(self.penalty.controller, FixedKL):
+            raise ValueError(
+                f"beta is a part of what {type(self).__name__} learns and remembers, so no controller may move it: "
+                "give the environment a number as kl_coef"
+            )
+        if self.penalty.estimator != "k1" or self.penalty.clamp is not None:
+            raise ValueError(
+                f"{type(self).__name__} has the KL in its backups and estimates none: leave kl_estimator='k1' and "
+                "kl_clamp=None"
+            )
+        self.memory = EpisodeMemory(self.config.memory_size)
+        self.steps = 0  # of the optimiser
+        self.further = self.modules()
+        learned = [weight for weight in self.further.parameters() if weight.requires_grad]
+        if learned:
+            self.optimizer.add_param_group({"params": learned})
+
+    @abstractmethod
+    def modules(self) -> nn.ModuleDict:
+        """What there is besides the policy: it is saved with the agent, and learned unless it is frozen."""
+
+    @abstractmethod
+    def follow(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Pairs of a target and the module that it follows."""
+
+    @abstractmethod
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss of episodes from memory, errors of their tokens `(B, T)`, and figures: means over real tokens."""
+
+    @property
+    def epsilon(self) -> float:
+        """Share of tokens drawn from the reference, as it is now."""
+        config = self.config
+        done = self.episodes / max(self.total_episodes * config.epsilon_fraction, 1)
+        return config.epsilon_start + (config.epsilon_end - config.epsilon_start) * min(done, 1.0)
+
+    def collect(self, head: Any = None) -> Rollout:
+        """One episode in every row; `head` in place of the policy's output weights."""
+        config = self.config
+        exploration = (self.epsilon, config.exploration_temperature)
+        actor: Any = Behaviour(self.policy, self.penalty.reference, *exploration, self.greedy, head)
+        rollout = collect(self.envs, actor, self.episode_options())
+        self.penalty.reference.reset_cache()  # it is not needed again before the next rollout
+        return rollout
+
+    def measure_kl(self, rollout: Rollout) -> Tensor:
+        """Of every token to the reference, of who played, `(N, T)` nats: k1."""
+        reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
+        return torch.where(rollout.mask, rollout.log_probs - reference_log_probs, 0.0)
+
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Steps 2 and 3 of the module's text."""
+        reference_log_probs = torch.where(rollout.mask, rollout.log_probs - kl, 0.0)
+        longest = self.envs.unwrapped.task.episodes.max_new_tokens
+        self.memory.add(rollout.sequences, rollout.rewards(), reference_log_probs, longest)
+        steps: list[Figures] = []
+        if self.memory.added >= self.config.learning_starts:
+            steps = [self._step() for _ in range(self.config.gradient_steps)]
+        return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
+
+    def _step(self) -> Figures:
+        """One step of the optimiser; in micro-batches, whose gradients add up."""
+        batch = self.memory.sample(self.config.batch_size, self.shuffler)
+        self.policy.reset_cache()
+        self.optimizer.zero_grad(set_to_none=True)
+        size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
+        figures: Figures = {}
+        for start in range(0, self.config.batch_size, size):
+            part = batch.part(slice(start, start + size))
+            share = part.sequences.response_lengths.sum() / total  # losses are means over tokens
+            with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
+                loss, errors, reported = self.loss(part)
+            (share * loss).backward()
+            if self.memory.alpha > 0:
+                self.memory.reprioritise(part.indices, errors, part.sequences.mask)
+            for name, figure in reported.items():
+                figures[name] = figures.get(name, 0.0) + share * figure
+        figures["val/grad_norm"] = self.apply_gradients()
+        self.steps += 1
+        if self.steps % self.config.target_update_interval == 0:
+            self._update_targets()
+        return figures
+
+    @torch.no_grad()
+    def _update_targets(self) -> None:
+        for target, followed in self.follow():
+            for old, new in zip(target.parameters(), followed.parameters(), strict=True):
+                old.lerp_(new, self.config.tau)
+
+    def training_state(self) -> dict[str, Any]:
+        """Counters, besides what every agent saves."""
+        return {"steps": self.steps, "added": self.memory.added}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `training_state` gave."""
+        self.steps, self.memory.added = state["steps"], state["added"]
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Memory, and what is learned or copied besides the policy."""
+        memory = {f"memory.{name}": values for name, values in self.memory.tensors.items()}
+        return {**memory, **dict(self.further.named_parameters(prefix="module"))}
+
+    def load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Goes on from what `training_tensors` gave."""
+        kept = {name.removeprefix("memory."): x for name, x in tensors.items() if name.startswith("memory.")}
+        self.memory.tensors = kept
+        episodes = self.envs.unwrapped.task.episodes
+        self.memory.stop, self.memory.decoder_start = episodes.stop, episodes.decoder_start
+        with torch.no_grad():
+            for name, weight in self.further.named_parameters(prefix="module"):
+                weight.copy_(tensors[name])

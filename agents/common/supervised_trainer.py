@@ -1,0 +1,184 @@
+"""OfflineTrainer: `transformers.Trainer` as offline agents use it: quiet, no files, one report an update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.sequences import Sequences
+from textgym.models.training_arguments import OneDeviceArguments
+from textgym.rewards.pairwise import SILENT
+
+from ..machine.distributed import everyone, join, share_of
+from .optimizer import adamw
+
+
+class Trained(Protocol):
+    """What the trainer needs of an agent; `OfflineAgent` has it."""
+
+    policy: ActorCritic
+    config: Any
+    updates: int
+
+    def __len__(self) -> int: ...
+
+    def collate(self, items: Sequence[int]) -> dict[str, Tensor]:
+        """A batch of items."""
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """How much a batch counts in the mean of several."""
+
+    def loss(self, log_probs: Tensor, entropies: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and figures to report."""
+
+
+class OfflineTrainer(Trainer):
+    """Trains the language model of an agent's policy on the agent's loss.
+
+    Args:
+        agent: gives items, batches and the loss.
+        folder: where progress to resume from is read, if there is any; nothing is written.
+        callbacks: called after every update.
+    """
+
+    def __init__(self, agent: Trained, folder: str, callbacks: Sequence[Callable[..., bool | None]]) -> None:
+        join()
+        config, own = agent.config, share_of(agent.config.batch_size, "batch_size")
+        micro_batch_size = config.micro_batch_size or own
+        if own % micro_batch_size:
+            raise ValueError(
+                f"a process's {own} of batch_size must be a multiple of micro_batch_size={micro_batch_size}"
+            )
+        arguments = OneDeviceArguments(
+            output_dir=folder,
+            num_train_epochs=config.epochs,
+            max_steps=-1 if config.max_steps is None else config.max_steps,
+            per_device_train_batch_size=micro_batch_size,
+            gradient_accumulation_steps=own // micro_batch_size,
+            learning_rate=config.learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=config.max_grad_norm,
+            bf16=config.bf16,
+            model_device=str(agent.policy.device),
+            seed=config.seed,
+            data_seed=config.seed,
+            logging_steps=1,
+            **SILENT,
+        )
+        super().__init__(
+            model=_Scored(agent.policy),
+            args=arguments,
+            train_dataset=range(len(agent)),  # the agent knows what the numbers stand for
+            data_collator=agent.collate,
+            callbacks=[_Report(self, callbacks)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # `compute_loss` gives shares of the batch's mean, not means of their own
+        self.agent = agent
+        self.figures: dict[str, float] = {}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """That of transformers, which would keep the moments of embeddings in 32 bits in spite of `adam_8bit`."""
+        if not self.agent.config.adam_8bit:
+            return super().create_optimizer(model)
+        trained: nn.Module = self.model if model is None else model  # type: ignore[assignment]
+        arguments = self.args
+        self.optimizer = adamw(trained.parameters(), arguments.learning_rate, arguments.adam_epsilon, eight_bit=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Up and then down in straight lines, without the updates at a learning rate of 0 of those of transformers."""
+        rising = math.ceil(self.agent.config.warmup * num_training_steps)
+
+        def factor(step: int) -> float:
+            if step < rising:
+                return (step + 1) / rising
+            falling = num_training_steps - rising
+            return (num_training_steps - step) / falling if self.agent.config.anneal_learning_rate and falling else 1.0
+
+        chosen: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of an update, and what all of them together weigh."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.stack([self.agent.weight(batch) for batch in batches]).sum().to(device)
+        return batches, self.accelerator.gather(total).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The share of a micro-batch in the mean loss of the update, so that gradients add up."""
+        log_probs, entropies = model(inputs["input_ids"], inputs["prompt_lengths"], inputs["response_lengths"])
+        loss, figures = self.agent.loss(log_probs, entropies, inputs)
+        assert num_items_in_batch is not None  # from `get_batch_samples`
+        share = self.agent.weight(inputs) / num_items_in_batch
+        for name, figure in {"loss": loss.detach(), **figures}.items():
+            self.figures[name] = self.figures.get(name, 0.0) + float(share * figure)
+        return share * loss * self.accelerator.num_processes  # whose gradients are averaged
+
+    def write_progress(self, folder: Path) -> None:
+        """The part of a checkpoint that is not the policy's: how far training is, optimiser and schedule."""
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self._save_optimizer_and_scheduler(str(folder))
+
+    def _load_from_checkpoint(self, *arguments: Any, **kwargs: Any) -> None:
+        """Loads no weights: the policy has them."""
+
+
+class _Scored(nn.Module):
+    """The language model of a policy in the form that `Trainer` trains: sequences in, log-probs out."""
+
+    def __init__(self, policy: ActorCritic) -> None:
+        super().__init__()
+        self.lm = policy.lm
+        self.__dict__["policy"] = policy  # not a submodule: a critic is not trained
+
+    def forward(self, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies `(N, T)`."""
+        policy: ActorCritic = self.__dict__["policy"]
+        start = policy.decoder_start_ids
+        return policy.score_sequences(Sequences(input_ids, prompt_lengths, response_lengths, decoder_start=start))
+
+
+class _Report(TrainerCallback):
+    """Tells the agent's callbacks of every update, and stops where one of them says so."""
+
+    def __init__(self, trainer: OfflineTrainer, callbacks: Sequence[Callable[..., bool | None]]) -> None:
+        self.trainer, self.callbacks = trainer, callbacks
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """After each update, and once more at the end, with a summary that nobody asked for."""
+        state.log_history.clear()  # metrics are the callbacks' to keep
+        if "loss" not in logs:
+            return
+        trainer, now = self.trainer, time.perf_counter()
+        shares = everyone(trainer.figures)
+        metrics = {
+            **{name: sum(share[name] for share in shares) for name in trainer.figures},
+            "grad_norm": float(logs["grad_norm"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "epoch": float(state.epoch),
+            "updates": state.global_step,
+            "time/update_s": now - self.started,
+        }
+        trainer.figures, self.started = {}, now
+        trainer.agent.updates = state.global_step
+        stop = False in [callback(trainer.agent, metrics) for callback in self.callbacks]
+        if any(everyone(stop)):
+            control.should_training_stop = True

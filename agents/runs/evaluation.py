@@ -1,0 +1,219 @@
+"""What a policy writes, and how good it is: score, KL, judge, perplexity, diversity and length, always together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.token_model import TokenModel
+from textgym.rewards.overlap import CorpusMetric
+from textgym.rewards.scoring import Finished, RewardSpec, Scorer
+
+from ..common.rollout import Rollout, collect, merge
+
+Judge = Callable[[list[str], list[str]], list[float]]
+Score = Callable[[np.ndarray], float]
+"""What a metric says of rows, given by their indices, of which some may come twice."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One completion for each of N prompts.
+
+    Attributes:
+        transcripts: `prompt`, `completion` and the prompts' columns.
+        rollout: the same as tensors, in the same order.
+        finished: the same as reward functions see it.
+        tokenizer: the policy's.
+    """
+
+    transcripts: list[dict[str, Any]]
+    rollout: Rollout
+    finished: list[Finished]
+    tokenizer: Any
+
+    @property
+    def completions(self) -> list[str]:
+        """The completions as text."""
+        return [transcript["completion"] for transcript in self.transcripts]
+
+
+def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, deterministic: bool = False) -> Samples:
+    """Completes chosen prompts of an environment.
+
+    Args:
+        policy: who writes; its sampling is seeded anew.
+        envs: a `TextVectorEnv`; it is taken over as agents do.
+        prompts: indices into the environment's prompts.
+        seed: of the sampling.
+        deterministic: the most likely token each time.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    if len(prompts) == 0:
+        raise ValueError("there are no prompts to complete: choose at least one")
+    task = envs.unwrapped.task
+    envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
+    envs.unwrapped.array = "torch"
+    policy.seed(seed)
+    rollouts, transcripts, finished = [], [], []
+    training_state = task.scorer.state()  # a running scale and counters are those of training
+    for start in range(0, len(prompts), envs.num_envs):
+        chosen = list(prompts[start : start + envs.num_envs])
+        padded = chosen + chosen[-1:] * (envs.num_envs - len(chosen))  # every row needs a prompt
+        rollout = collect(envs, policy, {"prompt_index": padded}, deterministic)
+        rollouts.append(rollout[: len(chosen)])
+        transcripts += [dict(transcript) for transcript in task.transcripts[: len(chosen)]]
+        finished += [task.finished(np.array([row])) for row in range(len(chosen))]
+    task.scorer.load_state(training_state)
+    return Samples(transcripts, merge(rollouts), finished, task.tokenizer)
+
+
+def measure(
+    samples: Samples, reference: TokenModel, judge: Judge | None = None, metrics: Sequence[RewardSpec] = ()
+) -> dict[str, float]:
+    """Figures of completions, all of the same samples.
+
+    Args:
+        samples: from `generate`; scores are in the units of the reward functions, before any scaling.
+        reference: what KL and perplexity are measured to.
+        judge: scores `(prompts, completions)`; one that the policy was not trained on.
+        metrics: further reward functions, such as those of `textgym.rewards.functions`; see `score_samples`.
+
+    Returns:
+        `score` and `score_std`; `kl` (nats a sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the
+        completion tokens under the reference); `distinct_2` (distinct token bigrams over all); `length` (tokens);
+        `ended_by_stop` (share); and one for each of `metrics`, by its name.
+    """
+    rollout, mask = samples.rollout, samples.rollout.mask
+    reference_log_probs = reference.sequence_log_probs(rollout.sequences.to(reference.device)).to(mask.device)
+    figures: dict[str, Any] = {
+        "score": rollout.raw_scores.mean(),
+        "score_std": rollout.raw_scores.std(correction=0),
+        "kl": (rollout.log_probs - reference_log_probs).sum(1).mean(),
+        "reference_ppl": (-reference_log_probs.sum() / mask.sum()).exp(),
+        "distinct_2": distinct_2(rollout),
+        "length": rollout.sequences.response_lengths.float().mean(),
+        "ended_by_stop": rollout.ended_by_stop.float().mean(),
+    }
+    if judge is not None:
+        prompts = [transcript["prompt"] for transcript in samples.transcripts]
+        figures["judge"] = np.mean(judge(prompts, samples.completions))
+    if metrics:
+        figures |= score_samples(samples, metrics)
+    return {name: float(figure) for name, figure in figures.items()}
+
+
+def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, float]:
+    """Mean of each reward function over the samples, by name.
+
+    `Bleu`, `Chrf` and `Ter` are asked for their `corpus` score instead, which is no mean over texts.
+    """
+    everything = np.arange(len(samples.finished))
+    return {name: score(everything) for name, score in _scores_of_rows(samples, metrics).items()}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure of samples, and between which bounds it lies in 95 of 100 draws of other prompts."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def score_intervals(
+    samples: Samples, metrics: Sequence[RewardSpec], resamples: int = 200, seed: int = 0
+) -> dict[str, Interval]:
+    """The figures of `score_samples` with 95% intervals, by the percentile bootstrap over prompts.
+
+    Args:
+        samples: from `generate`.
+        metrics: reward functions.
+        resamples: how many times the prompts are drawn anew, with replacement.
+        seed: of the drawing.
+    """
+    scores = _scores_of_rows(samples, metrics)
+    return {name: _bootstrap(score, len(samples.finished), resamples, seed) for name, score in scores.items()}
+
+
+def score_gains(
+    before: Samples, after: Samples, metrics: Sequence[RewardSpec], resamples: int = 200, seed: int = 0
+) -> dict[str, Interval]:
+    """How far the figures of `after` are above those of `before`, with 95% intervals, by the paired bootstrap.
+
+    Prompts are drawn for both alike, so how hard they are takes no part, and an interval above 0 is an improvement.
+
+    Args:
+        before: from `generate`.
+        after: the same, of the same prompts in the same order.
+        metrics: reward functions.
+        resamples: how many times the prompts are drawn anew, with replacement.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: other prompts.
+    """
+    if [row.prompts for row in before.finished] != [row.prompts for row in after.finished]:
+        raise ValueError("a paired comparison needs samples of the same prompts: pass `generate` the same indices")
+    old, new = _scores_of_rows(before, metrics), _scores_of_rows(after, metrics)
+
+    def gain(name: str, rows: np.ndarray) -> float:
+        return new[name](rows) - old[name](rows)
+
+    return {name: _bootstrap(partial(gain, name), len(before.finished), resamples, seed) for name in old}
+
+
+def _bootstrap(score: Score, count: int, resamples: int, seed: int) -> Interval:
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    low, high = np.quantile([score(rows) for rows in drawn], [0.025, 0.975])
+    return Interval(score(np.arange(count)), float(low), float(high))
+
+
+def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, Score]:
+    """For each metric what it says of rows."""
+    rows = samples.finished
+    finished = Finished(
+        [text for row in rows for text in row.prompts],
+        [text for row in rows for text in row.completions],
+        [ids for row in rows for ids in row.prompt_ids],
+        [ids for row in rows for ids in row.completion_ids],
+        {name: [value for row in rows for value in row.columns[name]] for name in rows[0].columns},
+    )
+    scorer = Scorer(list(metrics), tokenizer=samples.tokenizer, device=samples.rollout.scores.device)
+    components = scorer(finished).components
+    completions, references = finished.completions, finished.columns.get("references", [])
+
+    def mean(values: np.ndarray, chosen: np.ndarray) -> float:
+        return float(np.nanmean(values[chosen]))
+
+    def corpus(metric: CorpusMetric, chosen: np.ndarray) -> float:
+        return metric.corpus([completions[row] for row in chosen], [references[row] for row in chosen])
+
+    return {
+        name: partial(corpus, function) if isinstance(function, CorpusMetric) else partial(mean, components[name])
+        for name, function in zip(scorer.names, scorer.functions, strict=True)
+    }
+
+
+def distinct_2(rollout: Rollout) -> float:
+    """Distinct bigrams of response tokens over all of them; compare it between sets of the same size only."""
+    pairs: set[tuple[int, int]] = set()
+    total = 0
+    actions = rollout.sequences.pad(rollout.sequences.actions).tolist()
+    for row, length in zip(actions, rollout.sequences.response_lengths.tolist(), strict=True):
+        bigrams = list(itertools.pairwise(row[:length]))
+        pairs.update(bigrams)
+        total += len(bigrams)
+    return len(pairs) / max(total, 1)

@@ -1,0 +1,354 @@
+"""Profiler: where the time, the arithmetic and the memory of a training run go, phase by phase.
+
+    textgym train --output-dir runs/ppo --profile
+
+It looks at six updates, which train as always, and then at none:
+    1. One goes by: first calls are slow.
+    2. Three are timed.
+    3. One is counted, which is slow: floating-point operations, tensors kept for the backward pass, peak memory.
+    4. One is traced: `trace.json.gz`, for Perfetto or chrome://tracing.
+Phases do not overlap: what a phase within another takes is not the other's. "other" is what has no mark, such as
+drawing up metrics and writing them down. On a GPU every mark waits for the device, which a run without `--profile` does
+not, so a phase's time is its own there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from textgym.data.files import atomic_file
+from textgym.models.flops import FlopCount
+from textgym.models.phases import listen
+
+from ..common.on_policy import Metrics, OnPolicyAgent
+from ..machine.device_limits import peak_flops, peak_memory, reset_peak_memory
+from ..machine.memory_by_role import SavedForBackward, bytes_by_role, cache_bytes
+
+TIMED = 3
+UPDATES = 1 + TIMED + 1 + 1
+TRACED_CALLS = 32
+"""Of each phase in the trace, which would otherwise grow with the length of episodes."""
+PHASES = ("decode", "environment", "reference", "reward", "critic", "update")
+OTHER = "other"
+
+
+@dataclass
+class PhaseFigures:
+    """What one phase takes.
+
+    Attributes:
+        seconds: of an update.
+        share: of the update's time.
+        tokens_per_second: response tokens of an update over this phase's seconds: the speed of a run that did nothing
+            else. An update that passes over its tokens twice counts them once.
+        flops: floating-point operations of an update: matrix products and attention, two for each multiply-add.
+        utilisation: `flops` over what the device could do in these seconds, see `Profile.peaks`.
+        memory: most bytes at a time: resident memory of the process, or allocated memory on a GPU.
+    """
+
+    seconds: float
+    share: float
+    tokens_per_second: float
+    flops: float
+    utilisation: float
+    memory: int
+
+
+@dataclass
+class Profile:
+    """What `Profiler` found.
+
+    Attributes:
+        device: what it ran on.
+        updates: how many were timed.
+        tokens: response tokens of an update, the mean of those.
+        peaks: operations a second of the largest matrix products that were tried, by dtype.
+        peak_of: how they were measured.
+        phases: figures of each phase; with "other" they are the whole update.
+        memory: bytes by role.
+    """
+
+    device: str
+    updates: int
+    tokens: float
+    peaks: dict[str, float]
+    peak_of: str
+    phases: dict[str, PhaseFigures]
+    memory: dict[str, int]
+
+    @property
+    def seconds(self) -> float:
+        """Of an update."""
+        return sum(figures.seconds for figures in self.phases.values())
+
+    def tables(self) -> list[Table]:
+        """Time by phase, and memory by role, for the terminal."""
+        return [_table(*content) for content in self._contents()]
+
+    def markdown(self) -> str:
+        """The same for `profile.md`."""
+        parts = []
+        for title, columns, rows in self._contents():
+            lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+            parts.append(f"{title}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n")
+        return "\n".join(parts)
+
+    def _contents(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        peaks = ", ".join(f"{peak / 1e9:.1f} GFLOP/s in {dtype}" for dtype, peak in self.peaks.items())
+        kind = "resident" if self.device == "cpu" else "allocated"
+        rows = [
+            [
+                name,
+                f"{x.seconds:.3f}",
+                f"{x.share:.1%}",
+                f"{x.tokens_per_second:,.0f}" if x.seconds else "",
+                f"{x.flops / 1e9:.3f}",
+                f"{x.utilisation:.1%}",
+                f"{x.memory / 2**20:,.0f}",
+            ]
+            for name, x in self.phases.items()
+        ]
+        speed, flops = self.tokens / self.seconds, sum(x.flops for x in self.phases.values())
+        memory = max(x.memory for x in self.phases.values()) / 2**20
+        whole = f"{self.seconds:.3f}", "100.0%", f"{speed:,.0f}", f"{flops / 1e9:.3f}", "", f"{memory:,.0f}"
+        title = f"An update of {self.tokens:,.0f} response tokens on {self.device}, the mean of {self.updates}. "
+        yield (
+            title + f"MFU (FLOP utilisation) is of {peaks}: {self.peak_of}.",
+            ["phase", "seconds", "share", "tokens/s", "GFLOP", "MFU", f"peak MiB {kind}"],
+            [*rows, ["all", *whole]],
+        )
+        yield (
+            "Tensors by role.",
+            ["role", "MiB"],
+            [[role, f"{count / 2**20:,.2f}"] for role, count in self.memory.items()],
+        )
+
+
+class Profiler:
+    """Measures a run that is under way; a callback of on-policy and off-policy agents, the last one of them.
+
+    Args:
+        folder: where `profile.md`, `profile.json` and `trace.json.gz` are written.
+        agent: whose run it is.
+        total_episodes: what it is going to learn.
+
+    Attributes:
+        profile: what was found, after `UPDATES` updates.
+
+    Raises:
+        ValueError: the run makes fewer updates than that.
+    """
+
+    def __init__(self, folder: str | Path, agent: OnPolicyAgent, total_episodes: int) -> None:
+        size = agent.config.episodes_per_update
+        left = math.ceil((total_episodes - agent.episodes) / size)
+        if left < UPDATES:
+            raise ValueError(
+                f"a profile takes {UPDATES} updates and this run makes {max(left, 0)}: play at least "
+                f"{agent.episodes + UPDATES * size} episodes"
+            )
+        self.folder, self.agent = Path(folder), agent
+        self.profile: Profile | None = None
+        self.tokens: list[float] = []
+        self.timer, self.counts = _Timer(agent.policy.device), _Counts(agent)
+        self.seen = 0
+
+    def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:
+        """Called after each update: ends what is being done, and begins the next."""
+        self.seen += 1
+        if self.seen <= UPDATES - 1:
+            self.tokens.append(metrics["val/response_tokens"] * agent.config.episodes_per_update)
+        if self.seen == 1:
+            self.timer.start()
+        elif self.seen == 1 + TIMED:
+            self.timer.stop()
+            self.counts.start()
+        elif self.seen == 1 + TIMED + 1:
+            self.counts.stop()
+            self.trace = _Trace(agent.policy.device)
+        elif self.seen == UPDATES:
+            self.trace.stop(self.folder / "trace.json.gz")
+            self.profile = self._summary()
+            with atomic_file(self.folder / "profile.md") as temporary:
+                temporary.write_text(self.profile.markdown())
+            with atomic_file(self.folder / "profile.json") as temporary:
+                temporary.write_text(json.dumps(asdict(self.profile), indent=2) + "\n")
+
+    def close(self) -> None:
+        """Stops whatever is being measured; for runs that end early."""
+        listen(None)
+        self.counts.stack.close()
+
+    def _summary(self) -> Profile:
+        agent, device = self.agent, self.agent.policy.device
+        dtype = agent.policy.lm.dtype
+        trained = torch.bfloat16 if agent.config.bf16 else dtype
+        peaks = {kind: peak_flops(device, kind) for kind in dict.fromkeys((dtype, trained))}
+        tokens = sum(self.tokens[1 : 1 + TIMED]) / TIMED
+        seconds = {name: total / TIMED for name, total in self.timer.seconds.items()}
+        whole, longer = sum(seconds.values()), tokens / self.tokens[1 + TIMED]
+        phases = {}
+        for name in dict.fromkeys((*PHASES, *seconds)):
+            taken, flops = seconds.get(name, 0.0), self.counts.flops[name] * longer
+            possible = taken * peaks[trained if name == "update" else dtype].flops
+            phases[name] = PhaseFigures(
+                taken,
+                taken / whole,
+                tokens / taken if taken else 0.0,
+                flops,
+                flops / possible if possible else 0.0,
+                self.counts.memory[name],
+            )
+        phases[OTHER] = phases.pop(OTHER)  # last
+        return Profile(
+            device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            TIMED,
+            tokens,
+            {str(kind).removeprefix("torch."): peak.flops for kind, peak in peaks.items()},
+            peaks[dtype].how,
+            phases,
+            self.counts.roles,
+        )
+
+
+class _Phases:
+    """A listener that charges whatever it measures to the innermost phase."""
+
+    def __init__(self) -> None:
+        self.open = [OTHER]
+
+    def enter(self, name: str) -> None:
+        if name != self.open[-1]:  # a phase within itself is nothing new
+            self.charge(self.open[-1])
+        self.open.append(name)
+
+    def leave(self) -> None:
+        name = self.open.pop()
+        if name != self.open[-1]:
+            self.charge(name)
+
+    def charge(self, name: str) -> None:
+        """What there was since the last call is this phase's."""
+        raise NotImplementedError
+
+
+class _Timer(_Phases):
+    """Seconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def start(self) -> None:
+        self.last = self._now()
+        listen(self)
+
+    def stop(self) -> None:
+        self.charge(OTHER)
+        listen(None)
+
+    def charge(self, name: str) -> None:
+        now = self._now()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class _Counts(_Phases):
+    """Floating-point operations, peak memory, and bytes by role."""
+
+    def __init__(self, agent: OnPolicyAgent) -> None:
+        super().__init__()
+        self.agent, self.stack = agent, contextlib.ExitStack()
+        self.flops: Counter[str] = Counter()
+        self.memory: Counter[str] = Counter()
+        self.cache = 0
+
+    def start(self) -> None:
+        policy = self.agent.policy
+        kept = [*policy.parameters(), *policy.buffers()]
+        self.counter = self.stack.enter_context(FlopCount())
+        self.saved = SavedForBackward(kept)
+        self.stack.enter_context(self.saved)
+        reset_peak_memory(policy.device)
+        listen(self)
+
+    def stop(self) -> None:
+        self.charge(OTHER)
+        listen(None)
+        self.stack.close()
+        self.roles = {
+            **bytes_by_role(self.agent),
+            "key-value caches": self.cache,
+            "activations": self.saved.peak,
+        }
+
+    def charge(self, name: str) -> None:
+        self.flops[name] += self.counter.total
+        self.counter.by_operation.clear()
+        self.cache = max(self.cache, cache_bytes(self.agent))
+        self.memory[name] = max(self.memory[name], peak_memory(self.agent.policy.device))
+        reset_peak_memory(self.agent.policy.device)
+
+
+class _Trace(_Phases):
+    """Operations one by one, of the first calls of each phase; begins at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self.activities, self.calls = activities, Counter[str]()
+        self.marks: list[Any] = []
+        self.profile = profile(activities=activities)
+        self.profile.start()
+        listen(self)
+
+    def enter(self, name: str) -> None:
+        self.calls[name] += 1
+        self.marks.append(record_function(name) if self.calls[name] <= TRACED_CALLS else None)
+        if self.marks[-1] is None:
+            self.profile.toggle_collection_dynamic(False, self.activities)
+        else:
+            self.marks[-1].__enter__()
+
+    def leave(self) -> None:
+        mark = self.marks.pop()
+        if mark is None:
+            self.profile.toggle_collection_dynamic(None not in self.marks, self.activities)
+        else:
+            mark.__exit__(None, None, None)
+
+    def stop(self, path: Path) -> None:
+        listen(None)
+        self.profile.stop()
+        temporary = path.with_name(f".tmp-{path.name}")  # whose ending says that it is to be compressed
+        self.profile.export_chrome_trace(str(temporary))
+        temporary.rename(path)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for number, column in enumerate(columns):
+        widest = max(len(row[number]) for row in rows)  # a narrow terminal may break headers, never cut a figure
+        table.add_column(column, justify="right" if number else "left", min_width=widest)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,258 @@
+"""A run's folder and its live display: config, metrics, TensorBoard events, curves, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+from textgym.data.files import atomic_file, remove_leftovers
+
+from ..common.on_policy import Metrics, OnPolicyAgent
+from ..common.supervised import OfflineAgent
+
+CURVES = {
+    "score": "objective/scores",
+    "KL to the reference (nats a sequence)": "objective/kl",
+    "response tokens": "val/response_tokens",
+    "entropy (nats a token)": "policy/entropy_avg",
+    "approximate KL of an update": "policy/approxkl_avg",
+    "explained variance of the critic": "val/explained_variance",
+    "loss": "loss",
+    "entropy": "entropy",
+    "margin of the implicit rewards": "rewards/margins",
+    "share of pairs ranked right": "rewards/accuracies",
+    "log-prob of the chosen": "logps/chosen",
+    "log-prob of the rejected": "logps/rejected",
+    "learning rate": "learning_rate",
+}
+"""Titles and metrics of the curves; those are drawn that the agent reports."""
+
+NOTES = {
+    "objective/scores": "score {:+.2f}",
+    "objective/kl": "KL {:.1f}",
+    "val/response_tokens": "tokens {:.1f}",
+    "loss": "loss {:.3f}",
+    "rewards/accuracies": "ranked right {:.2f}",
+}
+"""The few numbers that stand beside the bar."""
+Agent = OnPolicyAgent | OfflineAgent
+
+
+class RunFolder:
+    """Writes `config.json`, `metrics.jsonl`, TensorBoard events, `curves.png` and `samples.md` into one folder.
+
+    It is a callback of agents. What was written stays when the run is interrupted.
+
+    Args:
+        folder: made if missing.
+        config: a dataclass, written at once.
+        updates: those of an earlier run that goes on from there: their metrics are kept, later ones are dropped.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, config: Any, updates: int = 0) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        self.write_json("config.json", dataclasses.asdict(config))
+        path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
+        lines = path.read_text().splitlines()[:updates] if updates else []  # one an update; a kill may tear the next
+        self.history: list[Metrics] = [json.loads(line) for line in lines]
+        self.write(path.name, "".join(f"{line}\n" for line in lines))
+        self.metrics = path.open("a")
+        if not updates:
+            shutil.rmtree(events, ignore_errors=True)  # an earlier run's, as metrics.jsonl is new too
+        self.events = _summary_writer(events, self.history[-1] if self.history else None)
+
+    def __call__(self, agent: Agent, metrics: Metrics) -> None:
+        """Appends an update's metrics."""
+        self.history.append(metrics)
+        self.metrics.write(json.dumps(metrics) + "\n")
+        self.metrics.flush()
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, int(metrics[_clock(metrics)]))
+        self.events.flush()
+
+    def write(self, name: str, text: str) -> None:
+        """A text file that appears whole or not at all."""
+        with atomic_file(self.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A JSON file that appears whole or not at all."""
+        self.write(name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def draw_curves(self) -> None:
+        """`curves.png`, from what has been logged so far."""
+        if not self.history:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            _note("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
+            return
+        clock = _clock(self.history[0])
+        curves = {title: key for title, key in CURVES.items() if any(key in row for row in self.history)}
+        rows = math.ceil(len(curves) / 3)
+        # Without pyplot, which would change a notebook's backend.
+        figure = Figure(figsize=(13, 3.25 * rows), layout="constrained")
+        for place, (title, key) in enumerate(curves.items(), start=1):
+            axis = figure.add_subplot(rows, 3, place)
+            seen = [row for row in self.history if key in row]
+            axis.plot([row[clock] for row in seen], [row[key] for row in seen], linewidth=1.5)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel(clock, fontsize=9)
+            axis.grid(alpha=0.3)
+        with atomic_file(self.folder / "curves.png") as temporary:
+            figure.savefig(temporary, dpi=110)
+
+    def write_samples(self, columns: dict[str, Sequence[str]], prompts: Sequence[str]) -> None:
+        """`samples.md`: a table of prompts and their completions, a column for each policy."""
+        lines = ["| prompt | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+        for row, prompt in enumerate(prompts):
+            cells = [_cell(prompt), *(_cell(texts[row]) for texts in columns.values())]
+            lines.append("| " + " | ".join(cells) + " |")
+        self.write("samples.md", "\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.metrics.close()
+        self.events.close()
+
+
+class LiveProgress:
+    """Stage, bar, time left, and the few numbers that matter, on one line of the terminal; a callback of agents."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def stage(self, description: str, total: float | None = None) -> None:
+        """Begins the next stage, of `total` steps if that is known."""
+        self.finish()
+        self.task = self.progress.add_task(description, total=total, note="")
+
+    def advance(self, completed: float, note: str = "") -> None:
+        """Steps done so far in this stage."""
+        self.progress.update(self.task, completed=completed, note=note)
+
+    def finish(self) -> None:
+        """Completes the stage under way."""
+        for task in self.progress.tasks:
+            if not task.finished:
+                self.progress.update(task.id, total=task.total or 1, completed=task.total or 1)
+
+    def __call__(self, agent: Agent, metrics: Metrics) -> None:
+        """Shows an update's figures."""
+        note = "  ".join(form.format(metrics[key]) for key, form in NOTES.items() if key in metrics)
+        self.advance(metrics[_clock(metrics)], note)
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows the share of a `transformers.Trainer` run that is done, as the stage under way of `LiveProgress`."""
+
+    def __init__(self, live: LiveProgress) -> None:
+        self.live = live
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer after each of its updates."""
+        loss = [row["loss"] for row in state.log_history if "loss" in row][-1:]
+        self.live.advance(state.global_step / state.max_steps, f"loss {loss[0]:.3f}" if loss else "")
+
+
+def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str]:
+    """What of a run's settings differs from `config`, but for the `free` ones; a line for each.
+
+    Args:
+        folder: of a run, with its `config.json`.
+        config: a dataclass; the fields of a `config` in it count as its own.
+        free: names of fields that may differ.
+    """
+    was = json.loads((folder / "config.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    was, now = ({**settings.pop("config", {}), **settings} for settings in (was, now))
+    names = [name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)]
+    return [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
+    """Figures of several policies, numbers or ready-made texts.
+
+    A column each, since a terminal has more lines than room for names.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for label in rows:
+        table.add_column(label, justify="right")
+    for name in dict.fromkeys(name for figures in rows.values() for name in figures):
+        cells = [_written(figures.get(name, "")) for figures in rows.values()]
+        table.add_row(name, *cells)
+    return table
+
+
+def _written(figure: float | str) -> str:
+    if isinstance(figure, str):
+        return figure
+    return f"{round(figure, 3) + 0.0:.3f}"  # adding zero takes the sign off a negative one
+
+
+def _clock(metrics: Metrics) -> str:
+    """What an agent's progress is counted in: an offline one plays no episodes."""
+    return "episodes" if "episodes" in metrics else "updates"
+
+
+def _note(text: str) -> None:
+    Console().print(text, markup=False)  # with markup, [brackets] would be a style
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+class _NoEvents:
+    """Stands in for TensorBoard where it is not installed."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _summary_writer(folder: Path, last: Metrics | None) -> Any:
+    """Writes events; those after the `last` metrics that are kept no longer count."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _note("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
+        return _NoEvents()
+    return SummaryWriter(str(folder), purge_step=None if last is None else int(last[_clock(last)]) + 1)

@@ -1,0 +1,167 @@
+"""PPO's losses against values by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from textgym.agents.common.losses import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    penalty_policy_loss,
+    policy_gradient_loss,
+)
+from textgym.testing import tolerance
+
+pytestmark = pytest.mark.numerics
+
+ROUNDING = tolerance(terms=4, scale=3.0)  # of a few numbers up to 3
+ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
+def one(value: float, gradient: bool = False) -> Tensor:
+    return torch.tensor([[value]], requires_grad=gradient)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "expected", "flat"),
+    [
+        (2.0, 1.1, -2.2, False),  # better and within the range: push on
+        (2.0, 1.5, -2.4, True),  # better and already far: clipped, no gradient
+        (2.0, 0.5, -1.0, False),  # better but made less likely: bring it back
+        (-2.0, 0.9, 1.8, False),  # worse and within the range: push on
+        (-2.0, 0.5, 1.6, True),  # worse and already far: clipped, no gradient
+        (-2.0, 1.5, 3.0, False),  # worse but made more likely: bring it back
+    ],
+)
+def test_clip_signs(advantage: float, ratio: float, expected: float, flat: bool) -> None:
+    log_probs = one(math.log(ratio), gradient=True)
+    result = clipped_policy_loss(log_probs, one(0.0), one(advantage), ONE, 0.2)
+    torch.testing.assert_close(result.loss.item(), expected, atol=1e-5, rtol=0)
+    result.loss.backward()
+    assert (log_probs.grad.item() == 0) == flat
+    assert result.clip_fraction.item() == float(flat)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "expected", "flat"),
+    [
+        (0.1, 0.0, 1.0, 0.405, False),  # within the range
+        (0.5, 0.0, 1.0, 0.32, True),  # towards the target but too far: the clipped error counts, no gradient
+        (0.5, 0.0, -1.0, 1.125, False),  # away from the target: the plain error counts
+        (-0.5, 0.0, 0.1, 0.18, False),  # past the range on the wrong side
+    ],
+)
+def test_clipped_value_loss(value: float, old: float, target: float, expected: float, flat: bool) -> None:
+    values = one(value, gradient=True)
+    clipped = clipped_value_loss(values, one(old), one(target), ONE, 0.2)
+    plain = clipped_value_loss(values, one(old), one(target), ONE, None)
+    torch.testing.assert_close(clipped.loss.item(), expected, atol=tolerance(terms=4), rtol=0)
+    assert clipped.loss >= plain.loss
+    clipped.loss.backward()
+    assert (values.grad.item() == 0) == flat
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_junk_in_padding_reaches_neither_loss_nor_gradient(junk: float) -> None:
+    mask = torch.tensor([[True, True, False]])
+    clean = [torch.tensor([[0.1, -0.2, 0.0]]) + i for i in range(3)]
+    dirty = [torch.where(mask, x, junk) for x in clean]
+    dirty[0].requires_grad_()
+    policy = clipped_policy_loss(dirty[0], dirty[0].detach() - 0.1, dirty[2], mask, 0.2)
+    value = clipped_value_loss(dirty[0], dirty[1], dirty[2], mask, 0.2)
+    (policy.loss + value.loss).backward()
+    assert all(torch.isfinite(x) for x in (*policy, *value))
+    assert dirty[0].grad.isfinite().all()
+    assert dirty[0].grad[0, 2] == 0
+
+
+def test_metrics_ignore_padding() -> None:
+    rng = torch.Generator().manual_seed(0)
+    new, old, advantages = (torch.randn(2, 4, generator=rng) for _ in range(3))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+
+    def padded(x: Tensor, fill: float) -> Tensor:
+        return torch.cat([x, torch.full((2, 6), fill)], 1)
+
+    wide = torch.cat([mask, torch.zeros(2, 6, dtype=torch.bool)], 1)
+    plain = clipped_policy_loss(new, old, advantages, mask, 0.2)
+    more = clipped_policy_loss(padded(new, 5.0), padded(old, -5.0), padded(advantages, 9.0), wide, 0.2)
+    for expected, actual in zip(plain, more, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert plain.approx_kl >= 0
+
+
+def surrogate(ratio: float, advantage: float, **settings: Any) -> tuple[float, float]:
+    """The loss at a ratio, and its gradient by the ratio's logarithm."""
+    log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    old, advantages = torch.zeros(1, 1), torch.tensor([[advantage]])
+    loss = clipped_policy_loss(log_prob, old, advantages, ONE, 0.2, **settings).loss
+    return loss.item(), torch.autograd.grad(loss, log_prob)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.25, 1.0, -1.25, -1.25),  # below the higher bound of 1.4
+        (1.5, 1.0, -1.4, 0.0),
+        (0.7, -1.0, 0.8, 0.0),  # the lower bound is the usual one
+        (1.5, -1.0, 1.5, 1.5),
+    ],
+)
+def test_asymmetric_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    assert surrogate(ratio, advantage, clip_range_high=0.4) == pytest.approx(
+        (loss, gradient), abs=tolerance(terms=4, scale=3.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (5.0, -2.0, 6.0, 0.0),  # 3 x 2 and no more
+        (2.0, -2.0, 4.0, 4.0),
+        (5.0, 2.0, -2.4, 0.0),  # where the advantage is positive it changes nothing
+        (0.5, -2.0, 1.6, 0.0),
+    ],
+)
+def test_dual_clip(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    assert surrogate(ratio, advantage, dual_clip=3.0) == pytest.approx(
+        (loss, gradient), abs=tolerance(terms=4, scale=3.0)
+    )
+
+
+def test_penalty_by_hand_and_its_gradient() -> None:
+    log_prob = torch.tensor([[math.log(1.5)]], requires_grad=True)
+    given = penalty_policy_loss(log_prob, torch.zeros(1, 1), torch.tensor([[2.0]]), ONE, beta=4.0)
+    assert given.loss.item() == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1 - math.log(1.5)))
+    gradient = torch.autograd.grad(given.loss, log_prob)[0].item()
+    assert gradient == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1))
+
+
+def test_penalty_is_the_kl_from_the_old_policy_on_average() -> None:
+    old, new = (torch.tensor(p).log() for p in ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]))
+    exact = (old.exp() * (old - new)).sum()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    ratio = (new - old).exp()
+    by_token = penalty_policy_loss(new[None], old[None], torch.zeros(1, 3), mask, beta=1.0).loss
+    assert by_token.item() == pytest.approx((ratio - 1 - ratio.log()).mean().item())
+    assert (old.exp() * (ratio - 1 - ratio.log())).sum().item() == pytest.approx(exact.item())
+
+
+def test_nan_in_the_padding_of_the_other_losses() -> None:
+    mask = torch.tensor([[True, False]])
+    log_probs = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
+    advantages = torch.tensor([[2.0, torch.nan]])
+    losses = (
+        policy_gradient_loss(log_probs, advantages, mask),
+        penalty_policy_loss(log_probs, torch.tensor([[-1.0, torch.inf]]), advantages, mask, 1.0).loss,
+    )
+    for loss in losses:
+        assert loss.item() == pytest.approx(2.0 if loss is losses[0] else -2.0)
+        gradient = torch.autograd.grad(loss, log_probs)[0]
+        assert gradient.isfinite().all()
+        assert gradient[0, 1] == 0

@@ -1,0 +1,66 @@
+"""What off-policy agents remember, and how it is drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from textgym.agents.common.replay_memory import EpisodeMemory
+from textgym.models.sequences import Sequences
+from textgym.testing import ExactTask
+
+TASK = ExactTask(vocab_size=5, horizon=3, seed=2)
+
+
+def texts(*chosen: int) -> Sequences:
+    return TASK.sequences([TASK.texts[index] for index in chosen])
+
+
+def remember(memory: EpisodeMemory, *chosen: int) -> None:
+    sequences = texts(*chosen)
+    rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.mask
+    memory.add(sequences, rewards, -rewards, longest=TASK.horizon)
+
+
+def test_memory_keeps_the_newest_episodes() -> None:
+    memory = EpisodeMemory(capacity=3)
+    remember(memory, 1, 2)
+    remember(memory, 3, 4)
+    assert len(memory) == 3
+    batch = memory.sample(200, torch.Generator().manual_seed(0))
+    seen = batch.rewards.amax(1).int().tolist()
+    assert set(seen) == {2, 3, 4}
+    expected = texts(*seen)
+    actual, mask = batch.sequences, batch.sequences.mask
+    assert torch.equal(actual.response_lengths, expected.response_lengths)
+    assert torch.equal(actual.actions, expected.actions)
+    assert torch.equal(batch.reference_log_probs, -batch.rewards)
+    assert (batch.rewards[~mask] == 0).all()
+    assert (batch.weights == 1).all()
+
+
+def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
+    memory = EpisodeMemory(capacity=8, alpha=0.5, beta=1.0)
+    remember(memory, 1, 2)
+    mask = texts(1, 2).mask
+    errors = torch.zeros(mask.shape)
+    errors[:, 0] = torch.tensor([1.0, -4.0])
+    memory.reprioritise(torch.tensor([0, 1]), errors, mask)
+    priorities = memory.tensors["priorities"][:2]
+    lengths = texts(1, 2).response_lengths
+    torch.testing.assert_close(priorities, torch.tensor([1.0, 4.0]) * (0.9 + 0.1 / lengths), atol=1e-5, rtol=0)
+    batch = memory.sample(20_000, torch.Generator().manual_seed(0))
+    odds = priorities.sqrt() / priorities.sqrt().sum()
+    share = (batch.indices == 1).float().mean()
+    assert share == pytest.approx(float(odds[1]), abs=0.02)
+    # With beta = 1 a weighted mean is that of uniform draws.
+    mean = (batch.weights * batch.rewards.amax(1)).sum() / batch.weights.sum()
+    assert mean == pytest.approx(1.5, abs=0.03)
+
+
+def test_new_episodes_are_urgent() -> None:
+    memory = EpisodeMemory(capacity=8, alpha=1.0)
+    remember(memory, 1)
+    memory.reprioritise(torch.tensor([0]), 7 * torch.ones(texts(1).mask.shape), texts(1).mask)
+    remember(memory, 2)
+    assert memory.tensors["priorities"][1] == memory.tensors["priorities"][0]

@@ -1,0 +1,356 @@
+"""Several processes on the CPU, by gloo: they learn what one would from all episodes, and do not wait in vain."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import multiprocessing
+from torch.distributed import TCPStore
+
+from textgym.agents import DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
+from textgym.agents.common.rollout import Rollout
+from textgym.agents.common.surrogate import SurrogateAgent
+from textgym.agents.machine.distributed import ProcessLostError, column_total, count, everyone, join, rank
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.attention import checkpointing_layers
+from textgym.rewards.kl import AdaptiveKL
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+FORWARD = terms_of(mock_lm())
+
+Weights = dict[str, np.ndarray]
+SETTINGS = Path(__file__).parents[3] / "examples" / "accelerate"
+TOKEN_MEANS = {"policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "val/ratio"}
+BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce"}
+"""Whose figures weigh parts of a batch by episodes, as their losses do, so that means over tokens are not exact."""
+PROCESSES, EPISODES, UPDATES = 2, 16, 3
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+pytestmark = pytest.mark.training
+PARALLEL = pytest.mark.parametrize(
+    "environment",
+    [pytest.param({}, id="data parallel"), pytest.param(SHARDED, id="fsdp2", marks=pytest.mark.slow)],
+)
+FORK = multiprocessing.get_context("fork")  # what has been imported need not be imported again
+PPO_SETTINGS = {
+    "num_epochs": 2,
+    "minibatch_size": None,
+    "micro_batch_size": 5,
+    "whiten_rewards": True,
+    "entropy_coef": 0.01,
+    "target_kl": 1.0,
+}
+AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
+    "ppo": (PPO, PPO_SETTINGS),
+    "ppo, penalty": (PPO, {**PPO_SETTINGS, "variant": "penalty"}),
+    "grpo": (GRPO, {"group_size": 4, "num_epochs": 2}),
+    "grpo, mean over episodes": (GRPO, {"group_size": 4, "kl_in": "loss", "loss_type": "grpo"}),
+    "rloo": (RLOO, {"group_size": 4, "normalise": "batch"}),
+    "reinforce": (REINFORCE, {}),
+    "nlpo": (NLPO, {**PPO_SETTINGS, "top_p": 0.8, "mask_update_interval": 2}),
+    "ppo, lora": (PPO, {**PPO_SETTINGS, "gradient_checkpointing": True}),
+    "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 0.5}),
+}
+FAST = ("ppo", "grpo")
+"""Those that `make test` runs; the others share their update and differ in the loss."""
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def nothing(completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def make_envs(num_envs: int, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "prompts": ["one", "three", "a longer prompt"],
+        "tokenizer": byte_tokenizer(),
+        "reward": vowels,
+        "stop": list(range(0, 256, 8)),  # so that lengths differ
+        "reference": mock_lm(),
+        "kl_coef": AdaptiveKL(0.01, horizon=64),
+        "kl_mode": "deferred",
+        "max_prompt_tokens": 8,
+        "max_new_tokens": 6,
+    }
+    return gym.make_vec("textgym/Text-v0", num_envs=num_envs, **{**settings, **changes})
+
+
+def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **changes: Any) -> SurrogateAgent:
+    """An agent whose settings are the same however many processes there are."""
+    kind, settings = AGENTS[name]
+    envs = make_envs(num_envs, **(env or {}))
+    lora = None
+    if "lora" in name:
+        lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # peft draws from torch's global generator
+        policy = ActorCritic.from_pretrained(mock_lm(), critic="separate", lora=lora)
+    # A small epsilon would magnify what rounding does to the smallest gradients.
+    config = {"episodes_per_update": EPISODES, "learning_rate": 1e-3, "adam_epsilon": 1e-3, **settings, **changes}
+    agent = kind(policy, envs, kind.config_class(**config))
+    trained = agent.learner.policy  # under FSDP2 a copy
+    for trunk in (trained.lm.base_model, trained.critic):
+        assert bool(checkpointing_layers(trunk)) == agent.config.gradient_checkpointing
+    return agent
+
+
+def learn(agent: SurrogateAgent) -> tuple[Weights, list[dict[str, float]]]:
+    """Trains for a few updates; weights and metrics."""
+    history: list[dict[str, float]] = []
+    agent.learn(EPISODES * UPDATES, [lambda _, metrics: history.append(metrics)])
+    return weights_of(agent), history
+
+
+def weights_of(agent: SurrogateAgent | SFT) -> Weights:
+    return {name: weight.detach().numpy().copy() for name, weight in agent.policy.named_parameters()}
+
+
+def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, list[dict[str, float]]]:
+    """The run of one process, whose rollouts are given, with a share of their rows."""
+    agent = make_agent(name, EPISODES // count())
+    own = slice(rank() * EPISODES // count(), (rank() + 1) * EPISODES // count())
+    given = iter(rollouts)
+    agent.collect = lambda: next(given)[own]  # type: ignore[method-assign]
+    return learn(agent)
+
+
+def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
+    """What `work` gives, or raises, in each of several processes."""
+    # At a port that nobody else can take. The processes inherit the epoll instance of a server on libuv, with which two
+    # of them once waited for each other for ever; the plain server has none.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
+    meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    meeting["USE_LIBUV"] = "0"
+    shared = {"WORLD_SIZE": str(processes), **meeting, **environment}
+    answers: Any = FORK.SimpleQueue()
+    started = [
+        FORK.Process(target=_run, args=(answers, number, shared, work, arguments)) for number in range(processes)
+    ]
+    for process in started:
+        process.start()
+    results: dict[int, Any] = {}
+    while len(results) < processes:
+        alive = any(process.is_alive() for process in started)  # asked first: the last words are heard in any case
+        if not answers.empty():
+            number, result = answers.get()
+            results[number] = result
+        elif alive:
+            time.sleep(0.01)
+        else:
+            break
+    for process in started:
+        process.join()
+    return [results.get(number) for number in range(processes)]
+
+
+def _run(answers: Any, number: int, shared: dict[str, str], work: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(shared, RANK=str(number), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of an earlier test has said it is alone
+    try:
+        join()
+        torch.set_num_threads(1)
+        answers.put((number, work(*arguments)))
+    except BaseException as error:
+        traceback.print_exc()
+        answers.put((number, error))
+
+
+def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, float]]], by_episodes: bool) -> None:
+    for weights, history in results:
+        for name, weight in expected[0].items():
+            assert_close(weights[name], weight, terms=FORWARD, scale=1.0, what=name)
+        for metrics, whole in zip(history, expected[1], strict=True):
+            assert metrics.keys() == whole.keys()
+            for key in metrics.keys() - (TOKEN_MEANS if by_episodes else set()):
+                if not key.startswith("time/"):
+                    assert metrics[key] == pytest.approx(whole[key], abs=2e-5, rel=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        *(pytest.param(name, {}, id=name, marks=() if name in FAST else pytest.mark.slow) for name in AGENTS),
+        *(
+            pytest.param(name, SHARDED, id=f"{name}, fsdp2", marks=pytest.mark.slow)
+            for name in ("ppo", "ppo, lora", "grpo")
+        ),
+    ],
+)
+def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, environment: dict[str, str]) -> None:
+    whole = make_agent(name, EPISODES)
+    rollouts: list[Rollout] = []
+    collect = whole.collect
+    whole.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    before = weights_of(whole)
+    expected = learn(whole)
+    assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
+    tokens = [[int(part.mask.sum()) for part in (r[: EPISODES // 2], r[EPISODES // 2 :])] for r in rollouts]
+    assert any(first != second for first, second in tokens), "means of means would do as well"
+    assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected, name in BY_EPISODES)
+
+
+PROMPTS = [*"abcdefghijklmnopqrstuvwx"]  # eight are drawn as the environment is made, and a rollout takes the rest
+
+
+def learn_with_scaled_scores() -> tuple[list[Any], tuple[float, ...], list[float]]:
+    """Prompts and tokens of the first rollout, what scores are scaled by at last, and all the scores."""
+    agent = make_agent("ppo", EPISODES // count(), {"score_scaling": "running", "prompts": PROMPTS})
+    rollouts: list[Rollout] = []
+    collect = agent.collect
+    agent.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    learn(agent)
+    scores = [score for rollout in rollouts for score in rollout.raw_scores.tolist()]
+    return rollouts[0].sequences.input_ids.tolist(), agent.envs.unwrapped.task.scorer.scale.moments(), scores
+
+
+def test_processes_have_prompts_and_seeds_of_their_own_and_scale_scores_alike() -> None:
+    (first, moments, scores), (second, same, others) = launched(learn_with_scaled_scores)
+    prompts = [[row[0] for row in rows] for rows in (first, second)]
+    assert len({*prompts[0], *prompts[1]}) == EPISODES, "a prompt was drawn twice in one epoch"
+    assert [row[1:] for row in first] != [row[1:] for row in second]
+    assert moments == same
+    every = np.array(scores + others)
+    assert len(every) == EPISODES * UPDATES
+    assert moments == pytest.approx((len(every), every.sum(), (every**2).sum()))
+
+
+def learn_until_killed(folder: Path, killed: bool) -> Weights:
+    def after(agent: Any, metrics: dict[str, float]) -> None:
+        if agent.updates == 1:
+            agent.save(folder)
+        if killed and agent.updates == 2 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return weights_of(make_agent("grpo", EPISODES // count()).learn(EPISODES * UPDATES, [after]))
+
+
+def resume(folder: Path) -> Weights:
+    return weights_of(GRPO.load(folder, envs=make_envs(EPISODES // count())).learn(EPISODES * UPDATES))
+
+
+@pytest.mark.bit_for_bit
+@PARALLEL
+def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    whole = launched(learn_until_killed, tmp_path / "whole", False, **environment)
+    # Without an end of its own the survivor would wait for gloo's 30 minutes, and this test only for its 300 s.
+    survivor, killed = launched(learn_until_killed, tmp_path / "agent", True, **environment)
+    assert killed is None
+    assert isinstance(survivor, ProcessLostError)
+    assert "process 0 of 2 has lost another one" in str(survivor)
+    for resumed in launched(resume, tmp_path / "agent", **environment):
+        for name, weight in whole[0].items():
+            np.testing.assert_array_equal(resumed[name], weight, err_msg=name)
+
+
+def test_a_run_goes_on_with_as_many_processes_as_it_was_saved_by(tmp_path: Path) -> None:
+    launched(learn_until_killed, tmp_path / "agent", False)
+    with pytest.raises(ValueError, match="saved by 2 processes, and this run has 1"):
+        resume(tmp_path / "agent")
+
+
+def learn_from_few(kind: str) -> float:
+    """Minibatches of two episodes in passes of one; the second process has none to learn from."""
+    agent = make_agent(kind, 8, {"reward": vowels if rank() == 0 else nothing}, minibatch_size=4)
+    agent.config.micro_batch_size = 1
+    return learn(agent)[1][-1]["val/grad_norm"]
+
+
+def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others() -> None:
+    first, second = launched(learn_from_few, "expert iteration", **SHARDED)
+    assert first == pytest.approx(second)
+    assert second > 0
+
+
+def learn_from_texts(processes: int) -> tuple[Weights, list[dict[str, float]]]:
+    rows = [{"prompt": f"{i} ", "completion": "ab" * (i % 5) + "."} for i in range(16)]
+    config = SFTConfig(batch_size=8, micro_batch_size=2, learning_rate=1e-3)
+    agent = SFT(ActorCritic.from_pretrained(mock_lm()), rows, byte_tokenizer(), config)
+    history: list[dict[str, float]] = []
+    agent.learn([lambda _, metrics: history.append(metrics)])
+    assert count() == processes
+    return weights_of(agent), history
+
+
+def test_two_processes_learn_what_one_learns_from_all_texts() -> None:
+    weights, history = learn_from_texts(1)
+    for others, figures in launched(learn_from_texts, PROCESSES):
+        for name, weight in weights.items():
+            assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
+        assert [row["loss"] for row in figures] == pytest.approx([row["loss"] for row in history], rel=1e-4)
+
+
+def sums_of_different_widths() -> Any:
+    return everyone(rank()), column_total(torch.ones(rank() + 1)).tolist()
+
+
+def test_columns_of_different_widths_are_summed() -> None:
+    assert launched(sums_of_different_widths, processes=3) == [
+        ([0, 1, 2], [3.0]),
+        ([0, 1, 2], [3.0, 2.0]),
+        ([0, 1, 2], [3.0, 2.0, 1.0]),
+    ]
+
+
+def refused(kind: str) -> None:
+    if kind == "memory":
+        DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(8, kl_coef=0.1))
+    else:
+        make_agent("ppo", 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("memory", "runs in one process"), ("rows", "multiple of num_envs=16 times 2 processes")],
+)
+def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> None:
+    for error in launched(refused, kind):
+        assert isinstance(error, ValueError)
+        assert message in str(error)
+
+
+def train_launched(settings: str, folder: Path, reward: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SETTINGS / settings)]
+    launcher += ["--main_process_port", "0"]  # any that is free
+    sizes = ["--num-envs", "4", "--episodes-per-update", "16", "--minibatch-size", "8", "--total-episodes", "32"]
+    env = ["--env-kwargs", json.dumps({"max_new_tokens": 4, "reward": reward})]
+    train = ["-m", "textgym.cli", "train", "--output-dir", str(folder / "run"), *sizes, *env]
+    return subprocess.run([*launcher, *train], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_with_sharded_weights(tmp_path: Path) -> None:
+    done = train_launched("fsdp2.yaml", tmp_path, "textgym.rewards.functions:lexicon_sentiment")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    ActorCritic.from_pretrained(tmp_path / "run" / "policy")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_ends_with_a_message_when_a_process_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os\ncalls = []\ndef deadly(completions):\n    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) > 2:\n        os.kill(os.getpid(), 9)\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    done = train_launched("ddp.yaml", tmp_path, "deadly:deadly")
+    assert done.returncode != 0
+    assert "process 0 of 2 has lost another one" in done.stderr
+    assert "SIGKILL" in done.stderr

@@ -1,0 +1,254 @@
+"""What a policy writes and how it is measured, against computations by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents.common.rollout import Rollout
+from textgym.agents.runs.evaluation import (
+    Samples,
+    distinct_2,
+    generate,
+    measure,
+    score_gains,
+    score_intervals,
+    score_samples,
+)
+from textgym.agents.search.best_of_n import best_of_n
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+from textgym.rewards.functions import Chrf, DistinctN, Rouge
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
+
+FORWARD = terms_of(mock_lm())
+ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
+
+TEXTS = ["one", "three", "a", "hello", "xy"]
+
+
+def letters(completions: list[str]) -> list[float]:
+    return [float(sum(letter.isalpha() for letter in text)) for text in completions]
+
+
+def make_envs(**changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "prompts": [{"prompt": text, "row": i} for i, text in enumerate(TEXTS)],
+        "tokenizer": byte_tokenizer(),
+        "reward": letters,
+        "kl_mode": "deferred",
+        "stop": list(range(64)),
+        "max_prompt_tokens": 8,
+        "max_new_tokens": 6,
+    }
+    return gym.make_vec("textgym/Text-v0", num_envs=3, **{**settings, **changes})
+
+
+@pytest.fixture
+def policy() -> ActorCritic:
+    return ActorCritic.from_pretrained(mock_lm())
+
+
+def prompts_of(samples: Samples) -> list[str]:
+    sequences = samples.rollout.sequences
+    rows = zip(sequences.input_ids.tolist(), sequences.prompt_lengths.tolist(), strict=True)
+    return [bytes(ids[:length]).decode() for ids, length in rows]
+
+
+@pytest.mark.parametrize("chosen", [[4, 0, 2, 1, 3], [1], [2, 2, 2], range(4)])
+def test_samples_are_in_the_order_of_the_prompts(policy: ActorCritic, chosen: list[int]) -> None:
+    """Also where the last batch is not full."""
+    samples = generate(policy, make_envs(), chosen, seed=0)
+    assert [transcript["row"] for transcript in samples.transcripts] == list(chosen)
+    assert [transcript["prompt"] for transcript in samples.transcripts] == [TEXTS[i] for i in chosen]
+    assert prompts_of(samples) == [TEXTS[i] for i in chosen]
+    assert samples.rollout.scores.tolist() == letters(samples.completions)
+    assert len(samples.rollout) == len(chosen)
+
+
+def test_generation_depends_on_the_seed_alone(policy: ActorCritic) -> None:
+    envs = make_envs()
+    first = generate(policy, envs, range(5), seed=0)
+    other = generate(policy, envs, range(5), seed=1)
+    again = generate(policy, envs, range(5), seed=0)
+    fresh = generate(ActorCritic.from_pretrained(mock_lm()), make_envs(), range(5), seed=0)
+    assert first.completions == again.completions == fresh.completions != other.completions
+    greedy = [generate(policy, envs, range(5), seed, deterministic=True).completions for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_an_environment_made_for_stepping_is_taken_over(policy: ActorCritic) -> None:
+    envs = make_envs(autoreset_mode="SameStep", array="numpy")
+    envs.reset(seed=0)
+    envs.step(np.full(3, 97))
+    assert len(generate(policy, envs, range(5), seed=0).completions) == 5
+
+
+def test_no_prompts_is_an_error(policy: ActorCritic) -> None:
+    with pytest.raises(ValueError, match="choose at least one"):
+        generate(policy, make_envs(), [], seed=0)
+
+
+def test_figures_against_a_computation_by_hand(policy: ActorCritic) -> None:
+    samples = generate(policy, make_envs(), range(5), seed=0)
+    other = mock_lm(seed=3)
+
+    def judge(prompts: list[str], completions: list[str]) -> list[float]:
+        assert prompts == TEXTS
+        return [float(len(completion)) for completion in completions]
+
+    kl, reference_total, count, bigrams = 0.0, 0.0, 0, []
+    for row in range(5):
+        first, last = int(samples.rollout.sequences.prompt_lengths[row]), int(samples.rollout.sequences.lengths[row])
+        ids = samples.rollout.sequences.input_ids[row : row + 1, :last]
+        with torch.no_grad():
+            p, q = (lm(ids).logits.log_softmax(-1)[0, first - 1 : last - 1] for lm in (policy.lm, other))
+        tokens = ids[0, first:]
+        kl += float((p - q).gather(1, tokens[:, None]).sum()) / 5
+        reference_total += float(q.gather(1, tokens[:, None]).sum())
+        count += len(tokens)
+        bigrams += [tuple(pair) for pair in tokens.unfold(0, 2, 1).tolist()] if len(tokens) > 1 else []
+    scores = letters(samples.completions)
+    expected = {
+        "score": np.mean(scores),
+        "score_std": np.std(scores),
+        "kl": kl,
+        "reference_ppl": np.exp(-reference_total / count),
+        "distinct_2": len(set(bigrams)) / len(bigrams),
+        "length": count / 5,
+        "ended_by_stop": np.mean(samples.rollout.ended_by_stop.tolist()),
+        "judge": np.mean([len(text) for text in samples.completions]),
+    }
+    figures = measure(samples, TokenModel.load(other), judge)
+    assert figures == pytest.approx(expected, rel=1e-5, abs=ROUNDING)
+    assert "judge" not in measure(samples, TokenModel.load(other))
+
+
+def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
+    prompts = [{"prompt": text, "references": f"{text} is a text"} for text in TEXTS]
+    samples = generate(policy, make_envs(prompts=prompts), range(5), seed=0)
+
+    def tokens(completion_ids: list[list[int]]) -> list[float]:
+        return [float(len(ids)) for ids in completion_ids]
+
+    metrics = [tokens, DistinctN(1), Chrf(), "textgym.rewards.functions:Rouge"]
+    figures = measure(samples, policy.reference(), metrics=metrics)
+    assert figures["tokens"] == pytest.approx(figures["length"])
+    assert figures["DistinctN"] == pytest.approx(np.mean(DistinctN(1)(samples.completions)))
+    references = [row["references"] for row in prompts]
+    assert figures["Chrf"] == Chrf().corpus(samples.completions, references)
+    assert figures["Rouge"] == pytest.approx(np.mean(Rouge()(samples.completions, references=references)))
+
+
+def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
+    """Of a mean they are near the normal ones; a corpus score is within; without spread they have no width."""
+
+    def length(completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def constant(completions: list[str]) -> list[float]:
+        return [2.0] * len(completions)
+
+    prompts = [{"prompt": text, "references": f"{text} is a text"} for text in TEXTS * 12]
+    samples = generate(policy, make_envs(prompts=prompts), range(60), seed=0)
+    metrics = [length, constant, Chrf()]
+    intervals = score_intervals(samples, metrics, resamples=100)
+    assert {name: interval.value for name, interval in intervals.items()} == score_samples(samples, metrics)
+    # Of 10,000 resamples each end has a standard error of 0.014 of the half width, so 0.2 leaves room for skewness.
+    exact = score_intervals(samples, [length], resamples=10_000)["length"]
+    lengths = np.array(length(samples.completions))
+    half = 1.96 * lengths.std() / np.sqrt(60)
+    assert exact.low == pytest.approx(lengths.mean() - half, abs=0.2 * half)
+    assert exact.high == pytest.approx(lengths.mean() + half, abs=0.2 * half)
+    assert str(intervals["constant"]) == "2.000 [2.000, 2.000]"
+    assert intervals["Chrf"].low < intervals["Chrf"].value < intervals["Chrf"].high
+
+
+def test_gains_are_of_the_same_prompts(policy: ActorCritic) -> None:
+    """A gain that all rows share has no width, however far apart the rows are; other prompts are refused."""
+
+    def shifted(completions: list[str], prompts: list[str], shift: list[float]) -> list[float]:
+        return [100.0 * len(prompt) + extra for prompt, extra in zip(prompts, shift, strict=True)]
+
+    before, after = (
+        generate(policy, make_envs(prompts=[{"prompt": t, "shift": shift} for t in TEXTS]), range(5), seed=0)
+        for shift in (0.0, 0.25)
+    )
+    assert str(score_gains(before, after, [shifted])["shifted"]) == "0.250 [0.250, 0.250]"
+    assert str(score_gains(after, before, [shifted])["shifted"]) == "-0.250 [-0.250, -0.250]"
+    wide = score_intervals(after, [shifted])["shifted"]
+    assert wide.high - wide.low > 50
+    fewer = generate(policy, make_envs(), [4, 3, 2, 1, 0], seed=0)
+    with pytest.raises(ValueError, match="samples of the same prompts"):
+        score_gains(before, fewer, [shifted])
+
+
+def test_metrics_see_what_rewards_saw(policy: ActorCritic) -> None:
+    """Conversations as messages, the prompts' own columns and no logged ones, and ids where a metric reads them."""
+
+    def says(completions: Any, answer: list[str], log_extra: Any = None) -> list[float]:
+        if log_extra is not None and len(completions) > 1:
+            log_extra("seen", [1] * len(completions))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompts = [{"prompt": [{"role": "user", "content": text}], "answer": "x"} for text in TEXTS]
+    samples = generate(policy, make_envs(prompts=prompts, tokenizer=tokenizer, reward=says), range(5), seed=0)
+    assert measure(samples, policy.reference(), metrics=[says])["says"] == pytest.approx(
+        np.mean([len(text) for text in samples.completions])
+    )
+
+
+def test_measuring_leaves_the_scales_of_training_alone(policy: ActorCritic) -> None:
+    plain, envs = (make_envs(**changes) for changes in ({}, {"score_scaling": "running", "score_clip": 0.1}))
+    before = envs.unwrapped.task.scorer.state()
+    samples = [generate(policy, e, range(5), seed=0) for e in (plain, envs)]
+    assert envs.unwrapped.task.scorer.state() == before
+    figures = [measure(s, policy.reference()) for s in samples]
+    assert figures[0]["score"] == figures[1]["score"], "in the units of the reward function"
+    chosen = [best_of_n(policy, e, range(5), 3, seed=0).completions for e in (plain, envs)]
+    assert chosen[0] == chosen[1]
+
+
+def test_figures_of_a_policy_to_itself(policy: ActorCritic) -> None:
+    figures = measure(generate(policy, make_envs(), [0], seed=0), policy.reference())
+    assert figures["kl"] == pytest.approx(0.0, abs=ROUNDING)
+    assert figures["score_std"] == 0, "one sample has no spread"
+
+
+def test_distinct_2() -> None:
+    """[1 2 1 2], [1 2] and [5]: four bigrams, of which (1, 2) and (2, 1) are distinct."""
+    responses = [[1, 2, 1, 2], [1, 2], [5]]
+    ids = torch.tensor([[9, *response, *[0] * (4 - len(response))] for response in responses])
+    lengths = torch.tensor([len(response) for response in responses])
+    assert distinct_2(rollout_of(Sequences(ids, torch.ones_like(lengths), lengths))) == 2 / 4
+    one = Sequences(ids[2:], torch.ones(1, dtype=torch.long), lengths[2:])
+    assert distinct_2(rollout_of(one)) == 0
+
+
+def rollout_of(sequences: Sequences) -> Rollout:
+    nothing = torch.zeros(sequences.mask.shape)
+    ended = torch.ones(len(sequences), dtype=torch.bool)
+    return Rollout(sequences, nothing, nothing, nothing.sum(1), nothing.sum(1), nothing, ended, {})
+
+
+def test_best_of_n_picks_the_best_scored(policy: ActorCritic) -> None:
+    envs = make_envs()
+    rounds = [generate(policy, envs, range(5), seed) for seed in (7, 8, 9)]
+    best = best_of_n(policy, envs, range(5), n=3, seed=7)
+    scores = torch.stack([samples.rollout.scores for samples in rounds])
+    assert len(set(scores.argmax(0).tolist())) > 1
+    assert torch.equal(best.rollout.scores, scores.max(0).values)
+    assert letters(best.completions) == best.rollout.scores.tolist()
+    assert prompts_of(best) == [transcript["prompt"] for transcript in best.transcripts] == TEXTS
+    for row, score in enumerate(best.rollout.scores):
+        candidates = [samples.completions[row] for samples in rounds if samples.rollout.scores[row] == score]
+        assert best.completions[row] == candidates[0]
+    log_probs = policy.evaluate(best.rollout.sequences).log_prob.detach()
+    assert_close(best.rollout.log_probs, log_probs, terms=FORWARD)
