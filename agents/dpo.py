@@ -28,7 +28,7 @@ from textgym.data.completions import Example, encode_completions, shorten, split
 from textgym.data.preferences import load_preferences
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
-from textgym.rewards.pairwise import pairwise_loss
+from textgym.rewards.models.pairwise import pairwise_loss
 
 from .common.supervised import Batch, OfflineAgent, OfflineConfig
 

@@ -55,7 +55,7 @@ from textgym.data.prompts import snippet_prompts
 from textgym.data.sources import movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
-from textgym.rewards.model import RewardModel
+from textgym.rewards.models import RewardModel
 
 BEST_OF = 16
 ONE_STEP = {"episodes_per_update": 64, "learning_rate": 2e-4}

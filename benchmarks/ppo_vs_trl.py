@@ -38,7 +38,7 @@ import textgym  # noqa: F401  (registers the ids)
 from textgym.agents import PPO, PPOConfig
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import load_causal_lm, load_tokenizer
-from textgym.rewards.model import RewardModel
+from textgym.rewards.models import RewardModel
 
 FIRST_ID = 300
 """Prompts are made of token ids from here on: no special tokens, no single bytes."""

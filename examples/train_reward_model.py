@@ -18,7 +18,7 @@ import tyro
 from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.sources import movie_snippets
 from textgym.rewards.functions import lexicon_sentiment
-from textgym.rewards.model import RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models import RewardModelConfig, pairwise_accuracy, train_reward_model
 
 
 @dataclass

@@ -3,7 +3,7 @@
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
     python scripts/record_trl_reward_loss.py --trl .peers
 
-TRL is no dependency, so its numbers are kept in tests/textgym/rewards/trl_reward_loss.json.
+TRL is no dependency, so its numbers are kept in tests/textgym/rewards/models/trl_reward_loss.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 
-OUTPUT = Path(__file__).parents[1] / "tests" / "textgym" / "rewards" / "trl_reward_loss.json"
+OUTPUT = Path(__file__).parents[1] / "tests" / "textgym" / "rewards" / "models" / "trl_reward_loss.json"
 
 
 @dataclass

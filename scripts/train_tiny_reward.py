@@ -26,7 +26,7 @@ from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
-from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 
 
 @dataclass

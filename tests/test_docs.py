@@ -19,7 +19,7 @@ from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.registration import TASKS
 from textgym.rewards import functions
-from textgym.rewards.model import RewardModelConfig
+from textgym.rewards.models import RewardModelConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

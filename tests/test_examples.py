@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from textgym.data import sources
-from textgym.rewards.model import RewardModel
+from textgym.rewards.models import RewardModel
 
 FOLDER = Path(__file__).parents[1] / "examples"
 LIBRARIES = {"tianshou_ppo": "tianshou", "torchrl_ppo": "torchrl", "rllib_ppo": "ray", "sbx_ppo": "sbx"}

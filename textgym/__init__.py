@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from textgym.models.decoding import CachedDecoder
     from textgym.models.determinism import deterministic_environment
     from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
-    from textgym.rewards.model import RewardModel, train_reward_model
+    from textgym.rewards.models import RewardModel, train_reward_model
     from textgym.rewards.reference import SyncReference
 
 __version__ = "0.1.0"
@@ -45,13 +45,13 @@ _HOMES = {
     "CachedDecoder": "textgym.models.decoding",
     "FixedKL": "textgym.rewards.kl",
     "KLPenalty": "textgym.rewards.kl",
-    "RewardModel": "textgym.rewards.model",
+    "RewardModel": "textgym.rewards.models",
     "SyncReference": "textgym.rewards.reference",
     "TextEnv": "textgym.envs.text",
     "TextVectorEnv": "textgym.envs.vector",
     "ThresholdKL": "textgym.rewards.kl",
     "deterministic_environment": "textgym.models.determinism",
-    "train_reward_model": "textgym.rewards.model",
+    "train_reward_model": "textgym.rewards.models",
 }
 
 

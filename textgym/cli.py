@@ -52,10 +52,10 @@ from textgym.models.devices import device_name, use_device
 from textgym.models.seeding import deterministic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
-from textgym.rewards.model import pairwise_accuracy, train_reward_model
-from textgym.rewards.pairwise import text_of
-from textgym.rewards.report import PreferenceReport
-from textgym.rewards.training import split_preferences
+from textgym.rewards.models import pairwise_accuracy, train_reward_model
+from textgym.rewards.models.pairwise import text_of
+from textgym.rewards.models.report import PreferenceReport
+from textgym.rewards.models.training import split_preferences
 
 
 def main(arguments: list[str] | None = None) -> None:

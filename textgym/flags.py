@@ -17,7 +17,7 @@ from textgym.agents.common.on_policy import OnPolicyAgent, OnPolicyConfig
 from textgym.agents.common.supervised import OfflineConfig
 from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
-from textgym.rewards.model import RewardModelConfig
+from textgym.rewards.models import RewardModelConfig
 
 AGENTS: dict[str, type[OnPolicyAgent]] = {
     "ppo": PPO,

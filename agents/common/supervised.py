@@ -30,7 +30,7 @@ from textgym.models.loading import load_tokenizer
 from textgym.models.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
-from textgym.rewards.last_token import pad_right
+from textgym.rewards.models.last_token import pad_right
 
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import explained

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.models.training_arguments import OneDeviceArguments
-from textgym.rewards.pairwise import SILENT
+from textgym.rewards.models.pairwise import SILENT
 
 from ..machine.distributed import everyone, join, share_of
 from .optimizer import adamw

@@ -26,7 +26,7 @@ from textgym.models.devices import device_name, resolve_device, use_device
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL
-from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 
 from ..ppo import PPO, PPOConfig
 from .evaluation import Samples, generate, measure

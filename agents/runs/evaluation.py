@@ -13,8 +13,9 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
-from textgym.rewards.overlap import CorpusMetric
-from textgym.rewards.scoring import Finished, RewardSpec, Scorer
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scoring import RewardSpec, Scorer
+from textgym.rewards.functions.overlap import CorpusMetric
 
 from ..common.rollout import Rollout, collect, merge
 

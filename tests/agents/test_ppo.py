@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
-from textgym.rewards.model import RewardModel
+from textgym.rewards.models import RewardModel
 from textgym.testing import (
     ExactTask,
     Measured,

@@ -14,7 +14,7 @@ from textgym import AdaptiveKL, SyncReference, ThresholdKL
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.rollout import collect, merge
 from textgym.models.actor_critic import ActorCritic
-from textgym.rewards.scaling import RunningScale
+from textgym.rewards.engine.scaling import RunningScale
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from textgym import agents
 from textgym.agents.common.rollout import Rollout
 from textgym.models.actor_critic import ActorCritic
-from textgym.rewards.model import RewardModel, RewardModelConfig, train_reward_model
+from textgym.rewards.models import RewardModel, RewardModelConfig, train_reward_model
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")]

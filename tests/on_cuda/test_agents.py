@@ -26,8 +26,8 @@ from textgym.agents import (
 from textgym.agents.engines.engine import collect_from
 from textgym.agents.runs.evaluation import generate, measure
 from textgym.agents.search.best_of_n import best_of_n
-from textgym.rewards.judges import Perplexity
-from textgym.rewards.model import RewardModelConfig, train_reward_model
+from textgym.rewards.functions.perplexity import Perplexity
+from textgym.rewards.models import RewardModelConfig, train_reward_model
 from textgym.testing import byte_tokenizer
 
 WARM = {"learning_starts": 4, "batch_size": 4, "gradient_steps": 1}

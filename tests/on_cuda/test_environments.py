@@ -16,7 +16,7 @@ from textgym.agents import PPO, PPOConfig
 from textgym.envs.games import GameVectorEnv
 from textgym.models.masks import TopPMask
 from textgym.models.token_model import TokenModel
-from textgym.rewards.reward_model import RewardModel
+from textgym.rewards.models.reward_model import RewardModel
 from textgym.testing import byte_tokenizer, mock_lm
 from textgym.wrappers import (
     HiddenStateObservation,

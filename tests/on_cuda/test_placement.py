@@ -21,7 +21,7 @@ from textgym.models.masks import TopPMask
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import Perplexity
 from textgym.rewards.kl import KLPenalty
-from textgym.rewards.model import RewardEnsemble, RewardModelConfig, train_reward_model
+from textgym.rewards.models import RewardEnsemble, RewardModelConfig, train_reward_model
 from textgym.testing.table import TableConfig, TableLM
 
 Make = Callable[..., Any]

@@ -13,7 +13,7 @@ import torch
 from textgym.agents import PPO, PPOConfig
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.log_probs import StopRule
-from textgym.rewards.reward_model import RewardModel
+from textgym.rewards.models.reward_model import RewardModel
 
 Counting = Callable[[], AbstractContextManager[Counter[str]]]
 TOKENS = 64

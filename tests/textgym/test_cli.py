@@ -21,7 +21,7 @@ from textgym.agents.runs.run_folder import LiveProgress
 from textgym.data.sources import Snippet
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
-from textgym.rewards.model import RewardModel, RewardModelConfig
+from textgym.rewards.models import RewardModel, RewardModelConfig
 from textgym.testing import byte_tokenizer, mock_seq2seq_lm
 
 REWARDS = """

@@ -3,7 +3,7 @@
 A pair is a plain dict in the format of TRL: `chosen` and `rejected` are texts or conversations, with or without a
 `prompt` before both. Further keys, where they exist: `margin` (how much better the chosen one is), `probability` (how
 likely a rater prefers it) and `group` (texts that were compared with each other share one).
-`textgym.rewards.model.train_reward_model` takes such pairs.
+`textgym.rewards.models.train_reward_model` takes such pairs.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from textgym.envs.episodes import Ends
 from textgym.envs.task import TextTask
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
-from textgym.rewards.scoring import Finished
+from textgym.rewards.engine.completions_to_score import Finished
 
 
 class Game(Protocol):

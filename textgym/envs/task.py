@@ -24,9 +24,10 @@ from textgym.models.masks import ActionMask, FunctionMask, ModelMask, narrow
 from textgym.models.phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.models.transfer import to_device, to_host
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scaling import Scaling
+from textgym.rewards.engine.scoring import OnRewardError, RewardSpec, Scorer, Scores
 from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
-from textgym.rewards.scaling import Scaling
-from textgym.rewards.scoring import Finished, OnRewardError, RewardSpec, Scorer, Scores
 
 MaskSpec = ActionMask | Callable[[Observation], Any]
 KLMode = Literal["reference", "exact", "deferred"]

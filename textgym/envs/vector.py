@@ -16,9 +16,9 @@ from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Outcome, Policy, TextTask, prompt_choice
 from textgym.models.devices import Device
 from textgym.models.transfer import to_host
+from textgym.rewards.engine.scaling import Scaling
+from textgym.rewards.engine.scoring import OnRewardError, RewardSpec
 from textgym.rewards.kl import Estimator, KLController
-from textgym.rewards.scaling import Scaling
-from textgym.rewards.scoring import OnRewardError, RewardSpec
 
 Array = Any
 """A numpy array, or with `array="torch"` a tensor on the device."""

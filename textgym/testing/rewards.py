@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.calling import Log, ReadsIds, arguments_for, start
-from textgym.rewards.checking import Value, checked
-from textgym.rewards.finished import Finished, RewardError
-from textgym.rewards.scoring import RewardSpec, load_reward
+from textgym.rewards.engine.calling import Log, ReadsIds, arguments_for, start
+from textgym.rewards.engine.checking import Value, checked
+from textgym.rewards.engine.completions_to_score import Finished, RewardError
+from textgym.rewards.engine.scoring import RewardSpec, load_reward
 from textgym.testing.mocks import byte_tokenizer
 
 

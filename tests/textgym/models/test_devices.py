@@ -50,7 +50,7 @@ def test_a_gpu_beyond_the_last_is_refused_with_those_that_there_are(two_gpus):
 
 def test_what_takes_a_device_by_name_checks_it(no_gpu):
     from textgym.envs.text import TextEnv
-    from textgym.rewards.reward_model import RewardModel
+    from textgym.rewards.models.reward_model import RewardModel
 
     with pytest.raises(ValueError, match="no device 'cuda'"):
         load_causal_lm("tiny", device="cuda")
@@ -74,7 +74,7 @@ def test_cuda_in_a_forked_process_is_refused_with_the_way_out(two_gpus, monkeypa
 def test_models_that_came_along_into_a_forked_process_say_so(two_gpus, monkeypatch):
     """Their weights are on the GPU of the process that was forked; here their device says so."""
     from textgym.models.actor_critic import ActorCritic
-    from textgym.rewards.reward_model import RewardModel
+    from textgym.rewards.models.reward_model import RewardModel
 
     policy, reward = ActorCritic.from_pretrained("tiny"), RewardModel.from_pretrained("tiny")
     observation = {"input_ids": torch.ones(4, dtype=torch.long), "attention_mask": torch.ones(4, dtype=torch.long)}

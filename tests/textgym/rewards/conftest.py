@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from textgym.rewards.scoring import Finished
+from textgym.rewards.engine.completions_to_score import Finished
 from textgym.testing import byte_tokenizer, mock_lm
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from textgym.rewards import functions
-from textgym.rewards.model import RewardModel
+from textgym.rewards.models import RewardModel
 from textgym.testing import check_reward
 
 

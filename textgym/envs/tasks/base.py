@@ -8,7 +8,7 @@ from textgym.data.hub import Original
 from textgym.data.prompts import Row
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
-from textgym.rewards.scoring import RewardSpec
+from textgym.rewards.engine.scoring import RewardSpec
 
 Settings = dict[str, Any]
 EMBEDDED: Settings = {"tokenizer": "tiny", "reference": "tiny", "kl_coef": 0.005}

@@ -7,7 +7,7 @@ from typing import ClassVar
 from textgym.data import hub
 from textgym.data.articles import summary_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
-from textgym.rewards.overlap import Rouge
+from textgym.rewards.functions.overlap import Rouge
 
 
 class SummarizeEnv(StandInEnv):

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scoring import RewardError, Scorer, Scores, load_reward
 from textgym.rewards.functions import completion_length
-from textgym.rewards.model import RewardModel
-from textgym.rewards.scoring import Finished, RewardError, Scorer, Scores, load_reward
+from textgym.rewards.models import RewardModel
 
 
 def returning(values: Any) -> Callable[..., Any]:

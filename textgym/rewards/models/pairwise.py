@@ -17,8 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from textgym.data.messages import Text
 from textgym.models.devices import on_device
 from textgym.models.training_arguments import OneDeviceArguments
-from textgym.rewards.last_token import LastTokenScorer, pad_right
-from textgym.rewards.muon import Muon
+from textgym.rewards.models.last_token import LastTokenScorer, pad_right
+from textgym.rewards.models.muon import Muon
 
 Pair = Mapping[str, Any]
 SILENT: dict[str, Any] = {

@@ -18,6 +18,8 @@ from transformers import BertConfig, BertModel
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import load_causal_lm, load_tokenizer
 from textgym.rewards import functions
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scoring import Scorer
 from textgym.rewards.functions import (
     Bleu,
     Chrf,
@@ -32,7 +34,6 @@ from textgym.rewards.functions import (
     lexicon_sentiment,
     reasoning_gym_score,
 )
-from textgym.rewards.scoring import Finished, Scorer
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())

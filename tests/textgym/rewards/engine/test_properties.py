@@ -12,10 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from textgym.models.attention import MAX_PADDING, batches_by_length
-from textgym.rewards.pairwise import pairwise_loss
-from textgym.rewards.rules import DistinctN, NumericAnswer, RegexMatch, RepetitionPenalty, exact_match, json_valid
-from textgym.rewards.scaling import RunningScale
-from textgym.rewards.scoring import Finished, RewardError, Scorer
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scaling import RunningScale
+from textgym.rewards.engine.scoring import RewardError, Scorer
+from textgym.rewards.functions.rules import (
+    DistinctN,
+    NumericAnswer,
+    RegexMatch,
+    RepetitionPenalty,
+    exact_match,
+    json_valid,
+)
+from textgym.rewards.models.pairwise import pairwise_loss
 
 patient = [HealthCheck.too_slow]  # the machine may be busy
 settings.register_profile("textgym", deadline=None, max_examples=60, derandomize=True, suppress_health_check=patient)

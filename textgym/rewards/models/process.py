@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from textgym.models.attention import batches_by_length
 from textgym.models.devices import Device
 from textgym.models.loading import disable_dropout, freeze, load_classifier
-from textgym.rewards.last_token import pad_right
-from textgym.rewards.reward_model import encodes_alike
+from textgym.rewards.models.last_token import pad_right
+from textgym.rewards.models.reward_model import encodes_alike
 
 
 class ProcessRewardModel:

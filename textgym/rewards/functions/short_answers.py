@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textgym.data.messages import Text, plain
-from textgym.rewards.overlap import References
+from textgym.rewards.functions.overlap import References
 
 ARTICLES = {"a", "an", "the"}
 

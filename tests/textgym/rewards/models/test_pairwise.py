@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
-from textgym.rewards.pairwise import GroupCollator, MuonAndAdamW, pairwise_loss
+from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models.pairwise import GroupCollator, MuonAndAdamW, pairwise_loss
 from textgym.testing import Measured, assert_close, assert_learns, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())

@@ -1,17 +1,16 @@
 """Ready-made reward functions, all in one place; docs/rewards.md has the table, with the extra that each needs.
 
-Each follows the protocol of `textgym.rewards.scoring`. Plain functions and small classes whose instances pickle; those
-with settings are classes. All of them serve as evaluation metrics, with weight 0 or in
+Each follows the protocol of `textgym.rewards.engine.scoring`. Plain functions and small classes whose instances pickle;
+those with settings are classes. All of them serve as evaluation metrics, with weight 0 or in
 `textgym.agents.runs.evaluation.measure`.
 """
 
 from __future__ import annotations
 
-from textgym.rewards.answers import token_f1
-from textgym.rewards.formats import GrammarMatch, JsonSchema
-from textgym.rewards.judges import Perplexity, SemanticSimilarity
-from textgym.rewards.overlap import Bleu, Chrf, Meteor, Rouge, Ter
-from textgym.rewards.rules import (
+from textgym.rewards.functions.formats import GrammarMatch, JsonSchema
+from textgym.rewards.functions.overlap import Bleu, Chrf, Meteor, Rouge, Ter
+from textgym.rewards.functions.perplexity import Perplexity
+from textgym.rewards.functions.rules import (
     DistinctN,
     LengthTarget,
     NumericAnswer,
@@ -23,7 +22,9 @@ from textgym.rewards.rules import (
     exact_match,
     json_valid,
 )
-from textgym.rewards.verifiers import lexicon_sentiment, reasoning_gym_score
+from textgym.rewards.functions.short_answers import token_f1
+from textgym.rewards.functions.similarity import SemanticSimilarity
+from textgym.rewards.functions.verifiers import lexicon_sentiment, reasoning_gym_score
 
 __all__ = [
     "Bleu",

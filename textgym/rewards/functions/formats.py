@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from textgym.data.messages import Text, plain
-from textgym.rewards.rules import parse_json
+from textgym.rewards.functions.rules import parse_json
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 
 from textgym.data.files import atomic_file
 from textgym.data.preferences import Pair
-from textgym.rewards.reward_model import RewardModel
-from textgym.rewards.training import score_differences
+from textgym.rewards.models.reward_model import RewardModel
+from textgym.rewards.models.training import score_differences
 
 
 @dataclass(frozen=True)

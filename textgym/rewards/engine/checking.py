@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.finished import Finished, RewardError
+from textgym.rewards.engine.completions_to_score import Finished, RewardError
 
 Value = float | np.ndarray | None
 """A row's score, its token-level rewards, or nothing."""

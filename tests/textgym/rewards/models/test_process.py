@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from textgym.envs.text import TextEnv
-from textgym.rewards.model import ProcessRewardModel
+from textgym.rewards.models import ProcessRewardModel
 from textgym.testing import byte_tokenizer, check_reward, letter_tokenizer, mock_lm, terms_of, tolerance
 
 ROUNDING = tolerance(terms_of(mock_lm()), scale=8.0)  # of the mock model's log-probs

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from textgym.rewards.model import RewardModel
-from textgym.rewards.report import PreferenceReport
+from textgym.rewards.models import RewardModel
+from textgym.rewards.models.report import PreferenceReport
 
 
 def score(completions: list[str], prompts: list[str]) -> list[float]:

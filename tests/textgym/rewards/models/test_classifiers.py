@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 from textgym.models.attention import MAX_PADDING, batches_by_length
-from textgym.rewards.model import RewardModel
+from textgym.rewards.models import RewardModel
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 FORWARD = terms_of(mock_lm())

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from textgym.rewards import rules
-from textgym.rewards.scoring import Finished, Scorer
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scoring import Scorer
+from textgym.rewards.functions import rules
 
 AWKWARD = ["", " ", "naïve 日本 \N{GRINNING FACE}", "a\n\nb\x00", "1e999", "." * 5000]
 ALL: list[Any] = [

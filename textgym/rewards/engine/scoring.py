@@ -21,7 +21,7 @@ import numpy as np
 
 from textgym.data.importing import import_attribute
 from textgym.models.devices import Device, resolve_device
-from textgym.rewards.calling import (
+from textgym.rewards.engine.calling import (
     FollowsDevice,
     Log,
     ReadsIds,
@@ -30,10 +30,10 @@ from textgym.rewards.calling import (
     arguments_for,
     start,
 )
-from textgym.rewards.checking import Value, checked
-from textgym.rewards.finished import Finished, RewardError
-from textgym.rewards.model import RewardModel
-from textgym.rewards.scaling import RunningScale, Scaling
+from textgym.rewards.engine.checking import Value, checked
+from textgym.rewards.engine.completions_to_score import Finished, RewardError
+from textgym.rewards.engine.scaling import RunningScale, Scaling
+from textgym.rewards.models import RewardModel
 
 __all__ = ["Finished", "OnRewardError", "RewardError", "RewardSpec", "Scorer", "Scores", "load_reward"]
 

@@ -1,4 +1,4 @@
-"""Rewards by a model's opinion of a text that no one trained for it: similarity of meaning, perplexity."""
+"""Perplexity of a completion under a language model."""
 
 from __future__ import annotations
 
@@ -8,73 +8,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.messages import Text, plain
 from textgym.models.attention import batches_by_length
 from textgym.models.devices import Device, resolve_device
-from textgym.models.loading import load_encoder, load_tokenizer
+from textgym.models.loading import load_tokenizer
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.rewards.last_token import pad_right
-from textgym.rewards.reward_model import encodes_alike
+from textgym.rewards.models.last_token import pad_right
+from textgym.rewards.models.reward_model import encodes_alike
 
 BATCH_SIZE = 64
-
-
-@dataclass
-class SemanticSimilarity:
-    """Cosine, -1 to 1, between the meanings of a completion and of the column `references`, the best over a row's.
-
-    A meaning is the mean of an encoder's last hidden states (Reimers and Gurevych, 2019).
-
-    Attributes:
-        model: `"minilm"` (all-MiniLM-L6-v2, extra `similarity`), or the name or path of any encoder.
-        device: where it is; `None`: where the environment is.
-
-    Raises:
-        ImportError: `"minilm"` without its package; the message is the pip line.
-    """
-
-    model: str = "minilm"
-    device: Device = None
-
-    def __post_init__(self) -> None:
-        self.where = resolve_device(self.device)
-
-    def follow_device(self, device: torch.device) -> None:
-        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
-        if self.device is None:
-            self.where = device
-
-    def __call__(
-        self, completions: Sequence[Text], references: Sequence[str | Sequence[str] | None], **_: Any
-    ) -> list[float | None]:
-        """Scores completions."""
-        wanted = [[row] if isinstance(row, str) else list(row or ()) for row in references]
-        texts = plain(completions)
-        meanings = dict(
-            zip(known := list({*texts, *(t for row in wanted for t in row)}), self.embed(known), strict=True)
-        )
-        return [
-            max((float(meanings[text] @ meanings[reference]) for reference in row), default=None)
-            for text, row in zip(texts, wanted, strict=True)
-        ]
-
-    @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """Meanings `(N, d)`, of length 1, on the CPU."""
-        encoder, tokenizer = load_encoder(self.model, self.where)
-        rows = tokenizer(list(texts), truncation=True, max_length=encoder.config.max_position_embeddings).input_ids
-        meanings = torch.empty(len(rows), encoder.config.hidden_size)
-        for batch in batches_by_length([len(row) for row in rows], BATCH_SIZE):
-            input_ids, lengths = (x.to(self.where) for x in pad_right([rows[index] for index in batch]))
-            mask = (torch.arange(input_ids.shape[1], device=self.where) < lengths[:, None]).long()
-            hidden = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, T, d)
-            mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
-            meanings[batch] = torch.nn.functional.normalize(mean, dim=-1).cpu()
-        return meanings
 
 
 @dataclass

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from textgym.rewards.model import RewardEnsemble, RewardModel
-from textgym.rewards.scoring import Scorer
+from textgym.rewards.engine.scoring import Scorer
+from textgym.rewards.models import RewardEnsemble, RewardModel
 from textgym.testing import byte_tokenizer, mock_lm
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textgym.rewards.scaling import RunningScale
-from textgym.rewards.scoring import Finished, RewardError, Scorer
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.scaling import RunningScale
+from textgym.rewards.engine.scoring import RewardError, Scorer
 
 
 def text_length(completions: list[str]) -> list[float]:
@@ -244,7 +245,7 @@ def test_functions_have_lists_of_their_own(finished: Finished) -> None:
 
 
 def test_an_async_function_that_blocks_is_given_up(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("textgym.rewards.calling.GRACE", 0.05)
+    monkeypatch.setattr("textgym.rewards.engine.calling.GRACE", 0.05)
 
     given_up, went_on = threading.Event(), threading.Event()
 

@@ -25,7 +25,7 @@ from textgym.models.attention import MAX_PADDING, batches_by_length
 from textgym.models.devices import Device, check_fork, resolve_device
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.transfer import to_device
-from textgym.rewards.last_token import LastTokenScorer, pad_right, score_head
+from textgym.rewards.models.last_token import LastTokenScorer, pad_right, score_head
 
 SETTINGS_FILE = "reward_model.json"
 TINY = ASSETS / "tiny_reward"

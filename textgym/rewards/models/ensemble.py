@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from textgym.models.devices import Device
-from textgym.rewards.reward_model import RewardModel
+from textgym.rewards.models.reward_model import RewardModel
 
 Reduce = Literal["mean", "min", "mean_minus_std"]
 

@@ -18,9 +18,9 @@ from textgym.data.preferences import Pair, load_preferences
 from textgym.models.devices import Device
 from textgym.models.loading import freeze, load_classifier, load_tokenizer
 from textgym.models.seeding import seeded
-from textgym.rewards.last_token import LastTokenScorer
-from textgym.rewards.pairwise import RewardModelConfig, fit
-from textgym.rewards.reward_model import RewardModel
+from textgym.rewards.models.last_token import LastTokenScorer
+from textgym.rewards.models.pairwise import RewardModelConfig, fit
+from textgym.rewards.models.reward_model import RewardModel
 
 
 def train_reward_model(

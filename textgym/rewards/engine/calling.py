@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from textgym.rewards.finished import Finished, RewardError
+from textgym.rewards.engine.completions_to_score import Finished, RewardError
 
 RewardFunction = Callable[..., Any]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 from textgym.models.loading import load_classifier
-from textgym.rewards.model import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 pytestmark = pytest.mark.numerics
@@ -322,7 +322,7 @@ PAIRS = [{"chosen": f"good {index}", "rejected": f"bad {index}", "group": index 
 
 def test_groups_are_held_out_whole(mock_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("textgym.rewards.training.fit", lambda scorer, groups, *_: seen.extend(groups))
+    monkeypatch.setattr("textgym.rewards.models.training.fit", lambda scorer, groups, *_: seen.extend(groups))
     config = RewardModelConfig(heldout_fraction=0.5)
     train_reward_model(PAIRS, mock_folder, config=config)
     assert len(seen) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from textgym.rewards.muon import Muon, orthogonalised
+from textgym.rewards.models.muon import Muon, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])

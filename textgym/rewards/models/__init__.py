@@ -1,0 +1,19 @@
+"""Learned rewards: `RewardModel`, and `train_reward_model`, which trains one on preference pairs."""
+
+from __future__ import annotations
+
+from textgym.rewards.models.ensemble import RewardEnsemble
+from textgym.rewards.models.pairwise import RewardModelConfig, pairwise_loss
+from textgym.rewards.models.process import ProcessRewardModel
+from textgym.rewards.models.reward_model import RewardModel
+from textgym.rewards.models.training import pairwise_accuracy, train_reward_model
+
+__all__ = [
+    "ProcessRewardModel",
+    "RewardEnsemble",
+    "RewardModel",
+    "RewardModelConfig",
+    "pairwise_accuracy",
+    "pairwise_loss",
+    "train_reward_model",
+]
