@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
-from textgym.models.transfer import to_host
+from textgym.models.machine.transfer import to_host
 
 from .common.advantages import masked_mean, overall_mean
 from .common.group import GroupAgent, GroupConfig

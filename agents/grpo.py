@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
-from textgym.models.transfer import to_host
+from textgym.models.machine.transfer import to_host
 from textgym.rewards.kl import estimate_kl
 
 from .common.advantages import masked_mean, overall_mean

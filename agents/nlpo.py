@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.masks import TopPMask, narrow
+from textgym.models.distributions.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import warn_of_filter

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import twin
-from textgym.models.log_probs import in_chunks, masked_logits
+from textgym.models.distributions.log_probs import in_chunks, masked_logits
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 

@@ -22,7 +22,7 @@ import textgym  # noqa: F401  (registers the ids)
 from textgym import ActorCritic, RewardModel
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.rollout import collect
-from textgym.models.attention import batches_by_length
+from textgym.models.architectures.attention import batches_by_length
 
 
 @dataclass

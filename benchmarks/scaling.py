@@ -39,8 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import textgym
 from textgym.agents.common.rollout import collect
-from textgym.models.flops import FlopCount
-from textgym.models.phases import phase
+from textgym.models.machine.flops import FlopCount
+from textgym.models.machine.profiled_phases import phase
 
 SHARE_BAR, BIG = 0.05, 64
 """The environment's share of a rollout of so many rows or more."""

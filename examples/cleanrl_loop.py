@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from textgym import ActorCritic
-from textgym.models.attention import PackedStates
+from textgym.models.architectures.attention import PackedStates
 from textgym.testing import Played, play
 
 

@@ -19,9 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import pad
 
 from textgym.data import sources
-from textgym.models import sampling, writing
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.graphs import Graphs, NotCapturedError
+from textgym.models.decoding import generation, sampling
+from textgym.models.decoding.cuda_graphs import Graphs, NotCapturedError
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
@@ -108,7 +108,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
         return captures[-1]
 
     monkeypatch.setattr(Graphs, "capture", record)
-    monkeypatch.setattr(writing, "can_capture", lambda device: True)
+    monkeypatch.setattr(generation, "can_capture", lambda device: True)
     monkeypatch.setattr(sampling, "looks_are_free", lambda device: False)
     return captures
 

@@ -119,7 +119,7 @@ def test_roofline_counts_the_whole_of_a_step(benchmark: Any) -> None:
 
 
 def test_a_stopwatch_counts_what_is_outermost_and_what_lies_within(benchmark: Any) -> None:
-    from textgym.models.phases import phase
+    from textgym.models.machine.profiled_phases import phase
 
     ticks = iter(range(100))
 

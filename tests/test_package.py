@@ -105,7 +105,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_layering_rule() -> None:
     assert may_import("textgym.models.loading", "textgym.data.sources")
-    assert may_import("textgym.models.loading", "textgym.models.decoding")
+    assert may_import("textgym.models.loading", "textgym.models.decoding.cached_decoder")
     assert not may_import("textgym.data.prompts", "textgym.models.loading")
     assert not may_import("textgym.sb3.policies", "textgym.wrappers.flat")
     assert not may_import("textgym.envs.text", "textgym.testing")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from textgym.envs.text import TextEnv
     from textgym.envs.vector import TextVectorEnv
     from textgym.models.actor_critic import ActorCritic
-    from textgym.models.decoding import CachedDecoder
-    from textgym.models.determinism import deterministic_environment
+    from textgym.models.decoding.cached_decoder import CachedDecoder
+    from textgym.models.machine.determinism import deterministic_environment
     from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
     from textgym.rewards.models import RewardModel, train_reward_model
     from textgym.rewards.reference import SyncReference
@@ -42,7 +42,7 @@ __all__ = [
 _HOMES = {
     "ActorCritic": "textgym.models.actor_critic",
     "AdaptiveKL": "textgym.rewards.kl",
-    "CachedDecoder": "textgym.models.decoding",
+    "CachedDecoder": "textgym.models.decoding.cached_decoder",
     "FixedKL": "textgym.rewards.kl",
     "KLPenalty": "textgym.rewards.kl",
     "RewardModel": "textgym.rewards.models",
@@ -50,7 +50,7 @@ _HOMES = {
     "TextEnv": "textgym.envs.text",
     "TextVectorEnv": "textgym.envs.vector",
     "ThresholdKL": "textgym.rewards.kl",
-    "deterministic_environment": "textgym.models.determinism",
+    "deterministic_environment": "textgym.models.machine.determinism",
     "train_reward_model": "textgym.rewards.models",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from textgym.models.determinism import deterministic_environment
+from textgym.models.machine.determinism import deterministic_environment
 
 
 def main() -> None:

@@ -48,8 +48,8 @@ from textgym.data.sources import FetchError, movie_snippets
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.flags import AGENTS, FREE, OFFLINE, Evaluate, Train, TrainReward, parse
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import device_name, use_device
-from textgym.models.seeding import deterministic
+from textgym.models.machine.devices import device_name, use_device
+from textgym.models.machine.seeding import deterministic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.models import pairwise_accuracy, train_reward_model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic, Step
-from textgym.models.phases import phase
+from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 

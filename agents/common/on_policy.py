@@ -21,9 +21,9 @@ from transformers import TrainerState
 
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import Device, check_one_device, generator_state, restore_generator
-from textgym.models.phases import phase
-from textgym.models.seeding import global_generators, restore_global_generators
+from textgym.models.machine.devices import Device, check_one_device, generator_state, restore_generator
+from textgym.models.machine.profiled_phases import phase
+from textgym.models.machine.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy

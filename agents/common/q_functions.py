@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import twin
-from textgym.models.attention import States
+from textgym.models.architectures.attention import States
+from textgym.models.distributions.log_probs import in_chunks, masked_logits
 from textgym.models.loading import freeze
-from textgym.models.log_probs import in_chunks, masked_logits
 from textgym.models.sequences import Sequences
 
 Noise = tuple[Tensor, Tensor]

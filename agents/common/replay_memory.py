@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from textgym.models.machine.transfer import to_device
 from textgym.models.sequences import HostRows, Sequences
-from textgym.models.transfer import to_device
 
 
 class Memories(NamedTuple):

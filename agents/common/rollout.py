@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import check_one_device
-from textgym.models.masks import ActionMask, narrow
-from textgym.models.phases import phase
+from textgym.models.distributions.masks import ActionMask, narrow
+from textgym.models.machine.devices import check_one_device
+from textgym.models.machine.profiled_phases import phase
+from textgym.models.machine.transfer import to_device
 from textgym.models.sequences import Sequences
-from textgym.models.transfer import to_device
 
 
 @dataclass(frozen=True)

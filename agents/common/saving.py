@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import is_twin
-from textgym.models.devices import Device, resolve_device
+from textgym.models.machine.devices import Device, resolve_device
 
 from ..machine import distributed
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import Device, on_device
 from textgym.models.loading import load_tokenizer
-from textgym.models.seeding import seeded
+from textgym.models.machine.devices import Device, on_device
+from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.models.last_token import pad_right

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.models.sequences import Sequences
-from textgym.models.training_arguments import OneDeviceArguments
 from textgym.rewards.models.pairwise import SILENT
 
 from ..machine.distributed import everyone, join, share_of

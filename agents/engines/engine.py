@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import check_one_device
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.machine.devices import check_one_device
 
 from ..common.rollout import Rollout, score_whole
 

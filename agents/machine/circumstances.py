@@ -13,7 +13,7 @@ import transformers
 
 import textgym
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.devices import device_name
+from textgym.models.machine.devices import device_name
 
 
 def machine(policy: ActorCritic) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import is_twin
-from textgym.models.transfer import to_host
+from textgym.models.machine.transfer import to_host
 
 T = TypeVar("T")
 BUCKET = 2**25

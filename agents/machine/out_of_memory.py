@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from textgym.models.devices import device_name
+from textgym.models.machine.devices import device_name
 
 from .device_limits import peak_memory
 from .memory_by_role import bytes_by_role, cache_bytes

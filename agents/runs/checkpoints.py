@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from textgym.data.files import remove_folder, remove_leftovers
-from textgym.models.phases import phase
+from textgym.models.machine.profiled_phases import phase
 
 from ..common.on_policy import Metrics, OnPolicyAgent
 from ..common.supervised import OfflineAgent

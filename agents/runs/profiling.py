@@ -30,8 +30,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from textgym.data.files import atomic_file
-from textgym.models.flops import FlopCount
-from textgym.models.phases import listen
+from textgym.models.machine.flops import FlopCount
+from textgym.models.machine.profiled_phases import listen
 
 from ..common.on_policy import Metrics, OnPolicyAgent
 from ..machine.device_limits import peak_flops, peak_memory, reset_peak_memory

@@ -13,7 +13,7 @@ from figures import note, start, tell
 from torch import Tensor, nn
 
 from textgym.agents.machine.device_limits import peak_memory, reset_peak_memory
-from textgym.models import log_probs
+from textgym.models.distributions import log_probs
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ from models import Size, save_model
 from rollout import BARS, Config, compare
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
-from textgym.models.writing import ResponseWriter
+from textgym.models.decoding.generation import ResponseWriter
+from textgym.models.distributions.log_probs import StopRule
 
 
 def beside_generate(name: str, config: Config, judged: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from measuring.peers import say
 
-from textgym.models.devices import resolve_device
+from textgym.models.machine.devices import resolve_device
 
 
 def start(description: str | None) -> torch.device:

@@ -14,7 +14,7 @@ from measuring.roofline import timed
 from models import Size, save_model
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 
 GOAL = 0.9
 """Of vLLM's tokens a second."""

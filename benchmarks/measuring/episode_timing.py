@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from textgym.models.phases import listen, phase
+from textgym.models.machine.profiled_phases import listen, phase
 
 
 def step_through(envs: Any, policy: Any, options: dict[str, Any] | None = None) -> None:

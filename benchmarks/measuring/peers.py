@@ -122,7 +122,7 @@ def in_turns(
 
 def count_flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of matrix products and attention, forward and backward."""
-    from textgym.models.flops import FlopCount
+    from textgym.models.machine.flops import FlopCount
 
     with FlopCount() as count:
         run()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import textgym
 from measuring.episode_timing import synchronize
 from measuring.peers import Figures
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 
 BAR = 0.5
 """Of the measured bandwidth, on a GPU at 1B parameters in bf16 with 64 rows."""

@@ -16,8 +16,9 @@ from textgym import TextEnv
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.rollout import Rollout
 from textgym.envs.games import GameVectorEnv
-from textgym.models import log_probs, writing
 from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.models.decoding import generation
+from textgym.models.distributions import log_probs
 from textgym.rewards.kl import ESTIMATORS
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
@@ -47,7 +48,7 @@ def vowels(completions: list[str]) -> list[float]:
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 5 * 258)
-    monkeypatch.setattr(writing, "DRAW_ELEMENTS", 5 * 258)
+    monkeypatch.setattr(generation, "DRAW_ELEMENTS", 5 * 258)
 
 
 def make_policy(kind: str, moved: bool = True, **changes: Any) -> ActorCritic:

@@ -15,8 +15,8 @@ from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
 from textgym.agents.common.off_policy import Behaviour, OffPolicyAgent
 from textgym.agents.common.replay_memory import EpisodeMemory, Memories
 from textgym.agents.common.rollout import collect
-from textgym.models import log_probs
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.distributions import log_probs
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import ExactTask, Measured, assert_close, assert_learns, mock_lm, terms_of, tolerance

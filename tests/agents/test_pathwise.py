@@ -13,7 +13,7 @@ from textgym.agents import Pathwise, PathwiseConfig
 from textgym.agents.common.replay_memory import Memories
 from textgym.agents.pathwise import relax
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.testing import ExactTask, Measured, assert_learns
 

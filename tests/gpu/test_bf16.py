@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 
 pytestmark = pytest.mark.gpu

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.log_probs import StopRule
-from textgym.models.masks import TopKMask
+from textgym.models.decoding.generation import Responses, ResponseWriter
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.distributions.masks import TopKMask
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.models.writing import Responses, ResponseWriter
 from textgym.testing import assert_close, mock_lm, mock_seq2seq_lm, terms_of
 
 pytestmark = pytest.mark.gpu

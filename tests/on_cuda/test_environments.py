@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.agents import PPO, PPOConfig
 from textgym.envs.games import GameVectorEnv
-from textgym.models.masks import TopPMask
+from textgym.models.distributions.masks import TopPMask
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.reward_model import RewardModel
 from textgym.testing import byte_tokenizer, mock_lm

@@ -14,10 +14,10 @@ from textgym import ActorCritic
 from textgym.agents import DPO, DQN, PPO, SFT, DPOConfig, DQNConfig, PPOConfig, SFTConfig
 from textgym.agents.engines.engine import collect_from
 from textgym.agents.runs.evaluation import generate, measure
-from textgym.models.flops import FlopCount
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.distributions.masks import TopPMask
 from textgym.models.loading import load_causal_lm
-from textgym.models.log_probs import StopRule
-from textgym.models.masks import TopPMask
+from textgym.models.machine.flops import FlopCount
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import Perplexity
 from textgym.rewards.kl import KLPenalty

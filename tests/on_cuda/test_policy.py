@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.flops import FlopCount
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.machine.flops import FlopCount
 from textgym.models.token_model import TokenModel
 from textgym.testing import mock_lm, mock_seq2seq_lm
 

@@ -11,7 +11,7 @@ import torch
 from sb3_contrib import QRDQN, TRPO, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO
 
-from textgym.models.masks import TopPMask
+from textgym.models.distributions.masks import TopPMask
 from textgym.sb3 import (
     EpisodeReplayBuffer,
     EpisodeRolloutBuffer,

@@ -12,7 +12,7 @@ import torch
 
 from textgym.agents import PPO, PPOConfig
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.rewards.models.reward_model import RewardModel
 
 Counting = Callable[[], AbstractContextManager[Counter[str]]]

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.models.attention import first_tokens, ragged
-from textgym.models.contexts import Shown
-from textgym.models.devices import Device
-from textgym.models.encoder_decoder import split_rows
-from textgym.models.log_probs import StopRule
+from textgym.models.architectures.attention import first_tokens, ragged
+from textgym.models.architectures.encoder_decoder import split_rows
+from textgym.models.decoding.contexts import Shown
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.machine.devices import Device
+from textgym.models.machine.transfer import to_device, to_host
 from textgym.models.sequences import HostRows, Sequences
-from textgym.models.transfer import to_device, to_host
 
 NUMBERS = itertools.count(1)
 """Of the episodes of all environments of this process."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 
-from textgym.models.log_probs import StopRule
-from textgym.models.masks import ActionMask
+from textgym.models.distributions import log_probs
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.distributions.masks import ActionMask
 
 KLPayer = Literal["environment", "agent", "nobody"]
+
+# Stable-Baselines3 pickles action spaces when it saves; those saved by version 0.1 name the module of `StopRule` so.
+sys.modules.setdefault("textgym.models.log_probs", log_probs)
 
 
 class TokenSpace(gym.spaces.Discrete):

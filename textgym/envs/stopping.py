@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from textgym.envs.episodes import Episodes
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 
 
 def stop_rule(stop: Sequence[str | int], min_new_tokens: int, tokenizer: Any) -> StopRule:

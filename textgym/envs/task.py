@@ -17,13 +17,13 @@ from textgym.data.prompts import Row, load_prompts
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
-from textgym.models.attention import check_encoder_decoder
-from textgym.models.devices import Device, resolve_device
+from textgym.models.architectures.attention import check_encoder_decoder
+from textgym.models.distributions.masks import ActionMask, FunctionMask, ModelMask, narrow
 from textgym.models.loading import load_tokenizer
-from textgym.models.masks import ActionMask, FunctionMask, ModelMask, narrow
-from textgym.models.phases import phase
+from textgym.models.machine.devices import Device, resolve_device
+from textgym.models.machine.profiled_phases import phase
+from textgym.models.machine.transfer import to_device, to_host
 from textgym.models.token_model import Observation, TokenModel
-from textgym.models.transfer import to_device, to_host
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scaling import Scaling
 from textgym.rewards.engine.scoring import OnRewardError, RewardSpec, Scorer, Scores

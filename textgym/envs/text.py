@@ -12,8 +12,8 @@ from torch import nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
-from textgym.models.devices import Device
-from textgym.models.transfer import to_host
+from textgym.models.machine.devices import Device
+from textgym.models.machine.transfer import to_host
 from textgym.rewards.engine.scaling import Scaling
 from textgym.rewards.engine.scoring import OnRewardError, RewardSpec
 from textgym.rewards.kl import Estimator, KLController

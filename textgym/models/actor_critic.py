@@ -16,17 +16,17 @@ from transformers import AutoConfig, AutoModel
 
 from textgym.data.files import atomic_folder
 from textgym.models.adapters import is_twin, merged, twin, with_lora
-from textgym.models.attention import States, checkpoint_layers
-from textgym.models.contexts import cached_decoder, read_contexts
-from textgym.models.decoding import CachedDecoder
-from textgym.models.devices import Device, on_device, seed_of
-from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.architectures.attention import States, checkpoint_layers
+from textgym.models.decoding.cached_decoder import CachedDecoder
+from textgym.models.decoding.contexts import cached_decoder, read_contexts
+from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.decoding.generation import Responses, Writers
+from textgym.models.decoding.sampling import sample
+from textgym.models.distributions.log_probs import StopRule, token_log_probs
 from textgym.models.loading import disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
-from textgym.models.log_probs import StopRule, token_log_probs
-from textgym.models.sampling import sample
+from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel, fits
-from textgym.models.writing import Responses, Writers
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.files import atomic_folder
 from textgym.data.sources import cache_dir
-from textgym.models.devices import Device, resolve_device
+from textgym.models.machine.devices import Device, resolve_device
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("tiny", "smollm2")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textgym.models.attention import PackedStates, States, alike, first_tokens, pack, ragged
-from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates, split_rows
-from textgym.models.log_probs import StopRule
-from textgym.models.transfer import to_device, to_host
+from textgym.models.architectures.attention import PackedStates, States, alike, first_tokens, pack, ragged
+from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates, split_rows
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.machine.transfer import to_device, to_host
 
 
 class HostRows(NamedTuple):

@@ -10,17 +10,17 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from textgym.models.attention import States
-from textgym.models.contexts import cached_decoder, read_contexts
-from textgym.models.decoding import CachedDecoder
-from textgym.models.devices import Device
-from textgym.models.encoder_decoder import decoder_start_ids
-from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
-from textgym.models.head import output_head
+from textgym.models.architectures.attention import States
+from textgym.models.architectures.encoder_decoder import decoder_start_ids
+from textgym.models.architectures.output_head import output_head
+from textgym.models.architectures.support import check_supported
+from textgym.models.decoding.cached_decoder import CachedDecoder
+from textgym.models.decoding.contexts import cached_decoder, read_contexts
+from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.distributions.log_probs import token_log_probs
 from textgym.models.loading import EMBEDDED, freeze, load_causal_lm, shared_causal_lm
-from textgym.models.log_probs import token_log_probs
+from textgym.models.machine.devices import Device
 from textgym.models.sequences import Sequences
-from textgym.models.support import check_supported
 
 Observation = Mapping[str, Any]
 """`input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch, as the environments give them.

@@ -9,9 +9,9 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from textgym.models.devices import Device, check_one_device
-from textgym.models.log_probs import full_kl
-from textgym.models.masks import ModelMask
+from textgym.models.distributions.log_probs import full_kl
+from textgym.models.distributions.masks import ModelMask
+from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 

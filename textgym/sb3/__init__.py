@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from textgym.models.masks import TopKMask, TopPMask
+    from textgym.models.distributions.masks import TopKMask, TopPMask
     from textgym.sb3.callbacks import KLCallback, MaskRefreshCallback, SyncReferenceCallback
     from textgym.sb3.maskable import MaskableEpisodeRolloutBuffer, MaskableTextActorCriticPolicy
     from textgym.sb3.policies import TextActorCriticPolicy
@@ -62,7 +62,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in ("TopKMask", "TopPMask"):
-        return getattr(importlib.import_module("textgym.models.masks"), name)
+        return getattr(importlib.import_module("textgym.models.distributions.masks"), name)
     if name in _HOMES:
         return getattr(importlib.import_module(f"textgym.sb3.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'textgym.sb3' has no attribute {name!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from textgym.models.masks import ModelMask
+from textgym.models.distributions.masks import ModelMask
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
 from textgym.rewards.reference import SyncReference

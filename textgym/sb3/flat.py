@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.attention import States
+from textgym.models.architectures.attention import States
 
 
 class FlatWeights:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.models.masks import narrow
+from textgym.models.distributions.masks import narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 from textgym.sb3.policies import TextObs, TextPolicy

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from textgym.envs.spaces import TokenSpace
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.attention import States
-from textgym.models.contexts import read_contexts
+from textgym.models.architectures.attention import States
+from textgym.models.decoding.contexts import read_contexts
 from textgym.models.token_model import Observation
 from textgym.sb3.flat import FlatWeights
 

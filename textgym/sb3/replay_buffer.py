@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from textgym.models.attention import PackedStates
+from textgym.models.architectures.attention import PackedStates
 from textgym.sb3.policies import token_space
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textgym.models.letters import letter_tokenizer
+from textgym.models.letter_tokenizer import letter_tokenizer
 from textgym.testing.checks import check_text_env
 from textgym.testing.exact import ExactOptimum, ExactTask
 from textgym.testing.learning import Measured, assert_learns

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from textgym.models.letters import letter_tokenizer
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.letter_tokenizer import letter_tokenizer
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.testing.mocks import mock_lm

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
 from textgym.envs.task import Policy, TextTask
-from textgym.models.devices import Device
+from textgym.models.machine.devices import Device
 from textgym.models.token_model import TokenModel
 
 

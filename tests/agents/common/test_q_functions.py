@@ -7,7 +7,7 @@ import torch
 
 from textgym.agents.common.q_functions import GreedyQ, Heads, SoftQ
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.testing import ExactTask, assert_close, mock_lm, terms_of
 

@@ -15,7 +15,7 @@ from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.rollout import Rollout
 from textgym.agents.engines.engine import collect_from
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 FORWARD = terms_of(mock_lm())

@@ -26,7 +26,7 @@ from textgym.agents.common.rollout import Rollout
 from textgym.agents.common.surrogate import SurrogateAgent
 from textgym.agents.machine.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.attention import checkpointing_layers
+from textgym.models.architectures.attention import checkpointing_layers
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 

@@ -20,9 +20,9 @@ import textgym
 from textgym import __main__ as command
 from textgym import cli
 from textgym.agents import PPO, SFT, PPOConfig, SFTConfig
-from textgym.models import determinism
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.seeding import deterministic
+from textgym.models.machine import determinism
+from textgym.models.machine.seeding import deterministic
 from textgym.testing import byte_tokenizer, mock_lm
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_CBWR", "CUBLAS_WORKSPACE_CONFIG")

@@ -21,9 +21,9 @@ from textgym import cli
 from textgym.agents import DQN, PPO, DQNConfig, PPOConfig
 from textgym.agents.machine.memory_by_role import SavedForBackward, bytes_by_role
 from textgym.agents.runs.profiling import PHASES, TIMED, UPDATES, PhaseFigures, Profile, Profiler
-from textgym.models import phases
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.phases import phase
+from textgym.models.machine import profiled_phases as phases
+from textgym.models.machine.profiled_phases import phase
 from textgym.testing import assert_trained_alike, byte_tokenizer, mock_lm
 
 ROWS, PROMPT, TOKENS = 4, 3, 5

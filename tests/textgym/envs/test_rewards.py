@@ -11,7 +11,7 @@ import torch
 
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
-from textgym.models.masks import TopKMask
+from textgym.models.distributions.masks import TopKMask
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 

@@ -16,8 +16,8 @@ from textgym.envs.spaces import TokenSpace
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
-from textgym.models.masks import TopKMask
+from textgym.models.distributions.log_probs import StopRule
+from textgym.models.distributions.masks import TopKMask
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import assert_close, mock_lm, terms_of
 
@@ -31,6 +31,14 @@ def test_equals_discrete() -> None:
     assert gym.spaces.Discrete(7) == space
     assert space != gym.spaces.Discrete(8)
     assert str(space) == "Discrete(7)"
+
+
+def test_a_space_that_was_pickled_before_its_modules_moved_is_read() -> None:
+    space = TokenSpace(7, StopRule((3,), 2))
+    written = pickle.dumps(space, protocol=0)
+    old = written.replace(b"textgym.models.distributions.log_probs", b"textgym.models.log_probs")
+    assert old != written
+    assert pickle.loads(old).stop == space.stop
 
 
 def test_samples_by_its_explorer() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import ESTIMATORS, KLPenalty
 from textgym.testing import assert_close, mock_lm, terms_of, tolerance
@@ -291,7 +291,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return [parameter.grad.clone() for parameter in policy.lm.parameters()]
 
     whole = gradients()
-    monkeypatch.setattr("textgym.models.log_probs.CHUNK_ELEMENTS", 7 * V)
+    monkeypatch.setattr("textgym.models.distributions.log_probs.CHUNK_ELEMENTS", 7 * V)
     for expected, actual in zip(whole, gradients(), strict=True):
         assert_close(actual, expected, terms=FORWARD)
 

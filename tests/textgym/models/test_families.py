@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from textgym.models.attention import PackedStates
-from textgym.models.decoding import CachedDecoder
+from textgym.models.architectures.attention import PackedStates
+from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.token_model import TokenModel
 from textgym.testing import assert_close, mock_lm, terms_of
 
@@ -174,7 +174,10 @@ def test_the_architectures_in_the_docs_are_those_that_are_tested() -> None:
         for kind in ("exact", "refused")
     )
     here = Path(__file__).parent
-    elsewhere = "".join((here / f"test_{page}.py").read_text() for page in ("decoding", "encoder_decoder"))
+    elsewhere = "".join(
+        (here / page).read_text()
+        for page in ("decoding/test_cached_decoder.py", "architectures/test_encoder_decoder.py")
+    )
     assert set(EXACT) <= taken
     assert all(f'"{name}"' in elsewhere for name in taken - set(EXACT))
     assert refused == {name.split()[0] for name in (*REFUSED, *REFUSED_ENCODER_DECODER)}

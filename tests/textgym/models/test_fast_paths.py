@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from textgym.models import log_probs, writing
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.log_probs import StopRule
+from textgym.models.decoding import generation
+from textgym.models.distributions import log_probs
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.testing import assert_close, mock_lm, mock_seq2seq_lm, terms_of
@@ -200,7 +201,7 @@ def test_what_is_noted_while_writing_is_the_plain_path(
     prompts = torch.nn.functional.pad(make_sequences().input_ids[:, :7], (0, new))
     captured = request.getfixturevalue("captures") if way == "captured steps" else None
     if way == "chunks of rows":
-        monkeypatch.setattr(writing, "DRAW_ELEMENTS", 2 * V)
+        monkeypatch.setattr(generation, "DRAW_ELEMENTS", 2 * V)
     for _ in range(1 if captured is None else 3):
         sequences, log_probs, values = (acted if way == "act" else written)(policy, prompts, new)
     assert captured != []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL, estimate_kl
 from textgym.testing import assert_close, mock_lm, terms_of
@@ -113,7 +113,7 @@ def test_clamp_bounds_what_every_token_pays_and_not_what_is_measured(estimator: 
 
 def test_full_kl_never_holds_all_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     """With chunks of two tokens the largest tensor is (2, V), whatever N and T."""
-    monkeypatch.setattr("textgym.models.log_probs.CHUNK_ELEMENTS", 2 * 258)
+    monkeypatch.setattr("textgym.models.distributions.log_probs.CHUNK_ELEMENTS", 2 * 258)
     policy, reference = ActorCritic.from_pretrained(mock_lm(seed=0)), mock_lm(seed=1)
     ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
     sequences = Sequences(ids, torch.tensor([3, 4, 2]), torch.tensor([9, 5, 1]))

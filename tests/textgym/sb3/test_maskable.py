@@ -12,7 +12,7 @@ from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
 from sb3_contrib.common.maskable.utils import get_action_masks
 
-from textgym.models.masks import TopKMask, TopPMask
+from textgym.models.distributions.masks import TopKMask, TopPMask
 from textgym.models.token_model import TokenModel
 from textgym.sb3 import (
     KLCallback,

@@ -10,7 +10,7 @@ import torch
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from textgym.models.attention import PackedStates
+from textgym.models.architectures.attention import PackedStates
 from textgym.sb3 import EpisodeReplayBuffer
 
 MakeEnv = Any

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.decoding import CachedDecoder
+from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.token_model import TokenModel
 from textgym.testing import ExactOptimum, ExactTask, TableConfig, TableLM, assert_close, mock_lm, terms_of
 

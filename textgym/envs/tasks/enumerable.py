@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from textgym.envs.tasks.base import Settings, TaskEnv, TaskVectorEnv
-from textgym.models.letters import letter_tokenizer
+from textgym.models.letter_tokenizer import letter_tokenizer
 
 VOCAB_SIZE, LENGTH, EOS = 12, 4, 10
 
@@ -85,7 +85,7 @@ def table_score(completion_ids: Sequence[Sequence[int]]) -> list[float]:
     if unknown is not None:
         raise ValueError(
             f"the tokens {unknown} are no text of up to {LENGTH} of {VOCAB_SIZE} tokens: "
-            "use the task's own tokenizer, `textgym.models.letters.letter_tokenizer(12)`, and its max_new_tokens"
+            "use the task's own tokenizer, `textgym.testing.letter_tokenizer(12)`, and its max_new_tokens"
         )
     return [scores[tuple(ids)] for ids in completion_ids]
 

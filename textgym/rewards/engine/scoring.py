@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from textgym.data.importing import import_attribute
-from textgym.models.devices import Device, resolve_device
+from textgym.models.machine.devices import Device, resolve_device
 from textgym.rewards.engine.calling import (
     FollowsDevice,
     Log,

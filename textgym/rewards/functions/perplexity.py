@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.messages import Text, plain
-from textgym.models.attention import batches_by_length
-from textgym.models.devices import Device, resolve_device
+from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import load_tokenizer
+from textgym.models.machine.devices import Device, resolve_device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.last_token import pad_right

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from textgym.data.messages import Text, plain
-from textgym.models.attention import batches_by_length
-from textgym.models.devices import Device, resolve_device
+from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import load_encoder
+from textgym.models.machine.devices import Device, resolve_device
 from textgym.rewards.models.last_token import pad_right
 
 BATCH_SIZE = 64

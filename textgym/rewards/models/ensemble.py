@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from textgym.models.devices import Device
+from textgym.models.machine.devices import Device
 from textgym.rewards.models.reward_model import RewardModel
 
 Reduce = Literal["mean", "min", "mean_minus_std"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from textgym.models.attention import pack, packed_hidden
+from textgym.models.architectures.attention import pack, packed_hidden
 
 
 class TextScores(NamedTuple):

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from textgym.data.messages import Text
-from textgym.models.devices import on_device
-from textgym.models.training_arguments import OneDeviceArguments
+from textgym.models.machine.devices import on_device
+from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from textgym.models.attention import batches_by_length
-from textgym.models.devices import Device
+from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import disable_dropout, freeze, load_classifier
+from textgym.models.machine.devices import Device
 from textgym.rewards.models.last_token import pad_right
 from textgym.rewards.models.reward_model import encodes_alike
 

@@ -21,10 +21,10 @@ from transformers.utils import cached_file
 
 from textgym.data.files import atomic_folder
 from textgym.data.messages import Messages, Text, encode
-from textgym.models.attention import MAX_PADDING, batches_by_length
-from textgym.models.devices import Device, check_fork, resolve_device
+from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
-from textgym.models.transfer import to_device
+from textgym.models.machine.devices import Device, check_fork, resolve_device
+from textgym.models.machine.transfer import to_device
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right, score_head
 
 SETTINGS_FILE = "reward_model.json"

@@ -15,9 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 from textgym.data.preferences import Pair, load_preferences
-from textgym.models.devices import Device
 from textgym.models.loading import freeze, load_classifier, load_tokenizer
-from textgym.models.seeding import seeded
+from textgym.models.machine.devices import Device
+from textgym.models.machine.seeding import seeded
 from textgym.rewards.models.last_token import LastTokenScorer
 from textgym.rewards.models.pairwise import RewardModelConfig, fit
 from textgym.rewards.models.reward_model import RewardModel

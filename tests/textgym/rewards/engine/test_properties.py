@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from textgym.models.attention import MAX_PADDING, batches_by_length
+from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scaling import RunningScale
 from textgym.rewards.engine.scoring import RewardError, Scorer

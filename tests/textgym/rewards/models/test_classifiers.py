@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
-from textgym.models.attention import MAX_PADDING, batches_by_length
+from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.rewards.models import RewardModel
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 

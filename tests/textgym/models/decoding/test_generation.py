@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from textgym.models import log_probs, writing
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
+from textgym.models.decoding import generation
+from textgym.models.decoding.generation import Responses, ResponseWriter
+from textgym.models.distributions import log_probs
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
-from textgym.models.writing import Responses, ResponseWriter
 from textgym.testing import assert_close, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
@@ -74,7 +75,7 @@ def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False) -> R
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_rows_that_draw_apart_draw_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     together = write(make_policy(), STOPS, deterministic)
-    monkeypatch.setattr(writing, "DRAW_ELEMENTS", 3 * make_policy().vocab_size)
+    monkeypatch.setattr(generation, "DRAW_ELEMENTS", 3 * make_policy().vocab_size)
     monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 2 * make_policy().vocab_size)
     assert_same(write(make_policy(), STOPS, deterministic), together)
 

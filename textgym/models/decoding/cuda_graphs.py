@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from textgym.models.flops import captured, replayed
+from textgym.models.machine.flops import captured, replayed
 
 VALUE_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}

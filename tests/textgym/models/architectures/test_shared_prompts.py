@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from textgym.models import packing
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.attention import pack
-from textgym.models.decoding import CachedDecoder
-from textgym.models.packing import plan
+from textgym.models.architectures import packing
+from textgym.models.architectures.attention import pack
+from textgym.models.architectures.packing import plan
+from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.sequences import Sequences
 from textgym.testing import assert_close, mock_lm, terms_of
 

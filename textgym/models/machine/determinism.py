@@ -10,8 +10,8 @@ def deterministic_environment(threads: int = 1) -> dict[str, str]:
     """Return the environment variables that bit-for-bit equality needs; what is set already stays as it is.
 
     They must be set before torch is imported: in the shell, or first of all in a script with
-    `os.environ.update(textgym.deterministic_environment())`. `textgym.models.seeding.deterministic()` then sets torch's
-    side.
+    `os.environ.update(textgym.deterministic_environment())`. `textgym.models.machine.seeding.deterministic()` then sets
+    torch's side.
 
     Args:
         threads: of torch on the CPU. Sums are split among them, so another number rounds otherwise.

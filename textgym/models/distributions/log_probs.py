@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from textgym.models.linear_log_probs import LinearLogProbs, Scoring
-from textgym.models.stop_tokens import stop_tokens
+from textgym.models.decoding.stop_tokens import stop_tokens
+from textgym.models.distributions.linear_log_probs import LinearLogProbs, Scoring
 
 CHUNK_ELEMENTS = 2**22
 """Logits worked on at once on a CPU: 16 MB in float32, since larger chunks do not fit its cache."""

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.models.attention import PackedStates, States, check_encoder_decoder
-from textgym.models.decoding import CachedDecoder, HostContexts, NumberedContexts, PlainContexts
-from textgym.models.devices import check_fork
-from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
-from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
-from textgym.models.transfer import to_device
+from textgym.models.architectures.attention import PackedStates, States, check_encoder_decoder
+from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
+from textgym.models.decoding.cached_decoder import CachedDecoder, HostContexts, NumberedContexts, PlainContexts
+from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.machine.devices import check_fork
+from textgym.models.machine.transfer import to_device
 
 PARTS = ("", "decoder_")
 """What the names of ids and masks begin with, the prompt or whole context first."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from textgym.models.packing import plan
-from textgym.models.transfer import to_device, to_host
+from textgym.models.architectures.packing import plan
+from textgym.models.machine.transfer import to_device, to_host
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_PADDING = 0.1

@@ -10,11 +10,11 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from textgym.models import log_probs
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates, decoder_start_ids
-from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
-from textgym.models.log_probs import StopRule
+from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates, decoder_start_ids
+from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.distributions import log_probs
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.testing import assert_close, mock_lm, mock_seq2seq_lm, terms_of

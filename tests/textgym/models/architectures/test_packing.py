@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from textgym.models.packing import lay_out
+from textgym.models.architectures.packing import lay_out
 
 
 def lengths(number: int, seed: int = 0) -> list[int]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from textgym.models.attention import ragged
-from textgym.models.masks import ActionMask, FunctionMask, TopKMask, TopPMask, narrow
+from textgym.models.architectures.attention import ragged
+from textgym.models.distributions.masks import ActionMask, FunctionMask, TopKMask, TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.testing import mock_lm, tolerance

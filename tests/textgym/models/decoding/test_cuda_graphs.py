@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from textgym.models import writing
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.graphs import Graphs, HostAccess, NotCapturedError, state_of
-from textgym.models.log_probs import StopRule
-from textgym.models.writing import Responses, ResponseWriter
+from textgym.models.decoding import generation
+from textgym.models.decoding.cuda_graphs import Graphs, HostAccess, NotCapturedError, state_of
+from textgym.models.decoding.generation import Responses, ResponseWriter
+from textgym.models.distributions.log_probs import StopRule
 from textgym.testing import mock_lm
 
 ROWS, WIDTH, NEW = 4, 20, 10
@@ -140,10 +140,10 @@ def test_shapes_in_turn_are_captured_once_and_few_are_kept(
     policy = make_policy()
     generate_and_check(policy, 4, 3, 4, 3)
     assert len(captures) == 2
-    monkeypatch.setattr(writing, "KEPT_WRITERS", 2)
+    monkeypatch.setattr(generation, "KEPT_WRITERS", 2)
     generate(policy, 2)
     assert [shape[0] for shape in policy._writers.kept] == [3, 2], "the one that was used longest ago is gone"
-    monkeypatch.setattr(writing, "KEPT_BYTES", policy.cache_bytes - 1)
+    monkeypatch.setattr(generation, "KEPT_BYTES", policy.cache_bytes - 1)
     generate(policy, 2)
     assert [shape[0] for shape in policy._writers.kept] == [2]
 

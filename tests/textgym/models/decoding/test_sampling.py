@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from textgym.models import sampling
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.log_probs import StopRule
-from textgym.models.sampling import exact_sum, sample
+from textgym.models.decoding import sampling
+from textgym.models.decoding.sampling import exact_sum, sample
+from textgym.models.distributions.log_probs import StopRule
 from textgym.testing import mock_lm
 
 V = 260

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from textgym.models.attention import additive_mask
-from textgym.models.decoding import CachedDecoder, HostContexts, SlotCache
-from textgym.models.encoder_decoder import EncoderDecoderRows, encode
+from textgym.models.architectures.attention import additive_mask
+from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, encode
+from textgym.models.decoding.cached_decoder import CachedDecoder, HostContexts, SlotCache
 
 
 @dataclass

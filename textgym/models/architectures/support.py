@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textgym.models.attention import FULL, SLIDING, PackedStates
-from textgym.models.decoding import CachedDecoder
-from textgym.models.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
-from textgym.models.encoder_decoder_cache import CachedEncoderDecoder
+from textgym.models.architectures.attention import FULL, SLIDING, PackedStates
+from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
+from textgym.models.decoding.cached_decoder import CachedDecoder
+from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 
 LENGTHS = (8, 4, 3)
 """Tokens of the texts that are tried; the two short ones share a packed row."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from textgym.models import log_probs
-from textgym.models.log_probs import token_log_probs
+from textgym.models.distributions import log_probs
+from textgym.models.distributions.log_probs import token_log_probs
 from textgym.testing import assert_close, mock_lm, terms_of
 
 pytestmark = pytest.mark.numerics

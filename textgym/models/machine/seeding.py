@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from textgym.models.determinism import missing_variables
-from textgym.models.devices import seed_of
+from textgym.models.machine.determinism import missing_variables
+from textgym.models.machine.devices import seed_of
 
 
 def deterministic() -> None:

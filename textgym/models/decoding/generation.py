@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from textgym.models.decoding import CachedDecoder
-from textgym.models.graphs import Graphs, HostAccess, NotCapturedError, computing, state_of
-from textgym.models.log_probs import StopRule, chunk_tokens
-from textgym.models.phases import phase
-from textgym.models.sampling import sample
-from textgym.models.stop_tokens import stop_tokens
+from textgym.models.decoding.cached_decoder import CachedDecoder
+from textgym.models.decoding.cuda_graphs import Graphs, HostAccess, NotCapturedError, computing, state_of
+from textgym.models.decoding.sampling import sample
+from textgym.models.decoding.stop_tokens import stop_tokens
+from textgym.models.distributions.log_probs import StopRule, chunk_tokens
+from textgym.models.machine.profiled_phases import phase
 
 DRAW_ELEMENTS = 2**24
 """Logits held at once on a CPU: 64 MB in float32. More than are worked on at once, since to make them reads the

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from textgym.models.devices import check_fork, generator_state, resolve_device, restore_generator
 from textgym.models.loading import load_causal_lm
+from textgym.models.machine.devices import check_fork, generator_state, resolve_device, restore_generator
 
 
 @pytest.fixture

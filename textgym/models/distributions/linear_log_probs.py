@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from textgym.models.stop_tokens import stop_tokens
+from textgym.models.decoding.stop_tokens import stop_tokens
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is scored, and under which distribution: see `textgym.models.log_probs.token_log_probs`.
+    """What is scored, and under which distribution: see `textgym.models.distributions.log_probs.token_log_probs`.
 
     Attributes:
         size: tokens of a chunk.

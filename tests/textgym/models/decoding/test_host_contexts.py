@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import textgym  # noqa: F401
-from textgym.models.contexts import Shown
-from textgym.models.decoding import CachedDecoder, NumberedContexts, PlainContexts
+from textgym.models.decoding.cached_decoder import CachedDecoder, NumberedContexts, PlainContexts
+from textgym.models.decoding.contexts import Shown
 from textgym.models.sequences import HostRows, Sequences
 from textgym.testing import mock_lm
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from textgym.models.devices import Device
-from textgym.models.sampling import running_sum
+from textgym.models.decoding.sampling import running_sum
+from textgym.models.machine.devices import Device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 

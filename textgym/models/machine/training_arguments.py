@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from textgym.models.devices import resolve_device
+from textgym.models.machine.devices import resolve_device
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from textgym.models.attention import additive_mask, check_encoder_decoder, recomputing
+from textgym.models.architectures.attention import additive_mask, check_encoder_decoder, recomputing
 
 ROWS = 32
 """Rows of one pass, of similar length, so that little padding is computed."""

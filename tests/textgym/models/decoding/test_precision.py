@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from textgym import ActorCritic
-from textgym.models.log_probs import StopRule
-from textgym.models.support import full_precision
+from textgym.models.architectures.support import full_precision
+from textgym.models.distributions.log_probs import StopRule
 from textgym.testing import mock_lm
 
 OBSERVATION = {"input_ids": torch.tensor([[3, 4, 5, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}

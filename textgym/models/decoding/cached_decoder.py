@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textgym.models.attention import attention_mask, batches_by_length
-from textgym.models.transfer import to_device, to_host
+from textgym.models.architectures.attention import attention_mask, batches_by_length
+from textgym.models.machine.transfer import to_device, to_host
 
 
 class NumberedContexts(NamedTuple):

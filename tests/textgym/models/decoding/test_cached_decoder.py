@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from textgym.models.decoding import CachedDecoder
+from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.testing import assert_close, mock_lm, terms_of
 
 pytestmark = pytest.mark.numerics
