@@ -51,8 +51,8 @@ from textgym.agents.runs.demo import DemoConfig, calibrate, learn_reward, make_e
 from textgym.agents.runs.evaluation import Samples, generate, measure
 from textgym.agents.runs.run_folder import LiveProgress
 from textgym.agents.search.best_of_n import best_of_n
+from textgym.data.corpora.sources import movie_snippets
 from textgym.data.prompts import snippet_prompts
-from textgym.data.sources import movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import RewardModel

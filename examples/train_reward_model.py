@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import tyro
 
+from textgym.data.corpora.sources import movie_snippets
 from textgym.data.preferences import heldout_pairs, make_preferences
-from textgym.data.sources import movie_snippets
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import RewardModelConfig, pairwise_accuracy, train_reward_model
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from textgym.data.corpora.sources import chitchat, movie_snippets
 from textgym.data.files import atomic_folder
-from textgym.data.sources import chitchat, movie_snippets
 from textgym.models.loading import load_causal_lm, load_tokenizer
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"

@@ -22,8 +22,8 @@ import torch
 import tyro
 
 from textgym.agents.runs.evaluation import generate
+from textgym.data.corpora.sources import Snippet, movie_snippets
 from textgym.data.preferences import heldout_pairs, make_preferences
-from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model

@@ -18,7 +18,7 @@ from torch.distributions import Categorical
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import pad
 
-from textgym.data import sources
+from textgym.data.corpora import sources
 from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.decoding import generation, sampling
 from textgym.models.decoding.cuda_graphs import Graphs, NotCapturedError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from textgym.data import sources
+from textgym.data.corpora import sources
 from textgym.rewards.models import RewardModel
 
 FOLDER = Path(__file__).parents[1] / "examples"

@@ -1,8 +1,7 @@
-"""The package as a whole: what importing and installing it gives, and which way its imports point."""
+"""The package as a whole: what importing and installing it gives."""
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -18,13 +17,6 @@ import textgym
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["textgym", "agents"]
 MODULES = sorted(path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py"))
-
-# A module imports from its own folder and from those before it. What stands beside the folders (registration, testing,
-# ...) may use all of textgym; the command line sits on top of everything.
-# `textgym/__init__.py` is left out: it names what all of them offer, and loads it when it is used.
-LAYERED = [path for path in MODULES if path != ROOT / "textgym" / "__init__.py"]
-LAYERS = {"data": 0, "models": 1, "rewards": 2, "envs": 3, "sb3": 4, "wrappers": 4}
-BESIDE, AGENTS, COMMAND_LINE = 5, 6, 7
 
 
 def output_of(code: str) -> str:
@@ -94,61 +86,3 @@ def test_agents_are_not_installed_at_top_level(tmp_path: Path) -> None:
     code = "import importlib.util as u; print(u.find_spec('agents'), u.find_spec('textgym.agents').origin)"
     result = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.startswith("None ")
-
-
-@pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_point_one_way(path: Path) -> None:
-    module = installed_name(path)
-    upward = {name for name in imported_modules(path) if not may_import(module, name)}
-    assert not upward, f"{module} imports what is built on it"
-
-
-def test_layering_rule() -> None:
-    assert may_import("textgym.models.loading", "textgym.data.sources")
-    assert may_import("textgym.models.loading", "textgym.models.decoding.cached_decoder")
-    assert not may_import("textgym.data.prompts", "textgym.models.loading")
-    assert not may_import("textgym.sb3.policies", "textgym.wrappers.flat")
-    assert not may_import("textgym.envs.text", "textgym.testing")
-    assert not may_import("textgym.testing", "textgym.agents")
-    assert may_import("textgym.agents.ppo", "textgym.envs.vector")
-    assert may_import("textgym.cli", "textgym.agents")
-
-
-def may_import(module: str, imported: str) -> bool:
-    if imported == "textgym" or (layer(module) == layer(imported) and folder(module) == folder(imported)):
-        return True
-    return layer(imported) < layer(module)
-
-
-def folder(module: str) -> str:
-    """The part of the name after `textgym.`, or nothing for the modules that stand beside the folders."""
-    name = module.split(".")[1]
-    return name if name in LAYERS or name == "agents" else ""
-
-
-def layer(module: str) -> int:
-    name = module.split(".")[1]
-    on_top = dict.fromkeys(("cli", "flags", "__main__"), COMMAND_LINE)
-    return {**LAYERS, "agents": AGENTS, **on_top}.get(name, BESIDE)
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Names of our modules that a file imports anywhere, in functions and under TYPE_CHECKING too."""
-    found = set()
-    package = installed_name(path).split(".")
-    package = package if path.name == "__init__.py" else package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            # `from textgym import envs` names a folder; `from textgym import TextEnv` counts as something beside them.
-            found |= {f"{source}.{alias.name}" for alias in node.names} if source == "textgym" else {source}
-    return {name for name in found if name.split(".")[0] == "textgym"}
-
-
-def installed_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts[:-1] if parts[-1] == "__init__" else parts
-    return ".".join(parts if parts[0] == "textgym" else ("textgym", *parts))

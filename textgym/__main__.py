@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from textgym.models.machine.determinism import deterministic_environment
+from textgym.models.machine.determinism import prepare_environment
 
 
 def main() -> None:
     """Set what a bit-for-bit run needs from the environment, then run the command line."""
-    if "--deterministic" in sys.argv[1:]:
-        os.environ.update(deterministic_environment())
+    prepare_environment(sys.argv[1:])
 
     from textgym.cli import main as run  # imports torch, which reads the environment
 

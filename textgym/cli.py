@@ -17,14 +17,14 @@ It sits on top of both packages, so it and its flags alone in `textgym` may impo
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # python -m textgym.cli: the environment is prepared before torch is imported
-    from textgym.__main__ import main as prepare_and_run
+import sys
 
-    prepare_and_run()
-    raise SystemExit
+from textgym.models.machine.determinism import prepare_environment
+
+if __name__ == "__main__":  # python -m textgym.cli: before torch is imported
+    prepare_environment(sys.argv[1:])
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
+from textgym.data.corpora.sources import FetchError, movie_snippets
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
-from textgym.data.sources import FetchError, movie_snippets
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.flags import AGENTS, FREE, OFFLINE, Evaluate, Train, TrainReward, parse
 from textgym.models.actor_critic import ActorCritic
@@ -329,3 +329,7 @@ def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: T
     before, after = (generate(p, envs, prompts, command.config.seed) for p in (start, policy))
     texts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,9 @@ from typing import Any
 import gymnasium as gym
 import torch
 
+from textgym.data.corpora.sources import Snippet, movie_snippets
 from textgym.data.preferences import heldout_pairs, make_preferences
 from textgym.data.prompts import snippet_prompts
-from textgym.data.sources import Snippet, movie_snippets
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name, resolve_device, use_device
 from textgym.models.token_model import TokenModel

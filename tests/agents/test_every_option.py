@@ -15,7 +15,7 @@ from torch import Tensor
 from textgym import TextEnv
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.rollout import Rollout
-from textgym.envs.games import GameVectorEnv
+from textgym.games.game_env import GameVectorEnv
 from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.decoding import generation
 from textgym.models.distributions import log_probs

@@ -11,7 +11,7 @@ import pytest
 
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.evaluation import generate, score_gains
-from textgym.data.sources import FetchError
+from textgym.data.corpora.sources import FetchError
 from textgym.models.actor_critic import ActorCritic
 from textgym.registration import TASKS
 from textgym.testing import Measured, assert_learns, mock_lm

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from textgym.agents import PPO, PPOConfig
-from textgym.envs.games import GameVectorEnv
+from textgym.games.game_env import GameVectorEnv
 from textgym.models.distributions.masks import TopPMask
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.reward_model import RewardModel

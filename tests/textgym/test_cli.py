@@ -18,7 +18,7 @@ from textgym import agents, cli
 from textgym.agents import PPOConfig
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.run_folder import LiveProgress
-from textgym.data.sources import Snippet
+from textgym.data.corpora.sources import Snippet
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.models import RewardModel, RewardModelConfig

@@ -13,9 +13,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from textgym.data.corpora.sources import Snippet
 from textgym.data.messages import is_messages
 from textgym.data.rows import named, read_rows
-from textgym.data.sources import Snippet
 
 Pair = dict[str, Any]
 ACCEPTED = (

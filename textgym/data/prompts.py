@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from textgym.data.corpora.sources import movie_snippets
 from textgym.data.messages import is_messages
-from textgym.data.rows import named, read_rows
-from textgym.data.sources import movie_snippets
+from textgym.data.rows import Row, named, read_rows
 
-Row = dict[str, Any]
 OPENINGS = Path(__file__).parent / "openings.txt"
 ACCEPTED = (
     "prompts are a list of strings or of dicts with a 'prompt', the path of a .jsonl or .txt file, "
@@ -50,7 +49,7 @@ def snippet_prompts(split: str) -> list[Row]:
     """The first half of the words of each movie-review snippet of a split, fetched on first use.
 
     Args:
-        split: `"train"`, `"policy"` or `"test"`, as `textgym.data.sources.Snippet.split` says.
+        split: `"train"`, `"policy"` or `"test"`, as `textgym.data.corpora.sources.Snippet.split` says.
 
     Returns:
         Rows with `prompt`, `text` (the whole snippet) and `rating` (-4 to 4). Snippets under 6 words are left out:

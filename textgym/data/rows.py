@@ -10,6 +10,9 @@ from typing import Any
 
 from textgym.data.importing import import_attribute
 
+Row = dict[str, Any]
+"""A prompt and any further columns."""
+
 
 def read_rows(
     source: Any, what: str, accepted: str, suffixes: tuple[str, ...] = (".jsonl",)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
+from textgym.envs.text_task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
 from textgym.models.machine.devices import Device
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.engine.scaling import Scaling

@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.task import KLMode, MaskSpec, Outcome, Policy, TextTask, prompt_choice
+from textgym.envs.text_task import KLMode, MaskSpec, Policy, StepOutcome, TextTask, prompt_choice
 from textgym.models.machine.devices import Device
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.engine.scaling import Scaling
@@ -250,7 +250,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         """What is handed out, on the device or, by one copy, as NumPy arrays."""
         return list(tensors) if self.array == "torch" else [tensor.numpy() for tensor in to_host(*tensors)]
 
-    def _infos(self, outcome: Outcome) -> dict[str, Any]:
+    def _infos(self, outcome: StepOutcome) -> dict[str, Any]:
         """What is known of rows that ended, each key with its `_key` mask, as Gymnasium lays infos out."""
         known = {key: outcome.ended & ~np.isnan(values) for key, values in outcome.infos.items()}
         infos: dict[str, Any] = {key: values for key, values in outcome.infos.items() if known[key].any()}

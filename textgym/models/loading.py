@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from textgym.data.corpora.sources import cache_dir
 from textgym.data.files import atomic_folder
-from textgym.data.sources import cache_dir
 from textgym.models.machine.devices import Device, resolve_device
 
 ASSETS = Path(__file__).parent / "assets"

@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from textgym.envs.spaces import TokenSpace
-from textgym.envs.task import Policy
+from textgym.envs.text_task import Policy
 
 PER_ROW = ("action_masks", "render", "transcript")
 """What the environment answers with one entry a row; anything else is the same for all rows."""

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from textgym.wrappers.chat_template import ChatTemplate, VectorChatTemplate
 from textgym.wrappers.hidden_state import HiddenStateObservation, VectorHiddenStateObservation
-from textgym.wrappers.libraries import from_gem, from_reasoning_gym, from_textarena
 from textgym.wrappers.text_observation import TextObservation, VectorTextObservation
 from textgym.wrappers.token_history import TokenHistory, VectorTokenHistory
 from textgym.wrappers.top_k import TopKActions, VectorTopKActions
-from textgym.wrappers.turn_actions import TurnActions
 
 __all__ = [
     "ChatTemplate",
@@ -23,13 +21,9 @@ __all__ = [
     "TextObservation",
     "TokenHistory",
     "TopKActions",
-    "TurnActions",
     "VectorChatTemplate",
     "VectorHiddenStateObservation",
     "VectorTextObservation",
     "VectorTokenHistory",
     "VectorTopKActions",
-    "from_gem",
-    "from_reasoning_gym",
-    "from_textarena",
 ]

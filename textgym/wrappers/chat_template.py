@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
-from textgym.data.prompts import Row
+from textgym.data.rows import Row
 from textgym.wrappers.views import VectorView, View
 
 

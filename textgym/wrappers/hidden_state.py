@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
-from textgym.envs.task import Policy
+from textgym.envs.text_task import Policy
 from textgym.models.token_model import Observation, TokenModel
 from textgym.wrappers.views import VectorObservationView, View, check_tokens_are_seen, model_or_reference
 

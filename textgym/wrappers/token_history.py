@@ -10,7 +10,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from textgym.envs.task import TextTask
+from textgym.envs.text_task import TextTask
 from textgym.wrappers.views import VectorObservationView, View, check_tokens_are_seen
 
 

@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
-from textgym.envs.task import Policy, TextTask
+from textgym.envs.text_task import Policy, TextTask
 from textgym.models.token_model import Observation, TokenModel
 from textgym.wrappers.views import VectorView, View, model_or_reference
 

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
-from textgym.envs.task import Policy, TextTask
+from textgym.envs.text_task import Policy, TextTask
 from textgym.models.machine.devices import Device
 from textgym.models.token_model import TokenModel
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from textgym.data.corpora.sources import Snippet
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
-from textgym.data.sources import Snippet
 
 SNIPPETS = [Snippet(f"text {index}", rating=(index * 7 % 20) / 2.5 - 4) for index in range(20)]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from textgym.data import prompts as prompts_module
+from textgym.data.corpora.sources import Snippet
 from textgym.data.importing import import_attribute
 from textgym.data.prompts import load_prompts, policy_snippets, snippet_prompts
-from textgym.data.sources import Snippet
 
 ROWS = [{"prompt": "One", "answer": 1}, {"prompt": "Two", "answer": 2}]
 

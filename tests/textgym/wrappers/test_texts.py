@@ -13,13 +13,13 @@ from gymnasium.vector import SyncVectorEnv
 
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.games import TurnActions
 from textgym.testing import mock_lm, terms_of, tolerance
 from textgym.wrappers import (
     ChatTemplate,
     TextObservation,
     TokenHistory,
     TopKActions,
-    TurnActions,
     VectorTextObservation,
     VectorTokenHistory,
 )

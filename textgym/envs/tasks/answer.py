@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textgym.data import hub
-from textgym.data.answers import question_prompts
+from textgym.data.corpora import hub
+from textgym.data.corpora.questions import question_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
@@ -14,7 +14,7 @@ class AnswerEnv(StandInEnv):
 
     ## Description
     Questions of general knowledge and on computer trouble, without a text that says the answer. They are fetched once,
-    see `textgym.data.answers`. Figures are not those of NarrativeQA.
+    see `textgym.data.corpora.questions`. Figures are not those of NarrativeQA.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from textgym.data.hub import Original
-from textgym.data.prompts import Row
+from textgym.data.corpora.hub import Original
+from textgym.data.rows import Row
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.rewards.engine.scoring import RewardSpec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textgym.data import hub
-from textgym.data.concepts import concept_prompts
+from textgym.data.corpora import hub
+from textgym.data.corpora.concepts import concept_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
@@ -14,8 +14,8 @@ class ConceptToTextEnv(StandInEnv):
 
     ## Description
     `"colony, deportation ="` is to be answered with a sentence that has these words. They are the nouns and verbs of
-    example sentences of WordNet 3.0, which are the references; the text is fetched once, see `textgym.data.concepts`.
-    Figures are not those of CommonGen.
+    example sentences of WordNet 3.0, which are the references; the text is fetched once, see
+    `textgym.data.corpora.concepts`. Figures are not those of CommonGen.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from textgym.data.messages import Text, plain
-from textgym.data.prompts import Row
+from textgym.data.rows import Row
 from textgym.envs.tasks.base import Settings, TaskEnv, TaskVectorEnv
 
 WORDS = ("cat", "dog", "film", "food", "game", "love", "man", "music", "time", "world")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textgym.data import hub
-from textgym.data.articles import fact_prompts
+from textgym.data.corpora import hub
+from textgym.data.corpora.articles import fact_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
@@ -14,7 +14,7 @@ class DataToTextEnv(StandInEnv):
 
     ## Description
     Title, description and topic of an encyclopedia article; the reference is its first sentence. The text is fetched
-    once, see `textgym.data.articles`. Figures are not those of ToTTo.
+    once, see `textgym.data.corpora.articles`. Figures are not those of ToTTo.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textgym.data.messages import Text, plain
-from textgym.data.prompts import Row
+from textgym.data.rows import Row
 from textgym.envs.tasks.base import Settings, TaskEnv, TaskVectorEnv
 
 DATE = re.compile(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)")

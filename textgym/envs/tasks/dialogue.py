@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textgym.data import hub
-from textgym.data.dialogues import reply_prompts
+from textgym.data.corpora import hub
+from textgym.data.corpora.dialogues import reply_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
@@ -14,8 +14,8 @@ class DialogueEnv(StandInEnv):
 
     ## Description
     Two turns of a chat between people who do not know each other; the reference is what was replied. The text is
-    fetched once, see `textgym.data.dialogues`; it is what people wrote and, since the source marks nothing as crude,
-    not filtered for it. Figures are not those of DailyDialog.
+    fetched once, see `textgym.data.corpora.dialogues`; it is what people wrote and, since the source marks nothing as
+    crude, not filtered for it. Figures are not those of DailyDialog.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.

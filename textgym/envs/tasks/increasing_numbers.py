@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from textgym.data.messages import Text, plain
-from textgym.data.prompts import Row
+from textgym.data.rows import Row
 from textgym.envs.tasks.base import Settings, TaskEnv, TaskVectorEnv
 
 

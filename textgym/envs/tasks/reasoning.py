@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from textgym.data.prompts import Row
-from textgym.data.splits import SPLITS, check_split
+from textgym.data.corpora.splits import SPLITS, check_split
+from textgym.data.rows import Row
 from textgym.envs.tasks.base import EMBEDDED, Settings, TaskEnv, TaskVectorEnv
 
 FEW = 0.1

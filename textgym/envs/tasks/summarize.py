@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textgym.data import hub
-from textgym.data.articles import summary_prompts
+from textgym.data.corpora import hub
+from textgym.data.corpora.articles import summary_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 from textgym.rewards.functions.overlap import Rouge
 
@@ -15,7 +15,7 @@ class SummarizeEnv(StandInEnv):
 
     ## Description
     The first 30 words of an encyclopedia article and `"In short:"`; the reference is the article's short description.
-    The text is fetched once, see `textgym.data.articles`. Figures are not those of CNN/DailyMail.
+    The text is fetched once, see `textgym.data.corpora.articles`. Figures are not those of CNN/DailyMail.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from textgym.data import hub
-from textgym.data.translations import translation_prompts
+from textgym.data.corpora import hub
+from textgym.data.corpora.translations import translation_prompts
 from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
@@ -13,8 +13,8 @@ class TranslateEnv(StandInEnv):
     """English to be put in German: a stand-in for IWSLT 2017 (RL4LMs' `iwslt2017`, a task of GRUE).
 
     ## Description
-    Sentences of user interfaces and their translations. The text is fetched once, see `textgym.data.translations`.
-    Figures are not those of IWSLT, and the embedded model has never seen German.
+    Sentences of user interfaces and their translations. The text is fetched once, see
+    `textgym.data.corpora.translations`. Figures are not those of IWSLT, and the embedded model has never seen German.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -22,6 +23,12 @@ def deterministic_environment(threads: int = 1) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # with the default one, products on two streams may add up in any order
     }
     return {name: os.environ.get(name) or value for name, value in needed.items()}
+
+
+def prepare_environment(arguments: Sequence[str]) -> None:
+    """Set what a bit-for-bit run needs if a command line asks for one; to be called before torch is imported."""
+    if "--deterministic" in arguments:
+        os.environ.update(deterministic_environment())
 
 
 def missing_variables() -> dict[str, str]:

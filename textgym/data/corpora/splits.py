@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from textgym.data.prompts import Row
+from textgym.data.rows import Row
 
 SPLITS = ("train", "validation", "test")
 

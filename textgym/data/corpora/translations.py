@@ -14,9 +14,9 @@ import zipfile
 from collections.abc import Iterator
 from functools import lru_cache
 
-from textgym.data.prompts import Row
-from textgym.data.sources import Archive, fetch
-from textgym.data.splits import in_split
+from textgym.data.corpora.sources import Archive, fetch
+from textgym.data.corpora.splits import in_split
+from textgym.data.rows import Row
 
 CATALOGUES = (
     Archive(

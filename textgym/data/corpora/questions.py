@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import yaml
 
-from textgym.data.prompts import Row
-from textgym.data.sources import Archive, fetch
-from textgym.data.splits import in_split
+from textgym.data.corpora.sources import Archive, fetch
+from textgym.data.corpora.splits import in_split
+from textgym.data.rows import Row
 
 CHATTERBOT = Archive(
     "chatterbot-corpus",

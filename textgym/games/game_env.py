@@ -10,8 +10,8 @@ import numpy as np
 
 from textgym.data.messages import encode
 from textgym.envs.episodes import Ends
-from textgym.envs.task import TextTask
 from textgym.envs.text import TextEnv
+from textgym.envs.text_task import TextTask
 from textgym.envs.vector import TextVectorEnv
 from textgym.rewards.engine.completions_to_score import Finished
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from textgym.data.messages import Text, content, encode, render
-from textgym.data.prompts import Row, load_prompts
+from textgym.data.prompts import load_prompts
+from textgym.data.rows import Row
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
@@ -43,7 +44,7 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What one step of all rows brought.
 
     Attributes:
@@ -184,7 +185,7 @@ class TextTask:
         self.current[rows] = prompts
         self.kl_sum[index] = self.kl_paid[index] = 0.0
 
-    def play(self, actions: Tensor) -> Outcome:
+    def play(self, actions: Tensor) -> StepOutcome:
         """Appends one token `(B,)` to every row that is alive, and pays for it.
 
         Raises:
@@ -213,7 +214,7 @@ class TextTask:
         if ended.any():
             score, infos = self._settle(np.flatnonzero(ended), by_stop.numpy())
             rewards = rewards + score
-        return Outcome(rewards, ends, ended, infos)
+        return StepOutcome(rewards, ends, ended, infos)
 
     @property
     def writes_alone(self) -> bool:
@@ -224,7 +225,7 @@ class TextTask:
         answers = type(self).answer is not TextTask.answer
         return not (self.stop_strings.texts or self.action_mask or self.kl_mode != "deferred" or answers)
 
-    def submit(self, tokens: Tensor, lengths: Tensor) -> Outcome:
+    def submit(self, tokens: Tensor, lengths: Tensor) -> StepOutcome:
         """Ends all rows, which have just begun, with whole responses `(B, T)` of these lengths `(B,)`.
 
         Raises:
@@ -238,7 +239,7 @@ class TextTask:
         tokens, lengths = tokens.to(self.device), lengths.to(self.device)  # whoever wrote them may be elsewhere
         by_stop, ended_by_stop = self.episodes.extend(tokens, lengths)
         score, infos = self._settle(np.arange(len(lengths)), ended_by_stop)
-        return Outcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
+        return StepOutcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
 
     def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
         """What the environment has to say to rows whose turn is over, bool `(B,)`; here it is the last one."""

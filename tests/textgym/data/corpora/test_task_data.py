@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from textgym.data import answers, articles, concepts, dialogues, sources, translations
-from textgym.data.prompts import Row
-from textgym.data.sources import Archive, FetchError
-from textgym.data.splits import SPLITS, in_split, split_of
+from textgym.data.corpora import articles, concepts, dialogues, sources, translations
+from textgym.data.corpora import questions as answers
+from textgym.data.corpora.sources import Archive, FetchError
+from textgym.data.corpora.splits import SPLITS, in_split, split_of
+from textgym.data.rows import Row
 
 LOADERS = [
     (answers.question_prompts, [answers.CHATTERBOT], (212, 34, 25)),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from textgym.data.prompts import Row
-from textgym.data.sources import chitchat
-from textgym.data.splits import check_split, split_of
+from textgym.data.corpora.sources import chitchat
+from textgym.data.corpora.splits import check_split, split_of
+from textgym.data.rows import Row
 
 CONTACT = re.compile(r"@|https?://|www\.|\d{3}[-. ]?\d{3,}")
 REPLIES_OF_A_CONVERSATION = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from textgym.data import sources
-from textgym.data.sources import CHITCHAT, VADER, Archive, FetchError, Snippet
+from textgym.data.corpora import sources
+from textgym.data.corpora.sources import CHITCHAT, VADER, Archive, FetchError, Snippet
 
 WHEEL = "textgym_fake-1.0-py3-none-any.whl"
 
