@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import twin
-from textgym.models.distributions.log_probs import in_chunks, masked_logits
+from textgym.models.distributions.log_probs import in_chunks
+from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
@@ -124,13 +125,13 @@ class Pathwise(OffPolicyAgent):
         def score(
             hidden: Tensor, q_hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None, index: Tensor
         ) -> tuple[Tensor, Tensor]:
-            logits = masked_logits(actor.head, hidden, actor.temperature, banned, stop)[0]
+            logits = TokenDistribution(actor.temperature, banned=banned, stop_ids=stop).logits(actor.head(hidden))
             log_probs = logits.log_softmax(-1)
             with torch.no_grad():
                 allowed = logits > torch.finfo(logits.dtype).min
                 advantages = torch.where(allowed, q.advantages(q_hidden, banned, stop), 0.0)
-                masked = masked_logits(reference.head, reference_hidden, reference.temperature, banned, stop)[0]
-                reference_log_probs = masked.log_softmax(-1)
+                distribution = TokenDistribution(reference.temperature, banned=banned, stop_ids=stop)
+                reference_log_probs = distribution.log_probs(reference.head(reference_hidden))
             token = log_probs.exp() if seed is None else relax(log_probs, seed + int(index[0]), self.config)
             kl = (log_probs.exp() * torch.where(allowed, log_probs - reference_log_probs, 0.0)).sum(-1)
             return (token * advantages).sum(-1), kl

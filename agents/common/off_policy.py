@@ -11,7 +11,7 @@ Random tokens are drawn from the reference and not from the whole vocabulary, ha
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,25 +108,19 @@ class Behaviour:
         self, observation: Observation, deterministic: bool = False, action_masks: Any = None, with_value: bool = True
     ) -> Step:
         """One token for each row, its log-prob under the mixture, and no value."""
-        logits = self.head(self.policy.next_hidden(observation)).float() / self.policy.temperature  # (B, V)
-        probabilities = self._distribution(logits, action_masks)
+        logits = self.head(self.policy.next_hidden(observation))  # (B, V)
+        probabilities = self.policy.distribution(action_masks).logits(logits).softmax(-1)
         if self.greedy:
             probabilities = torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(-1, keepdim=True), 1.0)
         if self.epsilon > 0:
             with phase("reference"):
                 reference_logits = self.reference.next_logits(observation)
-            explored = self._distribution(reference_logits / self.temperature, action_masks)
+            exploration = replace(self.policy.distribution(action_masks), temperature=self.temperature)
+            explored = exploration.logits(reference_logits).softmax(-1)
             probabilities = torch.lerp(probabilities, explored, self.epsilon)
         action = self.policy.draw(probabilities)
         log_prob = probabilities.gather(1, action[:, None])[:, 0].log()
         return Step(action, log_prob, torch.zeros_like(log_prob))
-
-    @staticmethod
-    def _distribution(logits: Tensor, action_masks: Any) -> Tensor:
-        if action_masks is not None:
-            allowed = torch.as_tensor(action_masks, device=logits.device).reshape(logits.shape)
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-        return logits.softmax(-1)
 
 
 class OffPolicyAgent(OnPolicyAgent):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import twin
 from textgym.models.architectures.attention import States
-from textgym.models.distributions.log_probs import in_chunks, masked_logits
+from textgym.models.distributions.log_probs import in_chunks
+from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.loading import freeze
 from textgym.models.sequences import Sequences
 
@@ -130,11 +131,8 @@ class GreedyQ:
         self, hidden: Tensor, banned: Tensor | None, stop_ids: tuple[int, ...], noise: Noise | None = None
     ) -> Tensor:
         """Q without v, `(m, V)`; the lowest float where a stop token is banned."""
-
-        def head(hidden: Tensor) -> Tensor:
-            return self._noisy_logits(hidden, noise)
-
-        logits = masked_logits(head, hidden, self.actor.temperature, banned, stop_ids)[0]
+        distribution = TokenDistribution(self.actor.temperature, banned=banned, stop_ids=stop_ids)
+        logits = distribution.logits(self._noisy_logits(hidden, noise))
         lowest = torch.finfo(logits.dtype).min
         advantages = self.q_scale * (logits.log_softmax(-1) if self.dueling else logits)
         return torch.where(logits == lowest, lowest, advantages)

@@ -151,11 +151,7 @@ class ActorCritic(TokenModel):
 
     def _act(self, observation: Observation, deterministic: bool, action_masks: Any, with_value: bool) -> Step:
         hidden, batched = self._advance(observation)
-        logits = self.head_logits(hidden)
-        if action_masks is not None:
-            allowed = torch.as_tensor(action_masks, device=self.device).reshape(logits.shape)
-            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-        log_probs = logits.log_softmax(-1)  # (B, V)
+        log_probs = self.distribution(action_masks).log_probs(self.head(hidden))  # (B, V)
         action = log_probs.argmax(-1) if deterministic else self.draw(log_probs.exp())
         log_prob = log_probs.gather(1, action[:, None])[:, 0]
         value = torch.zeros_like(log_prob)
@@ -196,7 +192,14 @@ class ActorCritic(TokenModel):
             self.reset_cache()  # an update follows; some fused optimisers change weights without a trace
         states = sequences.states()
         hidden = states.hidden(self.lm)  # (M, d)
-        log_prob, entropy = token_log_probs(hidden, **self._scoring(sequences), entropy_gradient=entropy_gradient)
+        log_prob, entropy = token_log_probs(
+            hidden,
+            self.head,
+            sequences.actions,
+            self.vocab_size,
+            self.distribution_of(sequences),
+            entropy_gradient=entropy_gradient,
+        )
         value = self.state_values(states, hidden)
         return Evaluation(sequences.pad(log_prob), sequences.pad(value), sequences.pad(entropy))
 
@@ -205,20 +208,15 @@ class ActorCritic(TokenModel):
 
         Args:
             states: M states.
-            actions: `(M,)` token ids, allowed ones.
+            actions: `(M,)` token ids.
             action_masks: bool `(M, V)`; `None` allows all.
         """
         if torch.is_grad_enabled():
             self.reset_cache()
         hidden = states.hidden(self.lm)
+        distribution = self.distribution(action_masks)
         log_prob, entropy = token_log_probs(
-            hidden,
-            self.head,
-            actions,
-            self.vocab_size,
-            temperature=self.temperature,
-            allowed=action_masks,
-            entropy_gradient=True,
+            hidden, self.head, actions, self.vocab_size, distribution, entropy_gradient=True
         )
         return Evaluation(log_prob, self.state_values(states, hidden), entropy)
 

@@ -18,6 +18,7 @@ from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.decoding.contexts import cached_decoder, read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.distributions.log_probs import token_log_probs
+from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.loading import EMBEDDED, freeze, load_causal_lm, shared_causal_lm
 from textgym.models.machine.devices import Device
 from textgym.models.sequences import Sequences
@@ -112,13 +113,8 @@ class TokenModel(nn.Module):
         hidden, batched = self._advance(observation)
         action = torch.as_tensor(action, device=self.device).reshape(-1)
         with torch.no_grad(), self._own_precision():
-            logits = self.head_logits(hidden)
-            free = logits.gather(1, action[:, None])[:, 0]
-            if action_masks is not None:
-                allowed = torch.as_tensor(action_masks, device=self.device).reshape(-1, self.vocab_size)
-                legal = allowed.gather(1, action[:, None])  # an illegal action is scored without the mask
-                logits = logits.masked_fill(~(allowed | ~legal), torch.finfo(logits.dtype).min)
-            log_prob = free - logits.logsumexp(-1)
+            distribution = self.distribution(action_masks)
+            log_prob = distribution.log_probs_of(self.head(hidden), action)  # an illegal one is scored without the mask
         return log_prob if batched else log_prob[0]
 
     @torch.no_grad()
@@ -130,14 +126,20 @@ class TokenModel(nn.Module):
         """`sequence_log_probs` with gradients, and entropies `(N, T)` without: for losses that need no values."""
         if torch.is_grad_enabled():
             self.reset_cache()  # an update follows; some fused optimisers change weights without a trace
-        log_probs, entropies = token_log_probs(self.hidden(sequences.states()), **self._scoring(sequences))
+        log_probs, entropies = token_log_probs(
+            self.hidden(sequences.states()),
+            self.head,
+            sequences.actions,
+            self.vocab_size,
+            self.distribution_of(sequences),
+        )
         return sequences.pad(log_probs), sequences.pad(entropies)
 
     @torch.no_grad()
     def state_log_probs(self, states: States, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
         """Log-probs `(M,)` of one action in each state, in one packed pass; `action_masks` bool `(M, V)`."""
         return token_log_probs(
-            self.hidden(states), self.head, actions, self.vocab_size, temperature=self.temperature, allowed=action_masks
+            self.hidden(states), self.head, actions, self.vocab_size, self.distribution(action_masks)
         )[0]
 
     def logits(self, states: States) -> Tensor:
@@ -167,21 +169,19 @@ class TokenModel(nn.Module):
         """Bytes of the key-value cache, as it is now."""
         return 0 if self._decoder is None else self._decoder.nbytes
 
-    def _scoring(self, sequences: Sequences) -> dict[str, Any]:
-        """The arguments of `token_log_probs` for the response tokens of these sequences."""
-        return {
-            "head": self.head,
-            "actions": sequences.actions,
-            "vocab_size": self.vocab_size,
-            "temperature": self.temperature,
-            "banned": sequences.banned,
-            "stop_ids": sequences.stop.ids,
-        }
+    def distribution(self, action_masks: Any = None) -> TokenDistribution:
+        """Return how logits become a distribution; `action_masks` bool `(m, V)`, the allowed tokens, `None` for all."""
+        if action_masks is not None:
+            action_masks = torch.as_tensor(action_masks, device=self.device).reshape(-1, self.vocab_size)
+        return TokenDistribution(self.temperature, action_masks)
+
+    def distribution_of(self, sequences: Sequences) -> TokenDistribution:
+        """Return the same for the M response tokens of these sequences, by their stop rule."""
+        return TokenDistribution(self.temperature, banned=sequences.banned, stop_ids=sequences.stop.ids)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits `(B, V)` of the next token from last hidden states `(B, d)`, divided by the temperature, float32."""
-        logits = self.head(hidden).float()
-        return logits if self.temperature == 1.0 else logits / self.temperature  # a copy less of what is large
+        return self.distribution().logits(self.head(hidden))
 
     def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
         """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""

@@ -171,9 +171,7 @@ class KLPenalty:
             self.reference.hidden(states),
             self.reference.head,
             policy.vocab_size,
-            temperature=policy.temperature,
-            banned=sequences.banned,
-            stop_ids=sequences.stop.ids,
+            policy.distribution_of(sequences),
         )
         return sequences.pad(flat)
 

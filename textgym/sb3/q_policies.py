@@ -49,7 +49,7 @@ class TextQNetwork(BasePolicy):
 
     def q_values(self, hidden: Tensor) -> Tensor:
         """Q-values `(M, V)` from hidden states `(M, d)`."""
-        log_probs = self.model.head(hidden).float().log_softmax(-1)
+        log_probs = self.model.distribution().log_probs(self.model.head(hidden))
         return self.value_head(hidden.float()) + self.q_scale * log_probs
 
     def _predict(self, observation: Observation, deterministic: bool = True) -> Tensor:  # type: ignore[override]

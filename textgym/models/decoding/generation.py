@@ -19,6 +19,7 @@ from textgym.models.decoding.cuda_graphs import Graphs, HostAccess, NotCapturedE
 from textgym.models.decoding.sampling import sample
 from textgym.models.decoding.stop_tokens import stop_tokens
 from textgym.models.distributions.log_probs import StopRule, chunk_tokens
+from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.machine.profiled_phases import phase
 
 DRAW_ELEMENTS = 2**24
@@ -136,7 +137,7 @@ class ResponseWriter:
         self.max_new_tokens, self.stop, self.graphs = max_new_tokens, stop, graphs
         self.chunk = chunk_tokens(policy.vocab_size, policy.device)
         device, shape = policy.device, (num_rows, max_new_tokens)
-        self.is_stop = stop_tokens(stop.ids, policy.vocab_size, device).table
+        self.stop_tokens = stop_tokens(stop.ids, policy.vocab_size, device)  # captured steps read them where they are
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.log_probs, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -247,10 +248,11 @@ class ResponseWriter:
     def _draw(self, lanes: Lanes, hidden: Tensor, deterministic: bool) -> None:
         """Samples a token in every lane from its last hidden state `(b, d)`."""
         policy, place = self.policy, (lanes.rows, self.step)
-        may_stop = self.step >= self.stop.min_new_tokens
+        banned = self.stop.applies(self.step)  # (1,), a tensor even so: the host does not know the step of a replay
+        distribution = TokenDistribution(policy.temperature, banned=banned, stop_ids=self.stop.ids)
         noise = None if deterministic else self.noise[lanes.rows]
         drawn = [
-            self._choose(logits, None if noise is None else noise[rows], may_stop)
+            self._choose(distribution.log_probs(logits), None if noise is None else noise[rows])
             for logits, rows in self._logits(hidden)
         ]
         token, log_prob = (torch.cat(parts) for parts in zip(*drawn, strict=True))
@@ -258,25 +260,24 @@ class ResponseWriter:
         if policy.critic is None:
             self.values[place] = policy.value_head(hidden.float())[:, 0]
         self.lengths.index_add_(0, lanes.rows, lanes.alive.long())
-        stops = lanes.alive & self.is_stop[token] & may_stop
+        stops = lanes.alive & self.stop_tokens.table[token]
+        if banned is not None:  # by a minimum, and every token may be a stop token
+            stops = stops & ~banned
         self.by_stop[lanes.rows] = self.by_stop[lanes.rows] | stops
         lanes.alive &= ~stops
         self.step += 1
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """Logits `(m, V)` of some rows after others, and which: with a large V not all are worked on at once."""
+        """Logits `(m, V)` of the head, of some rows after others, and which: a large V is not worked on at once."""
         few = self.chunk
         many = max(few, DRAW_ELEMENTS // self.policy.vocab_size)
         for start in range(0, len(hidden), many):
-            logits = self.policy.head_logits(hidden[start : start + many])
+            logits = self.policy.head(hidden[start : start + many])
             for first in range(0, len(logits), few):
                 part = logits[first : first + few]
                 yield part, slice(start + first, start + first + len(part))
 
-    def _choose(self, logits: Tensor, noise: Tensor | None, may_stop: Tensor) -> tuple[Tensor, Tensor]:
-        """A token for each row of logits `(m, V)`: the one its random number names, or the likeliest; its log-prob."""
-        if self.stop.min_new_tokens:
-            logits = logits.masked_fill(self.is_stop & ~may_stop, torch.finfo(logits.dtype).min)
-        log_probs = logits.log_softmax(-1)
+    def _choose(self, log_probs: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A token for each row of log-probs `(m, V)`: the one its random number names, or the likeliest; its own."""
         token = log_probs.argmax(-1) if noise is None else sample(log_probs.exp(), noise)
         return token, log_probs.gather(1, token[:, None])[:, 0]

@@ -18,23 +18,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from textgym.models.decoding.stop_tokens import stop_tokens
+from textgym.models.distributions.token_distribution import TokenDistribution
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is scored, and under which distribution: see `textgym.models.distributions.log_probs.token_log_probs`.
+    """What is scored, and under which distribution.
 
     Attributes:
+        actions: `(M,)` token ids.
+        distribution: temperature, mask and banned stop tokens, of all M states.
         size: tokens of a chunk.
+        entropy_gradient: whether the entropy is differentiated.
     """
 
     actions: Tensor
+    distribution: TokenDistribution
     size: int
-    temperature: float = 1.0
-    banned: Tensor | None = None
-    stop_ids: tuple[int, ...] = ()
-    allowed: Tensor | None = None
     entropy_gradient: bool = False
 
     def chunks(self) -> Iterator[slice]:
@@ -42,18 +42,10 @@ class Scoring:
         return (slice(start, start + self.size) for start in range(0, len(self.actions), self.size))
 
     def log_softmax(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-        """Log-probs `(m, V)` of the next tokens of a chunk, float32; the lowest float where none may be chosen."""
-        logits = functional.linear(hidden[rows], weight, bias).float()
-        if self.temperature != 1.0:
-            logits /= self.temperature
-        lowest = torch.finfo(logits.dtype).min
-        if self.banned is not None and self.stop_ids:
-            stops, is_stop = stop_tokens(self.stop_ids, logits.shape[1], logits.device)
-            banned = self.banned[rows] & ~is_stop[self.actions[rows]]
-            logits[:, stops] = logits[:, stops].masked_fill(banned[:, None], lowest)
-        if self.allowed is not None:
-            logits.masked_fill_(~self.allowed[rows], lowest)
-        return logits.log_softmax(-1).clamp_(min=lowest)
+        """Return the log-probs `(m, V)` of the next tokens of a chunk, float32."""
+        logits = functional.linear(hidden[rows], weight, bias)
+        log_probs = self.distribution[rows].log_probs(logits, self.actions[rows])
+        return log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)  # 0 times -inf would make an entropy NaN
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -99,8 +91,8 @@ class LinearLogProbs(torch.autograd.Function):
                 p = log_probs.exp_() if kept is None else log_probs.exp()
                 of_logits = p.mul_(-of_chosen[rows, None])
             of_logits.scatter_add_(1, scoring.actions[rows, None], of_chosen[rows, None])
-            if scoring.temperature != 1.0:
-                of_logits /= scoring.temperature
+            if scoring.distribution.temperature != 1.0:
+                of_logits /= scoring.distribution.temperature
             _add_chunk(gradients, of_logits.to(weight.dtype), hidden, weight, rows)
         return (*gradients, None)
 

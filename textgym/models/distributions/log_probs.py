@@ -7,14 +7,14 @@ backward pass. Log-softmax is taken in float32 whatever the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from textgym.models.decoding.stop_tokens import stop_tokens
 from textgym.models.distributions.linear_log_probs import LinearLogProbs, Scoring
+from textgym.models.distributions.token_distribution import TokenDistribution
 
 CHUNK_ELEMENTS = 2**22
 """Logits worked on at once on a CPU: 16 MB in float32, since larger chunks do not fit its cache."""
@@ -25,6 +25,8 @@ CUDA_BYTES = 64
 """Free memory that each logit of a chunk needs on CUDA: room for 16 tensors of the chunk's size in float32."""
 
 Head = Callable[[Tensor], Tensor]
+PLAIN = TokenDistribution()
+"""The softmax of the logits as they are."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,18 @@ def token_log_probs(
     head: Head,
     actions: Tensor,
     vocab_size: int,
+    distribution: TokenDistribution = PLAIN,
     *,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    stop_ids: tuple[int, ...] = (),
-    allowed: Tensor | None = None,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each action, and the entropy of the distribution it was drawn from.
+    """Return the log-prob of each action, and the entropy of the distribution it was sampled from.
 
     Args:
         hidden: `(M, d)` last hidden states before each action.
         head: the output embedding, `(m, d) -> (m, V)`.
         actions: `(M,)` token ids.
         vocab_size: V, to size the chunks.
-        temperature: divides the logits, in sampling and here alike.
-        banned: bool `(M,)`, the tokens at which `stop_ids` may not be chosen. An agent that chooses one all the same
-            gets its log-prob under the distribution without the ban, so the result stays finite.
-        allowed: bool `(M, V)`, which tokens may be chosen at all; every action must be. `None` allows all.
+        distribution: temperature, mask and banned stop tokens, in sampling and here alike.
         entropy_gradient: whether the entropy is to be differentiated; without, it is only a figure to report.
 
     Returns:
@@ -75,7 +71,7 @@ def token_log_probs(
     """
     if type(head) is nn.Linear:  # not a subclass, such as a sharded or an adapted one, which computes in its own way
         size = chunk_tokens(vocab_size, hidden.device)
-        scoring = Scoring(actions, size, temperature, banned, stop_ids, allowed, entropy_gradient)
+        scoring = Scoring(actions, distribution, size, entropy_gradient)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         weights = [None if x is None else x.to(dtype) for x in (head.weight, head.bias)]
@@ -83,40 +79,16 @@ def token_log_probs(
             return LinearLogProbs.apply(hidden.to(dtype), *weights, scoring)  # type: ignore[no-untyped-call]
 
     def score(hidden: Tensor, actions: Tensor, banned: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits, free = masked_logits(head, hidden, temperature, banned, stop_ids, actions)
-        if allowed is not None:
-            logits = free = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+        chunk = replace(distribution, banned=banned, allowed=allowed)
+        logits = chunk.logits(head(hidden), actions)
         normaliser = logits.logsumexp(-1)
-        log_prob = free.gather(1, actions[:, None])[:, 0] - normaliser
+        log_prob = logits.gather(1, actions[:, None])[:, 0] - normaliser
         source, total = (logits, normaliser) if entropy_gradient else (logits.detach(), normaliser.detach())
         expected = (source - total[:, None]).exp().mul(source).sum(-1)
         return log_prob, total - expected
 
-    log_probs, entropies = in_chunks(score, vocab_size, hidden, actions, banned, allowed)
+    log_probs, entropies = in_chunks(score, vocab_size, hidden, actions, distribution.banned, distribution.allowed)
     return log_probs, entropies
-
-
-def masked_logits(
-    head: Head,
-    hidden: Tensor,
-    temperature: float,
-    banned: Tensor | None,
-    stop_ids: tuple[int, ...],
-    actions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logits `(m, V)` with banned stop ids at the lowest float, and the logits before the ban (the same where none is).
-
-    A row whose action is itself a banned stop id keeps its ban off, see `token_log_probs`.
-    """
-    logits = head(hidden).float() / temperature
-    if banned is None or not stop_ids:
-        return logits, logits
-    stops, is_stop = stop_tokens(stop_ids, logits.shape[1], logits.device)
-    if actions is not None:
-        banned = banned & ~is_stop[actions]
-    ban = torch.zeros_like(logits, dtype=torch.bool)
-    ban[:, stops] = banned[:, None]
-    return logits.masked_fill(ban, torch.finfo(logits.dtype).min), logits
 
 
 def full_kl(
@@ -125,19 +97,20 @@ def full_kl(
     reference_hidden: Tensor,
     reference_head: Head,
     vocab_size: int,
-    *,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    stop_ids: tuple[int, ...] = (),
+    distribution: TokenDistribution = PLAIN,
 ) -> Tensor:
-    """Exact KL(pi, pi_ref) of every next-token distribution, `(M,)` nats: the sum over the whole vocabulary."""
+    """Return the exact KL(pi, pi_ref) of every next-token distribution, `(M,)` nats: the sum over the vocabulary.
+
+    Temperature and banned stop tokens are those of both; a mask is not known here.
+    """
 
     def score(hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None) -> tuple[Tensor]:
-        log_p = masked_logits(head, hidden, temperature, banned, stop_ids)[0].log_softmax(-1)
-        log_q = masked_logits(reference_head, reference_hidden, temperature, banned, stop_ids)[0].log_softmax(-1)
+        chunk = replace(distribution, banned=banned)
+        log_p = chunk.log_probs(head(hidden))
+        log_q = chunk.log_probs(reference_head(reference_hidden))
         return ((log_p.exp() * (log_p - log_q)).sum(-1),)
 
-    return in_chunks(score, vocab_size, hidden, reference_hidden, banned)[0]
+    return in_chunks(score, vocab_size, hidden, reference_hidden, distribution.banned)[0]
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:

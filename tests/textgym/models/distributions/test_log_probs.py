@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from textgym.models.distributions import log_probs
 from textgym.models.distributions.log_probs import token_log_probs
+from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.testing import assert_close, mock_lm, terms_of
 
 pytestmark = pytest.mark.numerics
@@ -64,7 +65,7 @@ def test_chunked_log_probs_and_gradients_are_those_of_the_plain_computation(
     for score in (
         lambda: plainly(hidden, head, actions, 0.7, **used),
         lambda: token_log_probs(
-            hidden, head, actions, V, temperature=0.7, stop_ids=STOPS, entropy_gradient=entropy_gradient, **used
+            hidden, head, actions, V, TokenDistribution(0.7, stop_ids=STOPS, **used), entropy_gradient=entropy_gradient
         ),
     ):
         chosen, entropy = score()
@@ -82,7 +83,7 @@ def test_a_head_of_another_kind_is_differentiated_by_autograd(monkeypatch: pytes
     hidden, head, actions, _ = inputs()
     results = []
     for kind in (head, lambda x: head(x)):
-        chosen, entropy = token_log_probs(hidden, kind, actions, V, temperature=0.7)
+        chosen, entropy = token_log_probs(hidden, kind, actions, V, TokenDistribution(0.7))
         results.append((chosen, entropy, torch.autograd.grad(chosen.sum(), head.weight)[0]))
     assert_close(results[1], results[0], terms=FORWARD)
 
