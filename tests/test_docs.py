@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import shlex
 import subprocess
@@ -15,8 +14,6 @@ import pytest
 from textgym import cli
 from textgym.agents import PPOConfig
 from textgym.envs.tasks.sentiment import DEFAULTS
-from textgym.envs.text import TextEnv
-from textgym.envs.vector import TextVectorEnv
 from textgym.registration import TASKS
 from textgym.rewards import functions
 from textgym.rewards.models import RewardModelConfig
@@ -34,7 +31,6 @@ RL4LMS_CONFIGS = [
     "synthetic_generate_increasing_numbers",
     "totto",
 ]
-TABLE_ROW = re.compile(r"^\| `(\w+)` \| (required|`[^`]+`) \| ", re.MULTILINE)
 
 
 def blocks(language: str, page: str) -> list[str]:
@@ -145,19 +141,10 @@ def test_tasks_stand_for_the_same_rl4lms_configs_in_docs_and_docstrings() -> Non
     assert sorted(config for row in configs.values() for config in row) == RL4LMS_CONFIGS
 
 
-def test_tables_of_arguments_are_those_of_the_code() -> None:
-    shown = {name: default.strip("`") for name, default in TABLE_ROW.findall(PAGES["docs/environments.md"])}
-    for environment in (TextEnv, TextVectorEnv):
-        parameters = inspect.signature(environment).parameters
-        assert set(parameters) <= set(shown)
-        for name, parameter in parameters.items():
-            default = "required" if parameter.default is parameter.empty else repr_of(parameter.default)
-            assert shown[name] == default, name
-    assert set(shown) == set(inspect.signature(TextVectorEnv).parameters)
-
-
-def repr_of(default: object) -> str:
-    return str(default) if type(default).__name__ == "AutoresetMode" else repr(default)
+def test_tables_of_arguments_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    page = PAGES["docs/environments.md"]
+    assert import_module("environment_tables").with_tables(page) == page, "run scripts/environment_tables.py"
 
 
 def test_defaults_of_the_sentiment_task_are_those_of_the_code() -> None:

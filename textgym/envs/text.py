@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import nn
 
+from textgym.envs.config import TextConfig, takes
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.text_task import KLMode, MaskSpec, Policy, TextTask, prompt_choice
-from textgym.models.machine.devices import Device
+from textgym.envs.text_task import Policy, TextTask, prompt_choice
 from textgym.models.machine.transfer import to_host
-from textgym.rewards.engine.scaling import Scaling
-from textgym.rewards.engine.scoring import OnRewardError, RewardSpec
-from textgym.rewards.kl import Estimator, KLController
 
 ObsType = dict[str, np.ndarray]
 
@@ -68,41 +63,12 @@ class TextEnv(gym.Env[ObsType, int]):
     `info_text=True`.
 
     ## Arguments
-    Args:
-        prompts: list of strings, or of dicts with a `prompt` and any columns; a .jsonl or .txt path; a `datasets`
-            object; a `"module:attribute"` string.
-        tokenizer: name, path or tokenizer; `"tiny"` is the embedded one.
-        reward: a reward function, a `"module:attribute"` string, a `RewardModel` or its name; or a list of them.
-        reward_weights: one for each function; a function of weight 0 is only reported.
-        on_reward_error: where a function breaks its contract, `"raise"`, or count it, warn once and go on:
-            `"penalise"` takes its value for -1, `"skip"` leaves the row out of it.
-        reward_timeout: seconds that an async reward function has.
-        score_scaling: `"running"` takes the running mean off scores and divides them by their running deviation,
-            `"running_std"` only divides.
-        score_clip: scores are then cut to -score_clip and score_clip.
-        max_prompt_tokens: longer prompts are cut from the left.
-        max_new_tokens: length limit of a completion.
-        min_new_tokens: before so many tokens the stop tokens are masked out.
-        stop: stop strings or token ids, besides the tokenizer's EOS.
-        reference: model that the KL is measured to: name, path, or model.
-        kl_coef: beta, in reward a nat, or a controller.
-        kl_estimator: `"k1"`, `"k2"`, `"k3"` or `"full"`.
-        kl_mode: `"reference"`, `"exact"` or `"deferred"`.
-        kl_clamp: what a token pays for is cut to -kl_clamp and kl_clamp nats.
-        action_mask: `TopPMask`, `TopKMask` or any function of the observation that returns the allowed tokens, bool
-            `(B, V)`; it narrows `action_masks()`, and the reference is narrowed alike.
-        missing_eos_penalty: taken off the score of a row that ended by length.
-        length_limit: `"terminate"` or `"truncate"`.
-        decoder_start_ids: for encoder-decoder models, the token ids that the decoder begins with, as
-            `policy.decoder_start_ids` says them.
-        render_mode: `"ansi"`, `"human"` or `"html"`; others warn.
-        device: where the episodes are, and models that are given by name. `None`: where the reference is, if a model
-            is given as one, and the CPU otherwise. Models that are given stay where they are.
-        info_text: put prompt, completion and columns into `info` at the end.
-        info_action_mask: put `action_mask` into every `info`.
+    The fields of `textgym.envs.config.TextConfig`; `prompts`, `tokenizer` and `reward` have no default.
 
     Raises:
-        ValueError: bad arguments, an action outside the vocabulary, or `kl_mode="exact"` without a policy.
+        ConfigError: an argument has a value that it cannot have; a `ValueError`.
+        UnknownArgumentError: an argument that there is not; a `TypeError`.
+        ValueError: other bad arguments, an action outside the vocabulary, or `kl_mode="exact"` without a policy.
         gymnasium.error.ResetNeeded: `step` before `reset`, or after the end.
 
     >>> import gymnasium as gym, textgym
@@ -123,64 +89,14 @@ class TextEnv(gym.Env[ObsType, int]):
     }
     task_class: type[TextTask] = TextTask
 
-    def __init__(
-        self,
-        prompts: Any,
-        tokenizer: Any,
-        reward: RewardSpec | Sequence[RewardSpec],
-        *,
-        reward_weights: Sequence[float] | None = None,
-        on_reward_error: OnRewardError = "raise",
-        reward_timeout: float | None = None,
-        score_scaling: Scaling | None = None,
-        score_clip: float | None = None,
-        max_prompt_tokens: int = 64,
-        max_new_tokens: int = 32,
-        min_new_tokens: int = 0,
-        stop: Sequence[str | int] = (),
-        reference: str | nn.Module | None = None,
-        kl_coef: float | KLController = 0.0,
-        kl_estimator: Estimator = "k1",
-        kl_mode: KLMode = "reference",
-        kl_clamp: float | None = None,
-        action_mask: MaskSpec | None = None,
-        missing_eos_penalty: float = 0.0,
-        length_limit: Literal["terminate", "truncate"] = "terminate",
-        decoder_start_ids: Sequence[int] = (),
-        render_mode: str | None = None,
-        device: Device = None,
-        info_text: bool = False,
-        info_action_mask: bool = False,
-    ) -> None:
-        self.task = self.task_class(
-            1,
-            prompts=prompts,
-            tokenizer=tokenizer,
-            reward=reward,
-            reward_weights=reward_weights,
-            on_reward_error=on_reward_error,
-            reward_timeout=reward_timeout,
-            score_scaling=score_scaling,
-            score_clip=score_clip,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            stop=stop,
-            reference=reference,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_mode=kl_mode,
-            kl_clamp=kl_clamp,
-            action_mask=action_mask,
-            missing_eos_penalty=missing_eos_penalty,
-            length_limit=length_limit,
-            decoder_start_ids=decoder_start_ids,
-            device=device,
-        )
+    @takes(TextConfig)
+    def __init__(self, config: TextConfig) -> None:
+        self.task = self.task_class(1, config)
         self.observation_space: gym.Space[Any] = self.task.observation_space
         self.action_space: gym.Space[Any] = self.task.action_space
-        self.render_mode = checked_render_mode(render_mode)
-        self.info_text, self.info_action_mask = info_text, info_action_mask
+        self.render_mode = checked_render_mode(config.render_mode)
+        self.info_text = config.info_text
+        self.info_action_mask = config.info_action_mask
         self._score: float | None = None
 
     def reset(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from textgym.data.messages import Text, content, encode, render
 from textgym.data.prompts import load_prompts
 from textgym.data.rows import Row
+from textgym.envs.config import MaskSpec, TextConfig
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
@@ -26,14 +27,8 @@ from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_device, to_host
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.engine.completions_to_score import Finished
-from textgym.rewards.engine.scaling import Scaling
-from textgym.rewards.engine.scoring import OnRewardError, RewardSpec, Scorer, Scores
-from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
-
-MaskSpec = ActionMask | Callable[[Observation], Any]
-KLMode = Literal["reference", "exact", "deferred"]
-KL_MODES = ("reference", "exact", "deferred")
-LENGTH_LIMITS = ("terminate", "truncate")
+from textgym.rewards.engine.scoring import Scorer, Scores
+from textgym.rewards.kl import KLPenalty, warn_of_filter
 
 
 class Policy(Protocol):
@@ -61,73 +56,45 @@ class StepOutcome:
 
 
 class TextTask:
-    """Prompts, stop rule, reward and KL of B rows. The arguments are those of `TextEnv`."""
+    """Prompts, stop rule, reward and KL of B rows, as a config declares them."""
 
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        prompts: Any,
-        tokenizer: Any,
-        reward: RewardSpec | Sequence[RewardSpec],
-        reward_weights: Sequence[float] | None,
-        on_reward_error: OnRewardError,
-        reward_timeout: float | None,
-        score_scaling: Scaling | None,
-        score_clip: float | None,
-        max_prompt_tokens: int,
-        max_new_tokens: int,
-        min_new_tokens: int,
-        stop: Sequence[str | int],
-        reference: str | nn.Module | None,
-        kl_coef: float | KLController,
-        kl_estimator: Estimator,
-        kl_mode: KLMode,
-        kl_clamp: float | None,
-        action_mask: MaskSpec | None,
-        missing_eos_penalty: float,
-        length_limit: Literal["terminate", "truncate"],
-        decoder_start_ids: Sequence[int],
-        device: Device,
-    ) -> None:
-        _check_arguments(max_prompt_tokens, max_new_tokens, min_new_tokens, kl_mode, length_limit)
-        self.device = _device_of(device, reference)
-        self.tokenizer = load_tokenizer(tokenizer)
+    def __init__(self, num_rows: int, config: TextConfig) -> None:
+        self.device = _device_of(config.device, config.reference)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         self.scorer = Scorer(
-            reward,
-            reward_weights,
+            config.reward,
+            config.reward_weights,
             self.tokenizer,
-            on_error=on_reward_error,
-            timeout=reward_timeout,
-            scaling=score_scaling,
-            clip=score_clip,
+            on_error=config.on_reward_error,
+            timeout=config.reward_timeout,
+            scaling=config.score_scaling,
+            clip=config.score_clip,
             device=self.device,
         )
-        self.kl_mode, self.truncates = kl_mode, length_limit == "truncate"
-        self.missing_eos_penalty = missing_eos_penalty
-        self.kl_coef, self.kl_estimator, self.kl_clamp = kl_coef, kl_estimator, kl_clamp
-        self.action_mask = (
-            action_mask if action_mask is None or isinstance(action_mask, ActionMask) else FunctionMask(action_mask)
-        )
-        if isinstance(self.action_mask, ModelMask):
-            self.action_mask.follow_device(self.device)
-        self.penalty = self._make_penalty(reference)
+        self.kl_mode = config.kl_mode
+        self.kl_coef = config.kl_coef
+        self.kl_estimator = config.kl_estimator
+        self.kl_clamp = config.kl_clamp
+        self.truncates = config.length_limit == "truncate"
+        self.missing_eos_penalty = config.missing_eos_penalty
+        self.action_mask = _action_mask(config.action_mask, self.device)
+        self.penalty = self._make_penalty(config.reference)
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
             self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
-        decoder_start = self._decoder_start(decoder_start_ids)
-        self.stop_strings = StopStrings([text for text in stop if isinstance(text, str)], self.tokenizer)
+        decoder_start = self._decoder_start(config.decoder_start_ids)
+        self.stop_strings = StopStrings([text for text in config.stop if isinstance(text, str)], self.tokenizer)
         self.episodes = Episodes(
             num_rows,
-            max_prompt_tokens,
-            max_new_tokens,
-            stop_rule(stop, min_new_tokens, self.tokenizer),
+            config.max_prompt_tokens,
+            config.max_new_tokens,
+            stop_rule(config.stop, config.min_new_tokens, self.tokenizer),
             self.vocab_size,
             self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
             self.device,
             decoder_start,
         )
-        self.take_prompts(load_prompts(prompts))
+        self.take_prompts(load_prompts(config.prompts))
         self.current = np.zeros(num_rows, dtype=np.int64)
         self.transcripts: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.token_rewards: list[np.ndarray | None] = [None] * num_rows
@@ -424,24 +391,15 @@ def _device_of(device: Device, reference: str | nn.Module | None) -> torch.devic
     return resolve_device(device)
 
 
+def _action_mask(given: MaskSpec | None, device: torch.device) -> ActionMask | None:
+    """The mask that narrows actions, with its model, if it has one, on the environment's device."""
+    mask = given if given is None or isinstance(given, ActionMask) else FunctionMask(given)
+    if isinstance(mask, ModelMask):
+        mask.follow_device(device)
+    return mask
+
+
 def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     array = np.zeros(count, dtype=values.dtype)
     array[rows] = values
     return array
-
-
-def _check_arguments(
-    max_prompt_tokens: int, max_new_tokens: int, min_new_tokens: int, kl_mode: str, length_limit: str
-) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens must be at least 1, got {max_new_tokens}: an episode without a token has no action"
-        )
-    if max_prompt_tokens < 1:
-        raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}")
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(f"min_new_tokens must be from 0 to max_new_tokens={max_new_tokens}, got {min_new_tokens}")
-    if kl_mode not in KL_MODES:
-        raise ValueError(f"unknown kl_mode {kl_mode!r}; use one of {KL_MODES}")
-    if length_limit not in LENGTH_LIMITS:
-        raise ValueError(f"unknown length_limit {length_limit!r}; use one of {LENGTH_LIMITS}")

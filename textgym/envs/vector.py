@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from torch import Tensor, nn
+from torch import Tensor
 
+from textgym.envs.config import TextVectorConfig, takes
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.text_task import KLMode, MaskSpec, Policy, StepOutcome, TextTask, prompt_choice
-from textgym.models.machine.devices import Device
+from textgym.envs.text_task import Policy, StepOutcome, TextTask, prompt_choice
 from textgym.models.machine.transfer import to_host
-from textgym.rewards.engine.scaling import Scaling
-from textgym.rewards.engine.scoring import OnRewardError, RewardSpec
-from textgym.rewards.kl import Estimator, KLController
 
 Array = Any
 """A numpy array, or with `array="torch"` a tensor on the device."""
@@ -32,13 +29,8 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     over all rows together. Spaces, rewards, ends and infos are those of `TextEnv`, batched as Gymnasium batches them.
 
     ## Arguments
-    Args:
-        num_envs: B.
-        autoreset_mode: `NEXT_STEP`: the step after an end resets the row and ignores its action; `SAME_STEP`: the row
-            is reset at once, its end is in `infos["final_obs"]` and `infos["final_info"]`; `DISABLED`: a row that ended
-            waits, whatever its action, until `reset(options={"reset_mask": mask})`.
-        array: `"numpy"`, or `"torch"` to keep observations, rewards and flags on the device.
-        prompts: and all further arguments: see `TextEnv`.
+    The fields of `textgym.envs.config.TextVectorConfig`: those of `TextEnv`, and `num_envs`, `autoreset_mode` and
+    `array`.
 
     Raises:
         ValueError: bad arguments or actions, see `TextEnv`.
@@ -61,75 +53,19 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     }
     task_class: type[TextTask] = TextTask
 
-    def __init__(
-        self,
-        num_envs: int,
-        prompts: Any,
-        tokenizer: Any,
-        reward: RewardSpec | Sequence[RewardSpec],
-        *,
-        reward_weights: Sequence[float] | None = None,
-        on_reward_error: OnRewardError = "raise",
-        reward_timeout: float | None = None,
-        score_scaling: Scaling | None = None,
-        score_clip: float | None = None,
-        max_prompt_tokens: int = 64,
-        max_new_tokens: int = 32,
-        min_new_tokens: int = 0,
-        stop: Sequence[str | int] = (),
-        reference: str | nn.Module | None = None,
-        kl_coef: float | KLController = 0.0,
-        kl_estimator: Estimator = "k1",
-        kl_mode: KLMode = "reference",
-        kl_clamp: float | None = None,
-        action_mask: MaskSpec | None = None,
-        missing_eos_penalty: float = 0.0,
-        length_limit: Literal["terminate", "truncate"] = "terminate",
-        decoder_start_ids: Sequence[int] = (),
-        render_mode: str | None = None,
-        device: Device = None,
-        info_text: bool = False,
-        info_action_mask: bool = False,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        array: Literal["numpy", "torch"] = "numpy",
-    ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if array not in ("numpy", "torch"):
-            raise ValueError(f"array must be 'numpy' or 'torch', got {array!r}")
-        self.task = self.task_class(
-            num_envs,
-            prompts=prompts,
-            tokenizer=tokenizer,
-            reward=reward,
-            reward_weights=reward_weights,
-            on_reward_error=on_reward_error,
-            reward_timeout=reward_timeout,
-            score_scaling=score_scaling,
-            score_clip=score_clip,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            stop=stop,
-            reference=reference,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_mode=kl_mode,
-            kl_clamp=kl_clamp,
-            action_mask=action_mask,
-            missing_eos_penalty=missing_eos_penalty,
-            length_limit=length_limit,
-            decoder_start_ids=decoder_start_ids,
-            device=device,
-        )
-        self.num_envs, self.array = num_envs, array
+    @takes(TextVectorConfig)
+    def __init__(self, config: TextVectorConfig) -> None:
+        self.task = self.task_class(config.num_envs, config)
+        self.num_envs = config.num_envs
+        self.array = config.array
         self.single_observation_space = self.task.observation_space
         self.single_action_space = self.task.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.render_mode = checked_render_mode(render_mode)
-        self.info_text, self.info_action_mask = info_text, info_action_mask
-        self.set_autoreset_mode(autoreset_mode)
+        self.observation_space = batch_space(self.single_observation_space, config.num_envs)
+        self.action_space = batch_space(self.single_action_space, config.num_envs)
+        self.render_mode = checked_render_mode(config.render_mode)
+        self.info_text = config.info_text
+        self.info_action_mask = config.info_action_mask
+        self.set_autoreset_mode(config.autoreset_mode)
         self.waiting: np.ndarray | None = None  # rows that ended and were not reset yet
 
     def set_autoreset_mode(self, autoreset_mode: AutoresetMode | str) -> None:

@@ -1,0 +1,18 @@
+"""The errors that textgym raises of its own: `except TextgymError` catches all of them.
+
+Each is also the built-in error that Python programmers expect, so `except ValueError` works as well.
+"""
+
+from __future__ import annotations
+
+
+class TextgymError(Exception):
+    """Base class of textgym's errors."""
+
+
+class ConfigError(TextgymError, ValueError):
+    """A setting has a value that it cannot have."""
+
+
+class UnknownArgumentError(TextgymError, TypeError):
+    """An environment is given an argument that it does not have."""
