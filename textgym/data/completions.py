@@ -1,4 +1,4 @@
-"""Completions to learn from: read in the formats of TRL, and turned into token ids."""
+"""Examples for supervised fine-tuning: prompts and completions in TRL's formats, and their token ids."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ WORDS = re.compile(r"\s*\S+|\s+$")
 
 
 class Example(NamedTuple):
-    """Token ids of a prompt and of what is to be written after it, at least one each."""
+    """Token ids of a prompt and of the completion to learn, at least one each."""
 
     prompt: list[int]
     completion: list[int]
 
 
 def load_examples(examples: Any) -> list[tuple[Text, Text]]:
-    """Pairs of a prompt and a completion, strings or conversations; the prompt of a `text` row is empty.
+    """Return pairs of prompt and completion, as strings or conversations; the prompt of a `text` row is empty.
 
     Args:
-        examples: rows as `read_rows` reads them: `{"prompt", "completion"}`, as transcripts of environments are too,
-            or `{"messages"}`, whose last one is the completion, or `{"text"}`. Other keys are left alone.
+        examples: any source that `read_rows` accepts. A row has the keys `prompt` and `completion` (so transcripts of
+            environments are valid rows), or `messages`, whose last message is the completion, or `text`. Other keys
+            are ignored.
 
     >>> load_examples([{"prompt": "2 + 2 =", "completion": " 4"}, {"text": "All of it."}])
     [('2 + 2 =', ' 4'), ('', 'All of it.')]
 
     Raises:
-        ValueError: none of these, no rows, or a row that is none; the message names the row or the line.
+        ValueError: If the source or one of its rows has another form, or if there are no rows. The message names the
+            row or the line.
     """
     rows = [_parts(row, place) for place, row in read_rows(examples, "examples", ACCEPTED)]
     if not rows:
@@ -43,27 +45,31 @@ def load_examples(examples: Any) -> list[tuple[Text, Text]]:
 
 
 def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    """Prompt, chosen and rejected completion of a preference.
+    """Return the prompt, the chosen completion and the rejected completion of a preference pair.
 
-    Without a `prompt` it is what both texts start with: whole messages, or whole words.
+    If the pair has no `prompt`, the prompt is the longest common beginning of both texts, in whole words or messages.
 
     >>> split_pair({"chosen": "The film is good.", "rejected": "The film is great."})
     ('The film is', ' good.', ' great.')
 
     Raises:
-        ValueError: there is no prompt and the texts begin differently.
+        ValueError: If there is no prompt and the texts have no common beginning.
     """
     chosen, rejected = pair["chosen"], pair["rejected"]
     if pair.get("prompt"):
         return pair["prompt"], chosen, rejected
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError(f"of a preference one text is a string and one a conversation: {chosen!r} and {rejected!r}")
+        raise ValueError(
+            f"one text of a preference is a string and the other a conversation: {chosen!r} and {rejected!r}; use the "
+            "same form for both"
+        )
+    # Whole words, because half a word would be tokenized differently than the word in the text.
     first, second = (WORDS.findall(text) if isinstance(text, str) else list(text) for text in (chosen, rejected))
     shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
     shared = min(len(first), len(second)) if shared is None else shared
     if not shared:
         raise ValueError(
-            f"{chosen!r} and {rejected!r} do not begin alike, so their prompt is unknown: give it as 'prompt'"
+            f"{chosen!r} and {rejected!r} have no common beginning, so their prompt is unknown: pass it as 'prompt'"
         )
     if isinstance(chosen, str):
         return "".join(first[:shared]), "".join(first[shared:]), "".join(second[shared:])
@@ -71,19 +77,22 @@ def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
 
 
 def encode_completions(pairs: Sequence[tuple[Text, Text]], tokenizer: Any, append_eos: bool = True) -> list[Example]:
-    """Prompts and completions as ids, each tokenized alone, as a policy that goes on after a prompt sees them.
+    """Return the ids of prompts and completions.
 
-    A completion ends with EOS, which is appended where it is missing, unless `append_eos` is off; whatever a chat
-    template writes after it is left out, since nothing is generated there. Where there is no prompt, the first token is
-    given and the others follow it.
+    Each completion ends with EOS, which is appended if it is missing, unless `append_eos` is false. Anything that a
+    chat template adds after EOS is removed. If a prompt is empty, the first token of the completion becomes the prompt.
 
     Raises:
-        ValueError: fewer than two tokens, or a chat template that does not begin a conversation with its prompt.
+        ValueError: If a pair has fewer than two tokens, or if the chat template renders a conversation in a way that
+            does not begin with its rendered prompt.
     """
     eos = tokenizer.eos_token_id
     texts = [_as_strings(prompt, completion, tokenizer) for prompt, completion in pairs]
+
+    # Prompt and completion are tokenized separately. Tokenized together, a token could span the border between them,
+    # and a policy that generates after the prompt would never see such a token.
     prompts: list[list[int]] = [[] for _ in texts]
-    for special in (True, False):  # a template writes its special tokens itself, a tokenizer adds them
+    for special in (True, False):  # rendered chat templates already contain their special tokens
         rows = [i for i, text in enumerate(texts) if text.special == special]
         if rows:
             ids = tokenizer([texts[i].prompt for i in rows], add_special_tokens=special).input_ids
@@ -97,7 +106,9 @@ def encode_completions(pairs: Sequence[tuple[Text, Text]], tokenizer: Any, appen
 
 
 def shorten(prompt: list[int], completions: Sequence[list[int]], max_length: int) -> list[Example]:
-    """Completions of one prompt in at most `max_length` tokens: it loses its beginning, and only then they their end.
+    """Shorten examples with a common prompt to `max_length` tokens: cut the prompt's beginning, then completions' ends.
+
+    At least one token of the prompt is kept, and all examples keep the same prompt.
 
     >>> shorten([1, 2, 3], [[4], [5, 6]], max_length=4)
     [Example(prompt=[2, 3], completion=[4]), Example(prompt=[2, 3], completion=[5, 6])]
@@ -120,23 +131,26 @@ def _as_strings(prompt: Text, completion: Text, tokenizer: Any) -> _Strings:
     begin, whole = render(asked, tokenizer, add_generation_prompt=True), render([*asked, *said], tokenizer)
     if not whole.startswith(begin):
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} writes {begin!r} before an answer and yet {whole!r} with "
-            "it, so the answer cannot be told apart: give 'prompt' and 'completion' as strings"
+            f"the chat template of {tokenizer.name_or_path!r} renders the prompt as {begin!r}, but the conversation as "
+            f"{whole!r}, which does not begin with it, so the completion cannot be separated: give 'prompt' and "
+            "'completion' as strings"
         )
     return _Strings(begin, whole.removeprefix(begin), False)
 
 
 def _closed(ids: list[int], eos: int, plain: bool, append_eos: bool) -> list[int]:
+    """Return ids that end with EOS, if they should."""
     if plain or eos not in ids:
         return ids if (ids and ids[-1] == eos) or not append_eos else [*ids, eos]
+    # Chat templates often render a line break after the last EOS. It is never generated, so it is not learned.
     return ids[: len(ids) - ids[::-1].index(eos)]
 
 
 def _example(prompt: list[int], completion: list[int], pair: tuple[Text, Text]) -> Example:
     ids = [*prompt, *completion]
     if len(ids) < 2:
-        raise ValueError(f"{pair!r} has no token to learn: give a prompt or some text")
-    size = max(1, len(prompt))
+        raise ValueError(f"{pair!r} has no token to learn: give a prompt or more text")
+    size = max(1, len(prompt))  # a causal language model predicts no first token, so one has to be given
     return Example(ids[:size], ids[size:])
 
 
@@ -167,7 +181,7 @@ def _text(row: Mapping[str, Any], side: str, place: str) -> Text:
 def _last_answer(messages: Any, place: str) -> tuple[Text, Text]:
     if not is_messages(messages) or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
-            f"'messages' of {place} is {messages!r}: it must be a list of messages of which the last one, the "
-            "assistant's, is learned and those before it are its prompt"
+            f"'messages' of {place} is {messages!r}: it must be a list of at least two messages, the last of which is "
+            "the assistant's; it is the completion, and the others are the prompt"
         )
     return list(messages[:-1]), list(messages[-1:])

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever kills the process or the machine."""
+"""Atomic writes of files and folders: after a crash or power cut they are either complete or absent."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
-"""What temporary names begin with; `remove_leftovers` knows them by it."""
+"""Prefix of temporary names, by which `remove_leftovers` recognises them."""
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path that becomes `path` if all goes well; nothing of it is left if not."""
+    """Yield a temporary path to write to, and rename it to `path` afterwards; after an error, delete it."""
     target = Path(path)
     temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
     try:
         yield temporary
+        # The order matters: a file system may write the new name to disk before the data, and after a power cut the
+        # file would be empty. The folder holds the name, so it is flushed last.
         _flush(temporary)
         os.replace(temporary, target)
         _flush(target.parent)
@@ -28,10 +30,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class atomic_folder:
-    """A folder that appears whole or not at all: written under a temporary name, then renamed over the target.
+    """Context manager that writes a folder under a temporary name and renames it at the end.
 
-    A target that exists is moved aside first, so for a moment there is none: where even that may not be, write under a
-    new name each time.
+    If the folder exists already, it is moved aside first, so for a moment there is no folder of this name. If that
+    matters, use a new name for each write.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -47,13 +49,14 @@ class atomic_folder:
         if error is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-                message = f"could not write {self.folder}: {error}. Nothing was changed; free some space?"
+                message = f"could not write {self.folder}: {error}. Nothing was changed; check the free disk space"
                 raise OSError(message) from error
             return
         self.temporary.chmod(0o755)
         for path in self.temporary.rglob("*"):
             _flush(path)
         _flush(self.temporary)
+        # Renaming over a folder works only if that folder is empty, so the old one has to be moved first.
         old = self.folder.with_name(f"{TEMPORARY}{self.folder.name}-old-{os.getpid()}")
         if self.folder.exists():
             self.folder.rename(old)
@@ -63,14 +66,14 @@ class atomic_folder:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder whole: a process that is killed meanwhile leaves the rest under a temporary name."""
-    going = folder.with_name(f"{TEMPORARY}{folder.name}-gone-{os.getpid()}")
-    folder.rename(going)
-    shutil.rmtree(going, ignore_errors=True)
+    """Remove a folder; if the process is killed meanwhile, the rest has a temporary name."""
+    doomed = folder.with_name(f"{TEMPORARY}{folder.name}-gone-{os.getpid()}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left in a folder under temporary names; nobody else may be writing there."""
+    """Remove all files and folders with temporary names; no other process may be writing to this folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -79,8 +82,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk, so that a power cut cannot undo it."""
-    if os.name == "nt":  # which opens no folders
+    """Wait until a file's data, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

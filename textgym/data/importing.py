@@ -1,4 +1,4 @@
-"""Objects named in a string, so that a configuration stays plain JSON."""
+"""Import objects by name, so that configurations can be plain JSON."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def import_attribute(name: str) -> Any:
-    """The object that `"module:attribute"` names; the attribute may be dotted.
+    """Import the object `"module:attribute"`; the attribute may contain dots.
 
     >>> import_attribute("math:pi")
     3.141592653589793
 
     Raises:
-        ValueError: not of that form, no such module, or nothing of that name in it.
+        ValueError: If the name has another form, or the module or the attribute does not exist.
     """
     module_name, _, path = name.partition(":")
     if not module_name or not path:
@@ -24,7 +24,7 @@ def import_attribute(name: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, and something that it imports does not
+            raise  # the module exists, but a module that it imports does not
         raise ValueError(
             f"{name!r}: there is no module {error.name!r}. Install it, or add the folder it is in to PYTHONPATH"
         ) from error

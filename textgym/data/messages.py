@@ -1,4 +1,4 @@
-"""Conversations: texts that are lists of messages, each with a `role` and a `content`."""
+"""Conversations: lists of messages, each with a `role` and a `content`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Text = str | Messages
 
 
 def is_messages(text: Any) -> bool:
-    """Whether a text is a conversation: a non-empty list of messages.
+    """Return whether a text is a conversation, that is, a non-empty list of messages.
 
     >>> is_messages([{"role": "user", "content": "Hello"}]), is_messages("Hello")
     (True, False)
@@ -24,7 +24,7 @@ def is_messages(text: Any) -> bool:
 
 
 def content(text: Text) -> str:
-    """The plain text: that of a conversation is the contents of its messages, a line each.
+    """Return a text as a string; for a conversation, the contents of its messages on separate lines.
 
     >>> content("Hello"), content([{"role": "assistant", "content": "Hi."}])
     ('Hello', 'Hi.')
@@ -33,32 +33,33 @@ def content(text: Text) -> str:
 
 
 def plain(texts: Sequence[Text]) -> list[str]:
-    """The `content` of each text."""
+    """Return the `content` of each text."""
     return [content(text) for text in texts]
 
 
 def render(messages: Messages, tokenizer: Any, add_generation_prompt: bool = False) -> str:
-    """A conversation as the one text that the tokenizer's chat template makes of it.
+    """Render a conversation as a string with the tokenizer's chat template.
 
     Args:
-        messages: the conversation.
-        tokenizer: of the model that reads it.
-        add_generation_prompt: whether to open the assistant's next turn.
+        messages: The conversation.
+        tokenizer: The tokenizer of the model that reads the text.
+        add_generation_prompt: Whether to open the assistant's next turn at the end.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: If the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot read a conversation: "
-            "set `tokenizer.chat_template`, or write the text as a string"
+            "set `tokenizer.chat_template`, or pass the text as a string"
         )
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     return text
 
 
 def encode(texts: Sequence[Text], tokenizer: Any, add_generation_prompt: bool = False) -> list[list[int]]:
-    """Token ids of strings and conversations; a template writes its special tokens itself, a tokenizer adds them."""
+    """Return the token ids of strings and conversations."""
+    # Strings get the tokenizer's special tokens. Chat templates contain them already: adding them would double the BOS.
     rows: list[list[int]] = [[] for _ in texts]
     for conversational in (False, True):
         chosen = [index for index, text in enumerate(texts) if isinstance(text, str) != conversational]

@@ -1,9 +1,9 @@
-"""Preference pairs: read from wherever they are, or made from texts that people rated.
+"""Preference pairs: loaded from data, or made from texts that people rated.
 
-A pair is a plain dict in the format of TRL: `chosen` and `rejected` are texts or conversations, with or without a
-`prompt` before both. Further keys, where they exist: `margin` (how much better the chosen one is), `probability` (how
-likely a rater prefers it) and `group` (texts that were compared with each other share one).
-`textgym.rewards.models.train_reward_model` takes such pairs.
+A pair is a plain dict in TRL's format. `chosen` and `rejected` are texts or conversations; `prompt` is optional. Other
+optional keys are `margin` (how much better the chosen text is), `probability` (how likely a rater prefers it) and
+`group` (shared by texts that were compared with each other). `textgym.rewards.models.train_reward_model` trains on such
+pairs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ ACCEPTED = (
 
 
 def load_preferences(preferences: Any) -> list[Pair]:
-    """Pairs that all have `chosen` and `rejected`.
+    """Load preference pairs and check that all have `chosen` and `rejected`.
 
     Args:
-        preferences: a list of dicts, the path of a `.jsonl` file (one such dict a line), a `datasets.Dataset` or any
-            other iterable of mappings with `column_names`, or `"module:attribute"`, which names one of these.
+        preferences: A list of dicts, the path of a `.jsonl` file (one dict per line), a `datasets.Dataset` or any other
+            iterable of mappings with `column_names`, or the `"module:attribute"` of one of these.
 
     >>> load_preferences([{"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No."}])
     [{'prompt': 'Is it good?', 'chosen': ' Yes.', 'rejected': ' No.'}]
 
     Raises:
-        ValueError: none of these, no pairs, or a pair that is not one; the message names the row or the line.
+        ValueError: If the source or one of its pairs has another form, or if there are no pairs. The message names the
+            row or the line.
     """
     pairs = [_checked(row, place) for place, row in read_rows(preferences, "preferences", ACCEPTED)]
     if not pairs:
@@ -54,23 +55,24 @@ def make_preferences(
     rounds: int = 3,
     seed: int = 0,
 ) -> list[Pair]:
-    """Comparisons within shuffled groups of snippets.
+    """Make preference pairs from rated snippets, which are compared within shuffled groups.
 
-    A group of K snippets gives up to K(K-1)/2 pairs and is trained on as one element of a batch, so that each text is
-    encoded once for all its comparisons (Ouyang et al. 2022, section 3.5).
+    A group of K snippets has up to K(K-1)/2 pairs and is one element of a training batch, so that each text is encoded
+    once for all of its comparisons (Ouyang et al., 2022, section 3.5).
 
     Args:
-        min_gap: pairs whose ratings differ by less, in rating points, are left out: people would not agree on them.
-        group_size: K, the number of snippets compared with each other.
-        pairs_per_group: at most so many of a group's pairs, drawn at random.
-        rounds: how often each snippet is compared, each time within another group.
-        seed: of the shuffles.
+        snippets: The rated texts.
+        min_gap: Minimum difference of ratings. Raters would not agree on pairs with a smaller one.
+        group_size: K, the number of snippets that are compared with each other.
+        pairs_per_group: Maximum number of pairs per group; they are sampled at random.
+        rounds: How often each snippet is put into a group.
+        seed: Seed of the shuffles.
 
     >>> make_preferences([Snippet("dull", -2.0), Snippet("a joy", 3.0)], rounds=1)
     [{'chosen': 'a joy', 'rejected': 'dull', 'margin': 5.0, 'group': 0}]
 
     Raises:
-        ValueError: a group of fewer than two, or snippets of which no two differ by `min_gap`.
+        ValueError: If `group_size` is below 2, or no two snippets differ by `min_gap`.
     """
     if group_size < 2:
         raise ValueError(f"group_size is {group_size}: a comparison needs at least 2 snippets")
@@ -89,24 +91,25 @@ def make_preferences(
         ]
         pairs += rng.sample(found, min(pairs_per_group, len(found)))
     if not pairs:
-        raise ValueError(f"no two of the {len(snippets)} snippets differ by a rating gap of {min_gap}: lower min_gap")
+        raise ValueError(f"no ratings of the {len(snippets)} snippets differ by {min_gap} or more: lower min_gap")
     return pairs
 
 
 def heldout_pairs(
     snippets: Sequence[Snippet], *, num_pairs: int = 20_000, min_gap: float = 1.0, seed: int = 0
 ) -> list[Pair]:
-    """Random pairs to measure accuracy on: any two snippets whose ratings differ by more than `min_gap`.
+    """Sample random pairs for evaluation, whose ratings differ by more than `min_gap`.
 
-    Draws with replacement, from `seed` only, so every scorer is measured on the same pairs; `group` numbers them.
+    Pairs are sampled with replacement and depend on `seed` alone, so all reward functions are evaluated on the same
+    pairs. Each pair is its own `group`.
 
     Raises:
-        ValueError: snippets of which no two differ by more than `min_gap`.
+        ValueError: If no two snippets differ by more than `min_gap`.
     """
     distinct = list({snippet.text: snippet for snippet in snippets}.values())
     ratings = [snippet.rating for snippet in distinct]
     if not ratings or max(ratings) - min(ratings) <= min_gap:
-        raise ValueError(f"no two of the {len(ratings)} snippets differ by a rating gap above {min_gap}: lower min_gap")
+        raise ValueError(f"no ratings of the {len(ratings)} snippets differ by more than {min_gap}: lower min_gap")
     rng = random.Random(seed)
     pairs: list[Pair] = []
     while len(pairs) < num_pairs:
@@ -117,9 +120,9 @@ def heldout_pairs(
 
 
 def preference_probability(first: Sequence[float], second: Sequence[float]) -> float:
-    """How likely a rater drawn from those of the first text rates it above what one of the second rates the other.
+    """Return the probability that a random rating of the first text is higher than a random rating of the second.
 
-    A tie counts one half.
+    A tie counts as one half.
 
     >>> preference_probability([3, 4], [1, 3])
     0.875
@@ -152,5 +155,5 @@ def _checked(row: Any, place: str) -> Pair:
             raise ValueError(f"{side!r} of {place} is {text!r}: it must be a text or a list of messages")
     probability = row.get("probability")
     if probability is not None and not 0 <= float(probability) <= 1:
-        raise ValueError(f"'probability' of {place} is {probability!r}: it must be from 0 to 1")
+        raise ValueError(f"'probability' of {place} is {probability!r}: it must be between 0 and 1")
     return dict(row)

@@ -1,4 +1,4 @@
-"""Prompts: rows with a `prompt` and any further columns, from wherever they come."""
+"""Load prompts: rows with a `prompt` and any other columns."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ ACCEPTED = (
 
 
 def load_prompts(prompts: Any) -> list[Row]:
-    """Rows that all have a `prompt` and the same further columns, `None` where a row does not set one.
+    """Load rows that all have a `prompt` and the same columns; missing values are `None`.
 
     Args:
-        prompts: one of
-            - a list of strings, or of dicts with a `prompt` key and any columns; a prompt may be a conversation, a
-              list of messages with `role` and `content`;
-            - the path of a `.jsonl` file (one such dict or string a line) or of a `.txt` file (one prompt a line);
+        prompts: One of
+            - a list of strings, or of dicts with the key `prompt` and any others; a prompt may be a conversation, that
+              is, a list of messages with `role` and `content`;
+            - the path of a `.jsonl` file (one such dict or string per line) or of a `.txt` file (one prompt per line);
               empty lines are skipped;
             - a `datasets.Dataset`, or any other iterable of mappings with `column_names`;
-            - `"module:attribute"`, naming one of these or a function without arguments that returns one;
-            - `"openings"`: the 200 beginnings of movie reviews that come with the package.
+            - `"module:attribute"`, the name of one of these or of a function without arguments that returns one;
+            - `"openings"`, the 200 openings of movie reviews in the package.
 
     >>> load_prompts(["Hello", {"prompt": "2 + 2 =", "answer": 4}])
     [{'prompt': 'Hello', 'answer': None}, {'prompt': '2 + 2 =', 'answer': 4}]
 
     Raises:
-        ValueError: none of these, no rows, a missing or malformed file, or a row without a prompt; the message names
-            the row or the line.
+        ValueError: If the source has another form, a file is missing or malformed, there are no rows, or a row has no
+            prompt. The message names the row or the line.
     """
     source = OPENINGS if isinstance(prompts, str) and prompts == "openings" else prompts
     rows = [_checked(row, place) for place, row in read_rows(source, "prompts", ACCEPTED, (".jsonl", ".txt"))]
     if not rows:
         raise ValueError(f"no prompts in {named(prompts)}: give at least one")
-    columns = {name: None for row in rows for name in row}  # a dict, for it keeps the order
+    columns = {name: None for row in rows for name in row}  # a dict, because it keeps the order
     return [{**columns, **row} for row in rows]
 
 
 def snippet_prompts(split: str) -> list[Row]:
-    """The first half of the words of each movie-review snippet of a split, fetched on first use.
+    """Return prompts that are the first half of the words of movie-review snippets; they are downloaded on first use.
 
     Args:
-        split: `"train"`, `"policy"` or `"test"`, as `textgym.data.corpora.sources.Snippet.split` says.
+        split: `"train"`, `"policy"` or `"test"`, as in `textgym.data.corpora.sources.Snippet.split`.
 
     Returns:
-        Rows with `prompt`, `text` (the whole snippet) and `rating` (-4 to 4). Snippets under 6 words are left out:
-        half of one says too little to go on from.
+        Rows with `prompt`, `text` (the whole snippet) and `rating` (-4 to 4). Snippets with fewer than 6 words are left
+        out, because half of one is too short to continue from.
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, a wrong checksum, or a changed archive.
+        ValueError: If the split is unknown.
+        FetchError: If the download or its checksum fails.
     """
     if split not in ("train", "policy", "test"):
         raise ValueError(f"there is no split {split!r}: use 'train', 'policy' or 'test'")
@@ -69,7 +69,7 @@ def snippet_prompts(split: str) -> list[Row]:
 
 
 def policy_snippets() -> list[Row]:
-    """`snippet_prompts("policy")`, to train on with `prompts="textgym.data.prompts:policy_snippets"`."""
+    """Return `snippet_prompts("policy")`; for training with `prompts="textgym.data.prompts:policy_snippets"`."""
     return snippet_prompts("policy")
 
 

@@ -1,4 +1,4 @@
-"""Rows of data from wherever they come: lists, files, data sets, attributes of modules."""
+"""Read rows of data from lists, files, data sets or attributes of modules."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from typing import Any
 from textgym.data.importing import import_attribute
 
 Row = dict[str, Any]
-"""A prompt and any further columns."""
+"""A prompt and any other columns."""
 
 
 def read_rows(
     source: Any, what: str, accepted: str, suffixes: tuple[str, ...] = (".jsonl",)
 ) -> Iterator[tuple[str, Any]]:
-    """Unchecked rows, each with the words that an error names it by.
+    """Yield each row, unchecked, with a description of its place for error messages.
 
     Args:
-        source: a list, the path of a file with one of the suffixes, a `datasets.Dataset` or any other iterable of
-            mappings with `column_names`, or `"module:attribute"`, which names one of these or a function that returns
-            one.
-        what: the rows, in the words of errors.
-        accepted: a sentence on what is accepted, for errors.
-        suffixes: `.jsonl` (a JSON value a line) and `.txt` (a string a line); empty lines are skipped.
+        source: A list, the path of a file with one of the suffixes, a `datasets.Dataset` or any other iterable of
+            mappings with `column_names`, or the `"module:attribute"` of one of these or of a function that returns one.
+        what: What the rows are, for error messages.
+        accepted: A sentence that says which sources are accepted, for error messages.
+        suffixes: `.jsonl` (one JSON value per line) or `.txt` (one string per line); empty lines are skipped.
 
     Raises:
-        ValueError: none of these, or a missing or malformed file.
+        ValueError: If the source has another form, or a file is missing or malformed.
     """
     if isinstance(source, os.PathLike) or (isinstance(source, str) and source.endswith(suffixes)):
         yield from _read_file(Path(source), what, accepted, suffixes)
@@ -41,21 +40,21 @@ def read_rows(
 
 
 def named(source: Any) -> str:
-    """How an error calls a source."""
+    """Return how error messages refer to a source."""
     return repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
 
 
 def _is_dataset(source: Any) -> bool:
-    """Whether it is like a `datasets.Dataset`; a `DatasetDict` is not, for it yields the names of its splits."""
+    """Return whether a source is like a `datasets.Dataset`; a `DatasetDict` is not, because it yields split names."""
     return isinstance(source, Iterable) and hasattr(source, "column_names") and not isinstance(source, Mapping)
 
 
 def _read_attribute(name: str, what: str, accepted: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     if ":" not in name:
-        raise ValueError(f"cannot read {what} from {name!r}: {accepted}. A single one is a list of one")
+        raise ValueError(f"cannot read {what} from {name!r}: {accepted}. To use a single string, put it in a list")
     found = import_attribute(name)
     found = found() if callable(found) else found
-    if isinstance(found, str):  # it could name itself
+    if isinstance(found, str):  # it could be its own name, and reading it would never end
         raise ValueError(f"{name!r} is the string {found!r}: {accepted}")
     yield from ((f"{place} ({name!r})", row) for place, row in read_rows(found, what, accepted, suffixes))
 
@@ -65,7 +64,7 @@ def _read_file(path: Path, what: str, accepted: str, suffixes: tuple[str, ...]) 
         raise ValueError(f"cannot read {what} from {str(path)!r}: {accepted}")
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r} with {what}; the working folder is {str(Path.cwd())!r}")
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig") as file:  # "-sig" because Windows editors put a byte order mark in front
         for number, line in enumerate(file, start=1):
             if line.strip():
                 place = f"line {number} of {str(path)!r}"
@@ -76,4 +75,4 @@ def _parsed(line: str, place: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}): write one JSON object a line") from error
+        raise ValueError(f"{place} is not JSON ({error}): write one JSON object per line") from error

@@ -115,7 +115,10 @@ def test_preferences_are_read_from_anywhere(form: str, tmp_path: Path, monkeypat
         ([PAIR, "x"], "row 1 of the preferences is 'x'"),
         ([{"chosen": "a"}], r"row 0 of the preferences has the keys .'chosen'.: it needs"),
         ([{"chosen": "a", "rejected": 3}], "'rejected' of row 0 of the preferences is 3"),
-        ([{**PAIR, "probability": 1.5}], "'probability' of row 0 of the preferences is 1.5: it must be from 0 to 1"),
+        (
+            [{**PAIR, "probability": 1.5}],
+            "'probability' of row 0 of the preferences is 1.5: it must be between 0 and 1",
+        ),
     ],
 )
 def test_what_is_wrong_with_preferences_is_named(pairs: Any, message: str) -> None:

@@ -128,7 +128,7 @@ def test_openings() -> None:
         ({"prompt": "a"}, "cannot read prompts from a dict"),
         (DatasetDict(train=Dataset(ROWS)), "cannot read prompts from a DatasetDict: .*one split"),
         (Path("prompts.csv"), r"cannot read prompts from 'prompts\.csv': .*\.jsonl or \.txt"),
-        ("Once upon a time", "cannot read prompts from 'Once upon a time': .*A single one is a list of one"),
+        ("Once upon a time", "cannot read prompts from 'Once upon a time': .*To use a single string, put it in a list"),
         ("", "cannot read prompts from ''"),
         ("nowhere/p.jsonl", r"there is no file 'nowhere/p\.jsonl' with prompts; the working folder is"),
         (Path("nowhere/p.txt"), "there is no file"),
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_named(prompts: Any, message: str) -> None:
     [
         (
             ['{"prompt": "a"}', '{"prompt": "b"'],
-            r"line 2 of '.*p\.jsonl' is not JSON \(.*\): write one JSON object a line",
+            r"line 2 of '.*p\.jsonl' is not JSON \(.*\): write one JSON object per line",
         ),
         (['{"prompt": "a"}', "", '{"text": "b"}'], "line 3 of .* has no 'prompt'"),
         (['{"prompt": ""}'], "the prompt of line 1 of"),

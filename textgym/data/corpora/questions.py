@@ -1,7 +1,7 @@
-"""Questions and their answers: general knowledge and computer trouble.
+"""Questions about general knowledge and computer problems, and their answers.
 
-Source: chatterbot-corpus 1.3.3 (BSD), fetched once: the English `trivia` and `tech_support`, 1,311 exchanges of which
-many repeat. A question that is asked more than once has all its answers.
+Source: chatterbot-corpus 1.3.3 (BSD), downloaded once (0.3 MB): the English `trivia` and `tech_support`. Many of its
+1,311 exchanges repeat a question; each question is one row with all its answers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TOPICS = ("trivia", "tech_support")
 
 
 def question_prompts(split: str) -> list[Row]:
-    """Rows with `prompt` (`"Question: ... Answer:"`), `answer` (the first one) and `references` (all), 0.3 MB.
+    """Return rows with `prompt` (`"Question: ... Answer:"`), `answer` (the first one) and `references` (all answers).
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, or a wrong checksum.
+        ValueError: If the split is unknown.
+        FetchError: If the download or its checksum fails.
     """
     rows = [
         {"prompt": f"Question: {question} Answer:", "answer": answers[0], "references": list(answers)}
@@ -49,6 +49,6 @@ def _questions() -> dict[str, list[str]]:
         for topic in TOPICS:
             corpus = yaml.safe_load(wheel.read(f"chatterbot_corpus/data/english/{topic}.yml"))
             for question, answer, *_ in corpus["conversations"]:
-                given = answers.setdefault(" ".join(str(question).split()), [])
-                given += [text for text in [" ".join(str(answer).split())] if text not in given]
+                known = answers.setdefault(" ".join(str(question).split()), [])
+                known += [text for text in [" ".join(str(answer).split())] if text not in known]
     return answers

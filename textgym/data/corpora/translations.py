@@ -1,8 +1,8 @@
 """English sentences of user interfaces and their German translations.
 
-Sources, fetched once: the message catalogues of four packages, each under the licence of its package: django 5.2.19
-(BSD-3-Clause), wagtail 8.0.1 (BSD-3-Clause), spyder 6.1.8 (MIT) and jupyterlab-language-pack-de-DE 4.5.post3
-(BSD-3-Clause), 33 MB together. Messages of fewer than three words or with markup are left out.
+Sources, downloaded once (33 MB): the message catalogues of four packages, each under the licence of its package: django
+5.2.19 (BSD-3-Clause), wagtail 8.0.1 (BSD-3-Clause), spyder 6.1.8 (MIT) and jupyterlab-language-pack-de-DE 4.5.post3
+(BSD-3-Clause). Messages with fewer than three words or with markup are left out.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ MARKUP = re.compile(r"[%{}<>&\n\x00]")
 
 
 def translation_prompts(split: str) -> list[Row]:
-    """Rows with `prompt` (`"English: ... German:"`) and `references` (all translations the catalogues have).
+    """Return rows with `prompt` (`"English: ... German:"`) and `references` (all translations in the catalogues).
 
     Args:
         split: `"train"`, `"validation"` or `"test"`.
 
     Raises:
-        ValueError: an unknown split.
-        FetchError: no network, or a wrong checksum.
+        ValueError: If the split is unknown.
+        FetchError: If the download or its checksum fails.
     """
     rows = [
         {"prompt": f"English: {english} German:", "references": list(german)}
@@ -82,8 +82,9 @@ def _messages(archive: Archive) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(fetch(archive)) as wheel:
         for name in sorted(filter(GERMAN.search, wheel.namelist())):
             catalogue = gettext.GNUTranslations(io.BytesIO(wheel.read(name)))
-            messages: dict[object, str] = vars(catalogue)["_catalog"]  # gettext looks up, but lists nowhere else
+            messages: dict[object, str] = vars(catalogue)["_catalog"]  # gettext has no public way to list messages
             for key, german in messages.items():
-                english = " ".join(key.rpartition("\x04")[2].split()) if isinstance(key, str) else ""  # else a plural
+                # A plural has a tuple as its key. "\x04" separates a message's context from its text.
+                english = " ".join(key.rpartition("\x04")[2].split()) if isinstance(key, str) else ""
                 if len(english.split()) >= 3 and german != english and not MARKUP.search(f"{key}{german}"):
                     yield english, " ".join(german.split())

@@ -1,8 +1,7 @@
-"""Ready-made reward functions, all in one place; docs/rewards.md has the table, with the extra that each needs.
+"""Ready-made reward functions; docs/rewards.md lists them, with the extra that each needs.
 
-Each follows the protocol of `textgym.rewards.engine.scoring`. Plain functions and small classes whose instances pickle;
-those with settings are classes. All of them serve as evaluation metrics, with weight 0 or in
-`textgym.agents.runs.evaluation.measure`.
+They follow the protocol of `textgym.rewards.engine.scoring`. Those with settings are classes; all of them can be
+pickled. They also work as metrics, with weight 0 or in `textgym.agents.runs.evaluation.measure`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewards for the form of a text: JSON of a schema, sentences of a grammar."""
+"""Rewards for the format of a text: a JSON schema, a context-free grammar."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from textgym.rewards.functions.rules import parse_json
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """1 where the completion is JSON that the schema allows, and nothing else (extra `metrics`: jsonschema).
+    """Reward of 1 if the whole completion is JSON that fits a schema, else 0 (extra `metrics`: jsonschema).
 
     >>> JsonSchema({"type": "object", "required": ["name"]})(['{"name": "Ada"}', '{"age": 36}', "Ada"])
     [1.0, 0.0, 0.0]
 
     Raises:
-        ImportError: without jsonschema; the message is the pip line.
-        jsonschema.SchemaError: the schema is none.
+        ImportError: If jsonschema is missing; the message says how to install it.
+        jsonschema.SchemaError: If the schema is invalid.
     """
 
     schema: Mapping[str, Any]
@@ -29,7 +29,7 @@ class JsonSchema:
         self._validator()
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
-        """Scores completions."""
+        """Score completions."""
         validator = self._validator()
         return [float(_is_valid(text, validator)) for text in plain(completions)]
 
@@ -45,18 +45,18 @@ class JsonSchema:
 
 @dataclass(frozen=True)
 class GrammarMatch:
-    """1 where the whole completion is a sentence of a context-free grammar (extra `metrics`: lark).
+    """Reward of 1 if the whole completion is a sentence of a context-free grammar, else 0 (extra `metrics`: lark).
 
     >>> GrammarMatch('start: /[0-9]+/ ("+" /[0-9]+/)*')(["1+2+3", "1+", "one"])
     [1.0, 0.0, 0.0]
 
     Attributes:
-        grammar: in Lark's notation.
-        start: the rule of a whole text.
+        grammar: The grammar in Lark's notation.
+        start: Name of its start rule.
 
     Raises:
-        ImportError: without lark; the message is the pip line.
-        lark.exceptions.GrammarError: the grammar is none.
+        ImportError: If lark is missing; the message says how to install it.
+        lark.exceptions.GrammarError: If the grammar is invalid.
     """
 
     grammar: str
@@ -66,7 +66,7 @@ class GrammarMatch:
         _parser(self.grammar, self.start)
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
-        """Scores completions."""
+        """Score completions."""
         from lark.exceptions import UnexpectedInput
 
         def matches(text: str) -> bool:
@@ -92,4 +92,4 @@ def _parser(grammar: str, start: str) -> Any:
         from lark import Lark
     except ImportError as error:
         raise ImportError("GrammarMatch needs lark: pip install 'textgym[metrics]'") from error
-    return Lark(grammar, start=start, parser="earley")
+    return Lark(grammar, start=start, parser="earley")  # Earley, because LALR does not parse every context-free grammar

@@ -1,8 +1,9 @@
-"""Overlap with reference texts: BLEU, chrF, TER, ROUGE, METEOR, each by the library that defines it.
+"""Overlap with reference texts: BLEU, chrF, TER, ROUGE and METEOR, computed by their standard libraries.
 
-Every function reads the column `references`: for each row a text, or a list of texts any of which would do. Values are
-in the library's own units: 0 to 100 for BLEU and chrF, edits in a hundred words for TER (so give it a negative
-weight), 0 to 1 for ROUGE and METEOR. Where a metric of a whole test set is no mean of sentences, `corpus` computes it.
+Every function reads the column `references`, with one reference text or a list of alternatives per row. Values have the
+library's units: 0 to 100 for BLEU and chrF, edits per hundred words for TER (which is an error rate, so give it a
+negative weight), and 0 to 1 for ROUGE and METEOR. The BLEU, chrF and TER of a whole test set are not means over texts;
+`corpus` computes them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ References = Sequence[str | Sequence[str] | None]
 
 @dataclass(frozen=True)
 class CorpusMetric:
-    """What BLEU, chrF and TER share: a metric of sacrebleu, of sentences or of a corpus."""
+    """Base class for the metrics of sacrebleu, which have a score per text and a score per corpus."""
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
-        """The sentence score of each completion."""
+        """Return the sentence score of each completion, or `None` where there is no reference."""
         metric = self._metric(True)
         texts = plain(completions)
         return [
@@ -31,12 +32,13 @@ class CorpusMetric:
         ]
 
     def corpus(self, completions: Sequence[Text], references: References) -> float:
-        """The score of all completions together, as sacrebleu's command line prints it."""
+        """Return the score of all completions together, equal to that of sacrebleu's command line."""
         rows = [
             (text.strip(), wanted)
             for text, wanted in zip(plain(completions), _listed(references), strict=True)
             if wanted
         ]
+        # sacrebleu wants one list per alternative, as long as the corpus, with `None` where a text has fewer of them.
         width = max(len(wanted) for _, wanted in rows)
         streams = [[wanted[i] if i < len(wanted) else None for _, wanted in rows] for i in range(width)]
         return float(self._metric(False).corpus_score([text for text, _ in rows], streams).score)
@@ -47,11 +49,11 @@ class CorpusMetric:
 
 @dataclass(frozen=True)
 class Bleu(CorpusMetric):
-    """BLEU by sacrebleu, 0 to 100 (extra `metrics`; Post, 2018).
+    """BLEU from 0 to 100, by sacrebleu (extra `metrics`; Post, 2018).
 
     Attributes:
-        tokenize: sacrebleu's tokeniser.
-        lowercase: whether case counts.
+        tokenize: Name of sacrebleu's tokeniser.
+        lowercase: Whether to ignore case.
 
     >>> round(Bleu()(["the cat sat on the mat"], references=["the cat sat on a mat"])[0], 2)
     53.73
@@ -61,15 +63,18 @@ class Bleu(CorpusMetric):
     lowercase: bool = False
 
     def _metric(self, sentence: bool) -> Any:
+        # A text with fewer than 4 words has no 4-grams and would always score 0; `effective_order` leaves out the
+        # orders that a text does not have. sacrebleu recommends it for sentences, and corpus BLEU is defined without
+        # it.
         return _sacrebleu("BLEU", tokenize=self.tokenize, lowercase=self.lowercase, effective_order=sentence)
 
 
 @dataclass(frozen=True)
 class Chrf(CorpusMetric):
-    """chrF by sacrebleu, 0 to 100 (extra `metrics`; Popovic, 2015).
+    """chrF from 0 to 100, by sacrebleu (extra `metrics`; Popovic, 2015).
 
     Attributes:
-        word_order: 2 makes it chrF++.
+        word_order: Order of the word n-grams; 0 for chrF, 2 for chrF++.
 
     >>> round(Chrf()(["the cat"], references=["the cats"])[0], 2)
     77.57
@@ -83,7 +88,7 @@ class Chrf(CorpusMetric):
 
 @dataclass(frozen=True)
 class Ter(CorpusMetric):
-    """Translation edit rate by sacrebleu: edits in a hundred words, lower is better (extra `metrics`; Snover, 2006).
+    """Translation edit rate by sacrebleu: edits per hundred words, lower is better (extra `metrics`; Snover, 2006).
 
     >>> Ter()(["the cat sat"], references=[["the cat sat", "a cat sat"]])
     [0.0]
@@ -95,11 +100,11 @@ class Ter(CorpusMetric):
 
 @dataclass(frozen=True)
 class Rouge:
-    """ROUGE F1 by rouge-score, 0 to 1, the best over the references (extra `metrics`; Lin, 2004).
+    """ROUGE F1 from 0 to 1, by rouge-score: the maximum over the references (extra `metrics`; Lin, 2004).
 
     Attributes:
-        kind: `rougeLsum` takes each line for a sentence.
-        use_stemmer: whether words are compared by their stems.
+        kind: Which ROUGE; `rougeLsum` treats each line as a sentence.
+        use_stemmer: Whether to compare the stems of words.
 
     >>> round(Rouge("rouge1")(["the cat sat"], references=["the cat ran"])[0], 3)
     0.667
@@ -109,7 +114,7 @@ class Rouge:
     use_stemmer: bool = False
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
-        """Scores completions."""
+        """Score completions."""
         scorer = _rouge(self.kind, self.use_stemmer)
         return [
             float(scorer.score_multi(wanted, text)[self.kind].fmeasure) if wanted else None
@@ -119,10 +124,10 @@ class Rouge:
 
 @dataclass(frozen=True)
 class Meteor:
-    """METEOR by nltk, 0 to 1, the best over the references (extra `metrics`; Banerjee and Lavie, 2005).
+    """METEOR from 0 to 1, by nltk: the maximum over the references (extra `metrics`; Banerjee and Lavie, 2005).
 
-    Words match if they or their stems are equal; with `synonyms` also by WordNet, which nltk fetches:
-    `python -m nltk.downloader wordnet`.
+    Words match if they or their stems are equal. With `synonyms`, words that WordNet lists as synonyms match too;
+    download it with `python -m nltk.downloader wordnet`.
 
     >>> round(Meteor()(["the cat sat"], references=["the cats sat"])[0], 3)
     0.981
@@ -131,7 +136,7 @@ class Meteor:
     synonyms: bool = False
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
-        """Scores completions."""
+        """Score completions."""
         try:
             from nltk.tokenize import wordpunct_tokenize
             from nltk.translate.meteor_score import meteor_score
@@ -150,7 +155,7 @@ class Meteor:
 
 
 class _NoSynonyms:
-    """A WordNet without words."""
+    """Stand-in for WordNet that has no synonyms, so that METEOR works without the download."""
 
     def synsets(self, word: str) -> list[Any]:
         return []
@@ -167,7 +172,7 @@ def _wordnet() -> Any:
 
 
 def _listed(references: References) -> list[list[str]]:
-    """The references of each row; none where the column is `None`, and the row is then left out."""
+    """Return the list of references of each row, which is empty if the column is `None`."""
     return [[row] if isinstance(row, str) else list(row or ()) for row in references]
 
 

@@ -24,15 +24,15 @@ BATCH_SIZE = 64
 
 @dataclass
 class Perplexity:
-    """Perplexity of a completion's tokens after its prompt, under a language model: 1 is certain, lower is better.
+    """Perplexity of a completion given its prompt, under a language model; at least 1, and lower is better.
 
-    `None` for a completion without tokens. With `log` it is minus the logarithm, the mean log-prob of a token, which is
-    the form to reward; perplexity itself is one to report, with weight 0.
+    It is `None` for a completion without tokens. With `log=True` the value is the mean log-prob per token, which is
+    minus the logarithm of the perplexity. Use that as a reward, and perplexity as a metric with weight 0.
 
     Attributes:
-        model: a name or path, as every model's.
-        log: mean log-prob, in nats a token, in place of perplexity.
-        device: where it is; `None`: where the environment is.
+        model: Name or path of the language model.
+        log: Whether to return the mean log-prob per token, in nats, instead of the perplexity.
+        device: Device of the model; `None` uses the environment's device.
     """
 
     model: str = "tiny"
@@ -44,14 +44,15 @@ class Perplexity:
         self.where = resolve_device(self.device)
 
     def follow_device(self, device: torch.device) -> None:
-        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
+        """Use the environment's device, unless `device` is set."""
         if self.device is None:
             self.where = device
 
     def share_ids_with(self, tokenizer: Tokenizer) -> bool:
-        """Tells it of a policy's tokenizer; returns whether that gives the same ids as the model's own.
+        """Check whether a policy's tokenizer gives the same ids as the model's own, so that ids can be read directly.
 
-        Ids are read in place of texts only while all tokenizers it was told of do.
+        Ids are read only if this holds for all tokenizers that were passed, because one function may serve several
+        policies.
         """
         same = encodes_alike(tokenizer, load_tokenizer(self.model))
         self.shared_ids = same and self.shared_ids is not False
@@ -66,9 +67,10 @@ class Perplexity:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **_: Any,
     ) -> list[float | None]:
-        """Scores completions."""
+        """Score completions."""
         if not self.shared_ids or prompt_ids is None or completion_ids is None:
             tokenizer = load_tokenizer(self.model)
+            # The first token of a completion needs a context, so an empty prompt becomes EOS.
             prompt_ids = [tokenizer(text).input_ids or [tokenizer.eos_token_id] for text in plain(prompts)]
             completion_ids = [tokenizer(text, add_special_tokens=False).input_ids for text in plain(completions)]
         scores: list[float | None] = [None] * len(completion_ids)

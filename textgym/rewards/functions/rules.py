@@ -1,7 +1,7 @@
-"""Ready-made rewards that need nothing but the text: matching, answers, JSON, length, repetition.
+"""Rewards that need nothing but the text: matching, answers, JSON, length, repetition.
 
-Functions, and dataclasses where there are settings, so that all of them pickle. Conversations are read as their plain
-text. What a text is compared with is a column of the prompts, named in each docstring.
+Those with settings are dataclasses, so all of them can be pickled. Of conversations they read the plain text. If a text
+is compared with something, that is a column of the prompts, which the docstring names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE]
 
 
 def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    """1 where the completion is the column `answer`, but for white space around it.
+    """Return 1 if the completion equals the column `answer`, ignoring surrounding white space, else 0.
 
     >>> exact_match([" yes", "no."], answer=["yes", "no"])
     [1.0, 0.0]
@@ -34,7 +34,7 @@ def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) ->
 def contains_all(
     completions: Sequence[Text], concepts: Sequence[str | Sequence[str] | None], **_: Any
 ) -> list[float | None]:
-    """The share of the words in the column `concepts` that the completion has, whatever their case.
+    """Return the share of the words in the column `concepts` that occur in the completion, ignoring case.
 
     >>> contains_all(["The dog ran.", "Dogs"], concepts=[["dog", "run"], ["dog"]])
     [0.5, 0.0]
@@ -46,7 +46,7 @@ def contains_all(
 
 
 def json_valid(completions: Sequence[Text], **_: Any) -> list[float]:
-    """1 where the completion is a JSON value and nothing else.
+    """Return 1 if the whole completion is a JSON value, else 0.
 
     >>> json_valid([' {"a": [1, 2]}', "{a: 1}", "NaN"])
     [1.0, 0.0, 0.0]
@@ -56,7 +56,7 @@ def json_valid(completions: Sequence[Text], **_: Any) -> list[float]:
 
 @dataclass(frozen=True)
 class RegexMatch:
-    """1 where the pattern is found in the completion, or with `full` is all of it.
+    """Reward of 1 if a regular expression matches part of the completion, or with `full` all of it, else 0.
 
     >>> RegexMatch(r"<answer>.*</answer>")(["so <answer>4</answer>", "4"])
     [1.0, 0.0]
@@ -66,17 +66,18 @@ class RegexMatch:
     full: bool = False
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
-        """Scores completions."""
-        found = re.compile(self.pattern, re.DOTALL)
-        match = found.fullmatch if self.full else found.search
+        """Score completions."""
+        pattern = re.compile(self.pattern, re.DOTALL)
+        match = pattern.fullmatch if self.full else pattern.search
         return [float(match(text) is not None) for text in plain(completions)]
 
 
 @dataclass(frozen=True)
 class NumericAnswer:
-    """1 where the last number in the completion is the column `answer`, a number or its text, within a tolerance.
+    """Reward of 1 if the last number in the completion equals the column `answer` within a tolerance, else 0.
 
-    Thousands separators are read as such; `tolerance` is relative, and absolute around 0.
+    `answer` is a number, or a text whose last number counts. Numbers may have thousands separators. `tolerance` is
+    relative, and absolute near 0.
 
     >>> NumericAnswer()(["3 + 4 = 7.", "about 1,200", "none"], answer=["7", 1200.0, 1])
     [1.0, 1.0, 0.0]
@@ -85,7 +86,7 @@ class NumericAnswer:
     tolerance: float = 1e-6
 
     def __call__(self, completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
-        """Scores completions."""
+        """Score completions."""
         return [
             None if b is None else float(self._equal(last_number(a), last_number(str(b))))
             for a, b in zip(plain(completions), answer, strict=True)
@@ -98,7 +99,7 @@ class NumericAnswer:
 
 
 def completion_length(*, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    """Number of tokens sampled, the stop token included. With weight 0 it is a metric and no reward.
+    """Return the number of sampled tokens, stop token included; use weight 0 to report it as a metric.
 
     >>> completion_length(completion_ids=[[1, 2, 3], [4]])
     [3.0, 1.0]
@@ -108,7 +109,7 @@ def completion_length(*, completion_ids: Sequence[Sequence[int]], **_: Any) -> l
 
 @dataclass(frozen=True)
 class LengthTarget:
-    """0 at `tokens` tokens, falling by 1 for every `tokens` more or fewer; the stop token counts.
+    """Minus the distance from a target length, in units of that length; the stop token counts.
 
     >>> LengthTarget(4)(completion_ids=[[1, 2, 3, 4], [1, 2]])
     [0.0, -0.5]
@@ -121,13 +122,13 @@ class LengthTarget:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
 
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """Scores completions."""
+        """Score completions."""
         return [-abs(len(ids) - self.tokens) / self.tokens for ids in completion_ids]
 
 
 @dataclass(frozen=True)
 class SoftOverlong:
-    """0 up to `max_tokens - buffer` tokens, then falling in a line to -1 at `max_tokens` and beyond.
+    """Penalty for long texts: 0 up to `max_tokens - buffer` tokens, then linear to -1 at `max_tokens` and above.
 
     Source: Yu et al., 2025 (DAPO), equation 13.
 
@@ -143,15 +144,15 @@ class SoftOverlong:
             raise ValueError(f"buffer must be from 1 to max_tokens={self.max_tokens}, got {self.buffer}")
 
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        """Scores completions."""
-        return [
+        """Score completions."""
+        return [  # "0.0 -" and not "-", which would return -0.0 for short texts
             0.0 - min(1.0, max(0.0, (len(ids) - self.max_tokens + self.buffer) / self.buffer)) for ids in completion_ids
         ]
 
 
 @dataclass(frozen=True)
 class DistinctN:
-    """The share of a completion's n-grams of words that are different ones; 1 for texts too short to have any.
+    """Share of distinct word n-grams among all of a completion's; 1 for texts without n-grams.
 
     >>> DistinctN(1)(["a b a b", "a"])
     [0.5, 1.0]
@@ -160,13 +161,13 @@ class DistinctN:
     n: int = 2
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
-        """Scores completions."""
+        """Score completions."""
         return [_distinct(text, self.n) for text in plain(completions)]
 
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Minus the share of a completion's n-grams of words that repeat an earlier one: 0 for none, near -1 for a loop.
+    """Minus the share of a completion's word n-grams that repeat an earlier one: 0 without repetition, at least -1.
 
     >>> RepetitionPenalty(1)(["a b a b", "a b c"])
     [-0.5, 0.0]
@@ -175,12 +176,12 @@ class RepetitionPenalty:
     n: int = 3
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
-        """Scores completions."""
+        """Score completions."""
         return [_distinct(text, self.n) - 1.0 for text in plain(completions)]
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text, `None` where there is none.
+    """Return the last number in a text, or `None` if there is none.
 
     >>> last_number("from 1,000 to 2.5e3"), last_number("no")
     (2500.0, None)
@@ -192,23 +193,24 @@ def last_number(text: str) -> float | None:
 def _share_contained(text: str, words: Sequence[str]) -> float:
     if not words:
         return 1.0
+    # Look-arounds and not \b, which would fail for concepts that begin or end with punctuation, such as "C++".
     found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None for word in words]
     return sum(found) / len(words)
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is none. NaN and Infinity are Python's, not JSON's.
+        ValueError: If it is not JSON. NaN and Infinity are not JSON, although Python's parser accepts them.
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         return json.loads(text, parse_constant=refuse)
-    except RecursionError as error:
+    except RecursionError as error:  # a policy may generate thousands of opening brackets
         raise ValueError("the text is nested too deeply") from error
 
 

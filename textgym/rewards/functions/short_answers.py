@@ -1,4 +1,4 @@
-"""Short answers to questions, compared word by word."""
+"""Rewards for short answers to questions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ARTICLES = {"a", "an", "the"}
 
 
 def token_f1(completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
-    """F1 of the words that completion and answer share, 0 to 1, the best over the column `references`.
+    """Return the F1 of shared words, from 0 to 1: the maximum over the answers in the column `references`.
 
-    Case, punctuation and articles do not count. Source: Rajpurkar et al., 2016 (SQuAD).
+    Case, punctuation and articles are ignored. Source: Rajpurkar et al., 2016 (SQuAD).
 
     >>> token_f1(["The Soviet Union.", "Sputnik", ""], references=["soviet union", ["Sputnik 1", "Sputnik"], "yes"])
     [1.0, 1.0, 0.0]

@@ -1,4 +1,4 @@
-"""Similarity of meaning between a completion and its references, by an encoder."""
+"""Semantic similarity between a completion and its references."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ BATCH_SIZE = 64
 
 @dataclass
 class SemanticSimilarity:
-    """Cosine, -1 to 1, between the meanings of a completion and of the column `references`, the best over a row's.
+    """Cosine similarity, -1 to 1, of the embeddings of a completion and of the column `references`.
 
-    A meaning is the mean of an encoder's last hidden states (Reimers and Gurevych, 2019).
+    An embedding is the mean of an encoder's last hidden states (Reimers and Gurevych, 2019). If a row has several
+    references, the most similar one counts.
 
     Attributes:
         model: `"minilm"` (all-MiniLM-L6-v2, extra `similarity`), or the name or path of any encoder.
-        device: where it is; `None`: where the environment is.
+        device: Device of the model; `None` uses the environment's device.
 
     Raises:
-        ImportError: `"minilm"` without its package; the message is the pip line.
+        ImportError: If the package of `"minilm"` is missing; the message says how to install it.
     """
 
     model: str = "minilm"
@@ -39,34 +40,35 @@ class SemanticSimilarity:
         self.where = resolve_device(self.device)
 
     def follow_device(self, device: torch.device) -> None:
-        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
+        """Use the environment's device, unless `device` is set."""
         if self.device is None:
             self.where = device
 
     def __call__(
         self, completions: Sequence[Text], references: Sequence[str | Sequence[str] | None], **_: Any
     ) -> list[float | None]:
-        """Scores completions."""
+        """Score completions."""
         wanted = [[row] if isinstance(row, str) else list(row or ()) for row in references]
         texts = plain(completions)
-        meanings = dict(
-            zip(known := list({*texts, *(t for row in wanted for t in row)}), self.embed(known), strict=True)
-        )
+
+        known = list({*texts, *(reference for row in wanted for reference in row)})  # each text is embedded once
+        embeddings = dict(zip(known, self.embed(known), strict=True))
+
         return [
-            max((float(meanings[text] @ meanings[reference]) for reference in row), default=None)
+            max((float(embeddings[text] @ embeddings[reference]) for reference in row), default=None)
             for text, row in zip(texts, wanted, strict=True)
         ]
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Meanings `(N, d)`, of length 1, on the CPU."""
+        """Return embeddings of unit length, `(N, d)`, on the CPU."""
         encoder, tokenizer = load_encoder(self.model, self.where)
         rows = tokenizer(list(texts), truncation=True, max_length=encoder.config.max_position_embeddings).input_ids
-        meanings = torch.empty(len(rows), encoder.config.hidden_size)
+        embeddings = torch.empty(len(rows), encoder.config.hidden_size)
         for batch in batches_by_length([len(row) for row in rows], BATCH_SIZE):
             input_ids, lengths = (x.to(self.where) for x in pad_right([rows[index] for index in batch]))
             mask = (torch.arange(input_ids.shape[1], device=self.where) < lengths[:, None]).long()
             hidden = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, T, d)
             mean = (hidden * mask[..., None]).sum(1) / lengths[:, None]
-            meanings[batch] = torch.nn.functional.normalize(mean, dim=-1).cpu()
-        return meanings
+            embeddings[batch] = torch.nn.functional.normalize(mean, dim=-1).cpu()
+        return embeddings

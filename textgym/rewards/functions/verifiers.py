@@ -1,4 +1,4 @@
-"""Rewards by others' scorers: the VADER lexicon, reasoning_gym's tasks."""
+"""Rewards computed by other libraries: the VADER lexicon, the tasks of reasoning_gym."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from textgym.data.messages import Text, plain
 
 
 def lexicon_sentiment(prompts: Sequence[Text], completions: Sequence[Text], **_: Any) -> list[float]:
-    """Sentiment of prompt and completion together by the VADER lexicon, from -1 (negative) to 1 (positive).
+    """Return the sentiment of prompt and completion by the VADER lexicon, from -1 (negative) to 1 (positive).
 
-    A policy trained against a learned reward model never sees it, which makes it an independent judge.
+    It is an independent judge for policies that were trained with a learned reward model.
     Source: Hutto and Gilbert, ICWSM 2014 (`compound` score).
 
     Raises:
-        ImportError: without the vaderSentiment package; the message is the pip line.
+        ImportError: If the vaderSentiment package is missing; the message says how to install it.
     """
     analyzer = _vader()
     return [
@@ -28,12 +28,12 @@ def lexicon_sentiment(prompts: Sequence[Text], completions: Sequence[Text], **_:
 def reasoning_gym_score(
     completions: Sequence[Text], entry: Sequence[Mapping[str, Any] | None], **_: Any
 ) -> list[float | None]:
-    """The score, 0 to 1, that a task of reasoning_gym gives an answer (extra `tasks`).
+    """Return the score of an answer, from 0 to 1, by its task of reasoning_gym (extra `tasks`).
 
-    The column `entry` is the whole row that the task's data set made: `question`, `answer` and `metadata`.
+    The column `entry` is the entry of reasoning_gym's data set, with `question`, `answer` and `metadata`.
 
     Raises:
-        ImportError: without the reasoning-gym package; the message is the pip line.
+        ImportError: If the reasoning-gym package is missing; the message says how to install it.
     """
     try:
         from reasoning_gym import get_score_answer_fn

@@ -67,7 +67,7 @@ def test_an_altered_file_of_the_index_is_refused(cache: Path, index: Path) -> No
     wanted = archive(index)
     with zipfile.ZipFile(index / WHEEL, "a") as wheel:
         wheel.writestr("evil.py", "")
-    with pytest.raises(FetchError, match=r"another SHA-256 than pinned.*put the file \(sha256"):
+    with pytest.raises(FetchError, match=r"does not have the SHA-256 pinned.*put the file \(sha256"):
         sources.fetch(wanted)
     assert list((cache / "downloads").iterdir()) == []
 

@@ -41,7 +41,7 @@ def test_a_debian_package_is_an_ar_archive() -> None:
     package = b"!<arch>\n" + member("debian-binary", b"2.0\n") + member("control.tar.xz", b"odd")
     assert concepts.deb_data(package + member("data.tar.xz", b"files")) == b"files"
     for broken in (package, b"", b"PK" + package):
-        with pytest.raises(ValueError, match="no Debian package"):
+        with pytest.raises(ValueError, match="not a Debian package"):
             concepts.deb_data(broken)
 
 
