@@ -153,7 +153,7 @@ class DQN(OffPolicyAgent):
     def _greedy_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
         """`(B, T, K)` each."""
         config, sequences = self.config, batch.sequences
-        rewards = batch.rewards + self.penalty.coef * batch.reference_log_probs
+        rewards = self.penalty.charge(batch.rewards, -batch.reference_log_probs)
         self.q.heads.redraw(self.shuffler)
         q = _laid_out(self.q.of_actions(sequences), batch)
         with torch.no_grad():

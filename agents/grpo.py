@@ -111,7 +111,7 @@ class GRPO(GroupAgent):
         }
         if self.reference_log_probs is not None:
             kl = self.kl_to_reference(new.log_prob, batch)
-            loss, figures["loss/kl_avg"] = loss + (weights * self.penalty.price(kl)).sum(), (weights * kl).sum()
+            loss, figures["loss/kl_avg"] = loss + (weights * self.penalty.cost(kl)).sum(), (weights * kl).sum()
         return loss, figures
 
     def kl_to_reference(self, log_probs: Tensor, batch: Batch) -> Tensor:

@@ -250,7 +250,7 @@ class OnPolicyAgent(ABC):
                 "raw_scores": rollout.raw_scores,
                 "scores": rollout.scores,
                 "log_probs": rollout.log_probs.sum(1),
-                "cost": self.penalty.price(kl).sum(1),
+                "cost": self.penalty.cost(kl).sum(1),
                 "tokens": rollout.sequences.response_lengths.float(),
                 "ended_by_stop": rollout.ended_by_stop.float(),
                 **rollout.components,

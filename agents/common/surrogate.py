@@ -96,7 +96,7 @@ class SurrogateAgent(OnPolicyAgent):
 
     def price(self, rollout: Rollout, kl: Tensor) -> Tensor:
         """Token rewards `(N, T)`, the KL penalty taken off."""
-        return rollout.rewards() - self.penalty.price(kl)
+        return self.penalty.charge(rollout.rewards(), kl)
 
     @abstractmethod
     def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:

@@ -231,14 +231,14 @@ class TextTask:
         extra = (self.action_masks(),) if self.restricts_actions else ()
         reference = self.penalty.reference.log_prob(observation, actions, *extra).to(self.device)
         alive = self.episodes.alive
-        if self.kl_mode == "reference":
-            paid = torch.where(alive, self.penalty.coef * reference, 0.0)
+        if self.kl_mode == "reference":  # the other half, log pi, is the entropy in the agent's own loss
+            kl = torch.where(alive, -reference, 0.0)
         else:
             assert self.policy is not None
             log_prob = torch.as_tensor(self.policy.log_prob(observation, actions, *extra)).to(self.device).float()
             kl = self.penalty.of_log_probs(log_prob, reference, alive)
             self.kl_sum += kl
-            paid = -self.penalty.price(kl)
+        paid = self.penalty.charge(torch.zeros_like(kl), kl)
         self.kl_paid += paid
         return paid
 

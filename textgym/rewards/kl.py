@@ -1,4 +1,4 @@
-"""The KL penalty to a reference model: estimators, coefficient controllers, and the pass that prices an episode."""
+"""The KL penalty to a reference model: estimators, coefficient controllers, and what is taken off the rewards."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ class ThresholdKL:
 
 
 class KLPenalty:
-    """beta times an estimate of KL(pi, pi_ref), paid token by token.
+    """The penalty of every token: beta times an estimate of KL(pi, pi_ref) (Ziegler et al., 2019, eq. 2).
 
     Args:
         reference: a model name, a language model, or a `TokenModel`; it is frozen, and stays where it is.
         coef: beta, or a controller that moves it.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
-        clamp: what is paid for a token is cut to -clamp and clamp nats, so that no single one rules an update; what is
-            measured is not.
+        clamp: the KL that a token is charged for is cut to -clamp and clamp nats, so that no single token dominates an
+            update; the KL that is measured is not cut.
         device: where a reference that is given by name is.
 
     Raises:
@@ -175,16 +175,26 @@ class KLPenalty:
         )
         return sequences.pad(flat)
 
-    def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
-        """The estimate where `mask` is set, zero elsewhere, whatever stands there.
+    def of_log_probs(self, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the estimate of every token, of any shape; zero where `mask` is given and not set.
 
-        The reference may be elsewhere; the result is where `log_probs` is.
+        The reference may be on another device; the result is where `log_probs` is.
         """
         kl = estimate_kl(log_probs, reference_log_probs.to(log_probs.device), self.estimator)
-        return torch.where(mask, kl, 0.0)
+        return kl if mask is None else torch.where(mask, kl, 0.0)
 
-    def price(self, kl: Tensor) -> Tensor:
-        """What estimates of the KL cost, of any shape: beta times them, clamped."""
+    def charge(self, rewards: Tensor, kl: Tensor) -> Tensor:
+        """Return the rewards of tokens minus the penalty, of any shape.
+
+        Args:
+            rewards: of each token.
+            kl: its estimate in nats; 0 where there is no token. Where agents earn beta log pi_ref instead
+                (`kl_mode="reference"`), it is -log pi_ref: that KL without its log pi.
+        """
+        return rewards - self.cost(kl)
+
+    def cost(self, kl: Tensor) -> Tensor:
+        """Return the penalty that `charge` takes off, in units of reward: beta times the clamped estimates."""
         return self.coef * (kl if self.clamp is None else kl.clamp(-self.clamp, self.clamp))
 
 

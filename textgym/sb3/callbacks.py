@@ -27,8 +27,8 @@ class KLCallback(BaseCallback):
     (`textgym/reward_errors`), where there are any.
 
     Without a reference it only logs; the KL is then the one that `EpisodeRolloutBuffer` or `kl_mode="exact"` measured.
-    With one it prices each token as it is written, by cached decoding; with a coefficient it takes the penalty off the
-    rewards, before they reach the buffer.
+    With one it measures the KL of each token as it is sampled, by cached decoding; with a coefficient it also takes the
+    penalty off the rewards, before they reach the buffer.
 
     Args:
         reference: name, path or model that the KL is measured to.
@@ -93,7 +93,7 @@ class KLCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.penalty is not None:
-            self._price(self.penalty)
+            self._charge_kl(self.penalty)
         for row in np.flatnonzero(self.locals["dones"]):
             info = self.locals["infos"][row]
             self.scores.append(info.get("score", math.nan))
@@ -108,15 +108,16 @@ class KLCallback(BaseCallback):
                 self.episode_kl.append(info["kl"])
         return True
 
-    def _price(self, penalty: KLPenalty) -> None:
-        """The KL of this step's tokens; off the rewards, which SB3 hands to its buffer after the callbacks."""
+    def _charge_kl(self, penalty: KLPenalty) -> None:
+        """Measure the KL of this step's tokens, and charge it to the rewards, which SB3 stores after the callbacks."""
         log_probs = self.locals["log_probs"]
         actions, masks = self.locals["actions"].reshape(-1), self.locals.get("action_masks")
         reference = penalty.reference.log_prob(self.locals["obs_tensor"], actions, masks)
-        kl = penalty.of_log_probs(log_probs, reference, torch.ones_like(log_probs, dtype=torch.bool)).cpu()
+        kl = penalty.of_log_probs(log_probs, reference).cpu()
         self.kl_so_far += kl.numpy()
         if self.pays:
-            self.locals["rewards"][:] -= penalty.price(kl).numpy()
+            rewards = self.locals["rewards"]
+            rewards[:] = penalty.charge(torch.from_numpy(rewards), kl).numpy()
 
     def _on_rollout_end(self) -> None:
         if self.penalty is None and isinstance(self.buffer, EpisodeRolloutBuffer):

@@ -1,4 +1,4 @@
-"""EpisodeRolloutBuffer: SB3's rollout buffer at sequence cost, which also pays the KL."""
+"""EpisodeRolloutBuffer: SB3's rollout buffer at sequence cost, which also charges the KL penalty."""
 
 from __future__ import annotations
 
@@ -144,11 +144,11 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Pays the KL, then GAE as SB3 computes it."""
+        """Charge the KL penalty, then compute GAE as SB3 does."""
         self.segment_lengths = self._measure_segments()
         if self.penalty is not None:
             kl = self._kl(self.penalty)
-            self.rewards -= self.penalty.price(torch.from_numpy(kl)).numpy()
+            self.rewards = self.penalty.charge(torch.from_numpy(self.rewards), torch.from_numpy(kl)).numpy()
             self._count_episodes(kl, dones)
             if self.episode_kl:
                 self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
@@ -241,8 +241,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
             where = self._where(chosen)
             reference = self._reference_log_probs(penalty.reference, chosen)
             log_probs = self.to_torch(self.log_probs[where])
-            every = torch.ones_like(reference, dtype=torch.bool)
-            kl[where] = penalty.of_log_probs(log_probs, reference, every).cpu().numpy()
+            kl[where] = penalty.of_log_probs(log_probs, reference).cpu().numpy()
         return kl
 
     def _reference_log_probs(self, reference: TokenModel, chosen: np.ndarray) -> Tensor:

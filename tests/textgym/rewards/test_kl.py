@@ -107,8 +107,9 @@ def test_clamp_bounds_what_every_token_pays_and_not_what_is_measured(estimator: 
     penalty = KLPenalty(reference, 0.1, estimator, clamp=0.3)
     kl = penalty.of_sequences(policy, sequences, log_probs)
     assert kl.abs().max() > 0.5
-    torch.testing.assert_close(penalty.price(kl), 0.1 * kl.clamp(-0.3, 0.3))
-    torch.testing.assert_close(KLPenalty(reference, 0.1, estimator).price(kl), 0.1 * kl)
+    torch.testing.assert_close(penalty.cost(kl), 0.1 * kl.clamp(-0.3, 0.3))
+    torch.testing.assert_close(penalty.charge(log_probs, kl), log_probs - 0.1 * kl.clamp(-0.3, 0.3))
+    torch.testing.assert_close(KLPenalty(reference, 0.1, estimator).cost(kl), 0.1 * kl)
 
 
 def test_full_kl_never_holds_all_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
