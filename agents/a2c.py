@@ -16,7 +16,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
+from textgym.settings import Count, NotNegative, Share
 
 from .common.advantages import gae, masked_mean, n_step_returns, whiten
 from .common.losses import per_episode, policy_gradient_loss
@@ -31,25 +33,24 @@ class A2CConfig(SurrogateConfig):
 
     estimator: Literal["td", "n_step", "gae"] = "gae"
     """How advantages are estimated."""
-    n_steps: int = 5
+    n_steps: Count = 5
     """Rewards that "n_step" looks ahead before it trusts the critic."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """GAE's lambda."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount."""
-    value_coef: float = 0.5
+    value_coef: NotNegative = 0.5
     """Weight of the value loss."""
     whiten_advantages: bool = False
     """Scale advantages to mean 0 and variance 1 over the rollout's real tokens."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_epochs != 1 or self.minibatch_size is not None:
-            raise ValueError(
+            raise ConfigError(
                 "A2C has no importance ratios, so it may use a rollout for one step only: leave num_epochs=1 and "
                 "minibatch_size=None (micro_batch_size saves memory), or use PPO"
             )
-        if self.n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {self.n_steps}")
 
 
 class A2C(SurrogateAgent):

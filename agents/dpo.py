@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from textgym.data.completions import Example, encode_completions, shorten, split_pair
 from textgym.data.preferences import load_preferences
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.pairwise import pairwise_loss
+from textgym.settings import NotNegative, Positive, Share
 
 from .common.supervised import Batch, OfflineAgent, OfflineConfig
 
@@ -39,28 +41,22 @@ DPOLoss = Literal["sigmoid", "hinge", "ipo"]
 class DPOConfig(OfflineConfig):
     """The knobs of DPO."""
 
-    learning_rate: float = 1e-5
+    learning_rate: NotNegative = 1e-5
     """Peak learning rate of AdamW; DPO wants a lower one than supervised fine-tuning."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """How dear a nat of divergence from the reference is: rewards are beta times log-ratios. Of "ipo" its tau."""
     loss: DPOLoss = "sigmoid"
     """"sigmoid": DPO's; "hinge": no more than a margin of 1 (Zhao et al., 2023, SLiC); "ipo": a margin of 1 / (2 beta)
     and not more (Azar et al., 2024)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Of "sigmoid": the share of pairs that are taken to be the wrong way round (conservative DPO)."""
     use_probability: bool = False
     """Of "sigmoid": train on a pair's `probability`, how likely a rater prefers `chosen`, in place of certainty."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in ("sigmoid", "hinge", "ipo"):
-            raise ValueError(f"unknown loss {self.loss!r}: use 'sigmoid', 'hinge' or 'ipo'")
-        if self.beta <= 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be from 0 to 1, got {self.label_smoothing}")
         if self.loss != "sigmoid" and (self.label_smoothing or self.use_probability):
-            raise ValueError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
+            raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
 
 
 class DPO(OfflineAgent):

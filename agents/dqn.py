@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
+from textgym.settings import Count, NotNegative
 
 from .common.advantages import masked_mean, n_step_returns
 from .common.off_policy import OffPolicyAgent, OffPolicyConfig
@@ -46,7 +48,7 @@ class DQNConfig(OffPolicyConfig):
     """What a state is worth: the value of the objective with its KL, or the best token's Q."""
     prioritised: bool = False
     """Draw episodes with large errors more often (Schaul et al., 2016), which weights make up for in part."""
-    priority_exponent: float = 0.6
+    priority_exponent: NotNegative = 0.6
     """Of "prioritised": 0 draws all alike."""
     q_scale: float = 1.0
     """Of "greedy": Q-values that a nat of the language model's log-probs is worth at first."""
@@ -56,15 +58,13 @@ class DQNConfig(OffPolicyConfig):
     """Of "greedy": a value of the state and advantages of the tokens, in place of plain outputs (Wang et al., 2016)."""
     noisy: bool = False
     """Of "greedy": learned noise on the output weights explores too (Fortunato et al., 2018); alone if epsilon is 0."""
-    n_quantiles: int = 1
+    n_quantiles: Count = 1
     """Of "greedy": above 1, so many quantiles of the return are learned (Dabney et al., 2018)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_quantiles < 1:
-            raise ValueError(f"n_quantiles must be at least 1, got {self.n_quantiles}")
         if self.backup == "soft" and (self.double or self.noisy or self.n_quantiles > 1 or not self.dueling):
-            raise ValueError(
+            raise ConfigError(
                 "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft one chooses no "
                 "best token, explores by its own distribution, and has a value by itself. Set backup='greedy'"
             )

@@ -19,8 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
+from textgym.settings import Count
 
 from .common.advantages import masked_mean, overall_mean
 from .common.group import GroupAgent, GroupConfig
@@ -34,14 +36,15 @@ from .common.surrogate import Batch, Targets
 class ExpertIterationConfig(GroupConfig):
     """The knobs of expert iteration."""
 
-    keep: int = 1
+    keep: Count = 1
     """How many episodes of each prompt are imitated, the best ones."""
     min_score: float | None = None
     """Of these only such as score at least this, KL penalty taken off; None: whatever they score."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.keep <= self.group_size:
-            raise ValueError(f"keep must be from 1 to group_size={self.group_size}, got {self.keep}")
+        super().__post_init__()
+        if self.keep > self.group_size:
+            raise ConfigError(f"keep must be from 1 to group_size={self.group_size}, got {self.keep}")
 
 
 class ExpertIteration(GroupAgent):

@@ -26,6 +26,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.kl import estimate_kl
+from textgym.settings import NotNegative
 
 from .common.advantages import masked_mean, overall_mean
 from .common.group import GroupAgent, GroupConfig
@@ -45,9 +46,9 @@ class GRPOConfig(GroupConfig):
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
     """What the loss is a mean over: "grpo" the tokens of each episode and then episodes, "dr_grpo" episodes times their
     longest possible length, "dapo" all real tokens of the minibatch, "bnpo" those of each micro-batch."""
-    clip_range: float = 0.2
+    clip_range: NotNegative = 0.2
     """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
-    clip_range_high: float | None = None
+    clip_range_high: NotNegative | None = None
     """Another range above 1: DAPO's clip-higher takes 0.28."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL to the reference is paid."""

@@ -21,6 +21,7 @@ from textgym.models.distributions.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import warn_of_filter
+from textgym.settings import Count, PositiveShare
 
 from .common.on_policy import Metrics, OnPolicyConfig
 from .common.rollout import Rollout, collect
@@ -35,17 +36,12 @@ CHUNK = 64
 class NLPOConfig(PPOConfig):
     """The knobs of NLPO."""
 
-    top_p: float = 0.9
+    top_p: PositiveShare = 0.9
     """Share of the masking policy's probability that may be chosen from; 1 allows every token, which is PPO."""
-    min_tokens_to_keep: int = 1
+    min_tokens_to_keep: Count = 1
     """At least so many tokens may be chosen from."""
-    mask_update_interval: int | None = 20
+    mask_update_interval: Count | None = 20
     """Updates from one refresh of the masking policy to the next; None keeps the first one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask_update_interval is not None and self.mask_update_interval < 1:
-            raise ValueError(f"mask_update_interval must be at least 1, got {self.mask_update_interval}")
 
 
 class NLPO(PPO):

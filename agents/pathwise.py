@@ -32,6 +32,7 @@ from textgym.models.distributions.log_probs import in_chunks
 from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
+from textgym.settings import Positive
 
 from .common.advantages import masked_mean, n_step_returns
 from .common.off_policy import OffPolicyAgent, OffPolicyConfig
@@ -46,15 +47,10 @@ class PathwiseConfig(OffPolicyConfig):
 
     relaxation: Literal["straight_through", "gumbel"] = "straight_through"
     """What the critic is given: a token with the relaxed one's derivative, or the relaxed one."""
-    relaxation_temperature: float = 1.0
+    relaxation_temperature: Positive = 1.0
     """The tau of the relaxation: lower is nearer to a token; higher lets a policy that is sure of itself learn."""
     q_scale: float = 1.0
     """Q-values that a nat of the language model's log-probs is worth at first."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.relaxation_temperature <= 0:
-            raise ValueError(f"relaxation_temperature must be above 0, got {self.relaxation_temperature}")
 
 
 class Pathwise(OffPolicyAgent):

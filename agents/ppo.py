@@ -21,11 +21,13 @@ less. Here the clip range may differ above 1, a dual clip bounds what a ratio lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
+from textgym.settings import Count, NotNegative, Share, above
 
 from .common.advantages import gae, masked_mean, overall_mean, whiten
 from .common.losses import PolicyLoss, clipped_policy_loss, clipped_value_loss, penalty_policy_loss
@@ -38,31 +40,31 @@ from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
 class PPOConfig(SurrogateConfig):
     """The knobs of PPO; the coefficient of the KL to the reference and its estimator are the environment's."""
 
-    num_epochs: int = 2
+    num_epochs: Count = 2
     """Passes over each rollout."""
-    minibatch_size: int | None = 32
+    minibatch_size: Count | None = 32
     """Episodes in a minibatch."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount; text has no reason to hurry."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """GAE's lambda."""
     variant: Literal["clip", "penalty"] = "clip"
     """How far an update may go: "clip" ends what a ratio earns, "penalty" makes KL(old, new) cost."""
-    clip_range: float = 0.2
+    clip_range: NotNegative = 0.2
     """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
-    clip_range_high: float | None = None
+    clip_range_high: NotNegative | None = None
     """Another range above 1, if the upper bound is to differ."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, above(1)] | None = None
     """Above 1: where the advantage is negative no ratio loses more than this many times it."""
-    clip_range_value: float | None = 0.2
+    clip_range_value: NotNegative | None = 0.2
     """Values move by at most this much an update before their loss stops falling; None for no limit."""
-    kl_min: float = 0.003
+    kl_min: NotNegative = 0.003
     """Of "penalty": below this KL(old, new), in nats a token, its coefficient is halved."""
-    kl_max: float = 0.015
+    kl_max: NotNegative = 0.015
     """Of "penalty": above this KL(old, new), in nats a token, its coefficient is doubled."""
-    penalty_coef: float = 1.0
+    penalty_coef: NotNegative = 1.0
     """Of "penalty": its first coefficient."""
-    value_coef: float = 0.1
+    value_coef: NotNegative = 0.1
     """Weight of the value loss."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over the rollout's real tokens."""
@@ -70,10 +72,9 @@ class PPOConfig(SurrogateConfig):
     """Scale token rewards to variance 1, without moving their mean."""
 
     def __post_init__(self) -> None:
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}: it would clip what the ratio 1 loses")
-        if not 0 <= self.kl_min < self.kl_max:
-            raise ValueError(f"the bounds must be 0 <= kl_min < kl_max, got {self.kl_min} and {self.kl_max}")
+        super().__post_init__()
+        if not self.kl_min < self.kl_max:
+            raise ConfigError(f"kl_min must be below kl_max={self.kl_max}, got {self.kl_min}")
 
 
 class PPO(SurrogateAgent):

@@ -17,7 +17,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
+from textgym.settings import NotNegative, Share
 
 from .common.advantages import discounted_returns, leave_one_out_mean, masked_mean
 from .common.losses import per_episode, policy_gradient_loss
@@ -32,16 +34,17 @@ class REINFORCEConfig(SurrogateConfig):
 
     reward_to_go: bool = True
     """Credit a token with what is paid from it on; off, with the return of the whole episode."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount of rewards to go."""
     baseline: Literal["none", "mean", "learned"] = "mean"
     """What is taken off the returns."""
-    value_coef: float = 0.5
+    value_coef: NotNegative = 0.5
     """Weight of the value loss, for the learned baseline."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_epochs != 1 or self.minibatch_size is not None:
-            raise ValueError(
+            raise ConfigError(
                 "REINFORCE has no importance ratios, so it may use a rollout for one step only: leave num_epochs=1 and "
                 "minibatch_size=None (micro_batch_size saves memory), or use PPO"
             )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
+from textgym.settings import NotNegative
 
 from .common.advantages import masked_mean, whiten
 from .common.group import GroupAgent, GroupConfig
@@ -35,7 +36,7 @@ class RLOOConfig(GroupConfig):
 
     normalise: Literal["none", "batch"] = "none"
     """Whether advantages are scaled to mean 0 and variance 1 over the rollout, as in REINFORCE++."""
-    clip_range: float = 0.2
+    clip_range: NotNegative = 0.2
     """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
 
 

@@ -61,6 +61,7 @@ Count = Annotated[int, at_least(1)]
 NotNegative = Annotated[float, at_least(0)]
 Positive = Annotated[float, above(0)]
 Share = Annotated[float, between(0, 1)]
+PositiveShare = Annotated[Share, above(0)]
 
 
 def check_settings(config: Any) -> None:

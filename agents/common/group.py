@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
+
+from textgym.settings import at_least
 
 from .surrogate import SurrogateAgent, SurrogateConfig
 
@@ -15,7 +17,7 @@ from .surrogate import SurrogateAgent, SurrogateConfig
 class GroupConfig(SurrogateConfig):
     """What every agent that compares episodes can be told."""
 
-    group_size: int = 8
+    group_size: Annotated[int, at_least(2)] = 8
     """Episodes of each prompt; the rows of the environment are a multiple of it."""
 
 
@@ -31,10 +33,9 @@ class GroupAgent(SurrogateAgent):
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         size = self.config.group_size
-        if size < 2 or self.envs.num_envs % size:
+        if self.envs.num_envs % size:
             raise ValueError(
-                f"group_size={size} must be at least 2 and divide num_envs={self.envs.num_envs}: each prompt takes so "
-                "many rows"
+                f"group_size={size} must divide num_envs={self.envs.num_envs}: each prompt takes so many rows"
             )
 
     def episode_options(self) -> dict[str, Any]:

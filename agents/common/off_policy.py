@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from textgym.models.actor_critic import ActorCritic, Step
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
+from textgym.settings import Count, Positive, PositiveShare, Share, at_least
 
 from ..machine.distributed import count
 from .metrics import Figures, mean_over, on_host
@@ -33,46 +34,34 @@ from .rollout import Rollout, collect
 class OffPolicyConfig(OnPolicyConfig):
     """What every agent with a memory can be told; `episodes_per_update` are played between two updates."""
 
-    episodes_per_update: int = 64
+    episodes_per_update: Count = 64
     """Episodes collected before each update; a multiple of the number of rows of the environment."""
-    gradient_steps: int = 4
+    gradient_steps: Count = 4
     """Steps of the optimiser in an update."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Episodes drawn from memory for a step."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Of them in one forward pass; gradients add up to those of the batch. None: the whole batch."""
-    memory_size: int = 8192
+    memory_size: Count = 8192
     """Episodes that are remembered, the newest ones."""
-    learning_starts: int = 256
+    learning_starts: Annotated[int, at_least(0)] = 256
     """Episodes that are played before the first step."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount."""
-    n_steps: int = 1
+    n_steps: Count = 1
     """Rewards before the target; with more a score at the end reaches earlier tokens sooner."""
-    tau: float = 1.0
+    tau: PositiveShare = 1.0
     """Share of the new weights in the targets when they are updated; 1 copies them."""
-    target_update_interval: int = 16
+    target_update_interval: Count = 16
     """Steps of the optimiser from one update of the targets to the next."""
-    epsilon_start: float = 1.0
+    epsilon_start: Share = 1.0
     """Share of tokens drawn from the reference at first."""
-    epsilon_end: float = 0.05
+    epsilon_end: Share = 0.05
     """The same from `epsilon_fraction` of the episodes on; in between it falls linearly."""
-    epsilon_fraction: float = 0.5
+    epsilon_fraction: Share = 0.5
     """Share of the episodes over which epsilon falls."""
-    exploration_temperature: float = 1.0
+    exploration_temperature: Positive = 1.0
     """Divides the reference's logits where epsilon draws from it: the more above 1, the nearer to uniform."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_steps", "target_update_interval", "n_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"tau is a share above 0 and at most 1, got {self.tau}")
-        if self.exploration_temperature <= 0:
-            raise ValueError(f"exploration_temperature must be above 0, got {self.exploration_temperature}")
-        for name in ("epsilon_start", "epsilon_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
 
 
 class Behaviour:

@@ -27,6 +27,7 @@ from textgym.models.machine.seeding import global_generators, restore_global_gen
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
+from textgym.settings import Count, NotNegative, Positive, check_settings
 
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import (
@@ -60,17 +61,17 @@ Callback = Callable[["OnPolicyAgent", Metrics], bool | None]
 class OnPolicyConfig:
     """What every on-policy algorithm can be told."""
 
-    episodes_per_update: int = 128
+    episodes_per_update: Count = 128
     """Episodes collected before each update, by all processes; a multiple of the rows of their environments."""
-    learning_rate: float = 1e-4
+    learning_rate: NotNegative = 1e-4
     """Peak learning rate of AdamW."""
     anneal_learning_rate: bool = True
     """Whether the learning rate falls linearly to zero over `total_episodes`."""
-    adam_epsilon: float = 1e-5
+    adam_epsilon: NotNegative = 1e-5
     """Adam's epsilon; a small one makes the first updates large."""
     adam_8bit: bool = False
     """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """The gradient of a minibatch is scaled down to this norm."""
     seed: int = 0
     """Seeds prompts, sampling and minibatches."""
@@ -83,6 +84,9 @@ class OnPolicyConfig:
     less than 5% of its norm (`python benchmarks/bf16.py`)."""
     gradient_checkpointing: bool = False
     """Keep what goes into each layer alone and run it again in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 class OnPolicyAgent(ABC):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, on_device
@@ -31,6 +32,7 @@ from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.models.last_token import pad_right
+from textgym.settings import Count, NotNegative, Positive, Share, check_settings
 
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import explained
@@ -48,25 +50,25 @@ Batch = dict[str, Tensor]
 class OfflineConfig:
     """What every offline algorithm can be told."""
 
-    learning_rate: float = 1e-4
+    learning_rate: NotNegative = 1e-4
     """Peak learning rate of AdamW, which has torch's epsilon of 1e-8: warmup keeps the first updates small."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Updates to make, in place of `epochs`."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Examples, or pairs, in one update, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Of them in one forward pass; gradients add up to exactly those of the batch. None: the whole batch."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Share of the updates over which the learning rate rises."""
     anneal_learning_rate: bool = True
     """Whether the learning rate then falls linearly to zero."""
     adam_8bit: bool = False
     """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """The gradient of an update is scaled down to this norm."""
-    max_length: int = 512
+    max_length: Count = 512
     """Tokens of a text at most, or fewer if the model has fewer places: a prompt that is too long loses its beginning,
     and a completion its end."""
     append_eos: bool = True
@@ -79,8 +81,9 @@ class OfflineConfig:
     """Of the order of the data."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(
+        check_settings(self)
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of micro_batch_size={self.micro_batch_size}"
             )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.sequences import Sequences, on_both
+from textgym.settings import Count, NotNegative
 
 from ..machine.distributed import evenly, everyone, share_of, total
 from .advantages import overall_mean
@@ -32,15 +33,15 @@ from .rollout import Rollout
 class SurrogateConfig(OnPolicyConfig):
     """What every surrogate agent can be told; the KL's coefficient and estimator are the environment's."""
 
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """Passes over each rollout."""
-    minibatch_size: int | None = None
+    minibatch_size: Count | None = None
     """Episodes in a minibatch, over all processes; None takes all of them at once."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Episodes in one forward pass; gradients add up to exactly those of the minibatch. None: the whole minibatch."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    target_kl: float | None = None
+    target_kl: NotNegative | None = None
     """Ends an update's epochs when the approximate KL to the old policy, per token, exceeds 1.5 times this."""
 
 

@@ -429,7 +429,7 @@ def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: l
         (lambda: agents.A2CConfig(n_steps=0), "n_steps must be at least 1"),
         (lambda: agents.PPOConfig(dual_clip=0.5), "dual_clip must be above 1"),
         (lambda: agents.ExpertIterationConfig(keep=9), "keep must be from 1 to group_size=8"),
-        (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "0 <= kl_min < kl_max"),
+        (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "kl_min must be below kl_max=0.01, got 0.1"),
         (lambda: agents.NLPOConfig(mask_update_interval=0), "mask_update_interval must be at least 1"),
         (lambda: make_agent("grpo", group_size=5), "divide num_envs=16"),
         (lambda: make_agent("rloo", group_size=1), "at least 2"),
