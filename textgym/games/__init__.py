@@ -1,4 +1,4 @@
-"""Games and tasks of other libraries as text environments, played token by token or a turn a step."""
+"""Games and tasks of other libraries as text environments; a step is a token, or with `TurnActions` a whole turn."""
 
 from __future__ import annotations
 

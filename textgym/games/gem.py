@@ -16,13 +16,15 @@ from textgym.games.game_env import Game, GameEnv, GameVectorEnv
 def from_gem(
     make_game: Callable[[], Any], tokenizer: Any = "tiny", *, num_envs: int | None = None, **kwargs: Any
 ) -> GameEnv | GameVectorEnv:
-    """A game of GEM's, or of the same form: `reset(seed) -> text, info`, `step(text) -> text, reward, ...`.
+    """Make an environment from a game with GEM's interface.
+
+    The interface is `reset(seed) -> text, info` and `step(text) -> text, reward, terminated, truncated, info`.
 
     Args:
-        make_game: such as `lambda: gem.make("game:GuessTheNumber-v0")`.
-        tokenizer: name, path or tokenizer.
-        num_envs: rows; a single environment if not given.
-        kwargs: as `GameEnv`.
+        make_game: Function that makes a game, such as `lambda: gem.make("game:GuessTheNumber-v0")`.
+        tokenizer: Name, path or tokenizer.
+        num_envs: Number of rows of a vector environment; `None` makes a single environment.
+        kwargs: Arguments of `GameEnv`.
     """
     make = partial(_OwnRandomness, make_game)
     if num_envs is None:
@@ -31,7 +33,7 @@ def from_gem(
 
 
 class _OwnRandomness:
-    """A game that draws from global generators, as those of both libraries do, with a state of them for itself."""
+    """A game with its own state of the global random generators, which games of GEM and TextArena use."""
 
     def __init__(self, make_game: Callable[[], Game]) -> None:
         self.state: tuple[Any, Any] | None = None
@@ -50,6 +52,7 @@ class _OwnRandomness:
 
     @contextmanager
     def _own(self) -> Iterator[None]:
+        """Replace the global random state by the game's own, so that games do not affect each other or the agent."""
         kept = random.getstate(), np.random.get_state()  # noqa: NPY002
         if self.state is not None:
             random.setstate(self.state[0])

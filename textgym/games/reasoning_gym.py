@@ -12,13 +12,13 @@ from textgym.rewards.functions import reasoning_gym_score
 def from_reasoning_gym(
     dataset: Any, tokenizer: Any = "tiny", *, num_envs: int | None = None, **kwargs: Any
 ) -> TextEnv | TextVectorEnv:
-    """The questions of a data set of reasoning-gym's, scored by its own scorer (extra `tasks`).
+    """Make an environment from a data set of reasoning-gym, scored by the data set's own scorer (extra `tasks`).
 
     Args:
-        dataset: such as `reasoning_gym.create_dataset("leg_counting", size=100, seed=0)`.
-        tokenizer: name, path or tokenizer.
-        num_envs: rows; a single environment if not given.
-        kwargs: as `TextEnv`.
+        dataset: Data set, such as `reasoning_gym.create_dataset("leg_counting", size=100, seed=0)`.
+        tokenizer: Name, path or tokenizer.
+        num_envs: Number of rows of a vector environment; `None` makes a single environment.
+        kwargs: Arguments of `TextEnv`.
 
     >>> import reasoning_gym
     >>> env = from_reasoning_gym(reasoning_gym.create_dataset("chain_sum", size=3, seed=1))

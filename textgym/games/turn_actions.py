@@ -1,4 +1,4 @@
-"""TurnActions: an action is a whole reply."""
+"""TurnActions: whole replies as actions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from textgym.wrappers.views import View
 
 
 class TurnActions(View, gym.utils.RecordConstructorArgs):
-    """An action is a string: the shape of GEM, SkyRL-gym and TextArena.
+    """Wrapper whose actions are strings, as in GEM, SkyRL-gym and TextArena.
 
-    The string is written token by token and closed by the tokenizer's EOS, once that is allowed; what the episode's
-    end leaves over is dropped. The rewards of its tokens are summed and the turn is one transition. For many rows take
-    `gymnasium.vector.SyncVectorEnv`: their turns differ in length.
+    The wrapper steps through the tokens of the string, and through EOS if it is allowed. If the episode ends earlier,
+    the remaining tokens are dropped. The reward is the sum over the tokens. For several rows use
+    `gymnasium.vector.SyncVectorEnv`, because turns have different lengths.
 
     Args:
-        env: a `TextEnv`, with any wrappers that leave its actions alone.
+        env: A `TextEnv`, with wrappers that do not change its actions.
 
     Raises:
-        ValueError: actions that are no tokens; a turn that writes none.
+        ValueError: If the actions of `env` are not tokens, or a turn has no token.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import TextObservation
@@ -38,16 +38,19 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
         gym.utils.RecordConstructorArgs.__init__(self)
         super().__init__(env)
         if not isinstance(env.action_space, TokenSpace):
-            raise ValueError(f"TurnActions writes tokens, and the actions of what it is to wrap are {env.action_space}")
+            raise ValueError(
+                f"TurnActions needs an environment whose actions are tokens, but the actions are {env.action_space}"
+            )
         self.action_space = TextSpace(longest_text(self.task.tokenizer, self.task.episodes.max_new_tokens))
 
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Writes a reply."""
+        """Step through the tokens of a reply."""
         if not isinstance(action, str):
-            raise ValueError(f"an action is a string here, got {action!r}")
+            raise ValueError(f"an action of TurnActions is a string, got {action!r}")
         tokens, eos = self.task.tokenizer(action, add_special_tokens=False).input_ids, self.task.tokenizer.eos_token_id
         total, outcome = 0.0, None
         for token in [*tokens, eos]:
+            # Before min_new_tokens, EOS would count as an ordinary token of the reply.
             if token == eos and not self.env.get_wrapper_attr("action_masks")()[eos]:
                 continue
             outcome = super().step(token)
@@ -55,6 +58,6 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
             if outcome[2] or outcome[3]:
                 break
         if outcome is None:
-            raise ValueError("a turn has at least one token, and min_new_tokens does not allow the EOS yet: say more")
+            raise ValueError("the reply has no tokens, and min_new_tokens does not allow EOS yet: pass a longer reply")
         observation, _, terminated, truncated, info = outcome
         return observation, total, terminated, truncated, info

@@ -1,4 +1,4 @@
-"""Views of a text environment for agents of other libraries; each has a form for one row and one for a batch.
+"""Wrappers for agents that cannot handle tokens; each comes in a version for one row and a version for a batch.
 
 >>> import gymnasium as gym
 >>> from textgym.wrappers import HiddenStateObservation, TopKActions

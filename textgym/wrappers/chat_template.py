@@ -1,4 +1,4 @@
-"""ChatTemplate: prompts as conversations, in the words of the tokenizer's chat template."""
+"""ChatTemplate: prompts as conversations, rendered with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from textgym.wrappers.views import VectorView, View
 
 
 class ChatTemplate(View, gym.utils.RecordConstructorArgs):
-    """Each prompt becomes a user's message, and the chat template opens the assistant's turn after it.
+    """Wrapper that turns each prompt into a user's message, rendered with the tokenizer's chat template.
 
-    Reward functions then get conversations, as TRL's do: `prompts` are lists of messages, `completions` a message of
-    the assistant's each. Prompts that are conversations already only get the system message, before all others. Wrap
-    before the first `reset`; spaces and actions stay as they are.
+    Reward functions then get conversations, as in TRL: `prompts` are lists of messages, and each completion is one
+    message of the assistant. If a prompt is a conversation already, only the system message is put before it. Apply the
+    wrapper before the first `reset`. Observations and actions do not change.
 
     Args:
-        env: a `TextEnv`, with any wrappers.
-        system: the system message, if there is to be one.
+        env: A `TextEnv`, with any wrappers.
+        system: Text of the system message; `None` adds no system message.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: If the tokenizer has no chat template.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.testing import byte_tokenizer
@@ -44,7 +44,7 @@ class ChatTemplate(View, gym.utils.RecordConstructorArgs):
 
 
 class VectorChatTemplate(VectorView):
-    """`ChatTemplate` of a `TextVectorEnv`, see there.
+    """Version of `ChatTemplate` for a `TextVectorEnv`.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.testing import byte_tokenizer
@@ -64,7 +64,7 @@ class VectorChatTemplate(VectorView):
 
 
 def conversational(row: Row, system: str | None = None) -> Row:
-    """A row whose prompt is a conversation.
+    """Return a row with its prompt as a conversation.
 
     >>> conversational({"prompt": "Hi", "answer": 1})
     {'prompt': [{'role': 'user', 'content': 'Hi'}], 'answer': 1}

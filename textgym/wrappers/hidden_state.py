@@ -1,4 +1,4 @@
-"""HiddenStateObservation: the context as a vector, for agents with plain networks."""
+"""HiddenStateObservation: the context as a vector, for agents with small networks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from textgym.wrappers.views import VectorObservationView, View, check_tokens_are
 
 
 class HiddenStateObservation(View, gym.utils.RecordConstructorArgs):
-    """The observation is the last hidden state of a frozen language model: `Box(-inf, inf, (d,), float32)`.
+    """Wrapper that returns the last hidden state of a frozen language model as the observation.
 
-    The model steps through its key-value cache, one token's work a step. With `TopKActions` an agent with a multilayer
-    perceptron, of any library, trains at once.
+    The observation space is `Box(-inf, inf, (d,), float32)`. The model has a key-value cache, so each step encodes one
+    token. Together with `TopKActions`, any library can train an agent with a multilayer perceptron.
 
     Args:
-        env: a `TextEnv`, with wrappers that leave its observations alone.
-        model: name, path or model; the environment's reference if not given, which then does one token's work a step
+        env: A `TextEnv`, with wrappers that do not change its observations.
+        model: Name, path or model; the default is the environment's reference, which then encodes each token only once
             for both purposes.
 
     Raises:
-        ValueError: no model, or observations that are no longer tokens.
+        ValueError: If there is no model, or the observations are not tokens.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import HiddenStateObservation
@@ -45,7 +45,7 @@ class HiddenStateObservation(View, gym.utils.RecordConstructorArgs):
         self.observation_space = hidden_space(self.model)
 
     def observe(self, observation: Any) -> Any:
-        """`(d,)` float32."""
+        """Return the hidden state, `(d,)` float32."""
         return self.model.next_hidden(observation)[0].float().cpu().numpy()
 
     def translate(self, policy: Policy) -> Policy:
@@ -54,7 +54,7 @@ class HiddenStateObservation(View, gym.utils.RecordConstructorArgs):
 
 
 class VectorHiddenStateObservation(VectorObservationView):
-    """`HiddenStateObservation` of a `TextVectorEnv`, see there; one batch of the model a step.
+    """Version of `HiddenStateObservation` for a `TextVectorEnv`; the model runs once per step for all rows.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import VectorHiddenStateObservation
@@ -72,7 +72,7 @@ class VectorHiddenStateObservation(VectorObservationView):
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
     def observe(self, observation: Any) -> Any:
-        """`(B, d)` float32."""
+        """Return the hidden states, `(B, d)` float32."""
         return self.out(self.model.next_hidden(observation).float())
 
     def translate(self, policy: Policy) -> Policy:
@@ -81,12 +81,12 @@ class VectorHiddenStateObservation(VectorObservationView):
 
 
 def hidden_space(model: TokenModel) -> gym.spaces.Box:
-    """`Box(d,)` of a model's last hidden state."""
+    """Return the space of a model's last hidden state."""
     return gym.spaces.Box(-np.inf, np.inf, (model.head.weight.shape[1],), np.float32)
 
 
 class _HiddenPolicy:
-    """A policy that reads hidden states, shown tokens."""
+    """Adapter from a policy that reads hidden states to one that reads tokens."""
 
     def __init__(self, policy: Policy, model: TokenModel) -> None:
         self.policy, self.model = policy, model

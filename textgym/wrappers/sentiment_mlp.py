@@ -1,4 +1,4 @@
-"""textgym/SentimentMLP-v0: the Sentiment task in the spaces that agents with small networks take."""
+"""textgym/SentimentMLP-v0: the Sentiment task for agents with small networks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from textgym.wrappers.top_k import TopKActions, VectorTopKActions
 
 
 def sentiment_mlp(k: int = 32, **kwargs: Any) -> gym.Env[Any, Any]:
-    """`textgym/Sentiment-v0` through `HiddenStateObservation` and `TopKActions`.
+    """Return `textgym/Sentiment-v0` with `HiddenStateObservation` and `TopKActions`.
 
-    ## Description
-    Continue a movie review, see `SentimentEnv`. The reference, which is frozen, reads the text and proposes tokens; the
-    agent reads its hidden state and chooses.
+    ## Description Continue a movie review, as in `SentimentEnv`. The agent observes the hidden state of the frozen
+    reference and chooses among the reference's most likely tokens.
 
     ## Action Space
     `Discrete(32)`: the i-th most likely token.
@@ -26,15 +25,15 @@ def sentiment_mlp(k: int = 32, **kwargs: Any) -> gym.Env[Any, Any]:
     `Box(-inf, inf, (192,), float32)`: the reference's last hidden state.
 
     ## Rewards
-    As `SentimentEnv`. The environment pays the KL (`kl_mode="reference"`).
+    As in `SentimentEnv`. The environment applies the KL penalty (`kl_mode="reference"`).
 
     ## Starting State, Episode End
-    As `SentimentEnv`.
+    As in `SentimentEnv`.
 
     ## Arguments
     Args:
-        k: number of actions.
-        kwargs: as `SentimentEnv`.
+        k: Number of actions.
+        kwargs: Arguments of `SentimentEnv`.
 
     >>> import gymnasium as gym, textgym
     >>> env = gym.make("textgym/SentimentMLP-v0")
@@ -45,5 +44,5 @@ def sentiment_mlp(k: int = 32, **kwargs: Any) -> gym.Env[Any, Any]:
 
 
 def sentiment_mlp_vector(num_envs: int, k: int = 32, **kwargs: Any) -> VectorEnv[Any, Any, Any]:
-    """Many rows of `sentiment_mlp`, see there; arguments as `TextVectorEnv`."""
+    """Return the vector version of `sentiment_mlp`, with arguments of `TextVectorEnv`."""
     return VectorTopKActions(VectorHiddenStateObservation(SentimentVectorEnv(num_envs, **kwargs)), k)

@@ -1,4 +1,4 @@
-"""TextObservation: the text so far as a string."""
+"""TextObservation: the text so far as a string observation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from textgym.wrappers.views import VectorObservationView, View, check_tokens_are
 
 
 class TextObservation(View, gym.utils.RecordConstructorArgs):
-    """The observation is the text so far, prompt and completion, as one string: a `gymnasium.spaces.Text`.
+    """Wrapper that returns prompt and completion so far as one string; the space is a `gymnasium.spaces.Text`.
 
-    It is what the tokens of the observation decode to, special tokens included; the two apart are in
-    `env.unwrapped.transcript`. A character whose bytes lie in several tokens shows when the last of them is there.
+    The string is the decoded observation, special tokens included. `env.unwrapped.transcript` has prompt and completion
+    separately. If the bytes of a character are spread over several tokens, it appears with the last of them.
 
     Args:
-        env: a `TextEnv`, with wrappers that leave its observations alone.
+        env: A `TextEnv`, with wrappers that do not change its observations.
 
     Raises:
-        ValueError: observations that are no longer tokens.
+        ValueError: If the observations are not tokens.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import TextObservation
@@ -38,13 +38,13 @@ class TextObservation(View, gym.utils.RecordConstructorArgs):
         self.observation_space = TextSpace(longest_text(self.task.tokenizer, self.task.episodes.width))
 
     def observe(self, observation: Any) -> str:
-        """The text."""
+        """Return the text."""
         ids = observation["input_ids"][: int(observation["attention_mask"].sum())]
         return str(self.task.tokenizer.decode(ids))
 
 
 class VectorTextObservation(VectorObservationView):
-    """`TextObservation` of a `TextVectorEnv`, see there: a tuple with a string for each row.
+    """Version of `TextObservation` for a `TextVectorEnv`; observations are tuples with one string per row.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import VectorTextObservation
@@ -60,7 +60,7 @@ class VectorTextObservation(VectorObservationView):
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
     def observe(self, observation: Any) -> tuple[str, ...]:
-        """The texts `(B,)`."""
+        """Return the texts `(B,)`."""
         lengths = observation["attention_mask"].sum(-1).tolist()
         rows = [ids[:length] for ids, length in zip(observation["input_ids"].tolist(), lengths, strict=True)]
         return tuple(self.task.tokenizer.batch_decode(rows))

@@ -1,4 +1,4 @@
-"""TextSpace: strings in any script."""
+"""TextSpace: a space of strings with any characters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import gymnasium as gym
 
 
 class TextSpace(gym.spaces.Text):
-    """`gymnasium.spaces.Text` of any characters: all of Unicode is in it, printable ASCII is what `sample` draws.
+    """`gymnasium.spaces.Text` that contains all of Unicode; `sample` returns printable ASCII.
 
     Args:
-        max_length: most characters.
+        max_length: Maximum number of characters.
 
     >>> "naïve 🎬" in TextSpace(10), "eleven char" in TextSpace(10)
     (True, False)
@@ -22,10 +22,10 @@ class TextSpace(gym.spaces.Text):
         super().__init__(max_length, min_length=0, charset=string.printable)
 
     def contains(self, x: Any) -> bool:
-        """Whether it is a string that is short enough."""
+        """Return whether `x` is a string of at most `max_length` characters."""
         return isinstance(x, str) and len(x) <= self.max_length
 
 
 def longest_text(tokenizer: Any, num_tokens: int) -> int:
-    """Characters that so many tokens may hold."""
+    """Return the maximum number of characters in a text of `num_tokens` tokens."""
     return num_tokens * max(len(token) for token in tokenizer.get_vocab())

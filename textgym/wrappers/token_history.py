@@ -1,4 +1,4 @@
-"""TokenHistory: the last tokens alone, in a window of fixed width."""
+"""TokenHistory: a window of the last tokens as the observation."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from textgym.wrappers.views import VectorObservationView, View, check_tokens_are
 
 
 class TokenHistory(View, gym.utils.RecordConstructorArgs):
-    """The observation is the last n tokens, newest last, for agents that embed a window.
+    """Wrapper that returns the last n tokens as the observation, for agents that embed a window of tokens.
 
-    `Dict(input_ids=Box(0, V-1, (n,), int64), attention_mask=Box(0, 1, (n,), int64))`. The newest token is always in
-    the last slot; where the text is shorter than n, padding stands in front. Language models want the whole,
-    right-padded observation instead.
+    The observation space is `Dict(input_ids=Box(0, V-1, (n,), int64), attention_mask=Box(0, 1, (n,), int64))`. The
+    newest token is always last; texts shorter than n are padded on the left. Do not use it with language models, which
+    need the whole, right-padded observation.
 
     Args:
-        env: a `TextEnv`, with wrappers that leave its observations alone.
-        n: width of the window.
+        env: A `TextEnv`, with wrappers that do not change its observations.
+        n: Width of the window.
 
     Raises:
-        ValueError: n below 1, or observations that are no longer tokens.
+        ValueError: If n is below 1, or the observations are not tokens.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import TokenHistory
@@ -44,13 +44,13 @@ class TokenHistory(View, gym.utils.RecordConstructorArgs):
         self.n = n
 
     def observe(self, observation: Any) -> dict[str, np.ndarray]:
-        """`(n,)` each."""
+        """Return the window, `(n,)` per key."""
         batch = {key: torch.as_tensor(value)[None] for key, value in observation.items()}
         return {key: value[0].numpy() for key, value in window(batch, self.n, self.task).items()}
 
 
 class VectorTokenHistory(VectorObservationView):
-    """`TokenHistory` of a `TextVectorEnv`, see there.
+    """Version of `TokenHistory` for a `TextVectorEnv`.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import VectorTokenHistory
@@ -68,24 +68,25 @@ class VectorTokenHistory(VectorObservationView):
         self.n = n
 
     def observe(self, observation: Any) -> dict[str, Any]:
-        """`(B, n)` each."""
+        """Return the windows, `(B, n)` per key."""
         batch = {key: torch.as_tensor(value) for key, value in observation.items()}
         return {key: self.out(value) for key, value in window(batch, self.n, self.task).items()}
 
 
 def window(observation: dict[str, torch.Tensor], n: int, task: TextTask) -> dict[str, torch.Tensor]:
-    """The last n tokens of each row, from the lengths alone."""
+    """Return the last n tokens of each row."""
+    # From lengths and not from ids, because a policy may sample the padding token.
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1, keepdim=True)
-    slots = lengths - n + torch.arange(n, device=ids.device)  # (B, n)
+    slots = lengths - n + torch.arange(n, device=ids.device)  # (B, n), negative before the text
     real = slots >= 0
     picked = ids.gather(1, slots.clamp(min=0))
     return {"input_ids": torch.where(real, picked, task.episodes.pad_token_id), "attention_mask": real.long()}
 
 
 def window_space(task: TextTask, n: int) -> gym.spaces.Dict:
-    """The space of `window`."""
+    """Return the observation space of windows of n tokens."""
     if n < 1:
-        raise ValueError(f"a window holds at least 1 token, got n={n}")
+        raise ValueError(f"n must be at least 1, got {n}")
     return gym.spaces.Dict(
         {
             "input_ids": gym.spaces.Box(0, task.vocab_size - 1, (n,), np.int64),

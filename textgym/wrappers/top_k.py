@@ -1,4 +1,4 @@
-"""TopKActions: the large action space made small."""
+"""TopKActions: a small action space that consists of the most likely tokens."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from textgym.wrappers.views import VectorView, View, model_or_reference
 
 
 class TopKActions(View, gym.utils.RecordConstructorArgs):
-    """Action i is the i-th most likely token by a language model, of those that are allowed: `Discrete(k)`.
+    """Wrapper whose action i is the i-th most likely allowed token under a language model: `Discrete(k)`.
 
-    Stop tokens are not offered while the response is too short to end. The KL stays exact: it is that of the token
-    written, to the reference over the whole vocabulary. The environment pays it, in `kl_mode="reference"` or, after
-    `attach_policy`, in `"exact"`. `"deferred"` leaves it to the agent, which here sees no tokens and so cannot pay.
+    Stop tokens are no candidates before `min_new_tokens`. The KL penalty is computed over the whole vocabulary. The
+    environment applies it, in `kl_mode="reference"` or, after `attach_policy`, in `"exact"`. With `"deferred"` the
+    agent would have to apply it, which is impossible, because the agent does not see tokens.
 
     Args:
-        env: a `TextEnv`, with any wrappers.
-        k: number of actions.
-        model: name, path or model that ranks the tokens; the environment's reference if not given, which then does
-            one token's work a step for both purposes.
+        env: A `TextEnv`, with any wrappers.
+        k: Number of actions.
+        model: Name, path or model that ranks the tokens; the default is the environment's reference, which then encodes
+            each token only once for both purposes.
 
     Raises:
-        ValueError: `k` beyond the vocabulary, no model, or a KL that nobody could pay.
+        ValueError: If `k` is larger than the vocabulary, there is no model, or `kl_mode` is `"deferred"`.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import TopKActions
     >>> env = TopKActions(gym.make("textgym/Sentiment-v0", max_new_tokens=3), k=4)
     >>> observation, info = env.reset(seed=0, options={"prompt_index": 0})
     >>> for _ in range(3):
-    ...     observation, reward, terminated, truncated, info = env.step(0)  # the likeliest token
+    ...     observation, reward, terminated, truncated, info = env.step(0)  # the most likely token
     >>> terminated, env.action_masks().tolist()
     (True, [True, True, True, True])
     """
@@ -49,24 +49,24 @@ class TopKActions(View, gym.utils.RecordConstructorArgs):
         self.action_space = gym.spaces.Discrete(k)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode."""
+        """Start an episode."""
         observation, info = super().reset(seed=seed, options=options)
         self.candidates.forget()
         return observation, self._with_mask(info)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Appends the candidate of this rank."""
+        """Append the candidate with this rank."""
         token = int(self.candidates.at(np.asarray(action).reshape(1))[0])
         observation, reward, terminated, truncated, info = super().step(token)
         self.candidates.forget()
         return observation, reward, terminated, truncated, self._with_mask(info)
 
     def action_masks(self) -> np.ndarray:
-        """Bool `(k,)`: false where fewer than k tokens are allowed."""
+        """Return a bool array `(k,)`, with false at the end if fewer than k tokens are allowed."""
         return self.candidates.masks()[0].cpu().numpy()
 
     def translate(self, policy: Policy) -> Policy:
-        """A policy over ranks as one over tokens."""
+        """Return a policy over tokens for a policy over ranks."""
         return _RankPolicy(policy, self.candidates)
 
     def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class TopKActions(View, gym.utils.RecordConstructorArgs):
 
 
 class VectorTopKActions(VectorView):
-    """`TopKActions` of a `TextVectorEnv`, see there; one batch of the model a step.
+    """Version of `TopKActions` for a `TextVectorEnv`; the model runs once per step for all rows.
 
     >>> import gymnasium as gym, textgym
     >>> from textgym.wrappers import VectorTopKActions
@@ -94,23 +94,23 @@ class VectorTopKActions(VectorView):
         self.action_space = batch_space(self.single_action_space, env.num_envs)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts episodes."""
+        """Start episodes."""
         observation, infos = super().reset(seed=seed, options=options)
         self.candidates.forget()
         return observation, self._with_mask(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Appends the candidates of these ranks."""
+        """Append the candidates with these ranks."""
         observation, rewards, terminated, truncated, infos = super().step(self.candidates.at(actions))
         self.candidates.forget()
         return observation, rewards, terminated, truncated, self._with_mask(infos)
 
     def action_masks(self) -> Any:
-        """Bool `(B, k)`: false where fewer than k tokens are allowed."""
+        """Return a bool array `(B, k)`, with false at the end of rows where fewer than k tokens are allowed."""
         return self.out(self.candidates.masks())
 
     def translate(self, policy: Policy) -> Policy:
-        """A policy over ranks as one over tokens."""
+        """Return a policy over tokens for a policy over ranks."""
         return _RankPolicy(policy, self.candidates)
 
     def _with_mask(self, infos: dict[str, Any]) -> dict[str, Any]:
@@ -118,44 +118,44 @@ class VectorTopKActions(VectorView):
 
 
 class Candidates:
-    """The k likeliest tokens that may come next in each row of a task, looked up once a step."""
+    """The k most likely allowed next tokens of each row of a task, computed once per step."""
 
     def __init__(self, task: TextTask, k: int, model: TokenModel) -> None:
         if not 1 <= k <= task.vocab_size:
-            raise ValueError(f"k must be from 1 to the {task.vocab_size} tokens of the vocabulary, got {k}")
+            raise ValueError(f"k must be between 1 and {task.vocab_size}, the size of the vocabulary, got {k}")
         if task.action_space.kl_payer == "agent":
             raise ValueError(
-                "kl_mode='deferred' leaves the KL to the agent, which sees no tokens through TopKActions and cannot "
-                "pay: make the environment with kl_mode='reference' or 'exact', or with kl_coef=0"
+                "with kl_mode='deferred' the agent applies the KL penalty, which is impossible with TopKActions, "
+                "because it hides the tokens: use kl_mode='reference' or 'exact', or kl_coef=0"
             )
         self.task, self.k, self.model = task, k, model
         self._known: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
-        """The rows have moved on."""
+        """Discard the candidates, because the rows have changed."""
         self._known = None
 
     def tokens(self) -> Tensor:
-        """`(B, k)` token ids, likeliest first."""
+        """Return token ids `(B, k)`, most likely first."""
         return self._look_up()[0]
 
     def masks(self) -> Tensor:
-        """Bool `(B, k)`: those that are allowed; they come first."""
+        """Return a bool tensor `(B, k)` of the candidates that are allowed; these come first."""
         return self._look_up()[1]
 
     def at(self, ranks: Any) -> Tensor:
-        """The tokens `(B,)` of these ranks.
+        """Return the tokens `(B,)` with these ranks.
 
         Raises:
-            ValueError: a rank outside 0 to k - 1.
+            ValueError: If a rank is not between 0 and k - 1.
         """
         ranks = torch.as_tensor(ranks, device=self.task.device).long()
         if bool(((ranks < 0) | (ranks >= self.k)).any()):
-            raise ValueError(f"actions {ranks.tolist()} are not all from 0 to {self.k - 1}, the {self.k} candidates")
+            raise ValueError(f"actions must be between 0 and {self.k - 1}, got {ranks.tolist()}")
         return self.tokens().gather(1, ranks[:, None])[:, 0]
 
     def ranks(self, tokens: Any) -> Tensor:
-        """The ranks `(B,)` of candidates: the way back from `at`."""
+        """Return the ranks `(B,)` of tokens that are candidates; the inverse of `at`."""
         tokens = torch.as_tensor(tokens, device=self.task.device)
         return (self.tokens() == tokens[:, None]).int().argmax(-1)
 
@@ -163,7 +163,7 @@ class Candidates:
         if self._known is None:
             allowed = self.task.action_masks()  # (B, V)
             logits = self.model.next_logits(self.task.episodes.observation()).to(allowed.device)
-            shared = min(logits.shape[1], allowed.shape[1])  # models pad their vocabularies, each its own way
+            shared = min(logits.shape[1], allowed.shape[1])  # models pad their vocabularies to different sizes
             ranked = torch.full(allowed.shape, -torch.inf, device=allowed.device)
             ranked[:, :shared] = logits[:, :shared].masked_fill(~allowed[:, :shared], -torch.inf)
             values, tokens = ranked.topk(self.k, dim=-1)
@@ -172,7 +172,7 @@ class Candidates:
 
 
 class _RankPolicy:
-    """A policy over ranks, asked about tokens."""
+    """Adapter from a policy over ranks to one over tokens."""
 
     def __init__(self, policy: Policy, candidates: Candidates) -> None:
         self.policy, self.candidates = policy, candidates

@@ -64,7 +64,7 @@ def test_rows_and_their_final_observations(settings: dict[str, Any], mode: Autor
 
 
 def test_only_one_view_of_the_tokens(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="only one can be used"):
+    with pytest.raises(ValueError, match="use only one wrapper"):
         HiddenStateObservation(HiddenStateObservation(TextEnv(**settings)))
 
 

@@ -59,10 +59,10 @@ def test_a_turn_is_the_sum_of_its_tokens(settings: dict[str, Any]) -> None:
 def test_a_turn_before_the_end_is_allowed(settings: dict[str, Any]) -> None:
     env = TurnActions(TextObservation(TextEnv(**{**settings, "min_new_tokens": 3})))
     env.reset(options={"prompt_index": 2})
-    with pytest.raises(ValueError, match="say more"):
+    with pytest.raises(ValueError, match="pass a longer reply"):
         env.step("")
     assert env.step("b")[:1] + env.step("cd")[2:3] == ("ab", True)
-    with pytest.raises(ValueError, match="writes tokens"):
+    with pytest.raises(ValueError, match="whose actions are tokens"):
         TurnActions(TopKActions(TextEnv(**settings), 2))
 
 

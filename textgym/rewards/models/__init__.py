@@ -1,4 +1,4 @@
-"""Learned rewards: `RewardModel`, and `train_reward_model`, which trains one on preference pairs."""
+"""Learned rewards: reward models, ensembles, process reward models, and their training on preference pairs."""
 
 from __future__ import annotations
 

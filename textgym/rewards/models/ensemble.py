@@ -1,4 +1,4 @@
-"""RewardEnsemble: several reward models as one, against reward hacking."""
+"""RewardEnsemble: several reward models combined, against reward hacking."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Reduce = Literal["mean", "min", "mean_minus_std"]
 
 
 class RewardEnsemble:
-    """Scores by several reward models, put together: what fools one of them need not fool the others.
+    """A reward function that combines the scores of several reward models.
 
-    Logs how far the members disagree, as the metric `reward_ensemble/std`. Members ought to be calibrated, so that
-    their scores are in one unit.
+    A text that exploits one member may not exploit the others. The standard deviation between the members is logged as
+    the metric `reward_ensemble/std`. Calibrate the members, so that their scores have the same unit.
 
     Args:
-        members: reward models, or names or paths of some.
-        reduce: `"mean"`, `"min"` (worst case), or `"mean_minus_std"`, mean - k deviations between the members (Coste et
-            al., 2023, "Reward Model Ensembles Help Mitigate Overoptimization").
-        k: of `"mean_minus_std"`.
-        device: where members that are given by name are; `None`: where the environment is.
+        members: Reward models, or their names or paths.
+        reduce: `"mean"`, `"min"` (worst case), or `"mean_minus_std"`, which is the mean minus `k` standard deviations
+            between the members (Coste et al., 2023, "Reward Model Ensembles Help Mitigate Overoptimization").
+        k: Factor of `"mean_minus_std"`.
+        device: Device of the members given by name; `None` uses the environment's device.
 
     Raises:
-        ValueError: no members, or an unknown reduction.
+        ValueError: If there are no members, or `reduce` is unknown.
     """
 
     __name__ = "reward_ensemble"
@@ -53,12 +53,12 @@ class RewardEnsemble:
         self.reduce, self.k = reduce, k
 
     def share_ids_with(self, tokenizer: Any) -> bool:
-        """Tells the members of a policy's tokenizer; returns whether all of them read its ids."""
-        shared = [member.share_ids_with(tokenizer) for member in self.members]  # every one is told
+        """Pass a policy's tokenizer to all members; return whether all of them can read its ids."""
+        shared = [member.share_ids_with(tokenizer) for member in self.members]  # a list: all() alone would stop early
         return all(shared)
 
     def follow_device(self, device: torch.device) -> None:
-        """Hears from an environment where it is; members that were named without a device go there."""
+        """Move the members that were given by name without a device to the environment's device."""
         for member in self.own:
             member.to(device)
 
@@ -70,14 +70,14 @@ class RewardEnsemble:
         log_metric: Callable[[str, float], None] | None = None,
         **ids: Any,
     ) -> list[float]:
-        """One score for each completion; `prompt_ids` and `completion_ids` are handed on."""
+        """Return one score per completion; `prompt_ids` and `completion_ids` are passed on to the members."""
         scores = np.array([member(prompts, completions, **ids) for member in self.members])  # (M, N)
-        deviations = scores.std(0)
+        std = scores.std(0)  # (N,)
         if log_metric is not None and scores.size:
-            log_metric("reward_ensemble/std", float(deviations.mean()))
+            log_metric("reward_ensemble/std", float(std.mean()))
         if self.reduce == "min":
             reduced = scores.min(0)
         else:
-            reduced = scores.mean(0) - (self.k if self.reduce == "mean_minus_std" else 0.0) * deviations
+            reduced = scores.mean(0) - (self.k if self.reduce == "mean_minus_std" else 0.0) * std
         result: list[float] = reduced.tolist()
         return result

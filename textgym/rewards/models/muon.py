@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, which orthogonalises in bfloat16, with float32 products on the CPU.
+    """`torch.optim.Muon` that computes in float32 on the CPU.
 
-    Processors without bfloat16 instructions, such as AMD's before Zen 4, take many times as long for a product in it.
-    On a GPU this is torch's own step.
+    torch orthogonalises in bfloat16, which is many times slower on processors without bfloat16 instructions, such as
+    AMD's before Zen 4. On a GPU this optimiser uses torch's own step.
     """
 
     @torch.no_grad()

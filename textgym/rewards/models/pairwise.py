@@ -1,4 +1,4 @@
-"""Trains a scorer on preference pairs, on `transformers.Trainer`: loss, batches, optimiser."""
+"""Loss, batches and optimiser for training a reward model on preference pairs with `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -28,52 +28,52 @@ SILENT: dict[str, Any] = {
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
 }
-"""Arguments of a `transformers.Trainer` that prints nothing, writes nothing, and hands batches on as they are."""
+"""Arguments of a `transformers.Trainer` that prints nothing, saves nothing and leaves batches unchanged."""
 
 
 @dataclass
 class RewardModelConfig:
-    """How a reward model is trained."""
+    """Hyperparameters for training a reward model."""
 
     matrix_learning_rate: float | None = None
-    """Peak learning rate of Muon, which moves the weight matrices; 0 leaves them to AdamW. None: 0.02 for "tiny", whose
-    best it is, and 0 for other trunks, which know more than preferences teach."""
+    """Peak learning rate of Muon for the weight matrices; 0 trains them with AdamW instead. None: 0.02 for "tiny", and
+    0 for other trunks, because large steps would destroy what they learned in pretraining."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW, which moves embeddings, norms and the reward head. None: 0.01 for "tiny", 2e-5 for
-    other trunks."""
+    """Peak learning rate of AdamW for embeddings, norms and the reward head. None: 0.01 for "tiny", 2e-5 for other
+    trunks."""
     num_layers: int | None = None
-    """Layers of the trunk to keep, the lowest ones; the upper ones of a small model know little but the next token."""
+    """Number of the trunk's lowest layers to keep; the upper layers of small models only help to predict tokens."""
     epochs: float = 1.0
     """Passes over the preference pairs."""
     groups_per_batch: int = 1
     """Groups of compared texts in one update."""
     warmup: float = 0.1
-    """Share of the updates over which the learning rate rises, before it falls along a cosine."""
+    """Share of the updates during which the learning rate rises; afterwards it follows a cosine down to 0."""
     weight_decay: float = 0.1
-    """Of the weight matrices."""
+    """Weight decay of the weight matrices."""
     mean_coefficient: float = 1.0
-    """Weight of the same loss on the mean score over all tokens, which teaches every token, not the last alone."""
+    """Weight of the same loss on the mean score over all tokens, which trains the score of every token."""
     use_margin: bool = False
-    """Ask for a difference of scores above the pair's `margin` (Touvron et al. 2023, equation 2)."""
+    """Require the scores to differ by more than the pair's `margin` (Touvron et al., 2023, equation 2)."""
     label_smoothing: float = 0.0
-    """Share of pairs that are taken to be the wrong way round."""
+    """Assumed share of pairs whose labels are swapped."""
     use_probability: bool = False
-    """Train on a pair's `probability`, how likely a rater prefers `chosen`, in place of certainty."""
+    """Train on a pair's `probability`, which is how likely a rater prefers `chosen`, instead of 1."""
     center_coefficient: float = 0.0
-    """Weight of the squared sum of a pair's scores, which keeps them near zero (Eisenstein et al. 2023)."""
+    """Weight of the squared sum of a pair's scores, which keeps scores near 0 (Eisenstein et al., 2023)."""
     max_length: int = 512
-    """Tokens of a text that are read; longer ones lose their beginning."""
+    """Maximum number of tokens of a text; longer texts lose their beginning."""
     heldout_fraction: float = 0.1
-    """Share of the groups kept for the reported accuracy, where no held-out pairs are given."""
+    """Share of the groups held out for the reported accuracy, if no held-out pairs are passed."""
     bf16: bool = False
-    """Train under bfloat16 autocast, which pays on hardware with matrix units for it."""
+    """Train with bfloat16 autocast, which is faster on hardware with matrix units for it."""
     num_threads: int = 1
-    """Torch threads while training on a CPU: two collapse when another process runs."""
+    """Torch threads while training on a CPU. With two, training becomes very slow if another process is running."""
     seed: int = 0
-    """Of the reward head and the order of the groups."""
+    """Seed of the reward head and of the order of the groups."""
 
     def resolved(self, base: object) -> RewardModelConfig:
-        """With the learning rates for a trunk where none are set."""
+        """Return a copy in which learning rates that are not set have the defaults for a trunk."""
         matrix, other = (0.02, 0.01) if str(base) == "tiny" else (0.0, 2e-5)
         return replace(
             self,
@@ -90,22 +90,23 @@ def pairwise_loss(
     label_smoothing: float = 0.0,
     probability: Tensor | None = None,
 ) -> Tensor:
-    """Mean of `-p log sigmoid(d) - (1 - p) log sigmoid(-d)` plus centring, with `d = chosen - rejected - margin`.
+    """Return the mean of `-p log sigmoid(d) - (1 - p) log sigmoid(-d)`, with `d = chosen - rejected - margin`.
 
-    With p = 1, as by default, it is the loss of TRL's RewardTrainer (Bradley and Terry, 1952).
+    With p = 1, the default, this is the loss of TRL's RewardTrainer (Bradley and Terry, 1952).
 
     Args:
         chosen: `(P,)` scores of the preferred texts.
-        rejected: `(P,)` scores of the others.
-        margin: `(P,)`, how much higher the preferred text ought to score.
-        center_coefficient: weight of the mean of `(chosen + rejected)^2`.
-        label_smoothing: epsilon, the share of pairs that are taken to be the wrong way round: p = 1 - epsilon.
-        probability: `(P,)`, p, how likely a rater prefers the chosen text; smoothed towards 1/2 in the same way.
+        rejected: `(P,)` scores of the other texts.
+        margin: `(P,)` required differences of scores.
+        center_coefficient: Weight of the mean of `(chosen + rejected)^2`, which is added to the loss.
+        label_smoothing: Epsilon, the assumed share of pairs whose labels are swapped: p = 1 - epsilon.
+        probability: `(P,)` values of p, which is how likely a rater prefers the chosen text. Label smoothing moves them
+            towards 1/2.
     """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     p = torch.ones_like(difference) if probability is None else probability
     p = p * (1 - label_smoothing) + (1 - p) * label_smoothing
-    # log sigmoid(-d) = log sigmoid(d) - d
+    # Both terms need only one logsigmoid, which does not overflow, because log sigmoid(-d) = log sigmoid(d) - d.
     loss = -(F.logsigmoid(difference) - (1 - p) * difference).mean()
     return loss + center_coefficient * (chosen + rejected).square().mean()
 
@@ -117,14 +118,14 @@ def fit(
     config: RewardModelConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
-    """Trains all weights of a scorer on groups of pairs; quiet, and it leaves no files.
+    """Train all weights of a scorer on groups of pairs, without output or files.
 
     Args:
-        scorer: its weights require gradients.
-        groups: each trained on as one element of a batch.
-        encode: texts to ids, closed as the model reads them.
-        config: learning rates, epochs, loss.
-        callbacks: of transformers, for progress.
+        scorer: The scorer; its weights must require gradients.
+        groups: Groups of pairs; each group is one element of a batch.
+        encode: Function from texts to ids, with EOS if the model reads it.
+        config: Hyperparameters.
+        callbacks: Callbacks of transformers, for progress.
     """
     device = scorer.classifier.device
     with tempfile.TemporaryDirectory() as folder, on_device(device):
@@ -155,7 +156,7 @@ def fit(
 
 
 class PairwiseTrainer(Trainer):
-    """`transformers.Trainer` with the pairwise loss over the batches of `GroupCollator`."""
+    """`transformers.Trainer` with the pairwise loss on batches of `GroupCollator`."""
 
     def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -168,7 +169,7 @@ class PairwiseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one batch of groups; every text in it is encoded once."""
+        """Return the loss of a batch of groups, in which every text is encoded once."""
         last, mean = (scores[:, 0] for scores in model(*inputs["texts"]))  # (N,) each
         loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
         return (loss, last) if return_outputs else loss
@@ -187,7 +188,7 @@ class PairwiseTrainer(Trainer):
 
 
 class GroupCollator:
-    """Puts groups of pairs into one batch: each text once, and pairs as indices into the texts."""
+    """Collator that puts each text of some groups into a batch once, and the pairs as indices into the texts."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class GroupCollator:
         self.rows = dict(zip(texts, encode(list(texts.values())), strict=True))
 
     def __call__(self, groups: list[list[Pair]]) -> dict[str, Any]:
-        """`texts`: padded ids `(N, T)` and lengths `(N,)`; `chosen`, `rejected`, `margin`, `probability`: `(P,)`."""
+        """Return `texts` (padded ids `(N, T)` and lengths `(N,)`) and the indices, margins and probabilities `(P,)`."""
         pairs = [pair for group in groups for pair in group]
         chosen, rejected = ([text_key(text_of(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
         texts = list(dict.fromkeys(chosen + rejected))
@@ -220,9 +221,9 @@ class GroupCollator:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices and AdamW for embeddings, norms and heads, as Muon's authors advise.
+    """Optimiser that uses Muon for weight matrices and AdamW for embeddings, norms and heads.
 
-    Without a learning rate for the matrices AdamW has them too.
+    Muon's authors recommend this division. If the learning rate of the matrices is 0, AdamW trains them too.
     """
 
     def __init__(self, scorer: LastTokenScorer, config: RewardModelConfig) -> None:
@@ -242,14 +243,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both, with the learning rates that schedulers have written into this object's groups."""
+        """Take a step with both optimisers."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
-            part.param_groups = [group]
+            part.param_groups = [group]  # schedulers set the learning rate in this object's groups, not in the parts'
             part.step()
 
 
 def text_of(pair: Pair, side: str) -> Text:
-    """The whole text, or conversation, of a pair's `"chosen"` or `"rejected"` side."""
+    """Return the whole text or conversation of a pair's `"chosen"` or `"rejected"` side, prompt included."""
     prompt, text = pair.get("prompt"), pair[side]
     if isinstance(text, str):
         if prompt is not None and not isinstance(prompt, str):
@@ -260,5 +261,5 @@ def text_of(pair: Pair, side: str) -> Text:
 
 
 def text_key(text: Text) -> str:
-    """What equal texts share and others do not."""
+    """Return a hashable key that is the same for equal texts only."""
     return text if isinstance(text, str) else json.dumps(text)

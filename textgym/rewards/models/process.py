@@ -1,4 +1,4 @@
-"""ProcessRewardModel: a reward model that scores every token, or every step, of a completion."""
+"""ProcessRewardModel: a reward model that scores every step or every token of a completion."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from textgym.rewards.models.reward_model import encodes_alike
 
 
 class ProcessRewardModel:
-    """A token-level reward function that is a trained token classifier.
+    """A token-level reward function that uses a trained token classifier.
 
-    With a separator, such as a line break, a completion is a sequence of steps, each scored at the token that completes
-    its separator, or at the last token of the text (Lightman et al., 2023, "Let's Verify Step by Step"); the other
-    tokens get 0. Without one every token is scored. A score is the probability of the chosen label, or the raw output
-    of a model with a single one.
+    With a separator, such as a line break, a completion is a sequence of steps. Each step is scored at the token that
+    completes its separator, or at the last token of the text; all other tokens get 0 (Lightman et al., 2023, "Let's
+    Verify Step by Step"). Without a separator every token is scored. A score is the probability of the chosen label, or
+    the raw output if the model has only one label.
 
-    It reads the policy's ids and places scores by them, so the policy's tokenizer must be its own.
+    Rewards belong to the policy's tokens, so the model must have the policy's tokenizer.
 
     Args:
-        model: token classifier of transformers; it is frozen, its dropout removed.
-        tokenizer: the model's own.
-        separator: what ends a step; `None` scores every token.
-        label: index of the label that says a step is right.
-        batch_size: texts scored at once.
-        max_length: tokens of prompt and completion that are read, at most what the model has positions for; longer ones
-            lose their beginning, whose tokens get 0.
+        model: Token classifier of transformers. It is frozen and its dropout is turned off.
+        tokenizer: The tokenizer of the model.
+        separator: Text that ends a step; `None` scores every token.
+        label: Index of the label that means that a step is correct.
+        batch_size: Number of texts that are scored at once.
+        max_length: Maximum number of tokens of prompt and completion, limited by the positions of the model. Longer
+            texts lose their beginning, and completion tokens in it get 0.
 
     Raises:
-        ValueError: an empty separator, or a label that the model does not have.
+        ValueError: If the separator is empty, or the model does not have the label.
     """
 
     __name__ = "process_reward_model"
@@ -57,7 +57,7 @@ class ProcessRewardModel:
             raise ValueError("the separator is empty: give the text that ends a step, or None to score every token")
         num_labels = int(model.config.num_labels or 1)
         if not -num_labels <= label < num_labels:
-            raise ValueError(f"the model has {num_labels} labels, and none with index {label}")
+            raise ValueError(f"the model has {num_labels} labels and none with the index {label}: choose another label")
         self.model = freeze(disable_dropout(model))
         self.tokenizer, self.separator, self.label, self.batch_size = tokenizer, separator, label, batch_size
         self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
@@ -72,10 +72,10 @@ class ProcessRewardModel:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> ProcessRewardModel:
-        """A trained token classifier: a folder, or a hub id; `settings` are those of the constructor.
+        """Load a trained token classifier from a folder or the hub; `settings` are arguments of the constructor.
 
         Raises:
-            ValueError: unknown name, or a model whose head was never trained.
+            ValueError: If the name is unknown, or the head of the model was never trained.
         """
         model = load_classifier(
             name_or_path,
@@ -89,22 +89,22 @@ class ProcessRewardModel:
         return cls(model, tokenizer, **settings)
 
     def share_ids_with(self, tokenizer: Tokenizer) -> bool:
-        """Checks that a policy's tokenizer gives the same ids as the model's own.
+        """Check that a policy's tokenizer gives the same ids as the model's own.
 
         Raises:
-            ValueError: it does not.
+            ValueError: If it does not.
         """
         if not encodes_alike(tokenizer, self.tokenizer):
             raise ValueError(
-                "a process reward model places its scores by the policy's tokens, and the policy's tokenizer is not "
-                "its own: train it on the policy's tokenizer, or use a RewardModel, which reads text"
+                "a process reward model scores the policy's tokens, but its tokenizer differs from the policy's: "
+                "train it with the policy's tokenizer, or use a RewardModel, which reads text"
             )
         return True
 
     def __call__(
         self, *, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[list[float]]:
-        """A list for each completion, with a reward for each of its tokens."""
+        """Return a list for each completion with a reward for each of its tokens."""
         pairs = zip(prompt_ids, completion_ids, strict=True)
         rows = [[*prompt, *completion][-self.max_length :] for prompt, completion in pairs]
         rewards: list[list[float]] = [[] for _ in rows]
@@ -118,7 +118,7 @@ class ProcessRewardModel:
 
     @torch.no_grad()
     def token_scores(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Scores `(B, T)` of every token of right-padded rows of these lengths; anything in the padding."""
+        """Return scores `(B, T)` of all tokens of right-padded rows; those of padding are meaningless."""
         device = self.model.device
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.long().to(device)).logits.float()
@@ -131,9 +131,10 @@ class ProcessRewardModel:
         return [score if token in ends else 0.0 for token, score in enumerate(scores)]
 
     def _step_ends(self, ids: Sequence[int], separator: str) -> set[int]:
-        """Indices of the tokens that complete a separator, and of the last one if it ends a step of its own."""
+        """Return the indices of tokens that complete a separator, and of the last token if it ends a step."""
         ends: set[int] = set()
         seen, last = 0, -1
+        # Prefixes are decoded, because a separator may consist of several tokens, or be part of one.
         for token in range(len(ids)):
             count = self._text(ids[: token + 1]).count(separator)
             if count > seen:

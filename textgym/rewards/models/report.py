@@ -1,4 +1,4 @@
-"""PreferenceReport: how good a reward model is, by how clear the preference was and by how sure the model is."""
+"""PreferenceReport: accuracy of a reward model by margin of the preference and by confidence of the model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from textgym.rewards.models.training import score_differences
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pairs that are alike in one figure.
+    """Pairs with similar values of a quantity.
 
     Attributes:
-        low: the figure's lower bound.
-        high: its upper bound.
-        count: pairs.
-        mean: the figure's mean over them.
-        accuracy: share of them that the model orders as the raters did; a tie counts one half.
+        low: Lower bound of the values.
+        high: Upper bound of the values.
+        count: Number of pairs.
+        mean: Mean of the values.
+        accuracy: Share of the pairs that the model orders as the raters did; a tie counts as one half.
     """
 
     low: float
@@ -39,11 +39,12 @@ class PreferenceReport:
     """Accuracy of a reward function on preference pairs.
 
     Attributes:
-        accuracy: over all pairs.
-        by_margin: by the pairs' `margin`, in buckets of equal count; empty if they have none.
-        by_confidence: by the probability `sigmoid(|difference|)` that the model itself gives to its order, in tenths
-            between 1/2 and 1. A calibrated model is right as often as it says.
-        calibration_error: mean of `abs(confidence - accuracy)` over the pairs, by bucket.
+        accuracy: Accuracy over all pairs.
+        by_margin: Accuracy by the pairs' `margin`, in buckets of equal size; empty if the pairs have no margin.
+        by_confidence: Accuracy by confidence, which is the probability `sigmoid(|difference|)` that the model gives to
+            its own order, in buckets of width 0.1 from 0.5 to 1. The accuracy of a calibrated model equals its
+            confidence.
+        calibration_error: Mean of `abs(confidence - accuracy)` over the buckets, weighted by their size.
     """
 
     accuracy: float
@@ -53,15 +54,14 @@ class PreferenceReport:
 
     @classmethod
     def of(cls, reward: Callable[..., Any], pairs: Sequence[Pair], num_buckets: int = 5) -> PreferenceReport:
-        """Measures a reward function on pairs as `load_preferences` reads them.
-
-        The gain of a `RewardModel` is taken out again: confidence is that of the scores that were trained.
+        """Evaluate a reward function on pairs in the format of `load_preferences`.
 
         Raises:
-            ValueError: no pairs.
+            ValueError: If there are no pairs.
         """
         if not pairs:
-            raise ValueError("there are no pairs to measure on: give at least one")
+            raise ValueError("there are no pairs to evaluate on: pass at least one")
+        # The loss was computed on the scores before `calibrate`, so only their differences are log-odds.
         scale = abs(reward.gain) if isinstance(reward, RewardModel) else 1.0
         differences = score_differences(reward, pairs) / scale
         right = (differences > 0) + 0.5 * (differences == 0)
@@ -76,19 +76,19 @@ class PreferenceReport:
         return cls(float(right.mean()), by_margin, by_confidence, error)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     def draw(self, path: str | os.PathLike[str]) -> None:
-        """Writes a picture: accuracy by margin, and the calibration curve.
+        """Plot accuracy by margin and the calibration curve into an image file.
 
         Raises:
-            ImportError: without matplotlib; the message is the pip line.
+            ImportError: If matplotlib is missing; the message says how to install it.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("the picture needs matplotlib: pip install 'textgym[plots]'") from error
+            raise ImportError("the plot needs matplotlib: pip install 'textgym[plots]'") from error
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.bar([f"{b.low:.1f} to {b.high:.1f}" for b in self.by_margin], [b.accuracy for b in self.by_margin])
@@ -101,7 +101,7 @@ class PreferenceReport:
 
 
 def _buckets(values: np.ndarray, right: np.ndarray, edges: np.ndarray) -> list[Bucket]:
-    """The pairs between one edge and the next, upper edge included; no bucket is empty."""
+    """Divide pairs at the edges, each bucket including its upper edge; empty buckets are left out."""
     place = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, len(edges) - 2)
     return [
         Bucket(

@@ -1,8 +1,4 @@
-"""RewardModel: a trained sequence classifier as a reward function.
-
-Its score is read at the last real token of prompt + completion, found by length and never by comparing ids with the pad
-token.
-"""
+"""RewardModel: a trained sequence classifier as a reward function."""
 
 from __future__ import annotations
 
@@ -32,33 +28,33 @@ TINY = ASSETS / "tiny_reward"
 
 
 class RewardModel:
-    """A reward function that is a trained sequence classifier: `gain * score + bias` of prompt + completion.
+    """A reward function that uses a trained sequence classifier: `gain * score + bias` of prompt + completion.
 
-    The text is closed by exactly one EOS, whether the completion ended by itself or by length; what follows an EOS of
-    the completion is cut off. Texts longer than `max_length` lose their beginning. Conversations are read through the
-    chat template of the model's tokenizer.
+    The score is read at the last real token. Each text ends with exactly one EOS, whether the completion ended with a
+    stop token or at the length limit; anything after an EOS in the completion is cut off. Texts longer than
+    `max_length` lose their beginning. Conversations are rendered with the chat template of the model's tokenizer.
 
     Args:
-        model: sequence classifier of transformers; it is frozen, its dropout removed.
-        tokenizer: the model's own.
-        gain: factor on the raw score.
-        bias: added to the score after `gain`.
-        append_eos: whether the texts it was trained on were closed by EOS.
-        batch_size: texts scored at once.
-        max_length: tokens of prompt + completion + EOS that are read, at most what the model has positions for.
-        label: of a classifier with several labels, the one that counts: its index, or its name in the model's config.
-        output: `"logit"`, or `"probability"` of the label (a softmax over labels; a sigmoid where there is one, or
-            where they do not exclude each other).
-        include_prompt: whether it reads the prompt or the completion alone.
-        chat: whether plain texts are read as a conversation, the prompt the user's turn and the completion the
-            assistant's.
+        model: Sequence classifier of transformers. It is frozen and its dropout is turned off.
+        tokenizer: The tokenizer of the model.
+        gain: Factor of the raw score.
+        bias: Added to the score after multiplying by `gain`.
+        append_eos: Whether texts end with EOS, as those that the model was trained on.
+        batch_size: Number of texts that are scored at once.
+        max_length: Maximum number of tokens of prompt + completion + EOS, limited by the positions of the model.
+        label: Which label of a classifier to use if there are several, by index or by its name in the model's config.
+        output: `"logit"`, or `"probability"` of the label: a softmax over labels, or a sigmoid for one label and for
+            multi-label classifiers.
+        include_prompt: Whether the model reads the prompt as well as the completion.
+        chat: Whether to render plain texts as a conversation, with the prompt as the user's turn and the completion as
+            the assistant's.
 
     Raises:
-        ValueError: several labels of which none is chosen, a label the model does not have, or `append_eos` with a
-            tokenizer that has no EOS.
+        ValueError: If there are several labels and `label` is not given, if the model does not have the label, or if
+            `append_eos` is set and the tokenizer has no EOS.
     """
 
-    __name__ = "reward_model"  # what metrics call it, as they do a function
+    __name__ = "reward_model"  # its name in metrics, which for functions is their __name__
 
     def __init__(
         self,
@@ -100,18 +96,18 @@ class RewardModel:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> RewardModel:
-        """A trained reward model: `"tiny"` (embedded), a folder, or a hub id of any sequence classifier.
+        """Load a trained reward model.
 
         Args:
-            name_or_path: which.
-            device: where it scores.
-            dtype: of its weights, such as `torch.bfloat16`; the score itself is computed in float32.
-            trust_remote_code: whether to run code that comes with the model.
-            settings: of the constructor, in place of those that were saved with it. A model that comes without
-                closes texts by EOS if it is a decoder without a chat template.
+            name_or_path: `"tiny"` (the embedded one), a folder, or the hub id of any sequence classifier.
+            device: Device of the model.
+            dtype: Data type of its weights, such as `torch.bfloat16`; the score is computed in float32.
+            trust_remote_code: Whether to run code that comes with the model.
+            settings: Arguments of the constructor, which override those saved with the model. If no settings were
+                saved, `append_eos` is true for decoders without a chat template.
 
         Raises:
-            ValueError: unknown name, or a model whose reward head was never trained.
+            ValueError: If the name is unknown, or the head of the model was never trained.
         """
         path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
         model = load_classifier(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, trained=True)
@@ -131,12 +127,13 @@ class RewardModel:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """One score for each completion.
+        """Return one score per completion.
 
-        Ids are read in place of the texts if `share_ids_with` found the policy's tokenizer to be this model's own,
-        because encoding the decoded text again need not give them back.
+        If the policy has the same tokenizer (see `share_ids_with`), the model reads ids instead of texts, because
+        decoding and encoding again can change the ids.
         """
-        plain = all(isinstance(prompt, str) for prompt in prompts)  # conversations have this model's own template
+        # The ids of a conversation follow the policy's chat template, which may differ from this model's.
+        plain = all(isinstance(prompt, str) for prompt in prompts)
         if self.shared_ids and plain and prompt_ids is not None and completion_ids is not None:
             pairs = zip(prompt_ids, completion_ids, strict=True)
             rows = [
@@ -150,7 +147,7 @@ class RewardModel:
         return scores
 
     def text(self, prompt: Text, completion: Text) -> Text:
-        """What the model reads of a prompt and its completion: their text up to EOS, or the conversation."""
+        """Return what the model reads of a prompt and its completion: the text up to EOS, or the conversation."""
         if isinstance(completion, str) and self._eos is not None:
             completion = completion.split(self.tokenizer.eos_token)[0]
         prompt = prompt if self.include_prompt else type(prompt)()
@@ -159,9 +156,10 @@ class RewardModel:
         return [*(_as_turn(prompt, "user") if prompt else ()), *_as_turn(completion, "assistant")]
 
     def share_ids_with(self, tokenizer: Tokenizer) -> bool:
-        """Tells the model of a policy's tokenizer; returns whether it gives the same ids as the model's own.
+        """Check whether a policy's tokenizer gives the same ids as the model's own, so that ids can be read directly.
 
-        Ids are passed through only while all tokenizers it was told of do: one model may score for several policies.
+        Ids are read only if this holds for all tokenizers that were passed, because one model may serve several
+        policies.
         """
         same = score_head(self.model) is not None and not self.chat and encodes_alike(tokenizer, self.tokenizer)
         self.shared_ids = same and self.shared_ids is not False
@@ -169,11 +167,12 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Scores of rows of ids as they are, without closing them.
+        """Score rows of ids as they are, without appending EOS.
 
         Args:
-            input_ids: `(B, T)` ids on the model's device; row i holds `lengths[i]` real tokens, then anything.
-            lengths: `(B,)`, at least 1; on the host, or the host waits for them.
+            input_ids: `(B, T)` ids on the model's device; row i has `lengths[i]` real tokens, then padding of any
+                value.
+            lengths: `(B,)`, at least 1, preferably on the CPU; otherwise reading them waits for the device.
 
         Returns:
             `(B,)` float32 on the model's device.
@@ -185,16 +184,14 @@ class RewardModel:
         return self.gain * logits[:, self.label] + self.bias
 
     def score_texts(self, texts: Sequence[Text]) -> Tensor:
-        """Scores `(N,)` of whole texts, each prompt + completion."""
+        """Return scores `(N,)` of whole texts, each prompt + completion."""
         return self.score_rows(self.encode(texts))
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Scores `(N,)` of lists of ids, on the host, sorted by length into batches so that little padding is computed.
-
-        Decoders take whole batches: their rows are packed, and none is padded.
-        """
+        """Return scores `(N,)`, on the CPU, of lists of ids."""
         check_fork(self.device.type)
         scores, parts = torch.empty(len(rows)), []
+        # Rows are batched by length, to compute little padding. Decoders need no limit on it, because rows are packed.
         padding = MAX_PADDING if score_head(self.model) is None else 1.0
         batches = batches_by_length([len(row) for row in rows], self.batch_size, padding)
         for batch in batches:
@@ -206,13 +203,13 @@ class RewardModel:
         return scores
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Ids of whole texts, cut to `max_length` and closed by EOS, as the model reads them."""
+        """Return the ids of whole texts as the model reads them, limited to `max_length` and with EOS."""
         if not texts:
             return []
         if score_head(self.model) is None and all(isinstance(text, str) for text in texts):
             return self._encode_for_encoder(list(texts))  # type: ignore[arg-type]  # they are strings
         rows = zip(texts, encode(texts, self.tokenizer), strict=True)
-        # A template may have written the last turn's EOS, and a line break after it.
+        # A chat template may have rendered the last turn's EOS already, possibly with a line break after it.
         return [
             ids[-self.max_length :]
             if not isinstance(text, str) and self._eos is not None and self._eos in ids[-2:]
@@ -221,7 +218,7 @@ class RewardModel:
         ]
 
     def _encode_for_encoder(self, texts: list[str]) -> list[list[int]]:
-        """By its tokenizer, which knows where its special tokens go; long texts lose their beginning."""
+        """Encode texts with an encoder's special tokens, such as [CLS] and [SEP]; long texts lose their beginning."""
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
         try:
             rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
@@ -230,26 +227,29 @@ class RewardModel:
         return rows
 
     def calibrate(self, texts: Sequence[Text]) -> RewardModel:
-        """Sets `gain` and `bias` such that the scores of these texts have mean 0 and deviation 1; returns itself.
+        """Set `gain` and `bias` such that the scores of these texts have mean 0 and standard deviation 1.
 
-        Ziegler et al. 2019 normalise on samples of the reference model, so that the reward's scale, and with it the
-        meaning of the KL coefficient, does not depend on how the model was trained.
+        Ziegler et al. (2019) do this with samples of the reference, so that the scale of the reward, and with it the
+        meaning of the KL coefficient, does not depend on the training of the reward model.
+
+        Returns:
+            The reward model itself.
 
         Raises:
-            ValueError: texts that all score the same.
+            ValueError: If all texts have the same score.
         """
         scores = self.score_texts(texts).double()
-        deviation = scores.std(correction=0).item() if len(texts) else 0.0
-        if not deviation > 1e-8:
-            raise ValueError(f"cannot calibrate: the {len(texts)} texts all score the same, give different ones")
-        self.gain, self.bias = self.gain / deviation, (self.bias - scores.mean().item()) / deviation
+        std = scores.std(correction=0).item() if len(texts) else 0.0
+        if not std > 1e-8:
+            raise ValueError(f"cannot calibrate: the {len(texts)} texts all score the same, pass different ones")
+        self.gain, self.bias = self.gain / std, (self.bias - scores.mean().item()) / std
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a transformers folder (safetensors and tokenizer) plus gain, bias and how texts are read.
+        """Save model, tokenizer and settings in the format of transformers.
 
         Raises:
-            OSError: the folder could not be written; nothing of it is left, and what stood there before still does.
+            OSError: If the folder cannot be written. An existing folder is then unchanged.
         """
         names = ("gain", "bias", "append_eos", "max_length", "label", "output", "include_prompt", "chat")
         settings = {name: getattr(self, name) for name in names}
@@ -259,13 +259,13 @@ class RewardModel:
             (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def to(self, device: Device) -> Self:
-        """Moves the model."""
+        """Move the model to a device."""
         self.model.to(resolve_device(device))
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device of the model."""
         device: torch.device = self.model.device
         return device
 
@@ -274,19 +274,20 @@ class RewardModel:
         return self.tokenizer.eos_token_id
 
     def _closed(self, ids: list[int]) -> list[int]:
-        """The last `max_length` tokens, closed by exactly one EOS if the model was trained so."""
+        """Return the last `max_length` tokens, with exactly one EOS at the end if `append_eos` is set."""
         ids = ids[:-1] if self.append_eos and ids and ids[-1] == self._eos else ids
         ending = [self._eos] if self.append_eos and self._eos is not None else []
         closed = ids[-(self.max_length - len(ending)) :] + ending
         if not closed:
-            raise ValueError("there is an empty text, which has no last token to read a score from")
+            raise ValueError("a text is empty, so it has no last token to read a score from: leave it out")
         return closed
 
 
 def encodes_alike(first: Tokenizer, second: Tokenizer) -> bool:
-    """Whether two tokenizers give every text the same ids."""
+    """Return whether two tokenizers give the same ids."""
     if first is second:
         return True
+    # Equal vocabularies are not enough: one tokenizer may add a BOS, or have other merges.
     probe = "Does it add a BOS, and merge alike?"
     same_tokens = first.eos_token_id == second.eos_token_id and first.get_vocab() == second.get_vocab()
     return same_tokens and first(probe).input_ids == second(probe).input_ids
@@ -297,7 +298,7 @@ def _as_turn(text: Text, role: str) -> Messages:
 
 
 def _before(ids: Sequence[int], stop: int | None) -> list[int]:
-    """The ids before the first `stop`."""
+    """Return the ids before the first `stop`."""
     ids = list(ids)
     return ids[: ids.index(stop)] if stop is not None and stop in ids else ids
 
@@ -309,17 +310,17 @@ def _label_index(model: PreTrainedModel, label: int | str | None) -> int:
     found = [index for index, name in names.items() if label in (index, name)]
     if not found or isinstance(label, bool):
         raise ValueError(
-            f"the classifier has the labels {names}, choose the one that is the reward: label=..., got {label!r}"
+            f"the classifier has the labels {names}: choose the one that is the reward with label=..., got {label!r}"
         )
     return found[0]
 
 
 def _restore_bias(model: PreTrainedModel, path: str) -> None:
-    """Takes over what `AutoModelForSequenceClassification` ignores: the bias of a decoder's head."""
+    """Load the bias of a decoder's head, which `AutoModelForSequenceClassification` ignores (trl#1783)."""
     head = score_head(model)
     if head is None:
         return
     for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            if "score.bias" in tensors.keys():  # noqa: SIM118  (it is no dict)
+            if "score.bias" in tensors.keys():  # noqa: SIM118  (not a dict)
                 head.bias = nn.Parameter(tensors.get_tensor("score.bias").to(head.weight), requires_grad=False)

@@ -1,4 +1,4 @@
-"""train_reward_model: a reward model from preference pairs."""
+"""Train and evaluate reward models on preference pairs."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def train_reward_model(
     callbacks: Sequence[TrainerCallback] = (),
     device: Device = "auto",
 ) -> tuple[RewardModel, float]:
-    """Trains a reward model on preference pairs with `transformers.Trainer`; quiet, and it leaves no files.
+    """Train a reward model on preference pairs with `transformers.Trainer`, without output or files.
 
-    Pairs of one `group` (or else of one `prompt`) are trained on as one element of a batch, in which each text is
-    encoded once however many pairs it stands in (Ouyang et al. 2022, section 3.5).
+    Pairs with the same `group` (or the same `prompt`, if there are no groups) are one element of a batch, in which each
+    text is encoded once, in however many pairs it occurs (Ouyang et al., 2022, section 3.5).
 
     Args:
-        preferences: rows as `load_preferences` reads them: dicts with `chosen` and `rejected` (texts or conversations),
-            and where they exist `prompt` (put before both), `margin`, `probability` and `group`.
-        base: the language model or classifier to start from, as `load_classifier` knows it.
-        config: learning rates, loss, length.
-        heldout: pairs to measure accuracy on; `None` holds out a share of the groups.
-        callbacks: of transformers, for progress; the trainer itself prints nothing.
-        device: where it is trained, and stays; `"auto"` is the current GPU where there is one.
+        preferences: Any source that `load_preferences` accepts. Pairs have `chosen` and `rejected` (texts or
+            conversations) and optionally `prompt` (put before both), `margin`, `probability` and `group`.
+        base: The language model or classifier to start from: any name or path that `load_classifier` accepts.
+        config: Hyperparameters.
+        heldout: Pairs for evaluation; `None` holds out a share of the groups.
+        callbacks: Callbacks of transformers, for progress.
+        device: Device of the training and of the model; `"auto"` is the current GPU if there is one.
 
     Returns:
-        The reward model, frozen, and its accuracy on the held-out pairs (NaN if there are none).
+        The frozen reward model, and its accuracy on the held-out pairs (NaN if there are none).
 
     Raises:
-        ValueError: no pairs, or a pair without `chosen` or `rejected`.
+        ValueError: If there are no pairs, or a pair has no `chosen` or `rejected`.
     """
     config = (config or RewardModelConfig()).resolved(base)
     pairs = load_preferences(preferences)
@@ -64,12 +64,12 @@ def train_reward_model(
         reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
         model.requires_grad_(True)
         fit(reward_model.scorer, groups, reward_model.encode, config, callbacks)
-        reward_model.scorer = LastTokenScorer(freeze(model))  # without the wrapping that accelerate put on
+        reward_model.scorer = LastTokenScorer(freeze(model))  # accelerate has wrapped the forward of the old one
         return reward_model, pairwise_accuracy(reward_model, heldout) if heldout else math.nan
 
 
 def split_preferences(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs held out, whole groups (or prompts) on one side; at least one group is trained on."""
+    """Split pairs into training and held-out pairs by whole groups (or prompts); keep a group for training."""
     groups = _grouped(pairs)
     random.Random(seed).shuffle(groups)
     count = min(math.ceil(fraction * len(groups)), len(groups) - 1)
@@ -78,17 +78,17 @@ def split_preferences(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> 
 
 
 def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Pair]) -> float:
-    """Share of pairs whose `chosen` text a reward function scores above the `rejected` one; a tie counts one half."""
+    """Return the share of pairs whose `chosen` text has the higher score; a tie counts as one half."""
     differences = score_differences(reward, pairs)
     return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
 
 
 def score_differences(reward: Callable[..., Any], pairs: Sequence[Pair]) -> np.ndarray:
-    """Score of `chosen` less that of `rejected`, `(P,)`. Each text is scored once, however many pairs it stands in."""
+    """Return the score of `chosen` minus that of `rejected`, `(P,)`; each text is scored once."""
     keys = [[json.dumps([pair.get("prompt") or "", pair[side]]) for pair in pairs] for side in ("chosen", "rejected")]
     texts = {key: json.loads(key) for key in dict.fromkeys(keys[0] + keys[1])}
     completions = [completion for _, completion in texts.values()]
-    # A conversation may have its prompt in it.
+    # A pair may have no separate prompt; the empty one has the same form as its completion.
     prompts = [prompt or ("" if isinstance(completion, str) else []) for prompt, completion in texts.values()]
     score_of = dict(zip(texts, reward(prompts=prompts, completions=completions), strict=True))
     return np.array([score_of[chosen] - score_of[rejected] for chosen, rejected in zip(*keys, strict=True)])

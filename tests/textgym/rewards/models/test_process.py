@@ -84,7 +84,7 @@ def test_it_is_a_token_level_reward(tmp_path: Path) -> None:
     given = env.task.token_rewards[0]
     assert given is not None
     assert score == pytest.approx(given.sum())
-    with pytest.raises(ValueError, match="the policy's tokenizer is not its own"):
+    with pytest.raises(ValueError, match="its tokenizer differs from the policy's"):
         TextEnv(["ab"], letter_tokenizer(), reward)
     with pytest.raises(ValueError, match="no trained reward head"):
         ProcessRewardModel.from_pretrained(_language_model(tmp_path))
@@ -106,7 +106,7 @@ def test_awkward_texts() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="the separator is empty"):
         ProcessRewardModel(classifier(), byte_tokenizer(), separator="")
-    with pytest.raises(ValueError, match="none with index 5"):
+    with pytest.raises(ValueError, match="none with the index 5"):
         ProcessRewardModel(classifier(), byte_tokenizer(), label=5)
 
 

@@ -219,7 +219,7 @@ def test_without_eos_the_text_is_read_as_it_is(reward_model: RewardModel) -> Non
     assert open_ended(["a "], ["film"]) == expected
     ids = {"prompt_ids": [ids_of("a ")], "completion_ids": [[*ids_of("film"), EOS, 7]]}
     assert open_ended(["a "], ["film"], **ids) == expected
-    with pytest.raises(ValueError, match="empty text"):
+    with pytest.raises(ValueError, match="a text is empty"):
         open_ended([""], [""])
 
 
