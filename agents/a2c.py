@@ -20,16 +20,17 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.settings import Count, NotNegative, Share
 
-from .common.advantages import gae, masked_mean, n_step_returns, whiten
-from .common.losses import per_episode, policy_gradient_loss
-from .common.on_policy import OnPolicyConfig
+from .common.advantages import gae, n_step_returns
+from .common.means import explained_variance, masked_mean, per_episode, whiten
+from .common.metrics import Figures
+from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from .common.rollout import Rollout
-from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class A2CConfig(SurrogateConfig):
-    """The knobs of A2C; one step of the optimiser for each rollout."""
+class A2CConfig(PolicyGradientConfig):
+    """Hyperparameters of A2C; one step of the optimiser for each rollout."""
 
     estimator: Literal["td", "n_step", "gae"] = "gae"
     """How advantages are estimated."""
@@ -53,36 +54,54 @@ class A2CConfig(SurrogateConfig):
             )
 
 
-class A2C(SurrogateAgent):
-    """See the module's text and `OnPolicyAgent`."""
+class A2C(PolicyGradientAgent):
+    """Synchronous advantage actor-critic; arguments as `RolloutAgent`."""
 
-    config_class: ClassVar[type[OnPolicyConfig]] = A2CConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = A2CConfig
     config: A2CConfig
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
-        """By the estimator that was asked for."""
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Mnih et al., 2016, algorithm S3, in step) from a rollout and the KL of its tokens."""
         config, mask, values = self.config, rollout.mask, rollout.values
-        if config.estimator == "n_step":
+
+        # 1. Rewards: the KL penalty on every token, the score on the last one.
+        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+
+        # 2. Advantages: what the rewards were more than the critic expected.
+        if config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)
             returns = n_step_returns(rewards, values, mask, config.gamma, config.n_steps)
             advantages = torch.where(mask, returns - values, 0.0)
-        else:
+        else:  # "td" is GAE with lambda = 0: r_t + gamma V(s_{t+1}) - V(s_t)
             lam = config.lam if config.estimator == "gae" else 0.0
             advantages, returns = gae(rewards, values, mask, config.gamma, lam)
-        return Targets(whiten(advantages, mask) if config.whiten_advantages else advantages, returns)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Policy-gradient loss, value loss and entropy bonus."""
+        # 3. One optimiser step on the whole rollout: without importance ratios a second one would be biased.
+        steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
+
+        # 4. Metrics, and how good the critic was before the step.
+        return self.finish(steps, {"val/explained_variance": explained_variance(values, returns, mask)})
+
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+        """-log pi A + c_1 / 2 (V - R)^2 - c_2 H, summed over the tokens of an episode, a mean over episodes.
+
+        A sum over tokens, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the gradient of a long
+        text counts as much as it does in the objective.
+        """
         config, mask = self.config, batch.mask
-        policy = policy_gradient_loss(new.log_prob, batch.advantages, mask)
-        value = 0.5 * per_episode((new.value - batch.returns).square(), mask)
+        policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
+        value_loss = 0.5 * per_episode((new.value - batch.returns).square(), mask)
         entropy = per_episode(new.entropy, mask)
+
+        loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
         figures = {
-            "loss/policy_avg": policy,
-            "loss/value_avg": value,
+            "loss/policy_avg": policy_loss,
+            "loss/value_avg": value_loss,
             "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
-        return policy + config.value_coef * value - config.entropy_coef * entropy, figures
+        return loss, figures
 
     def weight(self, batch: Batch) -> int:
-        """Its episodes, over which the policy gradient is a mean."""
+        """Return its episodes: the loss is a mean over episodes."""
         return len(batch)

@@ -2,12 +2,9 @@
 
     textgym train --agent dpo --data pairs.jsonl --output-dir runs/dpo
 
-Before training: log-probs of all completions under the reference, each distinct text once.
-
-One update:
-    1. Take a batch of pairs; every distinct text in it is scored once, packed side by side.    models/sequences.py
-    2. The implicit reward of a completion is beta (log pi - log pi_ref), summed over its tokens.
-    3. Minimise the loss of the pairs' rewards.
+Before training the reference scores all completions, each distinct text once. `DPO.collate` makes a batch of pairs, and
+`DPO.loss` is what an update minimises. The updates, in micro-batches whose gradients add up, are those of
+common/supervised_trainer.py.
 
 If pairs are labelled by Bradley and Terry's model of a reward r, the minimum is pi_ref exp(r / beta) / Z: the same
 optimum that the other agents approach by sampling.
@@ -32,14 +29,14 @@ from textgym.models.token_model import TokenModel
 from textgym.rewards.models.pairwise import pairwise_loss
 from textgym.settings import NotNegative, Positive, Share
 
-from .common.supervised import Batch, OfflineAgent, OfflineConfig
+from .common.supervised import Batch, SupervisedAgent, SupervisedConfig
 
 DPOLoss = Literal["sigmoid", "hinge", "ipo"]
 
 
 @dataclass
-class DPOConfig(OfflineConfig):
-    """The knobs of DPO."""
+class DPOConfig(SupervisedConfig):
+    """Hyperparameters of DPO."""
 
     learning_rate: NotNegative = 1e-5
     """Peak learning rate of AdamW; DPO wants a lower one than supervised fine-tuning."""
@@ -59,8 +56,8 @@ class DPOConfig(OfflineConfig):
             raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
 
 
-class DPO(OfflineAgent):
-    """Direct preference optimisation, see the module's text and `OfflineAgent`.
+class DPO(SupervisedAgent):
+    """Direct preference optimisation on pairs of completions.
 
     Args:
         policy: who learns.
@@ -81,7 +78,7 @@ class DPO(OfflineAgent):
     1
     """
 
-    config_class: ClassVar[type[OfflineConfig]] = DPOConfig
+    config_class: ClassVar[type[SupervisedConfig]] = DPOConfig
     config: DPOConfig
 
     def __init__(
@@ -127,18 +124,25 @@ class DPO(OfflineAgent):
         return torch.tensor(len(batch["chosen"]), device=batch["chosen"].device)
 
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the pairs, see `preference_loss`."""
+        """The loss of the pairs' implicit rewards, a mean over pairs."""
+        # 1. The implicit reward of a completion: beta (log pi - log pi_ref), summed over its tokens (section 4).
         sums = log_probs.sum(1)  # (N,)
-        log_ratios, lengths = sums - batch["reference"], batch["response_lengths"]
+        log_ratios = sums - batch["reference"]  # (N,)
+
+        # 2. The loss of chosen beside rejected ones; a text of several pairs was scored once.
         chosen, rejected = (log_ratios[batch[side]] for side in ("chosen", "rejected"))  # (P,)
+        lengths = batch["response_lengths"]
         token_counts = (lengths[batch["chosen"]], lengths[batch["rejected"]])
         loss = preference_loss(chosen, rejected, token_counts, batch["probability"], self.config)
-        first, second = self.config.beta * chosen.detach(), self.config.beta * rejected.detach()
+
+        # 3. Metrics.
+        chosen_rewards = self.config.beta * chosen.detach()
+        rejected_rewards = self.config.beta * rejected.detach()
         return loss, {
-            "rewards/chosen": first.mean(),
-            "rewards/rejected": second.mean(),
-            "rewards/margins": (first - second).mean(),
-            "rewards/accuracies": (first > second).float().mean(),
+            "rewards/chosen": chosen_rewards.mean(),
+            "rewards/rejected": rejected_rewards.mean(),
+            "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
             "logps/chosen": sums.detach()[batch["chosen"]].mean(),
             "logps/rejected": sums.detach()[batch["rejected"]].mean(),
         }

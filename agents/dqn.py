@@ -32,17 +32,19 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
 from textgym.settings import Count, NotNegative
 
-from .common.advantages import masked_mean, n_step_returns
-from .common.off_policy import OffPolicyAgent, OffPolicyConfig
-from .common.on_policy import OnPolicyConfig
+from .common.advantages import n_step_returns
+from .common.means import masked_mean
+from .common.metrics import Figures
 from .common.q_functions import GreedyQ, Heads, SoftQ, frozen_actor
+from .common.replay_agent import ReplayAgent, ReplayConfig
 from .common.replay_memory import Memories
 from .common.rollout import Rollout
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class DQNConfig(OffPolicyConfig):
-    """The knobs of Q-learning; beta is the environment's `kl_coef`."""
+class DQNConfig(ReplayConfig):
+    """Hyperparameters of Q-learning; beta is the environment's `kl_coef`."""
 
     backup: Literal["soft", "greedy"] = "soft"
     """What a state is worth: the value of the objective with its KL, or the best token's Q."""
@@ -70,14 +72,14 @@ class DQNConfig(OffPolicyConfig):
             )
 
 
-class DQN(OffPolicyAgent):
-    """See the module's text and `OffPolicyAgent`.
+class DQN(ReplayAgent):
+    """Q-learning over whole episodes of text, with a soft or a greedy backup; arguments as `RolloutAgent`.
 
     Raises:
         ValueError: the soft backup in an environment without a KL penalty.
     """
 
-    config_class: ClassVar[type[OnPolicyConfig]] = DQNConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = DQNConfig
     config: DQNConfig
 
     def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
@@ -114,33 +116,49 @@ class DQN(OffPolicyAgent):
         self.q.heads.quieten()
         return rollout
 
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The Huber loss of Q to its targets, a mean over real tokens, weighted by episode."""
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Mnih et al., 2015, algorithm 1) from a rollout, the KL of its tokens, and the memory."""
+        # 1. Remember the new episodes; the KL tells the reference's log-probs of their tokens.
+        self.remember(rollout, kl)
+
+        # 2. Optimiser steps, each on episodes drawn from memory, and now and then an update of the targets.
+        steps: list[Figures] = []
+        for batch in self.samples():
+            steps.append(self.step(batch))
+            self.update_targets()
+
+        # 3. Metrics: means over the steps.
+        return self.finish(steps)
+
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Figures]:
+        """The Huber loss of Q to its targets, a mean over response tokens, weighted by episode."""
         mask = batch.sequences.mask
-        if self.greedy:
-            q, targets = self._greedy_q_and_targets(batch)
-        else:
-            q, targets = self._soft_q_and_targets(batch)
-        errors = targets[..., None, :] - q[..., :, None]  # (B, T, K, K'); one each without quantiles
+
+        # 1. Q of the remembered tokens, and r_t + gamma V'(s_{t+1}) of the target networks.
+        q, targets = self._greedy_q_and_targets(batch) if self.greedy else self._soft_q_and_targets(batch)
+
+        # 2. Errors of every quantile to every target; one each without quantiles.
+        errors = targets[..., None, :] - q[..., :, None]  # (B, T, K, K')
         huber = F.huber_loss(errors, torch.zeros_like(errors), reduction="none")
-        if self.config.n_quantiles > 1:
+        if self.config.n_quantiles > 1:  # quantile regression (Dabney et al., 2018, equation 10)
             count = self.config.n_quantiles
             middle = (torch.arange(count, device=q.device) + 0.5) / count
             huber = huber * (middle[:, None] - (errors.detach() < 0).float()).abs()
+
+        # 3. A mean over targets, a sum over quantiles, a mean over tokens; weights make up for priorities.
         per_token = huber.mean(-1).sum(-1)  # (B, T)
-        error = errors.detach().mean((-1, -2))
-        return (
-            masked_mean(per_token * batch.weights[:, None], mask),
-            error,
-            {
-                "loss/q_avg": masked_mean(per_token.detach(), mask),
-                "val/td_error_avg": masked_mean(error.abs(), mask),
-                "val/q_avg": masked_mean(q.detach().mean(-1), mask),
-            },
-        )
+        loss = masked_mean(per_token * batch.weights[:, None], mask)
+
+        error = errors.detach().mean((-1, -2))  # (B, T)
+        figures = {
+            "loss/q_avg": masked_mean(per_token.detach(), mask),
+            "val/td_error_avg": masked_mean(error.abs(), mask),
+            "val/q_avg": masked_mean(q.detach().mean(-1), mask),
+        }
+        return loss, error, figures
 
     def _soft_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
-        """`(B, T, 1)` each."""
+        """Return Q and its soft targets (Haarnoja et al., 2017), `(B, T, 1)` each."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
         value, added = self.soft.of_actions(sequences, batch.reference_log_probs, beta)
         with torch.no_grad():
@@ -151,7 +169,7 @@ class DQN(OffPolicyAgent):
         return (value + added)[..., None], targets[..., None]
 
     def _greedy_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
-        """`(B, T, K)` each."""
+        """Return Q and its greedy targets, `(B, T, K)` each."""
         config, sequences = self.config, batch.sequences
         rewards = self.penalty.charge(batch.rewards, -batch.reference_log_probs)
         self.q.heads.redraw(self.shuffler)
@@ -172,6 +190,6 @@ class DQN(OffPolicyAgent):
 
 
 def _laid_out(flat: Tensor, batch: Memories) -> Tensor:
-    """`(M,)` or `(M, K)` as `(B, T, K)`."""
+    """Return numbers of single tokens, `(M,)` or `(M, K)`, as `(B, T, K)`."""
     columns = flat[:, None] if flat.ndim == 1 else flat
     return torch.stack([batch.sequences.pad(column) for column in columns.unbind(1)], -1)

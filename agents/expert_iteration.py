@@ -24,17 +24,17 @@ from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
 from textgym.settings import Count
 
-from .common.advantages import masked_mean, overall_mean
-from .common.group import GroupAgent, GroupConfig
+from .common.means import masked_mean, overall_mean
 from .common.metrics import Figures
-from .common.on_policy import OnPolicyConfig
+from .common.policy_gradient import Batch
+from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
-from .common.surrogate import Batch, Targets
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class ExpertIterationConfig(GroupConfig):
-    """The knobs of expert iteration."""
+class ExpertIterationConfig(PromptGroupConfig):
+    """Hyperparameters of expert iteration."""
 
     keep: Count = 1
     """How many episodes of each prompt are imitated, the best ones."""
@@ -47,38 +47,47 @@ class ExpertIterationConfig(GroupConfig):
             raise ConfigError(f"keep must be from 1 to group_size={self.group_size}, got {self.keep}")
 
 
-class ExpertIteration(GroupAgent):
-    """See the module's text and `GroupAgent`."""
+class ExpertIteration(PromptGroupAgent):
+    """Expert iteration; arguments as `PromptGroupAgent`."""
 
-    config_class: ClassVar[type[OnPolicyConfig]] = ExpertIterationConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = ExpertIterationConfig
     config: ExpertIterationConfig
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
-        """1 for the episodes that are kept, 0 for the others."""
-        returns = self.grouped(rewards.sum(1))
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Dong et al., 2023, algorithm 1) from a rollout and the KL of its tokens."""
+        config = self.config
+
+        # 1. The return of an episode: its score less the KL penalty of all its tokens.
+        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        returns = self.grouped(rewards.sum(1))  # (groups, group_size)
+
+        # 2. Keep the best episodes of each prompt.
         kept = torch.zeros_like(returns)
-        kept.scatter_(1, returns.topk(self.config.keep, dim=1).indices, 1.0)
-        if self.config.min_score is not None:
-            kept = torch.where(returns >= self.config.min_score, kept, 0.0)
-        self.kept = kept.flatten()  # (N,)
-        return Targets(torch.where(rollout.mask, self.kept[:, None], 0.0))
+        kept.scatter_(1, returns.topk(config.keep, dim=1).indices, 1.0)
+        if config.min_score is not None:
+            kept = torch.where(returns >= config.min_score, kept, 0.0)
+        kept = kept.flatten()  # (N,)
+        [on_host] = to_host(kept)
 
-    def usable(self) -> Tensor | None:
-        """The episodes that are kept."""
-        [kept] = to_host(self.kept)
-        return kept.nonzero()[:, 0]
+        # 3. Imitate them: minibatches of whole episodes, one optimiser step each. All tokens count alike.
+        steps: list[Figures] = []
+        for minibatch in self.minibatches(rollout, torch.ones_like(rewards), rows=on_host.nonzero()[:, 0]):
+            steps.append(self.step(minibatch))
+            if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
+                break
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Negative log-likelihood of the tokens, and the entropy bonus."""
+        # 4. Metrics, and the share of the episodes that were kept.
+        return self.finish(steps, {"val/kept": overall_mean(kept)})
+
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+        """-log pi, a mean over response tokens, less the entropy bonus."""
         mask = batch.mask
-        policy, entropy = -masked_mean(new.log_prob, mask), masked_mean(new.entropy, mask)
+        policy_loss = -masked_mean(new.log_prob, mask)
+        entropy = masked_mean(new.entropy, mask)
         log_ratio = new.log_prob.detach() - batch.log_probs
-        return policy - self.config.entropy_coef * entropy, {
+        figures = {
             "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
-            "loss/policy_avg": policy,
+            "loss/policy_avg": policy_loss,
             "policy/entropy_avg": entropy,
         }
-
-    def figures(self) -> Figures:
-        """The share of the episodes that were kept."""
-        return {"val/kept": overall_mean(self.kept)}
+        return policy_loss - self.config.entropy_coef * entropy, figures

@@ -28,18 +28,17 @@ from textgym.models.machine.transfer import to_host
 from textgym.rewards.kl import estimate_kl
 from textgym.settings import NotNegative
 
-from .common.advantages import masked_mean, overall_mean
-from .common.group import GroupAgent, GroupConfig
-from .common.losses import clipped_policy_loss
+from .common.means import masked_mean, overall_mean
 from .common.metrics import Figures
-from .common.on_policy import OnPolicyConfig
+from .common.policy_gradient import Batch
+from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
-from .common.surrogate import Batch, Targets
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class GRPOConfig(GroupConfig):
-    """The knobs of GRPO; the coefficient of the KL to the reference is the environment's."""
+class GRPOConfig(PromptGroupConfig):
+    """Hyperparameters of GRPO; the coefficient of the KL to the reference is the environment's."""
 
     scale: Literal["group", "none"] = "group"
     """Divide advantages by the deviation of their group, or do not."""
@@ -56,67 +55,90 @@ class GRPOConfig(GroupConfig):
     """Of a KL in the loss: k3 times the importance ratio, or k3 alone, as first published."""
 
 
-class GRPO(GroupAgent):
-    """See the module's text and `GroupAgent`."""
+class GRPO(PromptGroupAgent):
+    """Group relative policy optimisation; arguments as `PromptGroupAgent`."""
 
-    config_class: ClassVar[type[OnPolicyConfig]] = GRPOConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = GRPOConfig
     config: GRPOConfig
+    reference_log_probs: Tensor | None  # (N, T) of the rollout, if the loss has the KL
 
-    def price(self, rollout: Rollout, kl: Tensor) -> Tensor:
-        """Token rewards, with the KL penalty unless the loss has it."""
-        return rollout.rewards() if self.config.kl_in == "loss" else super().price(rollout, kl)
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
+        config, mask = self.config, rollout.mask
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
-        """Each episode against its group."""
-        returns = self.grouped(rewards.sum(1))
-        centred = returns - returns.mean(1, keepdim=True)
-        self.spread = returns.std(1) > 1e-6  # (groups,)
-        if self.config.scale == "group":
-            centred = centred / (returns.std(1, keepdim=True) + 1e-4)
-        return Targets(torch.where(rollout.mask, centred.reshape(-1, 1), 0.0))
+        # 1. The return of an episode: its score, less the KL penalty of all its tokens unless the loss has it.
+        rewards = rollout.rewards()  # (N, T)
+        if config.kl_in == "reward":
+            rewards = self.penalty.charge(rewards, kl)
+        returns = self.grouped(rewards.sum(1))  # (groups, group_size)
+
+        # 2. Advantages: each episode against its group, the same for all its tokens. 1e-4 as in TRL.
+        standard_deviation = returns.std(1, keepdim=True)  # (groups, 1)
+        advantages = returns - returns.mean(1, keepdim=True)
+        if config.scale == "group":
+            advantages = advantages / (standard_deviation + 1e-4)
+        advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0)  # (N, T)
+
+        # 3. Groups whose scores are all alike have no gradient, and cost no work unless a KL in the loss has one.
+        informative = standard_deviation[:, 0] > 1e-6  # (groups,)
+        rows = None
+        if self.reference_log_probs is None:
+            [on_host] = to_host(informative)
+            rows = on_host.repeat_interleave(config.group_size).nonzero()[:, 0]
+
+        # 4. Minibatches of whole episodes, one optimiser step each.
+        steps: list[Figures] = []
+        for minibatch in self.minibatches(rollout, advantages, rows=rows):
+            steps.append(self.step(minibatch))
+            if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
+                break
+
+        # 5. Metrics, and the share of the groups that taught nothing.
+        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(informative.float())})
+
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+        """The clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens by `weights`."""
+        config, mask = self.config, batch.mask
+        weights = self.weights(batch)  # (N, T)
+
+        # 1. PPO's clipped surrogate; DAPO's clip-higher has another bound above 1 (Yu et al., 2025, section 3.1).
+        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
+        ratio = log_ratio.exp()
+        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+        plain = ratio * batch.advantages
+        clipped = ratio.clamp(1 - config.clip_range, 1 + high) * batch.advantages
+        policy_loss = (weights * -torch.minimum(plain, clipped)).sum()
+
+        # 2. Entropy bonus, without a gradient where its weight is 0.
+        loss = policy_loss - config.entropy_coef * (weights * new.entropy).sum()
+
+        with torch.no_grad():
+            figures = {
+                "policy/approxkl_avg": masked_mean(ratio - 1 - log_ratio, mask),
+                "policy/clipfrac_avg": masked_mean((clipped < plain).float(), mask),
+                "loss/policy_avg": policy_loss,
+                "val/ratio": masked_mean(ratio, mask),
+                "policy/entropy_avg": masked_mean(new.entropy, mask),
+            }
+
+        # 3. The KL to the reference, if it is part of the loss and not of the reward.
+        if self.reference_log_probs is not None:
+            kl = self.kl_to_reference(new.log_prob, batch)  # (N, T)
+            loss = loss + (weights * self.penalty.cost(kl)).sum()
+            figures["loss/kl_avg"] = (weights * kl).sum()
+        return loss, figures
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Where the loss has the KL, it needs the reference's log-probs too: one pass gives both."""
-        self.reference_log_probs: Tensor | None = None
+        self.reference_log_probs = None
         if self.config.kl_in == "loss" and self.penalty.coef > 0:
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
         if self.reference_log_probs is None or self.penalty.estimator == "full":
             return super().measure_kl(rollout)
         return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.mask)
 
-    def figures(self) -> Figures:
-        """The share of groups without spread."""
-        return {"frac_reward_zero_std": 1 - overall_mean(self.spread.float())}
-
-    def usable(self) -> Tensor | None:
-        """Without a KL in the loss, groups without spread have no gradient and cost no work."""
-        if self.reference_log_probs is not None:
-            return None
-        [spread] = to_host(self.spread)
-        return spread.repeat_interleave(self.config.group_size).nonzero()[:, 0]
-
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate, and the KL if it is paid here."""
-        config, mask = self.config, batch.mask
-        weights = self.weights(batch)
-        ranges = (config.clip_range, config.clip_range_high)
-        policy = clipped_policy_loss(new.log_prob, batch.log_probs, batch.advantages, mask, *ranges, weights=weights)
-        entropy = (weights * new.entropy).sum()
-        loss = policy.loss - config.entropy_coef * entropy
-        figures = {
-            "policy/approxkl_avg": policy.approx_kl,
-            "policy/clipfrac_avg": policy.clip_fraction,
-            "loss/policy_avg": policy.loss,
-            "val/ratio": policy.ratio,
-            "policy/entropy_avg": masked_mean(new.entropy, mask),
-        }
-        if self.reference_log_probs is not None:
-            kl = self.kl_to_reference(new.log_prob, batch)
-            loss, figures["loss/kl_avg"] = loss + (weights * self.penalty.cost(kl)).sum(), (weights * kl).sum()
-        return loss, figures
-
     def kl_to_reference(self, log_probs: Tensor, batch: Batch) -> Tensor:
-        """k3 of every token `(N, T)`, with the gradient that was asked for."""
+        """Return k3 of every token `(N, T)` (Schulman, 2020), with the gradient that was asked for."""
         assert self.reference_log_probs is not None
         mask = batch.mask
         reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
@@ -126,7 +148,7 @@ class GRPO(GroupAgent):
         return kl
 
     def weights(self, batch: Batch) -> Tensor:
-        """`(N, T)`, what each token counts in the loss."""
+        """Return what each token counts in the loss, `(N, T)`."""
         mask, kind = batch.mask, self.config.loss_type
         if kind == "grpo":
             return mask / mask.sum(1, keepdim=True) / len(batch)
@@ -135,5 +157,5 @@ class GRPO(GroupAgent):
         return mask / mask.sum()
 
     def weight(self, batch: Batch) -> int:
-        """By what the loss is a mean over."""
+        """Return its tokens for "dapo", whose loss is a mean over them, and its episodes for the others."""
         return super().weight(batch) if self.config.loss_type == "dapo" else len(batch)

@@ -2,10 +2,10 @@
 
     textgym train --agent nlpo --output-dir runs/nlpo
 
-Tokens are drawn from the nucleus of a masking policy: the fewest tokens that hold the share `top_p` of what the policy
-thought likely `mask_update_interval` updates ago, and at least `min_tokens_to_keep`. So it explores among tokens that
-made sense a while ago, out of a vocabulary most of which never does. Behaviour log-probs, ratios and the KL are those
-of the masked distributions, of policy and reference alike.
+Tokens are sampled from the nucleus of a masking policy: the fewest tokens that hold the share `top_p` of what the
+policy thought likely `mask_update_interval` updates ago, and at least `min_tokens_to_keep`. So it explores among tokens
+that made sense a while ago, out of a vocabulary most of which never does. Behaviour log-probs, ratios and the KL are
+those of the masked distributions, of policy and reference alike. Everything else is PPO, see ppo.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import warn_of_filter
 from textgym.settings import Count, PositiveShare
 
-from .common.on_policy import Metrics, OnPolicyConfig
+from .common.policy_gradient import Batch
 from .common.rollout import Rollout, collect
-from .common.surrogate import Batch
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 from .ppo import PPO, PPOConfig
 
 CHUNK = 64
@@ -34,7 +34,7 @@ CHUNK = 64
 
 @dataclass
 class NLPOConfig(PPOConfig):
-    """The knobs of NLPO."""
+    """Hyperparameters of NLPO."""
 
     top_p: PositiveShare = 0.9
     """Share of the masking policy's probability that may be chosen from; 1 allows every token, which is PPO."""
@@ -45,9 +45,9 @@ class NLPOConfig(PPOConfig):
 
 
 class NLPO(PPO):
-    """See the module's text and `OnPolicyAgent`."""
+    """PPO within the nucleus of a masking policy; arguments as `RolloutAgent`."""
 
-    config_class: ClassVar[type[OnPolicyConfig]] = NLPOConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = NLPOConfig
     config: NLPOConfig
 
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
@@ -57,11 +57,11 @@ class NLPO(PPO):
             warn_of_filter(self.mask, self.penalty.estimator)
 
     def collect(self) -> Rollout:
-        """One episode in every row, within the mask."""
+        """Collect one episode in every row, within the mask."""
         return collect(self.envs, self.policy, self.episode_options(), action_mask=self.mask)
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """The KL of the masked distributions, `(N, T)`."""
+        """Return the KL of the masked distributions, `(N, T)`: both are scored among the tokens that were allowed."""
         if self.penalty.estimator == "full":
             raise ValueError("NLPO estimates the KL from what was drawn within the mask: use kl_estimator 'k1'")
         reference = torch.zeros_like(rollout.log_probs)
@@ -74,7 +74,7 @@ class NLPO(PPO):
         return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.mask)
 
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
-        """A policy within the mask on a batch, with gradients."""
+        """Score a batch with a policy within the mask, with gradients, so that ratios start at 1."""
         sequences = batch.sequences
         allowed = self.allowed(sequences)  # in the precision that it was sampled with
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
@@ -82,7 +82,7 @@ class NLPO(PPO):
         return Evaluation(*(sequences.pad(x) for x in new))
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """An update of PPO, and from time to time of the mask."""
+        """Make one update of PPO, and every so many updates one of the mask (Ramamurthy et al., 2022, algorithm 1)."""
         metrics = super().update(rollout, kl)
         interval = self.config.mask_update_interval
         if interval is not None and (self.updates + 1) % interval == 0:
@@ -90,11 +90,11 @@ class NLPO(PPO):
         return metrics
 
     def frozen_models(self) -> dict[str, TokenModel]:
-        """The masking policy, besides what every agent saves."""
+        """Return the masking policy, besides what every agent saves."""
         return {**super().frozen_models(), "mask": self.mask.model}
 
     def take_frozen_model(self, name: str, model: TokenModel) -> None:
-        """Goes on with a model that was saved."""
+        """Go on with a model that was saved."""
         if name == "mask":
             self.mask.refresh(model)
         else:
@@ -102,7 +102,7 @@ class NLPO(PPO):
 
     @torch.no_grad()
     def allowed(self, sequences: Sequences) -> Tensor:
-        """Bool `(M, V)`: what could be chosen at each response token, computed again.
+        """Return what could be chosen at each response token, bool `(M, V)`, computed again.
 
         Computed in another order than when it was sampled, a token at the very edge of the mask may fall on either
         side, so the tokens that were chosen always belong.

@@ -34,16 +34,19 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.settings import Positive
 
-from .common.advantages import masked_mean, n_step_returns
-from .common.off_policy import OffPolicyAgent, OffPolicyConfig
-from .common.on_policy import OnPolicyConfig
+from .common.advantages import n_step_returns
+from .common.means import masked_mean
+from .common.metrics import Figures
 from .common.q_functions import GreedyQ, Heads, frozen_actor
+from .common.replay_agent import ReplayAgent, ReplayConfig
 from .common.replay_memory import Memories
+from .common.rollout import Rollout
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class PathwiseConfig(OffPolicyConfig):
-    """The knobs of the pathwise derivative; beta is the environment's `kl_coef`."""
+class PathwiseConfig(ReplayConfig):
+    """Hyperparameters of the pathwise derivative; beta is the environment's `kl_coef`."""
 
     relaxation: Literal["straight_through", "gumbel"] = "straight_through"
     """What the critic is given: a token with the relaxed one's derivative, or the relaxed one."""
@@ -53,10 +56,13 @@ class PathwiseConfig(OffPolicyConfig):
     """Q-values that a nat of the language model's log-probs is worth at first."""
 
 
-class Pathwise(OffPolicyAgent):
-    """See the module's text and `OffPolicyAgent`; the critic starts as a copy of the policy's language model."""
+class Pathwise(ReplayAgent):
+    """Pathwise derivative policy gradient; arguments as `RolloutAgent`.
 
-    config_class: ClassVar[type[OnPolicyConfig]] = PathwiseConfig
+    The critic starts as a copy of the policy's language model.
+    """
+
+    config_class: ClassVar[type[RolloutAgentConfig]] = PathwiseConfig
     config: PathwiseConfig
     greedy = False
 
@@ -71,10 +77,26 @@ class Pathwise(OffPolicyAgent):
         """The targets, and what they follow."""
         return [(self.target, self.policy), (self.target_q.actor, self.q.actor)]
 
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The critic's Huber loss and the actor's objective, means over real tokens, each with gradients of its own."""
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Lillicrap et al., 2016, algorithm 1) from a rollout, its KL, and the memory."""
+        # 1. Remember the new episodes; the KL tells the reference's log-probs of their tokens.
+        self.remember(rollout, kl)
+
+        # 2. Optimiser steps of critic and actor, each on episodes drawn from memory; the targets follow.
+        steps: list[Figures] = []
+        for batch in self.samples():
+            steps.append(self.step(batch))
+            self.update_targets()
+
+        # 3. Metrics: means over the steps.
+        return self.finish(steps)
+
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Figures]:
+        """The critic's loss and the actor's, means over response tokens; neither moves the other's weights."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
         mask = sequences.mask
+
+        # 1. Targets of the critic: r_t + gamma V'(s_{t+1}), V'(s) = sum_a pi'(a | s) Q'(s, a) - beta KL(pi', pi_ref).
         with torch.no_grad():
             reference_hidden = self.penalty.reference.hidden(sequences.states())
             earned, kl, value = self.values(self.target, self.target_q, sequences, reference_hidden)
@@ -82,19 +104,24 @@ class Pathwise(OffPolicyAgent):
             # The penalty of the first state is not Q's: it is the same for all its tokens.
             target_value = sequences.pad(earned + value) - paid
             returns = n_step_returns(batch.rewards - paid, target_value, mask, config.gamma, config.n_steps)
-            targets = returns + torch.where(mask, paid, 0.0)
+            targets = returns + torch.where(mask, paid, 0.0)  # (B, T)
+
+        # 2. Critic: the Huber loss of Q to its targets.
         q = sequences.pad(self.q.of_actions(sequences))
-        errors = targets - q
-        critic = masked_mean(F.huber_loss(q, targets, reduction="none"), mask)
+        errors = (targets - q).detach()
+        critic_loss = masked_mean(F.huber_loss(q, targets, reduction="none"), mask)
+
+        # 3. Actor: what a relaxed token earns by Q, less the KL (the module's J).
         seed = int(torch.randint(2**31, (), generator=self.shuffler))
         relaxed, kl, _ = self.values(self.policy, self.q, sequences, reference_hidden, seed)
-        actor = (beta * kl - relaxed).mean()
+        actor_loss = (beta * kl - relaxed).mean()
+
         figures = {
-            "loss/value_avg": critic.detach(),
-            "loss/policy_avg": actor.detach(),
-            "val/td_error_avg": masked_mean(errors.detach().abs(), mask),
+            "loss/value_avg": critic_loss.detach(),
+            "loss/policy_avg": actor_loss.detach(),
+            "val/td_error_avg": masked_mean(errors.abs(), mask),
         }
-        return critic + actor, errors.detach(), figures
+        return critic_loss + actor_loss, errors, figures
 
     def values(
         self, actor: TokenModel, q: GreedyQ, sequences: Sequences, reference_hidden: Tensor, seed: int | None = None

@@ -2,15 +2,12 @@
 
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo
 
-One update:
-    1. Collect whole episodes with the current policy, and the log-probs they were sampled with.    rollout.py
-    2. Price every token: reward - beta KL(pi, pi_ref), the score on the last token.                 textgym/rewards
-    3. Advantages by GAE, whitened over real tokens.                                                 advantages.py
-    4. Several epochs of minibatches of whole sequences: policy and value losses.                    losses.py
+`PPO.update` is one update and `PPO.loss` its objective, both in the order of the paper. The loop around them collects
+episodes, measures the KL to the reference, reports and saves (common/rollout_agent.py); minibatches and the optimiser
+step are in common/policy_gradient.py. Every mean is over response tokens.
 
-The policy's loss is the clipped surrogate or, with `variant="penalty"`, the plain one with a penalty on KL(old, new)
-whose coefficient is doubled after an update that went too far and halved after one that went too short.
-Every mean is over real tokens. Importance ratios start from the behaviour log-probs, so the first ratio is 1.
+With `variant="penalty"` the surrogate is not clipped but has a penalty on KL(old, new), whose coefficient is doubled
+after an update that went too far and halved after one that went too short.
 
 Advantages, returns and both losses equal those of TRL 1.12, the last with a PPO, wherever the definitions agree. They
 do not in four places. The score is paid on the last token itself, EOS included, and not on the padding after it, which
@@ -23,22 +20,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.settings import Count, NotNegative, Share, above
 
-from .common.advantages import gae, masked_mean, overall_mean, whiten
-from .common.losses import PolicyLoss, clipped_policy_loss, clipped_value_loss, penalty_policy_loss
-from .common.on_policy import Metrics, OnPolicyConfig
+from .common.advantages import gae
+from .common.means import explained_variance, masked_mean, overall_mean, whiten
+from .common.metrics import Figures
+from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from .common.rollout import Rollout
-from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class PPOConfig(SurrogateConfig):
-    """The knobs of PPO; the coefficient of the KL to the reference and its estimator are the environment's."""
+class PPOConfig(PolicyGradientConfig):
+    """Hyperparameters of PPO; the coefficient of the KL to the reference and its estimator are the environment's."""
 
     num_epochs: Count = 2
     """Passes over each rollout."""
@@ -77,8 +76,8 @@ class PPOConfig(SurrogateConfig):
             raise ConfigError(f"kl_min must be below kl_max={self.kl_max}, got {self.kl_min}")
 
 
-class PPO(SurrogateAgent):
-    """PPO over whole episodes, see the module's text and `OnPolicyAgent`.
+class PPO(PolicyGradientAgent):
+    """PPO over whole episodes of text; arguments as `RolloutAgent`.
 
     >>> import gymnasium as gym
     >>> from textgym import ActorCritic
@@ -89,67 +88,110 @@ class PPO(SurrogateAgent):
     2
     """
 
-    config_class: ClassVar[type[OnPolicyConfig]] = PPOConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = PPOConfig
     config: PPOConfig
 
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         self.penalty_coef = self.config.penalty_coef
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
-        """GAE."""
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update of PPO (Schulman et al., 2017, algorithm 1) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.mask
+
+        # 1. Rewards: the KL penalty on every token, the score on the last one (Ziegler et al., 2019, equation 2).
+        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
-        return Targets(whiten(advantages, mask) if config.whiten_advantages else advantages, returns)
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Policy loss, value loss and entropy bonus."""
-        config, mask = self.config, batch.mask
-        policy = self.policy_loss(new, batch)
-        value = clipped_value_loss(new.value, batch.values, batch.returns, mask, config.clip_range_value)
-        entropy = masked_mean(new.entropy, mask)
-        return policy.loss + config.value_coef * value.loss - config.entropy_coef * entropy, {
-            "policy/approxkl_avg": policy.approx_kl,
-            "policy/clipfrac_avg": policy.clip_fraction,
-            "loss/policy_avg": policy.loss,
-            "loss/value_avg": value.loss,
-            "val/clipfrac_avg": value.clip_fraction,
-            "val/ratio": policy.ratio,
-            "policy/entropy_avg": entropy,
-        }
+        # 2. Advantages by GAE (Schulman et al., 2016, equation 16), whitened over response tokens only, since padding
+        #    would shift the mean. Returns, which the critic learns, are of the advantages before whitening.
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)  # (N, T)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
 
-    def policy_loss(self, new: Evaluation, batch: Batch) -> PolicyLoss:
-        """By the variant."""
-        config, old = self.config, batch.log_probs
+        # 3. Several epochs of minibatches of whole episodes, one optimiser step each.
+        steps: list[Figures] = []
+        for minibatch in self.minibatches(rollout, advantages, returns):
+            steps.append(self.step(minibatch))
+            # Only here does the host wait for the device within an update, so only if it was asked for.
+            if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
+                break
+
+        # 4. Metrics: means over the steps, and how good the critic was before them.
+        further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)}
+        metrics = self.finish(steps, further)
         if config.variant == "penalty":
-            return penalty_policy_loss(new.log_prob, old, batch.advantages, batch.mask, self.penalty_coef)
-        ranges = (config.clip_range, config.clip_range_high, config.dual_clip)
-        return clipped_policy_loss(new.log_prob, old, batch.advantages, batch.mask, *ranges)
-
-    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """An update, after which "penalty" looks at how far it went."""
-        metrics = super().update(rollout, kl)
-        if self.config.variant == "penalty":
-            metrics["policy/penalty_coef"] = self.penalty_coef
-            moved = self._distance(rollout)
-            metrics["policy/kl_old_new"] = moved
-            if moved > self.config.kl_max:
-                self.penalty_coef *= 2
-            elif moved < self.config.kl_min:
-                self.penalty_coef /= 2
+            metrics |= self.adapt_penalty(rollout)
         return metrics
 
-    def _distance(self, rollout: Rollout) -> float:
-        """KL(old, new) of the whole update, in nats a token."""
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+        """L = L_policy + c_1 L_value - c_2 H (Schulman et al., 2017, equation 9), means over response tokens."""
+        config, mask = self.config, batch.mask
+
+        # 1. Importance ratios r = pi / pi_old. Both are the distribution that was sampled from, so r = 1 at first.
+        #    Padding is replaced before any arithmetic: a NaN there would reach the gradient.
+        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
+        ratio = log_ratio.exp()
+        advantages = torch.where(mask, batch.advantages, 0.0)
+        approx_kl = ratio - 1 - log_ratio  # k3 of KL(old, new), at least 0 for every token
+
+        # 2. Policy: the plain surrogate r A, and what keeps the update from going too far.
+        plain = ratio * advantages
+        clipped = plain
+        if config.variant == "penalty":  # r A - beta KL(old, new) (equation 8)
+            objective = plain - self.penalty_coef * approx_kl
+        else:  # min(r A, clip(r, 1 - eps, 1 + eps) A) (equation 7)
+            high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+            clipped = ratio.clamp(1 - config.clip_range, 1 + high) * advantages
+            objective = torch.minimum(plain, clipped)
+            if config.dual_clip is not None:  # where A < 0 at least c A, however large r is (Ye et al., 2020, eq. 5)
+                objective = torch.where(
+                    advantages < 0, torch.maximum(objective, config.dual_clip * advantages), objective
+                )
+        policy_loss = masked_mean(-objective, mask)
+
+        # 3. Value: half the squared error, at least that of the value clipped around the old one. Where the clipped
+        #    error is the larger one, moving the value further changes nothing, so its gradient is zero.
+        values, old_values, returns = (torch.where(mask, x, 0.0) for x in (new.value, batch.values, batch.returns))
+        error = (values - returns).square()
+        clipped_error = error
+        if config.clip_range_value is not None:
+            moved = (values - old_values).clamp(-config.clip_range_value, config.clip_range_value)
+            clipped_error = (old_values + moved - returns).square()
+        value_loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask)
+
+        # 4. Entropy bonus, without a gradient where its weight is 0.
+        entropy = masked_mean(new.entropy, mask)
+
+        loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
+        with torch.no_grad():
+            figures = {
+                "policy/approxkl_avg": masked_mean(approx_kl, mask),
+                "policy/clipfrac_avg": masked_mean((clipped < plain).float(), mask),
+                "loss/policy_avg": policy_loss,
+                "loss/value_avg": value_loss,
+                "val/clipfrac_avg": masked_mean((clipped_error > error).float(), mask),
+                "val/ratio": masked_mean(ratio, mask),
+                "policy/entropy_avg": entropy,
+            }
+        return loss, figures
+
+    def adapt_penalty(self, rollout: Rollout) -> Metrics:
+        """Double or halve the penalty's coefficient by how far the update went (Schulman et al., 2017, section 4)."""
         log_ratio = self.policy.sequence_log_probs(rollout.sequences) - rollout.log_probs
-        return float(overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask))
+        distance = float(overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask))  # KL(old, new) in nats a token
+        metrics = {"policy/penalty_coef": self.penalty_coef, "policy/kl_old_new": distance}
+        if distance > self.config.kl_max:
+            self.penalty_coef *= 2
+        elif distance < self.config.kl_min:
+            self.penalty_coef /= 2
+        return metrics
 
     def training_state(self) -> dict[str, Any]:
-        """The coefficient of the penalty, besides what every agent saves."""
+        """Return the coefficient of the penalty, besides what every agent saves."""
         return {"penalty_coef": self.penalty_coef}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `training_state` gave."""
+        """Go on from what `training_state` gave."""
         self.penalty_coef = state["penalty_coef"]

@@ -21,16 +21,17 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.settings import NotNegative, Share
 
-from .common.advantages import discounted_returns, leave_one_out_mean, masked_mean
-from .common.losses import per_episode, policy_gradient_loss
-from .common.on_policy import OnPolicyConfig
+from .common.advantages import discounted_returns, leave_one_out_mean
+from .common.means import explained_variance, masked_mean, per_episode
+from .common.metrics import Figures
+from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from .common.rollout import Rollout
-from .common.surrogate import Batch, SurrogateAgent, SurrogateConfig, Targets
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class REINFORCEConfig(SurrogateConfig):
-    """The knobs of REINFORCE; one step of the optimiser for each rollout."""
+class REINFORCEConfig(PolicyGradientConfig):
+    """Hyperparameters of REINFORCE; one step of the optimiser for each rollout."""
 
     reward_to_go: bool = True
     """Credit a token with what is paid from it on; off, with the return of the whole episode."""
@@ -50,35 +51,57 @@ class REINFORCEConfig(SurrogateConfig):
             )
 
 
-class REINFORCE(SurrogateAgent):
-    """See the module's text and `OnPolicyAgent`."""
+class REINFORCE(PolicyGradientAgent):
+    """REINFORCE with or without a baseline; arguments as `RolloutAgent`."""
 
-    config_class: ClassVar[type[OnPolicyConfig]] = REINFORCEConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = REINFORCEConfig
     config: REINFORCEConfig
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
-        """Returns less the baseline."""
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Williams, 1992) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.mask
+
+        # 1. Rewards: the KL penalty on every token, the score on the last one.
+        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+
+        # 2. Returns: of each token on, or of the whole episode for every token.
         returns = discounted_returns(rewards, mask, config.gamma)
         if not config.reward_to_go:
             returns = torch.where(mask, rewards.sum(1, keepdim=True), 0.0)
-        if config.baseline == "learned":
-            return Targets(torch.where(mask, returns - rollout.values, 0.0), returns)
-        baseline = leave_one_out_mean(returns, mask) if config.baseline == "mean" else torch.zeros_like(returns)
-        return Targets(torch.where(mask, returns - baseline, 0.0))
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Policy-gradient loss, and the value loss of a learned baseline."""
+        # 3. Advantages: returns less a baseline that the token itself does not move.
+        learned = config.baseline == "learned"
+        baseline = torch.zeros_like(returns)
+        if learned:
+            baseline = rollout.values
+        elif config.baseline == "mean":
+            baseline = leave_one_out_mean(returns, mask)
+        advantages = torch.where(mask, returns - baseline, 0.0)
+
+        # 4. One optimiser step on the whole rollout: without importance ratios a second one would be biased.
+        steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
+
+        # 5. Metrics.
+        further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)} if learned else {}
+        return self.finish(steps, further)
+
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+        """-log pi (G - b) - c_2 H, summed over the tokens of an episode, a mean over episodes.
+
+        A sum over tokens, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the gradient of a long
+        text counts as much as it does in the objective. A learned baseline adds c_1 / 2 (V - G)^2.
+        """
         config, mask = self.config, batch.mask
-        policy = policy_gradient_loss(new.log_prob, batch.advantages, mask)
+        policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
         entropy = per_episode(new.entropy, mask)
-        loss = policy - config.entropy_coef * entropy
-        figures = {"loss/policy_avg": policy, "policy/entropy_avg": masked_mean(new.entropy, mask)}
+        loss = policy_loss - config.entropy_coef * entropy
+        figures = {"loss/policy_avg": policy_loss, "policy/entropy_avg": masked_mean(new.entropy, mask)}
         if config.baseline == "learned":
-            value = 0.5 * per_episode((new.value - batch.returns).square(), mask)
-            loss, figures["loss/value_avg"] = loss + config.value_coef * value, value
+            value_loss = 0.5 * per_episode((new.value - batch.returns).square(), mask)
+            loss = loss + config.value_coef * value_loss
+            figures["loss/value_avg"] = value_loss
         return loss, figures
 
     def weight(self, batch: Batch) -> int:
-        """Its episodes, over which the policy gradient is a mean."""
+        """Return its episodes: the loss is a mean over episodes."""
         return len(batch)

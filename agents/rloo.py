@@ -22,17 +22,17 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 from textgym.settings import NotNegative
 
-from .common.advantages import masked_mean, whiten
-from .common.group import GroupAgent, GroupConfig
-from .common.losses import per_episode, sequence_policy_loss
-from .common.on_policy import OnPolicyConfig
+from .common.means import masked_mean, per_episode, whiten
+from .common.metrics import Figures
+from .common.policy_gradient import Batch
+from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
-from .common.surrogate import Batch, Targets
+from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 
 @dataclass
-class RLOOConfig(GroupConfig):
-    """The knobs of RLOO."""
+class RLOOConfig(PromptGroupConfig):
+    """Hyperparameters of RLOO."""
 
     normalise: Literal["none", "batch"] = "none"
     """Whether advantages are scaled to mean 0 and variance 1 over the rollout, as in REINFORCE++."""
@@ -40,33 +40,61 @@ class RLOOConfig(GroupConfig):
     """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
 
 
-class RLOO(GroupAgent):
-    """See the module's text and `GroupAgent`."""
+class RLOO(PromptGroupAgent):
+    """REINFORCE leave-one-out; arguments as `PromptGroupAgent`."""
 
-    config_class: ClassVar[type[OnPolicyConfig]] = RLOOConfig
+    config_class: ClassVar[type[RolloutAgentConfig]] = RLOOConfig
     config: RLOOConfig
 
-    def advantages(self, rollout: Rollout, rewards: Tensor) -> Targets:
-        """Each episode against the others of its prompt."""
-        returns = self.grouped(rewards.sum(1))
-        others = (returns.sum(1, keepdim=True) - returns) / (self.config.group_size - 1)
-        advantages = torch.where(rollout.mask, (returns - others).reshape(-1, 1), 0.0)
-        return Targets(whiten(advantages, rollout.mask) if self.config.normalise == "batch" else advantages)
+    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Make one update (Ahmadian et al., 2024, section 3) from a rollout and the KL of its tokens."""
+        config, mask = self.config, rollout.mask
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate of whole episodes, whose tokens share one advantage."""
+        # 1. The return of an episode: its score less the KL penalty of all its tokens.
+        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        returns = self.grouped(rewards.sum(1))  # (groups, group_size)
+
+        # 2. Advantages: each episode against the mean of the others of its prompt, the same for all its tokens.
+        others = (returns.sum(1, keepdim=True) - returns) / (config.group_size - 1)
+        advantages = torch.where(mask, (returns - others).reshape(-1, 1), 0.0)  # (N, T)
+        if config.normalise == "batch":  # REINFORCE++ (Hu, 2025)
+            advantages = whiten(advantages, mask)
+
+        # 3. Minibatches of whole episodes, one optimiser step each.
+        steps: list[Figures] = []
+        for minibatch in self.minibatches(rollout, advantages):
+            steps.append(self.step(minibatch))
+            if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
+                break
+
+        # 4. Metrics.
+        return self.finish(steps)
+
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+        """The clipped surrogate with a whole episode as one action, a mean over episodes.
+
+        L = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)] with r = prod_t pi(a_t | s_t) / pi_old(a_t | s_t), so that one
+        text has one ratio (Ahmadian et al., 2024, section 3).
+        """
         config, mask = self.config, batch.mask
-        advantages = batch.advantages[:, 0]
-        policy = sequence_policy_loss(new.log_prob, batch.log_probs, advantages, mask, config.clip_range)
+        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
+        ratio = log_ratio.sum(1).exp()  # (N,)
+        advantages = batch.advantages[:, 0]  # (N,); all tokens of an episode share it
+        plain = ratio * advantages
+        clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantages
+        policy_loss = -torch.minimum(plain, clipped).mean()
         entropy = per_episode(new.entropy, mask)
-        return policy.loss - config.entropy_coef * entropy, {
-            "policy/approxkl_avg": policy.approx_kl,
-            "policy/clipfrac_avg": policy.clip_fraction,
-            "loss/policy_avg": policy.loss,
-            "val/ratio": policy.ratio,
-            "policy/entropy_avg": masked_mean(new.entropy, mask),
-        }
+
+        with torch.no_grad():
+            figures = {
+                "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
+                "policy/clipfrac_avg": (clipped < plain).float().mean(),
+                "loss/policy_avg": policy_loss,
+                "val/ratio": ratio.mean(),
+                "policy/entropy_avg": masked_mean(new.entropy, mask),
+            }
+        return policy_loss - config.entropy_coef * entropy, figures
 
     def weight(self, batch: Batch) -> int:
-        """Its episodes, over which the policy gradient is a mean."""
+        """Return its episodes: the loss is a mean over episodes."""
         return len(batch)

@@ -2,9 +2,8 @@
 
     textgym train --agent sft --data rows.jsonl --output-dir runs/sft
 
-One update:
-    1. Take a batch of prompts with their completions, packed side by side without padding.    models/sequences.py
-    2. Minimise -log pi of the completion tokens, a mean over all of them; prompts are read, not learned.
+`SFT.collate` makes a batch of prompts with their completions, and `SFT.loss` is what an update minimises. The
+updates, in micro-batches whose gradients add up, are those of common/supervised_trainer.py.
 
 With transcripts of an environment it clones whoever played them; where the length limit cut them off,
 `append_eos=False` does not teach them to end there.
@@ -21,16 +20,16 @@ from torch import Tensor
 from textgym.data.completions import encode_completions, load_examples, shorten
 from textgym.models.actor_critic import ActorCritic
 
-from .common.supervised import Batch, OfflineAgent, OfflineConfig
+from .common.supervised import Batch, SupervisedAgent, SupervisedConfig
 
 
 @dataclass
-class SFTConfig(OfflineConfig):
-    """The knobs of supervised fine-tuning."""
+class SFTConfig(SupervisedConfig):
+    """Hyperparameters of supervised fine-tuning."""
 
 
-class SFT(OfflineAgent):
-    """Supervised fine-tuning, see the module's text and `OfflineAgent`.
+class SFT(SupervisedAgent):
+    """Supervised fine-tuning on completions.
 
     Args:
         policy: who learns.
@@ -49,7 +48,7 @@ class SFT(OfflineAgent):
     1
     """
 
-    config_class: ClassVar[type[OfflineConfig]] = SFTConfig
+    config_class: ClassVar[type[SupervisedConfig]] = SFTConfig
     config: SFTConfig
 
     def __init__(self, policy: ActorCritic, examples: Any, tokenizer: Any = "tiny", config: Any = None) -> None:
@@ -73,6 +72,7 @@ class SFT(OfflineAgent):
         return batch["response_lengths"].sum()
 
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of -log pi over completion tokens."""
+        """-log pi, a mean over the completion tokens of the batch; prompts are read, not learned."""
         tokens = batch["response_lengths"].sum()
-        return -log_probs.sum() / tokens, {"entropy": entropies.sum() / tokens}
+        loss = -log_probs.sum() / tokens
+        return loss, {"entropy": entropies.sum() / tokens}

@@ -34,7 +34,7 @@ import torch
 from rich.text import Text
 
 from textgym.agents import DPO, SFT
-from textgym.agents.common.on_policy import OnPolicyAgent
+from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.machine.distributed import device, end_with_a_message, join, rank
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.demo import DemoConfig
@@ -102,7 +102,7 @@ def train(command: Train) -> None:
         return _learn(agent, command, [checkpoints])
     policy = agent.policy
     profiler = None
-    if command.profile and isinstance(agent, OnPolicyAgent):
+    if command.profile and isinstance(agent, RolloutAgent):
         profiler = Profiler(command.output_dir, agent, command.total_episodes)
     folder = RunFolder(command.output_dir, command, agent.updates)
     checkpoints.clean()
@@ -112,7 +112,7 @@ def train(command: Train) -> None:
         with live:
             live.stage(
                 type(agent).__name__,
-                command.total_episodes if isinstance(agent, OnPolicyAgent) else agent.total_updates,
+                command.total_episodes if isinstance(agent, RolloutAgent) else agent.total_updates,
             )
             _learn(agent, command, callbacks)
             live.stage("writing samples")
@@ -146,8 +146,8 @@ def _place(command: Train | TrainReward | Evaluate) -> torch.device:
     return own
 
 
-def _learn(agent: OnPolicyAgent | SFT | DPO, command: Train, callbacks: list[Any]) -> None:
-    if isinstance(agent, OnPolicyAgent):
+def _learn(agent: RolloutAgent | SFT | DPO, command: Train, callbacks: list[Any]) -> None:
+    if isinstance(agent, RolloutAgent):
         agent.learn(command.total_episodes, callbacks)
     else:
         agent.learn(callbacks)
@@ -191,13 +191,13 @@ def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgr
     return newest
 
 
-def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> OnPolicyAgent | SFT | DPO:
+def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> RolloutAgent | SFT | DPO:
     if command.agent in OFFLINE:
         return OFFLINE[command.agent](policy, command.data, command.model, command.config)
     return AGENTS[command.agent](policy, envs, command.config)
 
 
-def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> OnPolicyAgent | SFT | DPO:
+def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> RolloutAgent | SFT | DPO:
     if command.agent in OFFLINE:
         return OFFLINE[command.agent].load(checkpoint, command.data, place)
     return AGENTS[command.agent].load(checkpoint, envs, place)

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
-from textgym.agents.common.on_policy import OnPolicyAgent, OnPolicyConfig
-from textgym.agents.common.supervised import OfflineConfig
+from textgym.agents.common.rollout_agent import RolloutAgent, RolloutAgentConfig
+from textgym.agents.common.supervised import SupervisedConfig
 from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
 
-AGENTS: dict[str, type[OnPolicyAgent]] = {
+AGENTS: dict[str, type[RolloutAgent]] = {
     "ppo": PPO,
     "nlpo": NLPO,
     "a2c": A2C,
@@ -84,7 +84,7 @@ class Train:
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
-    config: tyro.conf.OmitArgPrefixes[OnPolicyConfig | OfflineConfig] = field(default_factory=PPOConfig)
+    config: tyro.conf.OmitArgPrefixes[RolloutAgentConfig | SupervisedConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
 

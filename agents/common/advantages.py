@@ -5,18 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..machine.distributed import column_total, total
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries where `mask` is set; 0 where none is."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def overall_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`masked_mean` over the entries of all processes of the run; without a mask over all of them."""
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    return total(torch.where(mask, values, 0.0).sum()) / total(mask.sum()).clamp(min=1)
+from ..machine.distributed import column_total
 
 
 def gae(
@@ -96,14 +85,3 @@ def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
     real = torch.where(mask, values, 0.0)
     count = column_total(mask.sum(0)) - mask.long()
     return torch.where(mask, (column_total(real.sum(0)) - real) / count.clamp(min=1), 0.0)
-
-
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scales real entries to variance 1, and to mean 0 unless `shift_mean` is off; zero in the padding.
-
-    Mean and variance are those of the entries of all processes of the run.
-    """
-    mean = overall_mean(values, mask)
-    variance = overall_mean((values - mean).square(), mask)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)

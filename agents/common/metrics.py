@@ -1,11 +1,18 @@
-"""Figures of an update: they stay on the device until it ends, and come to the host in one copy."""
+"""Metrics: figures of an update, which come to the host in one copy when it ends, and figures of its episodes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from textgym.rewards.engine.scoring import Scorer
+from textgym.rewards.kl import KLPenalty
+
+from ..machine.distributed import everyone, gathered
+from .rollout import Rollout
 
 Figures = dict[str, Tensor]
 """Numbers by their names, 0-dimensional tensors on one device."""
@@ -25,3 +32,50 @@ def on_host(figures: Figures) -> dict[str, float]:
         return {}
     values: list[float] = torch.stack([figure.double() for figure in figures.values()]).tolist()
     return dict(zip(figures, values, strict=True))
+
+
+def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Scorer) -> dict[str, float]:
+    """Return figures of the episodes of all processes; sums over tokens are averaged over episodes.
+
+    Args:
+        rollout: this process's episodes.
+        kl: `(N, T)`, nats to the reference.
+        penalty: what the KL costs.
+        scorer: the environment's, which counts errors of reward functions.
+    """
+    columns = gathered(
+        {
+            "kl": kl.sum(1),
+            "raw_scores": rollout.raw_scores,
+            "scores": rollout.scores,
+            "log_probs": rollout.log_probs.sum(1),
+            "cost": penalty.cost(kl).sum(1),
+            "tokens": rollout.sequences.response_lengths.float(),
+            "ended_by_stop": rollout.ended_by_stop.float(),
+            **rollout.components,
+        }
+    )
+    metrics: dict[str, Any] = {
+        "objective/kl": columns["kl"].mean(),
+        "objective/scores": columns["raw_scores"].mean(),
+        "objective/scores_std": columns["raw_scores"].std(correction=0),
+        "objective/entropy": -columns["log_probs"].mean(),
+        "objective/non_score_reward": -columns["cost"].mean(),
+        "objective/rlhf_reward": (columns["scores"] - columns["cost"]).mean(),
+        "objective/kl_coef": penalty.coef,
+        "val/response_tokens": columns["tokens"].mean(),
+        "val/ended_by_stop": columns["ended_by_stop"].mean(),
+    }
+    for key in [key for key in columns if "/" in key]:
+        kind, name = key.split("/", 1)
+        given = columns[key][~columns[key].isnan()]
+        if len(given) and kind == "metric":
+            metrics[name] = given.mean()
+        elif len(given):  # a function may leave every row out
+            metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
+    if scorer.scale.active:
+        metrics["objective/scores_paid"] = columns["scores"].mean()
+    if scorer.on_error != "raise":
+        failed = everyone(scorer.errors)
+        metrics |= {f"rewards/{name}/errors": sum(errors[name] for errors in failed) for name in scorer.errors}
+    return {key: float(value) for key, value in metrics.items()}

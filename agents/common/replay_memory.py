@@ -1,4 +1,4 @@
-"""EpisodeMemory: what off-policy agents learn from, more than once: whole episodes, whose states share passes."""
+"""EpisodeMemory: the replay memory: whole episodes, whose states share passes."""
 
 from __future__ import annotations
 

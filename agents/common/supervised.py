@@ -1,7 +1,7 @@
-"""OfflineAgent: what agents share that learn from texts somebody else wrote: batches, updates, reports, saving.
+"""SupervisedAgent: what SFT and DPO share: batches of given texts, updates, reports, saving.
 
-`transformers.Trainer` does the updates: schedule, gradient clipping, accumulation, mixed precision, checkpoints. An
-algorithm is a subclass with its items (`__len__`, `collate`, `weight`) and its `loss`.
+`transformers.Trainer` makes the updates: schedule, gradient clipping, accumulation, mixed precision, checkpoints. An
+algorithm is on a page of its own in agents/: its items (`__len__`, `collate`, `weight`) and its `loss`.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from textgym.settings import Count, NotNegative, Positive, Share, check_settings
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import explained
 from ..machine.out_of_memory import memory_explained
-from .on_policy import Metrics
+from .rollout_agent import Metrics
 from .saving import load_policy, place_of, save_policy
-from .supervised_trainer import OfflineTrainer
+from .supervised_trainer import SupervisedTrainer
 
-Callback = Callable[["OfflineAgent", Metrics], bool | None]
+Callback = Callable[["SupervisedAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
 Batch = dict[str, Tensor]
 
 
 @dataclass
-class OfflineConfig:
-    """What every offline algorithm can be told."""
+class SupervisedConfig:
+    """Hyperparameters of all agents that learn from given texts."""
 
     learning_rate: NotNegative = 1e-4
     """Peak learning rate of AdamW, which has torch's epsilon of 1e-8: warmup keeps the first updates small."""
@@ -88,7 +88,7 @@ class OfflineConfig:
             )
 
 
-class OfflineAgent(ABC):
+class SupervisedAgent(ABC):
     """Trains the language model of a policy on a fixed set of texts; a critic is left as it is.
 
     Args:
@@ -101,7 +101,7 @@ class OfflineAgent(ABC):
         ValueError: see the algorithm's data.
     """
 
-    config_class: ClassVar[type[OfflineConfig]]
+    config_class: ClassVar[type[SupervisedConfig]]
     texts: list[Example]
 
     def __init__(self, policy: ActorCritic, data: Any, tokenizer: Any = "tiny", config: Any = None) -> None:
@@ -111,7 +111,7 @@ class OfflineAgent(ABC):
             policy.checkpoint_layers()
         self.read(data)
         self.updates = 0
-        self.trainer: OfflineTrainer | None = None
+        self.trainer: SupervisedTrainer | None = None
         self._saved_progress: Path | None = None
 
     @abstractmethod
@@ -171,7 +171,7 @@ class OfflineAgent(ABC):
         ):
             if self.updates:
                 self._write_progress(Path(folder))
-            self.trainer = OfflineTrainer(self, folder, callbacks)
+            self.trainer = SupervisedTrainer(self, folder, callbacks)
             try:
                 self.trainer.train(resume_from_checkpoint=folder if self.updates else None)
             finally:

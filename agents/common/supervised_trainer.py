@@ -1,4 +1,4 @@
-"""OfflineTrainer: `transformers.Trainer` as offline agents use it: quiet, no files, one report an update."""
+"""SupervisedTrainer: `transformers.Trainer` as SFT and DPO use it: quiet, no files, one report an update."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .optimizer import adamw
 
 
 class Trained(Protocol):
-    """What the trainer needs of an agent; `OfflineAgent` has it."""
+    """What the trainer needs of an agent; `SupervisedAgent` has it."""
 
     policy: ActorCritic
     config: Any
@@ -41,7 +41,7 @@ class Trained(Protocol):
         """The loss to minimise, and figures to report."""
 
 
-class OfflineTrainer(Trainer):
+class SupervisedTrainer(Trainer):
     """Trains the language model of an agent's policy on the agent's loss.
 
     Args:
@@ -158,7 +158,7 @@ class _Scored(nn.Module):
 class _Report(TrainerCallback):
     """Tells the agent's callbacks of every update, and stops where one of them says so."""
 
-    def __init__(self, trainer: OfflineTrainer, callbacks: Sequence[Callable[..., bool | None]]) -> None:
+    def __init__(self, trainer: SupervisedTrainer, callbacks: Sequence[Callable[..., bool | None]]) -> None:
         self.trainer, self.callbacks = trainer, callbacks
         self.started = time.perf_counter()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from textgym.data.files import remove_folder, remove_leftovers
 from textgym.models.machine.profiled_phases import phase
 
-from ..common.on_policy import Metrics, OnPolicyAgent
-from ..common.supervised import OfflineAgent
+from ..common.rollout_agent import Metrics, RolloutAgent
+from ..common.supervised import SupervisedAgent
 from ..machine.distributed import rank
 
 PREFIX = "step-"
@@ -36,12 +36,12 @@ class Checkpoints:
             raise ValueError(f"every and keep must be at least 1, got every={every} and keep={keep}")
         self.folder, self.every, self.keep = Path(folder), every, keep
 
-    def __call__(self, agent: OnPolicyAgent | OfflineAgent, metrics: Metrics) -> None:
+    def __call__(self, agent: RolloutAgent | SupervisedAgent, metrics: Metrics) -> None:
         """Called by agents after each update."""
         if agent.updates % self.every == 0:
             self.save(agent)
 
-    def save(self, agent: OnPolicyAgent | OfflineAgent) -> None:
+    def save(self, agent: RolloutAgent | SupervisedAgent) -> None:
         """Writes a checkpoint now, and removes the oldest ones."""
         with phase("checkpoint"):
             agent.save(self.folder / f"{PREFIX}{agent.updates:06d}")

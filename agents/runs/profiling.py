@@ -33,7 +33,7 @@ from textgym.data.files import atomic_file
 from textgym.models.machine.flops import FlopCount
 from textgym.models.machine.profiled_phases import listen
 
-from ..common.on_policy import Metrics, OnPolicyAgent
+from ..common.rollout_agent import Metrics, RolloutAgent
 from ..machine.device_limits import peak_flops, peak_memory, reset_peak_memory
 from ..machine.memory_by_role import SavedForBackward, bytes_by_role, cache_bytes
 
@@ -138,7 +138,7 @@ class Profile:
 
 
 class Profiler:
-    """Measures a run that is under way; a callback of on-policy and off-policy agents, the last one of them.
+    """Measures a run that is under way; a callback of agents that learn from rollouts, the last one of them.
 
     Args:
         folder: where `profile.md`, `profile.json` and `trace.json.gz` are written.
@@ -152,7 +152,7 @@ class Profiler:
         ValueError: the run makes fewer updates than that.
     """
 
-    def __init__(self, folder: str | Path, agent: OnPolicyAgent, total_episodes: int) -> None:
+    def __init__(self, folder: str | Path, agent: RolloutAgent, total_episodes: int) -> None:
         size = agent.config.episodes_per_update
         left = math.ceil((total_episodes - agent.episodes) / size)
         if left < UPDATES:
@@ -166,7 +166,7 @@ class Profiler:
         self.timer, self.counts = _Timer(agent.policy.device), _Counts(agent)
         self.seen = 0
 
-    def __call__(self, agent: OnPolicyAgent, metrics: Metrics) -> None:
+    def __call__(self, agent: RolloutAgent, metrics: Metrics) -> None:
         """Called after each update: ends what is being done, and begins the next."""
         self.seen += 1
         if self.seen <= UPDATES - 1:
@@ -275,7 +275,7 @@ class _Timer(_Phases):
 class _Counts(_Phases):
     """Floating-point operations, peak memory, and bytes by role."""
 
-    def __init__(self, agent: OnPolicyAgent) -> None:
+    def __init__(self, agent: RolloutAgent) -> None:
         super().__init__()
         self.agent, self.stack = agent, contextlib.ExitStack()
         self.flops: Counter[str] = Counter()

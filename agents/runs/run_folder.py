@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from textgym.data.files import atomic_file, remove_leftovers
 
-from ..common.on_policy import Metrics, OnPolicyAgent
-from ..common.supervised import OfflineAgent
+from ..common.rollout_agent import Metrics, RolloutAgent
+from ..common.supervised import SupervisedAgent
 
 CURVES = {
     "score": "objective/scores",
@@ -45,7 +45,7 @@ NOTES = {
     "rewards/accuracies": "ranked right {:.2f}",
 }
 """The few numbers that stand beside the bar."""
-Agent = OnPolicyAgent | OfflineAgent
+Agent = RolloutAgent | SupervisedAgent
 
 
 class RunFolder:
@@ -223,7 +223,7 @@ def _written(figure: float | str) -> str:
 
 
 def _clock(metrics: Metrics) -> str:
-    """What an agent's progress is counted in: an offline one plays no episodes."""
+    """What an agent's progress is counted in: SFT and DPO play no episodes."""
     return "episodes" if "episodes" in metrics else "updates"
 
 

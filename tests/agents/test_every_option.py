@@ -111,6 +111,14 @@ def ratios_of(agent: PPO) -> list[Tensor]:
     return ratios
 
 
+def advantages_of(agent: PPO, rollout: Rollout, kl: Tensor) -> Tensor:
+    """Those `(N, T)` that an update would learn from; nothing is learned."""
+    seen: list[Tensor] = []
+    agent.minibatches = lambda rollout, advantages, returns: seen.append(advantages) or iter(())  # type: ignore[method-assign, assignment, func-returns-value]
+    agent.update(rollout, kl)
+    return seen[0]
+
+
 def gradients_of(agent: PPO) -> dict[str, Tensor]:
     return {name: weight.grad for name, weight in agent.policy.named_parameters() if weight.grad is not None}
 
@@ -348,8 +356,8 @@ def test_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
     kl, rewards, advantages = [], [], []
     for agent, rollout in zip((fast, slow), rollouts, strict=True):
         kl.append(agent.measure_kl(rollout))
-        rewards.append(agent.price(rollout, kl[-1]))
-        advantages.append(agent.advantages(rollout, rewards[-1]).advantages)
+        rewards.append(agent.penalty.charge(rollout.rewards(), kl[-1]))
+        advantages.append(advantages_of(agent, rollout, kl[-1]))
     for name in ("log_probs", "values", "scores"):
         assert_close(getattr(written, name), getattr(stepped, name), terms=FORWARD)
     for mine, other in (kl, rewards, advantages):

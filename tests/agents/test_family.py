@@ -14,8 +14,8 @@ import torch
 
 from textgym import agents
 from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.rollout import collect, merge
-from textgym.agents.common.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import (
     ExactTask,
@@ -35,7 +35,7 @@ ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
 pytestmark = pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # tested below
 
 GROUPS = {"group_size": 4}
-AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
+AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "reinforce": (REINFORCE, {}),
     "reinforce, learned": (REINFORCE, {"baseline": "learned"}),
     "a2c": (A2C, {}),
@@ -70,14 +70,14 @@ def make_envs(**changes: Any) -> Any:
     return gym.make_vec("textgym/Text-v0", num_envs=16, **{**settings, **changes})
 
 
-def make_agent(name: str, envs: Any = None, **changes: Any) -> SurrogateAgent:
+def make_agent(name: str, envs: Any = None, **changes: Any) -> PolicyGradientAgent:
     kind, settings = AGENTS[name]
     config = {"episodes_per_update": 32, "learning_rate": 3e-3, **settings, **changes}
     policy = ActorCritic.from_pretrained(mock_lm(), critic="separate")
     return kind(policy, envs if envs is not None else make_envs(), kind.config_class(**config))
 
 
-def history_of(agent: SurrogateAgent, episodes: int, *callbacks: Any) -> list[dict[str, float]]:
+def history_of(agent: PolicyGradientAgent, episodes: int, *callbacks: Any) -> list[dict[str, float]]:
     history: list[dict[str, float]] = []
     agent.learn(episodes, [lambda _, metrics: history.append(metrics), *callbacks])
     return history
@@ -119,7 +119,7 @@ def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
 def test_resume_bit_for_bit_under_lora(name: str, tmp_path: Path) -> None:
     lora = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
-    def make() -> SurrogateAgent:
+    def make() -> PolicyGradientAgent:
         kind, settings = AGENTS[name]
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
     assert_close(gradients[1], gradients[0], terms=FORWARD, scale=1.0)
 
 
-def gradient_of(agent: SurrogateAgent) -> torch.Tensor:
+def gradient_of(agent: PolicyGradientAgent) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None])
 
 
@@ -204,7 +204,7 @@ def exact_policy() -> ActorCritic:
 
 # PPO's losses are means over tokens, and whitened advantages have another scale.
 WHOLE = {"lam": 1.0, "value_coef": 0.0, "whiten_advantages": False, "minibatch_size": None}
-ESTIMATORS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
+ESTIMATORS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "whole episode": (REINFORCE, {"reward_to_go": False, "baseline": "none"}),
     "to go": (REINFORCE, {"baseline": "none"}),
     "mean baseline": (REINFORCE, {"baseline": "mean"}),

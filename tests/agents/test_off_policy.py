@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
-from textgym.agents.common.off_policy import Behaviour, OffPolicyAgent
+from textgym.agents.common.replay_agent import Behaviour, ReplayAgent
 from textgym.agents.common.replay_memory import EpisodeMemory, Memories
 from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
@@ -49,7 +49,7 @@ def make_envs(beta: Any = 0.0, **changes: Any) -> Any:
     return gym.make_vec("textgym/Text-v0", num_envs=32, kl_mode="deferred", **TASK.env_kwargs(beta) | changes)
 
 
-def make_agent(name: str, envs: Any = None, **changes: Any) -> OffPolicyAgent:
+def make_agent(name: str, envs: Any = None, **changes: Any) -> ReplayAgent:
     kind, settings = AGENTS[name]
     config = {"learning_rate": 0.05, "adam_epsilon": 1e-8, **settings, **changes}
     policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
@@ -163,7 +163,7 @@ def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) ->
     kind, settings = AGENTS[name]
     arguments = TASK.env_kwargs(0.3 if name == "soft" else 0.0) | {"reference": mock_lm(TASK.vocab_size)}
 
-    def make() -> OffPolicyAgent:
+    def make() -> ReplayAgent:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             policy = ActorCritic.from_pretrained(mock_lm(TASK.vocab_size), lora=lora)
@@ -202,7 +202,7 @@ def actor(noise: float = 1.0) -> ActorCritic:
 # --- targets by hand ---
 
 
-def batch_of(agent: OffPolicyAgent, *chosen: int) -> Memories:
+def batch_of(agent: ReplayAgent, *chosen: int) -> Memories:
     sequences = texts(*chosen)
     rewards = torch.where(sequences.mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
     reference = agent.penalty.reference.sequence_log_probs(sequences)
@@ -295,10 +295,15 @@ def test_targets_follow() -> None:
     (target, followed), *_ = agent.follow()
     before = [weight.clone() for weight in target.parameters()]
     rollout = agent.collect()
-    agent.memory.add(rollout.sequences, rollout.rewards(), agent.measure_kl(rollout), TASK.horizon)
-    agent._step()
+    agent.remember(rollout, agent.measure_kl(rollout))
+
+    def step() -> None:
+        agent.step(agent.memory.sample(agent.config.batch_size, agent.shuffler))
+        agent.update_targets()
+
+    step()
     assert all(torch.equal(old, new) for old, new in zip(before, target.parameters(), strict=True))
-    agent._step()
+    step()
     for old, new, online in zip(before, target.parameters(), followed.parameters(), strict=True):
         torch.testing.assert_close(new.data, old + 0.25 * (online.data - old))
 
@@ -374,7 +379,9 @@ def test_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         if isinstance(agent, Pathwise):  # whose relaxation draws noise for each chunk
             monkeypatch.setattr("textgym.agents.pathwise.relax", lambda log_probs, seed, config: log_probs.exp())
         loss, _, _ = agent.loss(batch_of(agent, 30, 60, 80))
-        agent.step(loss)
+        agent.optimizer.zero_grad()
+        loss.backward()
+        agent.apply_gradients()
         gradients.append(torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None]))
     assert gradients[0].norm() > 0
     assert_close(gradients[1], gradients[0], terms=FORWARD, scale=1.0)
@@ -388,7 +395,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(name: str) -> None:
         remember(agent.memory, 0, 5, 30, 60, 80)
         if isinstance(agent, Pathwise):  # whose relaxation draws noise for each pass
             agent.values = functools.partial(_without_noise, agent.values)  # type: ignore[method-assign]
-        agent._step()
+        agent.step(agent.memory.sample(agent.config.batch_size, agent.shuffler))
         gradients.append(torch.cat([p.grad.flatten() for p in agent.policy.parameters() if p.grad is not None]))
     assert gradients[0].norm() > 0
     assert_close(gradients[1], gradients[0], terms=FORWARD, scale=1.0)

@@ -6,6 +6,7 @@ not move gains 0.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -14,8 +15,8 @@ import pytest
 from torch import Tensor
 
 from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.rollout import Rollout
-from textgym.agents.common.surrogate import SurrogateAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask, Measured, assert_learns, tolerance
 
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning"),  # tested in test_family.py
 ]
 
-Kind = type[SurrogateAgent]
+Kind = type[PolicyGradientAgent]
 TASK = ExactTask(vocab_size=5, horizon=2, seed=1)
 BETA = 0.5
 GROUPS = {"group_size": 4}
@@ -64,14 +65,14 @@ def test_every_agent_comes_near_the_optimum(name: str) -> None:
     assert_learns(gains, at_least=0.4, measured=Measured(mean=0.747, deviation=0.037, runs=8))
 
 
-def flip_prices(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def flip_rewards(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an agent's advantages are made of has the other sign."""
-    price = kind.price
+    update = kind.update
 
-    def negative(self: SurrogateAgent, rollout: Rollout, kl: Tensor) -> Tensor:
-        return -price(self, rollout, kl)
+    def flipped(self: PolicyGradientAgent, rollout: Rollout, kl: Tensor) -> dict[str, float]:
+        return update(self, replace(rollout, scores=-rollout.scores, token_rewards=-rollout.token_rewards), -kl)
 
-    monkeypatch.setattr(kind, "price", negative)
+    monkeypatch.setattr(kind, "update", flipped)
 
 
 @pytest.mark.slow
@@ -81,7 +82,7 @@ def test_without_a_learning_rate_or_with_flipped_advantages_they_fail(
 ) -> None:
     """Each seed by itself is below the bar of the test above."""
     assert gain_of(name, 0, learning_rate=0.0) == pytest.approx(0.0, abs=tolerance(terms=1000))
-    flip_prices(AGENTS[name][0], monkeypatch)
+    flip_rewards(AGENTS[name][0], monkeypatch)
     assert max(gain_of(name, seed) for seed in range(2)) < 0.0
 
 

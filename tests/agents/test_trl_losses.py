@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from textgym.agents import GRPO, RLOO, GRPOConfig, RLOOConfig
-from textgym.agents.common.surrogate import Batch
+from textgym.agents.common.policy_gradient import Batch
 from textgym.models.actor_critic import Evaluation
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import KLPenalty

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from textgym.agents.common.advantages import gae, masked_mean, whiten
-from textgym.agents.common.losses import clipped_policy_loss, clipped_value_loss
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.common.advantages import gae
+from textgym.agents.common.means import masked_mean, whiten
+from textgym.agents.common.policy_gradient import Batch
+from textgym.models.actor_critic import Evaluation
 from textgym.testing import assert_close, tolerance
 
 pytestmark = pytest.mark.numerics
@@ -65,21 +69,32 @@ def test_rewards_and_their_whitening(case: dict[str, Any]) -> None:
     assert_equal(rewards, theirs)
 
 
+def figures_of(mask: Tensor, **columns: Tensor) -> dict[str, float]:
+    """Those of PPO's loss at the default settings, of columns `(N, T)` that are 0 unless they are given."""
+    empty = torch.zeros(mask.shape)
+    new = Evaluation(columns.get("new", empty), columns.get("new_values", empty), empty)
+    old = [columns.get(name, empty) for name in ("log_probs", "values", "advantages", "returns")]
+    batch = Batch(SimpleNamespace(mask=mask), *old, torch.arange(len(mask)))  # type: ignore[arg-type]
+    agent = PPO.__new__(PPO)  # the loss needs no policy and no environment
+    agent.config = PPOConfig()
+    return {name: float(figure) for name, figure in agent.loss(new, batch)[1].items()}
+
+
 @CASES
 def test_policy_loss(case: dict[str, Any]) -> None:
     new, old, advantages = tensors(case, "new_logprobs", "logprobs", "advantages")
-    ours = clipped_policy_loss(new, old, advantages, MASK, clip_range=0.2)
-    assert float(ours.loss) == pytest.approx(case["pg_loss"], abs=tolerance(MASK.numel()))
-    assert float(ours.clip_fraction) == pytest.approx(case["pg_clipfrac"], abs=tolerance(MASK.numel()))
+    ours = figures_of(MASK, new=new, log_probs=old, advantages=advantages)
+    assert ours["loss/policy_avg"] == pytest.approx(case["pg_loss"], abs=tolerance(MASK.numel()))
+    assert ours["policy/clipfrac_avg"] == pytest.approx(case["pg_clipfrac"], abs=tolerance(MASK.numel()))
     assert case["pg_clipfrac"] > 0
 
 
 @CASES
 def test_value_loss(case: dict[str, Any]) -> None:
     predicted, values, returns = tensors(case, "vpred", "values", "returns")
-    ours = clipped_value_loss(predicted, values, returns, LONGER, clip_range=0.2)
-    assert float(ours.loss) == pytest.approx(case["vf_loss"], abs=tolerance(MASK.numel()))
-    assert float(ours.clip_fraction) == pytest.approx(case["vf_clipfrac"], abs=tolerance(MASK.numel()))
+    ours = figures_of(LONGER, new_values=predicted, values=values, returns=returns)
+    assert ours["loss/value_avg"] == pytest.approx(case["vf_loss"], abs=tolerance(MASK.numel()))
+    assert ours["val/clipfrac_avg"] == pytest.approx(case["vf_clipfrac"], abs=tolerance(MASK.numel()))
     assert case["vf_clipfrac"] > 0
 
 

@@ -1,4 +1,4 @@
-"""What bfloat16 moves on a device stays within the bands of ActorCritic.from_pretrained and OnPolicyConfig.bf16."""
+"""What bfloat16 moves on a device stays within the bands of ActorCritic.from_pretrained and RolloutAgentConfig.bf16."""
 
 from __future__ import annotations
 

@@ -295,7 +295,7 @@ def test_ctrl_c_before_the_first_update(working_folder: Path, monkeypatch: pytes
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("textgym.agents.common.on_policy.collect", interrupt)
+    monkeypatch.setattr("textgym.agents.common.rollout_agent.collect", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs()])
     assert caught.value.code == 130

@@ -10,10 +10,9 @@ from textgym.agents.common.advantages import (
     discounted_returns,
     gae,
     leave_one_out_mean,
-    masked_mean,
     n_step_returns,
-    whiten,
 )
+from textgym.agents.common.means import masked_mean, whiten
 from textgym.testing import assert_close, tolerance
 
 pytestmark = pytest.mark.numerics

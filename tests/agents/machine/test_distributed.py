@@ -22,8 +22,8 @@ from torch import multiprocessing
 from torch.distributed import TCPStore
 
 from textgym.agents import DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
+from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.rollout import Rollout
-from textgym.agents.common.surrogate import SurrogateAgent
 from textgym.agents.machine.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import checkpointing_layers
@@ -53,7 +53,7 @@ PPO_SETTINGS = {
     "entropy_coef": 0.01,
     "target_kl": 1.0,
 }
-AGENTS: dict[str, tuple[type[SurrogateAgent], dict[str, Any]]] = {
+AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "ppo": (PPO, PPO_SETTINGS),
     "ppo, penalty": (PPO, {**PPO_SETTINGS, "variant": "penalty"}),
     "grpo": (GRPO, {"group_size": 4, "num_epochs": 2}),
@@ -91,7 +91,7 @@ def make_envs(num_envs: int, **changes: Any) -> Any:
     return gym.make_vec("textgym/Text-v0", num_envs=num_envs, **{**settings, **changes})
 
 
-def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **changes: Any) -> SurrogateAgent:
+def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **changes: Any) -> PolicyGradientAgent:
     """An agent whose settings are the same however many processes there are."""
     kind, settings = AGENTS[name]
     envs = make_envs(num_envs, **(env or {}))
@@ -110,14 +110,14 @@ def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **ch
     return agent
 
 
-def learn(agent: SurrogateAgent) -> tuple[Weights, list[dict[str, float]]]:
+def learn(agent: PolicyGradientAgent) -> tuple[Weights, list[dict[str, float]]]:
     """Trains for a few updates; weights and metrics."""
     history: list[dict[str, float]] = []
     agent.learn(EPISODES * UPDATES, [lambda _, metrics: history.append(metrics)])
     return weights_of(agent), history
 
 
-def weights_of(agent: SurrogateAgent | SFT) -> Weights:
+def weights_of(agent: PolicyGradientAgent | SFT) -> Weights:
     return {name: weight.detach().numpy().copy() for name, weight in agent.policy.named_parameters()}
 
 

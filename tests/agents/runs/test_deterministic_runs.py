@@ -225,4 +225,4 @@ def test_an_agent_saved_on_a_gpu_is_loaded_without_one(
     if kind == "ppo":
         with pytest.warns(UserWarning, match="other random numbers"):
             second = load(kind, tmp_path / "agent")
-        assert torch.equal(first._sampler.get_state(), second._sampler.get_state())
+        assert torch.equal(first.sampler.get_state(), second.sampler.get_state())

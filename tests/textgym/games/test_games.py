@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.common.advantages import gae, whiten
+from textgym.agents.common.advantages import gae
+from textgym.agents.common.means import whiten
 from textgym.agents.common.rollout import collect, merge
 from textgym.games import TurnActions, from_gem, from_textarena
 from textgym.games.game_env import GameEnv, GameVectorEnv

@@ -214,7 +214,7 @@ def test_what_is_noted_while_writing_is_the_plain_path(
         assert_rounded(values[:, : mask.shape[1]][mask], plain.value[mask])
 
 
-# --- bfloat16: the band that ActorCritic.from_pretrained and OnPolicyConfig.bf16 state ---
+# --- bfloat16: the band that ActorCritic.from_pretrained and RolloutAgentConfig.bf16 state ---
 
 
 def assert_in_band(log_probs: Tensor, others: Tensor) -> None:

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from textgym.agents.common.losses import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    penalty_policy_loss,
-    policy_gradient_loss,
-)
+from textgym.agents import A2C, PPO, A2CConfig, PPOConfig
+from textgym.agents.common.policy_gradient import Batch
+from textgym.models.actor_critic import Evaluation
 from textgym.testing import tolerance
 
 pytestmark = pytest.mark.numerics
 
 ROUNDING = tolerance(terms=4, scale=3.0)  # of a few numbers up to 3
 ONE = torch.ones(1, 1, dtype=torch.bool)
+
+
+def loss_of(kind: Any, config: Any, mask: Tensor, **columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of columns `(N, T)` that are 0 unless they are given, by an agent that has no policy."""
+    empty = torch.zeros(mask.shape)
+    new = Evaluation(columns.get("new", empty), columns.get("new_values", empty), empty)
+    old = [columns.get(name, empty) for name in ("log_probs", "values", "advantages", "returns")]
+    agent = kind.__new__(kind)
+    agent.config, agent.penalty_coef = config, 4.0
+    found: tuple[Tensor, dict[str, Tensor]] = agent.loss(
+        new,
+        Batch(SimpleNamespace(mask=mask), *old, torch.arange(len(mask))),  # type: ignore[arg-type]
+    )
+    return found
+
+
+def policy_loss(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor = ONE, **settings: Any) -> Any:
+    config = PPOConfig(value_coef=0.0, **settings)
+    return loss_of(PPO, config, mask, new=new, log_probs=old, advantages=advantages)
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor = ONE, **settings: Any) -> Any:
+    return loss_of(PPO, PPOConfig(value_coef=1.0, **settings), mask, new_values=values, values=old, returns=returns)
 
 
 def one(value: float, gradient: bool = False) -> Tensor:
@@ -40,11 +61,11 @@ def one(value: float, gradient: bool = False) -> Tensor:
 )
 def test_clip_signs(advantage: float, ratio: float, expected: float, flat: bool) -> None:
     log_probs = one(math.log(ratio), gradient=True)
-    result = clipped_policy_loss(log_probs, one(0.0), one(advantage), ONE, 0.2)
-    torch.testing.assert_close(result.loss.item(), expected, atol=1e-5, rtol=0)
-    result.loss.backward()
+    loss, figures = policy_loss(log_probs, one(0.0), one(advantage))
+    torch.testing.assert_close(loss.item(), expected, atol=1e-5, rtol=0)
+    loss.backward()
     assert (log_probs.grad.item() == 0) == flat
-    assert result.clip_fraction.item() == float(flat)
+    assert figures["policy/clipfrac_avg"].item() == float(flat)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +79,12 @@ def test_clip_signs(advantage: float, ratio: float, expected: float, flat: bool)
 )
 def test_clipped_value_loss(value: float, old: float, target: float, expected: float, flat: bool) -> None:
     values = one(value, gradient=True)
-    clipped = clipped_value_loss(values, one(old), one(target), ONE, 0.2)
-    plain = clipped_value_loss(values, one(old), one(target), ONE, None)
-    torch.testing.assert_close(clipped.loss.item(), expected, atol=tolerance(terms=4), rtol=0)
-    assert clipped.loss >= plain.loss
-    clipped.loss.backward()
+    clipped, _ = value_loss(values, one(old), one(target))
+    plain, _ = value_loss(values, one(old), one(target), clip_range_value=None)
+    torch.testing.assert_close(clipped.item(), expected, atol=tolerance(terms=4), rtol=0)
+    assert plain.item() == pytest.approx(0.5 * (value - target) ** 2)
+    assert clipped >= plain
+    clipped.backward()
     assert (values.grad.item() == 0) == flat
 
 
@@ -72,10 +94,11 @@ def test_junk_in_padding_reaches_neither_loss_nor_gradient(junk: float) -> None:
     clean = [torch.tensor([[0.1, -0.2, 0.0]]) + i for i in range(3)]
     dirty = [torch.where(mask, x, junk) for x in clean]
     dirty[0].requires_grad_()
-    policy = clipped_policy_loss(dirty[0], dirty[0].detach() - 0.1, dirty[2], mask, 0.2)
-    value = clipped_value_loss(dirty[0], dirty[1], dirty[2], mask, 0.2)
-    (policy.loss + value.loss).backward()
-    assert all(torch.isfinite(x) for x in (*policy, *value))
+    columns = {"new": dirty[0], "log_probs": dirty[0].detach() - 0.1, "advantages": dirty[2]}
+    columns |= {"new_values": dirty[0], "values": dirty[1], "returns": dirty[2]}
+    loss, figures = loss_of(PPO, PPOConfig(), mask, **columns)
+    loss.backward()
+    assert all(torch.isfinite(x) for x in (loss, *figures.values()))
     assert dirty[0].grad.isfinite().all()
     assert dirty[0].grad[0, 2] == 0
 
@@ -89,18 +112,18 @@ def test_metrics_ignore_padding() -> None:
         return torch.cat([x, torch.full((2, 6), fill)], 1)
 
     wide = torch.cat([mask, torch.zeros(2, 6, dtype=torch.bool)], 1)
-    plain = clipped_policy_loss(new, old, advantages, mask, 0.2)
-    more = clipped_policy_loss(padded(new, 5.0), padded(old, -5.0), padded(advantages, 9.0), wide, 0.2)
-    for expected, actual in zip(plain, more, strict=True):
-        torch.testing.assert_close(actual, expected)
-    assert plain.approx_kl >= 0
+    _, plain = policy_loss(new, old, advantages, mask)
+    _, more = policy_loss(padded(new, 5.0), padded(old, -5.0), padded(advantages, 9.0), wide)
+    for name, expected in plain.items():
+        torch.testing.assert_close(more[name], expected)
+    assert plain["policy/approxkl_avg"] >= 0
 
 
 def surrogate(ratio: float, advantage: float, **settings: Any) -> tuple[float, float]:
     """The loss at a ratio, and its gradient by the ratio's logarithm."""
     log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
     old, advantages = torch.zeros(1, 1), torch.tensor([[advantage]])
-    loss = clipped_policy_loss(log_prob, old, advantages, ONE, 0.2, **settings).loss
+    loss, _ = policy_loss(log_prob, old, advantages, **settings)
     return loss.item(), torch.autograd.grad(loss, log_prob)[0].item()
 
 
@@ -136,9 +159,9 @@ def test_dual_clip(ratio: float, advantage: float, loss: float, gradient: float)
 
 def test_penalty_by_hand_and_its_gradient() -> None:
     log_prob = torch.tensor([[math.log(1.5)]], requires_grad=True)
-    given = penalty_policy_loss(log_prob, torch.zeros(1, 1), torch.tensor([[2.0]]), ONE, beta=4.0)
-    assert given.loss.item() == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1 - math.log(1.5)))
-    gradient = torch.autograd.grad(given.loss, log_prob)[0].item()
+    loss, _ = policy_loss(log_prob, torch.zeros(1, 1), torch.tensor([[2.0]]), variant="penalty")
+    assert loss.item() == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1 - math.log(1.5)))
+    gradient = torch.autograd.grad(loss, log_prob)[0].item()
     assert gradient == pytest.approx(-1.5 * 2 + 4 * (1.5 - 1))
 
 
@@ -147,8 +170,8 @@ def test_penalty_is_the_kl_from_the_old_policy_on_average() -> None:
     exact = (old.exp() * (old - new)).sum()
     mask = torch.ones(1, 3, dtype=torch.bool)
     ratio = (new - old).exp()
-    by_token = penalty_policy_loss(new[None], old[None], torch.zeros(1, 3), mask, beta=1.0).loss
-    assert by_token.item() == pytest.approx((ratio - 1 - ratio.log()).mean().item())
+    by_token, _ = policy_loss(new[None], old[None], torch.zeros(1, 3), mask, variant="penalty")
+    assert by_token.item() / 4 == pytest.approx((ratio - 1 - ratio.log()).mean().item())
     assert (old.exp() * (ratio - 1 - ratio.log())).sum().item() == pytest.approx(exact.item())
 
 
@@ -156,9 +179,10 @@ def test_nan_in_the_padding_of_the_other_losses() -> None:
     mask = torch.tensor([[True, False]])
     log_probs = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
     advantages = torch.tensor([[2.0, torch.nan]])
+    old = torch.tensor([[-1.0, torch.inf]])
     losses = (
-        policy_gradient_loss(log_probs, advantages, mask),
-        penalty_policy_loss(log_probs, torch.tensor([[-1.0, torch.inf]]), advantages, mask, 1.0).loss,
+        loss_of(A2C, A2CConfig(value_coef=0.0), mask, new=log_probs, advantages=advantages)[0],
+        policy_loss(log_probs, old, advantages, mask, variant="penalty")[0],
     )
     for loss in losses:
         assert loss.item() == pytest.approx(2.0 if loss is losses[0] else -2.0)

@@ -1,9 +1,12 @@
-"""OnPolicyAgent: the loop that every on-policy algorithm shares: collect, price, update, report, save."""
+"""RolloutAgent: the learn loop of all agents that learn from rollouts: collect, measure the KL, update, report.
+
+The loop calls the algorithm: each has its own `update`, on a page of its own in agents/. Algorithms that learn from the
+newest rollout alone are in policy_gradient.py, those with a replay memory in replay_agent.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -11,25 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from textgym.data.files import atomic_folder
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.machine.devices import Device, check_one_device, generator_state, restore_generator
+from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.profiled_phases import phase
-from textgym.models.machine.seeding import global_generators, restore_global_generators
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
 from textgym.settings import Count, NotNegative, Positive, check_settings
 
-from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import (
     Learner,
     add_up_gradients,
@@ -38,28 +36,26 @@ from ..machine.distributed import (
     everyone,
     explained,
     full,
-    gathered,
     join,
-    load_optimizer,
     own_seed,
     rank,
     same_weights,
     total,
 )
 from ..machine.out_of_memory import memory_explained
+from .metrics import episode_metrics
 from .optimizer import adamw
 from .rollout import Rollout, collect, merge
-from .saving import load_policy, place_of, save_policy
+from .saving import load_agent, save_agent
 
-TENSORS, FROZEN = "tensors.safetensors", "frozen"
 Metrics = dict[str, float]
-Callback = Callable[["OnPolicyAgent", Metrics], bool | None]
+Callback = Callable[["RolloutAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
 
 
 @dataclasses.dataclass
-class OnPolicyConfig:
-    """What every on-policy algorithm can be told."""
+class RolloutAgentConfig:
+    """Hyperparameters of all agents that learn from rollouts."""
 
     episodes_per_update: Count = 128
     """Episodes collected before each update, by all processes; a multiple of the rows of their environments."""
@@ -89,13 +85,13 @@ class OnPolicyConfig:
         check_settings(self)
 
 
-class OnPolicyAgent(ABC):
+class RolloutAgent(ABC):
     """Trains a policy in a `TextVectorEnv` by repeating: collect episodes, pay the KL, update.
 
     The agent takes the environment over: rows that ended wait for the others, and arrays stay on the device.
 
     Args:
-        policy: who writes and learns.
+        policy: what generates and learns.
         envs: a `TextVectorEnv`, from `gym.make_vec(..., kl_mode="deferred")`; wrappers are stepped through.
         config: see the algorithm's config.
 
@@ -103,7 +99,7 @@ class OnPolicyAgent(ABC):
         ValueError: the environment pays the KL itself, so that it would be paid twice.
     """
 
-    config_class: ClassVar[type[OnPolicyConfig]]
+    config_class: ClassVar[type[RolloutAgentConfig]]
 
     def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
         self.policy, self.envs = policy, envs
@@ -152,7 +148,7 @@ class OnPolicyAgent(ABC):
 
     @abstractmethod
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """One update of the policy from a rollout whose tokens diverge from the reference by `kl` `(N, T)` nats."""
+        """Make one update from a rollout, and the KL `(N, T)` of its tokens to the reference, in nats."""
 
     def learn(self, total_episodes: int, callbacks: Sequence[Callback] = ()) -> Self:
         """Trains until `total_episodes` have been collected since the agent was made; returns the agent.
@@ -172,17 +168,24 @@ class OnPolicyAgent(ABC):
         return self
 
     def _iterate(self) -> Metrics:
-        """One rollout and one update."""
+        """Make one iteration: one rollout and one update."""
+        # 1. Collect whole episodes with the current policy.
         started = time.perf_counter()
         self._tell_rewards()
         rollout = self._play()
         collected = time.perf_counter()
+
+        # 2. Measure how far every token is from the reference.
         with phase("reference"):
             kl = self.measure_kl(rollout)
+        metrics = episode_metrics(rollout, kl, self.penalty, self.envs.unwrapped.task.scorer)
+
+        # 3. Update the policy, on the algorithm's own page.
         self._anneal()
-        metrics = self._describe(rollout, kl)
         with phase("update"):
             metrics |= self.update(rollout, kl)
+
+        # 4. Move the KL's coefficient, and count.
         self.penalty.controller.update(metrics["objective/kl"], self.config.episodes_per_update)
         self.episodes += self.config.episodes_per_update
         self.updates += 1
@@ -195,45 +198,39 @@ class OnPolicyAgent(ABC):
         }
 
     def _play(self) -> Rollout:
-        """This process's episodes of an update, after which all processes scale scores by what all have seen."""
+        """Collect this process's episodes of an update."""
         scale = self.envs.unwrapped.task.scorer.scale
         before = torch.tensor(scale.moments(), dtype=torch.float64, device=device())
         rounds = self.config.episodes_per_update // (self.envs.num_envs * count())
         self.optimizer.zero_grad(set_to_none=True)  # memory that a rollout can use
         rollout = merge([self.collect() for _ in range(rounds)])
-        if count() > 1 and scale.scaling is not None:
+        if count() > 1 and scale.scaling is not None:  # all processes scale scores by what all have seen
             scale.take_moments(*(before + total(before.new_tensor(scale.moments()) - before)).tolist())
         return rollout
 
     def collect(self) -> Rollout:
-        """One episode in every row."""
+        """Collect one episode in every row."""
         return collect(self.envs, self.policy, self.episode_options())
 
     def episode_options(self) -> dict[str, Any]:
-        """What the environment is reset with before a rollout."""
+        """Return what the environment is reset with before a rollout."""
         return {"prompt_index": self.draw_prompts(self.envs.num_envs)}
 
     def draw_prompts(self, number: int) -> np.ndarray:
-        """So many of the next prompts `(number,)`; all processes draw in step, each for itself and the others."""
+        """Return the next prompts `(number,)`; all processes draw in step, each for itself and the others."""
         envs = self.envs.unwrapped
         return envs.task.draw(number * count(), envs.np_random)[rank() * number :][:number]
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """The KL estimate of every token to the reference, `(N, T)` nats."""
+        """Return the KL estimate of every token to the reference, `(N, T)` nats."""
         return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
-        """The policy's action, `(B,)` or `()`."""
+        """Return the policy's action, `(B,)` or `()`."""
         return self.policy.predict(observation, deterministic)
 
-    def step(self, loss: Tensor) -> Tensor:
-        """One optimiser step on a loss; returns the gradient's norm before clipping."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        return self.apply_gradients()
-
     def apply_gradients(self) -> Tensor:
-        """One optimiser step with the gradient's norm clipped; returns the norm before clipping, on the device."""
+        """Make one optimiser step with the gradient's norm clipped; returns the norm before clipping, on the device."""
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         add_up_gradients(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
@@ -246,127 +243,50 @@ class OnPolicyAgent(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * left
 
-    def _describe(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Figures of the episodes of all processes; sums over tokens are averaged over sequences."""
-        columns = gathered(
-            {
-                "kl": kl.sum(1),
-                "raw_scores": rollout.raw_scores,
-                "scores": rollout.scores,
-                "log_probs": rollout.log_probs.sum(1),
-                "cost": self.penalty.cost(kl).sum(1),
-                "tokens": rollout.sequences.response_lengths.float(),
-                "ended_by_stop": rollout.ended_by_stop.float(),
-                **rollout.components,
-            }
-        )
-        metrics: dict[str, Any] = {
-            "objective/kl": columns["kl"].mean(),
-            "objective/scores": columns["raw_scores"].mean(),
-            "objective/scores_std": columns["raw_scores"].std(correction=0),
-            "objective/entropy": -columns["log_probs"].mean(),
-            "objective/non_score_reward": -columns["cost"].mean(),
-            "objective/rlhf_reward": (columns["scores"] - columns["cost"]).mean(),
-            "objective/kl_coef": self.penalty.coef,
-            "val/response_tokens": columns["tokens"].mean(),
-            "val/ended_by_stop": columns["ended_by_stop"].mean(),
-        }
-        for key in [key for key in columns if "/" in key]:
-            kind, name = key.split("/", 1)
-            given = columns[key][~columns[key].isnan()]
-            if len(given) and kind == "metric":
-                metrics[name] = given.mean()
-            elif len(given):  # a function may leave every row out
-                metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
-        scorer = self.envs.unwrapped.task.scorer
-        if scorer.scale.active:
-            metrics["objective/scores_paid"] = columns["scores"].mean()
-        if scorer.on_error != "raise":
-            failed = everyone(scorer.errors)
-            metrics |= {f"rewards/{name}/errors": sum(errors[name] for errors in failed) for name in scorer.errors}
-        return {key: float(value) for key, value in metrics.items()}
-
     def _tell_rewards(self) -> None:
-        """Reward functions that ask for `trainer_state`, for a curriculum, see how far training is."""
+        """Tell reward functions that ask for `trainer_state`, for a curriculum, how far training is."""
         rounds = math.ceil(self.total_episodes / self.config.episodes_per_update)
         self.envs.unwrapped.task.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=rounds)
 
     @property
-    def _sampler(self) -> torch.Generator:
+    def sampler(self) -> torch.Generator:
+        """The generator that the policy samples with."""
         assert self.policy.generator is not None  # seeded in __init__
         return self.policy.generator
 
     def training_state(self) -> dict[str, Any]:
-        """What an algorithm has to remember besides, as plain values; most have nothing."""
+        """Return what an algorithm has to save besides, as plain values; most have nothing."""
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `training_state` gave."""
+        """Go on from what `training_state` gave."""
         assert not state, "an algorithm that saves something loads it"
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """The same for tensors."""
+        """Return the same for tensors."""
         return {}
 
     def load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Goes on from what `training_tensors` gave."""
+        """Go on from what `training_tensors` gave."""
         assert not tensors, "an algorithm that saves something loads it"
 
     def frozen_models(self) -> dict[str, TokenModel]:
-        """Models that are saved with the agent because they are nowhere else to be found."""
+        """Return the models that are saved with the agent because they are nowhere else to be found."""
         task = self.envs.unwrapped.task
         known = task.penalty is not None and not self.penalty.owns_reference
         return {} if known else {"reference": own_copy(self.penalty.reference)}
 
     def take_frozen_model(self, name: str, model: TokenModel) -> None:
-        """Goes on with a model that was saved."""
+        """Go on with a model that was saved."""
         assert name == "reference", f"nobody saved a model called {name!r}"
         self.penalty.reference, self.penalty.owns_reference = model, True
 
-    # --- saving: weights in safetensors, the rest in one file that loads with weights_only ---
-
     def save(self, folder: str | Path) -> None:
-        """Writes all that `load` needs to go on: `policy/`, a transformers folder, and the training state.
+        """Write all that `load` needs to go on: `policy/`, a transformers folder, and the training state.
 
         All processes of a run call it; the first one writes for all of them.
         """
-        state = {
-            "optimizer": full(self.optimizer.state_dict()),
-            "generators": everyone(
-                {
-                    "sampler": generator_state(self._sampler),
-                    "shuffler": generator_state(self.shuffler),
-                    "global": global_generators(),  # reward functions may draw from them
-                }
-            ),
-        }
-        scorers = everyone(self.envs.unwrapped.task.scorer.state())
-        if rank() == 0:
-            self._write(Path(folder), state, scorers)
-        everyone(None)  # nobody goes on before all of it is there
-
-    def _write(self, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]]) -> None:
-        task, envs = self.envs.unwrapped.task, self.envs.unwrapped
-        meta = {
-            "config": dataclasses.asdict(self.config),
-            "progress": [self.episodes, self.updates, self.total_episodes],
-            "controller": vars(self.penalty.controller),
-            "scorers": scorers,
-            "agent": self.training_state(),
-            "prompt_queue": task.queue,
-            "np_random": envs.np_random.bit_generator.state,
-            "env": envs.spec.to_json() if envs.spec is not None and _is_plain(envs.spec.kwargs) else None,
-            "num_envs": envs.num_envs,
-            "machine": machine(self.policy),
-        }
-        with atomic_folder(folder) as temporary:
-            meta["policy"] = save_policy(self.policy, temporary, task.tokenizer)
-            torch.save(state, temporary / "state.pt")
-            if tensors := self.training_tensors():
-                save_file({name: x.detach().clone() for name, x in tensors.items()}, temporary / TENSORS)
-            for name, model in self.frozen_models().items():
-                model.lm.save_pretrained(temporary / FROZEN / name)
-            (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
+        save_agent(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, envs: Any = None, device: Device = None) -> Self:
@@ -384,57 +304,5 @@ class OnPolicyAgent(ABC):
             ValueError: the environment cannot be made again from what was saved; pass it as `envs`. Or the run had
                 another number of processes. Or `device` is not on this machine.
         """
-        join()
-        folder = Path(folder)
-        meta = json.loads((folder / "agent.json").read_text())
-        place = place_of(folder, meta["policy"], device, envs)
-        # Tensors of a device that is not here could not be read; loading the optimizer moves its own.
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        if (saved := len(state["generators"])) != count():
-            raise ValueError(
-                f"{folder} was saved by {saved} processes, and this run has {count()}: launch {saved}, or start "
-                f"anew from the policy in {folder / 'policy'}"
-            )
-        if envs is None:
-            if meta["env"] is None:
-                raise ValueError(
-                    f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
-                )
-            envs = _made_again(meta, place)
-        policy = load_policy(folder, {**meta["policy"], "device": place})
-        agent = cls(policy, envs, cls.config_class(**meta["config"]))
-        load_optimizer(agent.optimizer, state["optimizer"])
-        generators = state["generators"][rank()]
-        restore_generator(agent._sampler, generators["sampler"])
-        restore_generator(agent.shuffler, generators["shuffler"])
-        agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
-        for name, value in meta["controller"].items():
-            setattr(agent.penalty.controller, name, value)
-        for part in sorted((folder / FROZEN).glob("*")):
-            model = TokenModel.load(str(part), temperature=policy.temperature, device=policy.device)
-            agent.take_frozen_model(part.name, model)
-        envs.unwrapped.task.scorer.load_state(meta["scorers"][rank()])
-        agent.load_training_state(meta["agent"])
-        if (folder / TENSORS).exists():
-            agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
-        envs.unwrapped.task.queue = meta["prompt_queue"]
-        envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
-        restore_global_generators(generators["global"])
-        warn_of_differences(folder, meta["machine"], policy)
+        agent: Self = load_agent(cls, Path(folder), envs, device)
         return agent
-
-
-def _made_again(meta: dict[str, Any], place: torch.device) -> Any:
-    """The environment that an agent was saved with, on another device if need be."""
-    spec = gym.envs.registration.EnvSpec.from_json(meta["env"])
-    on_cpu = place.type == "cpu" and "device" not in spec.kwargs
-    own: dict[str, Any] = {} if on_cpu else {"device": str(place)}
-    return gym.make_vec(spec, num_envs=meta["num_envs"], **own)
-
-
-def _is_plain(kwargs: dict[str, Any]) -> bool:
-    try:
-        json.dumps(kwargs)
-    except TypeError:
-        return False
-    return True

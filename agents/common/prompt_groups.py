@@ -1,4 +1,4 @@
-"""GroupAgent: several episodes of each prompt, whose scores are compared with each other in place of a critic."""
+"""PromptGroupAgent: several episodes of each prompt, whose scores are compared with each other in place of a critic."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from textgym.settings import at_least
 
-from .surrogate import SurrogateAgent, SurrogateConfig
+from .policy_gradient import PolicyGradientAgent, PolicyGradientConfig
 
 
 @dataclass
-class GroupConfig(SurrogateConfig):
-    """What every agent that compares episodes can be told."""
+class PromptGroupConfig(PolicyGradientConfig):
+    """Hyperparameters of all agents that compare episodes of one prompt."""
 
     group_size: Annotated[int, at_least(2)] = 8
     """Episodes of each prompt; the rows of the environment are a multiple of it."""
 
 
-class GroupAgent(SurrogateAgent):
-    """Rows of the environment come in groups of `group_size` with one prompt; arguments as `OnPolicyAgent`.
+class PromptGroupAgent(PolicyGradientAgent):
+    """Rows of the environment come in groups of `group_size` with one prompt; arguments as `RolloutAgent`.
 
     Raises:
         ValueError: the rows of the environment cannot be split into groups.
     """
 
-    config: GroupConfig
+    config: PromptGroupConfig
 
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)

@@ -1,16 +1,20 @@
-"""OffPolicyAgent: the loop of agents that learn from what they remember, and not from the newest episodes alone.
+"""ReplayAgent: what all algorithms with a replay memory share: exploration, the memory, the optimiser step, targets.
 
-One update:
-    1. Play whole episodes: the policy's own tokens, and with probability epsilon the reference's.
-    2. Remember them, with the reference's log-probs of their tokens.                              memory.py
-    3. Several steps of the optimiser, each on episodes drawn from memory; targets from slower copies.
+An algorithm has its whole update on its own page, `update` and `loss`, and calls from here:
 
-Random tokens are drawn from the reference and not from the whole vocabulary, hardly any of which makes sense.
+    remember         puts a rollout into the memory, with the reference's log-probs of its tokens
+    samples          batches of remembered episodes, as many as an update has steps
+    step             one optimiser step on `loss`, in micro-batches whose gradients add up to that of the batch
+    update_targets   moves slower copies towards what was learned, every so many steps
+
+Episodes are played by the policy and, for a share epsilon of the tokens, by the reference: random tokens of the whole
+vocabulary hardly ever make sense.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -25,14 +29,14 @@ from textgym.settings import Count, Positive, PositiveShare, Share, at_least
 
 from ..machine.distributed import count
 from .metrics import Figures, mean_over, on_host
-from .on_policy import Metrics, OnPolicyAgent, OnPolicyConfig
 from .replay_memory import EpisodeMemory, Memories
 from .rollout import Rollout, collect
+from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
 
 @dataclass
-class OffPolicyConfig(OnPolicyConfig):
-    """What every agent with a memory can be told; `episodes_per_update` are played between two updates."""
+class ReplayConfig(RolloutAgentConfig):
+    """Hyperparameters of all agents with a replay memory; `episodes_per_update` are played between two updates."""
 
     episodes_per_update: Count = 64
     """Episodes collected before each update; a multiple of the number of rows of the environment."""
@@ -112,16 +116,16 @@ class Behaviour:
         return Step(action, log_prob, torch.zeros_like(log_prob))
 
 
-class OffPolicyAgent(OnPolicyAgent):
-    """See the module's text; arguments as `OnPolicyAgent`, whose loop it is but for the memory in it.
+class ReplayAgent(RolloutAgent):
+    """Base class of agents with a replay memory; arguments as `RolloutAgent`.
 
-    An algorithm has `modules` besides the policy, targets that `follow` them, and a `loss`.
+    An algorithm has `modules` besides the policy, targets that `follow` them, `update` and `loss`.
 
     Raises:
         ValueError: a KL whose coefficient moves, or that is estimated or clamped in a way of its own.
     """
 
-    config: OffPolicyConfig
+    config: ReplayConfig
     greedy: bool
 
     def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
@@ -157,8 +161,11 @@ class OffPolicyAgent(OnPolicyAgent):
         """Pairs of a target and the module that it follows."""
 
     @abstractmethod
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss of episodes from memory, errors of their tokens `(B, T)`, and figures: means over real tokens."""
+    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Figures]:
+        """Return the loss of remembered episodes, errors of their tokens `(B, T)`, and figures to report.
+
+        Loss and figures are means over response tokens.
+        """
 
     @property
     def epsilon(self) -> float:
@@ -177,27 +184,29 @@ class OffPolicyAgent(OnPolicyAgent):
         return rollout
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """Of every token to the reference, of who played, `(N, T)` nats: k1."""
+        """Return the KL estimate k1 of every token to the reference, of whoever played, `(N, T)` nats."""
         reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
         return torch.where(rollout.mask, rollout.log_probs - reference_log_probs, 0.0)
 
-    def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Steps 2 and 3 of the module's text."""
+    def remember(self, rollout: Rollout, kl: Tensor) -> None:
+        """Put a rollout into the memory; the reference's log-probs are the behaviour's less their difference, k1."""
         reference_log_probs = torch.where(rollout.mask, rollout.log_probs - kl, 0.0)
         longest = self.envs.unwrapped.task.episodes.max_new_tokens
         self.memory.add(rollout.sequences, rollout.rewards(), reference_log_probs, longest)
-        steps: list[Figures] = []
-        if self.memory.added >= self.config.learning_starts:
-            steps = [self._step() for _ in range(self.config.gradient_steps)]
-        return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
-    def _step(self) -> Figures:
-        """One step of the optimiser; in micro-batches, whose gradients add up."""
-        batch = self.memory.sample(self.config.batch_size, self.shuffler)
+    def samples(self) -> Iterator[Memories]:
+        """Yield a batch of remembered episodes for each step of an update; none before learning starts."""
+        if self.memory.added >= self.config.learning_starts:
+            for _ in range(self.config.gradient_steps):
+                yield self.memory.sample(self.config.batch_size, self.shuffler)
+
+    def step(self, batch: Memories) -> Figures:
+        """Make one optimiser step on `loss`; returns its figures, means over the batch, and the gradient's norm."""
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
         size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
         figures: Figures = {}
+        # Micro-batches: each backward pass adds its share of the batch's gradient.
         for start in range(0, self.config.batch_size, size):
             part = batch.part(slice(start, start + size))
             share = part.sequences.response_lengths.sum() / total  # losses are means over tokens
@@ -210,15 +219,20 @@ class OffPolicyAgent(OnPolicyAgent):
                 figures[name] = figures.get(name, 0.0) + share * figure
         figures["val/grad_norm"] = self.apply_gradients()
         self.steps += 1
-        if self.steps % self.config.target_update_interval == 0:
-            self._update_targets()
         return figures
 
     @torch.no_grad()
-    def _update_targets(self) -> None:
+    def update_targets(self) -> None:
+        """Move the targets a share tau towards what they follow, after every `target_update_interval`-th step."""
+        if self.steps % self.config.target_update_interval:
+            return
         for target, followed in self.follow():
             for old, new in zip(target.parameters(), followed.parameters(), strict=True):
                 old.lerp_(new, self.config.tau)
+
+    def finish(self, steps: list[Figures]) -> Metrics:
+        """Return the metrics of an update from the figures of its steps."""
+        return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
     def training_state(self) -> dict[str, Any]:
         """Counters, besides what every agent saves."""
