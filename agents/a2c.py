@@ -65,7 +65,7 @@ class A2C(PolicyGradientAgent):
         config, mask, values = self.config, rollout.mask, rollout.values
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
-        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
 
         # 2. Advantages: what the rewards were more than the critic expected.
         if config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)

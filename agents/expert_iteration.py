@@ -58,7 +58,7 @@ class ExpertIteration(PromptGroupAgent):
         config = self.config
 
         # 1. The return of an episode: its score less the KL penalty of all its tokens.
-        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
         returns = self.grouped(rewards.sum(1))  # (groups, group_size)
 
         # 2. Keep the best episodes of each prompt.

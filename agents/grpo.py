@@ -67,7 +67,7 @@ class GRPO(PromptGroupAgent):
         config, mask = self.config, rollout.mask
 
         # 1. The return of an episode: its score, less the KL penalty of all its tokens unless the loss has it.
-        rewards = rollout.rewards()  # (N, T)
+        rewards = rollout.rewards  # (N, T)
         if config.kl_in == "reward":
             rewards = self.penalty.charge(rewards, kl)
         returns = self.grouped(rewards.sum(1))  # (groups, group_size)

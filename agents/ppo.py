@@ -100,7 +100,7 @@ class PPO(PolicyGradientAgent):
         config, mask = self.config, rollout.mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one (Ziegler et al., 2019, equation 2).
-        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 

@@ -62,7 +62,7 @@ class REINFORCE(PolicyGradientAgent):
         config, mask = self.config, rollout.mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
-        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
 
         # 2. Returns: of each token on, or of the whole episode for every token.
         returns = discounted_returns(rewards, mask, config.gamma)

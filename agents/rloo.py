@@ -51,7 +51,7 @@ class RLOO(PromptGroupAgent):
         config, mask = self.config, rollout.mask
 
         # 1. The return of an episode: its score less the KL penalty of all its tokens.
-        rewards = self.penalty.charge(rollout.rewards(), kl)  # (N, T)
+        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
         returns = self.grouped(rewards.sum(1))  # (groups, group_size)
 
         # 2. Advantages: each episode against the mean of the others of its prompt, the same for all its tokens.

@@ -192,7 +192,7 @@ class ReplayAgent(RolloutAgent):
         """Put a rollout into the memory; the reference's log-probs are the behaviour's less their difference, k1."""
         reference_log_probs = torch.where(rollout.mask, rollout.log_probs - kl, 0.0)
         longest = self.envs.unwrapped.task.episodes.max_new_tokens
-        self.memory.add(rollout.sequences, rollout.rewards(), reference_log_probs, longest)
+        self.memory.add(rollout.sequences, rollout.rewards, reference_log_probs, longest)
 
     def samples(self) -> Iterator[Memories]:
         """Yield a batch of remembered episodes for each step of an update; none before learning starts."""

@@ -25,9 +25,9 @@ class Rollout:
         sequences: prompts and responses.
         log_probs: `(N, T)` behaviour log-probs, of the distribution that was sampled from.
         values: `(N, T)`, value of the state before each token.
-        scores: `(N,)`, as the environment paid them.
+        rewards: `(N, T)`, token-level rewards at their tokens, and the rest of the score at the last token.
+        scores: `(N,)`, what the environment paid: the sum of a row's rewards.
         raw_scores: `(N,)`, before scaling and clipping; the same where there is none.
-        token_rewards: `(N, T)`, the part of the scores that token-level reward functions gave to single tokens.
         ended_by_stop: bool `(N,)`.
         components: `(N,)` for each `reward/<name>` (unweighted) and `metric/<name>` (of the batch that the row was
             scored in); NaN where the function left the row out.
@@ -36,9 +36,9 @@ class Rollout:
     sequences: Sequences
     log_probs: Tensor
     values: Tensor
+    rewards: Tensor
     scores: Tensor
     raw_scores: Tensor
-    token_rewards: Tensor
     ended_by_stop: Tensor
     components: dict[str, Tensor]
 
@@ -53,9 +53,9 @@ class Rollout:
             sequences,
             self.log_probs[rows, :width],
             self.values[rows, :width],
+            self.rewards[rows, :width],
             self.scores[rows],
             self.raw_scores[rows],
-            self.token_rewards[rows, :width],
             self.ended_by_stop[rows],
             {name: values[rows] for name, values in self.components.items()},
         )
@@ -64,12 +64,6 @@ class Rollout:
     def mask(self) -> Tensor:
         """Bool `(N, T)`: the real response tokens that the policy wrote."""
         return self.sequences.mask
-
-    def rewards(self) -> Tensor:
-        """`(N, T)`: token-level rewards where they belong, the rest of the score at the last token."""
-        rewards = self.token_rewards.clone()
-        last = (self.sequences.response_lengths - 1)[:, None]
-        return rewards.scatter_add_(1, last, (self.scores - self.token_rewards.sum(1))[:, None])
 
 
 @torch.no_grad()
@@ -136,7 +130,11 @@ def collect(
 
     with phase("critic"):
         state_values = laid_out(values) if shared else policy.sequence_values(sequences)
-    return _rollout(task, sequences, laid_out(log_probs), state_values, scores, noted)
+    rollout = _rollout(task, sequences, laid_out(log_probs), state_values, scores, noted)
+    # Wrappers, and environments that charge the KL, pay what the reward functions did not give: at the last token too.
+    last = (sequences.response_lengths - 1)[:, None]
+    rollout.rewards.scatter_add_(1, last, (scores - rollout.rewards.sum(1))[:, None])
+    return rollout
 
 
 def score_whole(
@@ -177,15 +175,15 @@ def _rollout(
     """A rollout, with what the host has noted of its episodes, by one copy to the device."""
     names = [name for name in noted if name.startswith(("reward/", "metric/"))]
     columns = [noted["score"].astype(np.float32), noted["ended_by_stop"], *(noted[name] for name in names)]
-    columns.append(_token_rewards(task.token_rewards, sequences.longest))
-    raw_scores, by_stop, *components, token_rewards = to_device(task.device, *map(torch.from_numpy, columns))
+    columns.append(_padded(task.token_rewards, sequences.longest))
+    raw_scores, by_stop, *components, rewards = to_device(task.device, *map(torch.from_numpy, columns))
     return Rollout(
         sequences,
         log_probs,
         values,
+        rewards,
         scores,
         raw_scores,
-        token_rewards,
         by_stop,
         dict(zip(names, components, strict=True)),
     )
@@ -206,9 +204,9 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         Sequences.cat([rollout.sequences for rollout in rollouts]),
         padded("log_probs"),
         padded("values"),
+        padded("rewards"),
         torch.cat([rollout.scores for rollout in rollouts]),
         torch.cat([rollout.raw_scores for rollout in rollouts]),
-        padded("token_rewards"),
         torch.cat([rollout.ended_by_stop for rollout in rollouts]),
         {name: torch.cat([_component(rollout, name) for rollout in rollouts]) for name in names},
     )
@@ -220,9 +218,9 @@ def _component(rollout: Rollout, name: str) -> Tensor:
     return rollout.components.get(name, unknown)
 
 
-def _token_rewards(given: list[Any], longest: int) -> np.ndarray:
-    rewards = np.zeros((len(given), longest), dtype=np.float32)
-    for row, values in enumerate(given):
-        if values is not None:
-            rewards[row, : len(values)] = values
+def _padded(rows: list[Any], longest: int) -> np.ndarray:
+    """Rewards of each row's tokens as `(N, longest)` float32, zero in the padding."""
+    rewards = np.zeros((len(rows), longest), dtype=np.float32)
+    for row, values in enumerate(rows):
+        rewards[row, : len(values)] = values
     return rewards

@@ -136,9 +136,7 @@ def plain_loss(agent: PPO, rollout: Rollout, plainly: Callable[..., Evaluation])
     with torch.no_grad(), agent.penalty.reference._active():
         rewards = coef * (plainly(agent.penalty.reference, rollout.sequences).log_prob - old)
     assert rewards[mask].abs().max() > 0.01, "a policy that has moved"
-    for row, end in enumerate(rollout.sequences.response_lengths.tolist()):
-        rewards[row, end - 1] += rollout.scores[row] - rollout.token_rewards[row].sum()
-    rewards = rewards + rollout.token_rewards
+    rewards = rewards + rollout.rewards
     advantages = torch.zeros_like(rewards)
     for row, own in enumerate(mask):
         steps = own.nonzero()[:, 0].tolist()
@@ -356,7 +354,7 @@ def test_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
     kl, rewards, advantages = [], [], []
     for agent, rollout in zip((fast, slow), rollouts, strict=True):
         kl.append(agent.measure_kl(rollout))
-        rewards.append(agent.penalty.charge(rollout.rewards(), kl[-1]))
+        rewards.append(agent.penalty.charge(rollout.rewards, kl[-1]))
         advantages.append(advantages_of(agent, rollout, kl[-1]))
     for name in ("log_probs", "values", "scores"):
         assert_close(getattr(written, name), getattr(stepped, name), terms=FORWARD)

@@ -70,7 +70,7 @@ def flip_rewards(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     update = kind.update
 
     def flipped(self: PolicyGradientAgent, rollout: Rollout, kl: Tensor) -> dict[str, float]:
-        return update(self, replace(rollout, scores=-rollout.scores, token_rewards=-rollout.token_rewards), -kl)
+        return update(self, replace(rollout, scores=-rollout.scores, rewards=-rollout.rewards), -kl)
 
     monkeypatch.setattr(kind, "update", flipped)
 

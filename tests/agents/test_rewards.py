@@ -58,7 +58,7 @@ def test_scaled_scores_are_learned_from_and_raw_ones_reported() -> None:
         assert rollout.raw_scores.tolist() == rollout.sequences.response_lengths.tolist()
         expected, _ = scale(rollout.raw_scores.double().numpy())
         assert_close(rollout.scores, torch.from_numpy(expected).float(), terms=len(expected), scale=6.0)
-        torch.testing.assert_close(rollout.rewards().sum(1), rollout.scores)
+        torch.testing.assert_close(rollout.rewards.sum(1), rollout.scores)
     # Over 16 runs the mean score is 3.40 +- 0.42 and what is paid 0.00 +- 0.20, so that other samples fail with a
     # chance below 1 in 10,000; unscaled scores are at least 1 each.
     metrics = history_of(agent, 16)[0]
@@ -70,7 +70,7 @@ def test_token_level_rewards_are_scaled_with_the_score() -> None:
     agent = make_agent(reward=by_token, score_scaling="running_std")
     rollout = collect(agent.envs, agent.policy)
     actions = rollout.sequences.pad(rollout.sequences.actions)
-    per_token = rollout.rewards()
+    per_token = rollout.rewards
     assert_close(per_token.sum(1), rollout.scores, terms=FORWARD)
     nonzero = per_token[(actions % 2 == 1) & rollout.mask]
     assert (nonzero > 0.3).all(), "each odd token has its own reward, in units of the deviation"

@@ -258,6 +258,8 @@ class TextTask:
             scores = self.scorer(finished)
         penalty = self.missing_eos_penalty * ~by_stop[rows]
         paid = scores.score - penalty
+        for rewards, due in zip(scores.rewards, penalty, strict=True):
+            rewards[-1] -= due
         self._remember(rows, finished, scores)
         [everywhere] = to_device(self.device, torch.from_numpy(_scatter(paid, rows, len(by_stop))).float())
         kl_paid, kl_sum = np.zeros(len(rows)), np.zeros(len(rows))
@@ -302,7 +304,7 @@ class TextTask:
         for i, row in enumerate(rows):
             logged = {name: values[i] for name, values in scores.columns.items()}
             self.transcripts[row] = {**logged, **self._transcript(row, content(finished.completions[i]))}
-            self.token_rewards[row] = scores.token_rewards[i] if scores.token_rewards is not None else None
+            self.token_rewards[row] = scores.rewards[i]
 
     def _transcript(self, row: int, completion: str) -> dict[str, Any]:
         index = self.current[row]

@@ -94,7 +94,7 @@ def test_rows_that_ended_stay_untouched() -> None:
     rollout = collect(make_envs(), make_policy())
     for row, length in enumerate(rollout.sequences.lengths.tolist()):
         assert (rollout.sequences.input_ids[row, length:] == PAD).all()
-    for values in (rollout.log_probs, rollout.values, rollout.token_rewards):
+    for values in (rollout.log_probs, rollout.values, rollout.rewards):
         assert values.shape == rollout.mask.shape
         assert (values[~rollout.mask] == 0).all()
 
@@ -131,7 +131,7 @@ def test_whole_responses_are_those_of_stepping(critic: str, deterministic: bool)
         assert tokens_of(mine) == tokens_of(expected)
         assert mine.ended_by_stop.tolist() == expected.ended_by_stop.tolist()
         assert mine.components.keys() == expected.components.keys()
-        for name in ("log_probs", "values", "scores", "raw_scores", "token_rewards"):
+        for name in ("log_probs", "values", "scores", "raw_scores", "rewards"):
             assert_close(getattr(mine, name), getattr(expected, name), terms=FORWARD)
         for name, values in expected.components.items():
             torch.testing.assert_close(mine.components[name], values)
@@ -190,7 +190,7 @@ def test_scores_and_columns_belong_to_their_rows() -> None:
 
 def test_the_score_is_paid_at_the_last_token() -> None:
     rollout = collect(make_envs(missing_eos_penalty=0.5), make_policy())
-    rewards = rollout.rewards()
+    rewards = rollout.rewards
     for row, length in enumerate(lengths_of(rollout)):
         expected = torch.zeros(rewards.shape[1])
         expected[length - 1] = rollout.scores[row]
@@ -201,7 +201,7 @@ def test_the_score_is_paid_at_the_last_token() -> None:
 def test_token_rewards_are_paid_at_their_tokens() -> None:
     """Beside a whole score and a penalty, which go to the last token."""
     rollout = collect(make_envs([ramp, bonus], reward_weights=[0.1, 1.0], missing_eos_penalty=0.5), make_policy())
-    rewards = rollout.rewards()
+    rewards = rollout.rewards
     whole = rollout.components["reward/bonus"] - 0.5 * ~rollout.ended_by_stop
     for row, length in enumerate(lengths_of(rollout)):
         expected = torch.zeros(rewards.shape[1])
@@ -229,7 +229,7 @@ def test_merge_pads_to_the_longest() -> None:
     whole = merge([short, *parts])
     assert len(whole) == 1 + 3 * ROWS
     assert tokens_of(whole) == [row for part in (short, *parts) for row in tokens_of(part)]
-    for name in ("log_probs", "values", "token_rewards"):
+    for name in ("log_probs", "values", "rewards"):
         joined: Tensor = getattr(whole, name)
         assert joined.shape == whole.mask.shape
         for start, part in zip((0, 1, 1 + ROWS, 1 + 2 * ROWS), (short, *parts), strict=True):
@@ -249,5 +249,5 @@ def test_slices_are_as_wide_as_their_longest() -> None:
     for row in range(ROWS):
         part = rollout[row : row + 1]
         assert tokens_of(part) == tokens_of(rollout)[row : row + 1]
-        assert part.log_probs.shape == part.values.shape == part.token_rewards.shape == (1, lengths_of(part)[0])
-        torch.testing.assert_close(part.rewards()[0], rollout.rewards()[row, : lengths_of(part)[0]])
+        assert part.log_probs.shape == part.values.shape == part.rewards.shape == (1, lengths_of(part)[0])
+        torch.testing.assert_close(part.rewards[0], rollout.rewards[row, : lengths_of(part)[0]])

@@ -235,7 +235,7 @@ def test_distinct_2() -> None:
 def rollout_of(sequences: Sequences) -> Rollout:
     nothing = torch.zeros(sequences.mask.shape)
     ended = torch.ones(len(sequences), dtype=torch.bool)
-    return Rollout(sequences, nothing, nothing, nothing.sum(1), nothing.sum(1), nothing, ended, {})
+    return Rollout(sequences, nothing, nothing, nothing, nothing.sum(1), nothing.sum(1), ended, {})
 
 
 def test_best_of_n_picks_the_best_scored(policy: ActorCritic) -> None:

@@ -138,7 +138,7 @@ def test_slow_and_fast_paths_agree(settings: dict[str, Any], restricted: int) ->
     rollout = collect(deferred, policy)
     prompts = deferred.task.current.copy()
     kl = KLPenalty(settings["reference"], 0.1).of_sequences(policy, rollout.sequences, rollout.log_probs)
-    fast = rollout.rewards() - 0.1 * kl
+    fast = rollout.rewards - 0.1 * kl
     tokens = rollout.sequences.pad(rollout.sequences.actions)
     lengths = rollout.sequences.response_lengths.tolist()
 

@@ -122,7 +122,7 @@ def test_environment_tokens_carry_no_loss_no_kl_and_gae_steps_over_them() -> Non
     assert kl[mask].all()
 
     # each turn's reward at the token that closed it; GAE as if the replies were not there
-    rewards = rollout.rewards()
+    rewards = rollout.rewards
     assert [row[row != 0].tolist() for row in rewards] == [[-0.25, 1.0], [-0.25, -0.25, -0.25], [1.0]]
     advantages, returns = gae(rewards, rollout.values, mask, 0.9, 0.8)
     for row in range(3):

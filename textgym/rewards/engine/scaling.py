@@ -1,4 +1,4 @@
-"""RunningScale: scores in units of their own running deviation, and within bounds."""
+"""RunningScale: scores in units of their own running standard deviation, and within bounds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SCALINGS = get_args(Scaling)
 
 @dataclass
 class RunningScale:
-    """Divides scores by the deviation of all scores so far, after their mean was taken off, and clips them.
+    """Subtracts the mean of all scores so far, divides by their standard deviation, and clips.
 
-    Mean and deviation include the scores at hand (Chan et al., 1979, for the update by batches). Until two scores
-    differ the deviation counts as 1.
+    Both include the scores at hand (Chan et al., 1979, for the update by batches). Until two scores differ the standard
+    deviation counts as 1.
 
     Args:
         scaling: `"running"` takes the mean off and divides; `"running_std"` divides alone, so that 0 stays 0; `None`
@@ -52,21 +52,26 @@ class RunningScale:
         return self.scaling is not None or self.clip is not None
 
     @property
-    def deviation(self) -> float:
-        """Of all scores so far."""
-        deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
-        return deviation if deviation > 1e-8 else 1.0
+    def std(self) -> float:
+        """The standard deviation of all scores so far; 1 as long as they are all the same."""
+        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return std if std > 1e-8 else 1.0
+
+    @property
+    def shift(self) -> float:
+        """What is taken off a score before it is divided: the mean of all scores so far, where `scaling` says so."""
+        return self.mean if self.scaling == "running" else 0.0
 
     def __call__(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The scores `(N,)` as they are paid, and the factors `(N,)` by which token-level rewards in them shrink.
+        """Return the scaled scores `(N,)`, and the factors `(N,)` with which each is (score - shift) * factor.
 
-        A clipped score shrinks all its tokens, and leaves none to make up for the others.
+        Token-level rewards are multiplied by the factor of their row: clipping a score shrinks all its tokens alike.
         """
         factors = np.ones(len(scores))
         if self.scaling is not None and len(scores):
             self._count(scores)
-            factors /= self.deviation
-            scores = (scores - self.mean if self.scaling == "running" else scores) / self.deviation
+            factors /= self.std
+            scores = (scores - self.shift) / self.std
         if self.clip is not None:
             clipped = np.clip(scores, -self.clip, self.clip)
             factors *= np.divide(clipped, scores, out=np.ones_like(scores), where=scores != 0)

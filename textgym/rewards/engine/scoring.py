@@ -49,8 +49,9 @@ class Scores:
 
     Attributes:
         raw: `(N,)` float64, the weighted sum over the functions, token-level rewards summed over their tokens.
-        score: `(N,)` float64, what is paid: `raw`, scaled and clipped where that was asked for.
-        token_rewards: the weighted token-level rewards of each row, scaled alike, or `None` if no function gave any.
+        score: `(N,)` float64, the sum of `rewards`: `raw`, scaled and clipped where that was asked for.
+        rewards: of each completion token of each row, float64: token-level rewards at their tokens, and the rest of the
+            score at the last one.
         components: `(N,)` float64 for each function, unweighted; NaN where the function left the row out.
         errors: `(N,)`, how many functions failed in each row.
         metrics: what functions logged of the whole batch.
@@ -59,7 +60,7 @@ class Scores:
 
     raw: np.ndarray
     score: np.ndarray
-    token_rewards: list[np.ndarray] | None
+    rewards: list[np.ndarray]
     components: dict[str, np.ndarray]
     errors: np.ndarray
     metrics: dict[str, float]
@@ -141,8 +142,8 @@ class Scorer:
             for (name, function), given in zip(named, arguments, strict=True)
         ]
         raw, errors = np.zeros(len(finished)), np.zeros(len(finished), dtype=np.int64)
-        token_rewards = [np.zeros(len(ids)) for ids in finished.completion_ids]
-        any_token_level, components, judged = False, {}, np.zeros(len(finished), dtype=bool)
+        rewards = [np.zeros(len(ids)) for ids in finished.completion_ids]
+        components, judged = {}, np.zeros(len(finished), dtype=bool)
         for name, weight, outcome in zip(self.names, self.weights, outcomes, strict=True):
             try:
                 values = self._settled(name, weight, checked(name, outcome.wait(), finished), errors)
@@ -155,14 +156,18 @@ class Scorer:
             raw += weight * np.nan_to_num(components[name])
             for row, value in enumerate(values):
                 if isinstance(value, np.ndarray):
-                    any_token_level = True
-                    token_rewards[row] += weight * value
+                    rewards[row] += weight * value
+                elif value is not None:
+                    rewards[row][-1:] += weight * value  # a slice, since a completion may be empty
         score, factors = np.zeros_like(raw), np.ones_like(raw)
         score[judged], factors[judged] = self.scale(raw[judged])  # what nobody judged is 0, and no score
+        for row, factor in enumerate(factors):
+            rewards[row] *= factor
+            rewards[row][-1:] -= factor * self.scale.shift * judged[row]
         return Scores(
             raw,
             score,
-            [f * rewards for f, rewards in zip(factors, token_rewards, strict=True)] if any_token_level else None,
+            rewards,
             components,
             errors,
             {name: float(np.mean(values)) for log in logs for name, values in log.metrics.items()},

@@ -73,8 +73,9 @@ def test_the_score_is_the_weighted_sum_and_token_rewards_add_up(
     assert np.isfinite(scores.score).all()
     for component, column in zip(scores.components.values(), values, strict=True):
         assert [math.isnan(x) for x in component] == [v is None for v in column]
-    if scores.token_rewards is not None:
-        assert [len(row) for row in scores.token_rewards] == [len(ids) for ids in finished.completion_ids]
+    assert [len(row) for row in scores.rewards] == [len(ids) for ids in finished.completion_ids]
+    for row, score in zip(scores.rewards, scores.score, strict=True):
+        assert math.isclose(row.sum(), score, rel_tol=1e-9, abs_tol=1e-6) or not len(row)
 
 
 @given(st.data(), batches(), st.sampled_from(["penalise", "skip"]))
@@ -112,7 +113,7 @@ def test_running_scale_does_not_depend_on_how_scores_come_in_batches(batches: li
     at_once(np.concatenate([np.array(batch) for batch in batches]))
     assert one_by_one.count == at_once.count
     assert one_by_one.mean == pytest.approx(at_once.mean, rel=1e-6, abs=1e-3)
-    assert one_by_one.deviation == pytest.approx(at_once.deviation, rel=1e-3, abs=1.0)
+    assert one_by_one.std == pytest.approx(at_once.std, rel=1e-3, abs=1.0)
 
 
 @given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 64))

@@ -214,9 +214,8 @@ def test_scores_are_scaled_then_clipped_and_the_raw_ones_reported(finished: Fini
     scores = Scorer(by_token, scaling="running", clip=0.5)(finished)
     assert scores.raw.tolist() == [4.0, -4.0]
     assert scores.score.tolist() == [0.5, -0.5]
-    assert scores.token_rewards is not None
     # A clipped score shrinks its tokens, so that none has to make up for another.
-    assert [row.tolist() for row in scores.token_rewards] == [[0.5], [0.0, 0.0, -0.5]]
+    assert [row.tolist() for row in scores.rewards] == [[0.5], [0.0, 0.0, -0.5]]
 
 
 def test_rows_that_nobody_judged_are_no_scores(finished: Finished) -> None:

@@ -87,7 +87,7 @@ def test_forms_of_a_reward_function(reward: Any, name: str, expected: list[float
     assert scores.score.tolist() == expected
     assert scores.score.dtype == np.float64
     assert {key: values.tolist() for key, values in scores.components.items()} == {name: expected}
-    assert scores.token_rewards is None
+    assert [row[-1] for row in scores.rewards] == expected
 
 
 def test_async_function_under_a_running_loop(finished: Finished) -> None:
@@ -144,16 +144,14 @@ def test_none_leaves_a_row_out_of_that_function(finished: Finished) -> None:
 def test_token_level_rewards(finished: Finished) -> None:
     scores = scores_of([[0.5], [1, 2, -4]], finished)
     assert scores.score.tolist() == [0.5, -1.0]
-    assert scores.token_rewards is not None
-    assert [row.tolist() for row in scores.token_rewards] == [[0.5], [1.0, 2.0, -4.0]]
+    assert [row.tolist() for row in scores.rewards] == [[0.5], [1.0, 2.0, -4.0]]
     assert scores.components["given"].tolist() == [0.5, -1.0]
 
 
 def test_token_level_beside_whole_scores_and_none(finished: Finished) -> None:
     scores = Scorer([returning([None, np.array([1.0, 2.0, 3.0])]), text_length], [2.0, 1.0])(finished)
     assert scores.score.tolist() == [2.0, 17.0]
-    assert scores.token_rewards is not None
-    assert [row.tolist() for row in scores.token_rewards] == [[0.0], [2.0, 4.0, 6.0]]
+    assert [row.tolist() for row in scores.rewards] == [[2.0], [2.0, 4.0, 11.0]]
 
 
 # --- several functions ---
