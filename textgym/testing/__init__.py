@@ -1,4 +1,4 @@
-"""What tests need, for users' own environments, rewards and agents too: mock models, checks, exact optima."""
+"""Tools for tests of environments, rewards and agents: mock models, checks, exact optima, float comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""check_text_env: what a text environment breaks of Gymnasium's contract, of SB3's, and of textgym's own."""
+"""check_text_env: check a text environment against the contracts of Gymnasium, SB3 and textgym."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 ROWS, EPISODES = 3, 4
-"""Rows of the vector environment that is compared, and episodes that are played."""
+"""Number of rows of the vector environment that is compared, and of episodes that are run."""
 
 
 def check_text_env(env: gym.Env[Any, Any], envs: Any = None, seed: int = 0) -> None:
-    """Plays a few episodes of random tokens and checks them; for environments of your own.
+    """Run a few episodes of random tokens in an environment and check them.
 
-    Gymnasium's and Stable-Baselines3's `check_env` must have nothing to say. Then: each observation is the last one
-    plus the token that was written, a fresh object as every info is; reward and end flags are Python's own `float` and
-    `bool`, and the flags say what ended the episode; the components of the score add up to it, and score and KL to what
-    was paid; one seed gives one episode, without a look at global generators; a row of the vector form equals the
-    environment by itself.
+    The checks are:
+
+    - `check_env` of Gymnasium and of Stable-Baselines3 reports no problem or warning.
+    - Each observation is the previous one plus the chosen token, in a new object.
+    - Reward and end flags have the types `float` and `bool`, and the flags match what ended the episode.
+    - The components of the score add up to the score, and score and KL term to the rewards.
+    - The same seed gives the same episode, and global random generators are not used.
+    - A row of the vector environment equals the single environment.
 
     Args:
-        env: a `TextEnv` with its observations and actions as they are; Gymnasium's own wrappers may be around it.
-        envs: its vector form with the same arguments. Where it is not given, `gym.make_vec` is asked for one, if the
-            environment comes from `gym.make`.
-        seed: of episodes and tokens.
+        env: A `TextEnv` with its original observations and actions; it may have wrappers of Gymnasium.
+        envs: The vector environment with the same arguments. If it is not given and the environment comes from
+            `gym.make`, it is made with `gym.make_vec`.
+        seed: Seed of episodes and tokens.
 
     Raises:
-        AssertionError: the first thing that is wrong, and what to do.
+        AssertionError: At the first problem; the message says how to fix it.
 
     >>> import gymnasium as gym, textgym
     >>> check_text_env(gym.make("textgym/Sentiment-v0", max_new_tokens=4))
@@ -61,12 +64,12 @@ def _check_quietly(name: str, check: Callable[[Any], None], env: Any) -> None:
         warnings.simplefilter("error")
         try:
             check(env)
-        except Exception as error:  # a warning is an answer, too
-            raise AssertionError(f"{name}'s check_env objects: {error}") from error
+        except Exception as error:  # warnings of the checkers count as problems
+            raise AssertionError(f"{name}'s check_env reports: {error}") from error
 
 
 def _check_episode(env: Any, rng: np.random.Generator, seed: int | None, stop_rate: float) -> None:
-    """One episode of random tokens that are allowed, the stop tokens among them as often as asked for."""
+    """Check an episode of random allowed tokens, in which stop tokens have the probability `stop_rate`."""
     task = env.unwrapped.task
     observation, _ = env.reset(seed=seed)
     total, steps, ended = 0.0, 0, False
@@ -83,25 +86,25 @@ def _check_episode(env: Any, rng: np.random.Generator, seed: int | None, stop_ra
             assert type(value) is kind, (
                 f"step returned {name}={value!r}, a {type(value).__name__}: return {kind.__name__}(...)"
             )
-        assert math.isfinite(reward), f"the reward of step {steps} is {reward}: pay a finite number"
+        assert math.isfinite(reward), f"the reward of step {steps} is {reward}: return a finite number"
         _check_one_token(kept, following, action)
         observation, ended = following, terminated or truncated
         assert ended or steps < task.episodes.max_new_tokens, (
-            f"the episode goes on after max_new_tokens={task.episodes.max_new_tokens} tokens: end it there"
+            f"the episode continues after max_new_tokens={task.episodes.max_new_tokens} tokens: end it there"
         )
     _check_end(task, info, total, steps, terminated, truncated)
 
 
 def _check_one_token(kept: dict[str, np.ndarray], following: dict[str, np.ndarray], action: int) -> None:
-    part = "decoder_" if "decoder_input_ids" in kept else ""  # what grows is the decoder's, if there is one
+    part = "decoder_" if "decoder_input_ids" in kept else ""  # the response is the decoder's, if there is one
     slot = int(kept[f"{part}attention_mask"].sum())
     expected = {key: value.copy() for key, value in kept.items()}
     expected[f"{part}input_ids"][slot], expected[f"{part}attention_mask"][slot] = action, 1
     for key, value in expected.items():
         wrong = np.flatnonzero(value != following[key])
         assert not len(wrong), (
-            f"{key} after token {action} is not the last observation plus that token: it differs in slots "
-            f"{wrong.tolist()}, and slot {slot} was the next one"
+            f"{key} after token {action} is not the previous observation plus that token: it differs at the positions "
+            f"{wrong.tolist()}, and the token belongs to position {slot}"
         )
 
 
@@ -113,22 +116,22 @@ def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, termin
     assert not missing, f"the last info has no {sorted(missing)}: pass on what TextEnv puts there"
     assert info["response_tokens"] == steps, f"response_tokens is {info['response_tokens']} after {steps} steps"
     assert terminated or not info["ended_by_stop"], (
-        "a stop token is a real end, and it was reported as truncation: return terminated=True"
+        "the end by a stop token was reported as truncation: return terminated=True"
     )
     assert truncated == (task.truncates and not info["ended_by_stop"]), (
-        f"the length limit was reported with truncated={truncated}: the score is paid on the capped text, so it "
-        "terminates, unless length_limit='truncate'"
+        f"the length limit was reported with truncated={truncated}: the score covers the text as it is, so return "
+        "terminated=True, unless length_limit='truncate'"
     )
     names, weights = task.scorer.names, task.scorer.weights
     score = sum(weight * info.get(f"reward/{name}", 0.0) for name, weight in zip(names, weights, strict=True))
     score -= task.missing_eos_penalty * (not info["ended_by_stop"])
     assert math.isclose(score, info["score"], abs_tol=1e-4), (
-        f"the components add up to {score:.6g} and the score is {info['score']:.6g}: "
-        "add what was paid besides to the reward functions, so that it is logged"
+        f"the components add up to {score:.6g}, but the score is {info['score']:.6g}: make any other reward a reward "
+        "function, so that it is logged"
     )
     paid = info.get("score_paid", info["score"]) + info["kl_reward"]
     assert math.isclose(paid, total, rel_tol=1e-4, abs_tol=1e-4), (
-        f"score and KL add up to {paid:.6g} and the rewards to {total:.6g}: pay nothing that info does not show"
+        f"score and KL term add up to {paid:.6g}, but the rewards to {total:.6g}: info must include all rewards"
     )
 
 
@@ -148,10 +151,8 @@ def _check_seed(env: Any, seed: int) -> None:
 
     before = state()
     first = episode()
-    assert state() == before, "reset or step used a global random generator: draw from self.np_random alone"
-    assert episode() == first, (
-        f"reset(seed={seed}) did not bring the same episode twice: draw from self.np_random alone"
-    )
+    assert state() == before, "reset or step used a global random generator: use self.np_random only"
+    assert episode() == first, f"two episodes after reset(seed={seed}) differ: use self.np_random only"
 
 
 def _listed(observation: dict[str, np.ndarray]) -> dict[str, list[int]]:
@@ -159,7 +160,7 @@ def _listed(observation: dict[str, np.ndarray]) -> dict[str, list[int]]:
 
 
 def _check_rows(env: Any, envs: Any, rng: np.random.Generator) -> None:
-    """Each row of the vector form against the environment, with the same prompts and tokens."""
+    """Compare each row of the vector environment with the single one, with the same prompts and tokens."""
     task = env.unwrapped.task
     prompts = rng.integers(0, len(task.rows), envs.num_envs)
     actions = rng.integers(0, task.vocab_size, (task.episodes.max_new_tokens, envs.num_envs))
@@ -171,15 +172,15 @@ def _check_rows(env: Any, envs: Any, rng: np.random.Generator) -> None:
         for t, together in enumerate(seen):
             for key, value in outcome[0].items():
                 assert np.array_equal(value, together[0][key][row]), (
-                    f"row {row} of the vector form has other {key} after {t} tokens than the environment by itself, "
-                    "given the same prompt and tokens"
+                    f"row {row} of the vector environment has other {key} after {t} tokens than the single environment "
+                    "with the same prompt and tokens"
                 )
             for name, alone, batch in zip(
                 ("reward", "terminated", "truncated"), outcome[1:], together[1:], strict=True
             ):
                 assert alone is None or math.isclose(alone, batch[row], rel_tol=1e-3, abs_tol=1e-4), (
-                    f"row {row} of the vector form returned {name}={batch[row]} for token {t}, and the environment by "
-                    f"itself {alone}: let both use the same code"
+                    f"row {row} of the vector environment returned {name}={batch[row]} for token {t}, but the single "
+                    f"environment {alone}: use the same code in both"
                 )
             if t == len(actions) or outcome[2] or outcome[3]:
                 break

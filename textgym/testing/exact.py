@@ -1,6 +1,6 @@
-"""Tasks so small that every text can be listed, and with it the optimum that an agent ought to reach.
+"""Tasks that are small enough to enumerate all texts and compute the exact optimum.
 
-For a reward r and a penalty beta on the KL to a reference, the best policy is known in closed form
+For a reward r and a penalty beta on the KL to a reference, the optimal policy has a closed form
 (e.g. Korbak et al., 2022):
 
     pi*(y) = pi_ref(y) exp(r(y) / beta) / Z,    J* = E_pi*[r] - beta KL(pi*, pi_ref) = beta log Z.
@@ -27,7 +27,7 @@ from textgym.testing.table import TableConfig, TableLM
 
 RewardShape = Literal["dense", "sparse", "deceptive"]
 CHUNK = 4096
-"""Texts scored at once."""
+"""Number of texts that are scored at once."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class ExactOptimum:
     """The KL-regularised optimum over K texts.
 
     Attributes:
-        log_reference: `(K,)` log-probs under the reference; together they are a distribution.
-        rewards: `(K,)`.
-        beta: what a nat of divergence costs.
+        log_reference: `(K,)` log-probs under the reference; their probabilities sum to 1.
+        rewards: `(K,)` rewards.
+        beta: Coefficient of the KL penalty.
 
     >>> optimum = ExactOptimum(np.log([0.5, 0.5]), np.array([1.0, 0.0]), beta=1.0)
     >>> optimum.probabilities.round(3).tolist(), round(optimum.value, 4)
@@ -50,53 +50,53 @@ class ExactOptimum:
 
     @property
     def log_probs(self) -> np.ndarray:
-        """`(K,)`, log pi*."""
+        """Log-probs of the optimal policy, log pi*, `(K,)`."""
         logits = self.log_reference + self.rewards / self.beta
         return np.asarray(logits - _logsumexp(logits))
 
     @property
     def probabilities(self) -> np.ndarray:
-        """`(K,)`, pi*."""
+        """Probabilities of the optimal policy, pi*, `(K,)`."""
         return np.exp(self.log_probs)
 
     @property
     def value(self) -> float:
-        """J* = beta log Z."""
+        """The optimum of the objective, J* = beta log Z."""
         return self.beta * _logsumexp(self.log_reference + self.rewards / self.beta)
 
     def objective(self, log_probs: np.ndarray) -> float:
-        """J of a policy with these log-probs `(K,)`: E[r] - beta KL(pi, pi_ref)."""
+        """Return the objective of a policy with log-probs `(K,)`, J = E[r] - beta KL(pi, pi_ref)."""
         return float(np.sum(np.exp(log_probs) * (self.rewards - self.beta * (log_probs - self.log_reference))))
 
     def gap_closed(self, log_probs: np.ndarray) -> float:
-        """Share of the way from the reference to the optimum: (J(pi) - J(pi_ref)) / (J* - J(pi_ref))."""
+        """Return the share of the gap that a policy closes, (J(pi) - J(pi_ref)) / (J* - J(pi_ref))."""
         start = self.objective(self.log_reference)
         return (self.objective(log_probs) - start) / (self.value - start)
 
     def kl_from(self, log_probs: np.ndarray) -> float:
-        """KL(pi, pi*), nats; beta times it is J* - J(pi)."""
+        """Return KL(pi, pi*) in nats, which is (J* - J(pi)) / beta."""
         return float(np.sum(np.exp(log_probs) * (log_probs - self.log_probs)))
 
 
 class ExactTask:
-    """A text task whose every text can be listed: one prompt of one token, `horizon` tokens at most, EOS ends.
+    """A text task with one prompt of one token and at most `horizon` response tokens, so all texts can be enumerated.
 
     The reference is random: a `TableLM` with normal logits, or a tiny transformer. Rewards:
 
     * `"dense"`: a standard normal number for each text;
-    * `"sparse"`: 1 for one text that the reference writes about three times in a thousand, 0 for all others;
-    * `"deceptive"`: as much as a text shares of its beginning with the reference's likeliest text, up to 0.5, and 1 for
-      one text that begins otherwise.
+    * `"sparse"`: 1 for one text with a probability of about 0.003 under the reference, 0 for all others;
+    * `"deceptive"`: up to 0.5, in proportion to the common beginning with the most likely text of the reference; and 1
+      for one text with another beginning.
 
     Args:
-        vocab_size: V, EOS and a pad token included, from 4 to 28.
-        horizon: longest text, in tokens.
-        reward: its shape.
-        model: what the reference is, and the policy that starts from it.
-        seed: of reference and reward.
+        vocab_size: V, from 4 to 28, EOS and padding included.
+        horizon: Maximum number of response tokens.
+        reward: Kind of reward.
+        model: Kind of the reference and of the policy that starts from it.
+        seed: Seed of reference and reward.
 
     >>> task = ExactTask(vocab_size=4, horizon=2)
-    >>> len(task.texts)  # 3 first tokens that go on x 4 second ones, and EOS at once
+    >>> len(task.texts)  # 3 first tokens that are not EOS x 4 second ones, and EOS alone
     13
     """
 
@@ -118,11 +118,11 @@ class ExactTask:
         self.index = {text: index for index, text in enumerate(self.texts)}
 
     def score(self, completion_ids: Sequence[Sequence[int]]) -> list[float]:
-        """The reward function."""
+        """Return the reward of each completion; the reward function of the task."""
         return [float(self.rewards[self.index[tuple(ids)]]) for ids in completion_ids]
 
     def env_kwargs(self, beta: float) -> dict[str, Any]:
-        """Arguments of `textgym/Text-v0`."""
+        """Return the arguments of `textgym/Text-v0` for this task."""
         return {
             "prompts": ["a"],
             "tokenizer": self.tokenizer,
@@ -134,22 +134,22 @@ class ExactTask:
         }
 
     def language_model(self) -> PreTrainedModel:
-        """A copy of the reference, to freeze or to train."""
+        """Return a copy of the reference, to freeze or to train."""
         return copy.deepcopy(self.start)
 
     def optimum(self, beta: float) -> ExactOptimum:
-        """The best policy for a penalty of `beta`."""
+        """Return the optimum for a coefficient `beta` of the KL penalty."""
         return ExactOptimum(self.log_reference, self.rewards, beta)
 
     @torch.no_grad()
     def log_probs(self, policy: TokenModel) -> np.ndarray:
-        """Log-probs `(K,)` of all texts under a policy."""
+        """Return the log-probs `(K,)` of all texts under a policy."""
         return torch.cat([self.differentiable_log_probs(policy, rows) for rows in self._chunks()]).double().numpy()
 
     def differentiable_log_probs(
         self, policy: TokenModel, texts: Sequence[tuple[int, ...]] | None = None
     ) -> torch.Tensor:
-        """Log-probs of texts (of all, if none are given), with gradients."""
+        """Return the log-probs of texts (by default of all texts), with gradients."""
         sequences = self.sequences(self.texts if texts is None else texts)
         states = sequences.states()
         log_probs = policy.logits(states).log_softmax(-1)
@@ -157,7 +157,7 @@ class ExactTask:
         return sequences.pad(chosen).sum(1)
 
     def greedy_reward(self, policy: TokenModel) -> float:
-        """Reward of the text of a policy's likeliest tokens, one after the other."""
+        """Return the reward of the text that a policy generates greedily."""
         text: list[int] = []
         while tuple(text) not in self.index:
             states = self.sequences([(*text, 0)]).states()
@@ -166,7 +166,7 @@ class ExactTask:
         return float(self.rewards[self.index[tuple(text)]])
 
     def sequences(self, texts: Sequence[tuple[int, ...]]) -> Sequences:
-        """Texts after the prompt, as agents see them."""
+        """Return texts as `Sequences`, in which each follows the prompt."""
         ids = torch.tensor([[0, *text, *[0] * (self.horizon - len(text))] for text in texts])
         lengths = torch.tensor([len(text) for text in texts])
         return Sequences(ids, torch.ones_like(lengths), lengths, self.stop)
@@ -199,12 +199,12 @@ class ExactTask:
 
 
 def _all_texts(vocab_size: int, horizon: int, stop_ids: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every text that ends with a stop token, or has `horizon` tokens and none before its last."""
-    going_on = [token for token in range(vocab_size) if token not in stop_ids]
+    """Return all texts that end with their first stop token or, without one, at `horizon` tokens."""
+    others = [token for token in range(vocab_size) if token not in stop_ids]
     texts: list[tuple[int, ...]] = []
     for length in range(1, horizon + 1):
         last = range(vocab_size) if length == horizon else stop_ids
-        texts += [(*begin, end) for begin in itertools.product(going_on, repeat=length - 1) for end in last]
+        texts += [(*begin, end) for begin in itertools.product(others, repeat=length - 1) for end in last]
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers and a tiny random language model, built in memory: no download, no file."""
+"""A byte tokenizer and tiny random language models, made in memory without downloads or files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text, with `<eos>` (256) and `<pad>` (257).
+    """Return a tokenizer whose ids 0 to 255 are the bytes of the UTF-8 text, with `<eos>` (256) and `<pad>` (257).
 
     >>> byte_tokenizer()("hé")["input_ids"]
     [104, 195, 169]
@@ -40,12 +40,15 @@ def mock_lm(
     seed: int = 0,
     **config: Any,
 ) -> PreTrainedModel:
-    """A tiny random causal LM in evaluation mode; the last two ids of its vocabulary are EOS and padding.
+    """Return a tiny random causal LM in evaluation mode; the last two ids of its vocabulary are EOS and padding.
 
     Args:
-        architecture: a `model_type` of transformers, such as `"llama"` (rotary positions) or `"gpt2"` (absolute ones).
-        seed: of the weights; the global generator is left alone.
-        config: further fields of the model's config, such as `attention_dropout=0.1`.
+        vocab_size: Size of the vocabulary.
+        hidden_size: Width of the model.
+        num_layers: Number of layers.
+        architecture: A `model_type` of transformers, such as `"llama"` (rotary positions) or `"gpt2"` (absolute ones).
+        seed: Seed of the weights; the global generator is not used.
+        config: Other fields of the model's config, such as `attention_dropout=0.1`.
     """
     settings: dict[str, Any] = {
         "num_attention_heads": 2,
@@ -69,15 +72,18 @@ def mock_seq2seq_lm(
     seed: int = 0,
     **config: Any,
 ) -> PreTrainedModel:
-    """A tiny random encoder-decoder LM in evaluation mode; the last two ids of its vocabulary are EOS and padding.
+    """Return a tiny random encoder-decoder LM in evaluation mode.
 
-    Its decoder begins with the padding token, as T5's does.
+    The last two ids of its vocabulary are EOS and padding. Its decoder starts with the padding token, as T5's does.
 
     Args:
-        architecture: `"t5"` or one of its family, with relative positions, or a `model_type` of BART's, with absolute
+        vocab_size: Size of the vocabulary.
+        hidden_size: Width of the model.
+        num_layers: Number of layers of encoder and decoder.
+        architecture: `"t5"` or a similar model with relative positions, or a `model_type` like `"bart"` with absolute
             ones.
-        seed: of the weights; the global generator is left alone.
-        config: further fields of the model's config.
+        seed: Seed of the weights; the global generator is not used.
+        config: Other fields of the model's config.
     """
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -109,7 +115,7 @@ def _random(auto_class: Any, architecture: str, seed: int, settings: dict[str, A
 
 
 def _byte_level_alphabet() -> list[str]:
-    """The printable character that byte-level tokenizers write for each of the 256 bytes."""
+    """Return the printable character that byte-level tokenizers use for each of the 256 bytes."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}

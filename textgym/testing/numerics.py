@@ -56,7 +56,7 @@ def assert_close(
     dtype: torch.dtype | None = None,
     what: str = "",
 ) -> None:
-    """Check that floats differ by no more than rounding; the module's text states the rule.
+    """Check that floats differ by no more than rounding: by at most 4 * eps(dtype) * sqrt(terms) * scale.
 
     Args:
         actual: a number, a list of numbers, a tensor, an array, or a list or mapping of these.

@@ -1,4 +1,4 @@
-"""play: what any agent scores in an environment, whatever library it is from."""
+"""play: evaluate an agent of any library in an environment."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Played:
-    """Whole episodes of one agent.
+    """Results of N episodes of an agent.
 
     Attributes:
-        scores: by the reward functions alone, without any KL, `(N,)`.
-        returns: the sums of the rewards, `(N,)`: the scores and the KL term, see `kl_mode`.
+        scores: `(N,)` scores of the reward functions, without the KL penalty.
+        returns: `(N,)` sums of the rewards, which include the KL term according to `kl_mode`.
     """
 
     scores: np.ndarray
     returns: np.ndarray
 
     def __str__(self) -> str:
-        """Mean score, and its standard error."""
+        """Return the mean score and its standard error."""
         return mean_and_error(self.scores)
 
 
 def mean_and_error(values: np.ndarray) -> str:
-    """The mean of values `(N,)`, and its standard error, to two places."""
+    """Format the mean of values `(N,)` and its standard error, with two decimals."""
     return f"{values.mean():+.2f} ± {values.std(ddof=1) / np.sqrt(len(values)):.2f}"
 
 
 def play(env_id: str, act: Callable[[Any], Any], episodes: int = 256, **env_kwargs: Any) -> Played:
-    """Plays one episode in each row of a batch, on the environment's prompts in their order.
+    """Run one episode per row of a vector environment, on the prompts in their order.
 
-    Episodes that are short count as often as long ones, and two agents, or one before and after it was trained, get the
-    same prompts.
+    All agents get the same prompts, and each row runs exactly one episode, so short episodes are not overrepresented.
 
     Args:
-        env_id: a registered id.
-        act: takes the observations of all rows as NumPy arrays, and returns an action for each, `(episodes,)`. Rows
-            that have ended are among them; their actions are not used.
-        episodes: how many, at least 2.
-        env_kwargs: arguments of the environment, as of `gym.make_vec`.
+        env_id: A registered id.
+        act: Function from the observations of all rows, as NumPy arrays, to actions `(episodes,)`. Rows that have ended
+            are included; their actions are ignored.
+        episodes: Number of episodes, at least 2.
+        env_kwargs: Arguments of the environment.
 
     >>> import numpy as np, textgym
     >>> from textgym.testing import play
     >>> rng = np.random.default_rng(0)
     >>> played = play("textgym/SentimentMLP-v0", lambda observations: rng.integers(32, size=len(observations)), 16)
-    >>> played.scores.shape, bool((played.returns < played.scores).all())  # the KL is paid
+    >>> played.scores.shape, bool((played.returns < played.scores).all())  # with the KL penalty
     ((16,), True)
     """
     envs: Any = gym.make_vec(env_id, num_envs=episodes, autoreset_mode="Disabled", **env_kwargs)

@@ -1,4 +1,4 @@
-"""check_reward: what a reward function breaks, before it breaks a run."""
+"""check_reward: find problems of a reward function before a run does."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from textgym.testing.mocks import byte_tokenizer
 def check_reward(
     reward: RewardSpec, columns: Mapping[str, Any] | None = None, *, tokenizer: Any = None, timeout: float = 60.0
 ) -> list[str]:
-    """Runs a reward function over awkward batches and says what it breaks; an empty list means nothing.
+    """Call a reward function with difficult batches and return a list of the problems found.
 
-    The batches: ordinary texts, one row, a thousand rows, completions that are empty or white space, text of many
-    scripts, the EOS token written out inside a text, a very long one. Asked of every batch: that the function does not
-    raise, returns one finite number (or one a token, or `None`) a row and nothing else, and leaves its arguments as
-    they were. Asked once: that calling it again, a row alone, and rows in another order all give the same scores, and
-    that it pickles, as environments in other processes need.
+    The batches are ordinary texts, one row, a thousand rows, empty completions, white space, many scripts, EOS inside a
+    text, and a very long text. For every batch, the function must not raise, must return one finite number (or one per
+    token, or `None`) per row, and must not change its arguments. Scores must be the same on a second call, for a row
+    alone, and in another order. The function must be picklable, because environments in other processes need that.
 
     Args:
-        reward: a function, a `"module:attribute"` string, or a reward model.
-        columns: the value of each further column that it reads, the same for all rows.
-        tokenizer: of the policy; a byte tokenizer if not given.
-        timeout: seconds that an async function has for a batch.
+        reward: A function, a `"module:attribute"` string, or a reward model.
+        columns: Value of each column that the function reads, the same for all rows.
+        tokenizer: Tokenizer of the policy; the default is a byte tokenizer.
+        timeout: Seconds that an async function may take for a batch.
+
+    Returns:
+        One message per problem; an empty list if there are none.
 
     >>> def brevity(completions):
     ...     return [1 / len(text) for text in completions]
@@ -54,7 +56,7 @@ def check_reward(
         before = pickle.dumps(finished)
         try:
             problems += [f"{title}: {error}" for error in score(finished) if isinstance(error, RewardError)][:1]
-        except RewardError as error:  # it cannot be called at all
+        except RewardError as error:  # it cannot be called, for example because a column is missing
             return [str(error)]
         if pickle.dumps(finished) != before:
             problems.append(f"{title}: it changes its arguments, which other functions read after it")
@@ -87,7 +89,7 @@ def _same(first: list[Any], second: list[Any]) -> bool:
 
 
 def _awkward_batches(eos: str) -> dict[str, list[tuple[str, str]]]:
-    """Prompts and completions, by what is awkward about them."""
+    """Return batches of prompts and completions by what is difficult about them."""
     ordinary = [
         ("The film", " was a joy."),
         ("The actors", " shine"),

@@ -1,4 +1,4 @@
-"""TableLM: a language model with a free logit for every token after every text, for tasks small enough to enumerate."""
+"""TableLM: a language model with a separate logit for every token after every text, for very small tasks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class TableConfig(PretrainedConfig):
 
 
 class TableLM(PreTrainedModel):
-    """Logits are rows of a table, one for each text of at most `max_tokens` tokens, prompt included.
+    """A language model whose logits are rows of a table, with one row per text of at most `max_tokens` tokens.
 
-    No two texts share a weight, so what a policy-gradient agent learns of one says nothing of another, and any
-    distribution over texts can be represented. It is a causal language model of transformers like any other: its
-    "attention" adds up the tokens it may see, each a digit of the number of the text.
+    Texts share no weights, so the model does not generalise and can represent any distribution over texts. It works as
+    a causal language model of transformers: its "attention" sums the tokens before a position, each multiplied by a
+    power of V + 1, which gives the number of the text's row.
 
     >>> lm = TableLM(TableConfig(vocab_size=3, max_tokens=2))
     >>> lm(torch.tensor([[1, 2]])).logits.shape
@@ -44,21 +44,21 @@ class TableLM(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights are set where they are made."""
+        """Do nothing: the constructors set the weights."""
 
     def get_output_embeddings(self) -> nn.Module:
-        """The identity."""
+        """Return the identity."""
         return self.lm_head
 
     def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits `(B, T, V)`."""
+        """Return logits `(B, T, V)`."""
         hidden = self.model(input_ids, **kwargs).last_hidden_state
         states = (hidden,) if output_hidden_states else None
         return CausalLMOutputWithPast(logits=self.lm_head(hidden), hidden_states=states)
 
 
 class _Identity(nn.Module):
-    """An output embedding that hands on what it is given: the table has the logits already."""
+    """An identity as the output embedding, because the rows of the table are logits already."""
 
     weight: Tensor
 
@@ -75,8 +75,8 @@ class _Table(PreTrainedModel):
 
     def __init__(self, config: TableConfig) -> None:
         super().__init__(config)
-        self.base = config.vocab_size + 1  # digit 0 is no token
-        if self.base**config.max_tokens > 2**24:
+        self.base = config.vocab_size + 1  # digit 0 means that there is no token
+        if self.base**config.max_tokens > 2**24:  # row numbers are computed in float32, which is exact up to 2^24
             raise ValueError(
                 f"a table of {config.vocab_size} tokens and {config.max_tokens} places has too many rows: "
                 "use fewer of either"

@@ -108,12 +108,12 @@ class UnloggedScore(TextEnv):
     ("broken", "message"),
     [
         (NumpyFlags, r"bool"),
-        (HiddenBonus, "pay nothing that info does not show"),
+        (HiddenBonus, "info must include all rewards"),
         (OneArray, "must return new observation data"),
-        (TwoTokens, r"it differs in slots \[13\]"),
+        (TwoTokens, r"it differs at the positions \[13\]"),
         (BothFlags, "set exactly one"),
         (LengthAsTruncation, "unless length_limit='truncate'"),
-        (GlobalGenerator, "self.np_random alone"),
+        (GlobalGenerator, "self.np_random only"),
         (OneInfo, "must return new info data"),
         (UnloggedScore, "the components add up to"),
     ],
@@ -124,15 +124,15 @@ def test_broken_ones_are_told_what_to_do(broken: type[TextEnv], message: str) ->
 
 
 def test_a_row_that_differs() -> None:
-    with pytest.raises(AssertionError, match=r"row \d of the vector form returned reward"):
+    with pytest.raises(AssertionError, match=r"row \d of the vector environment returned reward"):
         check_text_env(TextEnv(**SETTINGS), TextVectorEnv(2, **{**SETTINGS, "kl_coef": 0.2}))
     prompts = ["hello world", "good dog", "b"]
-    with pytest.raises(AssertionError, match=r"row \d of the vector form has other input_ids"):
+    with pytest.raises(AssertionError, match=r"row \d of the vector environment has other input_ids"):
         check_text_env(TextEnv(**SETTINGS), TextVectorEnv(8, **{**SETTINGS, "prompts": prompts}))
 
 
 def test_what_the_libraries_say_is_passed_on() -> None:
     env = TextEnv(**SETTINGS)
     env.observation_space = gym.spaces.Dict({"input_ids": env.observation_space["input_ids"]})
-    with pytest.raises(AssertionError, match="Gymnasium's check_env objects"):
+    with pytest.raises(AssertionError, match="Gymnasium's check_env reports"):
         check_text_env(env)
