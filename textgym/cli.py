@@ -42,10 +42,11 @@ from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
-from textgym.data.corpora.sources import FetchError, movie_snippets
+from textgym.data.corpora.sources import movie_snippets
 from textgym.data.files import atomic_file
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.envs.tasks.base import TaskVectorEnv
+from textgym.errors import TextgymError
 from textgym.flags import AGENTS, FREE, OFFLINE, Evaluate, Train, TrainReward, parse
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name, use_device
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         run(command)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, ImportError, MemoryError, FetchError, gym.error.Error) as error:
+    except (TextgymError, ValueError, OSError, ImportError, MemoryError, gym.error.Error) as error:
         sys.exit(f"textgym: {' '.join(str(error).split())}")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from textgym.errors import TextgymError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import is_twin
 from textgym.models.machine.transfer import to_host
@@ -36,7 +37,7 @@ SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out")
 """What errors of a collective say, which have no class in common."""
 
 
-class ProcessLostError(ConnectionError):
+class ProcessLostError(TextgymError, ConnectionError):
     """Another process of the run has ended, or does not answer."""
 
 

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import torch
@@ -27,6 +27,7 @@ from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.settings import Count, NotNegative, Positive, at_least, check_settings
 
 from ..ppo import PPO, PPOConfig
 from .evaluation import Samples, generate, measure
@@ -41,19 +42,19 @@ class DemoConfig:
     """Where the run folder is written."""
     model: str = "tiny"
     """The language model: start of the policy, and the reference."""
-    total_episodes: int = 2560
+    total_episodes: Count = 2560
     """Episodes that PPO plays."""
-    num_envs: int = 64
+    num_envs: Count = 64
     """Rows of the environment."""
-    eval_prompts: int = 256
+    eval_prompts: Count = 256
     """Held-out prompts that the policy is measured on, before and after."""
-    kl_coef: float = 0.1
+    kl_coef: NotNegative = 0.1
     """beta: reward (in deviations of the reference's scores) that a nat of divergence costs."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Steer beta so that the KL comes to this many nats a text; `kl_coef` is then where it starts."""
-    min_new_tokens: int = 24
+    min_new_tokens: Annotated[int, at_least(0)] = 24
     """24 makes every text 24 tokens long; 0 lets texts end where the model ends them."""
-    max_new_tokens: int = 24
+    max_new_tokens: Count = 24
     """Longest completion, in tokens."""
     missing_eos_penalty: float = 0.0
     """Taken off the score of a text that did not end within `max_new_tokens`."""
@@ -69,6 +70,7 @@ class DemoConfig:
     """Training of the policy."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.ppo = dataclasses.replace(self.ppo, seed=self.seed)
         self.reward_model = dataclasses.replace(self.reward_model, seed=self.seed)
 

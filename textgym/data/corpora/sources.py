@@ -28,8 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from textgym.errors import TextgymError
 
-class FetchError(RuntimeError):
+
+class FetchError(TextgymError, RuntimeError):
     """Raised if a source cannot be downloaded or is corrupt; the message says what to do."""
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from textgym.data.messages import Text
+from textgym.errors import TextgymError
 
 
-class RewardError(ValueError):
+class RewardError(TextgymError, ValueError):
     """A reward function broke its contract; the message names the function, the row and its text."""
 
 

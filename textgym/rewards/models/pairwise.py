@@ -19,6 +19,7 @@ from textgym.models.machine.devices import on_device
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
+from textgym.settings import Count, NotNegative, Positive, Share, check_settings
 
 Pair = Mapping[str, Any]
 SILENT: dict[str, Any] = {
@@ -35,42 +36,45 @@ SILENT: dict[str, Any] = {
 class RewardModelConfig:
     """Hyperparameters for training a reward model."""
 
-    matrix_learning_rate: float | None = None
+    matrix_learning_rate: NotNegative | None = None
     """Peak learning rate of Muon for the weight matrices; 0 trains them with AdamW instead. None: 0.02 for "tiny", and
     0 for other trunks, because large steps would destroy what they learned in pretraining."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Peak learning rate of AdamW for embeddings, norms and the reward head. None: 0.01 for "tiny", 2e-5 for other
     trunks."""
-    num_layers: int | None = None
+    num_layers: Count | None = None
     """Number of the trunk's lowest layers to keep; the upper layers of small models only help to predict tokens."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the preference pairs."""
-    groups_per_batch: int = 1
+    groups_per_batch: Count = 1
     """Groups of compared texts in one update."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Share of the updates during which the learning rate rises; afterwards it follows a cosine down to 0."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Weight decay of the weight matrices."""
-    mean_coefficient: float = 1.0
+    mean_coefficient: NotNegative = 1.0
     """Weight of the same loss on the mean score over all tokens, which trains the score of every token."""
     use_margin: bool = False
     """Require the scores to differ by more than the pair's `margin` (Touvron et al., 2023, equation 2)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Assumed share of pairs whose labels are swapped."""
     use_probability: bool = False
     """Train on a pair's `probability`, which is how likely a rater prefers `chosen`, instead of 1."""
-    center_coefficient: float = 0.0
+    center_coefficient: NotNegative = 0.0
     """Weight of the squared sum of a pair's scores, which keeps scores near 0 (Eisenstein et al., 2023)."""
-    max_length: int = 512
+    max_length: Count = 512
     """Maximum number of tokens of a text; longer texts lose their beginning."""
-    heldout_fraction: float = 0.1
+    heldout_fraction: Share = 0.1
     """Share of the groups held out for the reported accuracy, if no held-out pairs are passed."""
     bf16: bool = False
     """Train with bfloat16 autocast, which is faster on hardware with matrix units for it."""
-    num_threads: int = 1
+    num_threads: Count = 1
     """Torch threads while training on a CPU. With two, training becomes very slow if another process is running."""
     seed: int = 0
     """Seed of the reward head and of the order of the groups."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def resolved(self, base: object) -> RewardModelConfig:
         """Return a copy in which learning rates that are not set have the defaults for a trunk."""
