@@ -36,7 +36,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, eq=False)
 class TextConfig:
-    """The arguments of `TextEnv`."""
+    """The arguments of `TextEnv`; the page on environments has a table of them."""
 
     # Prompts and what scores them: the three arguments without a default.
     prompts: Any
@@ -135,7 +135,7 @@ class Rows:
 # A dataclass takes the fields of its last base first, and `num_envs` is the first argument.
 @dataclass(frozen=True, eq=False)
 class TextVectorConfig(TextConfig, Rows):
-    """The arguments of `TextVectorEnv`."""
+    """The arguments of `TextVectorEnv`: those of `TextEnv`, and `num_envs`, `autoreset_mode` and `array`."""
 
 
 def takes(
