@@ -372,5 +372,5 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ messages|length }} messages: {{ messages[-1].content }}"
     row = {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}
-    with pytest.raises(ValueError, match="so the answer cannot be told apart"):
+    with pytest.raises(ValueError, match="so the completion cannot be separated"):
         make_agent([row], tokenizer=tokenizer)
