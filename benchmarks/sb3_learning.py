@@ -190,6 +190,8 @@ def relative(after: dict[str, float], before: dict[str, float]) -> dict[str, flo
 class Greedy(ActorCritic):
     """A Q-policy where an `ActorCritic` is asked for: what it chooses, it chooses for certain."""
 
+    generates_what_act_would = False
+
     def __init__(self, policy: Any) -> None:
         super().__init__(policy.online.model.lm)
         self.__dict__["policy"] = policy

@@ -81,6 +81,7 @@ class Behaviour:
     """
 
     critic = None  # as a policy without one of its own: its values are those of `act`
+    generates_what_act_would = False  # it explores, token by token
 
     def __init__(
         self,

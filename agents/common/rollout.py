@@ -89,7 +89,7 @@ def collect(
     with phase("environment"):
         observation, _ = envs.reset(options=options)
     alone = task.writes_alone and action_mask is None and not task.episodes.decoder_start
-    if alone and envs is envs.unwrapped and type(policy).act is ActorCritic.act:
+    if alone and envs is envs.unwrapped and policy.generates_what_act_would:
         with phase("decode"):
             ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
             whole = policy.write(ids, lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -57,6 +57,9 @@ class StepOutcome:
 
 class TextTask:
     """Prompts, stop rule, reward and KL of B rows, as a config declares them."""
+
+    answers: ClassVar[bool] = False
+    """Whether an episode has several turns, with replies of the environment in between, see `answer`."""
 
     def __init__(self, num_rows: int, config: TextConfig) -> None:
         self.device = _device_of(config.device, config.reference)
@@ -189,8 +192,7 @@ class TextTask:
 
         Not so with stop strings, an `action_mask`, a KL that is paid token by token, or an environment that answers.
         """
-        answers = type(self).answer is not TextTask.answer
-        return not (self.stop_strings.texts or self.action_mask or self.kl_mode != "deferred" or answers)
+        return not (self.stop_strings.texts or self.action_mask or self.kl_mode != "deferred" or self.answers)
 
     def submit(self, tokens: Tensor, lengths: Tensor) -> StepOutcome:
         """Ends all rows, which have just begun, with whole responses `(B, T)` of these lengths `(B,)`.
@@ -209,7 +211,10 @@ class TextTask:
         return StepOutcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
 
     def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
-        """What the environment has to say to rows whose turn is over, bool `(B,)`; here it is the last one."""
+        """What the environment has to say to rows whose turn is over, bool `(B,)`; here it is the last one.
+
+        A subclass that says something sets `answers`.
+        """
         return ends
 
     def transcript(self, row: int) -> dict[str, Any]:

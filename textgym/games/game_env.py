@@ -36,6 +36,8 @@ def game(completion_ids: Sequence[list[int]], turn_rewards: Sequence[dict[int, f
 class GameTask(TextTask):
     """A `TextTask` in which a stop token closes a turn, and the game decides whether there is another."""
 
+    answers = True
+
     def play_games(self, make_game: Callable[[], Game]) -> None:
         """One game a row; the prompts stand for their seeds."""
         count = len(self.current)

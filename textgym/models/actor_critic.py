@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from textgym.data.files import atomic_folder
 from textgym.models.adapters import is_twin, merged, twin, with_lora
 from textgym.models.architectures.attention import States, checkpoint_layers
 from textgym.models.decoding.cached_decoder import CachedDecoder
-from textgym.models.decoding.contexts import cached_decoder, read_contexts
+from textgym.models.decoding.contexts import read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.decoding.generation import Responses, Writers
 from textgym.models.decoding.sampling import sample
@@ -59,7 +59,13 @@ class ActorCritic(TokenModel):
         critic: `None` to share the policy's trunk, or a trunk of its own.
         temperature: divides the logits, in acting and training alike.
         adapter: the peft model around `lm`, when it is trained by LoRA.
+
+    Attributes:
+        generates_what_act_would: whether `write` may stand in for `act`, token by token. A subclass whose `act` chooses
+            in another way sets it to False.
     """
+
+    generates_what_act_would: ClassVar[bool] = True
 
     def __init__(self, lm: Any, critic: Any = None, temperature: float = 1.0, adapter: Any = None) -> None:
         super().__init__(lm, temperature)
@@ -309,7 +315,7 @@ class ActorCritic(TokenModel):
             return hidden
         assert self._decoder is not None
         if not fits(self._critic_decoder, self._decoder.shape, self.device):
-            self._critic_decoder = cached_decoder(_Trunk(self.critic), self._decoder.shape)
+            self._critic_decoder = self._decoder.of_model(_Trunk(self.critic))
         return self._critic_decoder.advance(*self._decoder.seen)
 
 

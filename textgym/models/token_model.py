@@ -15,7 +15,7 @@ from textgym.models.architectures.encoder_decoder import decoder_start_ids
 from textgym.models.architectures.output_head import output_head
 from textgym.models.architectures.support import check_supported
 from textgym.models.decoding.cached_decoder import CachedDecoder
-from textgym.models.decoding.contexts import cached_decoder, read_contexts
+from textgym.models.decoding.contexts import read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.distributions.log_probs import token_log_probs
 from textgym.models.distributions.token_distribution import TokenDistribution
@@ -187,10 +187,9 @@ class TokenModel(nn.Module):
         """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""
         contexts, batched = read_contexts(observation, self.device)
         if not fits(self._decoder, contexts.shape, self.device):
-            self._decoder = cached_decoder(self.lm, contexts.shape)
-        known: tuple[Any, ...] = (*contexts.tensors, contexts.host)
+            self._decoder = contexts.decoder(self.lm)
         with self._active(), self._own_precision():
-            return self._decoder.advance(*known), batched
+            return self._decoder.advance(*contexts.known), batched
 
     def _own_precision(self) -> torch.autocast:
         """Decoding keeps the precision of the weights under a caller's autocast, which would mix dtypes in the cache.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from textgym.models.architectures.attention import attention_mask, batches_by_length
+from textgym.models.architectures.attention import attention_mask, batches_by_length, check_encoder_decoder
 from textgym.models.machine.transfer import to_device, to_host
 
 
@@ -135,6 +135,11 @@ class CachedDecoder:
     def outdated(self) -> bool:
         """Whether weights have changed since the cache was filled."""
         return self.version != self._weights_version()
+
+    def of_model(self, model: Any) -> CachedDecoder:
+        """Return a decoder of another causal model for contexts of the same shape."""
+        check_encoder_decoder(model, wanted=False)
+        return CachedDecoder(model, self.num_rows, self.max_tokens)
 
     def reset(self) -> None:
         """Forgets all contexts and frees the cache."""

@@ -17,9 +17,6 @@ from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.machine.devices import check_fork
 from textgym.models.machine.transfer import to_device
 
-PARTS = ("", "decoder_")
-"""What the names of ids and masks begin with, the prompt or whole context first."""
-
 
 class Shown(dict[str, Tensor]):
     """An observation that says on the host which contexts it shows, so that a decoder need not compare them.
@@ -52,57 +49,99 @@ class Shown(dict[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Contexts:
-    """B contexts on a device.
+class CausalContexts:
+    """B contexts of a causal model, on a device.
 
     Attributes:
-        tensors: ids `(B, W)` and lengths `(B,)` of the contexts; for encoder-decoder models those of the prompts, then
-            those of what the decoder has so far. They are the arguments of the cached decoder's `advance`.
+        input_ids: `(B, W)`, right-padded.
+        lengths: `(B,)`.
         host: what the host knows of them, if anything.
     """
 
-    tensors: tuple[Tensor, ...]
+    input_ids: Tensor
+    lengths: Tensor
     host: HostContexts | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(B, W)`, or `(B, P, D)`: what a cached decoder is made for."""
-        return len(self.tensors[0]), *(ids.shape[1] for ids in self.tensors[::2])
+        """`(B, W)`: what a cached decoder is made for."""
+        return tuple(self.input_ids.shape)
+
+    @property
+    def known(self) -> tuple[Any, ...]:
+        """The arguments of the cached decoder's `advance`."""
+        return self.input_ids, self.lengths, self.host
 
     def states(self) -> States:
         """The same to be passed whole."""
-        if len(self.tensors) == 2:
-            return PackedStates.whole(*self.tensors)
-        return EncoderDecoderStates.whole(EncoderDecoderRows(*self.tensors))
+        return PackedStates.whole(self.input_ids, self.lengths)
+
+    def decoder(self, lm: Any) -> CachedDecoder:
+        """Return a decoder for contexts of this shape.
+
+        Raises:
+            ValueError: the model is an encoder-decoder one.
+        """
+        check_encoder_decoder(lm, wanted=False)
+        return CachedDecoder(lm, *self.input_ids.shape)
+
+
+@dataclass(frozen=True)
+class EncoderDecoderContexts:
+    """B prompts of an encoder-decoder model, with what its decoder has so far, on a device."""
+
+    rows: EncoderDecoderRows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(B, P, D)`: what a cached decoder is made for."""
+        return *self.rows.input_ids.shape, self.rows.decoder_input_ids.shape[1]
+
+    @property
+    def known(self) -> tuple[Any, ...]:
+        """The arguments of the cached decoder's `advance`."""
+        return self.rows
+
+    def states(self) -> States:
+        """The same to be passed whole."""
+        return EncoderDecoderStates.whole(self.rows)
+
+    def decoder(self, lm: Any) -> CachedEncoderDecoder:
+        """Return a decoder for contexts of this shape.
+
+        Raises:
+            ValueError: the model is a causal one.
+        """
+        check_encoder_decoder(lm, wanted=True)
+        num_rows, max_prompt_tokens = self.rows.input_ids.shape
+        return CachedEncoderDecoder(lm, num_rows, max_prompt_tokens, self.rows.decoder_input_ids.shape[1])
+
+
+Contexts = CausalContexts | EncoderDecoderContexts
+"""What observations show."""
 
 
 def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple[Contexts, bool]:
     """The contexts of an observation, and whether they came as a batch."""
     check_fork(device.type)
+    encoder_decoder = "decoder_input_ids" in observation
     given: list[Tensor] = []
-    for part in PARTS:
-        if f"{part}input_ids" in observation:
-            given.append(torch.as_tensor(observation[f"{part}input_ids"]))
-            given.append(torch.as_tensor(observation[f"{part}attention_mask"]).sum(-1))
+    for part in ("", "decoder_") if encoder_decoder else ("",):
+        given.append(torch.as_tensor(observation[f"{part}input_ids"]))
+        given.append(torch.as_tensor(observation[f"{part}attention_mask"]).sum(-1))
     batched = given[0].ndim == 2
     rows = given if batched else [x[None] for x in given]
+    if encoder_decoder:
+        return EncoderDecoderContexts(EncoderDecoderRows(*to_device(device, *rows))), batched
+
     host: HostContexts | None = None
-    if device.type != "cpu" and len(rows) == 2:  # on a CPU nobody waits for a comparison
+    if device.type != "cpu":  # on a CPU nobody waits for a comparison
         if isinstance(observation, Shown):
             host = observation.contexts
         elif rows[0].device.type == "cpu":
             host = PlainContexts(*(x.numpy().copy() for x in rows))
-    return Contexts(tuple(to_device(device, *rows)), host), batched
-
-
-def cached_decoder(lm: Any, shape: tuple[int, ...]) -> CachedDecoder | CachedEncoderDecoder:
-    """A decoder for contexts of a shape.
-
-    Raises:
-        ValueError: the contexts are not laid out for this kind of model.
-    """
-    check_encoder_decoder(lm, wanted=len(shape) == 3)
-    return CachedEncoderDecoder(lm, *shape) if len(shape) == 3 else CachedDecoder(lm, *shape)
+    input_ids, lengths = to_device(device, *rows)
+    return CausalContexts(input_ids, lengths, host), batched
 
 
 def _version(tensor: Tensor) -> int | None:

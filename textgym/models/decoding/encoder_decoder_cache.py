@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from textgym.models.architectures.attention import additive_mask
+from textgym.models.architectures.attention import additive_mask, check_encoder_decoder
 from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, encode
-from textgym.models.decoding.cached_decoder import CachedDecoder, HostContexts, SlotCache
+from textgym.models.decoding.cached_decoder import CachedDecoder, SlotCache
 
 
 @dataclass
@@ -90,6 +90,11 @@ class CachedEncoderDecoder:
         """What `advance` was given last."""
         return EncoderDecoderRows(self.input_ids, self.lengths, self.decoder.input_ids, self.decoder.lengths)
 
+    def of_model(self, model: Any) -> CachedEncoderDecoder:
+        """Return a decoder of another encoder-decoder model for prompts and responses of the same shapes."""
+        check_encoder_decoder(model, wanted=True)
+        return CachedEncoderDecoder(model, self.num_rows, self.max_prompt_tokens, self.decoder.max_tokens)
+
     def reset(self) -> None:
         """Forgets all prompts and responses and frees the caches."""
         self.decoder.reset()
@@ -110,7 +115,6 @@ class CachedEncoderDecoder:
         lengths: Tensor,
         decoder_input_ids: Tensor,
         decoder_lengths: Tensor,
-        host: HostContexts | None = None,
     ) -> Tensor:
         """The last hidden state of every row.
 
@@ -119,7 +123,6 @@ class CachedEncoderDecoder:
             lengths: `(B,)`, tokens of each prompt, at least 1.
             decoder_input_ids: `(B, D)`, start tokens and responses, right-padded.
             decoder_lengths: `(B,)`, at least 1.
-            host: what the host knows of the responses with their prompts.
 
         Returns:
             `(B, d)`, in the model's dtype; a fresh tensor.
