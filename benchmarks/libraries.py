@@ -96,7 +96,17 @@ def run(row: Row, config: Config) -> list[str]:
 def likeliest(config: Config) -> list[str]:
     """The row of an agent that learns nothing and always takes the likeliest token."""
     played = play("textgym/SentimentMLP-v0", lambda observations: np.zeros(len(observations), int), config.episodes)
-    return ["none", "always the likeliest token", MLP, "0", str(played), "", mean_and_error(played.returns), "", "0.0"]
+    return [
+        "none",
+        "always the most likely token",
+        MLP,
+        "0",
+        str(played),
+        "",
+        mean_and_error(played.returns),
+        "",
+        "0.0",
+    ]
 
 
 def load(name: str) -> Any:

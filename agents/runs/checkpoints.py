@@ -1,4 +1,4 @@
-"""Checkpoints: an agent's state on the disk after every so many updates, from which a killed run goes on."""
+"""Checkpoints: save an agent at regular intervals, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ PREFIX = "step-"
 
 
 class Checkpoints:
-    """Saves an agent after every so many updates as `step-000123`, named by its updates; the last few are kept.
+    """Callback of agents that saves them at intervals, in folders such as `step-000123`, and keeps the last few.
 
-    It is a callback of agents: `agent.learn(4096, callbacks=[Checkpoints("checkpoints")])`. What is written is what
-    `agent.save` writes, so `PPO.load(Checkpoints("checkpoints").newest())` goes on from it. A
-    checkpoint is written under a temporary name, put on the disk and renamed, and the oldest is removed afterwards:
-    kill -9 or a power cut at any moment leaves whole checkpoints only.
+    Use it as `agent.learn(4096, callbacks=[Checkpoints("checkpoints")])`. A checkpoint is what `agent.save` writes, so
+    `PPO.load(Checkpoints("checkpoints").newest())` continues from the last one. Checkpoints are written under a
+    temporary name, flushed to disk and renamed, and old ones are removed afterwards, so that a crash or power cut at
+    any moment leaves only complete checkpoints.
 
     Args:
-        folder: of the checkpoints, and of nothing else; one run writes there, its first process for all of them.
-        every: updates from one checkpoint to the next.
-        keep: how many stay.
+        folder: Folder for the checkpoints of one run, and for nothing else. With several processes the first one
+            writes.
+        every: Number of updates between checkpoints.
+        keep: Number of checkpoints to keep.
 
     Raises:
-        ValueError: `every` or `keep` below 1.
+        ValueError: If `every` or `keep` is below 1.
     """
 
     def __init__(self, folder: str | Path, every: int = 10, keep: int = 2) -> None:
@@ -37,29 +38,29 @@ class Checkpoints:
         self.folder, self.every, self.keep = Path(folder), every, keep
 
     def __call__(self, agent: RolloutAgent | SupervisedAgent, metrics: Metrics) -> None:
-        """Called by agents after each update."""
+        """Save a checkpoint if it is time; agents call this after each update."""
         if agent.updates % self.every == 0:
             self.save(agent)
 
     def save(self, agent: RolloutAgent | SupervisedAgent) -> None:
-        """Writes a checkpoint now, and removes the oldest ones."""
+        """Save a checkpoint now, and remove old ones."""
         with phase("checkpoint"):
             agent.save(self.folder / f"{PREFIX}{agent.updates:06d}")
             if rank() == 0:
                 self.clean()
 
     def clean(self) -> None:
-        """Removes the oldest checkpoints, and what a process that was killed left half-written."""
+        """Remove old checkpoints and incomplete ones of killed processes."""
         for old in self.all()[: -self.keep]:
             remove_folder(old)
         remove_leftovers(self.folder)
 
     def all(self) -> list[Path]:
-        """The checkpoints there are, oldest first; every one is complete."""
+        """Return all checkpoints, oldest first; each is complete."""
         return sorted(self.folder.glob(f"{PREFIX}*"), key=self._number)
 
     def newest(self) -> Path | None:
-        """Where to go on from; `None` if there is no checkpoint yet."""
+        """Return the newest checkpoint, or `None` if there is none."""
         return max(self.all(), key=self._number, default=None)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The main job, end to end: human ratings -> preferences -> reward model -> PPO -> before and after.
+"""The demo: human ratings -> preferences -> reward model -> PPO -> evaluation before and after.
 
     textgym demo                                  # `make demo`: a few minutes on two CPU cores
     textgym demo --output-dir runs/mine --seed 1
@@ -36,38 +36,38 @@ from .run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 
 @dataclass
 class DemoConfig:
-    """The main job's settings; the defaults are those of `make demo`."""
+    """Settings of the demo; the defaults are those of `make demo`."""
 
     output_dir: Path = Path("runs/demo")
-    """Where the run folder is written."""
+    """The run folder."""
     model: str = "tiny"
-    """The language model: start of the policy, and the reference."""
+    """The language model, which is the initial policy and the reference."""
     total_episodes: Count = 2560
-    """Episodes that PPO plays."""
+    """Number of episodes of PPO."""
     num_envs: Count = 64
     """Rows of the environment."""
     eval_prompts: Count = 256
-    """Held-out prompts that the policy is measured on, before and after."""
+    """Number of held-out prompts for the evaluation before and after training."""
     kl_coef: NotNegative = 0.1
-    """beta: reward (in deviations of the reference's scores) that a nat of divergence costs."""
+    """beta, the coefficient of the KL penalty; the unit of scores is their standard deviation under the reference."""
     kl_target: Positive | None = None
-    """Steer beta so that the KL comes to this many nats a text; `kl_coef` is then where it starts."""
+    """Adapt beta to reach this KL, in nats per text; `kl_coef` is then the initial value."""
     min_new_tokens: Annotated[int, at_least(0)] = 24
-    """24 makes every text 24 tokens long; 0 lets texts end where the model ends them."""
+    """Minimum length of completions in tokens; with 24 every text has 24 tokens, with 0 the policy decides."""
     max_new_tokens: Count = 24
-    """Longest completion, in tokens."""
+    """Maximum length of completions in tokens."""
     missing_eos_penalty: float = 0.0
-    """Taken off the score of a text that did not end within `max_new_tokens`."""
+    """Subtracted from the score of a text that did not end within `max_new_tokens`."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random generators."""
     device: str = "auto"
-    """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    """Device: 'cuda', 'cuda:1', 'cpu', or 'auto', which uses a GPU if there is one."""
     deterministic: bool = False
-    """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
+    """Make the run repeatable bit for bit on the same machine: a fixed number of threads and deterministic kernels."""
     reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
-    """Training of the reward model."""
+    """Hyperparameters of the reward model."""
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=3e-4, minibatch_size=64, value_coef=0.5))
-    """Training of the policy."""
+    """Hyperparameters of PPO."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -76,10 +76,7 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> dict[str, dict[str, float]]:
-    """Runs all stages and fills the run folder; returns the figures before and after.
-
-    Interrupted by Ctrl-C, it stops where it is and keeps what was written.
-    """
+    """Run all stages, write the run folder, and return the metrics before and after; Ctrl-C keeps what was written."""
     live = LiveProgress()
     live.console.print(f"device: {device_name(use_device(config.device))}", markup=False)
     folder = RunFolder(config.output_dir, config)
@@ -97,7 +94,7 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
 def improve(
     config: DemoConfig, reward: RewardModel, accuracies: dict[str, float], folder: RunFolder, live: LiveProgress
 ) -> dict[str, dict[str, float]]:
-    """Measures, trains and measures again; writes policy, samples and figures."""
+    """Evaluate, train and evaluate again; write policy, samples and metrics."""
     policy, reference = start(config, reward, folder.folder / "reward_model")
     test = make_envs(config, reward, snippet_prompts("test"))
     live.stage("measuring before")
@@ -115,7 +112,7 @@ def improve(
 
 
 def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
-    """The policy before training and the frozen reference, on whose samples the reward's scores are calibrated."""
+    """Calibrate the reward model, and return the initial policy and the frozen reference."""
     calibrate(reward, ActorCritic.from_pretrained(config.model, device=config.device), config)
     reward.save_pretrained(reward_folder)
     policy = with_critic(config, reward, reward_folder)
@@ -123,10 +120,9 @@ def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple
 
 
 def with_critic(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> ActorCritic:
-    """The policy before training, its critic a copy of the reward model, which was saved in `reward_folder`.
+    """Return the initial policy, with a critic that is a copy of the reward model in `reward_folder`.
 
-    What the reward model says of a text so far is a first guess at what it will say of the whole, so a critic that
-    starts as its copy is of use at once.
+    The reward model's score of a text so far is a good first estimate of the score of the whole text.
     """
     policy = ActorCritic.from_pretrained(config.model, critic=str(reward_folder), device=config.device)
     with torch.no_grad():
@@ -138,7 +134,7 @@ def with_critic(config: DemoConfig, reward: RewardModel, reward_folder: Path) ->
 def learn_reward(
     config: DemoConfig, snippets: Sequence[Snippet], live: LiveProgress
 ) -> tuple[RewardModel, dict[str, float]]:
-    """A reward model from preferences between train snippets; its held-out accuracy beside the lexicon's."""
+    """Train a reward model on the train snippets; return it and the held-out accuracy of itself and of the lexicon."""
     live.stage("training the reward model", 1)
     pairs = make_preferences([s for s in snippets if s.split == "train"], seed=config.seed)
     heldout = heldout_pairs([s for s in snippets if s.split != "train"], seed=0)
@@ -160,7 +156,7 @@ def learn_reward(
 
 
 def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
-    """`textgym/Sentiment-v0` in the form that agents take, with these prompts."""
+    """Make `textgym/Sentiment-v0` with these prompts for an agent."""
     place = resolve_device(config.device)
     own: dict[str, Any] = {} if place.type == "cpu" else {"device": str(place)}
     return gym.make_vec(
@@ -181,7 +177,7 @@ def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
 
 
 def calibrate(reward: RewardModel, reference: ActorCritic, config: DemoConfig) -> None:
-    """Moves the scores of the reference's own samples to mean 0 and deviation 1."""
+    """Calibrate the reward model, so that scores of the reference's samples have mean 0 and standard deviation 1."""
     prompts = snippet_prompts("policy")
     envs = make_envs(config, reward, prompts)
     samples = generate(reference, envs, range(min(512, len(prompts))), config.seed + 1)
@@ -196,18 +192,18 @@ def report(
     folder: RunFolder,
     live: LiveProgress,
 ) -> None:
-    """Prints the figures and a few samples, and writes all samples."""
+    """Print the metrics and a few samples, and write all samples."""
     prompts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, prompts)
     folder.write_json("evaluation.json", {"reward_model_accuracy": accuracies, **figures})
     live.console.print(figures_table(f"{len(prompts)} held-out prompts, the same seeds", figures))
     gain = (figures["after"]["score"] - figures["before"]["score"]) / figures["before"]["score_std"]
-    live.console.print(f"score {gain:+.2f} deviations of the reference's scores")
+    live.console.print(f"score {gain:+.2f} standard deviations of the reference's scores")
     live.console.print(samples_table(prompts, before.completions, after.completions))
 
 
 def samples_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[str], rows: int = 8) -> Any:
-    """The first few prompts with their completions before and after."""
+    """Return a table of the first few prompts with their completions before and after."""
     from rich.table import Table
     from rich.text import Text
 

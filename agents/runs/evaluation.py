@@ -1,4 +1,4 @@
-"""What a policy writes, and how good it is: score, KL, judge, perplexity, diversity and length, always together."""
+"""Generate completions with a policy and evaluate them: score, KL, judge, perplexity, diversity and length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..common.rollout import Rollout, collect, merge
 
 Judge = Callable[[list[str], list[str]], list[float]]
 Score = Callable[[np.ndarray], float]
-"""What a metric says of rows, given by their indices, of which some may come twice."""
+"""Function from indices of rows, possibly with repetitions, to the value of a metric over these rows."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Samples:
     """One completion for each of N prompts.
 
     Attributes:
-        transcripts: `prompt`, `completion` and the prompts' columns.
-        rollout: the same as tensors, in the same order.
-        finished: the same as reward functions see it.
-        tokenizer: the policy's.
+        transcripts: Prompt, completion and the columns of each row.
+        rollout: The same rows as tensors.
+        finished: The same rows as arguments of reward functions.
+        tokenizer: The policy's tokenizer.
     """
 
     transcripts: list[dict[str, Any]]
@@ -47,26 +47,26 @@ class Samples:
 
 
 def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, deterministic: bool = False) -> Samples:
-    """Completes chosen prompts of an environment.
+    """Generate completions of some of an environment's prompts.
 
     Args:
-        policy: who writes; its sampling is seeded anew.
-        envs: a `TextVectorEnv`; it is taken over as agents do.
-        prompts: indices into the environment's prompts.
-        seed: of the sampling.
-        deterministic: the most likely token each time.
+        policy: The policy; its random generator is seeded again.
+        envs: A `TextVectorEnv`. Its autoreset mode and kind of arrays are changed, as agents do.
+        prompts: Indices into the environment's prompts.
+        seed: Seed of the sampling.
+        deterministic: Whether to choose the most likely token at every step instead of sampling.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: If there are no prompts.
     """
     if len(prompts) == 0:
-        raise ValueError("there are no prompts to complete: choose at least one")
+        raise ValueError("there are no prompts to complete: pass at least one index")
     task = envs.unwrapped.task
     envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
     envs.unwrapped.array = "torch"
     policy.seed(seed)
     rollouts, transcripts, finished = [], [], []
-    training_state = task.scorer.state()  # a running scale and counters are those of training
+    training_state = task.scorer.state()  # evaluation must not change the running scale of training
     for start in range(0, len(prompts), envs.num_envs):
         chosen = list(prompts[start : start + envs.num_envs])
         padded = chosen + chosen[-1:] * (envs.num_envs - len(chosen))  # every row needs a prompt
@@ -81,18 +81,18 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
 def measure(
     samples: Samples, reference: TokenModel, judge: Judge | None = None, metrics: Sequence[RewardSpec] = ()
 ) -> dict[str, float]:
-    """Figures of completions, all of the same samples.
+    """Return metrics of samples.
 
     Args:
-        samples: from `generate`; scores are in the units of the reward functions, before any scaling.
-        reference: what KL and perplexity are measured to.
-        judge: scores `(prompts, completions)`; one that the policy was not trained on.
-        metrics: further reward functions, such as those of `textgym.rewards.functions`; see `score_samples`.
+        samples: Samples from `generate`. Scores are in the units of the reward functions, before any scaling.
+        reference: Reference of KL and perplexity.
+        judge: Function from prompts and completions to scores; one that the policy was not trained with.
+        metrics: Other reward functions to use as metrics; see `score_samples`.
 
     Returns:
-        `score` and `score_std`; `kl` (nats a sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the
-        completion tokens under the reference); `distinct_2` (distinct token bigrams over all); `length` (tokens);
-        `ended_by_stop` (share); and one for each of `metrics`, by its name.
+        `score` and `score_std` (mean and standard deviation); `kl` (nats per sequence, mean of k1); `judge`;
+        `reference_ppl` (perplexity of the completions under the reference); `distinct_2` (share of distinct bigrams);
+        `length` (tokens); `ended_by_stop` (share); and each of `metrics` by its name.
     """
     rollout, mask = samples.rollout, samples.rollout.mask
     reference_log_probs = reference.sequence_log_probs(rollout.sequences.to(reference.device)).to(mask.device)
@@ -114,17 +114,14 @@ def measure(
 
 
 def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, float]:
-    """Mean of each reward function over the samples, by name.
-
-    `Bleu`, `Chrf` and `Ter` are asked for their `corpus` score instead, which is no mean over texts.
-    """
+    """Return the mean of each reward function over the samples; of `Bleu`, `Chrf` and `Ter` the corpus score."""
     everything = np.arange(len(samples.finished))
     return {name: score(everything) for name, score in _scores_of_rows(samples, metrics).items()}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure of samples, and between which bounds it lies in 95 of 100 draws of other prompts."""
+    """Value of a metric with its 95% confidence interval."""
 
     value: float
     low: float
@@ -137,13 +134,13 @@ class Interval:
 def score_intervals(
     samples: Samples, metrics: Sequence[RewardSpec], resamples: int = 200, seed: int = 0
 ) -> dict[str, Interval]:
-    """The figures of `score_samples` with 95% intervals, by the percentile bootstrap over prompts.
+    """Return the metrics of `score_samples` with 95% intervals, by the percentile bootstrap over prompts.
 
     Args:
-        samples: from `generate`.
-        metrics: reward functions.
-        resamples: how many times the prompts are drawn anew, with replacement.
-        seed: of the drawing.
+        samples: Samples from `generate`.
+        metrics: Reward functions.
+        resamples: Number of bootstrap samples of the prompts.
+        seed: Seed of the bootstrap.
     """
     scores = _scores_of_rows(samples, metrics)
     return {name: _bootstrap(score, len(samples.finished), resamples, seed) for name, score in scores.items()}
@@ -152,22 +149,23 @@ def score_intervals(
 def score_gains(
     before: Samples, after: Samples, metrics: Sequence[RewardSpec], resamples: int = 200, seed: int = 0
 ) -> dict[str, Interval]:
-    """How far the figures of `after` are above those of `before`, with 95% intervals, by the paired bootstrap.
+    """Return the differences of metrics, after minus before, with 95% intervals by the paired bootstrap.
 
-    Prompts are drawn for both alike, so how hard they are takes no part, and an interval above 0 is an improvement.
+    Both samples use the same prompts in each bootstrap sample, so the difficulty of prompts cancels. An interval above
+    0 is an improvement.
 
     Args:
-        before: from `generate`.
-        after: the same, of the same prompts in the same order.
-        metrics: reward functions.
-        resamples: how many times the prompts are drawn anew, with replacement.
-        seed: of the drawing.
+        before: Samples from `generate`.
+        after: Samples of the same prompts in the same order.
+        metrics: Reward functions.
+        resamples: Number of bootstrap samples of the prompts.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: other prompts.
+        ValueError: If the prompts differ.
     """
     if [row.prompts for row in before.finished] != [row.prompts for row in after.finished]:
-        raise ValueError("a paired comparison needs samples of the same prompts: pass `generate` the same indices")
+        raise ValueError("a paired comparison needs samples of the same prompts: pass the same indices to `generate`")
     old, new = _scores_of_rows(before, metrics), _scores_of_rows(after, metrics)
 
     def gain(name: str, rows: np.ndarray) -> float:
@@ -183,7 +181,7 @@ def _bootstrap(score: Score, count: int, resamples: int, seed: int) -> Interval:
 
 
 def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, Score]:
-    """For each metric what it says of rows."""
+    """Return a function from rows to its value for each metric; all rows are scored only once."""
     rows = samples.finished
     finished = Finished(
         [text for row in rows for text in row.prompts],
@@ -209,7 +207,7 @@ def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str
 
 
 def distinct_2(rollout: Rollout) -> float:
-    """Distinct bigrams of response tokens over all of them; compare it between sets of the same size only."""
+    """Return the share of distinct bigrams of response tokens; compare it only between samples of the same size."""
     pairs: set[tuple[int, int]] = set()
     total = 0
     actions = rollout.sequences.pad(rollout.sequences.actions).tolist()

@@ -1,4 +1,4 @@
-"""A run's folder and its live display: config, metrics, TensorBoard events, curves, samples."""
+"""The folder of a run (config, metrics, TensorBoard events, curves, samples) and its live progress display."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CURVES = {
     "log-prob of the rejected": "logps/rejected",
     "learning rate": "learning_rate",
 }
-"""Titles and metrics of the curves; those are drawn that the agent reports."""
+"""Titles and metrics of the curves; metrics that the agent does not report are left out."""
 
 NOTES = {
     "objective/scores": "score {:+.2f}",
@@ -44,22 +44,20 @@ NOTES = {
     "loss": "loss {:.3f}",
     "rewards/accuracies": "ranked right {:.2f}",
 }
-"""The few numbers that stand beside the bar."""
+"""Metrics that are shown beside the progress bar."""
 Agent = RolloutAgent | SupervisedAgent
 
 
 class RunFolder:
-    """Writes `config.json`, `metrics.jsonl`, TensorBoard events, `curves.png` and `samples.md` into one folder.
-
-    It is a callback of agents. What was written stays when the run is interrupted.
+    """Callback of agents that writes config, metrics, TensorBoard events, curves and samples into a folder.
 
     Args:
-        folder: made if missing.
-        config: a dataclass, written at once.
-        updates: those of an earlier run that goes on from there: their metrics are kept, later ones are dropped.
+        folder: The folder; it is created if it does not exist.
+        config: A dataclass, which is saved as `config.json` immediately.
+        updates: Number of updates of the run that is resumed. Their metrics are kept and later ones are removed.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: If the folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, config: Any, updates: int = 0) -> None:
@@ -68,16 +66,16 @@ class RunFolder:
         remove_leftovers(self.folder)
         self.write_json("config.json", dataclasses.asdict(config))
         path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
-        lines = path.read_text().splitlines()[:updates] if updates else []  # one an update; a kill may tear the next
+        lines = path.read_text().splitlines()[:updates] if updates else []  # one per update; the last may be incomplete
         self.history: list[Metrics] = [json.loads(line) for line in lines]
         self.write(path.name, "".join(f"{line}\n" for line in lines))
         self.metrics = path.open("a")
         if not updates:
-            shutil.rmtree(events, ignore_errors=True)  # an earlier run's, as metrics.jsonl is new too
+            shutil.rmtree(events, ignore_errors=True)  # events of an earlier run
         self.events = _summary_writer(events, self.history[-1] if self.history else None)
 
     def __call__(self, agent: Agent, metrics: Metrics) -> None:
-        """Appends an update's metrics."""
+        """Append the metrics of an update."""
         self.history.append(metrics)
         self.metrics.write(json.dumps(metrics) + "\n")
         self.metrics.flush()
@@ -86,16 +84,16 @@ class RunFolder:
         self.events.flush()
 
     def write(self, name: str, text: str) -> None:
-        """A text file that appears whole or not at all."""
+        """Write a text file atomically."""
         with atomic_file(self.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def write_json(self, name: str, value: Any) -> None:
-        """A JSON file that appears whole or not at all."""
+        """Write a JSON file atomically."""
         self.write(name, json.dumps(value, indent=2, default=str) + "\n")
 
     def draw_curves(self) -> None:
-        """`curves.png`, from what has been logged so far."""
+        """Plot the metrics so far into `curves.png`."""
         if not self.history:
             return
         try:
@@ -119,7 +117,7 @@ class RunFolder:
             figure.savefig(temporary, dpi=110)
 
     def write_samples(self, columns: dict[str, Sequence[str]], prompts: Sequence[str]) -> None:
-        """`samples.md`: a table of prompts and their completions, a column for each policy."""
+        """Write `samples.md`, a table of prompts and completions with one column per policy."""
         lines = ["| prompt | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
         for row, prompt in enumerate(prompts):
             cells = [_cell(prompt), *(_cell(texts[row]) for texts in columns.values())]
@@ -127,13 +125,13 @@ class RunFolder:
         self.write("samples.md", "\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self.metrics.close()
         self.events.close()
 
 
 class LiveProgress:
-    """Stage, bar, time left, and the few numbers that matter, on one line of the terminal; a callback of agents."""
+    """Callback of agents that shows stage, progress, remaining time and the main metrics on one line."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -154,45 +152,45 @@ class LiveProgress:
         self.progress.stop()
 
     def stage(self, description: str, total: float | None = None) -> None:
-        """Begins the next stage, of `total` steps if that is known."""
+        """Begin the next stage, of `total` steps if known."""
         self.finish()
         self.task = self.progress.add_task(description, total=total, note="")
 
     def advance(self, completed: float, note: str = "") -> None:
-        """Steps done so far in this stage."""
+        """Set the number of completed steps of the current stage."""
         self.progress.update(self.task, completed=completed, note=note)
 
     def finish(self) -> None:
-        """Completes the stage under way."""
+        """Complete the current stage."""
         for task in self.progress.tasks:
             if not task.finished:
                 self.progress.update(task.id, total=task.total or 1, completed=task.total or 1)
 
     def __call__(self, agent: Agent, metrics: Metrics) -> None:
-        """Shows an update's figures."""
+        """Show the metrics of an update."""
         note = "  ".join(form.format(metrics[key]) for key, form in NOTES.items() if key in metrics)
         self.advance(metrics[_clock(metrics)], note)
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows the share of a `transformers.Trainer` run that is done, as the stage under way of `LiveProgress`."""
+    """Callback of `transformers.Trainer` that shows its progress in the current stage of `LiveProgress`."""
 
     def __init__(self, live: LiveProgress) -> None:
         self.live = live
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer after each of its updates."""
+        """Show the progress; the trainer calls this after each update."""
         loss = [row["loss"] for row in state.log_history if "loss" in row][-1:]
         self.live.advance(state.global_step / state.max_steps, f"loss {loss[0]:.3f}" if loss else "")
 
 
 def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str]:
-    """What of a run's settings differs from `config`, but for the `free` ones; a line for each.
+    """Describe the settings of a run that differ from `config`, except the `free` ones.
 
     Args:
-        folder: of a run, with its `config.json`.
-        config: a dataclass; the fields of a `config` in it count as its own.
-        free: names of fields that may differ.
+        folder: Folder of the run, with its `config.json`.
+        config: A dataclass; the fields of its field `config` are compared as if they were its own.
+        free: Names of fields that may differ.
     """
     was = json.loads((folder / "config.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -202,28 +200,25 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
 
 
 def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
-    """Figures of several policies, numbers or ready-made texts.
-
-    A column each, since a terminal has more lines than room for names.
-    """
+    """Return a table of metrics with one column per policy; values are numbers or formatted texts."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for label in rows:
         table.add_column(label, justify="right")
     for name in dict.fromkeys(name for figures in rows.values() for name in figures):
-        cells = [_written(figures.get(name, "")) for figures in rows.values()]
+        cells = [_formatted(figures.get(name, "")) for figures in rows.values()]
         table.add_row(name, *cells)
     return table
 
 
-def _written(figure: float | str) -> str:
+def _formatted(figure: float | str) -> str:
     if isinstance(figure, str):
         return figure
-    return f"{round(figure, 3) + 0.0:.3f}"  # adding zero takes the sign off a negative one
+    return f"{round(figure, 3) + 0.0:.3f}"  # adding 0.0 turns -0.0 into 0.0
 
 
 def _clock(metrics: Metrics) -> str:
-    """What an agent's progress is counted in: SFT and DPO play no episodes."""
+    """Return the metric that counts an agent's progress; SFT and DPO have no episodes."""
     return "episodes" if "episodes" in metrics else "updates"
 
 
@@ -236,7 +231,7 @@ def _cell(text: str) -> str:
 
 
 class _NoEvents:
-    """Stands in for TensorBoard where it is not installed."""
+    """Stand-in for TensorBoard's writer if TensorBoard is not installed."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Does nothing."""
@@ -249,7 +244,7 @@ class _NoEvents:
 
 
 def _summary_writer(folder: Path, last: Metrics | None) -> Any:
-    """Writes events; those after the `last` metrics that are kept no longer count."""
+    """Return a writer of events that discards events after the `last` metrics."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

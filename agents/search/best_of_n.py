@@ -14,7 +14,10 @@ from ..runs.evaluation import Samples, generate
 
 
 def best_of_n(policy: ActorCritic, envs: Any, prompts: Sequence[int], n: int, seed: int) -> Samples:
-    """The best scored of n completions of each prompt. Its KL to the policy is at most log n - (n - 1) / n nats."""
+    """Return the completion with the highest score among n for each prompt.
+
+    The KL of its distribution to the policy is at most log n - (n - 1) / n nats (Beirami et al., 2024).
+    """
     rounds = [generate(policy, envs, prompts, seed + i) for i in range(n)]
     scores = torch.stack([samples.rollout.raw_scores for samples in rounds])  # (n, N)
     best = scores.argmax(0).tolist()
