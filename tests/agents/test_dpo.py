@@ -260,10 +260,10 @@ def test_both_texts_of_a_pair_follow_the_same_part_of_a_long_prompt() -> None:
     [
         (lambda: make_agent([]), "there are no preferences in a list"),
         (lambda: make_agent([{"chosen": "a"}]), "it needs 'chosen' and 'rejected'"),
-        (lambda: make_agent([{"chosen": "a b", "rejected": "c d"}]), "do not begin alike.*: give it as 'prompt'"),
+        (lambda: make_agent([{"chosen": "a b", "rejected": "c d"}]), "have no common beginning.*: pass it as 'prompt'"),
         (
             lambda: make_agent([{"chosen": "a", "rejected": [{"role": "user", "content": "a"}]}]),
-            "one text is a string and one a conversation",
+            "is a string and the other a conversation",
         ),
         (lambda: make_agent(use_probability=True), "needs a 'probability' in every preference; 14 of 14 have none"),
         (lambda: make_agent(loss="logistic"), "loss must be 'sigmoid' or 'hinge' or 'ipo', got 'logistic'"),

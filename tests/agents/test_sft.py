@@ -356,7 +356,7 @@ def test_long_texts() -> None:
         (lambda: make_agent([{"prompt": "a", "completion": 3}]), "'completion' of row 0 .* is 3: it must be a text"),
         (lambda: make_agent([{"text": ["a"]}]), "'text' of row 0 .* it must be a string"),
         (lambda: make_agent([{"text": ""}]), "has no token to learn"),
-        (lambda: make_agent([{"messages": [{"role": "user", "content": "a"}]}]), "the last one, the assistant's"),
+        (lambda: make_agent([{"messages": [{"role": "user", "content": "a"}]}]), "of which is the assistant's"),
         (lambda: make_agent([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}]), "no chat template"),
         (lambda: make_agent("rows.csv"), "cannot read examples from 'rows.csv'"),
         (lambda: make_agent("rows.jsonl"), "there is no file 'rows.jsonl' with examples"),

@@ -342,7 +342,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("textgym.models.actor_critic.save_file", full)
-    with pytest.raises(OSError, match="free some space"):
+    with pytest.raises(OSError, match="check the free disk space"):
         policy.save_pretrained(tmp_path / "policy")
     assert {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]

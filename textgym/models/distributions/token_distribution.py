@@ -68,10 +68,10 @@ class TokenDistribution:
         lowest = torch.finfo(logits.dtype).min
         if self.banned is not None and bans:
             banned = self.banned
-            stops, is_stop = stop_tokens(self.stop_ids, logits.shape[1], logits.device)
+            is_stop = stop_tokens(self.stop_ids, logits.shape[1], logits.device).table  # (V,)
             if actions is not None:
                 banned = banned & ~is_stop[actions]
-            logits[:, stops] = logits[:, stops].masked_fill(banned[:, None], lowest)
+            logits.masked_fill_(banned[:, None] & is_stop, lowest)
 
         if self.allowed is not None:
             forbidden = ~self.allowed
