@@ -60,7 +60,7 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
         ValueError: If there are no prompts.
     """
     if len(prompts) == 0:
-        raise ValueError("there are no prompts to complete: pass at least one index")
+        raise ValueError("there are no prompts to complete: choose at least one")
     task = envs.unwrapped.task
     envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
     envs.unwrapped.array = "torch"
