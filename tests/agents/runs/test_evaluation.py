@@ -90,7 +90,7 @@ def test_an_environment_made_for_stepping_is_taken_over(policy: ActorCritic) -> 
 
 
 def test_no_prompts_is_an_error(policy: ActorCritic) -> None:
-    with pytest.raises(ValueError, match="pass at least one"):
+    with pytest.raises(ValueError, match="choose at least one"):
         generate(policy, make_envs(), [], seed=0)
 
 
