@@ -132,8 +132,8 @@ def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, 
 
 def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
     """What `work` gives, or raises, in each of several processes."""
-    # At a port that nobody else can take. The processes inherit the epoll instance of a server on libuv, with which two
-    # of them once waited for each other for ever; the plain server has none.
+    # At a port that nobody else can take. The plain server: with libuv's, a test once hung while two processes met, for
+    # a reason that was not found.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
     meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     meeting["USE_LIBUV"] = "0"
