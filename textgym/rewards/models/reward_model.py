@@ -82,7 +82,7 @@ class RewardModel:
         self.gain, self.bias = gain, bias
         self.append_eos = append_eos
         self.batch_size = batch_size
-        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+        self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
         self.output, self.include_prompt, self.chat = output, include_prompt, chat
         self.shared_ids: bool | None = None
 
