@@ -22,7 +22,7 @@ from textgym.settings import Count, NotNegative, Share
 
 from .common.advantages import gae, n_step_returns
 from .common.means import explained_variance, masked_mean, per_episode, whiten
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
@@ -62,7 +62,7 @@ class A2C(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Mnih et al., 2016, algorithm S3, in step) from a rollout and the KL of its tokens."""
-        config, mask, values = self.config, rollout.mask, rollout.values
+        config, mask, values = self.config, rollout.response_mask, rollout.values
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
@@ -83,24 +83,24 @@ class A2C(PolicyGradientAgent):
         # 4. Metrics, and how good the critic was before the step.
         return self.finish(steps, {"val/explained_variance": explained_variance(values, returns, mask)})
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """-log pi A + c_1 / 2 (V - R)^2 - c_2 H, summed over the tokens of an episode, a mean over episodes.
 
         A sum over tokens, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the gradient of a long
         text counts as much as it does in the objective.
         """
-        config, mask = self.config, batch.mask
+        config, mask = self.config, batch.response_mask
         policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
         value_loss = 0.5 * per_episode((new.value - batch.returns).square(), mask)
         entropy = per_episode(new.entropy, mask)
 
         loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
-        figures = {
+        metrics = {
             "loss/policy_avg": policy_loss,
             "loss/value_avg": value_loss,
             "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
-        return loss, figures
+        return loss, metrics
 
     def weight(self, batch: Batch) -> int:
         """Return its episodes: the loss is a mean over episodes."""

@@ -34,10 +34,10 @@ from textgym.settings import Count, NotNegative
 
 from .common.advantages import n_step_returns
 from .common.means import masked_mean
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.q_functions import GreedyQ, Heads, SoftQ, frozen_actor
 from .common.replay_agent import ReplayAgent, ReplayConfig
-from .common.replay_memory import Memories
+from .common.replay_buffer import ReplayBatch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
 
@@ -111,7 +111,7 @@ class DQN(ReplayAgent):
         """One episode in every row, with noise on the weights, drawn once for each, if it explores."""
         if not self.greedy:
             return super().collect()
-        self.q.heads.redraw(self.shuffler, self.envs.num_envs)
+        self.q.heads.resample(self.shuffler, self.envs.num_envs)
         rollout = super().collect(self.q.logits)
         self.q.heads.quieten()
         return rollout
@@ -122,7 +122,7 @@ class DQN(ReplayAgent):
         self.remember(rollout, kl)
 
         # 2. Optimiser steps, each on episodes drawn from memory, and now and then an update of the targets.
-        steps: list[Figures] = []
+        steps: list[TensorMetrics] = []
         for batch in self.samples():
             steps.append(self.step(batch))
             self.update_targets()
@@ -130,9 +130,9 @@ class DQN(ReplayAgent):
         # 3. Metrics: means over the steps.
         return self.finish(steps)
 
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Figures]:
+    def loss(self, batch: ReplayBatch) -> tuple[Tensor, Tensor, TensorMetrics]:
         """The Huber loss of Q to its targets, a mean over response tokens, weighted by episode."""
-        mask = batch.sequences.mask
+        mask = batch.sequences.response_mask
 
         # 1. Q of the remembered tokens, and r_t + gamma V'(s_{t+1}) of the target networks.
         q, targets = self._greedy_q_and_targets(batch) if self.greedy else self._soft_q_and_targets(batch)
@@ -150,29 +150,31 @@ class DQN(ReplayAgent):
         loss = masked_mean(per_token * batch.weights[:, None], mask)
 
         error = errors.detach().mean((-1, -2))  # (B, T)
-        figures = {
+        metrics = {
             "loss/q_avg": masked_mean(per_token.detach(), mask),
             "val/td_error_avg": masked_mean(error.abs(), mask),
             "val/q_avg": masked_mean(q.detach().mean(-1), mask),
         }
-        return loss, error, figures
+        return loss, error, metrics
 
-    def _soft_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
+    def _soft_q_and_targets(self, batch: ReplayBatch) -> tuple[Tensor, Tensor]:
         """Return Q and its soft targets (Haarnoja et al., 2017), `(B, T, 1)` each."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
         value, added = self.soft.of_actions(sequences, batch.reference_log_probs, beta)
         with torch.no_grad():
             target_value, paid = self.soft_target.of_actions(sequences, batch.reference_log_probs, beta)
             # The penalty of the first token is not paid: it is what Q tells tokens apart by.
-            returns = n_step_returns(batch.rewards - paid, target_value, sequences.mask, config.gamma, config.n_steps)
+            returns = n_step_returns(
+                batch.rewards - paid, target_value, sequences.response_mask, config.gamma, config.n_steps
+            )
             targets = returns + paid
         return (value + added)[..., None], targets[..., None]
 
-    def _greedy_q_and_targets(self, batch: Memories) -> tuple[Tensor, Tensor]:
+    def _greedy_q_and_targets(self, batch: ReplayBatch) -> tuple[Tensor, Tensor]:
         """Return Q and its greedy targets, `(B, T, K)` each."""
         config, sequences = self.config, batch.sequences
         rewards = self.penalty.charge(batch.rewards, -batch.reference_log_probs)
-        self.q.heads.redraw(self.shuffler)
+        self.q.heads.resample(self.shuffler)
         q = _laid_out(self.q.of_actions(sequences), batch)
         with torch.no_grad():
             if config.double:
@@ -182,14 +184,14 @@ class DQN(ReplayAgent):
                 actions, values = self.target.best(sequences)
             best = sequences.pad(actions == sequences.actions)
             columns = [
-                n_step_returns(rewards, value, sequences.mask, config.gamma, config.n_steps, best)
+                n_step_returns(rewards, value, sequences.response_mask, config.gamma, config.n_steps, best)
                 for value in _laid_out(values, batch).unbind(-1)
             ]
         self.q.heads.quieten()
         return q, torch.stack(columns, -1)
 
 
-def _laid_out(flat: Tensor, batch: Memories) -> Tensor:
+def _laid_out(flat: Tensor, batch: ReplayBatch) -> Tensor:
     """Return numbers of single tokens, `(M,)` or `(M, K)`, as `(B, T, K)`."""
     columns = flat[:, None] if flat.ndim == 1 else flat
     return torch.stack([batch.sequences.pad(column) for column in columns.unbind(1)], -1)

@@ -25,7 +25,7 @@ from textgym.models.machine.transfer import to_host
 from textgym.settings import Count
 
 from .common.means import masked_mean, overall_mean
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
@@ -70,7 +70,7 @@ class ExpertIteration(PromptGroupAgent):
         [on_host] = to_host(kept)
 
         # 3. Imitate them: minibatches of whole episodes, one optimiser step each. All tokens count alike.
-        steps: list[Figures] = []
+        steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, torch.ones_like(rewards), rows=on_host.nonzero()[:, 0]):
             steps.append(self.step(minibatch))
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
@@ -79,15 +79,15 @@ class ExpertIteration(PromptGroupAgent):
         # 4. Metrics, and the share of the episodes that were kept.
         return self.finish(steps, {"val/kept": overall_mean(kept)})
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """-log pi, a mean over response tokens, less the entropy bonus."""
-        mask = batch.mask
+        mask = batch.response_mask
         policy_loss = -masked_mean(new.log_prob, mask)
         entropy = masked_mean(new.entropy, mask)
         log_ratio = new.log_prob.detach() - batch.log_probs
-        figures = {
+        metrics = {
             "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
             "loss/policy_avg": policy_loss,
             "policy/entropy_avg": entropy,
         }
-        return policy_loss - self.config.entropy_coef * entropy, figures
+        return policy_loss - self.config.entropy_coef * entropy, metrics

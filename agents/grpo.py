@@ -29,7 +29,7 @@ from textgym.rewards.kl import estimate_kl
 from textgym.settings import NotNegative
 
 from .common.means import masked_mean, overall_mean
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
@@ -64,7 +64,7 @@ class GRPO(PromptGroupAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.mask
+        config, mask = self.config, rollout.response_mask
 
         # 1. The return of an episode: its score, less the KL penalty of all its tokens unless the loss has it.
         rewards = rollout.rewards  # (N, T)
@@ -87,7 +87,7 @@ class GRPO(PromptGroupAgent):
             rows = on_host.repeat_interleave(config.group_size).nonzero()[:, 0]
 
         # 4. Minibatches of whole episodes, one optimiser step each.
-        steps: list[Figures] = []
+        steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, advantages, rows=rows):
             steps.append(self.step(minibatch))
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
@@ -96,9 +96,9 @@ class GRPO(PromptGroupAgent):
         # 5. Metrics, and the share of the groups that taught nothing.
         return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(informative.float())})
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """The clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens by `weights`."""
-        config, mask = self.config, batch.mask
+        config, mask = self.config, batch.response_mask
         weights = self.weights(batch)  # (N, T)
 
         # 1. PPO's clipped surrogate; DAPO's clip-higher has another bound above 1 (Yu et al., 2025, section 3.1).
@@ -113,7 +113,7 @@ class GRPO(PromptGroupAgent):
         loss = policy_loss - config.entropy_coef * (weights * new.entropy).sum()
 
         with torch.no_grad():
-            figures = {
+            metrics = {
                 "policy/approxkl_avg": masked_mean(ratio - 1 - log_ratio, mask),
                 "policy/clipfrac_avg": masked_mean((clipped < plain).float(), mask),
                 "loss/policy_avg": policy_loss,
@@ -125,8 +125,8 @@ class GRPO(PromptGroupAgent):
         if self.reference_log_probs is not None:
             kl = self.kl_to_reference(new.log_prob, batch)  # (N, T)
             loss = loss + (weights * self.penalty.cost(kl)).sum()
-            figures["loss/kl_avg"] = (weights * kl).sum()
-        return loss, figures
+            metrics["loss/kl_avg"] = (weights * kl).sum()
+        return loss, metrics
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Where the loss has the KL, it needs the reference's log-probs too: one pass gives both."""
@@ -135,12 +135,12 @@ class GRPO(PromptGroupAgent):
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
         if self.reference_log_probs is None or self.penalty.estimator == "full":
             return super().measure_kl(rollout)
-        return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.mask)
+        return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)
 
     def kl_to_reference(self, log_probs: Tensor, batch: Batch) -> Tensor:
         """Return k3 of every token `(N, T)` (Schulman, 2020), with the gradient that was asked for."""
         assert self.reference_log_probs is not None
-        mask = batch.mask
+        mask = batch.response_mask
         reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
         kl = estimate_kl(torch.where(mask, log_probs, 0.0), torch.where(mask, reference, 0.0), "k3")
         if self.config.kl_gradient == "exact":
@@ -149,7 +149,7 @@ class GRPO(PromptGroupAgent):
 
     def weights(self, batch: Batch) -> Tensor:
         """Return what each token counts in the loss, `(N, T)`."""
-        mask, kind = batch.mask, self.config.loss_type
+        mask, kind = batch.response_mask, self.config.loss_type
         if kind == "grpo":
             return mask / mask.sum(1, keepdim=True) / len(batch)
         if kind == "dr_grpo":

@@ -70,8 +70,8 @@ class NLPO(PPO):
             flat = self.penalty.reference.state_log_probs(
                 sequences.states(), sequences.actions, self.allowed(sequences)
             )
-            reference[rows, : sequences.mask.shape[1]] = sequences.pad(flat)
-        return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.mask)
+            reference[rows, : sequences.response_mask.shape[1]] = sequences.pad(flat)
+        return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.response_mask)
 
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
         """Score a batch with a policy within the mask, with gradients, so that ratios start at 1."""

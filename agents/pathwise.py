@@ -36,10 +36,10 @@ from textgym.settings import Positive
 
 from .common.advantages import n_step_returns
 from .common.means import masked_mean
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.q_functions import GreedyQ, Heads, frozen_actor
 from .common.replay_agent import ReplayAgent, ReplayConfig
-from .common.replay_memory import Memories
+from .common.replay_buffer import ReplayBatch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
 
@@ -83,7 +83,7 @@ class Pathwise(ReplayAgent):
         self.remember(rollout, kl)
 
         # 2. Optimiser steps of critic and actor, each on episodes drawn from memory; the targets follow.
-        steps: list[Figures] = []
+        steps: list[TensorMetrics] = []
         for batch in self.samples():
             steps.append(self.step(batch))
             self.update_targets()
@@ -91,10 +91,10 @@ class Pathwise(ReplayAgent):
         # 3. Metrics: means over the steps.
         return self.finish(steps)
 
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Figures]:
+    def loss(self, batch: ReplayBatch) -> tuple[Tensor, Tensor, TensorMetrics]:
         """The critic's loss and the actor's, means over response tokens; neither moves the other's weights."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
-        mask = sequences.mask
+        mask = sequences.response_mask
 
         # 1. Targets of the critic: r_t + gamma V'(s_{t+1}), V'(s) = sum_a pi'(a | s) Q'(s, a) - beta KL(pi', pi_ref).
         with torch.no_grad():
@@ -116,12 +116,12 @@ class Pathwise(ReplayAgent):
         relaxed, kl, _ = self.values(self.policy, self.q, sequences, reference_hidden, seed)
         actor_loss = (beta * kl - relaxed).mean()
 
-        figures = {
+        metrics = {
             "loss/value_avg": critic_loss.detach(),
             "loss/policy_avg": actor_loss.detach(),
             "val/td_error_avg": masked_mean(errors.abs(), mask),
         }
-        return critic_loss + actor_loss, errors, figures
+        return critic_loss + actor_loss, errors, metrics
 
     def values(
         self, actor: TokenModel, q: GreedyQ, sequences: Sequences, reference_hidden: Tensor, seed: int | None = None

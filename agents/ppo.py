@@ -29,7 +29,7 @@ from textgym.settings import Count, NotNegative, Share, above
 
 from .common.advantages import gae
 from .common.means import explained_variance, masked_mean, overall_mean, whiten
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
@@ -97,7 +97,7 @@ class PPO(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update of PPO (Schulman et al., 2017, algorithm 1) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.mask
+        config, mask = self.config, rollout.response_mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one (Ziegler et al., 2019, equation 2).
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
@@ -111,7 +111,7 @@ class PPO(PolicyGradientAgent):
             advantages = whiten(advantages, mask)
 
         # 3. Several epochs of minibatches of whole episodes, one optimiser step each.
-        steps: list[Figures] = []
+        steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, advantages, returns):
             steps.append(self.step(minibatch))
             # Only here does the host wait for the device within an update, so only if it was asked for.
@@ -125,9 +125,9 @@ class PPO(PolicyGradientAgent):
             metrics |= self.adapt_penalty(rollout)
         return metrics
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """L = L_policy + c_1 L_value - c_2 H (Schulman et al., 2017, equation 9), means over response tokens."""
-        config, mask = self.config, batch.mask
+        config, mask = self.config, batch.response_mask
 
         # 1. Importance ratios r = pi / pi_old. Both are the distribution that was sampled from, so r = 1 at first.
         #    Padding is replaced before any arithmetic: a NaN there would reach the gradient.
@@ -166,7 +166,7 @@ class PPO(PolicyGradientAgent):
 
         loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
         with torch.no_grad():
-            figures = {
+            metrics = {
                 "policy/approxkl_avg": masked_mean(approx_kl, mask),
                 "policy/clipfrac_avg": masked_mean((clipped < plain).float(), mask),
                 "loss/policy_avg": policy_loss,
@@ -175,12 +175,14 @@ class PPO(PolicyGradientAgent):
                 "val/ratio": masked_mean(ratio, mask),
                 "policy/entropy_avg": entropy,
             }
-        return loss, figures
+        return loss, metrics
 
     def adapt_penalty(self, rollout: Rollout) -> Metrics:
         """Double or halve the penalty's coefficient by how far the update went (Schulman et al., 2017, section 4)."""
         log_ratio = self.policy.sequence_log_probs(rollout.sequences) - rollout.log_probs
-        distance = float(overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask))  # KL(old, new) in nats a token
+        distance = float(
+            overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.response_mask)
+        )  # KL(old, new) in nats a token
         metrics = {"policy/penalty_coef": self.penalty_coef, "policy/kl_old_new": distance}
         if distance > self.config.kl_max:
             self.penalty_coef *= 2

@@ -23,7 +23,7 @@ from textgym.settings import NotNegative, Share
 
 from .common.advantages import discounted_returns, leave_one_out_mean
 from .common.means import explained_variance, masked_mean, per_episode
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
@@ -59,7 +59,7 @@ class REINFORCE(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Williams, 1992) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.mask
+        config, mask = self.config, rollout.response_mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
@@ -85,22 +85,22 @@ class REINFORCE(PolicyGradientAgent):
         further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)} if learned else {}
         return self.finish(steps, further)
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """-log pi (G - b) - c_2 H, summed over the tokens of an episode, a mean over episodes.
 
         A sum over tokens, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the gradient of a long
         text counts as much as it does in the objective. A learned baseline adds c_1 / 2 (V - G)^2.
         """
-        config, mask = self.config, batch.mask
+        config, mask = self.config, batch.response_mask
         policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
         entropy = per_episode(new.entropy, mask)
         loss = policy_loss - config.entropy_coef * entropy
-        figures = {"loss/policy_avg": policy_loss, "policy/entropy_avg": masked_mean(new.entropy, mask)}
+        metrics = {"loss/policy_avg": policy_loss, "policy/entropy_avg": masked_mean(new.entropy, mask)}
         if config.baseline == "learned":
             value_loss = 0.5 * per_episode((new.value - batch.returns).square(), mask)
             loss = loss + config.value_coef * value_loss
-            figures["loss/value_avg"] = value_loss
-        return loss, figures
+            metrics["loss/value_avg"] = value_loss
+        return loss, metrics
 
     def weight(self, batch: Batch) -> int:
         """Return its episodes: the loss is a mean over episodes."""

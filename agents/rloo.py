@@ -23,7 +23,7 @@ from textgym.models.actor_critic import Evaluation
 from textgym.settings import NotNegative
 
 from .common.means import masked_mean, per_episode, whiten
-from .common.metrics import Figures
+from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
@@ -48,7 +48,7 @@ class RLOO(PromptGroupAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Ahmadian et al., 2024, section 3) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.mask
+        config, mask = self.config, rollout.response_mask
 
         # 1. The return of an episode: its score less the KL penalty of all its tokens.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
@@ -61,7 +61,7 @@ class RLOO(PromptGroupAgent):
             advantages = whiten(advantages, mask)
 
         # 3. Minibatches of whole episodes, one optimiser step each.
-        steps: list[Figures] = []
+        steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, advantages):
             steps.append(self.step(minibatch))
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
@@ -70,13 +70,13 @@ class RLOO(PromptGroupAgent):
         # 4. Metrics.
         return self.finish(steps)
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """The clipped surrogate with a whole episode as one action, a mean over episodes.
 
         L = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)] with r = prod_t pi(a_t | s_t) / pi_old(a_t | s_t), so that one
         text has one ratio (Ahmadian et al., 2024, section 3).
         """
-        config, mask = self.config, batch.mask
+        config, mask = self.config, batch.response_mask
         log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
         ratio = log_ratio.sum(1).exp()  # (N,)
         advantages = batch.advantages[:, 0]  # (N,); all tokens of an episode share it
@@ -86,14 +86,14 @@ class RLOO(PromptGroupAgent):
         entropy = per_episode(new.entropy, mask)
 
         with torch.no_grad():
-            figures = {
+            metrics = {
                 "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
                 "policy/clipfrac_avg": (clipped < plain).float().mean(),
                 "loss/policy_avg": policy_loss,
                 "val/ratio": ratio.mean(),
                 "policy/entropy_avg": masked_mean(new.entropy, mask),
             }
-        return policy_loss - config.entropy_coef * entropy, figures
+        return policy_loss - config.entropy_coef * entropy, metrics
 
     def weight(self, batch: Batch) -> int:
         """Return its episodes: the loss is a mean over episodes."""

@@ -32,7 +32,7 @@ def scored(policy: ActorCritic, sequences: Sequences, autocast: bool) -> tuple[T
     """Log-probs of the tokens `(M,)`, and the gradient of their mean in one vector."""
     policy.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        log_probs = policy.evaluate(sequences).log_prob[sequences.mask]
+        log_probs = policy.evaluate(sequences).log_prob[sequences.response_mask]
     log_probs.mean().backward()
     return log_probs.detach(), torch.cat([w.grad.float().flatten() for w in policy.lm.parameters()])
 

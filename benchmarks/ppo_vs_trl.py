@@ -216,7 +216,7 @@ def end_by_half(lm: Any, config: Config) -> None:
             embedding[tokenizer.eos_token_id] = factor * whole
         policy = ActorCritic.from_pretrained(lm)
         policy.seed(0)
-        written = policy.write(prompts, lengths, config.new_tokens, task.episodes.stop).lengths
+        written = policy.generate(prompts, lengths, config.new_tokens, task.episodes.stop).lengths
         least, most = (factor, most) if written.float().mean() > config.new_tokens / 2 else (least, factor)
 
 

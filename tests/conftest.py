@@ -85,7 +85,7 @@ def _plainly(policy: TokenModel, sequences: Sequences) -> Evaluation:
             states = trunk(input_ids=ids[None, :end], use_cache=False).last_hidden_state[0, start - 1 : end - 1]
             value = policy.value_head(states.float())[:, 0]
         rows.append((drawn_from.log_prob(ids[start:end]), value, drawn_from.entropy()))
-    mask = sequences.mask
+    mask = sequences.response_mask
     columns = (
         [pad(values, (0, mask.shape[1] - len(values))) for values in column] for column in zip(*rows, strict=True)
     )
@@ -127,11 +127,17 @@ def _traced(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def _tensors(step: Any) -> list[Tensor]:
-    """What a step can write: the buffers of the writer and of its lanes."""
+    """What a step can write: the buffers of the generator and of its batch."""
     captured = {
         name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__, strict=True)
     }
-    writer, lanes = captured["self"], captured["lanes"]
-    cache = lanes.decoder.cache
-    owners = (*vars(writer).values(), *vars(lanes).values(), *vars(lanes.decoder).values(), *cache.keys, *cache.values)
+    generator, batch = captured["self"], captured["batch"]
+    cache = batch.decoder.cache
+    owners = (
+        *vars(generator).values(),
+        *vars(batch).values(),
+        *vars(batch.decoder).values(),
+        *cache.keys,
+        *cache.values,
+    )
     return [value for value in owners if isinstance(value, Tensor)]

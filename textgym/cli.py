@@ -226,7 +226,7 @@ def train_reward(command: TrainReward) -> None:
     with atomic_file(command.output_dir / "report.json") as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     try:
-        report.draw(command.output_dir / "report.png")
+        report.plot(command.output_dir / "report.png")
     except ImportError as error:
         live.console.print(str(error), markup=False)
     lexicon = pairwise_accuracy(lexicon_sentiment, heldout) if command.preferences is None else None

@@ -1,4 +1,4 @@
-"""Metrics: figures of an update, which come to the host in one copy when it ends, and figures of its episodes."""
+"""Metrics: metrics of an update, which come to the host in one copy when it ends, and metrics of its episodes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from textgym.rewards.kl import KLPenalty
 from ..machine.distributed import everyone, gathered
 from .rollout import Rollout
 
-Figures = dict[str, Tensor]
+TensorMetrics = dict[str, Tensor]
 """Numbers by their names, 0-dimensional tensors on one device."""
 
 
-def mean_over(steps: Sequence[Figures]) -> Figures:
-    """The mean of each figure over the steps of an update; nothing if there were none."""
+def mean_over(steps: Sequence[TensorMetrics]) -> TensorMetrics:
+    """The mean of each value over the steps of an update; nothing if there were none."""
     if not steps:
         return {}
-    table = torch.stack([torch.stack([figure.double() for figure in step.values()]) for step in steps])
+    table = torch.stack([torch.stack([value.double() for value in step.values()]) for step in steps])
     return dict(zip(steps[0], table.mean(0), strict=True))
 
 
-def on_host(figures: Figures) -> dict[str, float]:
-    """The figures as plain numbers."""
-    if not figures:
+def on_host(metrics: TensorMetrics) -> dict[str, float]:
+    """The metrics as plain numbers."""
+    if not metrics:
         return {}
-    values: list[float] = torch.stack([figure.double() for figure in figures.values()]).tolist()
-    return dict(zip(figures, values, strict=True))
+    values: list[float] = torch.stack([value.double() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
 
 
 def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Scorer) -> dict[str, float]:
-    """Return figures of the episodes of all processes; sums over tokens are averaged over episodes.
+    """Return metrics of the episodes of all processes; sums over tokens are averaged over episodes.
 
     Args:
         rollout: this process's episodes.

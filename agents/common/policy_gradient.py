@@ -24,7 +24,7 @@ from textgym.models.sequences import Sequences, on_both
 from textgym.settings import Count, NotNegative
 
 from ..machine.distributed import evenly, everyone, share_of, total
-from .metrics import Figures, mean_over, on_host
+from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
@@ -80,9 +80,9 @@ class Batch:
         return Batch(sequences, log_probs, values, advantages, returns, self.indices[rows], self.spare)
 
     @property
-    def mask(self) -> Tensor:
+    def response_mask(self) -> Tensor:
         """Response mask, bool `(N, T)`: the tokens that the policy generated."""
-        return self.sequences.mask
+        return self.sequences.response_mask
 
 
 class PolicyGradientAgent(RolloutAgent):
@@ -91,8 +91,8 @@ class PolicyGradientAgent(RolloutAgent):
     config: PolicyGradientConfig
 
     @abstractmethod
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, Figures]:
-        """Return the loss to minimise of a batch, and figures to report. Both are means, see `weight`.
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
+        """Return the loss to minimise of a batch, and metrics to report. Both are means, see `weight`.
 
         Args:
             new: the batch under the policy that is trained, with gradients.
@@ -130,32 +130,32 @@ class PolicyGradientAgent(RolloutAgent):
             for chosen, counts in evenly(_slices(len(order), size), spare=slice(0, 1)):
                 yield replace(shuffled[chosen], spare=not counts)
 
-    def step(self, batch: Batch) -> Figures:
+    def step(self, batch: Batch) -> TensorMetrics:
         """Make one optimiser step on `loss`; the batch is that of all processes, of which each has a part.
 
         Returns:
-            the figures of `loss`, means over the whole batch, and the gradient's norm.
+            the metrics of `loss`, means over the whole batch, and the gradient's norm.
         """
         self.optimizer.zero_grad(set_to_none=True)
         whole = sum(everyone(0 if batch.spare else self.weight(batch)))
-        figures: Figures = {}
+        metrics: TensorMetrics = {}
         # Micro-batches: each backward pass adds its share of the batch's gradient.
         for rows, counts in evenly(_slices(len(batch), self.config.micro_batch_size), spare=slice(0, 1)):
             part = batch if rows.stop - rows.start == len(batch) else batch[rows]
             share = self.weight(part) / whole if counts and not batch.spare else 0.0
             loss, reported = self.loss(self.learner(functools.partial(self.evaluate, batch=part)), part)
             (loss * share).backward()
-            for name, figure in reported.items():
-                figures[name] = figures.get(name, 0.0) + share * figure.detach().double()
-        shares = total(torch.stack(list(figures.values())))
-        return {**dict(zip(figures, shares, strict=True)), "val/grad_norm": self.apply_gradients()}
+            for name, value in reported.items():
+                metrics[name] = metrics.get(name, 0.0) + share * value.detach().double()
+        shares = total(torch.stack(list(metrics.values())))
+        return {**dict(zip(metrics, shares, strict=True)), "val/grad_norm": self.apply_gradients()}
 
-    def finish(self, steps: list[Figures], further: Figures | None = None) -> Metrics:
+    def finish(self, steps: list[TensorMetrics], further: TensorMetrics | None = None) -> Metrics:
         """Bring the policy up to date with what was trained, and return the metrics of an update.
 
         Args:
-            steps: figures of each step, which are averaged.
-            further: figures of the update.
+            steps: metrics of each step, which are averaged.
+            further: metrics of the update.
         """
         self.learner.refresh()
         return on_host(mean_over(steps) | (further or {}))

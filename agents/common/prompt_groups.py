@@ -40,7 +40,7 @@ class PromptGroupAgent(PolicyGradientAgent):
 
     def episode_options(self) -> dict[str, Any]:
         """A prompt for each group."""
-        prompts = self.draw_prompts(self.envs.num_envs // self.config.group_size)
+        prompts = self.next_prompts(self.envs.num_envs // self.config.group_size)
         return {"prompt_index": np.repeat(prompts, self.config.group_size).tolist()}
 
     def grouped(self, values: Tensor) -> Tensor:

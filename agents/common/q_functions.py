@@ -51,7 +51,7 @@ class SoftQ:
     def of_actions(self, sequences: Sequences, reference_log_probs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """V of the state before each response token, and what the token adds to it, `(N, T)` each; Q is their sum."""
         new = self.actor.evaluate(sequences)
-        return new.value, torch.where(sequences.mask, beta * (new.log_prob - reference_log_probs), 0.0)
+        return new.value, torch.where(sequences.response_mask, beta * (new.log_prob - reference_log_probs), 0.0)
 
 
 class Heads(nn.Module):
@@ -79,7 +79,7 @@ class Heads(nn.Module):
             nn.init.zeros_(self.offsets.bias)
             self.psi = nn.Parameter(torch.zeros(n_quantiles, size, device=device))
 
-    def redraw(self, generator: torch.Generator, rows: int = 1) -> None:
+    def resample(self, generator: torch.Generator, rows: int = 1) -> None:
         """New noise, for each of the rows that are acted in or one for all; `generator` is a CPU's."""
         if self.noisy:
             drawn = (torch.randn(rows, size, generator=generator).to(self.sigma.device) for size in self.sigma.shape)

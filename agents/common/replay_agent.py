@@ -28,8 +28,8 @@ from textgym.rewards.kl import FixedKL
 from textgym.settings import Count, Positive, PositiveShare, Share, at_least
 
 from ..machine.distributed import count
-from .metrics import Figures, mean_over, on_host
-from .replay_memory import EpisodeMemory, Memories
+from .metrics import TensorMetrics, mean_over, on_host
+from .replay_buffer import ReplayBatch, ReplayBuffer
 from .rollout import Rollout, collect
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
@@ -46,7 +46,7 @@ class ReplayConfig(RolloutAgentConfig):
     """Episodes drawn from memory for a step."""
     micro_batch_size: Count | None = None
     """Of them in one forward pass; gradients add up to those of the batch. None: the whole batch."""
-    memory_size: Count = 8192
+    buffer_size: Count = 8192
     """Episodes that are remembered, the newest ones."""
     learning_starts: Annotated[int, at_least(0)] = 256
     """Episodes that are played before the first step."""
@@ -112,7 +112,7 @@ class Behaviour:
             exploration = replace(self.policy.distribution(action_masks), temperature=self.temperature)
             explored = exploration.logits(reference_logits).softmax(-1)
             probabilities = torch.lerp(probabilities, explored, self.epsilon)
-        action = self.policy.draw(probabilities)
+        action = self.policy.sample(probabilities)
         log_prob = probabilities.gather(1, action[:, None])[:, 0].log()
         return Step(action, log_prob, torch.zeros_like(log_prob))
 
@@ -146,7 +146,7 @@ class ReplayAgent(RolloutAgent):
                 f"{type(self).__name__} has the KL in its backups and estimates none: leave kl_estimator='k1' and "
                 "kl_clamp=None"
             )
-        self.memory = EpisodeMemory(self.config.memory_size)
+        self.memory = ReplayBuffer(self.config.buffer_size)
         self.steps = 0  # of the optimiser
         self.further = self.modules()
         learned = [weight for weight in self.further.parameters() if weight.requires_grad]
@@ -162,10 +162,10 @@ class ReplayAgent(RolloutAgent):
         """Pairs of a target and the module that it follows."""
 
     @abstractmethod
-    def loss(self, batch: Memories) -> tuple[Tensor, Tensor, Figures]:
-        """Return the loss of remembered episodes, errors of their tokens `(B, T)`, and figures to report.
+    def loss(self, batch: ReplayBatch) -> tuple[Tensor, Tensor, TensorMetrics]:
+        """Return the loss of remembered episodes, errors of their tokens `(B, T)`, and metrics to report.
 
-        Loss and figures are means over response tokens.
+        Loss and metrics are means over response tokens.
         """
 
     @property
@@ -187,26 +187,26 @@ class ReplayAgent(RolloutAgent):
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate k1 of every token to the reference, of whoever played, `(N, T)` nats."""
         reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
-        return torch.where(rollout.mask, rollout.log_probs - reference_log_probs, 0.0)
+        return torch.where(rollout.response_mask, rollout.log_probs - reference_log_probs, 0.0)
 
     def remember(self, rollout: Rollout, kl: Tensor) -> None:
         """Put a rollout into the memory; the reference's log-probs are the behaviour's less their difference, k1."""
-        reference_log_probs = torch.where(rollout.mask, rollout.log_probs - kl, 0.0)
+        reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
         longest = self.envs.unwrapped.task.episodes.max_new_tokens
         self.memory.add(rollout.sequences, rollout.rewards, reference_log_probs, longest)
 
-    def samples(self) -> Iterator[Memories]:
+    def samples(self) -> Iterator[ReplayBatch]:
         """Yield a batch of remembered episodes for each step of an update; none before learning starts."""
         if self.memory.added >= self.config.learning_starts:
             for _ in range(self.config.gradient_steps):
                 yield self.memory.sample(self.config.batch_size, self.shuffler)
 
-    def step(self, batch: Memories) -> Figures:
-        """Make one optimiser step on `loss`; returns its figures, means over the batch, and the gradient's norm."""
+    def step(self, batch: ReplayBatch) -> TensorMetrics:
+        """Make one optimiser step on `loss`; returns its metrics, means over the batch, and the gradient's norm."""
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
         size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
-        figures: Figures = {}
+        metrics: TensorMetrics = {}
         # Micro-batches: each backward pass adds its share of the batch's gradient.
         for start in range(0, self.config.batch_size, size):
             part = batch.part(slice(start, start + size))
@@ -215,12 +215,12 @@ class ReplayAgent(RolloutAgent):
                 loss, errors, reported = self.loss(part)
             (share * loss).backward()
             if self.memory.alpha > 0:
-                self.memory.reprioritise(part.indices, errors, part.sequences.mask)
-            for name, figure in reported.items():
-                figures[name] = figures.get(name, 0.0) + share * figure
-        figures["val/grad_norm"] = self.apply_gradients()
+                self.memory.reprioritise(part.indices, errors, part.sequences.response_mask)
+            for name, value in reported.items():
+                metrics[name] = metrics.get(name, 0.0) + share * value
+        metrics["val/grad_norm"] = self.apply_gradients()
         self.steps += 1
-        return figures
+        return metrics
 
     @torch.no_grad()
     def update_targets(self) -> None:
@@ -231,8 +231,8 @@ class ReplayAgent(RolloutAgent):
             for old, new in zip(target.parameters(), followed.parameters(), strict=True):
                 old.lerp_(new, self.config.tau)
 
-    def finish(self, steps: list[Figures]) -> Metrics:
-        """Return the metrics of an update from the figures of its steps."""
+    def finish(self, steps: list[TensorMetrics]) -> Metrics:
+        """Return the metrics of an update from the metrics of its steps."""
         return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
     def training_state(self) -> dict[str, Any]:

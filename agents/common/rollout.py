@@ -61,9 +61,9 @@ class Rollout:
         )
 
     @property
-    def mask(self) -> Tensor:
+    def response_mask(self) -> Tensor:
         """Bool `(N, T)`: the real response tokens that the policy wrote."""
-        return self.sequences.mask
+        return self.sequences.response_mask
 
 
 @torch.no_grad()
@@ -88,13 +88,13 @@ def collect(
     check_one_device(policy=policy.device, environment=task.device)
     with phase("environment"):
         observation, _ = envs.reset(options=options)
-    alone = task.writes_alone and action_mask is None and not task.episodes.decoder_start
+    alone = task.takes_whole_responses and action_mask is None and not task.episodes.decoder_start
     if alone and envs is envs.unwrapped and policy.generates_what_act_would:
         with phase("decode"):
             ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
-            whole = policy.write(ids, lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic)
-        written_values = whole.values if policy.critic is None else None
-        return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, written_values)
+            whole = policy.generate(ids, lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic)
+        shared_values = whole.values if policy.critic is None else None
+        return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, shared_values)
     restricted = task.restricts_actions
     waiting = envs.unwrapped.waiting
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
@@ -121,7 +121,7 @@ def collect(
                 before = noted.get(name, np.full(envs.num_envs, np.nan))
                 noted[name] = np.where(infos[f"_{name}"], infos[name], before)
     sequences = task.episodes.sequences()
-    mask = sequences.mask
+    mask = sequences.response_mask
     places = (mask.cumsum(1) - 1).clamp(min=0)  # the policy's k-th token is that of the k-th step
 
     def laid_out(steps: list[Tensor]) -> Tensor:
@@ -157,7 +157,7 @@ def score_whole(
     with phase("environment"):
         scores, infos = envs.unwrapped.submit(tokens, lengths)
     sequences = task.episodes.sequences()
-    mask = sequences.mask
+    mask = sequences.response_mask
 
     def real(columns: Tensor) -> Tensor:
         return torch.where(mask, columns[:, : mask.shape[1]], 0.0)

@@ -214,12 +214,12 @@ class RolloutAgent(ABC):
 
     def episode_options(self) -> dict[str, Any]:
         """Return what the environment is reset with before a rollout."""
-        return {"prompt_index": self.draw_prompts(self.envs.num_envs)}
+        return {"prompt_index": self.next_prompts(self.envs.num_envs)}
 
-    def draw_prompts(self, number: int) -> np.ndarray:
+    def next_prompts(self, number: int) -> np.ndarray:
         """Return the next prompts `(number,)`; all processes draw in step, each for itself and the others."""
         envs = self.envs.unwrapped
-        return envs.task.draw(number * count(), envs.np_random)[rank() * number :][:number]
+        return envs.task.next_prompts(number * count(), envs.np_random)[rank() * number :][:number]
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token to the reference, `(N, T)` nats."""

@@ -132,7 +132,7 @@ class SupervisedAgent(ABC):
 
     @abstractmethod
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and figures to report: means over the batch.
+        """The loss to minimise, and metrics to report: means over the batch.
 
         Args:
             log_probs: `(N, T)` of the completion tokens, with gradients, zero in the padding.

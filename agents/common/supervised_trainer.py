@@ -38,7 +38,7 @@ class Trained(Protocol):
         """How much a batch counts in the mean of several."""
 
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and figures to report."""
+        """The loss to minimise, and metrics to report."""
 
 
 class SupervisedTrainer(Trainer):
@@ -84,7 +84,7 @@ class SupervisedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gives shares of the batch's mean, not means of their own
         self.agent = agent
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """That of transformers, which would keep the moments of embeddings in 32 bits in spite of `adam_8bit`."""
@@ -124,11 +124,11 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """The share of a micro-batch in the mean loss of the update, so that gradients add up."""
         log_probs, entropies = model(inputs["input_ids"], inputs["prompt_lengths"], inputs["response_lengths"])
-        loss, figures = self.agent.loss(log_probs, entropies, inputs)
+        loss, metrics = self.agent.loss(log_probs, entropies, inputs)
         assert num_items_in_batch is not None  # from `get_batch_samples`
         share = self.agent.weight(inputs) / num_items_in_batch
-        for name, figure in {"loss": loss.detach(), **figures}.items():
-            self.figures[name] = self.figures.get(name, 0.0) + float(share * figure)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + float(share * value)
         return share * loss * self.accelerator.num_processes  # whose gradients are averaged
 
     def write_progress(self, folder: Path) -> None:
@@ -168,16 +168,16 @@ class _Report(TrainerCallback):
         if "loss" not in logs:
             return
         trainer, now = self.trainer, time.perf_counter()
-        shares = everyone(trainer.figures)
+        shares = everyone(trainer.metrics)
         metrics = {
-            **{name: sum(share[name] for share in shares) for name in trainer.figures},
+            **{name: sum(share[name] for share in shares) for name in trainer.metrics},
             "grad_norm": float(logs["grad_norm"]),
             "learning_rate": float(logs["learning_rate"]),
             "epoch": float(state.epoch),
             "updates": state.global_step,
             "time/update_s": now - self.started,
         }
-        trainer.figures, self.started = {}, now
+        trainer.metrics, self.started = {}, now
         trainer.agent.updates = state.global_step
         stop = False in [callback(trainer.agent, metrics) for callback in self.callbacks]
         if any(everyone(stop)):

@@ -94,7 +94,7 @@ def measure(
         `reference_ppl` (perplexity of the completions under the reference); `distinct_2` (share of distinct bigrams);
         `length` (tokens); `ended_by_stop` (share); and each of `metrics` by its name.
     """
-    rollout, mask = samples.rollout, samples.rollout.mask
+    rollout, mask = samples.rollout, samples.rollout.response_mask
     reference_log_probs = reference.sequence_log_probs(rollout.sequences.to(reference.device)).to(mask.device)
     figures: dict[str, Any] = {
         "score": rollout.raw_scores.mean(),

@@ -14,12 +14,12 @@ from models import Size, save_model
 from rollout import BARS, Config, compare
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.decoding.generation import ResponseWriter
+from textgym.models.decoding.generation import ResponseGenerator
 from textgym.models.distributions.log_probs import StopRule
 
 
 def beside_generate(name: str, config: Config, judged: bool) -> None:
-    """Rollouts by `policy.write` and by `policy.act`, a token at a time, over `generate` on the same prompts."""
+    """Rollouts by `policy.generate` and by `policy.act`, a token at a time, over `generate` on the same prompts."""
     for row in compare(config):
         goal = BARS["cuda"] if row["ours"] == "write" else None
         size = f"{config.rows} rows, {config.new_tokens} tokens"
@@ -41,11 +41,11 @@ def captured(name: str, config: Config) -> None:
     prompts = torch.randint(3, 300, (config.rows, width), device=policy.device)
     lengths = torch.full((config.rows,), config.prompt_tokens, device=policy.device)
     stop = StopRule()
-    eager = ResponseWriter(policy, config.rows, width, config.new_tokens, stop)
+    eager = ResponseGenerator(policy, config.rows, width, config.new_tokens, stop)
     seconds: dict[str, list[float]] = {"captured": [], "eager": []}
     for _ in range(2 + config.repeats):
-        seconds["captured"].append(timed(lambda: policy.write(prompts, lengths, config.new_tokens, stop)))
-        seconds["eager"].append(timed(lambda: eager.write(prompts, lengths)))
+        seconds["captured"].append(timed(lambda: policy.generate(prompts, lengths, config.new_tokens, stop)))
+        seconds["eager"].append(timed(lambda: eager.generate(prompts, lengths)))
     fast, slow = (statistics.median(column[2:]) for column in seconds.values())  # the first two capture
     tokens = config.rows * config.new_tokens
     tell(

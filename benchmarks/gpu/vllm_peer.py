@@ -37,7 +37,7 @@ def main() -> None:
         policy = ActorCritic.from_pretrained(folder, dtype=torch.bfloat16, device=device)
         padded = torch.nn.functional.pad(prompts, (0, new_tokens)).to(device)
         lengths = torch.full((rows,), prompt_tokens, device=device)
-        ours = [timed(lambda: policy.write(padded, lengths, new_tokens, StopRule())) for _ in range(2 + repeats)]
+        ours = [timed(lambda: policy.generate(padded, lengths, new_tokens, StopRule())) for _ in range(2 + repeats)]
         policy.reset_cache()
 
         engine: Any = vllm.LLM(model=folder, dtype="bfloat16", gpu_memory_utilization=0.4, max_num_seqs=rows)

@@ -79,7 +79,7 @@ def measure(lm: Any, rows: int, prompt_tokens: int, new_tokens: int, repeats: in
 
     def seconds(tokens: int) -> float:
         """Median of repeats, after two to warm up: a captured step is replayed from the third time on."""
-        runs = [timed(lambda: policy.write(prompts, lengths, tokens, StopRule())) for _ in range(2 + repeats)]
+        runs = [timed(lambda: policy.generate(prompts, lengths, tokens, StopRule())) for _ in range(2 + repeats)]
         return statistics.median(runs[2:])
 
     step = (seconds(new_tokens) - seconds(1)) / (new_tokens - 1)

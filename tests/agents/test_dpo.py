@@ -69,7 +69,7 @@ def margin_of(seed: int, **config: Any) -> float:
 def test_learns() -> None:
     """A false failure has a chance of 1e-7."""
     margins = [margin_of(seed) for seed in range(2)]
-    assert_learns(margins, at_least=1.0, measured=Measured(mean=4.58, deviation=0.1, runs=6))
+    assert_learns(margins, at_least=1.0, measured=Measured(mean=4.58, standard_deviation=0.1, runs=6))
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def gain_of(seed: int, learning_rate: float = 1e-2) -> float:
 def test_ppo_improves_a_task() -> None:
     """A false failure has a chance of 3e-5."""
     gains = [gain_of(seed) for seed in range(2)]
-    assert_learns(gains, at_least=0.15, measured=Measured(mean=0.654, deviation=0.105, runs=12))
+    assert_learns(gains, at_least=0.15, measured=Measured(mean=0.654, standard_deviation=0.105, runs=12))
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_saved_agent_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("agent", "config"), [(A2C, A2CConfig), (GRPO, GRPOConfig), (DQN, DQNConfig)])
 def test_other_agents_run(agent: Any, config: Any) -> None:
     names = {field.name for field in dataclasses.fields(config)}
-    wanted = {"episodes_per_update": 16, "memory_size": 32, "learning_starts": 16, "group_size": 4, "batch_size": 8}
+    wanted = {"episodes_per_update": 16, "buffer_size": 32, "learning_starts": 16, "group_size": 4, "batch_size": 8}
     policy = make_policy()
     before = policy.lm.shared.weight.clone()
     agent(policy, make_envs(), config(**{k: v for k, v in wanted.items() if k in names})).learn(48)
@@ -145,7 +145,7 @@ def test_dpo_learns_preferences_after_the_start_tokens() -> None:
         agent.learn([lambda _, metrics, history=history: history.append(metrics)])
         assert history[0]["loss"] == pytest.approx(math.log(2), abs=ROUNDING), "it starts at its reference"
         margins.append(float(np.mean([row["rewards/margins"] for row in history[-2:]])))
-    assert_learns(margins, at_least=1.0, measured=Measured(mean=3.21, deviation=0.05, runs=6))
+    assert_learns(margins, at_least=1.0, measured=Measured(mean=3.21, standard_deviation=0.05, runs=6))
 
 
 @pytest.mark.training

@@ -48,7 +48,7 @@ def vowels(completions: list[str]) -> list[float]:
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 5 * 258)
-    monkeypatch.setattr(generation, "DRAW_ELEMENTS", 5 * 258)
+    monkeypatch.setattr(generation, "LOGIT_ELEMENTS", 5 * 258)
 
 
 def make_policy(kind: str, moved: bool = True, **changes: Any) -> ActorCritic:
@@ -102,7 +102,7 @@ def ratios_of(agent: PPO) -> list[Tensor]:
 
     def noted(new: Evaluation, batch: Any) -> Any:
         assert new.log_prob.dtype == new.value.dtype == new.entropy.dtype == torch.float32
-        ratios.append((new.log_prob - batch.log_probs)[batch.mask].detach())
+        ratios.append((new.log_prob - batch.log_probs)[batch.response_mask].detach())
         value = loss(new, batch)
         assert value[0].dtype == torch.float32
         return value
@@ -128,7 +128,7 @@ def gradients_of(agent: PPO) -> dict[str, Tensor]:
 
 def plain_loss(agent: PPO, rollout: Rollout, plainly: Callable[..., Evaluation]) -> Tensor:
     """PPO's loss before its first step: equations over single sequences, one token after the other."""
-    config, mask, coef = agent.config, rollout.mask, agent.penalty.coef
+    config, mask, coef = agent.config, rollout.response_mask, agent.penalty.coef
     new = plainly(agent.policy, rollout.sequences)
     old, values = new.log_prob.detach(), new.value.detach()
     assert_close(rollout.log_probs, old, terms=FORWARD)
@@ -240,9 +240,9 @@ def test_a_row_alone_and_in_a_batch(kind: str) -> None:
     observation, _ = agent.envs.reset(options={"prompt_index": [0, 1, 2, 3, 2, 1, 0, 3]})
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
     settings = task.episodes.max_new_tokens, task.episodes.stop, True
-    together = agent.policy.write(ids, lengths, *settings)
+    together = agent.policy.generate(ids, lengths, *settings)
     for row in range(ROWS):
-        alone = agent.policy.write(ids[row : row + 1], lengths[row : row + 1], *settings)
+        alone = agent.policy.generate(ids[row : row + 1], lengths[row : row + 1], *settings)
         end = int(alone.lengths[0])
         assert end == together.lengths[row]
         assert alone.tokens[0, :end].tolist() == together.tokens[row, :end].tolist()
@@ -315,8 +315,8 @@ def test_tokens_of_the_environment_are_not_trained_on(kind: str, plainly: Any) -
     agent = make_agent(kind, GameVectorEnv(ROWS, Echo, **settings, reference=reference))
     rollouts = rollouts_of(agent)
     assert_gradient_is_plain(agent, plainly)
-    steps = torch.arange(rollouts[0].mask.shape[1])
-    theirs = (steps < rollouts[0].sequences.response_lengths[:, None]) & ~rollouts[0].mask
+    steps = torch.arange(rollouts[0].response_mask.shape[1])
+    theirs = (steps < rollouts[0].sequences.response_lengths[:, None]) & ~rollouts[0].response_mask
     assert theirs.sum() > ROWS, "the environment wrote"
 
 
@@ -348,9 +348,9 @@ def test_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
     rollouts = [agent.collect() for agent in (fast, slow)]
     assert captures, "the first one was written in captured steps"
     written, stepped = rollouts
-    sequences, mask = written.sequences, written.mask
+    sequences, mask = written.sequences, written.response_mask
     assert torch.equal(sequences.actions, stepped.sequences.actions)
-    assert torch.equal(mask, stepped.mask)
+    assert torch.equal(mask, stepped.response_mask)
     kl, rewards, advantages = [], [], []
     for agent, rollout in zip((fast, slow), rollouts, strict=True):
         kl.append(agent.measure_kl(rollout))

@@ -303,7 +303,7 @@ def test_a_dear_penalty_keeps_the_policy_near_the_old_one() -> None:
             for coef in (0.0, 100.0)
         )
         nearer.append(float(np.log(free["policy/kl_old_new"] / dear["policy/kl_old_new"])))
-    assert_learns(nearer, at_least=0.4, measured=Measured(mean=2.22, deviation=0.36, runs=8))
+    assert_learns(nearer, at_least=0.4, measured=Measured(mean=2.22, standard_deviation=0.36, runs=8))
 
 
 def test_groups_share_their_prompt() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
 from textgym.agents.common.replay_agent import Behaviour, ReplayAgent
-from textgym.agents.common.replay_memory import EpisodeMemory, Memories
+from textgym.agents.common.replay_buffer import ReplayBatch, ReplayBuffer
 from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions import log_probs
@@ -88,16 +88,16 @@ def lead_of_best(policy: ActorCritic) -> float:
 
 
 GREEDY_LEADS = {
-    "greedy": (25, Measured(mean=0.637, deviation=0.020, runs=6)),
-    "double": (25, Measured(mean=0.643, deviation=0.020, runs=6)),
-    "not dueling": (25, Measured(mean=0.635, deviation=0.020, runs=6)),
-    "n steps": (25, Measured(mean=0.640, deviation=0.021, runs=6)),
-    "noisy": (25, Measured(mean=0.755, deviation=0.040, runs=6)),
-    "quantiles": (25, Measured(mean=0.713, deviation=0.048, runs=6)),
-    "prioritised": (25, Measured(mean=0.659, deviation=0.032, runs=6)),
-    "everything": (50, Measured(mean=0.665, deviation=0.006, runs=6)),
-    "pathwise": (40, Measured(mean=6.19, deviation=1.09, runs=12)),
-    "pathwise, gumbel": (40, Measured(mean=6.19, deviation=1.09, runs=12)),
+    "greedy": (25, Measured(mean=0.637, standard_deviation=0.020, runs=6)),
+    "double": (25, Measured(mean=0.643, standard_deviation=0.020, runs=6)),
+    "not dueling": (25, Measured(mean=0.635, standard_deviation=0.020, runs=6)),
+    "n steps": (25, Measured(mean=0.640, standard_deviation=0.021, runs=6)),
+    "noisy": (25, Measured(mean=0.755, standard_deviation=0.040, runs=6)),
+    "quantiles": (25, Measured(mean=0.713, standard_deviation=0.048, runs=6)),
+    "prioritised": (25, Measured(mean=0.659, standard_deviation=0.032, runs=6)),
+    "everything": (50, Measured(mean=0.665, standard_deviation=0.006, runs=6)),
+    "pathwise": (40, Measured(mean=6.19, standard_deviation=1.09, runs=12)),
+    "pathwise, gumbel": (40, Measured(mean=6.19, standard_deviation=1.09, runs=12)),
 }
 """Updates, and the lead of the best text after them."""
 
@@ -124,8 +124,8 @@ def test_the_soft_policy_is_the_closed_form() -> None:
         log_probs = SMALL.log_probs(learned("soft", seed, updates=50, max_grad_norm=100.0))
         gaps.append(optimum.gap_closed(log_probs))
         nearness.append(-float(np.abs(np.exp(log_probs) - optimum.probabilities).sum()))
-    assert_learns(gaps, at_least=0.99, measured=Measured(mean=0.9999, deviation=0.0001, runs=6))
-    assert_learns(nearness, at_least=-0.1, measured=Measured(mean=-0.009, deviation=0.007, runs=6))
+    assert_learns(gaps, at_least=0.99, measured=Measured(mean=0.9999, standard_deviation=0.0001, runs=6))
+    assert_learns(nearness, at_least=-0.1, measured=Measured(mean=-0.009, standard_deviation=0.007, runs=6))
 
 
 @pytest.mark.slow
@@ -143,8 +143,8 @@ def test_without_a_learning_rate_or_with_flipped_rewards_the_best_text_is_not_fo
 @pytest.mark.parametrize("name", ["soft", "everything", "pathwise"])
 def test_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
     beta = 0.3 if name == "soft" else 0.0
-    whole = make_agent(name, memory_size=80).learn(160)
-    part = make_agent(name, memory_size=80)
+    whole = make_agent(name, buffer_size=80).learn(160)
+    part = make_agent(name, buffer_size=80)
     part.learn(160, [lambda agent, _: agent.updates < 3])
     part.save(tmp_path / "agent")
     resumed = type(part).load(tmp_path / "agent", envs=make_envs(beta)).learn(160)
@@ -184,9 +184,9 @@ def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) ->
         assert "lora" in key or "value_head" in key or torch.equal(expected, start[key]), key
 
 
-def remember(memory: EpisodeMemory, *chosen: int) -> None:
+def remember(memory: ReplayBuffer, *chosen: int) -> None:
     sequences = texts(*chosen)
-    rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.mask
+    rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.response_mask
     memory.add(sequences, rewards, -rewards, longest=TASK.horizon)
 
 
@@ -202,12 +202,12 @@ def actor(noise: float = 1.0) -> ActorCritic:
 # --- targets by hand ---
 
 
-def batch_of(agent: ReplayAgent, *chosen: int) -> Memories:
+def batch_of(agent: ReplayAgent, *chosen: int) -> ReplayBatch:
     sequences = texts(*chosen)
-    rewards = torch.where(sequences.mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
+    rewards = torch.where(sequences.response_mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
     reference = agent.penalty.reference.sequence_log_probs(sequences)
     ones = torch.ones(len(chosen))
-    return Memories(sequences, rewards, reference, ones, torch.arange(len(chosen)))
+    return ReplayBatch(sequences, rewards, reference, ones, torch.arange(len(chosen)))
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -326,7 +326,7 @@ def test_behaviour_log_probs_are_those_of_the_mixture(greedy: bool, epsilon: flo
         own = torch.nn.functional.one_hot(own.argmax(-1), TASK.vocab_size).float()
     mixed = (1 - epsilon) * own + epsilon * (reference.logits(states) / 2.0).softmax(-1)
     expected = mixed.gather(1, rollout.sequences.actions[:, None])[:, 0].log()
-    assert_close(rollout.log_probs[rollout.mask], expected.detach(), terms=FORWARD)
+    assert_close(rollout.log_probs[rollout.response_mask], expected.detach(), terms=FORWARD)
 
 
 def test_epsilon_falls() -> None:
@@ -406,9 +406,9 @@ def _without_noise(values: Any, *arguments: Any) -> Any:
 
 
 FALLS = {  # of the logarithm of the error
-    "soft": Measured(mean=0.700, deviation=0.078, runs=12),
-    "everything": Measured(mean=0.997, deviation=0.127, runs=12),
-    "pathwise": Measured(mean=1.486, deviation=0.156, runs=12),
+    "soft": Measured(mean=0.700, standard_deviation=0.078, runs=12),
+    "everything": Measured(mean=0.997, standard_deviation=0.127, runs=12),
+    "pathwise": Measured(mean=1.486, standard_deviation=0.156, runs=12),
 }
 
 
@@ -454,7 +454,7 @@ def test_errors_do_not_fall_without_a_learning_rate(name: str) -> None:
         (lambda: make_agent("soft", make_envs(AdaptiveKL(6.0))), "no controller may move it"),
         (lambda: make_agent("soft", make_envs(0.3, kl_estimator="k3")), "leave kl_estimator='k1'"),
         (lambda: make_agent("soft", make_envs(0.3, kl_clamp=1.0)), "kl_clamp=None"),
-        (lambda: remember(EpisodeMemory(capacity=1), 1, 2), "set memory_size to at least"),
+        (lambda: remember(ReplayBuffer(capacity=1), 1, 2), "set buffer_size to at least"),
     ],
 )
 def test_bad_settings_are_explained(make: Any, message: str) -> None:

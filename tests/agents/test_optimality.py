@@ -62,7 +62,7 @@ def test_every_agent_comes_near_the_optimum(name: str) -> None:
     The chance of a false failure is 1e-5, by the formula of `textgym.testing.learning`.
     """
     gains = [gain_of(name, seed) for seed in range(2)]
-    assert_learns(gains, at_least=0.4, measured=Measured(mean=0.747, deviation=0.037, runs=8))
+    assert_learns(gains, at_least=0.4, measured=Measured(mean=0.747, standard_deviation=0.037, runs=8))
 
 
 def flip_rewards(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from textgym.agents import Pathwise, PathwiseConfig
-from textgym.agents.common.replay_memory import Memories
+from textgym.agents.common.replay_buffer import ReplayBatch
 from textgym.agents.pathwise import relax
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.log_probs import StopRule
@@ -34,12 +34,12 @@ def make_agent(envs: Any = None, **changes: Any) -> Pathwise:
     return Pathwise(policy, make_envs() if envs is None else envs, PathwiseConfig(**config))
 
 
-def batch_of(agent: Pathwise, *chosen: int) -> Memories:
+def batch_of(agent: Pathwise, *chosen: int) -> ReplayBatch:
     sequences = texts(*chosen)
-    rewards = torch.where(sequences.mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
+    rewards = torch.where(sequences.response_mask, torch.arange(1.0, 1 + TASK.horizon), 0.0)
     reference = agent.penalty.reference.sequence_log_probs(sequences)
     ones = torch.ones(len(chosen))
-    return Memories(sequences, rewards, reference, ones, torch.arange(len(chosen)))
+    return ReplayBatch(sequences, rewards, reference, ones, torch.arange(len(chosen)))
 
 
 def test_relaxed_tokens_are_drawn_from_the_policy() -> None:
@@ -144,7 +144,7 @@ def kl_left(seed: int, **changes: Any) -> float:
 def test_pathwise_learns_to_pay_less_kl() -> None:
     """A false failure has a chance below 1e-9."""
     gains = [1 - kl_left(seed) for seed in range(2)]
-    assert_learns(gains, at_least=0.7, measured=Measured(mean=0.991, deviation=0.001, runs=6))
+    assert_learns(gains, at_least=0.7, measured=Measured(mean=0.991, standard_deviation=0.001, runs=6))
 
 
 @pytest.mark.slow

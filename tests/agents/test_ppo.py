@@ -70,7 +70,7 @@ def gain_of(critic: str, seed: int, learning_rate: float = 3e-3, **changes: Any)
 def test_learns(critic: str) -> None:
     """A transformer; test_optimality.py has tables and the other agents. A false failure has a chance of 1e-7."""
     gains = [gain_of(critic, seed) for seed in range(2)]
-    assert_learns(gains, at_least=0.5, measured=Measured(mean=0.858, deviation=0.008, runs=6))
+    assert_learns(gains, at_least=0.5, measured=Measured(mean=0.858, standard_deviation=0.008, runs=6))
 
 
 @pytest.mark.slow

@@ -72,9 +72,9 @@ def test_token_level_rewards_are_scaled_with_the_score() -> None:
     actions = rollout.sequences.pad(rollout.sequences.actions)
     per_token = rollout.rewards
     assert_close(per_token.sum(1), rollout.scores, terms=FORWARD)
-    nonzero = per_token[(actions % 2 == 1) & rollout.mask]
+    nonzero = per_token[(actions % 2 == 1) & rollout.response_mask]
     assert (nonzero > 0.3).all(), "each odd token has its own reward, in units of the deviation"
-    assert (per_token[(actions % 2 == 0) & rollout.mask].abs() < 1e-5).all()
+    assert (per_token[(actions % 2 == 0) & rollout.response_mask].abs() < 1e-5).all()
 
 
 def test_logged_metrics_failures_and_rows_left_out_are_reported() -> None:

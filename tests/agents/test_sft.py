@@ -98,7 +98,7 @@ def gain_of(seed: int, **config: Any) -> float:
 def test_learns(bf16: bool) -> None:
     """A false failure has a chance of 1e-7; both arithmetics gain the same."""
     gains = [gain_of(seed, epochs=8, bf16=bf16) for seed in range(2)]
-    assert_learns(gains, at_least=0.5, measured=Measured(mean=0.959, deviation=0.01, runs=6))
+    assert_learns(gains, at_least=0.5, measured=Measured(mean=0.959, standard_deviation=0.01, runs=6))
 
 
 @pytest.mark.slow

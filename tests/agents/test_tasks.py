@@ -36,7 +36,7 @@ def gain_of(seed: int, learning_rate: float = 3e-3) -> float:
 def test_ppo_improves_the_metric_of_a_toy_over_the_untrained_policy() -> None:
     """A false failure has a chance of 5e-5."""
     gains = [gain_of(seed) for seed in range(3)]
-    assert_learns(gains, at_least=0.05, measured=Measured(mean=0.323, deviation=0.035, runs=6))
+    assert_learns(gains, at_least=0.05, measured=Measured(mean=0.323, standard_deviation=0.035, runs=6))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ LENGTHS = torch.tensor(TRL["lengths"])
 def batch() -> Batch:
     width = NEW.shape[1]
     sequences = Sequences(torch.zeros(4, 1 + width, dtype=torch.long), torch.ones_like(LENGTHS), LENGTHS)
-    advantages = torch.where(sequences.mask, torch.tensor(TRL["advantages"])[:, None], 0.0)
+    advantages = torch.where(sequences.response_mask, torch.tensor(TRL["advantages"])[:, None], 0.0)
     return Batch(sequences, OLD, torch.zeros_like(OLD), advantages, torch.zeros_like(OLD), torch.arange(4))
 
 

@@ -30,7 +30,7 @@ def played(policy: ActorCritic) -> tuple[Sequences, Tensor]:
     lengths = torch.full((ROWS,), PROMPT, device=policy.device)
     policy.seed(0)
     for _ in range(3):  # the third time by captured steps
-        responses = policy.write(prompts, lengths, NEW, StopRule())
+        responses = policy.generate(prompts, lengths, NEW, StopRule())
     ids = torch.cat([prompts[:, :PROMPT], responses.tokens], 1)
     return Sequences(ids, lengths, torch.full_like(lengths, NEW)), responses.log_probs
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.decoding.generation import Responses, ResponseWriter
+from textgym.models.decoding.generation import ResponseGenerator, Responses
 from textgym.models.distributions.log_probs import StopRule
 from textgym.models.distributions.masks import TopKMask
 from textgym.models.sequences import Sequences
@@ -70,7 +70,7 @@ def evaluated(policy: ActorCritic, sequences: Sequences) -> tuple[Evaluation, di
 def written(policy: ActorCritic, device: torch.device, stop: StopRule = STOP) -> tuple[Sequences, Responses]:
     """Responses by `write`, and the same as sequences."""
     prompts = make_prompts(device)
-    responses = policy.write(prompts, PROMPTS.to(device), NEW, stop)
+    responses = policy.generate(prompts, PROMPTS.to(device), NEW, stop)
     return as_sequences(prompts, responses, stop), responses
 
 
@@ -114,7 +114,7 @@ def test_what_act_and_write_note_is_the_whole_model_row_by_row(
     for turn in range(3):  # a captured step is replayed from the third time on
         sequences, responses = written(policy, device)
         with torch.no_grad():
-            plain, mask = plainly(policy, sequences), sequences.mask
+            plain, mask = plainly(policy, sequences), sequences.response_mask
         noted = responses.log_probs[:, : mask.shape[1]][mask]
         assert_close(noted, plain.log_prob[mask], terms=terms_of(policy), what=f"turn {turn}")
 
@@ -131,10 +131,10 @@ def test_captured_steps_write_what_eager_steps_write(device: torch.device) -> No
     for turn in range(4):
         for rows in (6, 4):
             policy.seed(turn)
-            fast = policy.write(prompts[:rows], lengths[:rows], NEW, STOP)
-            eager = ResponseWriter(policy, rows, WIDTH, NEW, STOP)
+            fast = policy.generate(prompts[:rows], lengths[:rows], NEW, STOP)
+            eager = ResponseGenerator(policy, rows, WIDTH, NEW, STOP)
             policy.seed(turn)
-            plain = eager.write(prompts[:rows], lengths[:rows])
+            plain = eager.generate(prompts[:rows], lengths[:rows])
 
             assert fast.lengths.tolist() == plain.lengths.tolist()
             mask = torch.arange(NEW, device=device) < plain.lengths[:, None]
@@ -161,7 +161,7 @@ def test_what_is_banned_is_never_sampled(device: torch.device) -> None:
     prompts, lengths = make_prompts(device)[:1].repeat(rows, 1), PROMPTS[:1].repeat(rows).to(device)
     stops = torch.tensor(STOP.ids, device=device)
     for _ in range(3):
-        responses = policy.write(prompts, lengths, NEW, STOP)
+        responses = policy.generate(prompts, lengths, NEW, STOP)
         assert int(responses.lengths.min()) > STOP.min_new_tokens
         assert not torch.isin(responses.tokens[:, : STOP.min_new_tokens], stops).any()
         assert responses.log_probs.isfinite().all()
@@ -182,7 +182,7 @@ def test_samples_follow_the_distribution(device: torch.device) -> None:
     """Counts of the first token: a chi-square test with 59 degrees of freedom exceeds 130 in one of 10^6 runs."""
     policy, rows = make_policy(device), 20_000
     prompts, lengths = make_prompts(device)[:1].repeat(rows, 1), PROMPTS[:1].repeat(rows).to(device)
-    tokens = policy.write(prompts, lengths, 1, StopRule()).tokens[:, 0]
+    tokens = policy.generate(prompts, lengths, 1, StopRule()).tokens[:, 0]
     mask = (torch.arange(WIDTH, device=device) < PROMPTS[0]).long()[None]
     expected = rows * policy.next_logits({"input_ids": prompts[:1], "attention_mask": mask})[0].softmax(0).double()
     counts = torch.bincount(tokens, minlength=V)

@@ -54,12 +54,12 @@ def test_a_policy_that_has_acted_can_be_moved_there_and_back(make_envs: Make, cr
 
 def test_a_policy_that_has_written_can_be_moved() -> None:
     policy, ids = ActorCritic.from_pretrained("tiny"), prompts()
-    policy.write(*ids, 4, ANYTIME)
+    policy.generate(*ids, 4, ANYTIME)
     policy.to("cuda")
     for _ in range(3):  # the third one replays
-        assert policy.write(*ids, 4, ANYTIME).tokens.is_cuda
+        assert policy.generate(*ids, 4, ANYTIME).tokens.is_cuda
     policy.cpu()
-    assert not policy.write(*ids, 4, ANYTIME).tokens.is_cuda
+    assert not policy.generate(*ids, 4, ANYTIME).tokens.is_cuda
 
 
 def test_sampling_after_a_move_follows_from_the_seed_before_it() -> None:
@@ -67,7 +67,7 @@ def test_sampling_after_a_move_follows_from_the_seed_before_it() -> None:
     for seed in (5, 5, 6):
         policy = ActorCritic.from_pretrained("tiny")
         policy.seed(seed)
-        texts.append(policy.to("cuda").write(*prompts(), 8, StopRule((0,), 8)).tokens.tolist())
+        texts.append(policy.to("cuda").generate(*prompts(), 8, StopRule((0,), 8)).tokens.tolist())
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -207,9 +207,9 @@ def test_whole_responses_may_come_from_the_cpu(make_policy: Make, make_envs: Mak
 def test_a_policy_on_another_gpu_than_the_current_one_writes_as_on_the_cpu(two_gpus: None, make_policy: Make) -> None:
     policy, expected = make_policy("cuda:1"), make_policy("cpu")
     for _ in range(3):  # the third one replays
-        for writer in (policy, expected):
-            writer.seed(0)
-        there, here = (writer.write(*prompts(), 8, StopRule((0,), 8)) for writer in (policy, expected))
+        for generator in (policy, expected):
+            generator.seed(0)
+        there, here = (generator.generate(*prompts(), 8, StopRule((0,), 8)) for generator in (policy, expected))
         assert there.tokens.tolist() == here.tokens.tolist()
     assert torch.cuda.current_device() == 0
 
@@ -252,7 +252,7 @@ def test_writing_under_autocast_is_writing_without(make_policy: Make) -> None:
     for enabled in (False, True, True):
         policy.seed(0)
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-            written.append(policy.write(*prompts(), 8, ANYTIME).log_probs.tolist())
+            written.append(policy.generate(*prompts(), 8, ANYTIME).log_probs.tolist())
     assert written[0] == written[1] == written[2]
 
 
@@ -265,7 +265,7 @@ def test_replayed_steps_count_as_if_they_were_carried_out(make_policy: Make) -> 
         policy = make_policy(device)
         for _ in range(3):  # the first one captures and replays, the third one only replays
             with FlopCount() as count:
-                policy.write(*prompts(), 8, StopRule((0,), 8))
+                policy.generate(*prompts(), 8, StopRule((0,), 8))
             products.setdefault(device, []).append(count.by_operation["mm"])
     assert products["cuda"] == products["cpu"]
     assert min(products["cuda"]) > 0

@@ -31,7 +31,7 @@ def respond(policy: ActorCritic, stop: StopRule = STOP, rows: int = 8, tokens: i
     ids = torch.randint(3, 50, (rows, 24), generator=torch.Generator().manual_seed(0))
     ids[1] = ids[0]
     lengths = torch.tensor(LENGTHS[:rows])
-    responses = policy.write(ids.to(policy.device), lengths.to(policy.device), tokens, stop, **kwargs)
+    responses = policy.generate(ids.to(policy.device), lengths.to(policy.device), tokens, stop, **kwargs)
     real = torch.arange(tokens, device=policy.device) < responses.lengths[:, None]
     return {name: column * real if column.dim() == 2 else column for name, column in responses._asdict().items()}
 

@@ -53,9 +53,9 @@ def test_a_step_of_the_environment_waits_seldom(
 def test_captured_generation_waits_every_tenth_token(syncs: Counting, tiny_policy: Callable[..., ActorCritic]) -> None:
     policy, ids = tiny_policy(), torch.randint(3, 50, (8, 96), device="cuda")
     lengths, stop = torch.arange(3, 11, device="cuda"), StopRule((256,), TOKENS)
-    policy.write(ids, lengths, TOKENS, stop)  # captures
+    policy.generate(ids, lengths, TOKENS, stop)  # captures
     with syncs() as seen:
-        policy.write(ids, lengths, TOKENS, stop)
+        policy.generate(ids, lengths, TOKENS, stop)
     assert seen.total() <= 0.1 * TOKENS, shown(seen)
 
 

@@ -65,7 +65,7 @@ class Episodes:
         self.prompt_lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.alive = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.slots = torch.arange(self.width, device=device)
-        self.written = torch.ones(num_rows, max_new_tokens, dtype=torch.bool, device=device)  # by the policy
+        self.generated = torch.ones(num_rows, max_new_tokens, dtype=torch.bool, device=device)  # by the policy
         self.is_stop = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self.is_stop[list(stop.ids)] = True
         self.prompts = np.full(num_rows, b"", dtype=object)  # their ids, as `first_tokens` gives them
@@ -92,7 +92,7 @@ class Episodes:
         fresh[:, :width] = torch.where(self.slots[:width] < sizes[:, None], ids, self.pad_token_id)
         self.input_ids[index] = fresh
         self.lengths[index] = self.prompt_lengths[index] = sizes
-        self.written[index] = True
+        self.generated[index] = True
         self.alive[index] = True
         self.prompts[rows] = first_tokens(host_ids, host_lengths)
         self.host_lengths[rows] = self.host_prompt_lengths[rows] = lengths
@@ -148,7 +148,7 @@ class Episodes:
         start = int(self.host_lengths[row])
         step = start - int(self.host_prompt_lengths[row])
         self.input_ids[row, start : start + len(tokens)] = torch.tensor(tokens, device=self.input_ids.device)
-        self.written[row, step : step + len(tokens)] = False
+        self.generated[row, step : step + len(tokens)] = False
         self.lengths[row] += len(tokens)
         self.host_lengths[row] += len(tokens)
         self.replied[row] = True
@@ -201,7 +201,7 @@ class Episodes:
             self.prompt_lengths.clone(),
             self.response_lengths,
             self.stop,
-            self.written.clone() if self.replied.any() else None,
+            self.generated.clone() if self.replied.any() else None,
             self.decoder_start,
             host,
         )

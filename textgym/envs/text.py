@@ -107,7 +107,7 @@ class TextEnv(gym.Env[ObsType, int]):
         if seed is not None:
             self.task.forget_prompts()
         prompt = prompt_choice(options, 1, len(self.task.rows))
-        self.task.begin(np.array([0]), self.task.draw(1, self.np_random) if prompt is None else prompt)
+        self.task.begin(np.array([0]), self.task.next_prompts(1, self.np_random) if prompt is None else prompt)
         self._score = None
         return self._observation(), self._with_mask({})
 

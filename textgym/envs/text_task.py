@@ -142,7 +142,7 @@ class TextTask:
         """Begins a new epoch of prompts, as a new seed does."""
         self.queue = []
 
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+    def next_prompts(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """The next prompts, without replacement until all have been seen, then anew: indices `(count,)`."""
         while len(self.queue) < count:
             self.queue += rng.permutation(len(self.rows)).tolist()
@@ -187,7 +187,7 @@ class TextTask:
         return StepOutcome(rewards, ends, ended, infos)
 
     @property
-    def writes_alone(self) -> bool:
+    def takes_whole_responses(self) -> bool:
         """Whether a response is the policy's tokens and nothing else until a stop token or the limit ends it.
 
         Not so with stop strings, an `action_mask`, a KL that is paid token by token, or an environment that answers.
@@ -198,9 +198,9 @@ class TextTask:
         """Ends all rows, which have just begun, with whole responses `(B, T)` of these lengths `(B,)`.
 
         Raises:
-            ValueError: something else than the policy's tokens makes up a response, see `writes_alone`.
+            ValueError: something else than the policy's tokens makes up a response, see `takes_whole_responses`.
         """
-        if not self.writes_alone:
+        if not self.takes_whole_responses:
             raise ValueError(
                 "whole responses can be submitted only where kl_mode='deferred' and there are no stop strings, no "
                 "action_mask and no replies of the environment: step through it instead"

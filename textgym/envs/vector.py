@@ -88,7 +88,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         mask = self._reset_mask(options)
         rows = np.flatnonzero(mask)
         prompts = prompt_choice(options, len(rows), len(self.task.rows))
-        self.task.begin(rows, self.task.draw(len(rows), self.np_random) if prompts is None else prompts)
+        self.task.begin(rows, self.task.next_prompts(len(rows), self.np_random) if prompts is None else prompts)
         self.waiting = np.zeros(self.num_envs, dtype=bool) if self.waiting is None else self.waiting & ~mask
         return self._shown()[0], self._with_mask({})
 
@@ -153,7 +153,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     def _restart(self, mask: np.ndarray) -> None:
         rows = np.flatnonzero(mask)
         if len(rows):
-            self.task.begin(rows, self.task.draw(len(rows), self.np_random))
+            self.task.begin(rows, self.task.next_prompts(len(rows), self.np_random))
 
     def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
         if self.waiting is None or options is None or "reset_mask" not in options:

@@ -20,7 +20,7 @@ from textgym.models.architectures.attention import States, checkpoint_layers
 from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.decoding.contexts import read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
-from textgym.models.decoding.generation import Responses, Writers
+from textgym.models.decoding.generation import ResponseGenerators, Responses
 from textgym.models.decoding.sampling import sample
 from textgym.models.distributions.log_probs import StopRule, token_log_probs
 from textgym.models.loading import disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
@@ -77,7 +77,7 @@ class ActorCritic(TokenModel):
         nn.init.zeros_(self.value_head.bias)
         self.generator: torch.Generator | None = torch.Generator(self.device)
         self._critic_decoder: CachedDecoder | CachedEncoderDecoder | None = None
-        self._writers = Writers()
+        self._generators = ResponseGenerators()
 
     @classmethod
     def from_pretrained(
@@ -133,7 +133,7 @@ class ActorCritic(TokenModel):
         """
         super()._apply(fn, recurse)
         self.value_head._apply(Tensor.float)
-        self._writers = Writers()
+        self._generators = ResponseGenerators()
         if self.generator is not None and self.generator.device != self.device:
             seed = seed_of(self.generator.get_state())
             self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -158,25 +158,25 @@ class ActorCritic(TokenModel):
     def _act(self, observation: Observation, deterministic: bool, action_masks: Any, with_value: bool) -> Step:
         hidden, batched = self._advance(observation)
         log_probs = self.distribution(action_masks).log_probs(self.head(hidden))  # (B, V)
-        action = log_probs.argmax(-1) if deterministic else self.draw(log_probs.exp())
+        action = log_probs.argmax(-1) if deterministic else self.sample(log_probs.exp())
         log_prob = log_probs.gather(1, action[:, None])[:, 0]
         value = torch.zeros_like(log_prob)
         if with_value:
             value = self.value_head(self._critic_hidden(hidden).float())[:, 0]
         return Step(action, log_prob, value) if batched else Step(action[0], log_prob[0], value[0])
 
-    def write(
+    def generate(
         self, prompts: Tensor, lengths: Tensor, max_new_tokens: int, stop: StopRule, deterministic: bool = False
     ) -> Responses:
-        """Whole responses to right-padded prompts `(B, W)` of these lengths `(B,)`: what `act` would draw, but faster.
+        """Return whole responses to right-padded prompts `(B, W)` of lengths `(B,)`: what `act` would sample, faster.
 
         W has room for the longest prompt with `max_new_tokens` more. A critic of its own is not asked for values.
         """
         prompts, lengths = prompts.to(self.device), lengths.to(self.device)
         num_rows, width = prompts.shape
         with on_device(self.device), self._own_precision():
-            writer = self._writers.get(self, num_rows, width, max_new_tokens, stop)
-            return writer.write(prompts, lengths, deterministic)
+            generator = self._generators.get(self, num_rows, width, max_new_tokens, stop)
+            return generator.generate(prompts, lengths, deterministic)
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """The action of `act`, nothing else."""
@@ -247,7 +247,7 @@ class ActorCritic(TokenModel):
         """Frees the key-value caches of policy and critic; captured steps are worth the memory of theirs."""
         super().reset_cache()
         self._critic_decoder = None
-        self._writers.reset()
+        self._generators.reset()
 
     def checkpoint_layers(self) -> None:
         """From now on an update keeps what goes into each layer alone, for less memory and more time."""
@@ -258,7 +258,7 @@ class ActorCritic(TokenModel):
     @property
     def cache_bytes(self) -> int:
         """Bytes of the key-value caches of policy and critic, as they are now."""
-        return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._writers) if x is not None)
+        return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._generators) if x is not None)
 
     def reference(self) -> TokenModel:
         """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""
@@ -299,7 +299,7 @@ class ActorCritic(TokenModel):
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
 
-    def draw(self, probabilities: Tensor) -> Tensor:
+    def sample(self, probabilities: Tensor) -> Tensor:
         """Samples one index `(B,)` from each row `(B, V)`, by one random number a row."""
         noise = torch.rand(len(probabilities), 1, device=self.device, generator=self.generator)
         return sample(probabilities, noise)

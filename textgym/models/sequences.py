@@ -37,8 +37,8 @@ class HostRows(NamedTuple):
     def read(cls, sequences: Sequences) -> HostRows:
         """By one copy from the device."""
         lengths = sequences.response_lengths
-        written = sequences.written
-        counts = lengths if written is None else _real(lengths, written, written.shape[1]).sum(1)
+        generated = sequences.generated
+        counts = lengths if generated is None else _real(lengths, generated, generated.shape[1]).sum(1)
         ids, prompt_lengths, lengths, counts = to_host(sequences.input_ids, sequences.prompt_lengths, lengths, counts)
         prompts = np.array([*first_tokens(ids, prompt_lengths), None], dtype=object)[:-1]
         return cls(prompts, prompt_lengths.numpy(), lengths.numpy(), counts.numpy())
@@ -59,7 +59,7 @@ class Sequences:
         prompt_lengths: `(N,)`, at least 1.
         response_lengths: `(N,)`, at least 1.
         stop: which tokens end a response and how early they may, see `StopRule`.
-        written: bool `(N, T)` or wider, the response tokens that the policy wrote; `None` where it wrote all. What an
+        generated: bool `(N, T)` or wider, the response tokens that the policy wrote; `None` where it wrote all. What an
             environment put in between, such as the replies of a game, is context: no loss, no KL, no value.
         decoder_start: for encoder-decoder models, the token ids that the decoder begins with, before the response.
         known: what the host knows of the rows already; `None` reads it from the device when it is needed.
@@ -69,7 +69,7 @@ class Sequences:
     prompt_lengths: Tensor
     response_lengths: Tensor
     stop: StopRule = field(default_factory=StopRule)
-    written: Tensor | None = None
+    generated: Tensor | None = None
     decoder_start: tuple[int, ...] = ()
     known: HostRows | None = None
 
@@ -87,7 +87,7 @@ class Sequences:
             input_ids=self.input_ids[rows],
             prompt_lengths=self.prompt_lengths[rows],
             response_lengths=self.response_lengths[rows],
-            written=None if self.written is None else self.written[rows],
+            generated=None if self.generated is None else self.generated[rows],
             known=self.host.take(host_rows),
         )
 
@@ -100,23 +100,25 @@ class Sequences:
             input_ids=self.input_ids.to(device),
             prompt_lengths=self.prompt_lengths.to(device),
             response_lengths=self.response_lengths.to(device),
-            written=None if self.written is None else self.written.to(device),
+            generated=None if self.generated is None else self.generated.to(device),
             known=self.host,
         )
 
     @classmethod
     def cat(cls, parts: Sequence[Sequences]) -> Sequences:
         """The rows of several, which are equally wide."""
-        written = None
-        if any(part.written is not None for part in parts):
-            width = max(part.mask.shape[1] for part in parts)
-            written = torch.cat([F.pad(part.mask, (0, width - part.mask.shape[1])) for part in parts])
+        generated = None
+        if any(part.generated is not None for part in parts):
+            width = max(part.response_mask.shape[1] for part in parts)
+            generated = torch.cat(
+                [F.pad(part.response_mask, (0, width - part.response_mask.shape[1])) for part in parts]
+            )
         return replace(
             parts[0],
             input_ids=torch.cat([part.input_ids for part in parts]),
             prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
             response_lengths=torch.cat([part.response_lengths for part in parts]),
-            written=written,
+            generated=generated,
             known=HostRows(*(np.concatenate(columns) for columns in zip(*(part.host for part in parts), strict=True))),
         )
 
@@ -136,16 +138,16 @@ class Sequences:
         return int(self.host.num_tokens.sum())
 
     @cached_property
-    def mask(self) -> Tensor:
+    def response_mask(self) -> Tensor:
         """Bool `(N, T)`, T the longest response: the real response tokens that the policy wrote."""
-        return _real(self.response_lengths, self.written, self.longest)
+        return _real(self.response_lengths, self.generated, self.longest)
 
     @cached_property
     def steps(self) -> tuple[Tensor, Tensor]:
         """Row and place in the response of each token that the policy wrote, `(M,)` each."""
-        if self.written is None:
+        if self.generated is None:
             return ragged(self.response_lengths, self.num_tokens)
-        rows, steps = self.mask.nonzero(as_tuple=True)
+        rows, steps = self.response_mask.nonzero(as_tuple=True)
         return rows, steps
 
     @property
@@ -209,7 +211,7 @@ def on_both(rows: slice | Tensor, device: torch.device) -> tuple[Any, Any]:
     return there, here.numpy()
 
 
-def _real(lengths: Tensor, written: Tensor | None, width: int) -> Tensor:
-    """Bool `(N, width)`: real tokens of responses of these lengths, of which `written` are the policy's own."""
+def _real(lengths: Tensor, generated: Tensor | None, width: int) -> Tensor:
+    """Bool `(N, width)`: real tokens of responses of these lengths, of which `generated` are the policy's own."""
     real = torch.arange(width, device=lengths.device) < lengths[:, None]
-    return real if written is None else real & written[:, :width]
+    return real if generated is None else real & generated[:, :width]

@@ -162,7 +162,7 @@ class KLPenalty:
         """
         if self.estimator != "full":
             reference_log_probs = self.reference.sequence_log_probs(sequences.to(self.reference.device))
-            return self.of_log_probs(log_probs, reference_log_probs, sequences.mask)
+            return self.of_log_probs(log_probs, reference_log_probs, sequences.response_mask)
         check_one_device(policy=policy.device, reference=self.reference.device)
         states = sequences.states()
         flat = full_kl(

@@ -133,7 +133,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         Raises:
             ValueError: the buffer is empty.
         """
-        pieces = self._draw(batch_size)
+        pieces = self._sample_pieces(batch_size)
         current, following, rewards, ended, discounts = (
             np.concatenate(columns) for columns in zip(*map(self._transitions, pieces), strict=True)
         )
@@ -182,7 +182,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
             ids[index, : lengths[index]] = piece.episode.input_ids[: lengths[index]]
         return PackedStates.prefixes(*map(self.to_torch, (ids, lengths, row, sizes)))
 
-    def _draw(self, batch_size: int) -> list[Piece]:
+    def _sample_pieces(self, batch_size: int) -> list[Piece]:
         under_way = np.flatnonzero(self.lengths > self.prompt_lengths)
         available = len(self.episodes) + len(under_way)
         if not available:

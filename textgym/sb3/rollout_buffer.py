@@ -203,7 +203,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
             self.to_torch(ids),
             self.to_torch(prompts),
             self.to_torch(lengths - prompts),
-            written=None if written is None else self.to_torch(written),
+            generated=None if written is None else self.to_torch(written),
             decoder_start=self.tokens.decoder_start,
         )
 

@@ -37,16 +37,16 @@ class Measured:
     """
 
     mean: float
-    deviation: float
+    standard_deviation: float
     runs: int = 20
 
     def chance_below(self, bar: float, seeds: int) -> float:
         """Return the chance that the mean of so many new seeds is below a bar.
 
-        >>> f"{Measured(mean=0.9, deviation=0.1, runs=20).chance_below(0.5, seeds=3):.0e}"
+        >>> f"{Measured(mean=0.9, standard_deviation=0.1, runs=20).chance_below(0.5, seeds=3):.0e}"
         '2e-06'
         """
-        error = self.deviation * math.sqrt(1 / seeds + 1 / self.runs)
+        error = self.standard_deviation * math.sqrt(1 / seeds + 1 / self.runs)
         return t_tail((self.mean - bar) / error, self.runs - 1)
 
 
@@ -61,7 +61,7 @@ def assert_learns(gains: Sequence[float], at_least: float, measured: Measured) -
     Raises:
         AssertionError: the mean gain is below the bar, or the bar is so high that correct agents would often fail.
 
-    >>> assert_learns([0.8, 0.9, 1.0], at_least=0.5, measured=Measured(mean=0.9, deviation=0.1))
+    >>> assert_learns([0.8, 0.9, 1.0], at_least=0.5, measured=Measured(mean=0.9, standard_deviation=0.1))
     """
     assert len(gains) > 1, "one seed decides nothing: average several"
     chance = measured.chance_below(at_least, len(gains))

@@ -75,7 +75,7 @@ def test_noise_is_factored_and_can_be_taken_away() -> None:
     heads = Heads(policy, noisy=True, n_quantiles=1)
     q = GreedyQ(policy, heads)
     plain = q.of_actions(sequences)
-    heads.redraw(torch.Generator().manual_seed(0))
+    heads.resample(torch.Generator().manual_seed(0))
     noisy = q.of_actions(sequences)
     assert (noisy - plain).abs().max() > 0.01
     hidden = policy.hidden(sequences.states())

@@ -87,7 +87,7 @@ def test_rows_end_at_their_first_stop_token_or_at_the_limit(length_limit: str) -
         assert not set(tokens[:-1]) & set(STOP)
         assert by_stop == (tokens[-1] in STOP)
         assert by_stop or len(tokens) == MAX_NEW_TOKENS
-    assert rollout.mask.sum(1).tolist() == lengths
+    assert rollout.response_mask.sum(1).tolist() == lengths
 
 
 def test_rows_that_ended_stay_untouched() -> None:
@@ -95,8 +95,8 @@ def test_rows_that_ended_stay_untouched() -> None:
     for row, length in enumerate(rollout.sequences.lengths.tolist()):
         assert (rollout.sequences.input_ids[row, length:] == PAD).all()
     for values in (rollout.log_probs, rollout.values, rollout.rewards):
-        assert values.shape == rollout.mask.shape
-        assert (values[~rollout.mask] == 0).all()
+        assert values.shape == rollout.response_mask.shape
+        assert (values[~rollout.response_mask] == 0).all()
 
 
 def test_ended_rows_are_not_decoded() -> None:
@@ -231,9 +231,9 @@ def test_merge_pads_to_the_longest() -> None:
     assert tokens_of(whole) == [row for part in (short, *parts) for row in tokens_of(part)]
     for name in ("log_probs", "values", "rewards"):
         joined: Tensor = getattr(whole, name)
-        assert joined.shape == whole.mask.shape
+        assert joined.shape == whole.response_mask.shape
         for start, part in zip((0, 1, 1 + ROWS, 1 + 2 * ROWS), (short, *parts), strict=True):
-            width = part.mask.shape[1]
+            width = part.response_mask.shape[1]
             rows = joined[start : start + len(part)]
             assert torch.equal(rows[:, :width], getattr(part, name))
             assert (rows[:, width:] == 0).all()

@@ -92,7 +92,7 @@ def test_a_rollout_holds_what_the_engine_wrote_and_the_trainers_log_probs(policy
     expected = policy.evaluate(rollout.sequences)
     assert_close(rollout.log_probs, expected.log_prob.detach(), terms=FORWARD)
     assert_close(rollout.values, expected.value.detach(), terms=FORWARD)
-    assert (rollout.log_probs < 0)[rollout.mask].all()
+    assert (rollout.log_probs < 0)[rollout.response_mask].all()
     assert rollout.scores.tolist() == [float(len(t["completion"])) for t in envs.unwrapped.transcript]
 
 

@@ -200,7 +200,7 @@ def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, enviro
     before = weights_of(whole)
     expected = learn(whole)
     assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
-    tokens = [[int(part.mask.sum()) for part in (r[: EPISODES // 2], r[EPISODES // 2 :])] for r in rollouts]
+    tokens = [[int(part.response_mask.sum()) for part in (r[: EPISODES // 2], r[EPISODES // 2 :])] for r in rollouts]
     assert any(first != second for first, second in tokens), "means of means would do as well"
     assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected, name in BY_EPISODES)
 

@@ -148,7 +148,7 @@ SETTINGS: dict[str, list[str]] = {
     "ppo": ["--minibatch-size", "4", "--kl-target", "3", "--critic", "separate"],
     "nlpo": ["--minibatch-size", "4"],
     "grpo": ["--group-size", "4"],
-    "dqn": ["--learning-starts", "8", "--batch-size", "4", "--memory-size", "24", "--prioritised"],
+    "dqn": ["--learning-starts", "8", "--batch-size", "4", "--buffer-size", "24", "--prioritised"],
     "sft": ["--data", "rows.jsonl"],
     "dpo": ["--data", "pairs.jsonl"],
 }

@@ -233,7 +233,7 @@ def test_distinct_2() -> None:
 
 
 def rollout_of(sequences: Sequences) -> Rollout:
-    nothing = torch.zeros(sequences.mask.shape)
+    nothing = torch.zeros(sequences.response_mask.shape)
     ended = torch.ones(len(sequences), dtype=torch.bool)
     return Rollout(sequences, nothing, nothing, nothing, nothing.sum(1), nothing.sum(1), ended, {})
 

@@ -162,7 +162,7 @@ def test_slow_and_fast_paths_agree(settings: dict[str, Any], restricted: int) ->
         assert terminated
         assert info["kl"] == pytest.approx(kl[row].sum().item(), abs=ROUNDING)
         assert info["score"] == pytest.approx(rollout.scores[row].item(), abs=ROUNDING)
-    mask = rollout.mask
+    mask = rollout.response_mask
     assert_close(rewards, fast, terms=FORWARD, scale=LOG_PROB)
     assert_close(stepped, fast, terms=FORWARD, scale=LOG_PROB)
     slow_advantages, _ = gae(rewards, values, mask, 0.99, 0.95)

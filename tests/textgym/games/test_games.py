@@ -51,7 +51,7 @@ def test_a_scripted_player_plays_to_the_end() -> None:
     assert (observation, terminated, info["ended_by_stop"]) == ("5?3<eos>>up5<eos>", True, True)
     assert reward == info["score"] == 0.75
     sequences = env.task.episodes.sequences()
-    assert sequences.mask.tolist() == [[True, True, False, False, False, True, True]]
+    assert sequences.response_mask.tolist() == [[True, True, False, False, False, True, True]]
     assert bytes(token for token in sequences.actions.tolist() if token != EOS) == b"35"
 
 
@@ -104,7 +104,7 @@ def scripted(texts: list[str]) -> Any:
 
 def test_environment_tokens_carry_no_loss_no_kl_and_gae_steps_over_them() -> None:
     policy, rollout = scripted(["3.5.", "7.6.4.", "5."])
-    mask = rollout.mask
+    mask = rollout.response_mask
     assert mask.sum(1).tolist() == [4, 6, 2]
     assert [row.nonzero()[0].item() for row in ~mask[:2]] == [2, 2]
 
@@ -149,7 +149,7 @@ def test_rollouts_of_games_merge() -> None:
     _, games = scripted(["3.5.", "7.6.4."])
     _, short = scripted(["5."])
     both = merge([short, games])
-    assert both.mask.sum(1).tolist() == [2, 4, 6]
+    assert both.response_mask.sum(1).tolist() == [2, 4, 6]
     torch.testing.assert_close(both[1:].log_probs, games.log_probs)
 
 

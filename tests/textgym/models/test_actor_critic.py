@@ -34,7 +34,7 @@ def observe(ids: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 def play(policy: ActorCritic, sequences: Sequences, **act: Any) -> tuple[Sequences, Tensor, Tensor]:
     """Samples all response tokens step by step; returns the sequences written, their log-probs and values."""
     ids, lengths = sequences.input_ids.clone(), sequences.prompt_lengths.clone()
-    mask, log_probs, values = sequences.mask, [], []
+    mask, log_probs, values = sequences.response_mask, [], []
     for t in range(mask.shape[1]):
         step = policy.act(observe(ids, lengths), **act)
         log_probs.append(step.log_prob * mask[:, t])
@@ -174,7 +174,7 @@ def test_pad_token_equal_to_eos() -> None:
     result = policy.evaluate(sequences)
     assert result.log_prob[0, 2] < 0
     assert (result.log_prob[1, 2:] == 0).all()
-    assert sequences.mask.sum(1).tolist() == [6, 2]
+    assert sequences.response_mask.sum(1).tolist() == [6, 2]
 
 
 def test_masks_come_from_lengths_not_from_ids() -> None:
@@ -190,7 +190,7 @@ def test_masks_come_from_lengths_not_from_ids() -> None:
         lengths = torch.minimum(sequences.prompt_lengths + t, sequences.lengths - 1)
         stepped.append(policy.log_prob(observe(sequences.input_ids, lengths), torch.full((8,), pad)))
     new = policy.evaluate(sequences)
-    assert_close(new.log_prob, torch.stack(stepped, 1) * sequences.mask, terms=FORWARD)
+    assert_close(new.log_prob, torch.stack(stepped, 1) * sequences.response_mask, terms=FORWARD)
 
 
 def test_entropy_is_exact_positive_and_blind_to_padding() -> None:
@@ -199,8 +199,8 @@ def test_entropy_is_exact_positive_and_blind_to_padding() -> None:
     entropy = policy.evaluate(sequences).entropy
     log_p = (policy.lm(sequences.input_ids[:1, :10]).logits / 0.7).log_softmax(-1)[0, 3:9]
     assert_close(entropy[0], -(log_p.exp() * log_p).sum(-1), terms=FORWARD)
-    assert (entropy[sequences.mask] >= 0).all()
-    assert (entropy[~sequences.mask] == 0).all()
+    assert (entropy[sequences.response_mask] >= 0).all()
+    assert (entropy[~sequences.response_mask] == 0).all()
     wider = Sequences(
         torch.cat([sequences.input_ids, torch.zeros(2, 9, dtype=torch.long)], 1),
         sequences.prompt_lengths,

@@ -182,7 +182,7 @@ def acted(policy: ActorCritic, prompts: Tensor, new: int) -> tuple[Sequences, Te
 
 def written(policy: ActorCritic, prompts: Tensor, new: int) -> tuple[Sequences, Tensor, Tensor]:
     """Responses in one go."""
-    tokens, log_probs, values, counts, _ = policy.write(prompts, PROMPTS, new, STOP)
+    tokens, log_probs, values, counts, _ = policy.generate(prompts, PROMPTS, new, STOP)
     ids = prompts.clone()
     for row, (start, count) in enumerate(zip(PROMPTS.tolist(), counts.tolist(), strict=True)):
         ids[row, start : start + count] = tokens[row, :count]
@@ -201,14 +201,14 @@ def test_what_is_noted_while_writing_is_the_plain_path(
     prompts = torch.nn.functional.pad(make_sequences().input_ids[:, :7], (0, new))
     captured = request.getfixturevalue("captures") if way == "captured steps" else None
     if way == "chunks of rows":
-        monkeypatch.setattr(generation, "DRAW_ELEMENTS", 2 * V)
+        monkeypatch.setattr(generation, "LOGIT_ELEMENTS", 2 * V)
     for _ in range(1 if captured is None else 3):
         sequences, log_probs, values = (acted if way == "act" else written)(policy, prompts, new)
     assert captured != []
     assert len({*sequences.response_lengths.tolist()}) > 2, "rows end one by one"
     with torch.no_grad():
         plain = plainly(policy, sequences)
-    mask = sequences.mask
+    mask = sequences.response_mask
     assert_rounded(log_probs[:, : mask.shape[1]][mask], plain.log_prob[mask])
     if "separate" not in kind or way == "act":  # a critic of its own reads whole episodes afterwards
         assert_rounded(values[:, : mask.shape[1]][mask], plain.value[mask])
@@ -244,7 +244,7 @@ def test_what_bf16_moves_is_within_the_published_band(name: str, seed: int) -> N
     starts, played = torch.full((size,), 8), []
     for writer in (policy, half):
         writer.seed(seed)
-        tokens, log_probs, *_ = writer.write(prompts, starts, new, StopRule())
+        tokens, log_probs, *_ = writer.generate(prompts, starts, new, StopRule())
         ids = torch.cat([prompts[:, :8], tokens], 1)
         played.append((Sequences(ids, starts, torch.full((size,), new)), log_probs))
     (sequences, old), (by_half, old_of_half) = played

@@ -8,7 +8,7 @@ import pytest
 from textgym.testing import Measured, assert_learns
 from textgym.testing.learning import FALSE_FAILURE, t_tail
 
-USUAL = Measured(mean=1.0, deviation=0.1, runs=20)
+USUAL = Measured(mean=1.0, standard_deviation=0.1, runs=20)
 
 
 @pytest.mark.parametrize(("t", "freedom", "tail"), [(12.706, 1, 0.025), (2.093, 19, 0.025), (3.883, 19, 0.0005)])
@@ -24,7 +24,7 @@ def test_the_chance_is_that_of_sampled_means() -> None:
     runs = generator.normal(1.0, 0.1, (100_000, 6))
     means = generator.normal(1.0, 0.1, (100_000, 3)).mean(1)
     bars = runs.mean(1) - 2.0 * runs.std(1, ddof=1)
-    chance = Measured(mean=2.0, deviation=1.0, runs=6).chance_below(0.0, seeds=3)
+    chance = Measured(mean=2.0, standard_deviation=1.0, runs=6).chance_below(0.0, seeds=3)
     assert (means < bars).mean() == pytest.approx(chance, abs=5 * (chance / 100_000) ** 0.5)
 
 

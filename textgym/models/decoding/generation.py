@@ -1,4 +1,4 @@
-"""ResponseWriter: whole responses to a batch of prompts, token by token without the host in between.
+"""ResponseGenerator: whole responses to a batch of prompts, token by token without the host in between.
 
 A step decodes the newest token of every row and samples the next one, on tensors of fixed shapes at fixed places. On a
 GPU it is captured as a CUDA graph, once for each number of rows and of slots in use, and replayed. The host asks only
@@ -22,19 +22,19 @@ from textgym.models.distributions.log_probs import StopRule, chunk_tokens
 from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.machine.profiled_phases import phase
 
-DRAW_ELEMENTS = 2**24
+LOGIT_ELEMENTS = 2**24
 """Logits held at once on a CPU: 64 MB in float32. More than are worked on at once, since to make them reads the
 embedding."""
 SPAN = 64
 """A captured step reads slots in multiples of this, since each number of them is a graph of its own."""
 FIRST_LOOK, LOOK_GROWTH = 16, 1.5
 """Steps after which the host first looks whether rows have ended, and by what the number grows until it looks again."""
-KEPT_WRITERS, KEPT_BYTES = 4, 2**30
-"""Writers that capture are kept for so many shapes, as long as the caches of all together are no larger than this."""
+KEPT_GENERATORS, KEPT_BYTES = 4, 2**30
+"""How many shapes keep a generator that captures, and how many bytes the caches of all together may have."""
 
 
 class Responses(NamedTuple):
-    """What was written: `tokens` int64, `log_probs` and `values` float32, `(B, T)` each; any number from `lengths` on.
+    """What was generated: `tokens` int64, `log_probs`, `values` float32, `(B, T)` each; any number from `lengths` on.
 
     `lengths` `(B,)` counts a stop token; `by_stop` bool `(B,)` says whether there is one.
     """
@@ -46,7 +46,7 @@ class Responses(NamedTuple):
     by_stop: Tensor
 
 
-class Lanes:
+class DecodingBatch:
     """The rows that are decoded together: `rows` `(b,)`, which ones, `alive` bool `(b,)`, and their decoder."""
 
     def __init__(self, policy: Any, num_rows: int, width: int) -> None:
@@ -55,17 +55,17 @@ class Lanes:
         self.alive = torch.ones(num_rows, dtype=torch.bool, device=policy.device)
         self.steps: dict[tuple[int, bool], Callable[[], object] | None] = {}  # captured, by span and `deterministic`
 
-    def take(self, others: Lanes, chosen: Tensor) -> None:
+    def take(self, others: DecodingBatch, chosen: Tensor) -> None:
         """Goes on with some of the others' rows, `(b,)` indices."""
         self.decoder.take(others.decoder, chosen)
         self.rows.copy_(others.rows[chosen])
         self.alive.copy_(others.alive[chosen])
 
 
-class Writers:
-    """The `ResponseWriter`s of a policy, one for each shape that it was asked for lately.
+class ResponseGenerators:
+    """The `ResponseGenerator`s of a policy, one for each shape that it was asked for lately.
 
-    A writer belongs to the state that the policy was in. When that has changed, what was captured is no longer true.
+    A generator belongs to the state that the policy was in. When that has changed, what was captured is no longer true.
 
     Attributes:
         graphs: captures the policy's steps, where its device can.
@@ -73,7 +73,7 @@ class Writers:
 
     def __init__(self) -> None:
         self.graphs = Graphs()
-        self.kept: dict[tuple[Any, ...], tuple[tuple[Any, ...], ResponseWriter]] = {}  # state and writer by shape
+        self.kept: dict[tuple[Any, ...], tuple[tuple[Any, ...], ResponseGenerator]] = {}  # state and generator by shape
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the policy, or what is unpickled, captures its own: graphs can be neither copied nor pickled."""
@@ -82,28 +82,28 @@ class Writers:
     @property
     def nbytes(self) -> int:
         """Bytes of the key-value caches."""
-        return sum(writer.nbytes for _, writer in self.kept.values())
+        return sum(generator.nbytes for _, generator in self.kept.values())
 
-    def get(self, policy: Any, num_rows: int, width: int, max_new_tokens: int, stop: StopRule) -> ResponseWriter:
-        """The writer for this shape, and for the policy as it is now."""
+    def get(self, policy: Any, num_rows: int, width: int, max_new_tokens: int, stop: StopRule) -> ResponseGenerator:
+        """The generator for this shape, and for the policy as it is now."""
         captures = can_capture(policy.device) and not self.graphs.reason
         state = state_of(policy) if captures else computing(policy.device)
         shape = (num_rows, width, max_new_tokens, stop)
 
-        known_state, writer = self.kept.pop(shape, (None, None))
-        if writer is None or known_state != state:
-            writer = ResponseWriter(policy, *shape, self.graphs if captures else None)
+        known_state, generator = self.kept.pop(shape, (None, None))
+        if generator is None or known_state != state:
+            generator = ResponseGenerator(policy, *shape, self.graphs if captures else None)
         if not captures:
             self.kept.clear()
-        self.kept[shape] = state, writer  # the last one is the one used last
+        self.kept[shape] = state, generator  # the last one is the one used last
 
-        while len(self.kept) > 1 and (len(self.kept) > KEPT_WRITERS or self.nbytes > KEPT_BYTES):
+        while len(self.kept) > 1 and (len(self.kept) > KEPT_GENERATORS or self.nbytes > KEPT_BYTES):
             del self.kept[next(iter(self.kept))]
-        return writer
+        return generator
 
     def reset(self) -> None:
         """Frees the key-value caches, except for those of captured steps: to capture anew costs more than memory."""
-        if any(writer.graphs is None for _, writer in self.kept.values()):
+        if any(generator.graphs is None for _, generator in self.kept.values()):
             self.kept.clear()
 
 
@@ -112,8 +112,8 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class ResponseWriter:
-    """Writes with a policy, as if `policy.act` were asked for every token in turn.
+class ResponseGenerator:
+    """Generates with a policy, as if `policy.act` were asked for every token in turn.
 
     Args:
         policy: an `ActorCritic`; a critic of its own is not asked, and values are zero.
@@ -144,133 +144,133 @@ class ResponseWriter:
         self.by_stop = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.noise = torch.zeros(num_rows, 1, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
-        self.sizes = {num_rows: Lanes(policy, num_rows, width)}
+        self.sizes = {num_rows: DecodingBatch(policy, num_rows, width)}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the key-value caches."""
-        return sum(lanes.decoder.nbytes for lanes in self.sizes.values())
+        return sum(batch.decoder.nbytes for batch in self.sizes.values())
 
     @torch.no_grad()
-    def write(self, prompts: Tensor, lengths: Tensor, deterministic: bool = False) -> Responses:
+    def generate(self, prompts: Tensor, lengths: Tensor, deterministic: bool = False) -> Responses:
         """Responses to right-padded prompts `(B, W)` of these lengths `(B,)`."""
-        lanes = self.sizes[self.num_rows]
+        batch = self.sizes[self.num_rows]
         for buffer in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop, self.step):
             buffer.zero_()
-        lanes.alive.fill_(True)
+        batch.alive.fill_(True)
         self._roll(deterministic)
-        self._draw(lanes, lanes.decoder.begin(prompts, lengths), deterministic)
-        self._go_on(lanes, lanes.decoder.longest, deterministic)
+        self._sample(batch, batch.decoder.begin(prompts, lengths), deterministic)
+        self._go_on(batch, batch.decoder.longest, deterministic)
         return Responses(*(x.clone() for x in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop)))
 
-    def _go_on(self, lanes: Lanes, longest: int, deterministic: bool) -> None:
+    def _go_on(self, batch: DecodingBatch, longest: int, deterministic: bool) -> None:
         """All tokens but the first."""
         next_look = 1 if self.graphs is None else FIRST_LOOK
         for count in range(1, self.max_new_tokens):
             if count >= next_look:
-                alive = int(lanes.alive.sum())  # the host waits for the device here, and nowhere else
+                alive = int(batch.alive.sum())  # the host waits for the device here, and nowhere else
                 if not alive:
                     break
-                lanes = self._narrowed(lanes, alive)
+                batch = self._narrowed(batch, alive)
                 next_look = count + 1 if self.graphs is None else int(LOOK_GROWTH * count)
             self._roll(deterministic)
             with phase("decode"):  # token by token, so that a trace can hold the first ones alone
-                self._advance(lanes, longest + count, deterministic)
+                self._advance(batch, longest + count, deterministic)
 
     def _roll(self, deterministic: bool) -> None:
         """A random number for every row, under way or not, so that no row's end changes what others sample."""
         if not deterministic:
             self.noise.uniform_(generator=self.policy.generator)
 
-    def _narrowed(self, lanes: Lanes, alive: int) -> Lanes:
-        """Lanes without the rows that have ended, if those are many: to copy the others costs about one token."""
-        size = len(lanes.rows)
+    def _narrowed(self, batch: DecodingBatch, alive: int) -> DecodingBatch:
+        """The batch without the rows that have ended, if those are many: to copy the others costs about one token."""
+        size = len(batch.rows)
         if self.graphs is not None:
             while size % 2 == 0 and alive <= size // 2:
                 size //= 2
         elif alive <= 0.75 * size:
             size = alive
-        if size == len(lanes.rows):
-            return lanes
-        fewer = self.sizes.get(size) or Lanes(self.policy, size, self.width)
+        if size == len(batch.rows):
+            return batch
+        fewer = self.sizes.get(size) or DecodingBatch(self.policy, size, self.width)
         if self.graphs is not None:
             self.sizes[size] = fewer
-        fewer.take(lanes, lanes.alive.int().argsort(descending=True, stable=True)[:size])
+        fewer.take(batch, batch.alive.int().argsort(descending=True, stable=True)[:size])
         return fewer
 
-    def _advance(self, lanes: Lanes, span: int, deterministic: bool) -> None:
-        """One token more in every lane."""
+    def _advance(self, batch: DecodingBatch, span: int, deterministic: bool) -> None:
+        """One token more in every row of the batch."""
         if self.graphs is None:
-            return self._step(lanes, span, deterministic)
+            return self._step(batch, span, deterministic)
         span = min(-(-span // SPAN) * SPAN, self.width)
         kind = (span, deterministic)
 
-        if kind not in lanes.steps:  # the first one warms up the libraries, which may not happen in a capture
-            lanes.steps[kind] = None
+        if kind not in batch.steps:  # the first one warms up the libraries, which may not happen in a capture
+            batch.steps[kind] = None
             with HostAccess() as access:
-                self._step(lanes, span, deterministic)
+                self._step(batch, span, deterministic)
             if access.operation:
                 self._give_up(f"{access.operation} makes the host wait for the device")
             return None
 
-        replay = lanes.steps[kind]
+        replay = batch.steps[kind]
         if replay is None:
             try:
-                replay = self.graphs.capture(lambda: self._step(lanes, span, deterministic))
+                replay = self.graphs.capture(lambda: self._step(batch, span, deterministic))
             except NotCapturedError as error:
                 self._give_up(str(error))
-                return self._step(lanes, span, deterministic)
+                return self._step(batch, span, deterministic)
             finally:
-                lanes.decoder.hidden = None  # it is in the memory that all graphs share
-            lanes.steps[kind] = replay
+                batch.decoder.hidden = None  # it is in the memory that all graphs share
+            batch.steps[kind] = replay
         replay()
         return None
 
     def _give_up(self, reason: str) -> None:
-        """Runs every step as it is from now on, in this writer and in the others of the policy."""
+        """Runs every step as it is from now on, in this generator and in the others of the policy."""
         assert self.graphs is not None
         self.graphs.reason = reason
         self.graphs = None
         self.sizes = {self.num_rows: self.sizes[self.num_rows]}
-        for lanes in self.sizes.values():
-            lanes.steps.clear()
+        for batch in self.sizes.values():
+            batch.steps.clear()
         warnings.warn(
             f"steps of {type(self.policy.lm).__name__} cannot be captured as CUDA graphs: {reason}. Responses are the "
             "same, and small models generate them more slowly",
             stacklevel=2,
         )
 
-    def _step(self, lanes: Lanes, span: int, deterministic: bool) -> None:
+    def _step(self, batch: DecodingBatch, span: int, deterministic: bool) -> None:
         """Decodes the newest tokens and samples the next. Nothing in here asks the device for a value."""
-        newest = self.tokens[lanes.rows, self.step - 1]
-        self._draw(lanes, lanes.decoder.extend(newest, span), deterministic)
+        newest = self.tokens[batch.rows, self.step - 1]
+        self._sample(batch, batch.decoder.extend(newest, span), deterministic)
 
-    def _draw(self, lanes: Lanes, hidden: Tensor, deterministic: bool) -> None:
-        """Samples a token in every lane from its last hidden state `(b, d)`."""
-        policy, place = self.policy, (lanes.rows, self.step)
+    def _sample(self, batch: DecodingBatch, hidden: Tensor, deterministic: bool) -> None:
+        """Samples a token in every row of the batch from its last hidden state `(b, d)`."""
+        policy, place = self.policy, (batch.rows, self.step)
         banned = self.stop.applies(self.step)  # (1,), a tensor even so: the host does not know the step of a replay
         distribution = TokenDistribution(policy.temperature, banned=banned, stop_ids=self.stop.ids)
-        noise = None if deterministic else self.noise[lanes.rows]
-        drawn = [
+        noise = None if deterministic else self.noise[batch.rows]
+        sampled = [
             self._choose(distribution.log_probs(logits), None if noise is None else noise[rows])
             for logits, rows in self._logits(hidden)
         ]
-        token, log_prob = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        token, log_prob = (torch.cat(parts) for parts in zip(*sampled, strict=True))
         self.tokens[place], self.log_probs[place] = token, log_prob
         if policy.critic is None:
             self.values[place] = policy.value_head(hidden.float())[:, 0]
-        self.lengths.index_add_(0, lanes.rows, lanes.alive.long())
-        stops = lanes.alive & self.stop_tokens.table[token]
+        self.lengths.index_add_(0, batch.rows, batch.alive.long())
+        stops = batch.alive & self.stop_tokens.table[token]
         if banned is not None:  # by a minimum, and every token may be a stop token
             stops = stops & ~banned
-        self.by_stop[lanes.rows] = self.by_stop[lanes.rows] | stops
-        lanes.alive &= ~stops
+        self.by_stop[batch.rows] = self.by_stop[batch.rows] | stops
+        batch.alive &= ~stops
         self.step += 1
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """Logits `(m, V)` of the head, of some rows after others, and which: a large V is not worked on at once."""
         few = self.chunk
-        many = max(few, DRAW_ELEMENTS // self.policy.vocab_size)
+        many = max(few, LOGIT_ELEMENTS // self.policy.vocab_size)
         for start in range(0, len(hidden), many):
             logits = self.policy.head(hidden[start : start + many])
             for first in range(0, len(logits), few):

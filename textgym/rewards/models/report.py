@@ -79,7 +79,7 @@ class PreferenceReport:
         """Return plain values, for JSON."""
         return asdict(self)
 
-    def draw(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot accuracy by margin and the calibration curve into an image file.
 
         Raises:

@@ -134,7 +134,7 @@ def sequences_of(
 
 def play(policy: ActorCritic, sequences: Sequences) -> tuple[Sequences, Tensor, Tensor]:
     """Samples all response tokens step by step; returns the sequences written, their log-probs and values."""
-    mask = sequences.mask
+    mask = sequences.response_mask
     log_probs, values = [], []
     for t in range(mask.shape[1]):
         written = sequences.response_lengths.clamp(max=t)

@@ -38,7 +38,7 @@ def groups(prompts: tuple[int, ...] = (9, 5, 7), size: int = 4, longest: int = 6
 
 def alone(policy: ActorCritic, sequences: Sequences) -> Evaluation:
     """Each row by itself, one token after another in a plain pass of the whole model."""
-    shape, columns = sequences.mask.shape, []
+    shape, columns = sequences.response_mask.shape, []
     for row in range(len(sequences)):
         begin, end = int(sequences.prompt_lengths[row]), int(sequences.lengths[row])
         ids = sequences.input_ids[row : row + 1, :end]

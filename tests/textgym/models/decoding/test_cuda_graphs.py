@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.decoding import generation
 from textgym.models.decoding.cuda_graphs import Graphs, HostAccess, NotCapturedError, state_of
-from textgym.models.decoding.generation import Responses, ResponseWriter
+from textgym.models.decoding.generation import ResponseGenerator, Responses
 from textgym.models.distributions.log_probs import StopRule
 from textgym.testing import mock_lm
 
@@ -34,13 +34,13 @@ def prompts(rows: int = ROWS) -> Tensor:
 
 def generate(policy: ActorCritic, rows: int = ROWS, deterministic: bool = False) -> Responses:
     policy.seed(1)
-    return policy.write(prompts(rows), LENGTHS[:rows], NEW, STOP, deterministic)
+    return policy.generate(prompts(rows), LENGTHS[:rows], NEW, STOP, deterministic)
 
 
 def assert_as_eager(policy: ActorCritic, written: Responses, deterministic: bool = False) -> None:
-    """The responses are those of a writer that captures nothing."""
+    """The responses are those of a generator that captures nothing."""
     policy.seed(1)
-    expected = ResponseWriter(policy, len(written.lengths), WIDTH, NEW, STOP).write(
+    expected = ResponseGenerator(policy, len(written.lengths), WIDTH, NEW, STOP).generate(
         prompts(len(written.lengths)), LENGTHS[: len(written.lengths)], deterministic
     )
     assert torch.equal(written.lengths, expected.lengths)
@@ -140,12 +140,12 @@ def test_shapes_in_turn_are_captured_once_and_few_are_kept(
     policy = make_policy()
     generate_and_check(policy, 4, 3, 4, 3)
     assert len(captures) == 2
-    monkeypatch.setattr(generation, "KEPT_WRITERS", 2)
+    monkeypatch.setattr(generation, "KEPT_GENERATORS", 2)
     generate(policy, 2)
-    assert [shape[0] for shape in policy._writers.kept] == [3, 2], "the one that was used longest ago is gone"
+    assert [shape[0] for shape in policy._generators.kept] == [3, 2], "the one that was used longest ago is gone"
     monkeypatch.setattr(generation, "KEPT_BYTES", policy.cache_bytes - 1)
     generate(policy, 2)
-    assert [shape[0] for shape in policy._writers.kept] == [2]
+    assert [shape[0] for shape in policy._generators.kept] == [2]
 
 
 def asks_for_a_value(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""ResponseWriter: what `act` would draw token by token, in one go; captured steps; no look at the device in between."""
+"""ResponseGenerator: what `act` would sample token by token, in one go; captured steps; no look at the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.decoding import generation
-from textgym.models.decoding.generation import Responses, ResponseWriter
+from textgym.models.decoding.generation import ResponseGenerator, Responses
 from textgym.models.distributions import log_probs
 from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
@@ -69,13 +69,13 @@ def assert_same(written: Responses, expected: Responses) -> None:
 
 
 def write(policy: ActorCritic, stop: StopRule, deterministic: bool = False) -> Responses:
-    return ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, stop).write(prompts(), LENGTHS, deterministic)
+    return ResponseGenerator(policy, ROWS, PROMPT + NEW, NEW, stop).generate(prompts(), LENGTHS, deterministic)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_rows_that_draw_apart_draw_the_same(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     together = write(make_policy(), STOPS, deterministic)
-    monkeypatch.setattr(generation, "DRAW_ELEMENTS", 3 * make_policy().vocab_size)
+    monkeypatch.setattr(generation, "LOGIT_ELEMENTS", 3 * make_policy().vocab_size)
     monkeypatch.setattr(log_probs, "CHUNK_ELEMENTS", 2 * make_policy().vocab_size)
     assert_same(write(make_policy(), STOPS, deterministic), together)
 
@@ -94,7 +94,7 @@ def test_a_policy_writes_the_same_twice_from_one_seed_and_frees_its_cache() -> N
     policy, once = make_policy(), None
     for _ in range(2):
         policy.seed(3)
-        responses = policy.write(prompts(), LENGTHS, NEW, STOPS)
+        responses = policy.generate(prompts(), LENGTHS, NEW, STOPS)
         assert once is None or torch.equal(once.tokens, responses.tokens)
         once = responses
         assert policy.cache_bytes > 0
@@ -105,12 +105,12 @@ def test_a_policy_writes_the_same_twice_from_one_seed_and_frees_its_cache() -> N
 def test_weights_that_change_without_a_trace_are_noticed() -> None:
     """Fused optimisers write weights without a new version; every writing begins with the prompts anew."""
     policy = make_policy()
-    writer = ResponseWriter(policy, ROWS, PROMPT + NEW, NEW, STOPS)
-    writer.write(prompts(), LENGTHS)
+    generator = ResponseGenerator(policy, ROWS, PROMPT + NEW, NEW, STOPS)
+    generator.generate(prompts(), LENGTHS)
     for weight in policy.lm.parameters():
         weight.data.mul_(0.5)
     policy.seed(0)
-    written = writer.write(prompts(), LENGTHS)
+    written = generator.generate(prompts(), LENGTHS)
     policy.seed(0)
     assert_same(written, stepped(policy, STOPS, False))
 
@@ -144,10 +144,10 @@ def test_the_host_asks_at_most_once_for_ten_tokens(captures: list[Any]) -> None:
     """Where steps are captured: the prompts once, and now and then whether rows have ended."""
     policy = make_policy()
     for _ in range(2):
-        policy.write(prompts(), LENGTHS, NEW, StopRule(()))
+        policy.generate(prompts(), LENGTHS, NEW, StopRule(()))
     captured = len(captures)
     with Asked() as asked:
-        policy.write(prompts(), LENGTHS, NEW, StopRule(()))
+        policy.generate(prompts(), LENGTHS, NEW, StopRule(()))
     assert len(captures) == captured > 0
     assert 0 < asked.count <= 0.1 * NEW
 
@@ -158,19 +158,19 @@ def test_captured_steps_write_the_same(captures: list[Any]) -> None:
     policy = make_policy()
     for turn in range(3):
         policy.seed(turn)
-        written = policy.write(prompts(), LENGTHS, NEW, STOPS)
+        written = policy.generate(prompts(), LENGTHS, NEW, STOPS)
         captured = len(captures)
         policy.seed(turn)
         assert_same(written, stepped(policy, STOPS, False))
-    ((_, writer),) = policy._writers.kept.values()
-    assert len(writer.sizes) > 1
+    ((_, generator),) = policy._generators.kept.values()
+    assert len(generator.sizes) > 1
     assert captured == len(captures), "the last round replays what the first ones captured"
     assert captured >= 2
-    for copied in (copy.deepcopy(policy._writers), pickle.loads(pickle.dumps(policy._writers))):
+    for copied in (copy.deepcopy(policy._generators), pickle.loads(pickle.dumps(policy._generators))):
         assert not copied.kept
 
 
 def test_a_stop_token_that_the_model_does_not_have_is_never_drawn() -> None:
     policy = make_policy()
     beyond = StopRule((policy.vocab_size,))
-    assert (policy.write(prompts(), LENGTHS, NEW, beyond).lengths == NEW).all()
+    assert (policy.generate(prompts(), LENGTHS, NEW, beyond).lengths == NEW).all()

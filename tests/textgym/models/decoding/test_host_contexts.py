@@ -93,7 +93,7 @@ def test_the_host_knows_of_episodes_what_it_would_read(envs: Any) -> None:
 def test_what_the_host_knows_follows_the_rows() -> None:
     ids = torch.arange(12).view(3, 4)
     written = torch.tensor([[True, True], [True, False], [True, True]])
-    sequences = Sequences(ids, torch.tensor([1, 2, 2]), torch.tensor([1, 2, 2]), written=written)
+    sequences = Sequences(ids, torch.tensor([1, 2, 2]), torch.tensor([1, 2, 2]), generated=written)
     assert sequences.host.num_tokens.tolist() == [1, 1, 2]
     for rows in (slice(1, 3), torch.tensor([2, 0]), torch.tensor([1])):
         part = sequences[rows]
@@ -102,4 +102,4 @@ def test_what_the_host_knows_follows_the_rows() -> None:
             assert known.tolist() == read.tolist()
     joined = Sequences.cat([sequences[:1], sequences[1:]])
     assert joined.host.num_tokens.tolist() == [1, 1, 2]
-    assert torch.equal(joined.mask, sequences.mask)
+    assert torch.equal(joined.response_mask, sequences.response_mask)

@@ -37,7 +37,7 @@ def test_decoding_under_autocast_is_decoding_without() -> None:
         policy.seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             step = policy.act(OBSERVATION)
-            written = policy.write(ids, lengths, 8, StopRule((), 0))
+            written = policy.generate(ids, lengths, 8, StopRule((), 0))
             scored = policy.log_prob(OBSERVATION, step.action)
             found.append([*step, policy.value(OBSERVATION), policy.next_logits(OBSERVATION), scored, *written])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -79,7 +79,7 @@ def test_a_policy_that_has_acted_and_written_can_change_its_dtype(dtype: torch.d
     policy = ActorCritic.from_pretrained(mock_lm())
     ids, lengths = torch.tensor([[3, 4, 5, *[0] * 8]]), torch.tensor([3])
     policy.act(OBSERVATION)
-    policy.write(ids, lengths, 8, StopRule((), 0))
+    policy.generate(ids, lengths, 8, StopRule((), 0))
     policy.to(dtype)
     assert policy.cache_bytes == 0
     policy.seed(0)
@@ -87,5 +87,6 @@ def test_a_policy_that_has_acted_and_written_can_change_its_dtype(dtype: torch.d
     fresh.seed(0)
     assert policy.act(OBSERVATION).action == fresh.act(OBSERVATION).action
     assert torch.equal(
-        policy.write(ids, lengths, 8, StopRule((), 0)).tokens, fresh.write(ids, lengths, 8, StopRule((), 0)).tokens
+        policy.generate(ids, lengths, 8, StopRule((), 0)).tokens,
+        fresh.generate(ids, lengths, 8, StopRule((), 0)).tokens,
     )

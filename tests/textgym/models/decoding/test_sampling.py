@@ -75,7 +75,7 @@ def test_acting_and_generating_give_finite_log_probs_under_a_mask_and_an_uneven_
         assert allowed[step.action].all()
         assert (step.log_prob > -1e3).all()
     stop = StopRule(tuple(range(0, policy.vocab_size, 2)), min_new_tokens=36)
-    responses = policy.write(prompts, lengths, 36, stop)
+    responses = policy.generate(prompts, lengths, 36, stop)
     assert (responses.tokens % 2 == 1).all()
     assert (responses.log_probs > -1e3).all()
 

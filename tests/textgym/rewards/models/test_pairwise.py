@@ -44,8 +44,8 @@ def test_it_learns_what_was_preferred(mock_folder: Path) -> None:
     """A head that was not trained is random, and its gaps differ by about 1.3 from seed to seed."""
     models = [train_reward_model(PAIRS, mock_folder, config=replace(FAST, seed=seed))[0] for seed in range(3)]
     trained, other = zip(*map(gaps, models), strict=True)
-    assert_learns(trained, at_least=4.0, measured=Measured(mean=9.92, deviation=1.2, runs=12))
-    assert_learns(other, at_least=2.0, measured=Measured(mean=9.47, deviation=1.9, runs=12))
+    assert_learns(trained, at_least=4.0, measured=Measured(mean=9.92, standard_deviation=1.2, runs=12))
+    assert_learns(other, at_least=2.0, measured=Measured(mean=9.47, standard_deviation=1.9, runs=12))
 
 
 @pytest.mark.slow
@@ -113,8 +113,8 @@ def test_margin_and_centring_act(mock_folder: Path) -> None:
         plain_gap, plain_sum = gap_and_sum(seed=seed)
         wider.append(gap_and_sum(seed=seed, use_margin=True)[0] - plain_gap)
         nearer.append(float(np.log(plain_sum / gap_and_sum(seed=seed, center_coefficient=1.0)[1])))
-    assert_learns(wider, at_least=1.5, measured=Measured(mean=6.26, deviation=0.77, runs=8))
-    assert_learns(nearer, at_least=0.5, measured=Measured(mean=9.53, deviation=1.6, runs=8))
+    assert_learns(wider, at_least=1.5, measured=Measured(mean=6.26, standard_deviation=0.77, runs=8))
+    assert_learns(nearer, at_least=0.5, measured=Measured(mean=9.53, standard_deviation=1.6, runs=8))
 
 
 GROUP = [
@@ -235,7 +235,7 @@ def test_graded_preferences_are_learned_as_such(mock_folder: Path) -> None:
         return float((model.score_texts(GOOD) - model.score_texts(BAD)).mean())
 
     certain = [gap(seed, use_probability=False) for seed in range(2)]
-    assert_learns(certain, at_least=4.5, measured=Measured(mean=10.53, deviation=0.86, runs=8))
+    assert_learns(certain, at_least=4.5, measured=Measured(mean=10.53, standard_deviation=0.86, runs=8))
     split = [gap(seed, use_probability=True) for seed in range(2)]
     assert np.abs(np.array(split) - 0.2).max() < 0.05
 

@@ -60,7 +60,7 @@ def test_a_gain_changes_nothing() -> None:
 def test_it_is_written_and_drawn(tmp_path: Path) -> None:
     report = PreferenceReport.of(score, PAIRS)
     assert json.loads(json.dumps(report.to_dict()))["accuracy"] == report.accuracy
-    report.draw(tmp_path / "report.png")
+    report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     with pytest.raises(ValueError, match="at least one"):

@@ -1,4 +1,4 @@
-"""EpisodeMemory: the replay memory: whole episodes, whose states share passes."""
+"""ReplayBuffer: the replay memory: whole episodes, whose states share passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from textgym.models.machine.transfer import to_device
 from textgym.models.sequences import HostRows, Sequences
 
 
-class Memories(NamedTuple):
+class ReplayBatch(NamedTuple):
     """B episodes drawn from memory.
 
     Attributes:
@@ -31,15 +31,15 @@ class Memories(NamedTuple):
     weights: Tensor
     indices: Tensor
 
-    def part(self, rows: slice) -> Memories:
+    def part(self, rows: slice) -> ReplayBatch:
         """Some of the episodes, as wide as the longest of them."""
         sequences = self.sequences[rows]
         width = sequences.longest
         columns = (self.rewards[rows, :width], self.reference_log_probs[rows, :width])
-        return Memories(sequences, *columns, self.weights[rows], self.indices[rows])
+        return ReplayBatch(sequences, *columns, self.weights[rows], self.indices[rows])
 
 
-class EpisodeMemory:
+class ReplayBuffer:
     """The newest episodes, on the device, and their priorities.
 
     With `alpha` above 0 an episode is drawn with a probability in proportion to priority^alpha, and weighted by
@@ -80,11 +80,11 @@ class EpisodeMemory:
             ValueError: more episodes than there is room for, or such as the environment wrote in too, whose tokens
                 returns over n steps would count.
         """
-        if sequences.written is not None:
+        if sequences.generated is not None:
             raise ValueError("off-policy agents play no games of several turns yet: use an on-policy one, such as PPO")
         if len(sequences) > self.capacity:
             raise ValueError(
-                f"{len(sequences)} episodes do not fit into a memory of {self.capacity}: set memory_size to at least "
+                f"{len(sequences)} episodes do not fit into a memory of {self.capacity}: set buffer_size to at least "
                 "episodes_per_update"
             )
         columns = {
@@ -107,7 +107,7 @@ class EpisodeMemory:
         self.tensors["priorities"][slots] = urgent
         self.added += len(sequences)
 
-    def sample(self, count: int, generator: torch.Generator) -> Memories:
+    def sample(self, count: int, generator: torch.Generator) -> ReplayBatch:
         """Draws `count` episodes, with replacement; `generator` is a CPU's."""
         if self.alpha == 0:
             drawn, weights = torch.randint(len(self), (count,), generator=generator), torch.ones(count)
@@ -120,7 +120,7 @@ class EpisodeMemory:
         host = self.host.take(drawn.numpy())
         widest, longest = int((host.prompt_lengths + host.response_lengths).max()), int(host.response_lengths.max())
         column = {name: values[indices] for name, values in self.tensors.items()}
-        return Memories(
+        return ReplayBatch(
             Sequences(
                 column["input_ids"][:, :widest],
                 column["prompt_lengths"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from textgym.agents.common.replay_memory import EpisodeMemory
+from textgym.agents.common.replay_buffer import ReplayBuffer
 from textgym.models.sequences import Sequences
 from textgym.testing import ExactTask
 
@@ -16,14 +16,14 @@ def texts(*chosen: int) -> Sequences:
     return TASK.sequences([TASK.texts[index] for index in chosen])
 
 
-def remember(memory: EpisodeMemory, *chosen: int) -> None:
+def remember(memory: ReplayBuffer, *chosen: int) -> None:
     sequences = texts(*chosen)
-    rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.mask
+    rewards = torch.tensor([[float(index)] for index in chosen]) * sequences.response_mask
     memory.add(sequences, rewards, -rewards, longest=TASK.horizon)
 
 
 def test_memory_keeps_the_newest_episodes() -> None:
-    memory = EpisodeMemory(capacity=3)
+    memory = ReplayBuffer(capacity=3)
     remember(memory, 1, 2)
     remember(memory, 3, 4)
     assert len(memory) == 3
@@ -31,7 +31,7 @@ def test_memory_keeps_the_newest_episodes() -> None:
     seen = batch.rewards.amax(1).int().tolist()
     assert set(seen) == {2, 3, 4}
     expected = texts(*seen)
-    actual, mask = batch.sequences, batch.sequences.mask
+    actual, mask = batch.sequences, batch.sequences.response_mask
     assert torch.equal(actual.response_lengths, expected.response_lengths)
     assert torch.equal(actual.actions, expected.actions)
     assert torch.equal(batch.reference_log_probs, -batch.rewards)
@@ -40,9 +40,9 @@ def test_memory_keeps_the_newest_episodes() -> None:
 
 
 def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
-    memory = EpisodeMemory(capacity=8, alpha=0.5, beta=1.0)
+    memory = ReplayBuffer(capacity=8, alpha=0.5, beta=1.0)
     remember(memory, 1, 2)
-    mask = texts(1, 2).mask
+    mask = texts(1, 2).response_mask
     errors = torch.zeros(mask.shape)
     errors[:, 0] = torch.tensor([1.0, -4.0])
     memory.reprioritise(torch.tensor([0, 1]), errors, mask)
@@ -59,8 +59,8 @@ def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
 
 
 def test_new_episodes_are_urgent() -> None:
-    memory = EpisodeMemory(capacity=8, alpha=1.0)
+    memory = ReplayBuffer(capacity=8, alpha=1.0)
     remember(memory, 1)
-    memory.reprioritise(torch.tensor([0]), 7 * torch.ones(texts(1).mask.shape), texts(1).mask)
+    memory.reprioritise(torch.tensor([0]), 7 * torch.ones(texts(1).response_mask.shape), texts(1).response_mask)
     remember(memory, 2)
     assert memory.tensors["priorities"][1] == memory.tensors["priorities"][0]
