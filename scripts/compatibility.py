@@ -1,0 +1,47 @@
+"""Writes docs/compatibility.md: the models and tokenizers that textgym handles exactly, and those that it refuses.
+
+    python scripts/compatibility.py           # every part
+    python scripts/compatibility.py models    # one part
+
+Each part is a module `compatibility_<part>.py` beside this one. Its `section()` makes the checks and returns the part's
+section of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import compatibility_models
+
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+PARTS: dict[str, Callable[[], str]] = {"models": compatibility_models.section}
+
+
+def with_section(page: str, part: str, section: str) -> str:
+    """Return the page with the section of one part replaced, or added at the end."""
+    text = f"## {part.capitalize()}\n\n{section.strip()}\n"
+    pattern = rf"## {part.capitalize()}\n.*?(?=\n## |\Z)"
+    if re.search(pattern, page, re.DOTALL) is None:
+        return f"{page.rstrip()}\n\n{text}"
+    return re.sub(pattern, lambda _: text, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Make the checks of the parts that are asked for, print their sections and write them into the page."""
+    parser = argparse.ArgumentParser(description="Check models and tokenizers, and write docs/compatibility.md.")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all if none is given")
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := sorted(set(chosen) - set(PARTS)):
+        parser.error(f"there is no part called {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+
+    for part in chosen:
+        section = PARTS[part]()
+        print(section)
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), part, section), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
