@@ -27,6 +27,8 @@ from textgym.rewards.kl import Estimator, KLController
 from textgym.settings import Count, Positive, check_settings
 
 KLMode = Literal["reference", "exact", "deferred"]
+NO_STEP_LIMIT = "it would end episodes before they are scored, so leave it out: max_new_tokens limits a response"
+"""Why text environments take no `max_episode_steps`, which `gym.make_vec` passes on from an id's registration."""
 MaskSpec = ActionMask | Callable[[Observation], Any]
 
 P = ParamSpec("P")
@@ -105,7 +107,7 @@ class TextConfig:
     info_text: bool = False
     """Add prompt, completion and columns to the last `info` of an episode."""
     info_action_mask: bool = False
-    """Add `action_mask` to every `info`."""
+    """Add `action_mask` to every `info`, int8 as `action_space.sample(mask)` takes it."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -163,6 +165,8 @@ def takes(
 def _check_names(environment: str, given: dict[str, Any], config_class: Any) -> None:
     """Refuse arguments that a config does not have, and name the nearest one."""
     names = [field.name for field in dataclasses.fields(config_class)]
+    if "max_episode_steps" in given:
+        raise UnknownArgumentError(f"{environment} takes no max_episode_steps: {NO_STEP_LIMIT}")
     for name in given:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)

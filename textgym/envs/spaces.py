@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
+from torch import Tensor
 
 from textgym.models.distributions import log_probs
 from textgym.models.distributions.log_probs import StopRule
@@ -17,6 +19,40 @@ KLPayer = Literal["environment", "agent", "nobody"]
 
 # Stable-Baselines3 pickles action spaces when it saves; those saved by version 0.1 name the module of `StopRule` so.
 sys.modules.setdefault("textgym.models.log_probs", log_probs)
+
+
+def as_action(action: Any, device: torch.device) -> Tensor:
+    """Return one action as int64 `(1,)`.
+
+    Raises:
+        ValueError: something else than one whole number, such as 1.5, `"5"` or `True`.
+    """
+    number = _whole_numbers(action, device)
+    if number.numel() != 1:
+        raise ValueError(f"an action is one whole number, got {action!r}")
+    return number.reshape(1)
+
+
+def as_actions(actions: Any, num_rows: int, device: torch.device) -> Tensor:
+    """Return one action for each row as int64 `(num_rows,)`; whether they exist is checked where they are used.
+
+    Raises:
+        ValueError: something else than whole numbers, or another number of them.
+    """
+    numbers = _whole_numbers(actions, device)
+    if numbers.shape != (num_rows,):
+        raise ValueError(f"expected one action for each of the {num_rows} rows, got shape {tuple(numbers.shape)}")
+    return numbers
+
+
+def _whole_numbers(actions: Any, device: torch.device) -> Tensor:
+    try:
+        tensor = torch.as_tensor(actions, device=device)
+    except (TypeError, ValueError, RuntimeError):  # strings, None, objects
+        tensor = None
+    if tensor is None or tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"actions must be whole numbers, got {actions!r}")
+    return tensor.long()
 
 
 class TokenSpace(gym.spaces.Discrete):

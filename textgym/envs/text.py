@@ -6,11 +6,14 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
+from gymnasium.envs.registration import EnvSpec
 
-from textgym.envs.config import TextConfig, takes
+from textgym.envs.config import NO_STEP_LIMIT, TextConfig, takes
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.text_task import Policy, TextTask, prompt_choice
+from textgym.envs.reset_options import check_options, prompt_choice
+from textgym.envs.spaces import as_action
+from textgym.envs.text_task import Policy, TextTask
+from textgym.errors import ConfigError
 from textgym.models.machine.transfer import to_host
 
 ObsType = dict[str, np.ndarray]
@@ -98,11 +101,25 @@ class TextEnv(gym.Env[ObsType, int]):
         self.info_text = config.info_text
         self.info_action_mask = config.info_action_mask
         self._score: float | None = None
+        self._spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """What the environment was made from, if `gym.make` made it."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = spec
+        # Gymnasium gives the limit to a wrapper and to nobody else; the id's registration is the place to read it.
+        if spec is not None and spec.id in gym.registry and gym.registry[spec.id].max_episode_steps is not None:
+            raise ConfigError(f"{spec.id} is registered with max_episode_steps: {NO_STEP_LIMIT}")
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[ObsType, dict[str, Any]]:
         """Starts an episode; `options={"prompt_index": i}` chooses its prompt."""
+        check_options(options, ["prompt_index"])
         super().reset(seed=seed)
         if seed is not None:
             self.task.forget_prompts()
@@ -115,7 +132,7 @@ class TextEnv(gym.Env[ObsType, int]):
         """Appends one token."""
         if not bool(self.task.episodes.alive[0]):
             raise gym.error.ResetNeeded("there is no episode under way: call env.reset() before env.step(action)")
-        outcome = self.task.play(torch.tensor([int(action)], device=self.task.device))
+        outcome = self.task.play(as_action(action, self.task.device))
         observation = self.task.episodes.observation()
         by_length, rewards, *shown = to_host(outcome.ends.by_length, outcome.rewards, *observation.values())
         truncated = bool(by_length[0]) and self.task.truncates
@@ -152,4 +169,4 @@ class TextEnv(gym.Env[ObsType, int]):
         return {key: value[0].numpy() for key, value in zip(observation, to_host(*observation.values()), strict=True)}
 
     def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
-        return {**info, "action_mask": self.action_masks()} if self.info_action_mask else info
+        return {**info, "action_mask": self.action_masks().astype(np.int8)} if self.info_action_mask else info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -129,7 +129,19 @@ class TextTask:
         allowed = self.episodes.action_masks()
         if self.action_mask is None:
             return allowed
-        return narrow(allowed, self.action_mask(self.episodes.observation()))
+        mask = self.action_mask(self.episodes.observation()).to(self.device)
+        if mask.shape != allowed.shape:
+            raise ValueError(
+                f"action_mask must return a bool array of shape {tuple(allowed.shape)}, rows and tokens of the "
+                f"vocabulary, got {tuple(mask.shape)}"
+            )
+        if bool((self.episodes.alive & ~mask.any(-1)).any()):
+            row = int((self.episodes.alive & ~mask.any(-1)).nonzero()[0])
+            raise ValueError(
+                f"action_mask allows no token in row {row}, after {self.transcript(row)['completion']!r}: let it allow "
+                "at least one wherever an episode goes on"
+            )
+        return narrow(allowed, mask)
 
     def take_prompts(self, rows: list[Row]) -> None:
         """Episodes that begin from now on begin with these, as `load_prompts` gives them."""
@@ -379,16 +391,6 @@ class TextTask:
         ids = np.zeros((len(encoded), lengths.max()), dtype=np.int32)
         ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
         return ids, lengths
-
-
-def prompt_choice(options: Mapping[str, Any] | None, count: int, num_prompts: int) -> np.ndarray | None:
-    """`options["prompt_index"]` as indices `(count,)`, or `None` if the options choose no prompts."""
-    if options is None or "prompt_index" not in options:
-        return None
-    chosen = np.asarray(options["prompt_index"], dtype=np.int64).reshape(-1)
-    if len(chosen) != count or (chosen < 0).any() or (chosen >= num_prompts).any():
-        raise ValueError(f"options['prompt_index'] must hold {count} indices from 0 to {num_prompts - 1}, got {chosen}")
-    return chosen
 
 
 def _device_of(device: Device, reference: str | nn.Module | None) -> torch.device:

@@ -8,13 +8,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from textgym.envs.config import TextVectorConfig, takes
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
-from textgym.envs.text_task import Policy, StepOutcome, TextTask, prompt_choice
+from textgym.envs.reset_options import check_options, chosen_rows, prompt_choice
+from textgym.envs.spaces import as_actions
+from textgym.envs.text_task import Policy, StepOutcome, TextTask
 from textgym.models.machine.transfer import to_host
 
 Array = Any
@@ -81,11 +84,13 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
 
         `options["prompt_index"]` chooses the prompts of the rows that are reset.
         """
+        check_options(options, ["prompt_index", "reset_mask"])
         if seed is not None:
-            self._np_random = np.random.default_rng(seed)
-            self._np_random_seed = seed if isinstance(seed, int) else None
+            self._seed(seed)
             self.task.forget_prompts()
-        mask = self._reset_mask(options)
+        mask = chosen_rows(options, self.num_envs)
+        if self.waiting is None:
+            mask[:] = True  # rows that never began would have nothing to show
         rows = np.flatnonzero(mask)
         prompts = prompt_choice(options, len(rows), len(self.task.rows))
         self.task.begin(rows, self.task.next_prompts(len(rows), self.np_random) if prompts is None else prompts)
@@ -96,7 +101,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         """Appends one token to every row that is under way."""
         if self.waiting is None:
             raise gym.error.ResetNeeded("there are no episodes under way: call envs.reset() before envs.step(actions)")
-        outcome = self.task.play(self._as_actions(actions))
+        outcome = self.task.play(as_actions(actions, self.num_envs, self.task.device))
         infos = self._infos(outcome)
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             self._restart(self.waiting)
@@ -150,29 +155,17 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         finished = self.task.transcripts
         return [finished[row] or self.task.transcript(row) for row in range(self.num_envs)]
 
+    def _seed(self, seed: int | Sequence[int]) -> None:
+        """Seed the generator of all rows; with several numbers `np_random_seed` is -1, as of any generator set so."""
+        if isinstance(seed, int | np.integer):
+            self._np_random, self._np_random_seed = np_random(int(seed))
+        else:
+            self.np_random = np.random.default_rng(seed)
+
     def _restart(self, mask: np.ndarray) -> None:
         rows = np.flatnonzero(mask)
         if len(rows):
             self.task.begin(rows, self.task.next_prompts(len(rows), self.np_random))
-
-    def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
-        if self.waiting is None or options is None or "reset_mask" not in options:
-            return np.ones(self.num_envs, dtype=bool)
-        given = options["reset_mask"]
-        mask = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-            raise ValueError(
-                f"options['reset_mask'] must be a bool array of shape ({self.num_envs},) with a True in it, got {given}"
-            )
-        return mask
-
-    def _as_actions(self, actions: Array) -> Tensor:
-        tensor = torch.as_tensor(actions, device=self.task.device).long()
-        if tensor.shape != (self.num_envs,):
-            raise ValueError(
-                f"expected one action for each of the {self.num_envs} rows, got shape {tuple(tensor.shape)}"
-            )
-        return tensor
 
     def _shown(self, *tensors: Tensor) -> tuple[dict[str, Array], list[Array]]:
         """The observation and other tensors as they are handed out: NumPy arrays come over in one copy."""
@@ -208,4 +201,5 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
     def _with_mask(self, infos: dict[str, Any]) -> dict[str, Any]:
         if not self.info_action_mask:
             return infos
-        return {**infos, "action_mask": self.action_masks(), "_action_mask": np.ones(self.num_envs, dtype=bool)}
+        [masks] = self._out(self.task.action_masks().to(torch.int8))  # as `Discrete.sample` takes them
+        return {**infos, "action_mask": masks, "_action_mask": np.ones(self.num_envs, dtype=bool)}

@@ -157,7 +157,10 @@ class ActorCritic(TokenModel):
 
     def _act(self, observation: Observation, deterministic: bool, action_masks: Any, with_value: bool) -> Step:
         hidden, batched = self._advance(observation)
-        log_probs = self.distribution(action_masks).log_probs(self.head(hidden))  # (B, V)
+        distribution = self.distribution(action_masks)
+        if distribution.allowed is not None and not bool(distribution.allowed.any(-1).all()):
+            raise ValueError("action_masks allow no token in some row: allow at least one in each")
+        log_probs = distribution.log_probs(self.head(hidden))  # (B, V)
         action = log_probs.argmax(-1) if deterministic else self.sample(log_probs.exp())
         log_prob = log_probs.gather(1, action[:, None])[:, 0]
         value = torch.zeros_like(log_prob)

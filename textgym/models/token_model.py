@@ -172,7 +172,7 @@ class TokenModel(nn.Module):
     def distribution(self, action_masks: Any = None) -> TokenDistribution:
         """Return how logits become a distribution; `action_masks` bool `(m, V)`, the allowed tokens, `None` for all."""
         if action_masks is not None:
-            action_masks = torch.as_tensor(action_masks, device=self.device).reshape(-1, self.vocab_size)
+            action_masks = torch.as_tensor(action_masks, device=self.device).bool().reshape(-1, self.vocab_size)
         return TokenDistribution(self.temperature, action_masks)
 
     def distribution_of(self, sequences: Sequences) -> TokenDistribution:

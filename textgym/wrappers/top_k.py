@@ -11,6 +11,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
+from textgym.envs.spaces import as_action, as_actions
 from textgym.envs.text_task import Policy, TextTask
 from textgym.models.token_model import Observation, TokenModel
 from textgym.wrappers.views import VectorView, View, model_or_reference
@@ -56,7 +57,7 @@ class TopKActions(View, gym.utils.RecordConstructorArgs):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Append the candidate with this rank."""
-        token = int(self.candidates.at(np.asarray(action).reshape(1))[0])
+        token = int(self.candidates.at(as_action(action, self.task.device))[0])
         observation, reward, terminated, truncated, info = super().step(token)
         self.candidates.forget()
         return observation, reward, terminated, truncated, self._with_mask(info)
@@ -70,7 +71,7 @@ class TopKActions(View, gym.utils.RecordConstructorArgs):
         return _RankPolicy(policy, self.candidates)
 
     def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
-        return {**info, "action_mask": self.action_masks()} if "action_mask" in info else info
+        return {**info, "action_mask": self.action_masks().astype(np.int8)} if "action_mask" in info else info
 
 
 class VectorTopKActions(VectorView):
@@ -114,7 +115,9 @@ class VectorTopKActions(VectorView):
         return _RankPolicy(policy, self.candidates)
 
     def _with_mask(self, infos: dict[str, Any]) -> dict[str, Any]:
-        return {**infos, "action_mask": self.action_masks()} if "action_mask" in infos else infos
+        if "action_mask" not in infos:
+            return infos
+        return {**infos, "action_mask": self.out(self.candidates.masks().to(torch.int8))}
 
 
 class Candidates:
@@ -149,7 +152,7 @@ class Candidates:
         Raises:
             ValueError: If a rank is not between 0 and k - 1.
         """
-        ranks = torch.as_tensor(ranks, device=self.task.device).long()
+        ranks = as_actions(ranks, len(self.task.current), self.task.device)
         if bool(((ranks < 0) | (ranks >= self.k)).any()):
             raise ValueError(f"actions must be between 0 and {self.k - 1}, got {ranks.tolist()}")
         return self.tokens().gather(1, ranks[:, None])[:, 0]
