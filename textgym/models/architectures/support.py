@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -11,22 +11,35 @@ from torch import Tensor
 
 from textgym.models.architectures.attention import FULL, SLIDING, PackedStates
 from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, EncoderDecoderStates
+from textgym.models.architectures.positions import changing_rope, position_limit
 from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 
-LENGTHS = (8, 4, 3)
-"""Tokens of the texts that are tried; the two short ones share a packed row."""
+TRIED = 24
+"""Tokens of the longest text that is tried when a model is loaded, unless it has a sliding window just beyond."""
+LONGEST_WINDOW = 64
+"""A window of at most so many tokens is tried when the model is loaded; longer ones by environments that reach them."""
+SHORT = 3
+"""Tokens of the shortest text that is tried."""
 TOLERANCE = {torch.float32: 1e-3}
 """Of a difference, in standard deviations of the logits; other dtypes round more coarsely."""
 INSTEAD = "use a model whose every layer is full or sliding-window attention, such as Llama, Qwen3, Gemma 3 or T5"
 
 
-def check_supported(lm: Any, head: Callable[[Tensor], Tensor]) -> None:
-    """Tries a model on a few tokens: padded or packed, and from the cache, they must get the logits it gives them.
+_passed: set[Hashable] = set()
+"""Structures and lengths that have passed the trial in this process."""
+
+
+def check_supported(lm: Any, head: Callable[[Tensor], Tensor], longest: int | None = None) -> None:
+    """Tries a model on three texts: padded or packed, and from the cache, they must get the logits it gives them.
+
+    One of the texts is as long as asked for, and a row of the cache restarts. Models of the same structure are tried
+    once in a process.
 
     Args:
         lm: a causal language model or an encoder-decoder model of transformers.
         head: makes logits of its last hidden state.
+        longest: tokens of the longest text; `None`: some, and beyond a short sliding window.
 
     Raises:
         ValueError: what the model has that textgym does not reproduce, and what to use instead.
@@ -35,9 +48,14 @@ def check_supported(lm: Any, head: Callable[[Tensor], Tensor]) -> None:
     reason = _known_reason(lm)
     if reason is not None:
         raise ValueError(f"{kind} {reason}")
+
+    longest = _length_at_loading(lm.config) if longest is None else longest
+    known = (_structure(lm), longest)
+    if known in _passed:
+        return
     try:
         with full_precision(lm.device):
-            differences = (_try_encoder_decoder if lm.config.is_encoder_decoder else _try_causal)(lm, head)
+            differences = (_try_encoder_decoder if lm.config.is_encoder_decoder else _try_causal)(lm, head, longest)
     except Exception as error:
         raise ValueError(
             f"{kind} does not take the explicit masks, positions or caches that textgym decodes with ({error}): "
@@ -49,6 +67,7 @@ def check_supported(lm: Any, head: Callable[[Tensor], Tensor]) -> None:
                 f"{kind} gives other logits {what} than by itself, by {difference:.2g} standard deviations, so its "
                 f"log-probs would be wrong: {INSTEAD}"
             )
+    _passed.add(known)
 
 
 @contextlib.contextmanager
@@ -86,6 +105,8 @@ def _known_reason(lm: Any) -> str | None:
         return f"keeps a recurrent state, which textgym can neither pad, pack nor restart: {INSTEAD}"
     if kinds:
         return f"has layers of kind {sorted(kinds)}; textgym decodes full and sliding-window attention: {INSTEAD}"
+    if (rope := changing_rope(config)) is not None:
+        return rope
     if _has_alibi(config):
         return f"adds ALiBi biases, which it counts from a mask of its own and not from position ids: {INSTEAD}"
     if config._attn_implementation not in ("eager", "sdpa"):
@@ -113,25 +134,49 @@ def _has_alibi(config: Any) -> bool:
     return config.model_type == "bloom" or any(getattr(source, "alibi", False) for source in (config, inner))
 
 
+def _structure(lm: Any) -> Hashable:
+    """What decides whether a model is decoded exactly: its modules and settings, and not its weights."""
+    modules = tuple(type(module) for module in lm.modules())
+    return modules, lm.config.model_type, lm.config.to_json_string(use_diff=False), lm.dtype, lm.device.type
+
+
+def _length_at_loading(config: Any) -> int:
+    window = getattr(config, "sliding_window", None) or 0
+    wanted = max(TRIED, window + 4 if window <= LONGEST_WINDOW else 0)
+    limit = position_limit(config)
+    return wanted if limit is None else min(wanted, limit)
+
+
 @torch.no_grad()
-def _try_causal(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def _try_causal(lm: Any, head: Callable[[Tensor], Tensor], longest: int) -> dict[str, float]:
     """How far the logits are off, in standard deviations, by how they were made."""
-    longest = min(LENGTHS[0], getattr(lm.config, "max_position_embeddings", None) or LENGTHS[0])
-    lengths = torch.tensor(LENGTHS, device=lm.device).clamp(max=longest)
-    lengths[1:] = lengths[1:].clamp(max=max(1, longest // 2))
+    half = max(1, longest // 2)
+    short = min(SHORT, half)
     ids = _tokens(lm, longest)
-    expected = torch.cat([lm(input_ids=ids[i : i + 1, :n], use_cache=False).logits[0, -1:] for i, n in _each(lengths)])
+    lengths = torch.tensor([longest, half, short], device=lm.device)
+    own = [lm(input_ids=ids[row : row + 1, :size], use_cache=False).logits[0] for row, size in _each(lengths)]
+    expected = torch.stack([logits[-1] for logits in own])  # (3, V)
+
     packed = head(PackedStates.whole(ids, lengths).hidden(lm))
+
     decoder = CachedDecoder(lm, len(lengths), longest)
     decoder.advance(ids, (lengths - 1).clamp(min=1))
     cached = head(decoder.advance(ids, lengths))
-    return {"packed beside others": _off(packed, expected), "from a cache": _off(cached, expected)}
+
+    # The longest row restarts with the beginning of the second text, and the others wait.
+    restarted = head(decoder.advance(ids[[1, 1, 2]], lengths[[2, 1, 2]]))
+    expected_then = torch.stack([own[1][short - 1], own[1][-1], own[2][-1]])
+    return {
+        "packed beside others": _off(packed, expected),
+        "from a cache": _off(cached, expected),
+        "from a cache after a restart": _off(restarted, expected_then),
+    }
 
 
 @torch.no_grad()
-def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    prompts = responses = torch.tensor(LENGTHS, device=lm.device)
-    rows = EncoderDecoderRows(_tokens(lm, LENGTHS[0]), prompts, _tokens(lm, LENGTHS[0], 5), responses.flip(0))
+def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor], longest: int) -> dict[str, float]:
+    prompts = torch.tensor([longest, max(1, longest // 2), min(SHORT, longest)], device=lm.device)
+    rows = EncoderDecoderRows(_tokens(lm, longest), prompts, _tokens(lm, longest, 5), prompts.flip(0))
     expected = torch.cat(
         [
             lm(
@@ -143,19 +188,27 @@ def _try_encoder_decoder(lm: Any, head: Callable[[Tensor], Tensor]) -> dict[str,
         ]
     )
     padded = head(EncoderDecoderStates.whole(rows).hidden(lm))
+
     decoder = CachedEncoderDecoder(lm, len(prompts), *(x.shape[1] for x in (rows.input_ids, rows.decoder_input_ids)))
-    decoder.advance(*rows._replace(decoder_lengths=rows.decoder_lengths - 1))
+    decoder.advance(*rows._replace(decoder_lengths=(rows.decoder_lengths - 1).clamp(min=1)))
     cached = head(decoder.advance(*rows))
-    return {"padded beside others": _off(padded, expected), "from a cache": _off(cached, expected)}
+
+    # The first row restarts with the prompt and the response of the second one.
+    others = torch.tensor([1, 1, 2], device=lm.device)
+    restarted = head(decoder.advance(*(part[others] for part in rows)))
+    return {
+        "padded beside others": _off(padded, expected),
+        "from a cache": _off(cached, expected),
+        "from a cache after a restart": _off(restarted, expected[others]),
+    }
 
 
 def _tokens(lm: Any, width: int, first: int = 3) -> Tensor:
     """Different ids `(3, width)`, and one that pads, which a model must take for a token like any other."""
     vocab_size = lm.get_output_embeddings().weight.shape[0]
-    count = len(LENGTHS) * width
-    ids = ((torch.arange(count, device=lm.device) * 7 + first) % vocab_size).view(len(LENGTHS), width)
+    ids = ((torch.arange(3 * width, device=lm.device) * 7 + first) % vocab_size).view(3, width)
     pad = getattr(lm.config, "pad_token_id", None)  # some configs have none
-    if pad is not None and 0 <= pad < vocab_size:
+    if width > 1 and pad is not None and 0 <= pad < vocab_size:
         ids[:, 1] = pad
     return ids
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from textgym.models.architectures.attention import attention_mask, batches_by_length, check_encoder_decoder
+from textgym.models.architectures.positions import check_positions
 from textgym.models.machine.transfer import to_device, to_host
 
 
@@ -171,7 +172,8 @@ class CachedDecoder:
             `(B, d)`, in the model's dtype; a fresh tensor.
 
         Raises:
-            ValueError: another shape than the decoder was made for, or an empty context.
+            ValueError: another shape than the decoder was made for, or a context that is empty or too long for the
+                model.
         """
         if input_ids.shape != (self.num_rows, self.max_tokens):
             raise ValueError(f"expected input_ids of shape {(self.num_rows, self.max_tokens)}, got {input_ids.shape}")
@@ -180,6 +182,7 @@ class CachedDecoder:
         grown, other, sizes = self._changes(input_ids, lengths, host)
         if sizes.min() < 1:
             raise ValueError("a context is empty: begin it with at least one token")
+        check_positions(self.model.config, int(sizes.max()), "a context")
         if other.any():
             self._encode(input_ids, lengths, self._index(other), int(sizes[other].max()))
         if grown.any():

@@ -11,6 +11,7 @@ from transformers import Cache, EncoderDecoderCache
 
 from textgym.models.architectures.attention import additive_mask, check_encoder_decoder
 from textgym.models.architectures.encoder_decoder import EncoderDecoderRows, encode
+from textgym.models.architectures.positions import check_positions
 from textgym.models.decoding.cached_decoder import CachedDecoder, SlotCache
 
 
@@ -174,6 +175,7 @@ class _Responses(CachedDecoder):
     def take_prompts(self, rows: Tensor | None, input_ids: Tensor, lengths: Tensor) -> None:
         """Encodes the prompts `(B, P)` of some rows, and forgets their responses."""
         self.prompt_span = int(lengths.max())
+        check_positions(self.model.config, self.prompt_span, "a prompt")
         chosen = slice(None) if rows is None else rows
         hidden, mask = encode(self.model, input_ids[chosen], lengths[chosen])
         if self.encoder_hidden is None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from textgym.models.architectures.positions import check_positions
 from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.decoding.cuda_graphs import Graphs, HostAccess, NotCapturedError, computing, state_of
 from textgym.models.decoding.sampling import sample
@@ -159,7 +160,9 @@ class ResponseGenerator:
             buffer.zero_()
         batch.alive.fill_(True)
         self._roll(deterministic)
-        self._sample(batch, batch.decoder.begin(prompts, lengths), deterministic)
+        hidden = batch.decoder.begin(prompts, lengths)
+        check_positions(self.policy.lm.config, batch.decoder.longest + self.max_new_tokens, "a prompt and its response")
+        self._sample(batch, hidden, deterministic)
         self._go_on(batch, batch.decoder.longest, deterministic)
         return Responses(*(x.clone() for x in (self.tokens, self.log_probs, self.values, self.lengths, self.by_stop)))
 
