@@ -25,6 +25,7 @@ from textgym.data.completions import Example, encode_completions, shorten, split
 from textgym.data.preferences import load_preferences
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.fitting import check_tokenizer
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.pairwise import pairwise_loss
 from textgym.settings import NotNegative, Positive, Share
@@ -63,13 +64,13 @@ class DPO(SupervisedAgent):
         policy: who learns.
         preferences: as `load_preferences` reads them: `chosen` and `rejected`, strings or conversations, after a
             `prompt`; without one it is what both begin with. EOS is appended to completions that lack it.
-        tokenizer: the policy's: a name, a path or a tokenizer.
+        tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
         config: beta, loss, learning rate, batches.
         reference: the policy as it is now (under LoRA: without its adapter), unless a model or its name is given, or
             the `reference_log_probs` of another agent on the same preferences.
 
     Raises:
-        ValueError: no preferences, or a pair that is none.
+        ValueError: no preferences, or a pair that is none; or a tokenizer or reference that does not fit the policy.
 
     >>> from textgym import ActorCritic
     >>> from textgym.agents import DPO
@@ -85,7 +86,7 @@ class DPO(SupervisedAgent):
         self,
         policy: ActorCritic,
         preferences: Any,
-        tokenizer: Any = "tiny",
+        tokenizer: Any = None,
         config: Any = None,
         reference: str | nn.Module | Tensor | None = None,
     ) -> None:
@@ -172,6 +173,7 @@ class DPO(SupervisedAgent):
             model = self.policy.reference()
         else:
             model = TokenModel.load(reference, temperature=self.policy.temperature, device=self.policy.device)
+            check_tokenizer(self.tokenizer, model.lm, model.vocab_size, "the reference")
         size = 2 * (self.config.micro_batch_size or self.config.batch_size)
         parts = [range(len(self.texts))[start : start + size] for start in range(0, len(self.texts), size)]
         with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):

@@ -35,11 +35,11 @@ class SFT(SupervisedAgent):
         policy: who learns.
         examples: rows as `textgym.data.completions.load_examples` reads them: `{"prompt", "completion"}`,
             `{"messages"}` or `{"text"}`, strings or conversations. EOS is appended to completions that lack it.
-        tokenizer: the policy's: a name, a path or a tokenizer.
+        tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
         config: learning rate, epochs, batches.
 
     Raises:
-        ValueError: no examples, or a row that is none.
+        ValueError: no examples, or a row that is none; or a tokenizer that is not the policy's.
 
     >>> from textgym import ActorCritic
     >>> from textgym.agents import SFT
@@ -51,7 +51,7 @@ class SFT(SupervisedAgent):
     config_class: ClassVar[type[SupervisedConfig]] = SFTConfig
     config: SFTConfig
 
-    def __init__(self, policy: ActorCritic, examples: Any, tokenizer: Any = "tiny", config: Any = None) -> None:
+    def __init__(self, policy: ActorCritic, examples: Any, tokenizer: Any = None, config: Any = None) -> None:
         super().__init__(policy, examples, tokenizer, config)
 
     def read(self, data: Any) -> None:

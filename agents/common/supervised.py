@@ -26,7 +26,9 @@ from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import load_tokenizer
+from textgym.models.architectures.positions import position_limit
+from textgym.models.fitting import check_tokenizer, tokenizer_of
+from textgym.models.loading import Tokenizer, load_tokenizer
 from textgym.models.machine.devices import Device, on_device
 from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
@@ -94,18 +96,19 @@ class SupervisedAgent(ABC):
     Args:
         policy: who learns; with LoRA its adapter alone does.
         data: what it learns from, see the algorithm.
-        tokenizer: the policy's: a name, a path or a tokenizer.
+        tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
         config: see the algorithm's config.
 
     Raises:
-        ValueError: see the algorithm's data.
+        ValueError: no tokenizer was saved beside the policy's weights, or the one given is not the policy's; or see the
+            algorithm's data.
     """
 
     config_class: ClassVar[type[SupervisedConfig]]
     texts: list[Example]
 
-    def __init__(self, policy: ActorCritic, data: Any, tokenizer: Any = "tiny", config: Any = None) -> None:
-        self.policy, self.tokenizer = policy, load_tokenizer(tokenizer)
+    def __init__(self, policy: ActorCritic, data: Any, tokenizer: Any = None, config: Any = None) -> None:
+        self.policy, self.tokenizer = policy, _tokenizer_for(policy, tokenizer)
         self.config = config if config is not None else self.config_class()
         if self.config.gradient_checkpointing:
             policy.checkpoint_layers()
@@ -143,7 +146,8 @@ class SupervisedAgent(ABC):
     @property
     def max_length(self) -> int:
         """Tokens that a text may have."""
-        return min(self.config.max_length, getattr(self.policy.lm.config, "max_position_embeddings", 2**31))
+        limit = position_limit(self.policy.lm.config)
+        return self.config.max_length if limit is None else min(self.config.max_length, limit)
 
     @property
     def total_updates(self) -> int:
@@ -260,3 +264,16 @@ class SupervisedAgent(ABC):
         else:
             assert self._saved_progress is not None  # somebody made the updates
             shutil.copytree(self._saved_progress, folder, dirs_exist_ok=True)
+
+
+def _tokenizer_for(policy: ActorCritic, given: Any) -> Tokenizer:
+    """The tokenizer given, or the policy's own; never a guess, since other ids train a policy on noise."""
+    tokenizer = tokenizer_of(policy.lm) if given is None else load_tokenizer(given)
+    if tokenizer is None:
+        source = policy.lm.name_or_path or "a model made in memory"
+        raise ValueError(
+            f"no tokenizer is saved beside the policy's weights ({source}): pass the one that it was trained with, "
+            "tokenizer=..."
+        )
+    check_tokenizer(tokenizer, policy.lm, policy.vocab_size)
+    return tokenizer
