@@ -161,9 +161,10 @@ class DPO(SupervisedAgent):
         """Chosen and rejected text of each pair, the prompt as long in one as in the other."""
         parts = [split_pair(pair) for pair in preferences]
         sides = [(prompt, text) for prompt, *texts in parts for text in texts]
+        bos = self.tokenizer.bos_token_id
         encoded = encode_completions(sides, self.tokenizer, self.config.append_eos)
         return [
-            shorten(chosen.prompt, [chosen.completion, rejected.completion], self.max_length)
+            shorten([chosen.prompt, rejected.prompt], [chosen.completion, rejected.completion], self.max_length, bos)
             for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True)
         ]
 

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from textgym.agents import DPO, DPOConfig
 from textgym.agents.dpo import preference_loss
@@ -42,6 +45,12 @@ def make_agent(pairs: Any = None, *, lora: Any = None, reference: Any = None, **
     settings = {"batch_size": 4, "epochs": 2, "learning_rate": 3e-3, **config}
     policy = ActorCritic.from_pretrained(mock_lm(), lora=lora)
     return DPO(policy, PAIRS if pairs is None else pairs, TOKENIZER, DPOConfig(**settings), reference)
+
+
+def spelling_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of `ExactTask(vocab_size=5)` with a letter in place of its padding, which no text can spell."""
+    vocabulary = {token: index for index, token in enumerate(["a", "b", "c", "<eos>", "d"])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=vocabulary, merges=[])), eos_token="<eos>")
 
 
 def history_of(agent: DPO) -> list[dict[str, float]]:
@@ -110,7 +119,8 @@ def test_reaches_the_exact_optimum(beta: float) -> None:
         task.start.model.logits.weight[base**2 : base**3, eos] += 30.0  # after the prompt and two letters
     task.log_reference = task.log_probs(TokenModel(task.start))
     ended = [index for index, text in enumerate(task.texts) if text[-1] == eos]
-    words = {i: "".join(task.tokenizer.convert_ids_to_tokens(list(task.texts[i][:-1]))) for i in ended}
+    tokenizer = spelling_tokenizer()
+    words = {i: "".join(tokenizer.convert_ids_to_tokens(list(task.texts[i][:-1]))) for i in ended}
     pairs = [
         {
             "prompt": "a",
@@ -121,7 +131,7 @@ def test_reaches_the_exact_optimum(beta: float) -> None:
         for i, j in itertools.combinations(ended, 2)
     ]
     config = DPOConfig(beta=beta, use_probability=True, learning_rate=0.1, batch_size=len(pairs), max_steps=200)
-    agent = DPO(ActorCritic.from_pretrained(task.language_model()), pairs, task.tokenizer, config)
+    agent = DPO(ActorCritic.from_pretrained(task.language_model()), pairs, tokenizer, config)
     assert [tuple(text.completion) for text in agent.texts] == [task.texts[i] for i in ended]
     optimum = task.optimum(beta)
     assert optimum.kl_from(task.log_reference) > 0.05

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from textgym.data.messages import Text, is_messages, render
+from textgym.data.continuations import encode_continuations
+from textgym.data.encoding import cut_beginning
+from textgym.data.messages import Text, is_messages
 from textgym.data.rows import named, read_rows
 
 ACCEPTED = (
@@ -76,81 +78,65 @@ def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     return first[:shared], first[shared:], second[shared:]
 
 
-def encode_completions(pairs: Sequence[tuple[Text, Text]], tokenizer: Any, append_eos: bool = True) -> list[Example]:
-    """Return the ids of prompts and completions.
+def encode_completions(
+    pairs: Sequence[tuple[Text, Text]], tokenizer: Any, append_eos: bool = True, *, add_special_tokens: bool = True
+) -> list[Example]:
+    """Return the ids of prompts and completions, which together are those of the whole texts.
 
     Each completion ends with EOS, which is appended if it is missing, unless `append_eos` is false. Anything that a
-    chat template adds after EOS is removed. If a prompt is empty, the first token of the completion becomes the prompt.
+    chat template adds after EOS is removed. If a prompt is empty, the first token of the text becomes the prompt.
+
+    Args:
+        pairs: Prompts and completions.
+        tokenizer: The tokenizer.
+        append_eos: Whether completions end with EOS.
+        add_special_tokens: Whether strings get the tokenizer's BOS; false for strings that were rendered already.
 
     Raises:
-        ValueError: If a pair has fewer than two tokens, or if the chat template renders a conversation in a way that
-            does not begin with its rendered prompt.
+        ValueError: If a pair has no token to learn, or if the chat template renders a conversation in a way that does
+            not begin with its rendered prompt.
     """
-    eos = tokenizer.eos_token_id
-    texts = [_as_strings(prompt, completion, tokenizer) for prompt, completion in pairs]
-
-    # Prompt and completion are tokenized separately. Tokenized together, a token could span the border between them,
-    # and a policy that generates after the prompt would never see such a token.
-    prompts: list[list[int]] = [[] for _ in texts]
-    for special in (True, False):  # rendered chat templates already contain their special tokens
-        rows = [i for i, text in enumerate(texts) if text.special == special]
-        if rows:
-            ids = tokenizer([texts[i].prompt for i in rows], add_special_tokens=special).input_ids
-            for i, row in zip(rows, ids, strict=True):
-                prompts[i] = list(row)
-    completions = tokenizer([text.completion for text in texts], add_special_tokens=False).input_ids
-    return [
-        _example(prompt, _closed(list(completion), eos, text.special, append_eos), pair)
-        for prompt, completion, text, pair in zip(prompts, completions, texts, pairs, strict=True)
+    eos, name = tokenizer.eos_token_id, tokenizer.eos_token
+    closed = [isinstance(completion, str) and completion.endswith(name) for _, completion in pairs]
+    texts = [
+        (prompt, completion.removesuffix(name) if isinstance(completion, str) else completion)
+        for prompt, completion in pairs
     ]
+    encoded = encode_continuations(tokenizer, texts, add_special_tokens=add_special_tokens)
+    examples = []
+    for pair, (prompt, completion), has_eos in zip(pairs, encoded, closed, strict=True):
+        if any(not isinstance(text, str) for text in pair) and eos in completion:
+            # Chat templates often render a line break after the last EOS. It is never generated, so it is not learned.
+            completion = completion[: len(completion) - completion[::-1].index(eos)]
+        elif has_eos or (append_eos and completion[-1:] != [eos]):
+            completion = [*completion, eos]
+        examples.append(_example(prompt, completion, pair))
+    return examples
 
 
-def shorten(prompt: list[int], completions: Sequence[list[int]], max_length: int) -> list[Example]:
-    """Shorten examples with a common prompt to `max_length` tokens: cut the prompt's beginning, then completions' ends.
+def shorten(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], max_length: int, bos: int | None = None
+) -> list[Example]:
+    """Shorten examples to `max_length` tokens: cut the beginnings of their prompts, then the ends of completions.
 
-    At least one token of the prompt is kept, and all examples keep the same prompt.
+    At least one token of a prompt is kept, and BOS if there is room for another. All prompts are cut to one length.
 
-    >>> shorten([1, 2, 3], [[4], [5, 6]], max_length=4)
+    >>> shorten([[1, 2, 3], [1, 2, 3]], [[4], [5, 6]], max_length=4)
     [Example(prompt=[2, 3], completion=[4]), Example(prompt=[2, 3], completion=[5, 6])]
     """
     room = max(1, max_length - max(map(len, completions)))
-    return [Example(prompt[-room:], completion[: max_length - len(prompt[-room:])]) for completion in completions]
-
-
-class _Strings(NamedTuple):
-    prompt: str
-    completion: str
-    special: bool
-
-
-def _as_strings(prompt: Text, completion: Text, tokenizer: Any) -> _Strings:
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return _Strings(prompt, completion, True)
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    begin, whole = render(asked, tokenizer, add_generation_prompt=True), render([*asked, *said], tokenizer)
-    if not whole.startswith(begin):
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} renders the prompt as {begin!r}, but the conversation as "
-            f"{whole!r}, which does not begin with it, so the completion cannot be separated: give 'prompt' and "
-            "'completion' as strings"
-        )
-    return _Strings(begin, whole.removeprefix(begin), False)
-
-
-def _closed(ids: list[int], eos: int, plain: bool, append_eos: bool) -> list[int]:
-    """Return ids that end with EOS, if they should."""
-    if plain or eos not in ids:
-        return ids if (ids and ids[-1] == eos) or not append_eos else [*ids, eos]
-    # Chat templates often render a line break after the last EOS. It is never generated, so it is not learned.
-    return ids[: len(ids) - ids[::-1].index(eos)]
+    cut = [cut_beginning(prompt, room, bos) for prompt in prompts]
+    return [
+        Example(prompt, completion[: max_length - len(prompt)])
+        for prompt, completion in zip(cut, completions, strict=True)
+    ]
 
 
 def _example(prompt: list[int], completion: list[int], pair: tuple[Text, Text]) -> Example:
     ids = [*prompt, *completion]
-    if len(ids) < 2:
-        raise ValueError(f"{pair!r} has no token to learn: give a prompt or more text")
     size = max(1, len(prompt))  # a causal language model predicts no first token, so one has to be given
+    if len(ids) <= size:
+        raise ValueError(f"{pair!r} has no token to learn: give a prompt or more text")
     return Example(ids[:size], ids[size:])
 
 

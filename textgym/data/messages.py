@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from textgym.data.special_tokens import reads_control_tokens
+
 Messages = list[dict[str, Any]]
 Text = str | Messages
 
@@ -43,32 +45,49 @@ def render(messages: Messages, tokenizer: Any, add_generation_prompt: bool = Fal
     Args:
         messages: The conversation.
         tokenizer: The tokenizer of the model that reads the text.
-        add_generation_prompt: Whether to open the assistant's next turn at the end.
+        add_generation_prompt: Whether to open the assistant's next turn at the end. If the last message is the
+            assistant's, that message is left open instead, to be continued.
 
     Raises:
-        ValueError: If the tokenizer has no chat template.
+        ValueError: If the tokenizer cannot render the conversation.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so it cannot read a conversation: "
-            "set `tokenizer.chat_template`, or pass the text as a string"
+    if reads_control_tokens(tokenizer):
+        return str(apply_template(messages, tokenizer, add_generation_prompt, tokenize=False))
+    # mistral-common renders ids; its strings are not the text.
+    ids = apply_template(messages, tokenizer, add_generation_prompt, tokenize=True)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def apply_template(messages: Messages, tokenizer: Any, add_generation_prompt: bool, *, tokenize: bool) -> Any:
+    """Return a conversation as the tokenizer renders it: a string, or ids if `tokenize` is set.
+
+    Raises:
+        ValueError: If the tokenizer cannot render the conversation.
+    """
+    continued = add_generation_prompt and messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=tokenize,
+            return_dict=False,
+            add_generation_prompt=add_generation_prompt and not continued,
+            continue_final_message=continued,
         )
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return text
+    except Exception as error:  # a template may raise anything
+        missing = reads_control_tokens(tokenizer) and not tokenizer.chat_template
+        reason = "has no chat template, so it cannot read a conversation" if missing else f"cannot render it ({error})"
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} {reason}: set `tokenizer.chat_template`, or pass the text as a "
+            f"string instead of {messages!r}"
+        ) from error
 
 
-def encode(texts: Sequence[Text], tokenizer: Any, add_generation_prompt: bool = False) -> list[list[int]]:
-    """Return the token ids of strings and conversations."""
-    # Strings get the tokenizer's special tokens. Chat templates contain them already: adding them would double the BOS.
-    rows: list[list[int]] = [[] for _ in texts]
-    for conversational in (False, True):
-        chosen = [index for index, text in enumerate(texts) if isinstance(text, str) != conversational]
-        plain = [
-            text if isinstance(text, str) else render(text, tokenizer, add_generation_prompt)
-            for text in (texts[index] for index in chosen)
-        ]
-        if plain:
-            encoded = tokenizer(plain, add_special_tokens=not conversational).input_ids
-            for index, ids in zip(chosen, encoded, strict=True):
-                rows[index] = ids
-    return rows
+def has_chat_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer renders conversations; some do so without a `chat_template`."""
+    if tokenizer.chat_template:
+        return True
+    try:
+        render([{"role": "user", "content": "Hello"}], tokenizer, add_generation_prompt=True)
+    except ValueError:
+        return False
+    return True

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from textgym.envs.episodes import Episodes
+from textgym.data.continuations import HALF, added_text
+from textgym.data.special_tokens import special_tokens
 from textgym.models.distributions.log_probs import StopRule
 
 
 def stop_rule(stop: Sequence[str | int], min_new_tokens: int, tokenizer: Any) -> StopRule:
-    """The tokenizer's EOS and the stop ids; strings are watched by `StopStrings` instead.
+    """The tokenizer's EOS, the stop ids and special tokens; other strings are watched by `StopStrings` instead.
 
     Raises:
         ValueError: a stop id outside the vocabulary, or `stop` given as one string instead of a list.
@@ -22,6 +19,8 @@ def stop_rule(stop: Sequence[str | int], min_new_tokens: int, tokenizer: Any) ->
     if isinstance(stop, str):
         raise ValueError(f"stop is a list of strings and token ids: write stop=[{stop!r}]")
     ids = {tokenizer.eos_token_id, *(int(item) for item in stop if not isinstance(item, str))}
+    special = special_tokens(tokenizer)
+    ids |= {special[text.strip()] for text in stop if isinstance(text, str) and text.strip() in special}
     outside = sorted(index for index in ids if not 0 <= index < len(tokenizer))
     if outside:
         raise ValueError(f"stop ids {outside} are outside the tokenizer's vocabulary of {len(tokenizer)} tokens")
@@ -29,32 +28,32 @@ def stop_rule(stop: Sequence[str | int], min_new_tokens: int, tokenizer: Any) ->
 
 
 class StopStrings:
-    """Finds stop strings in responses, decoding only rows whose newest token could complete one.
+    """Finds stop strings in responses.
+
+    A string that is a special token means this token, which is not in the text of a response, see `stop_rule`.
 
     Args:
-        texts: the stop strings.
-        tokenizer: the policy's.
+        stop: Stop strings and stop ids.
+        tokenizer: The policy's.
     """
 
-    def __init__(self, texts: Sequence[str], tokenizer: Any) -> None:
-        if not all(texts):
+    def __init__(self, stop: Sequence[str | int], tokenizer: Any) -> None:
+        strings = [item for item in stop if isinstance(item, str)]
+        if not all(strings):
             raise ValueError("a stop string is empty: every text would contain it")
-        self.texts = list(texts)
-        self.can_complete: Tensor | None = None
-        if self.texts:
-            last = {text[-1] for text in self.texts}
-            pieces = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-            # A token that is part of a multi-byte character decodes to the replacement mark: it may complete one, too.
-            table = [bool(last & set(piece)) or "\ufffd" in piece for piece in pieces]
-            self.can_complete = torch.from_numpy(np.array(table))
+        special = special_tokens(tokenizer) if strings else {}
+        self.texts = [text for text in strings if text.strip() not in special]
+        self.tokenizer = tokenizer
+        self.last_characters = {text[-1] for text in self.texts}
+        self.context: list[int] = tokenizer("a", add_special_tokens=False).input_ids if self.texts else []
+        self._can_complete: dict[int, bool] = {}
 
-    def candidates(self, actions: Tensor, playing: Tensor, episodes: Episodes) -> list[int]:
-        """Rows among those `playing` whose newest token could complete a stop string."""
-        assert self.can_complete is not None
-        self.can_complete = self.can_complete.to(actions.device)
-        possible = self.can_complete[actions.clamp(max=len(self.can_complete) - 1)]
-        long_enough = episodes.response_lengths > episodes.stop.min_new_tokens
-        return (possible & playing & long_enough).nonzero()[:, 0].tolist()
+    def can_complete(self, token: int) -> bool:
+        """Whether a token could complete a stop string, alone or as the last part of a character."""
+        if token not in self._can_complete:
+            piece = added_text(self.tokenizer, self.context, [token])
+            self._can_complete[token] = HALF in piece or not self.last_characters.isdisjoint(piece)
+        return self._can_complete[token]
 
     def found_in(self, text: str) -> bool:
         """Whether a stop string occurs."""

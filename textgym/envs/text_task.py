@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from textgym.data.messages import Text, content, encode, render
+from textgym.data.continuations import decode_continuation
+from textgym.data.encoding import encode
+from textgym.data.messages import Text, content, render
 from textgym.data.prompts import load_prompts
 from textgym.data.rows import Row
 from textgym.envs.config import MaskSpec, TextConfig
@@ -86,7 +88,7 @@ class TextTask:
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
             self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
         decoder_start = self._decoder_start(config.decoder_start_ids)
-        self.stop_strings = StopStrings([text for text in config.stop if isinstance(text, str)], self.tokenizer)
+        self.stop_strings = StopStrings(config.stop, self.tokenizer)
         self.episodes = Episodes(
             num_rows,
             config.max_prompt_tokens,
@@ -233,7 +235,8 @@ class TextTask:
         """Prompt, completion and columns of a row's last finished episode, or of the one under way."""
         if self.transcripts[row] and not bool(self.episodes.alive[row]):
             return self.transcripts[row]
-        return self._transcript(row, self._text(self._response_ids(np.array([row]))[0]))
+        [(prompt, response)] = self._ids(np.array([row]))
+        return self._transcript(row, self._completion(row, prompt, response))
 
     def _pay_kl(self, actions: Tensor) -> Tensor | None:
         """The KL term of the reward of each row's next token, `(B,)`; `None` where the environment pays none."""
@@ -260,9 +263,12 @@ class TextTask:
         return paid
 
     def _end_by_string(self, actions: Tensor, ends: Ends) -> Ends:
-        playing = self.episodes.alive | ends.by_length
-        rows = self.stop_strings.candidates(actions, playing, self.episodes)
-        hits = [row for row in rows if self.stop_strings.found_in(self._decode(self._response_ids(np.array([row]))[0]))]
+        playing, tokens = to_host(self.episodes.alive | ends.by_length, actions)
+        can_end = self.stop_strings.can_complete
+        long_enough = self.episodes.host_lengths - self.episodes.host_prompt_lengths > self.episodes.stop.min_new_tokens
+        rows = [row for row in np.flatnonzero(playing.numpy() & long_enough) if can_end(int(tokens[row]))]
+        turns = zip(rows, self._ids(np.array(rows, dtype=np.int64)), strict=True)
+        hits = [row for row, ids in turns if self.stop_strings.found_in(self._turn(row, *ids))]
         by_string = torch.zeros_like(ends.by_stop)
         by_string[hits] = True
         self.episodes.alive &= ~by_string
@@ -305,15 +311,16 @@ class TextTask:
         """What is scored of rows (indices) that have ended."""
         columns = [self.rows[index] for index in self.current[rows]]
         names = [name for name in columns[0] if name != "prompt"]
-        completion_ids = self._response_ids(rows)
+        ids = self._ids(rows)
+        texts = [self._completion(row, *parts) for row, parts in zip(rows.tolist(), ids, strict=True)]
         return Finished(
             prompts=[copy.deepcopy(column["prompt"]) for column in columns],  # functions may write into messages
             completions=[
                 text if isinstance(column["prompt"], str) else [{"role": "assistant", "content": text}]
-                for text, column in zip(map(self._text, completion_ids), columns, strict=True)
+                for text, column in zip(texts, columns, strict=True)
             ],
-            prompt_ids=[self.prompt_ids[i, : self.prompt_lengths[i]].tolist() for i in self.current[rows]],
-            completion_ids=completion_ids,
+            prompt_ids=[prompt for prompt, _ in ids],
+            completion_ids=[response for _, response in ids],
             columns={name: [column[name] for column in columns] for name in names},
         )
 
@@ -327,19 +334,25 @@ class TextTask:
         index = self.current[row]
         return {**self.rows[index], "prompt": self.prompt_texts[index], "completion": completion}
 
-    def _response_ids(self, rows: np.ndarray) -> list[list[int]]:
+    def _ids(self, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
+        """Prompt and response of rows (indices)."""
         [ids] = to_host(self.episodes.input_ids)
         first, last = self.episodes.host_prompt_lengths, self.episodes.host_lengths
-        return [ids[row, first[row] : last[row]].tolist() for row in rows]
+        return [(ids[row, : first[row]].tolist(), ids[row, first[row] : last[row]].tolist()) for row in rows]
 
-    def _text(self, ids: list[int]) -> str:
-        """A response as text, without the stop token or stop string that ended it."""
-        return self.stop_strings.cut(self._decode(ids))
+    def _completion(self, row: int, prompt: list[int], response: list[int]) -> str:
+        """A row's response as text, without the stop token or stop string that ended it."""
+        return self.stop_strings.cut(self._turn(row, prompt, response))
 
-    def _decode(self, ids: list[int]) -> str:
+    def _turn(self, row: int, prompt: list[int], response: list[int]) -> str:
+        """The text of the row's turn that is under way or has just ended, without stop tokens; here all of it."""
+        # The decoder of an encoder-decoder model continues its start tokens, and not the encoder's prompt.
+        return self._decode(list(self.episodes.decoder_start) or prompt, response)
+
+    def _decode(self, context: list[int], ids: list[int]) -> str:
         while ids and ids[-1] in self.episodes.stop.ids:
             ids = ids[:-1]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return decode_continuation(self.tokenizer, context, ids)
 
     def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
         coef, estimator = self.kl_coef, self.kl_estimator

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from textgym.data.messages import encode
+from textgym.data.continuations import encode_after
+from textgym.data.encoding import encode
 from textgym.envs.episodes import Ends
 from textgym.envs.text import TextEnv
 from textgym.envs.text_task import TextTask
@@ -44,6 +45,7 @@ class GameTask(TextTask):
         self.games = [make_game() for _ in range(count)]
         self.turn_starts = [0] * count
         self.turn_rewards: list[dict[int, float]] = [{} for _ in range(count)]
+        self.said = [""] * count
 
     def begin(self, rows: np.ndarray, prompts: np.ndarray) -> None:
         """Starts the games of these seeds; what they say first is the prompt."""
@@ -56,27 +58,36 @@ class GameTask(TextTask):
             self.prompt_texts[index] = text
             ids = encode([text], self.tokenizer)[0][-width:]
             self.prompt_ids[index, : len(ids)], self.prompt_lengths[index] = ids, len(ids)
-            self.turn_starts[row], self.turn_rewards[row] = 0, {}
+            self.turn_starts[row], self.turn_rewards[row], self.said[row] = 0, {}, ""
         super().begin(rows, prompts)
 
     def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
         """Plays the turns that have just been closed; a game that goes on writes its reply and the row lives on."""
         stopped, by_length = ends.by_stop.clone(), ends.by_length.clone()
         for row in np.flatnonzero(by_stop).tolist():
-            response = self._response_ids(np.array([row]))[0]
-            turn = self.stop_strings.cut(self._decode(response[self.turn_starts[row] :]))
+            [(prompt, response)] = self._ids(np.array([row]))
+            turn = self.stop_strings.cut(self._turn(row, prompt, response))
             reply, reward, terminated, truncated, _ = self.games[row].step(turn)
             self.turn_rewards[row][len(response) - 1] = float(reward)
             if terminated or truncated:
                 continue
             stopped[row] = False
-            tokens = self.tokenizer(reply, add_special_tokens=False).input_ids
+            tokens = encode_after(self.tokenizer, [*prompt, *response], reply)
             fits = len(response) + len(tokens) < self.episodes.max_new_tokens
             by_length[row] = not fits
             if fits:
                 self.episodes.reply(row, tokens)
                 self.turn_starts[row] = len(response) + len(tokens)
+                self.said[row] += turn + reply
         return Ends(stopped, by_length)
+
+    def _turn(self, row: int, prompt: list[int], response: list[int]) -> str:
+        start = self.turn_starts[row]
+        return self._decode([*prompt, *response[:start]], response[start:])
+
+    def _completion(self, row: int, prompt: list[int], response: list[int]) -> str:
+        """Everything after the prompt: earlier turns with their replies, and the last turn."""
+        return self.said[row] + super()._completion(row, prompt, response)
 
     def finished(self, rows: np.ndarray) -> Finished:
         """With a column `turn_rewards`, which `game` reads."""

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
+from textgym.data.encoding import encode
 from textgym.data.files import atomic_folder
-from textgym.data.messages import Messages, Text, encode
+from textgym.data.messages import Messages, Text
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.machine.devices import Device, check_fork, resolve_device

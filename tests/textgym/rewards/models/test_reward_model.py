@@ -76,9 +76,9 @@ def test_pad_token_equal_to_eos(reward_model: RewardModel) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     model = RewardModel(reward_model.model, tokenizer)
     model.model.config.pad_token_id = EOS
-    prompt = "one turn<eos>another"  # EOS in the middle of a chat is a token like any other
+    prompt = "<eos>one turn<eos>another"  # a rendered chat, in which EOS is a token like any other
     scores = torch.tensor(model([prompt, "x"], [" and more", " text that is a good deal longer than that"]))
-    expected = by_hand(model, [*ids_of("one turn"), EOS, *ids_of("another and more"), EOS])
+    expected = by_hand(model, [EOS, *ids_of("one turn"), EOS, *ids_of("another and more"), EOS])
     assert_close(scores[0], expected, terms=FORWARD, scale=1.0)
 
 
