@@ -62,7 +62,7 @@ class A2C(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Mnih et al., 2016, algorithm S3, in step) from a rollout and the KL of its tokens."""
-        config, mask, values = self.config, rollout.response_mask, rollout.values
+        config, mask, values = self.config, rollout.training_mask, rollout.values
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)

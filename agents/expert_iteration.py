@@ -24,6 +24,7 @@ from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
 from textgym.settings import Count
 
+from .common.advantages import compare_groups
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
@@ -61,11 +62,12 @@ class ExpertIteration(PromptGroupAgent):
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
         returns = self.grouped(rewards.sum(1))  # (groups, group_size)
 
-        # 2. Keep the best episodes of each prompt.
-        kept = torch.zeros_like(returns)
-        kept.scatter_(1, returns.topk(config.keep, dim=1).indices, 1.0)
+        # 2. Keep the best episodes of each prompt, of which at least two must have a score.
+        comparable = compare_groups(returns, self.grouped(rollout.scored)).comparable
+        best = returns.where(comparable, -torch.inf).topk(config.keep, dim=1).indices
+        kept = torch.zeros_like(comparable).scatter_(1, best, True) & comparable
         if config.min_score is not None:
-            kept = torch.where(returns >= config.min_score, kept, 0.0)
+            kept &= returns >= config.min_score
         kept = kept.flatten()  # (N,)
         [on_host] = to_host(kept)
 
@@ -77,7 +79,7 @@ class ExpertIteration(PromptGroupAgent):
                 break
 
         # 4. Metrics, and the share of the episodes that were kept.
-        return self.finish(steps, {"val/kept": overall_mean(kept)})
+        return self.finish(steps, {"val/kept": overall_mean(kept.float())})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """-log pi, a mean over response tokens, less the entropy bonus."""

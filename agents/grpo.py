@@ -4,10 +4,11 @@
 
     A_i = (R_i - mean of its prompt's group) / (deviation of the group + 1e-4)
 
-for all tokens of episode i, in PPO's clipped surrogate without a critic. A group whose scores are all alike teaches
-nothing and is left out; how many are is reported. `loss_type` says what the surrogate is a mean over, `clip_range_high`
-lets rare tokens rise further (DAPO), `scale="none"` does not divide by the deviation (Dr. GRPO), which favours prompts
-that are nearly solved or nearly hopeless.
+for all tokens of episode i, in PPO's clipped surrogate without a critic. Mean and deviation are those of the episodes
+that have a score. A group whose scores are all alike, or with fewer than two of them, teaches nothing and is left out;
+how many are is reported. `loss_type` says what the surrogate is a mean over, `clip_range_high` lets rare tokens rise
+further (DAPO), `scale="none"` does not divide by the deviation (Dr. GRPO), which favours prompts that are nearly solved
+or nearly hopeless.
 
 The KL to the reference is paid in the reward, as by every other agent, or with `kl_in="loss"` as a term of the loss. As
 a loss k3 alone has the gradient of KL(pi_ref, pi) where it is on-policy; times the importance ratio it has that of
@@ -64,27 +65,25 @@ class GRPO(PromptGroupAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.response_mask
+        config, mask = self.config, rollout.training_mask
 
         # 1. The return of an episode: its score, less the KL penalty of all its tokens unless the loss has it.
         rewards = rollout.rewards  # (N, T)
         if config.kl_in == "reward":
             rewards = self.penalty.charge(rewards, kl)
-        returns = self.grouped(rewards.sum(1))  # (groups, group_size)
+        groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
 
         # 2. Advantages: each episode against its group, the same for all its tokens. 1e-4 as in TRL.
-        standard_deviation = returns.std(1, keepdim=True)  # (groups, 1)
-        advantages = returns - returns.mean(1, keepdim=True)
+        advantages = groups.differences
         if config.scale == "group":
-            advantages = advantages / (standard_deviation + 1e-4)
-        advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0)  # (N, T)
+            advantages = advantages / (groups.standard_deviation + 1e-4)
+        advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
 
         # 3. Groups whose scores are all alike have no gradient, and cost no work unless a KL in the loss has one.
-        informative = standard_deviation[:, 0] > 1e-6  # (groups,)
         rows = None
         if self.reference_log_probs is None:
-            [on_host] = to_host(informative)
-            rows = on_host.repeat_interleave(config.group_size).nonzero()[:, 0]
+            [on_host] = to_host((groups.informative & groups.comparable).flatten())
+            rows = on_host.nonzero()[:, 0]
 
         # 4. Minibatches of whole episodes, one optimiser step each.
         steps: list[TensorMetrics] = []
@@ -94,7 +93,7 @@ class GRPO(PromptGroupAgent):
                 break
 
         # 5. Metrics, and the share of the groups that taught nothing.
-        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(informative.float())})
+        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(groups.informative.float())})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """The clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens by `weights`."""

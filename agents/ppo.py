@@ -97,7 +97,7 @@ class PPO(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update of PPO (Schulman et al., 2017, algorithm 1) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.response_mask
+        config, mask = self.config, rollout.training_mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one (Ziegler et al., 2019, equation 2).
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)

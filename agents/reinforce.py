@@ -59,7 +59,7 @@ class REINFORCE(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Williams, 1992) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.response_mask
+        config, mask = self.config, rollout.training_mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)

@@ -4,11 +4,11 @@
 
 The score of an episode, KL penalty taken off, is compared with the mean of the other episodes of its prompt:
 
-    A_i = R_i - 1/(k - 1) sum_{j != i} R_j
+    A_i = R_i - 1/(k - 1) sum_{j != i} R_j = k/(k - 1) (R_i - mean of the group)
 
-which needs no critic and is unbiased. With `normalise="batch"` advantages are scaled over the whole rollout as well
-(Hu, 2025, "REINFORCE++", with its group baseline). An episode is one action with one ratio, clipped as in PPO, which
-has an effect from a second epoch or minibatch on.
+with k the episodes of the group that have a score. It needs no critic and is unbiased. With `normalise="batch"`
+advantages are scaled over the whole rollout as well (Hu, 2025, "REINFORCE++", with its group baseline). An episode is
+one action with one ratio, clipped as in PPO, which has an effect from a second epoch or minibatch on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
+from textgym.models.machine.transfer import to_host
 from textgym.settings import NotNegative
 
 from .common.means import masked_mean, per_episode, whiten
@@ -48,21 +49,24 @@ class RLOO(PromptGroupAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Ahmadian et al., 2024, section 3) from a rollout and the KL of its tokens."""
-        config, mask = self.config, rollout.response_mask
+        config = self.config
 
         # 1. The return of an episode: its score less the KL penalty of all its tokens.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
-        returns = self.grouped(rewards.sum(1))  # (groups, group_size)
+        groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
+        comparable = groups.comparable.flatten()  # (N,); an episode that is alone in its group teaches nothing
+        mask = rollout.response_mask & comparable[:, None]
 
         # 2. Advantages: each episode against the mean of the others of its prompt, the same for all its tokens.
-        others = (returns.sum(1, keepdim=True) - returns) / (config.group_size - 1)
-        advantages = torch.where(mask, (returns - others).reshape(-1, 1), 0.0)  # (N, T)
+        advantages = groups.differences * groups.count / (groups.count - 1).clamp(min=1)
+        advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
         if config.normalise == "batch":  # REINFORCE++ (Hu, 2025)
             advantages = whiten(advantages, mask)
 
         # 3. Minibatches of whole episodes, one optimiser step each.
+        [on_host] = to_host(comparable)
         steps: list[TensorMetrics] = []
-        for minibatch in self.minibatches(rollout, advantages):
+        for minibatch in self.minibatches(rollout, advantages, rows=on_host.nonzero()[:, 0]):
             steps.append(self.step(minibatch))
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
                 break

@@ -14,5 +14,9 @@ class ConfigError(TextgymError, ValueError):
     """A setting has a value that it cannot have."""
 
 
+class NonFiniteError(TextgymError, FloatingPointError):
+    """A number that training rests on is NaN or infinite."""
+
+
 class UnknownArgumentError(TextgymError, TypeError):
     """An environment is given an argument that it does not have."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..machine.distributed import column_total
+from .means import differs
 
 
 def gae(
@@ -82,6 +85,38 @@ def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
 
     A row's own value is left out, so that as a baseline it does not depend on the row's action.
     """
-    real = torch.where(mask, values, 0.0)
+    real = torch.where(mask, values, 0.0).double()  # in which the mean of equal values is exactly their value
     count = column_total(mask.sum(0)) - mask.long()
-    return torch.where(mask, (column_total(real.sum(0)) - real) / count.clamp(min=1), 0.0)
+    mean = (column_total(real.sum(0)) - real) / count.clamp(min=1)
+    return torch.where(mask, mean, 0.0).to(values.dtype)
+
+
+class GroupComparison(NamedTuple):
+    """How the returns of the episodes of each group differ; G groups of k episodes.
+
+    Attributes:
+        differences: `(G, k)` float64, of each return from the mean of its group; exactly 0 for episodes without a
+            score, and in groups that teach nothing.
+        standard_deviation: `(G, 1)` float64, of each group, with n - 1.
+        count: `(G, 1)`, the episodes of each group that have a score, n.
+        comparable: bool `(G, k)`, the episodes that have a score, in groups of at least two such.
+        informative: bool `(G, 1)`, the groups that teach something: at least two of their returns differ.
+    """
+
+    differences: Tensor
+    standard_deviation: Tensor
+    count: Tensor
+    comparable: Tensor
+    informative: Tensor
+
+
+def compare_groups(returns: Tensor, scored: Tensor) -> GroupComparison:
+    """Compare the returns `(G, k)` of each group, of those episodes that have a score, bool `(G, k)`."""
+    count = scored.sum(1, keepdim=True)
+    returns = torch.where(scored, returns.double(), 0.0)  # in which the mean of equal values is exactly their value
+    mean = returns.sum(1, keepdim=True) / count.clamp(min=1)
+    differences = torch.where(scored, returns - mean, 0.0)
+    standard_deviation = (differences.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    informative = differs(standard_deviation, mean)
+    differences = torch.where(informative, differences, 0.0)
+    return GroupComparison(differences, standard_deviation, count, scored & (count > 1), informative)

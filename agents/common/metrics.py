@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textgym.rewards.engine.completions_to_score import RewardError
 from textgym.rewards.engine.scoring import Scorer
 from textgym.rewards.kl import KLPenalty
 
@@ -37,15 +38,21 @@ def on_host(metrics: TensorMetrics) -> dict[str, float]:
 def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Scorer) -> dict[str, float]:
     """Return metrics of the episodes of all processes; sums over tokens are averaged over episodes.
 
+    Scores are averaged over the episodes that have one; `objective/unscored` is the share of the others.
+
     Args:
         rollout: this process's episodes.
         kl: `(N, T)`, nats to the reference.
         penalty: what the KL costs.
         scorer: the environment's, which counts errors of reward functions.
+
+    Raises:
+        RewardError: no episode has a score.
     """
     columns = gathered(
         {
             "kl": kl.sum(1),
+            "scored": rollout.scored,
             "raw_scores": rollout.raw_scores,
             "scores": rollout.scores,
             "log_probs": rollout.log_probs.sum(1),
@@ -55,13 +62,22 @@ def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Sc
             **rollout.components,
         }
     )
+    scored = columns["scored"]
+    if not scored.any():
+        raise RewardError(
+            f"none of the {len(scored)} episodes has a score, so there is nothing to learn from: in each of them every "
+            f"one of the reward functions {list(scorer.names)} returned None, or one failed under "
+            "on_reward_error='skip'"
+        )
+    raw_scores, rewards = columns["raw_scores"][scored], (columns["scores"] - columns["cost"])[scored]
     metrics: dict[str, Any] = {
         "objective/kl": columns["kl"].mean(),
-        "objective/scores": columns["raw_scores"].mean(),
-        "objective/scores_std": columns["raw_scores"].std(correction=0),
+        "objective/scores": raw_scores.mean(),
+        "objective/scores_std": raw_scores.std(correction=0),
+        "objective/unscored": 1 - scored.double().mean(),
         "objective/entropy": -columns["log_probs"].mean(),
         "objective/non_score_reward": -columns["cost"].mean(),
-        "objective/rlhf_reward": (columns["scores"] - columns["cost"]).mean(),
+        "objective/rlhf_reward": rewards.mean(),
         "objective/kl_coef": penalty.coef,
         "val/response_tokens": columns["tokens"].mean(),
         "val/ended_by_stop": columns["ended_by_stop"].mean(),
@@ -74,7 +90,7 @@ def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Sc
         elif len(given):  # a function may leave every row out
             metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
     if scorer.scale.active:
-        metrics["objective/scores_paid"] = columns["scores"].mean()
+        metrics["objective/scores_paid"] = columns["scores"][scored].mean()
     if scorer.on_error != "raise":
         failed = everyone(scorer.errors)
         metrics |= {f"rewards/{name}/errors": sum(errors[name] for errors in failed) for name in scorer.errors}

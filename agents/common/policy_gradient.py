@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.settings import Count, NotNegative
 
 from ..machine.distributed import evenly, everyone, share_of, total
 from .metrics import TensorMetrics, mean_over, on_host
+from .optimizer import check_finite
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
@@ -117,12 +119,14 @@ class PolicyGradientAgent(RolloutAgent):
             rollout: the episodes.
             advantages: `(N, T)`.
             returns: `(N, T)`, what a critic learns.
-            rows: on the host, the episodes that are worth training on; `None` for all.
+            rows: on the host, the episodes that are worth training on; `None` for all that have a score.
         """
         returns = torch.zeros_like(advantages) if returns is None else returns
         indices = torch.arange(len(rollout), device=advantages.device)
         batch = Batch(rollout.sequences, rollout.log_probs, rollout.values, advantages, returns, indices)
-        rows = torch.arange(len(batch)) if rows is None else rows
+        if rows is None:
+            [scored] = to_host(rollout.scored)
+            rows = scored.nonzero()[:, 0]
         size = share_of(self.config.minibatch_size, "minibatch_size") if self.config.minibatch_size else None
         for _ in range(self.config.num_epochs):
             order = rows[torch.randperm(len(rows), generator=self.shuffler)]
@@ -135,6 +139,9 @@ class PolicyGradientAgent(RolloutAgent):
 
         Returns:
             the metrics of `loss`, means over the whole batch, and the gradient's norm.
+
+        Raises:
+            NonFiniteError: the loss or the norm is NaN or infinite; the weights stay as they were.
         """
         self.optimizer.zero_grad(set_to_none=True)
         whole = sum(everyone(0 if batch.spare else self.weight(batch)))
@@ -145,10 +152,12 @@ class PolicyGradientAgent(RolloutAgent):
             share = self.weight(part) / whole if counts and not batch.spare else 0.0
             loss, reported = self.loss(self.learner(functools.partial(self.evaluate, batch=part)), part)
             (loss * share).backward()
-            for name, value in reported.items():
+            for name, value in {**reported, "loss": loss}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value.detach().double()
-        shares = total(torch.stack(list(metrics.values())))
-        return {**dict(zip(metrics, shares, strict=True)), "val/grad_norm": self.apply_gradients()}
+        metrics = dict(zip(metrics, total(torch.stack(list(metrics.values()))), strict=True))
+        check_finite("loss", metrics.pop("loss"), self.updates + 1)
+        metrics["val/grad_norm"] = self.apply_gradients()
+        return metrics
 
     def finish(self, steps: list[TensorMetrics], further: TensorMetrics | None = None) -> Metrics:
         """Bring the policy up to date with what was trained, and return the metrics of an update.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from textgym.settings import at_least
 
+from .advantages import GroupComparison, compare_groups
 from .policy_gradient import PolicyGradientAgent, PolicyGradientConfig
 
 
@@ -42,6 +43,10 @@ class PromptGroupAgent(PolicyGradientAgent):
         """A prompt for each group."""
         prompts = self.next_prompts(self.envs.num_envs // self.config.group_size)
         return {"prompt_index": np.repeat(prompts, self.config.group_size).tolist()}
+
+    def compared(self, returns: Tensor, scored: Tensor) -> GroupComparison:
+        """Compare the returns `(N,)` of each group, of those episodes that have a score, bool `(N,)`."""
+        return compare_groups(self.grouped(returns), self.grouped(scored))
 
     def grouped(self, values: Tensor) -> Tensor:
         """Values of episodes `(N,)` as `(groups, group_size)`."""

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic, Step
 from textgym.models.machine.profiled_phases import phase
+from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 from textgym.settings import Count, Positive, PositiveShare, Share, at_least
 
 from ..machine.distributed import count
 from .metrics import TensorMetrics, mean_over, on_host
+from .optimizer import check_finite
 from .replay_buffer import ReplayBatch, ReplayBuffer
 from .rollout import Rollout, collect
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
@@ -190,7 +192,14 @@ class ReplayAgent(RolloutAgent):
         return torch.where(rollout.response_mask, rollout.log_probs - reference_log_probs, 0.0)
 
     def remember(self, rollout: Rollout, kl: Tensor) -> None:
-        """Put a rollout into the memory; the reference's log-probs are the behaviour's less their difference, k1."""
+        """Put the episodes that have a score into the memory, with the reference's log-probs of their tokens.
+
+        These are the behaviour's less their difference, k1.
+        """
+        [scored] = to_host(rollout.scored)
+        rows = scored.nonzero()[:, 0]
+        kl, rollout = kl[rows.to(kl.device)], rollout[rows]
+        kl = kl[:, : rollout.log_probs.shape[1]]
         reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
         longest = self.envs.unwrapped.task.episodes.max_new_tokens
         self.memory.add(rollout.sequences, rollout.rewards, reference_log_probs, longest)
@@ -202,7 +211,11 @@ class ReplayAgent(RolloutAgent):
                 yield self.memory.sample(self.config.batch_size, self.shuffler)
 
     def step(self, batch: ReplayBatch) -> TensorMetrics:
-        """Make one optimiser step on `loss`; returns its metrics, means over the batch, and the gradient's norm."""
+        """Make one optimiser step on `loss`; returns its metrics, means over the batch, and the gradient's norm.
+
+        Raises:
+            NonFiniteError: the loss or the norm is NaN or infinite; the weights stay as they were.
+        """
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
         size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
@@ -216,8 +229,9 @@ class ReplayAgent(RolloutAgent):
             (share * loss).backward()
             if self.memory.alpha > 0:
                 self.memory.reprioritise(part.indices, errors, part.sequences.response_mask)
-            for name, value in reported.items():
+            for name, value in {**reported, "loss": loss.detach()}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
+        check_finite("loss", metrics.pop("loss"), self.updates + 1)
         metrics["val/grad_norm"] = self.apply_gradients()
         self.steps += 1
         return metrics

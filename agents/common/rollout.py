@@ -14,7 +14,7 @@ from textgym.models.distributions.masks import ActionMask, narrow
 from textgym.models.machine.devices import check_one_device
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_device
-from textgym.models.sequences import Sequences
+from textgym.models.sequences import Sequences, on_both
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Rollout:
         values: `(N, T)`, value of the state before each token.
         rewards: `(N, T)`, token-level rewards at their tokens, and the rest of the score at the last token.
         scores: `(N,)`, what the environment paid: the sum of a row's rewards.
-        raw_scores: `(N,)`, before scaling and clipping; the same where there is none.
+        raw_scores: `(N,)`, before scaling and clipping; the same where there is none. NaN in rows without a score,
+            which are paid 0.
         ended_by_stop: bool `(N,)`.
         components: `(N,)` for each `reward/<name>` (unweighted) and `metric/<name>` (of the batch that the row was
             scored in); NaN where the function left the row out.
@@ -45,9 +46,10 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, rows: slice) -> Rollout:
-        """Some of the episodes, as wide as the longest of them."""
-        sequences = self.sequences[rows]
+    def __getitem__(self, chosen: slice | Tensor) -> Rollout:
+        """Some of the episodes, as wide as the longest of them; indices are on the host."""
+        rows, host_rows = on_both(chosen, self.scores.device)
+        sequences = self.sequences.take(rows, host_rows)
         width = sequences.longest
         return Rollout(
             sequences,
@@ -64,6 +66,16 @@ class Rollout:
     def response_mask(self) -> Tensor:
         """Bool `(N, T)`: the real response tokens that the policy wrote."""
         return self.sequences.response_mask
+
+    @property
+    def scored(self) -> Tensor:
+        """Bool `(N,)`: the rows that have a score; nothing is learned from the others."""
+        return ~self.raw_scores.isnan()
+
+    @property
+    def training_mask(self) -> Tensor:
+        """Bool `(N, T)`: the same, of the episodes that have a score."""
+        return self.response_mask & self.scored[:, None]
 
 
 @torch.no_grad()
@@ -99,7 +111,10 @@ def collect(
     waiting = envs.unwrapped.waiting
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
     scores = torch.zeros(envs.num_envs, device=task.device)
-    noted: dict[str, np.ndarray] = {"score": np.zeros(envs.num_envs), "ended_by_stop": waiting.copy()}
+    noted: dict[str, np.ndarray] = {
+        "score": np.full(envs.num_envs, np.nan),
+        "ended_by_stop": waiting.copy(),
+    }
     # A separate critic reads whole episodes in one pass afterwards; a shared one comes free with every token.
     shared = policy.critic is None
     log_probs, values = [], []
@@ -116,7 +131,8 @@ def collect(
         values.append(step.value)
         scores += torch.where(alive, rewards, 0.0)
         alive = alive & ~(terminated | truncated)
-        for name in ("score", "ended_by_stop", *(key for key in infos if key.startswith(("reward/", "metric/")))):
+        further = [key for key in infos if key.startswith(("reward/", "metric/"))]
+        for name in ("score", "ended_by_stop", *further):
             if name in infos:
                 before = noted.get(name, np.full(envs.num_envs, np.nan))
                 noted[name] = np.where(infos[f"_{name}"], infos[name], before)
@@ -174,7 +190,8 @@ def _rollout(
 ) -> Rollout:
     """A rollout, with what the host has noted of its episodes, by one copy to the device."""
     names = [name for name in noted if name.startswith(("reward/", "metric/"))]
-    columns = [noted["score"].astype(np.float32), noted["ended_by_stop"], *(noted[name] for name in names)]
+    raw = noted.get("score", np.full(len(scores), np.nan))  # rows without a score have none in their infos
+    columns = [raw.astype(np.float32), noted["ended_by_stop"], *(noted[name] for name in names)]
     columns.append(_padded(task.token_rewards, sequences.longest))
     raw_scores, by_stop, *components, rewards = to_device(task.device, *map(torch.from_numpy, columns))
     return Rollout(

@@ -44,7 +44,7 @@ from ..machine.distributed import (
 )
 from ..machine.out_of_memory import memory_explained
 from .metrics import episode_metrics
-from .optimizer import adamw
+from .optimizer import adamw, check_finite
 from .rollout import Rollout, collect, merge
 from .saving import load_agent, save_agent
 
@@ -230,13 +230,17 @@ class RolloutAgent(ABC):
         return self.policy.predict(observation, deterministic)
 
     def apply_gradients(self) -> Tensor:
-        """Make one optimiser step with the gradient's norm clipped; returns the norm before clipping, on the device."""
+        """Make one optimiser step with the gradient's norm clipped; returns the norm before clipping, on the device.
+
+        Raises:
+            NonFiniteError: the norm is NaN or infinite; the weights stay as they were.
+        """
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         add_up_gradients(weights)
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
+        norm: Tensor = full(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
+        check_finite("gradient norm", norm, self.updates + 1)
         self.optimizer.step()
-        whole: Tensor = full(norm)
-        return whole
+        return norm
 
     def _anneal(self) -> None:
         left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
-from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scoring import RewardSpec, Scorer
 from textgym.rewards.functions.overlap import CorpusMetric
 
@@ -90,15 +90,22 @@ def measure(
         metrics: Other reward functions to use as metrics; see `score_samples`.
 
     Returns:
-        `score` and `score_std` (mean and standard deviation); `kl` (nats per sequence, mean of k1); `judge`;
-        `reference_ppl` (perplexity of the completions under the reference); `distinct_2` (share of distinct bigrams);
-        `length` (tokens); `ended_by_stop` (share); and each of `metrics` by its name.
+        `score` and `score_std` (mean and standard deviation over the samples that have a score); `kl` (nats per
+        sequence, mean of k1); `judge`; `reference_ppl` (perplexity of the completions under the reference);
+        `distinct_2` (share of distinct bigrams); `length` (tokens); `ended_by_stop` (share); and each of `metrics` by
+        its name.
+
+    Raises:
+        RewardError: If no sample has a score.
     """
     rollout, mask = samples.rollout, samples.rollout.response_mask
+    scores = rollout.raw_scores[rollout.scored]
+    if len(scores) == 0:
+        raise RewardError("none of the samples has a score: the reward functions returned None for all of them")
     reference_log_probs = reference.sequence_log_probs(rollout.sequences.to(reference.device)).to(mask.device)
     figures: dict[str, Any] = {
-        "score": rollout.raw_scores.mean(),
-        "score_std": rollout.raw_scores.std(correction=0),
+        "score": scores.mean(),
+        "score_std": scores.std(correction=0),
         "kl": (rollout.log_probs - reference_log_probs).sum(1).mean(),
         "reference_ppl": (-reference_log_probs.sum() / mask.sum()).exp(),
         "distinct_2": distinct_2(rollout),

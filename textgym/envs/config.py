@@ -58,7 +58,7 @@ class TextConfig:
     """One weight for each function; all 1 if not given. A function of weight 0 is only reported."""
     on_reward_error: OnRewardError = "raise"
     """What to do when a reward function fails: `"raise"` an error; `"penalise"`, which counts as -1 (1 if the weight is
-    negative); or `"skip"`, which leaves the row out of the function."""
+    negative); or `"skip"`, which leaves the row without a score: agents do not learn from it."""
     reward_timeout: Positive | None = None
     """Seconds that an async function may take for a batch."""
     score_scaling: Scaling | None = None

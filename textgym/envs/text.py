@@ -136,9 +136,9 @@ class TextEnv(gym.Env[ObsType, int]):
         observation = self.task.episodes.observation()
         by_length, rewards, *shown = to_host(outcome.ends.by_length, outcome.rewards, *observation.values())
         truncated = bool(by_length[0]) and self.task.truncates
-        info: dict[str, Any] = {key: value.item() for key, (value,) in outcome.infos.items() if not np.isnan(value)}
+        info: dict[str, Any] = {key: value.item() for key, (value,) in outcome.infos.items() if outcome.known(key)[0]}
         if info:
-            self._score = info["score"]
+            self._score = info.get("score")
             if self.info_text:
                 info |= self.transcript
         terminated = bool(outcome.ended[0]) and not truncated

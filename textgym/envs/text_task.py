@@ -56,6 +56,11 @@ class StepOutcome:
     ended: np.ndarray
     infos: dict[str, np.ndarray]
 
+    def known(self, key: str) -> np.ndarray:
+        """Bool `(B,)`, the rows that ended and of which this info is known; without a score nobody knows success."""
+        known = self.ended & ~np.isnan(self.infos[key])
+        return known & self.infos["scored"] if key == "is_success" else known
+
 
 class TextTask:
     """Prompts, stop rule, reward and KL of B rows, as a config declares them."""
@@ -279,7 +284,7 @@ class TextTask:
         finished = self.finished(rows)
         with phase("reward"):
             scores = self.scorer(finished)
-        penalty = self.missing_eos_penalty * ~by_stop[rows]
+        penalty = self.missing_eos_penalty * (scores.scored & ~by_stop[rows])  # a row without a score is paid 0
         paid = scores.score - penalty
         for rewards, due in zip(scores.rewards, penalty, strict=True):
             rewards[-1] -= due
@@ -290,6 +295,7 @@ class TextTask:
             kl_paid, kl_sum = (x.numpy().astype(np.float64)[rows] for x in to_host(self.kl_paid, self.kl_sum))
         values: dict[str, np.ndarray] = {
             "score": scores.raw - penalty,
+            "scored": scores.scored,
             "kl_reward": kl_paid,
             "response_tokens": np.array([len(ids) for ids in finished.completion_ids], dtype=np.int64),
             "is_success": scores.raw - penalty > 0,

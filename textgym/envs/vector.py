@@ -181,7 +181,7 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
 
     def _infos(self, outcome: StepOutcome) -> dict[str, Any]:
         """What is known of rows that ended, each key with its `_key` mask, as Gymnasium lays infos out."""
-        known = {key: outcome.ended & ~np.isnan(values) for key, values in outcome.infos.items()}
+        known = {key: outcome.known(key) for key in outcome.infos}
         infos: dict[str, Any] = {key: values for key, values in outcome.infos.items() if known[key].any()}
         if infos and self.info_text:
             for key in self.task.transcript(int(np.argmax(outcome.ended))):

@@ -112,7 +112,8 @@ def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, termin
     assert terminated != truncated, (
         f"the episode ended with terminated={terminated} and truncated={truncated}: set exactly one"
     )
-    missing = {"score", "kl_reward", "response_tokens", "ended_by_stop"} - set(info)
+    missing = {"scored", "kl_reward", "response_tokens", "ended_by_stop"} - set(info)
+    missing |= {"score"} - set(info) if info.get("scored", True) else set()
     assert not missing, f"the last info has no {sorted(missing)}: pass on what TextEnv puts there"
     assert info["response_tokens"] == steps, f"response_tokens is {info['response_tokens']} after {steps} steps"
     assert terminated or not info["ended_by_stop"], (
@@ -122,6 +123,11 @@ def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, termin
         f"the length limit was reported with truncated={truncated}: the score covers the text as it is, so return "
         "terminated=True, unless length_limit='truncate'"
     )
+    if not info["scored"]:
+        assert math.isclose(total, info["kl_reward"], rel_tol=1e-4, abs_tol=1e-4), (
+            f"the row has no score, but its rewards are {total:.6g} and not the KL term alone, {info['kl_reward']:.6g}"
+        )
+        return
     names, weights = task.scorer.names, task.scorer.weights
     score = sum(weight * info.get(f"reward/{name}", 0.0) for name, weight in zip(names, weights, strict=True))
     score -= task.missing_eos_penalty * (not info["ended_by_stop"])

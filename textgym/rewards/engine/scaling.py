@@ -10,6 +10,9 @@ import numpy as np
 
 Scaling = Literal["running", "running_std"]
 SCALINGS = get_args(Scaling)
+ROUNDING = 1e-7
+"""A standard deviation below this share of the mean is rounding, and no difference between scores: sums of squares,
+which several processes add up, are exact to its square."""
 
 
 @dataclass
@@ -53,9 +56,9 @@ class RunningScale:
 
     @property
     def std(self) -> float:
-        """The standard deviation of all scores so far; 1 as long as they are all the same."""
+        """The standard deviation of all scores so far; 1 as long as they are all the same but for rounding."""
         std = math.sqrt(self.squares / self.count) if self.count else 0.0
-        return std if std > 1e-8 else 1.0
+        return std if std > ROUNDING * abs(self.mean) else 1.0
 
     @property
     def shift(self) -> float:
@@ -89,7 +92,9 @@ class RunningScale:
 
     def _count(self, scores: np.ndarray) -> None:
         total = self.count + len(scores)
-        shift = float(scores.mean()) - self.mean
-        self.squares += float(((scores - scores.mean()) ** 2).sum()) + shift**2 * self.count * len(scores) / total
+        origin = float(scores[0])
+        mean = origin + float((scores - origin).mean())  # exactly theirs if all scores are equal
+        shift = mean - self.mean
+        self.squares += float(((scores - mean) ** 2).sum()) + shift**2 * self.count * len(scores) / total
         self.mean += shift * len(scores) / total
         self.count = total

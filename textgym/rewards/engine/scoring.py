@@ -6,6 +6,8 @@ The protocol is the one that TRL's GRPO users write:
 
 sync or async. A function that takes fewer keywords gets fewer. `None` leaves a row out of that function; a list in
 place of a float is a token-level reward, one value for each completion token.
+
+A row that no function scores has no score, which is not a score of 0: it is left out of means, groups and training.
 """
 
 from __future__ import annotations
@@ -48,8 +50,12 @@ class Scores:
     """What reward functions gave.
 
     Attributes:
-        raw: `(N,)` float64, the weighted sum over the functions, token-level rewards summed over their tokens.
-        score: `(N,)` float64, the sum of `rewards`: `raw`, scaled and clipped where that was asked for.
+        scored: bool `(N,)`, the rows that have a score: at least one function answered, and none failed under
+            `on_error="skip"`. A function of weight 0 does not count, unless all are of weight 0.
+        raw: `(N,)` float64, the weighted sum over the functions that answered, token-level rewards summed over their
+            tokens; NaN where there is no score.
+        score: `(N,)` float64, the sum of `rewards`: `raw`, scaled and clipped where that was asked for; 0 where there
+            is no score.
         rewards: of each completion token of each row, float64: token-level rewards at their tokens, and the rest of the
             score at the last one.
         components: `(N,)` float64 for each function, unweighted; NaN where the function left the row out.
@@ -58,6 +64,7 @@ class Scores:
         columns: what functions logged of each row.
     """
 
+    scored: np.ndarray
     raw: np.ndarray
     score: np.ndarray
     rewards: list[np.ndarray]
@@ -75,7 +82,7 @@ class Scorer:
         weights: one for each function, 1 if not given; a function of weight 0 is only reported.
         tokenizer: the policy's; a reward model that shares it is handed ids instead of text.
         on_error: where a function breaks its contract, `"raise"`, or count it, warn once and go on: `"penalise"` takes
-            the function's value for -1 (1 where its weight is negative), `"skip"` leaves the row out of the function.
+            the function's value for -1 (1 where its weight is negative), `"skip"` leaves the row without a score.
         timeout: seconds that an async function has for a batch; they run beside each other.
         scaling: see `RunningScale`.
         clip: see `RunningScale`.
@@ -141,31 +148,38 @@ class Scorer:
             start(name, function, given, finished, self.timeout)
             for (name, function), given in zip(named, arguments, strict=True)
         ]
-        raw, errors = np.zeros(len(finished)), np.zeros(len(finished), dtype=np.int64)
+        total, errors = np.zeros(len(finished)), np.zeros(len(finished), dtype=np.int64)
+        answered, skipped = np.zeros(len(finished), dtype=bool), np.zeros(len(finished), dtype=bool)
         rewards = [np.zeros(len(ids)) for ids in finished.completion_ids]
-        components, judged = {}, np.zeros(len(finished), dtype=bool)
+        components = {}
         for name, weight, outcome in zip(self.names, self.weights, outcomes, strict=True):
             try:
-                values = self._settled(name, weight, checked(name, outcome.wait(), finished), errors)
+                values, failed = self._settled(name, weight, checked(name, outcome.wait(), finished))
             except RewardError:
                 for other in outcomes:
                     other.cancel()
                 raise
-            components[name] = np.array([math.nan if value is None else np.sum(value) for value in values])
-            judged |= ~np.isnan(components[name]) & (weight != 0)
-            raw += weight * np.nan_to_num(components[name])
+            errors += failed
+            component = np.array([math.nan if value is None else np.sum(value) for value in values])
+            components[name] = component
+            if weight != 0 or not any(self.weights):
+                answered |= ~np.isnan(component)
+                skipped |= failed & (self.on_error == "skip")
+            total += weight * np.nan_to_num(component)
             for row, value in enumerate(values):
                 if isinstance(value, np.ndarray):
                     rewards[row] += weight * value
                 elif value is not None:
                     rewards[row][-1:] += weight * value  # a slice, since a completion may be empty
-        score, factors = np.zeros_like(raw), np.ones_like(raw)
-        score[judged], factors[judged] = self.scale(raw[judged])  # what nobody judged is 0, and no score
+        scored = answered & ~skipped
+        score, factors = np.zeros_like(total), np.zeros_like(total)
+        score[scored], factors[scored] = self.scale(total[scored])
         for row, factor in enumerate(factors):
             rewards[row] *= factor
-            rewards[row][-1:] -= factor * self.scale.shift * judged[row]
+            rewards[row][-1:] -= factor * self.scale.shift
         return Scores(
-            raw,
+            scored,
+            np.where(scored, total, np.nan),
             score,
             rewards,
             components,
@@ -184,23 +198,22 @@ class Scorer:
             setattr(self.scale, name, state["scale"][name])
         self.errors.update(state["errors"])
 
-    def _settled(self, name: str, weight: float, values: list[Value | RewardError], errors: np.ndarray) -> list[Value]:
-        """Values with what stands in for failed rows; counts those.
+    def _settled(self, name: str, weight: float, values: list[Value | RewardError]) -> tuple[list[Value], np.ndarray]:
+        """Return values with what stands in for failed rows, and which rows failed, bool `(N,)`; count those.
 
         Raises:
             RewardError: the first failure, if failures are not to be lived with.
         """
-        failed = [value for value in values if isinstance(value, RewardError)]
-        if not failed:
-            return values  # type: ignore[return-value]  # there is no error among them
-        if self.on_error == "raise":
-            raise failed[0]
-        if not self.errors[name]:
-            warnings.warn(f"{failed[0]} (on_reward_error={self.on_error!r}; said once, then counted)", stacklevel=2)
-        self.errors[name] += len(failed)
-        errors += [isinstance(value, RewardError) for value in values]
+        failed = np.array([isinstance(value, RewardError) for value in values])
+        if failed.any():
+            first = values[int(failed.argmax())]
+            if self.on_error == "raise":
+                raise first  # type: ignore[misc]  # it is an error
+            if not self.errors[name]:
+                warnings.warn(f"{first} (on_reward_error={self.on_error!r}; said once, then counted)", stacklevel=2)
+            self.errors[name] += int(failed.sum())
         instead = -math.copysign(PENALTY, weight) if self.on_error == "penalise" else None
-        return [instead if isinstance(value, RewardError) else value for value in values]
+        return [instead if isinstance(value, RewardError) else value for value in values], failed
 
 
 def load_reward(spec: RewardSpec, device: Device = None) -> RewardFunction:

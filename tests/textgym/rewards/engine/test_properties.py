@@ -69,8 +69,13 @@ def test_the_score_is_the_weighted_sum_and_token_rewards_add_up(
         sum(w * (0.0 if v is None else float(np.sum(v))) for w, v in zip(weights, column, strict=True))
         for column in zip(*values, strict=True)
     ]
-    np.testing.assert_allclose(scores.raw, expected, rtol=1e-9, atol=1e-6)
-    assert np.isfinite(scores.score).all()
+    answered = [
+        any(v is not None and (w != 0 or not any(weights)) for w, v in zip(weights, column, strict=True))
+        for column in zip(*values, strict=True)
+    ]
+    assert scores.scored.tolist() == answered
+    np.testing.assert_allclose(scores.raw, np.where(answered, expected, np.nan), rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(scores.score, np.where(answered, expected, 0.0), rtol=1e-9, atol=1e-6)
     for component, column in zip(scores.components.values(), values, strict=True):
         assert [math.isnan(x) for x in component] == [v is None for v in column]
     assert [len(row) for row in scores.rewards] == [len(ids) for ids in finished.completion_ids]
@@ -91,6 +96,7 @@ def test_nothing_that_a_function_returns_gets_through_unless_it_is_a_number(
             Scorer(returning(rows))(finished)
     scores = Scorer(returning(rows), on_error=mode)(finished)
     assert scores.errors.tolist() == [int(flag) for flag in wrong]
+    assert scores.scored.tolist() == [mode == "penalise" or not flag for flag in wrong]
     instead = -1.0 if mode == "penalise" else 0.0
     np.testing.assert_allclose(scores.score, [instead if flag else v for flag, v in zip(wrong, rows, strict=True)])
 

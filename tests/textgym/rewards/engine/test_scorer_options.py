@@ -33,17 +33,65 @@ def broken(completions: list[str]) -> list[float]:
     raise KeyError("gone")
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("penalise", [2 - 2.0 - 2.0, 5 + 6.0 - 2.0]), ("skip", [2.0, 11.0])])
+@pytest.mark.parametrize(("mode", "expected"), [("penalise", [2 - 2.0 - 2.0, 5 + 6.0 - 2.0]), ("skip", [0.0, 0.0])])
 def test_failures_are_counted_and_lived_with(mode: Any, expected: list[float], finished: Finished) -> None:
     scorer = Scorer([text_length, half_broken, broken], [1.0, 2.0, 2.0], on_error=mode)
     with pytest.warns(UserWarning, match="on_reward_error=.*said once, then counted") as said:
         scores = scorer(finished)
     assert len(said) == 2
     assert scores.score.tolist() == expected
+    assert scores.scored.tolist() == [mode == "penalise"] * 2
     assert scores.errors.tolist() == [2, 1]
     scorer(finished)  # a warning now would be an error
     assert scorer.errors == {"text_length": 0, "half_broken": 2, "broken": 4}
     assert math.isnan(scores.components["broken"][0]) == (mode == "skip")
+
+
+def no_opinion_on_the_first(completions: list[str]) -> list[float | None]:
+    return [None, 4.0]
+
+
+@pytest.mark.filterwarnings("ignore:reward function:UserWarning")
+@pytest.mark.parametrize(
+    ("functions", "weights", "scored", "score"),
+    [
+        ([no_opinion_on_the_first], None, [False, True], [0.0, 4.0]),
+        ([no_opinion_on_the_first, text_length], None, [True, True], [2.0, 9.0]),
+        ([half_broken], None, [False, True], [0.0, 3.0]),
+        ([text_length, half_broken], None, [False, True], [0.0, 8.0]),
+        ([text_length, half_broken], [1.0, 0.0], [True, True], [2.0, 5.0]),
+        ([no_opinion_on_the_first, text_length], [1.0, 0.0], [False, True], [0.0, 4.0]),
+        ([text_length], [0.0], [True, True], [0.0, 0.0]),
+    ],
+    ids=["none", "others answered", "failed", "one failed", "a reported one failed", "only reported", "no weight"],
+)
+def test_a_row_has_a_score_if_a_function_answered_and_none_failed(
+    functions: list[Any], weights: Any, scored: list[bool], score: list[float], finished: Finished
+) -> None:
+    scores = Scorer(functions, weights, on_error="skip")(finished)
+    assert scores.scored.tolist() == scored
+    assert scores.score.tolist() == score
+    assert np.isnan(scores.raw).tolist() == [not flag for flag in scored]
+    assert [float(row.sum()) for row in scores.rewards] == score
+
+
+@pytest.mark.parametrize("scaling", ["running", "running_std"])
+def test_rows_without_a_score_do_not_move_the_running_scale(scaling: Any, finished: Finished) -> None:
+    scorer = Scorer(no_opinion_on_the_first, scaling=scaling)
+    scores = scorer(finished)
+    assert (scorer.scale.count, scorer.scale.mean) == (1, 4.0)
+    assert scores.score[0] == 0.0
+    assert not scores.rewards[0].any()
+
+
+@pytest.mark.parametrize("score", [100.3, -99_999.9, 1e12, 1e-12, 0.0])
+def test_scaling_sees_no_deviation_in_equal_scores(score: float) -> None:
+    scale = RunningScale("running_std")
+    for size in (1, 3, 7, 100):
+        paid, _ = scale(np.full(size, score))
+        assert (paid == score).all()
+    scale.take_moments(*scale.moments())  # as several processes add them up
+    assert scale.std == 1.0
 
 
 def test_a_function_that_cannot_be_called_is_never_lived_with(finished: Finished) -> None:
