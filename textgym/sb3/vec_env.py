@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from textgym.envs.spaces import TokenSpace
 from textgym.envs.text_task import Policy
+from textgym.envs.vector import TextVectorEnv
 
 PER_ROW = ("action_masks", "render", "transcript")
 """What the environment answers with one entry a row; anything else is the same for all rows."""
 
 
-def make_vec_env(id_or_env: str | Any, n_envs: int = 1, **env_kwargs: Any) -> VecMonitor:
+def make_vec_env(id_or_env: str | EnvSpec | Any, n_envs: int = 1, **env_kwargs: Any) -> VecMonitor:
     """A `VecEnv` whose rows are one batch of a `TextVectorEnv`, monitored as SB3's own `make_vec_env` does.
 
     Unless told otherwise the environment leaves the KL to the agent (`kl_mode="deferred"`): `EpisodeRolloutBuffer` or
@@ -26,12 +30,13 @@ def make_vec_env(id_or_env: str | Any, n_envs: int = 1, **env_kwargs: Any) -> Ve
     is registered with a `kl_mode`, as `textgym/SentimentMLP-v0` is, keeps it.
 
     Args:
-        id_or_env: a registered id, or a `TextVectorEnv`.
+        id_or_env: a registered id or its `EnvSpec`, or a `TextVectorEnv`.
         n_envs: rows.
         env_kwargs: arguments of the environment, as of `gym.make_vec`.
 
     Raises:
         ValueError: arguments beside an environment that is already made.
+        TypeError: an environment that is no `TextVectorEnv`.
 
     >>> env = make_vec_env("textgym/Sentiment-v0", n_envs=2, max_new_tokens=2)
     >>> observations = env.reset()
@@ -40,15 +45,14 @@ def make_vec_env(id_or_env: str | Any, n_envs: int = 1, **env_kwargs: Any) -> Ve
     >>> dones.tolist(), int(infos[0]["episode"]["l"]), infos[0]["terminal_observation"]["input_ids"].shape
     ([True, True], 2, (50,))
     """
-    if isinstance(id_or_env, str):
-        registered = gym.spec(id_or_env.rpartition(":")[2]).kwargs
-        kl_mode = registered.get("kl_mode", "deferred")
+    if isinstance(id_or_env, str | EnvSpec):
+        kl_mode = _registered_arguments(id_or_env).get("kl_mode", "deferred")
         envs: Any = gym.make_vec(id_or_env, num_envs=n_envs, **{"kl_mode": kl_mode, **env_kwargs})
-    elif env_kwargs or n_envs not in (1, id_or_env.num_envs):
+        return VecMonitor(TextVecEnv(envs))
+    check_text_envs(id_or_env)
+    if env_kwargs or n_envs not in (1, id_or_env.num_envs):
         raise ValueError("n_envs and arguments are for an id; an environment that is made already has its own")
-    else:
-        envs = id_or_env
-    return VecMonitor(TextVecEnv(envs))
+    return VecMonitor(TextVecEnv(id_or_env))
 
 
 class TextVecEnv(VecEnv):
@@ -56,9 +60,13 @@ class TextVecEnv(VecEnv):
 
     Args:
         envs: a `TextVectorEnv`, or a view of one; it is taken over (SAME_STEP, NumPy arrays).
+
+    Raises:
+        TypeError: another kind of environment.
     """
 
     def __init__(self, envs: Any) -> None:
+        check_text_envs(envs)
         self.envs = envs
         envs.unwrapped.set_autoreset_mode(AutoresetMode.SAME_STEP)
         envs.unwrapped.array = "numpy"
@@ -66,10 +74,7 @@ class TextVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Starts an episode in every row, by the seed and options that were set."""
-        options: dict[str, Any] = {key: value for key, value in self._options[0].items() if key != "prompt_index"}
-        if "prompt_index" in self._options[0]:
-            options["prompt_index"] = [options["prompt_index"] for options in self._options]
-        observation, _ = self.envs.reset(seed=self._seeds[0], options=options or None)
+        observation, _ = self.envs.reset(seed=self._seeds[0], options=self._reset_options_of_all())
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
@@ -80,7 +85,13 @@ class TextVecEnv(VecEnv):
         self.actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Appends the tokens."""
+        """Appends the tokens.
+
+        Raises:
+            ValueError: an algorithm trains, and nobody pays the KL penalty.
+        """
+        if isinstance(self.action_space, TokenSpace) and _stepped_by_an_algorithm():
+            self.action_space.check_kl_is_paid()
         observation, rewards, terminated, truncated, infos = self.envs.step(self.actions)
         return self._shown(observation), rewards, terminated | truncated, self._row_infos(infos, truncated)
 
@@ -111,6 +122,13 @@ class TextVecEnv(VecEnv):
         """No row is wrapped: the rows are one batch."""
         return [False for _ in self._get_indices(indices)]
 
+    def _reset_options_of_all(self) -> dict[str, Any] | None:
+        """The options of the rows as those of one environment."""
+        names = {name for options in self._options for name in options}
+        if any(set(options) != names for options in self._options):
+            raise ValueError(f"the rows are reset together, so give each the same options: got {self._options}")
+        return {name: [options[name] for options in self._options] for name in names} or None
+
     def _shown(self, observation: VecEnvObs) -> VecEnvObs:
         if isinstance(self.action_space, TokenSpace):  # through a view, actions may be no tokens
             self.action_space.observation = observation  # type: ignore[assignment]  # a dict, there
@@ -140,6 +158,40 @@ class TextVecEnv(VecEnv):
                 rows[row]["terminal_observation"] = infos["final_obs"][row]
                 rows[row]["TimeLimit.truncated"] = bool(truncated[row])
         return rows
+
+
+def check_text_envs(envs: Any) -> None:
+    """Refuses what is no `TextVectorEnv`, with any wrappers around it.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(envs, VectorEnv) or not isinstance(envs.unwrapped, TextVectorEnv):
+        raise TypeError(
+            f"make_vec_env and TextVecEnv take a TextVectorEnv, got {type(envs).__name__}: pass an id, or what "
+            "gym.make_vec returns for an id that is registered with a vector_entry_point"
+        )
+
+
+def _registered_arguments(id_or_spec: str | EnvSpec) -> dict[str, Any]:
+    if isinstance(id_or_spec, EnvSpec):
+        return id_or_spec.kwargs
+    module, _, env_id = id_or_spec.rpartition(":")
+    if module:
+        importlib.import_module(module)  # which registers the id
+    spec = gym.registry.get(env_id)
+    return {} if spec is None else spec.kwargs  # `gym.make_vec` says what is wrong with an unknown id
+
+
+def _stepped_by_an_algorithm() -> bool:
+    """Whether an algorithm is collecting what it learns from, not evaluating: it tells its environment nothing of it.
+
+    Policies and buffers of SB3's own do not ask who pays the KL, so that the environment has to.
+    """
+    for frame, _ in traceback.walk_stack(None):
+        if not isinstance(frame.f_locals.get("self"), VecEnv) and frame.f_code.co_name != "_stepped_by_an_algorithm":
+            return frame.f_code.co_name == "collect_rollouts"
+    return False
 
 
 def _is_number(values: np.ndarray) -> bool:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3 import PPO
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common import env_util
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 import textgym  # noqa: F401  (registers the ids)
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
-from textgym.sb3 import TextActorCriticPolicy, TextVecEnv, make_vec_env
+from textgym.sb3 import KLCallback, TextActorCriticPolicy, TextVecEnv, make_vec_env
 from textgym.testing import assert_close, mock_lm, terms_of, tolerance
 
 ROUNDING = tolerance(terms_of(mock_lm()), scale=8.0)  # of the mock model's log-probs
@@ -156,3 +161,83 @@ def test_stock_make_vec_env_and_stock_buffer_train(settings: dict[str, Any], lm_
     model.learn(48)
     assert np.isfinite(model.policy.parameters_to_vector()).all()
     assert (model.policy.parameters_to_vector() != before).any()
+
+
+def test_vec_normalize_that_would_turn_tokens_into_floats_is_refused(make_env: MakeEnv, make_model: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be whole numbers.* VecNormalize\(env, norm_obs=False\)"):
+        make_model(VecNormalize(make_env())).learn(48)
+    make_model(VecNormalize(make_env(), norm_obs=False)).learn(48)
+
+
+def test_stacked_observations_are_refused(make_env: MakeEnv, make_model: Any) -> None:
+    with pytest.raises(ValueError, match="must be padded on the right"):
+        make_model(VecFrameStack(make_env(), 2)).learn(48)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C, DQN])
+def test_a_policy_of_sb3s_own_does_not_learn_while_nobody_pays_the_kl(make_env: MakeEnv, algorithm: Any) -> None:
+    steps = {
+        PPO: {"n_steps": 8, "batch_size": 32},
+        A2C: {"n_steps": 8},
+        DQN: {"learning_starts": 4, "buffer_size": 100},
+    }[algorithm]
+    with pytest.raises(ValueError, match="nobody pays the KL penalty"):
+        algorithm("MultiInputPolicy", make_env(), **steps).learn(32)
+    algorithm("MultiInputPolicy", make_env(kl_mode="reference"), **steps).learn(32)
+    algorithm("MultiInputPolicy", make_env(kl_coef=0.0), **steps).learn(32)
+
+
+def test_evaluation_needs_nobody_to_pay_the_kl(make_env: MakeEnv, lm_folder: str) -> None:
+    env = make_env()
+    model = PPO("MultiInputPolicy", env, n_steps=8, batch_size=32, gamma=1.0)
+    evaluate_policy(model, env, n_eval_episodes=4)
+    watched = EvalCallback(make_env(), n_eval_episodes=4, eval_freq=4, verbose=0)
+    model.learn(32, [KLCallback(lm_folder, 0.1), watched])
+    assert np.isfinite(watched.last_mean_reward)
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module that registers an id when it is imported."""
+    places = "entry_point='textgym.envs.text:TextEnv', vector_entry_point='textgym.envs.vector:TextVectorEnv'"
+    code = f"import gymnasium\ngymnasium.register('own/Text-v0', {places}, kwargs={{'kl_mode': 'reference'}})\n"
+    (tmp_path / "registers_own_ids.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "registers_own_ids"
+    gym.registry.pop("own/Text-v0", None)
+    sys.modules.pop("registers_own_ids", None)
+
+
+def test_an_id_with_a_module_is_asked_for_after_the_module_is_imported(
+    own_module: str, settings: dict[str, Any]
+) -> None:
+    env = make_vec_env(f"{own_module}:own/Text-v0", n_envs=2, **settings)
+    assert env.action_space.kl_payer == "environment", "the id is registered with kl_mode='reference'"
+    assert make_vec_env(gym.spec("own/Text-v0"), n_envs=2, **settings).action_space.kl_payer == "environment"
+    assert make_vec_env(gym.spec("textgym/Text-v0"), n_envs=2, **settings).action_space.kl_payer == "agent"
+    with pytest.raises(gym.error.NameNotFound):
+        make_vec_env("own/Other-v0")
+
+
+@pytest.mark.parametrize("kind", ["single", "sync", "made", "class"])
+def test_an_environment_that_is_no_text_vector_env_is_refused(
+    settings: dict[str, Any], make_env: MakeEnv, kind: str
+) -> None:
+    env = {
+        "single": lambda: gym.make("textgym/Text-v0", **settings),
+        "sync": lambda: gym.vector.SyncVectorEnv([lambda: TextEnv(**settings)]),
+        "made": make_env,
+        "class": lambda: TextVectorEnv,
+    }[kind]()
+    with pytest.raises(TypeError, match="take a TextVectorEnv, got"):
+        make_vec_env(env)
+
+
+def test_rows_are_reset_with_the_same_options(make_env: MakeEnv) -> None:
+    env = make_env(2)
+    env.set_options([{}, {"prompt_index": 1}])
+    with pytest.raises(ValueError, match="give each the same options"):
+        env.reset()
+    env.set_options([{"prompt_index": 3}, {"prompt_index": 1}])
+    env.reset()
+    assert [transcript["prompt"] for transcript in env.get_attr("transcript")] == ["four", "good day"]

@@ -122,13 +122,19 @@ Contexts = CausalContexts | EncoderDecoderContexts
 
 
 def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple[Contexts, bool]:
-    """The contexts of an observation, and whether they came as a batch."""
+    """The contexts of an observation, and whether they came as a batch.
+
+    Raises:
+        ValueError: the observation is not token ids padded on the right.
+    """
     check_fork(device.type)
     encoder_decoder = "decoder_input_ids" in observation
     given: list[Tensor] = []
     for part in ("", "decoder_") if encoder_decoder else ("",):
-        given.append(torch.as_tensor(observation[f"{part}input_ids"]))
-        given.append(torch.as_tensor(observation[f"{part}attention_mask"]).sum(-1))
+        ids, mask = (torch.as_tensor(observation[f"{part}{name}"]) for name in ("input_ids", "attention_mask"))
+        if not isinstance(observation, Shown):
+            _check_tokens(ids, mask, part)
+        given += [ids, mask.sum(-1)]
     batched = given[0].ndim == 2
     rows = given if batched else [x[None] for x in given]
     if encoder_decoder:
@@ -142,6 +148,20 @@ def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple
             host = PlainContexts(*(x.numpy().copy() for x in rows))
     input_ids, lengths = to_device(device, *rows)
     return CausalContexts(input_ids, lengths, host), batched
+
+
+def _check_tokens(ids: Tensor, mask: Tensor, part: str) -> None:
+    """Refuses what a wrapper or another library has made of token ids."""
+    if ids.is_floating_point() or mask.is_floating_point():
+        raise ValueError(
+            f"{part}input_ids and {part}attention_mask must be whole numbers, got {ids.dtype} and {mask.dtype}: leave "
+            "observations as the environment gives them, with SB3 by VecNormalize(env, norm_obs=False)"
+        )
+    if mask.device.type == "cpu" and bool((mask[..., 1:] > mask[..., :-1]).any()):  # elsewhere the host would wait
+        raise ValueError(
+            f"{part}input_ids must be padded on the right, but {part}attention_mask goes on after a 0: leave "
+            "observations as the environment gives them, unstacked, and set tokenizer.padding_side='right'"
+        )
 
 
 def _version(tensor: Tensor) -> int | None:
