@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
@@ -90,8 +92,9 @@ class TextVecEnv(VecEnv):
         Raises:
             ValueError: an algorithm trains, and nobody pays the KL penalty.
         """
-        if isinstance(self.action_space, TokenSpace) and _stepped_by_an_algorithm():
-            self.action_space.check_kl_is_paid()
+        algorithm = _learning_algorithm()
+        if algorithm is not None and isinstance(algorithm.action_space, TokenSpace):
+            algorithm.action_space.check_kl_is_paid()
         observation, rewards, terminated, truncated, infos = self.envs.step(self.actions)
         return self._shown(observation), rewards, terminated | truncated, self._row_infos(infos, truncated)
 
@@ -183,15 +186,17 @@ def _registered_arguments(id_or_spec: str | EnvSpec) -> dict[str, Any]:
     return {} if spec is None else spec.kwargs  # `gym.make_vec` says what is wrong with an unknown id
 
 
-def _stepped_by_an_algorithm() -> bool:
-    """Whether an algorithm is collecting what it learns from, not evaluating: it tells its environment nothing of it.
+def _learning_algorithm() -> BaseAlgorithm | None:
+    """Return the algorithm that collects with this step what it learns from; `None` if this is an evaluation.
 
-    Policies and buffers of SB3's own do not ask who pays the KL, so that the environment has to.
+    Policies and buffers of SB3's own do not ask who pays the KL, so the environment has to, and is told of nobody.
     """
-    for frame, _ in traceback.walk_stack(None):
-        if not isinstance(frame.f_locals.get("self"), VecEnv) and frame.f_code.co_name != "_stepped_by_an_algorithm":
-            return frame.f_code.co_name == "collect_rollouts"
-    return False
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    caller = next((frame for frame in frames if not isinstance(frame.f_locals.get("self"), VecEnv)), None)
+    if caller is None or caller.f_code.co_name != "collect_rollouts":
+        return None
+    algorithm: BaseAlgorithm = caller.f_locals["self"]
+    return algorithm
 
 
 def _is_number(values: np.ndarray) -> bool:

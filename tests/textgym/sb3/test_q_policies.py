@@ -236,7 +236,7 @@ def likeness(make_q: Any, tmp_path: Path) -> Any:
 
 LIKENESS = {
     DQN: Measured(mean=0.809, standard_deviation=0.065, runs=9),
-    QRDQN: Measured(mean=0.767, deviation=0.082, runs=9),
+    QRDQN: Measured(mean=0.767, standard_deviation=0.082, runs=9),
 }
 
 

@@ -222,7 +222,7 @@ def test_memory_a_step_whatever_the_context(tmp_path: Path, prompt_tokens: int, 
         max_prompt_tokens=prompt_tokens,
         max_new_tokens=48,
     )
-    model = make_model(env, n_steps=96, batch_size=192, rollout_buffer_kwargs={})
+    model = make_model(env, folder=str(tmp_path), n_steps=96, batch_size=192, rollout_buffer_kwargs={})
     buffer = collect(model)
     assert buffer.nbytes() / (96 * 2) < 64
     stock = DictRolloutBuffer(96, env.observation_space, env.action_space, n_envs=2)
