@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from textgym.data.completions import Example, encode_completions, shorten, split_pair
 from textgym.data.preferences import load_preferences
 from textgym.errors import ConfigError
-from textgym.models.actor_critic import ActorCritic
+from textgym.models.actor_critic import PolicyLike
 from textgym.models.fitting import check_tokenizer
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.pairwise import pairwise_loss
@@ -84,7 +84,7 @@ class DPO(SupervisedAgent):
 
     def __init__(
         self,
-        policy: ActorCritic,
+        policy: PolicyLike,
         preferences: Any,
         tokenizer: Any = None,
         config: Any = None,

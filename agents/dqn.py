@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from textgym.errors import ConfigError
-from textgym.models.actor_critic import ActorCritic
+from textgym.models.actor_critic import PolicyLike
 from textgym.settings import Count, NotNegative
 
 from .common.advantages import n_step_returns
@@ -82,7 +82,7 @@ class DQN(ReplayAgent):
     config_class: ClassVar[type[RolloutAgentConfig]] = DQNConfig
     config: DQNConfig
 
-    def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
+    def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         self.greedy = self.config.backup == "greedy"
         if not self.greedy and self.penalty.coef == 0:

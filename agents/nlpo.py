@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.distributions.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -50,9 +50,9 @@ class NLPO(PPO):
     config_class: ClassVar[type[RolloutAgentConfig]] = NLPOConfig
     config: NLPOConfig
 
-    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
+    def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
-        self.mask = TopPMask(policy.frozen_copy(), self.config.top_p, self.config.min_tokens_to_keep)
+        self.mask = TopPMask(self.policy.frozen_copy(), self.config.top_p, self.config.min_tokens_to_keep)
         if self.penalty.coef > 0 and self.config.top_p < 1:
             warn_of_filter(self.mask, self.penalty.estimator)
 

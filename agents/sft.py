@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from textgym.data.completions import encode_completions, load_examples, shorten
-from textgym.models.actor_critic import ActorCritic
+from textgym.models.actor_critic import PolicyLike
 
 from .common.supervised import Batch, SupervisedAgent, SupervisedConfig
 
@@ -51,7 +51,7 @@ class SFT(SupervisedAgent):
     config_class: ClassVar[type[SupervisedConfig]] = SFTConfig
     config: SFTConfig
 
-    def __init__(self, policy: ActorCritic, examples: Any, tokenizer: Any = None, config: Any = None) -> None:
+    def __init__(self, policy: PolicyLike, examples: Any, tokenizer: Any = None, config: Any = None) -> None:
         super().__init__(policy, examples, tokenizer, config)
 
     def read(self, data: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from textgym.models.actor_critic import ActorCritic, Step
+from textgym.models.actor_critic import ActorCritic, PolicyLike, Step
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import Observation, TokenModel
@@ -131,7 +131,7 @@ class ReplayAgent(RolloutAgent):
     config: ReplayConfig
     greedy: bool
 
-    def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
+    def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         if count() > 1:
             raise ValueError(

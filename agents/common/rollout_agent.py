@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from transformers import TrainerState
 
-from textgym.models.actor_critic import ActorCritic
+from textgym.models.actor_critic import PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
@@ -91,7 +91,7 @@ class RolloutAgent(ABC):
     The agent takes the environment over: rows that ended wait for the others, and arrays stay on the device.
 
     Args:
-        policy: what generates and learns.
+        policy: what generates and learns; a language model or its name becomes an `ActorCritic` with a shared trunk.
         envs: a `TextVectorEnv`, from `gym.make_vec(..., kl_mode="deferred")`; wrappers are stepped through.
         config: see the algorithm's config.
 
@@ -101,7 +101,8 @@ class RolloutAgent(ABC):
 
     config_class: ClassVar[type[RolloutAgentConfig]]
 
-    def __init__(self, policy: ActorCritic, envs: Any, config: Any = None) -> None:
+    def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
+        policy = as_policy(policy)
         self.policy, self.envs = policy, envs
         self.config = config if config is not None else self.config_class()
         task = envs.unwrapped.task

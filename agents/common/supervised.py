@@ -25,7 +25,7 @@ from torch import Tensor
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
 from textgym.errors import ConfigError
-from textgym.models.actor_critic import ActorCritic
+from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
 from textgym.models.architectures.positions import position_limit
 from textgym.models.fitting import check_tokenizer, tokenizer_of
 from textgym.models.loading import Tokenizer, load_tokenizer
@@ -94,7 +94,7 @@ class SupervisedAgent(ABC):
     """Trains the language model of a policy on a fixed set of texts; a critic is left as it is.
 
     Args:
-        policy: who learns; with LoRA its adapter alone does.
+        policy: who learns; with LoRA its adapter alone does. A language model or its name becomes an `ActorCritic`.
         data: what it learns from, see the algorithm.
         tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
         config: see the algorithm's config.
@@ -107,7 +107,8 @@ class SupervisedAgent(ABC):
     config_class: ClassVar[type[SupervisedConfig]]
     texts: list[Example]
 
-    def __init__(self, policy: ActorCritic, data: Any, tokenizer: Any = None, config: Any = None) -> None:
+    def __init__(self, policy: PolicyLike, data: Any, tokenizer: Any = None, config: Any = None) -> None:
+        policy = as_policy(policy)
         self.policy, self.tokenizer = policy, _tokenizer_for(policy, tokenizer)
         self.config = config if config is not None else self.config_class()
         if self.config.gradient_checkpointing:

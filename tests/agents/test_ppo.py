@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from textgym.agents import PPO, PPOConfig
+from textgym.agents import PPO, SFT, PPOConfig
 from textgym.agents.common.rollout import collect
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.token_model import TokenModel
 from textgym.rewards.models import RewardModel
 from textgym.testing import (
     ExactTask,
@@ -195,3 +196,22 @@ def test_predict() -> None:
     agent = make_agent()
     observation, _ = agent.envs.reset(seed=0)
     assert torch.equal(agent.predict(observation), agent.policy.act(observation, deterministic=True).action)
+
+
+def test_a_language_model_or_its_name_is_a_policy(tmp_path: Path) -> None:
+    lm = mock_lm()
+    agent = PPO(lm, make_envs(), PPOConfig(episodes_per_update=16))
+    assert agent.policy.lm is lm
+    agent.learn(16)
+    mock_lm().save_pretrained(tmp_path)
+    assert PPO(str(tmp_path), make_envs(), PPOConfig(episodes_per_update=16)).policy.vocab_size == 258
+
+
+@pytest.mark.parametrize(
+    "policy", [None, 5, torch.nn.Linear(2, 2), TokenModel(mock_lm())], ids=lambda p: type(p).__name__
+)
+def test_what_is_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(TypeError, match=r"pass ActorCritic.from_pretrained\(name_or_model\)"):
+        PPO(policy, make_envs())
+    with pytest.raises(TypeError, match=r"pass ActorCritic.from_pretrained\(name_or_model\)"):
+        SFT(policy, [{"prompt": "a", "completion": "b"}])

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from textgym.data.files import atomic_folder
 from textgym.models.adapters import is_twin, merged, twin, with_lora
@@ -340,6 +340,26 @@ class _Trunk:
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in module.state_dict().items()}
+
+
+PolicyLike = ActorCritic | PreTrainedModel | str | os.PathLike[str]
+"""What agents take for a policy."""
+
+
+def as_policy(given: PolicyLike) -> ActorCritic:
+    """Return a policy as it is, or make one of a language model or of its name.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(given, ActorCritic):
+        return given
+    if isinstance(given, PreTrainedModel | str | os.PathLike):
+        return ActorCritic.from_pretrained(given)
+    raise TypeError(
+        f"a policy is an ActorCritic, a language model or its name, got {type(given).__name__}: pass "
+        "ActorCritic.from_pretrained(name_or_model)"
+    )
 
 
 def _saved_trunk(folder: Path, lm: Any) -> Any:
