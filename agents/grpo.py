@@ -152,7 +152,7 @@ class GRPO(PromptGroupAgent):
         if kind == "grpo":
             return mask / mask.sum(1, keepdim=True) / len(batch)
         if kind == "dr_grpo":
-            return mask / (len(batch) * self.envs.unwrapped.task.episodes.max_new_tokens)
+            return mask / (len(batch) * self.base_env.max_new_tokens)
         return mask / mask.sum()
 
     def weight(self, batch: Batch) -> int:

@@ -82,7 +82,7 @@ class PPO(PolicyGradientAgent):
     >>> import gymnasium as gym
     >>> from textgym import ActorCritic
     >>> from textgym.agents import PPO, PPOConfig
-    >>> envs = gym.make_vec("textgym/Sentiment-v0", num_envs=4, kl_mode="deferred", max_new_tokens=4)
+    >>> envs = gym.make_vec("textgym/Sentiment-v0", num_envs=4, max_new_tokens=4)
     >>> agent = PPO(ActorCritic.from_pretrained("tiny"), envs, PPOConfig(episodes_per_update=4, minibatch_size=4))
     >>> agent.learn(total_episodes=8).updates
     2

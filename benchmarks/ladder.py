@@ -162,7 +162,7 @@ def preferred(args: Args, method: str, demo: DemoConfig, reward: RewardModel, hi
     """On pairs of the reference's samples: as many samples as the other agents have episodes."""
     policy = ActorCritic.from_pretrained(demo.model)
     envs = make_envs(demo, reward, snippet_prompts("policy"))
-    chosen = np.random.default_rng(demo.seed).integers(len(envs.unwrapped.task.rows), size=args.total_episodes // 2)
+    chosen = np.random.default_rng(demo.seed).integers(len(envs.unwrapped.prompts), size=args.total_episodes // 2)
     samples = generate(policy, envs, np.repeat(chosen, 2).tolist(), demo.seed + 100)
     scores = samples.rollout.raw_scores.tolist()
     pairs = []

@@ -130,7 +130,7 @@ def ours(config: Config) -> Figures:
     policy = textgym.ActorCritic.from_pretrained(config.model, critic=config.side, device=DEVICE)
     settings = PPOConfig(episodes_per_update=config.rows, minibatch_size=config.rows // 4, num_epochs=1)
     agent = PPO(policy, envs, settings)
-    models = [policy, agent.penalty.reference, envs.unwrapped.task.scorer.functions[0].model]
+    models = [policy, agent.penalty.reference, envs.unwrapped.scorer.functions[0].model]
     collect = agent.collect
 
     def collected() -> Any:

@@ -105,9 +105,9 @@ def make_sides(config: Config) -> tuple[dict[str, Play], Play]:
         array="torch",
     )
     options = {"prompt_index": range(config.rows)}
-    task = envs.unwrapped.task
-    prompts = torch.as_tensor(task.prompt_ids, dtype=torch.long, device=config.device)
-    assert prompts.shape == (config.rows, config.prompt_tokens), "prompts are cut to one length"
+    observation, _ = envs.reset(options=options)
+    prompts = observation["input_ids"][:, : config.prompt_tokens]
+    assert (observation["attention_mask"].sum(1) == config.prompt_tokens).all(), "prompts are cut to one length"
 
     def generate() -> None:
         policy.lm.generate(
@@ -119,7 +119,7 @@ def make_sides(config: Config) -> tuple[dict[str, Play], Play]:
             top_p=1.0,
             max_new_tokens=config.new_tokens,
             min_new_tokens=config.new_tokens,
-            pad_token_id=task.episodes.pad_token_id,
+            pad_token_id=envs.unwrapped.pad_token_id,
         )
 
     ways = {"write": collect, "step": step_through}

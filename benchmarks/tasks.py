@@ -105,11 +105,11 @@ def run(name: str, config: Config) -> Run:
         mock_lm(VOCAB_SIZE, initializer_range=0.02) if name == "Enumerable" else "tiny"
     )
     test = make_envs(name, "test")
-    prompts = [index % len(test.unwrapped.task.rows) for index in range(config.completions)]
+    prompts = [index % len(test.unwrapped.prompts) for index in range(config.completions)]
     stages = {"untrained": generate(policy, test, prompts, config.ppo.seed)}
     train = make_envs(name, "train")
     if name not in NO_SFT:
-        examples = answers(train.unwrapped.task.rows)
+        examples = answers(train.unwrapped.prompts)
         few = math.ceil(EPOCHS * len(examples) / config.sft.batch_size)
         SFT(policy, examples, config=replace(config.sft, max_steps=min(few, config.sft.max_steps or few))).learn()
         stages["SFT"] = generate(policy, test, prompts, config.ppo.seed)

@@ -99,6 +99,17 @@ def test_which_imports_are_allowed() -> None:
     assert may_import("textgym.cli", "textgym.agents")
 
 
+@pytest.mark.parametrize("name", sorted(name for name in FILES if not name.startswith("textgym.envs")))
+def test_only_the_environments_know_their_task(name: str) -> None:
+    """Others ask an environment for what `textgym.envs.interface` lists."""
+    reached = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "task" and "unwrapped" in ast.unparse(node.value)
+    ]
+    assert not reached, f"{name} reads {reached}"
+
+
 def test_modules_do_not_import_each_other_in_circles() -> None:
     left = {name: set(imports) for name, imports in IMPORTS.items()}
     while free := [name for name, imports in left.items() if not imports]:  # what imports nothing is in no circle

@@ -124,7 +124,7 @@ def train(command: Train) -> None:
     finally:  # also after Ctrl-C: what was learned is kept
         if profiler is not None:
             profiler.close()
-        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.task.tokenizer)
+        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer)
         folder.draw_curves()
         folder.close()
         live.console.print(f"run folder: {command.output_dir}")
@@ -265,9 +265,9 @@ def evaluate(command: Evaluate) -> None:
     loaded = {name: ActorCritic.from_pretrained(model, device=place) for name, model in policies.items()}
     models = {"tokenizer": command.reference, "reference": command.reference, **_decoder_start(loaded["policy"])}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
-    prompts = range(min(command.prompts, len(envs.unwrapped.task.rows)))
+    prompts = range(min(command.prompts, len(envs.unwrapped.prompts)))
     samples = {name: generate(policy, envs, prompts, command.seed) for name, policy in loaded.items()}
-    scorer = envs.unwrapped.task.penalty.reference
+    scorer = envs.unwrapped.reference
     judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
     own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
 
@@ -325,7 +325,7 @@ def _decoder_start(policy: ActorCritic) -> dict[str, Any]:
 
 
 def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:
-    prompts = range(min(64, len(envs.unwrapped.task.rows)))
+    prompts = range(min(64, len(envs.unwrapped.prompts)))
     start = ActorCritic.from_pretrained(command.model, temperature=command.temperature, device=policy.device)
     before, after = (generate(p, envs, prompts, command.config.seed) for p in (start, policy))
     texts = [transcript["prompt"] for transcript in before.transcripts]

@@ -201,7 +201,7 @@ class ReplayAgent(RolloutAgent):
         kl, rollout = kl[rows.to(kl.device)], rollout[rows]
         kl = kl[:, : rollout.log_probs.shape[1]]
         reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
-        longest = self.envs.unwrapped.task.episodes.max_new_tokens
+        longest = self.base_env.max_new_tokens
         self.memory.add(rollout.sequences, rollout.rewards, reference_log_probs, longest)
 
     def samples(self) -> Iterator[ReplayBatch]:
@@ -266,8 +266,7 @@ class ReplayAgent(RolloutAgent):
         """Goes on from what `training_tensors` gave."""
         kept = {name.removeprefix("memory."): x for name, x in tensors.items() if name.startswith("memory.")}
         self.memory.tensors = kept
-        episodes = self.envs.unwrapped.task.episodes
-        self.memory.stop, self.memory.decoder_start = episodes.stop, episodes.decoder_start
+        self.memory.stop, self.memory.decoder_start = self.base_env.stop, self.base_env.decoder_start
         with torch.no_grad():
             for name, weight in self.further.named_parameters(prefix="module"):
                 weight.copy_(tensors[name])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.envs.interface import RolloutEnv, rollout_env
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.masks import ActionMask, narrow
 from textgym.models.machine.devices import check_one_device
@@ -89,28 +90,40 @@ def collect(
     """Plays one episode in every row, from `reset` until the last row has ended.
 
     Args:
-        envs: a `TextVectorEnv` with `array="torch"` and `autoreset_mode=DISABLED`: a row that ended waits, and the
-            decoder does no work for it.
+        envs: a `TextVectorEnv`, with any wrappers. A row that ended waits for the others, and the decoder does no work
+            for it. Afterwards the environment's settings are as they were.
         policy: who writes.
         options: for `reset`, such as `{"prompt_index": ...}`.
         deterministic: the most likely token each time.
         action_mask: narrows what may be chosen, and the log-probs with it.
     """
-    task = envs.unwrapped.task
-    check_one_device(policy=policy.device, environment=task.device)
+    base_env = rollout_env(envs)
+    check_one_device(policy=policy.device, environment=base_env.device)
+    with base_env.whole_episodes():
+        return _collect(envs, base_env, policy, options, deterministic, action_mask)
+
+
+def _collect(
+    envs: Any,
+    base_env: RolloutEnv,
+    policy: ActorCritic,
+    options: dict[str, Any] | None,
+    deterministic: bool,
+    action_mask: ActionMask | None,
+) -> Rollout:
     with phase("environment"):
         observation, _ = envs.reset(options=options)
-    alone = task.takes_whole_responses and action_mask is None and not task.episodes.decoder_start
-    if alone and envs is envs.unwrapped and policy.generates_what_act_would:
+    alone = base_env.takes_whole_responses and action_mask is None and not base_env.decoder_start
+    if alone and envs is base_env and policy.generates_what_act_would:
         with phase("decode"):
             ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
-            whole = policy.generate(ids, lengths, task.episodes.max_new_tokens, task.episodes.stop, deterministic)
+            whole = policy.generate(ids, lengths, base_env.max_new_tokens, base_env.stop, deterministic)
         shared_values = whole.values if policy.critic is None else None
         return score_whole(envs, policy, whole.tokens, whole.lengths, whole.log_probs, shared_values)
-    restricted = task.restricts_actions
-    waiting = envs.unwrapped.waiting
-    alive = torch.ones(envs.num_envs, dtype=torch.bool, device=task.device)
-    scores = torch.zeros(envs.num_envs, device=task.device)
+    waiting = base_env.waiting
+    assert waiting is not None  # since the reset
+    alive = torch.ones(envs.num_envs, dtype=torch.bool, device=base_env.device)
+    scores = torch.zeros(envs.num_envs, device=base_env.device)
     noted: dict[str, np.ndarray] = {
         "score": np.full(envs.num_envs, np.nan),
         "ended_by_stop": waiting.copy(),
@@ -119,14 +132,15 @@ def collect(
     shared = policy.critic is None
     log_probs, values = [], []
     while not waiting.all():
-        masks = task.action_masks() if restricted else None
+        masks = base_env.allowed_tokens() if base_env.restricts_actions else None
         if action_mask is not None:
-            masks = narrow(task.action_masks(), action_mask(observation))
+            masks = narrow(base_env.allowed_tokens(), action_mask(observation))
         with phase("decode"):
             step = policy.act(observation, deterministic, masks, with_value=shared)
         with phase("environment"):
             observation, rewards, terminated, truncated, infos = envs.step(step.action)
-        waiting = envs.unwrapped.waiting
+        waiting = base_env.waiting
+        assert waiting is not None
         log_probs.append(step.log_prob)
         values.append(step.value)
         scores += torch.where(alive, rewards, 0.0)
@@ -136,7 +150,7 @@ def collect(
             if name in infos:
                 before = noted.get(name, np.full(envs.num_envs, np.nan))
                 noted[name] = np.where(infos[f"_{name}"], infos[name], before)
-    sequences = task.episodes.sequences()
+    sequences = base_env.sequences()
     mask = sequences.response_mask
     places = (mask.cumsum(1) - 1).clamp(min=0)  # the policy's k-th token is that of the k-th step
 
@@ -146,7 +160,7 @@ def collect(
 
     with phase("critic"):
         state_values = laid_out(values) if shared else policy.sequence_values(sequences)
-    rollout = _rollout(task, sequences, laid_out(log_probs), state_values, scores, noted)
+    rollout = _rollout(base_env, sequences, laid_out(log_probs), state_values, scores, noted)
     # Wrappers, and environments that charge the KL, pay what the reward functions did not give: at the last token too.
     last = (sequences.response_lengths - 1)[:, None]
     rollout.rewards.scatter_add_(1, last, (scores - rollout.rewards.sum(1))[:, None])
@@ -169,10 +183,10 @@ def score_whole(
         tokens: any number stands after the end of a response, as in what else is given.
         lengths: tokens of each response, a stop token included.
     """
-    task = envs.unwrapped.task
+    base_env = rollout_env(envs)
     with phase("environment"):
-        scores, infos = envs.unwrapped.submit(tokens, lengths)
-    sequences = task.episodes.sequences()
+        scores, infos = base_env.submit(tokens, lengths)
+    sequences = base_env.sequences()
     mask = sequences.response_mask
 
     def real(columns: Tensor) -> Tensor:
@@ -182,18 +196,23 @@ def score_whole(
         log_probs = policy.sequence_log_probs(sequences) if log_probs is None else real(log_probs)
     with phase("critic"):
         values = policy.sequence_values(sequences) if values is None else real(values)
-    return _rollout(task, sequences, log_probs, values, scores, infos)
+    return _rollout(base_env, sequences, log_probs, values, scores, infos)
 
 
 def _rollout(
-    task: Any, sequences: Sequences, log_probs: Tensor, values: Tensor, scores: Tensor, noted: dict[str, np.ndarray]
+    base_env: RolloutEnv,
+    sequences: Sequences,
+    log_probs: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    noted: dict[str, np.ndarray],
 ) -> Rollout:
     """A rollout, with what the host has noted of its episodes, by one copy to the device."""
     names = [name for name in noted if name.startswith(("reward/", "metric/"))]
     raw = noted.get("score", np.full(len(scores), np.nan))  # rows without a score have none in their infos
     columns = [raw.astype(np.float32), noted["ended_by_stop"], *(noted[name] for name in names)]
-    columns.append(_padded(task.token_rewards, sequences.longest))
-    raw_scores, by_stop, *components, rewards = to_device(task.device, *map(torch.from_numpy, columns))
+    columns.append(_padded(base_env.token_rewards(), sequences.longest))
+    raw_scores, by_stop, *components, rewards = to_device(base_env.device, *map(torch.from_numpy, columns))
     return Rollout(
         sequences,
         log_probs,

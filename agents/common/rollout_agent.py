@@ -16,15 +16,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from torch import Tensor
 from transformers import TrainerState
 
+from textgym.envs.interface import rollout_env
 from textgym.models.actor_critic import PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
-from textgym.rewards.kl import KLPenalty
 from textgym.rewards.reference import own_copy
 from textgym.settings import Count, NotNegative, Positive, check_settings
 
@@ -88,15 +87,17 @@ class RolloutAgentConfig:
 class RolloutAgent(ABC):
     """Trains a policy in a `TextVectorEnv` by repeating: collect episodes, pay the KL, update.
 
-    The agent takes the environment over: rows that ended wait for the others, and arrays stay on the device.
+    The environment stays as its owner made it: only during a rollout do rows that ended wait for the others, do arrays
+    stay on the device, and does the agent charge the KL. Reset it before you step it by hand.
 
     Args:
         policy: what generates and learns; a language model or its name becomes an `ActorCritic` with a shared trunk.
-        envs: a `TextVectorEnv`, from `gym.make_vec(..., kl_mode="deferred")`; wrappers are stepped through.
+        envs: a `TextVectorEnv`, from `gym.make_vec`; wrappers are stepped through.
         config: see the algorithm's config.
 
     Raises:
-        ValueError: the environment pays the KL itself, so that it would be paid twice.
+        ConfigError: `envs` is no batch of texts; a `ValueError`.
+        ValueError: the environment was told to pay the KL itself, so that it would be paid twice.
     """
 
     config_class: ClassVar[type[RolloutAgentConfig]]
@@ -105,13 +106,8 @@ class RolloutAgent(ABC):
         policy = as_policy(policy)
         self.policy, self.envs = policy, envs
         self.config = config if config is not None else self.config_class()
-        task = envs.unwrapped.task
-        if task.kl_mode != "deferred":
-            raise ValueError(
-                f"{type(self).__name__} pays the KL itself, and so does the environment (kl_mode={task.kl_mode!r}): "
-                "make it with kl_mode='deferred'"
-            )
-        if task.action_mask is not None:
+        self.base_env = rollout_env(envs)
+        if self.base_env.action_mask is not None:
             raise ValueError(
                 f"{type(self).__name__} does not know the environment's action_mask and would score its actions "
                 "without it: make the environment without, or use textgym.sb3 with sb3-contrib's MaskablePPO"
@@ -129,14 +125,10 @@ class RolloutAgent(ABC):
         self.learner = Learner(policy)
         if self.learner.sharded and self.config.adam_8bit:
             raise ValueError("bitsandbytes cannot shard its moments: leave adam_8bit=False under FSDP2")
-        envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
-        envs.unwrapped.array = "torch"
-        # Where the environment names no reference, the policy's own start is one.
-        self.penalty: KLPenalty = task.penalty or KLPenalty(
-            policy.reference(), task.kl_coef, task.kl_estimator, task.kl_clamp
-        )
-        check_one_device(policy=policy.device, environment=task.device, reference=self.penalty.reference.device)
-        self.penalty.reference.temperature = policy.temperature
+        self.penalty = self.base_env.agent_penalty(policy.reference, type(self).__name__)
+        reference = self.penalty.reference
+        check_one_device(policy=policy.device, environment=self.base_env.device, reference=reference.device)
+        reference.temperature = policy.temperature
         self.optimizer = adamw(
             self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
         )
@@ -145,7 +137,8 @@ class RolloutAgent(ABC):
         self.updates = 0
         self.total_episodes = 0
         policy.seed(own_seed(self.config.seed))
-        envs.reset(seed=self.config.seed)  # one order of prompts, which the processes share
+        with self.base_env.whole_episodes():
+            envs.reset(seed=self.config.seed)  # one order of prompts, which the processes share
 
     @abstractmethod
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
@@ -179,7 +172,7 @@ class RolloutAgent(ABC):
         # 2. Measure how far every token is from the reference.
         with phase("reference"):
             kl = self.measure_kl(rollout)
-        metrics = episode_metrics(rollout, kl, self.penalty, self.envs.unwrapped.task.scorer)
+        metrics = episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
 
         # 3. Update the policy, on the algorithm's own page.
         self._anneal()
@@ -200,7 +193,7 @@ class RolloutAgent(ABC):
 
     def _play(self) -> Rollout:
         """Collect this process's episodes of an update."""
-        scale = self.envs.unwrapped.task.scorer.scale
+        scale = self.base_env.scorer.scale
         before = torch.tensor(scale.moments(), dtype=torch.float64, device=device())
         rounds = self.config.episodes_per_update // (self.envs.num_envs * count())
         self.optimizer.zero_grad(set_to_none=True)  # memory that a rollout can use
@@ -219,8 +212,7 @@ class RolloutAgent(ABC):
 
     def next_prompts(self, number: int) -> np.ndarray:
         """Return the next prompts `(number,)`; all processes draw in step, each for itself and the others."""
-        envs = self.envs.unwrapped
-        return envs.task.next_prompts(number * count(), envs.np_random)[rank() * number :][:number]
+        return self.base_env.next_prompts(number * count())[rank() * number :][:number]
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token to the reference, `(N, T)` nats."""
@@ -251,7 +243,7 @@ class RolloutAgent(ABC):
     def _tell_rewards(self) -> None:
         """Tell reward functions that ask for `trainer_state`, for a curriculum, how far training is."""
         rounds = math.ceil(self.total_episodes / self.config.episodes_per_update)
-        self.envs.unwrapped.task.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=rounds)
+        self.base_env.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=rounds)
 
     @property
     def sampler(self) -> torch.Generator:
@@ -277,8 +269,7 @@ class RolloutAgent(ABC):
 
     def frozen_models(self) -> dict[str, TokenModel]:
         """Return the models that are saved with the agent because they are nowhere else to be found."""
-        task = self.envs.unwrapped.task
-        known = task.penalty is not None and not self.penalty.owns_reference
+        known = self.base_env.reference is not None and not self.penalty.owns_reference
         return {} if known else {"reference": own_copy(self.penalty.reference)}
 
     def take_frozen_model(self, name: str, model: TokenModel) -> None:

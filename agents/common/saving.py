@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from textgym.data.files import atomic_folder
+from textgym.envs.interface import rollout_env
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import is_twin
 from textgym.models.machine.devices import Device, generator_state, resolve_device, restore_generator
@@ -78,7 +79,7 @@ def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: A
     if device is not None:
         return resolve_device(device)
     if envs is not None:
-        return resolve_device(envs.unwrapped.task.device)
+        return resolve_device(rollout_env(envs).device)
     try:
         return resolve_device(saved["device"])
     except ValueError as error:
@@ -118,28 +119,27 @@ def save_agent(agent: Any, folder: Path) -> None:
             }
         ),
     }
-    scorers = everyone(agent.envs.unwrapped.task.scorer.state())
+    scorers = everyone(agent.base_env.scorer.state())
     if distributed.rank() == 0:
         _write(agent, folder, state, scorers)
     everyone(None)  # nobody goes on before all of it is there
 
 
 def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]]) -> None:
-    task, envs = agent.envs.unwrapped.task, agent.envs.unwrapped
+    envs = agent.envs.unwrapped
     meta = {
         "config": dataclasses.asdict(agent.config),
         "progress": [agent.episodes, agent.updates, agent.total_episodes],
         "controller": vars(agent.penalty.controller),
         "scorers": scorers,
         "agent": agent.training_state(),
-        "prompt_queue": task.queue,
-        "np_random": envs.np_random.bit_generator.state,
+        **agent.base_env.progress(),
         "env": envs.spec.to_json() if envs.spec is not None and _is_plain(envs.spec.kwargs) else None,
         "num_envs": envs.num_envs,
         "machine": machine(agent.policy),
     }
     with atomic_folder(folder) as temporary:
-        meta["policy"] = save_policy(agent.policy, temporary, task.tokenizer)
+        meta["policy"] = save_policy(agent.policy, temporary, agent.base_env.tokenizer)
         torch.save(state, temporary / "state.pt")
         if tensors := agent.training_tensors():
             save_file({name: x.detach().clone() for name, x in tensors.items()}, temporary / TENSORS)
@@ -182,15 +182,13 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device) -> Any:
     agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
     for name, value in meta["controller"].items():
         setattr(agent.penalty.controller, name, value)
-    task = envs.unwrapped.task
-    task.scorer.load_state(meta["scorers"][distributed.rank()])
-    task.queue = meta["prompt_queue"]
+    agent.base_env.scorer.load_state(meta["scorers"][distributed.rank()])
+    agent.base_env.resume(meta)
 
     # Random generators; the global ones last, since what is made above may draw from them.
     generators = state["generators"][distributed.rank()]
     restore_generator(agent.sampler, generators["sampler"])
     restore_generator(agent.shuffler, generators["shuffler"])
-    envs.unwrapped.np_random.bit_generator.state = meta["np_random"]
     restore_global_generators(generators["global"])
     warn_of_differences(folder, meta["machine"], policy)
     return agent

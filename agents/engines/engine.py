@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from textgym.envs.interface import RolloutEnv, rollout_env
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.log_probs import StopRule
 from textgym.models.machine.devices import check_one_device
@@ -56,16 +57,22 @@ def collect_from(engine: Engine, envs: Any, policy: ActorCritic, options: dict[s
         ValueError: If a response is incomplete, or the environment has to be stepped through, because it has stop
             strings or several turns.
     """
-    check_one_device(policy=policy.device, environment=envs.unwrapped.task.device)
-    observation, _ = envs.reset(options=options)
-    episodes = envs.unwrapped.task.episodes
+    base_env = rollout_env(envs)
+    check_one_device(policy=policy.device, environment=base_env.device)
+    with base_env.whole_episodes():
+        observation, _ = envs.reset(options=options)
+        responses = _responses(engine, base_env, policy, observation)
+        rows = [torch.tensor(response, device=base_env.device) for response in responses]
+        lengths = torch.tensor([len(row) for row in rows])
+        return score_whole(envs, policy, pad_sequence(rows, batch_first=True), lengths)
+
+
+def _responses(engine: Engine, base_env: RolloutEnv, policy: ActorCritic, observation: Any) -> list[list[int]]:
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1).tolist()
-    responses = engine.generate(
+    return engine.generate(
         [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)],
-        max_new_tokens=episodes.max_new_tokens,
-        stop=episodes.stop,
+        max_new_tokens=base_env.max_new_tokens,
+        stop=base_env.stop,
         temperature=policy.temperature,
         seed=int(torch.randint(2**31, (), generator=policy.generator, device=policy.device)),
     )
-    rows = [torch.tensor(response, device=ids.device) for response in responses]
-    return score_whole(envs, policy, pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]))

@@ -102,7 +102,7 @@ def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 def _reward_models(agent: Any) -> list[nn.Module]:
-    functions: list[Any] = agent.envs.unwrapped.task.scorer.functions
+    functions: list[Any] = agent.base_env.scorer.functions
     parts = [part for function in functions for part in (function, *getattr(function, "__dict__", {}).values())]
     return [part for part in parts if isinstance(part, nn.Module)]
 

@@ -106,7 +106,7 @@ def improve(
     after = generate(policy, test, range(config.eval_prompts), config.seed)
     live.finish()
     figures = {name: measure(s, reference, lexicon_sentiment) for name, s in (("before", before), ("after", after))}
-    policy.save_pretrained(folder.folder / "policy", test.unwrapped.task.tokenizer)
+    policy.save_pretrained(folder.folder / "policy", test.unwrapped.tokenizer)
     report(figures, accuracies, before, after, folder, live)
     return figures
 

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
+from textgym.envs.interface import rollout_env
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
@@ -51,7 +51,7 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
 
     Args:
         policy: The policy; its random generator is seeded again.
-        envs: A `TextVectorEnv`. Its autoreset mode and kind of arrays are changed, as agents do.
+        envs: A `TextVectorEnv`; it has to be reset before it is stepped again.
         prompts: Indices into the environment's prompts.
         seed: Seed of the sampling.
         deterministic: Whether to choose the most likely token at every step instead of sampling.
@@ -61,21 +61,19 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
     """
     if len(prompts) == 0:
         raise ValueError("there are no prompts to complete: choose at least one")
-    task = envs.unwrapped.task
-    envs.unwrapped.set_autoreset_mode(AutoresetMode.DISABLED)
-    envs.unwrapped.array = "torch"
+    base_env = rollout_env(envs)
     policy.seed(seed)
     rollouts, transcripts, finished = [], [], []
-    training_state = task.scorer.state()  # evaluation must not change the running scale of training
+    training_state = base_env.scorer.state()  # evaluation must not change the running scale of training
     for start in range(0, len(prompts), envs.num_envs):
         chosen = list(prompts[start : start + envs.num_envs])
         padded = chosen + chosen[-1:] * (envs.num_envs - len(chosen))  # every row needs a prompt
         rollout = collect(envs, policy, {"prompt_index": padded}, deterministic)
         rollouts.append(rollout[: len(chosen)])
-        transcripts += [dict(transcript) for transcript in task.transcripts[: len(chosen)]]
-        finished += [task.finished(np.array([row])) for row in range(len(chosen))]
-    task.scorer.load_state(training_state)
-    return Samples(transcripts, merge(rollouts), finished, task.tokenizer)
+        transcripts += [dict(transcript) for transcript in base_env.transcript[: len(chosen)]]
+        finished += [base_env.finished(np.array([row])) for row in range(len(chosen))]
+    base_env.scorer.load_state(training_state)
+    return Samples(transcripts, merge(rollouts), finished, base_env.tokenizer)
 
 
 def measure(

@@ -19,22 +19,22 @@ from textgym.models.machine.profiled_phases import listen, phase
 
 def step_through(envs: Any, policy: Any, options: dict[str, Any] | None = None) -> None:
     """One episode of full length in every row, token by token."""
-    task = envs.unwrapped.task
+    base_env = envs.unwrapped
     with phase("environment"):
         observation, _ = envs.reset(options=options)
     with phase("prompt"):
-        action = policy.act(observation, action_masks=_masks(task)).action
-    for _ in range(task.episodes.max_new_tokens - 1):
+        action = policy.act(observation, action_masks=_masks(base_env)).action
+    for _ in range(base_env.max_new_tokens - 1):
         with phase("environment"):
             observation, *_ = envs.step(action)
         with phase("decode"):
-            action = policy.act(observation, action_masks=_masks(task)).action
+            action = policy.act(observation, action_masks=_masks(base_env)).action
     with phase("environment"):
         envs.step(action)
 
 
-def _masks(task: Any) -> Any:
-    return task.action_masks() if task.restricts_actions else None
+def _masks(base_env: Any) -> Any:
+    return base_env.allowed_tokens() if base_env.restricts_actions else None
 
 
 class Stopwatch:

@@ -93,8 +93,9 @@ class TextConfig:
     """Beta, the coefficient of the KL penalty; or a controller such as `AdaptiveKL(target=6)`."""
     kl_estimator: Estimator = "k1"
     """`"k1"`, `"k2"`, `"k3"`, or `"full"` (the sum over the vocabulary); in a reward use `"k1"`."""
-    kl_mode: KLMode = "reference"
-    """How the KL penalty is applied: `"reference"`, `"exact"` or `"deferred"`."""
+    kl_mode: KLMode | None = None
+    """Who charges the KL penalty, and how: `"reference"`, `"exact"` or `"deferred"`. `None` settles it by itself:
+    agents of textgym charge it, and an environment that is stepped by anybody else does, as `"reference"`."""
     kl_clamp: Positive | None = None
     """Clamp the KL of each token to [-kl_clamp, kl_clamp] nats in the penalty."""
 

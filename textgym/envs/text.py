@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from textgym.envs.config import NO_STEP_LIMIT, TextConfig, takes
+from textgym.envs.interface import TextProperties
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.reset_options import check_options, prompt_choice
 from textgym.envs.spaces import as_action
@@ -19,7 +20,7 @@ from textgym.models.machine.transfer import to_host
 ObsType = dict[str, np.ndarray]
 
 
-class TextEnv(gym.Env[ObsType, int]):
+class TextEnv(TextProperties, gym.Env[ObsType, int]):
     """One row of text, written token by token.
 
     ## Description
@@ -47,6 +48,8 @@ class TextEnv(gym.Env[ObsType, int]):
       objective this is the KL-regularised return, since -KL = E[log pi_ref] + H(pi).
     * `"exact"`: `- kl_coef * KL estimate`, after `attach_policy(policy)`.
     * `"deferred"`: nothing here; an agent that holds the behaviour log-probs pays it.
+
+    By default agents of `textgym.agents` pay it, and the environment does for all others, as in `"reference"`.
 
     Token-level rewards are known only when the text is complete, so here their sum is part of the score.
 
@@ -95,6 +98,7 @@ class TextEnv(gym.Env[ObsType, int]):
     @takes(TextConfig)
     def __init__(self, config: TextConfig) -> None:
         self.task = self.task_class(1, config)
+        self.task.check_kl_mode()
         self.observation_space: gym.Space[Any] = self.task.observation_space
         self.action_space: gym.Space[Any] = self.task.action_space
         self.render_mode = checked_render_mode(config.render_mode)

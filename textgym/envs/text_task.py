@@ -17,7 +17,7 @@ from textgym.data.encoding import encode
 from textgym.data.messages import Text, content, render
 from textgym.data.prompts import load_prompts
 from textgym.data.rows import Row
-from textgym.envs.config import MaskSpec, TextConfig
+from textgym.envs.config import KLMode, MaskSpec, TextConfig
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
@@ -81,7 +81,8 @@ class TextTask:
             clip=config.score_clip,
             device=self.device,
         )
-        self.kl_mode = config.kl_mode
+        self.kl_mode_given = config.kl_mode
+        self.kl_mode: KLMode = config.kl_mode or "reference"
         self.kl_coef = config.kl_coef
         self.kl_estimator = config.kl_estimator
         self.kl_clamp = config.kl_clamp
@@ -89,6 +90,8 @@ class TextTask:
         self.missing_eos_penalty = config.missing_eos_penalty
         self.action_mask = _action_mask(config.action_mask, self.device)
         self.penalty = self._make_penalty(config.reference)
+        if config.kl_mode is not None:
+            self.check_kl_mode()
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
             self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
@@ -117,7 +120,7 @@ class TextTask:
             spaces[f"{part}attention_mask"] = gym.spaces.Box(0, 1, (width,), np.int64)
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = TokenSpace(
-            self.vocab_size, self.episodes.stop, self._kl_payer(), self.action_mask, decoder_start
+            self.vocab_size, self.episodes.stop, self.kl_payer(), self.action_mask, decoder_start
         )
 
     def attach_policy(self, policy: Policy) -> None:
@@ -361,11 +364,22 @@ class TextTask:
         return decode_continuation(self.tokenizer, context, ids)
 
     def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
+        if reference is None:  # an agent that charges the penalty then refers to its policy's own start
+            return None
+        model = TokenModel.load(reference, device=self.device)
+        return KLPenalty(model, self.kl_coef, self.kl_estimator, self.kl_clamp)
+
+    def check_kl_mode(self) -> None:
+        """Check that the KL penalty can be charged in `kl_mode`; an agent that charges it itself need not ask.
+
+        Raises:
+            ValueError: it cannot.
+        """
         coef, estimator = self.kl_coef, self.kl_estimator
-        if reference is None:  # an agent that pays a deferred penalty then refers to its own start
+        if self.penalty is None:
             if self.kl_mode != "deferred" and coef != 0:
                 raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
-            return None
+            return
         allowed = {"reference": ("k1",), "exact": ("k1", "k2", "k3"), "deferred": ("k1", "k2", "k3", "full")}
         if estimator not in allowed[self.kl_mode]:
             raise ValueError(
@@ -379,7 +393,6 @@ class TextTask:
             )
         if self.kl_mode != "deferred" and coef != 0:
             warn_of_filter(self.action_mask, estimator)
-        return KLPenalty(TokenModel.load(reference, device=self.device), coef, estimator, self.kl_clamp)
 
     def _decoder_start(self, given: Sequence[int]) -> tuple[int, ...]:
         """What the decoder begins with, once it is sure that the reference is of the same kind of model."""
@@ -390,7 +403,8 @@ class TextTask:
             check_encoder_decoder(self.penalty.reference.lm, wanted=bool(start))
         return start
 
-    def _kl_payer(self) -> KLPayer:
+    def kl_payer(self) -> KLPayer:
+        """Who pays the KL penalty."""
         coef = self.kl_coef if isinstance(self.kl_coef, int | float) else self.kl_coef.coef
         if coef == 0:
             return "nobody"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -14,17 +15,22 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from textgym.envs.config import TextVectorConfig, takes
+from textgym.envs.interface import TextProperties
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.reset_options import check_options, chosen_rows, prompt_choice
 from textgym.envs.spaces import as_actions
 from textgym.envs.text_task import Policy, StepOutcome, TextTask
 from textgym.models.machine.transfer import to_host
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+from textgym.rewards.engine.completions_to_score import Finished
+from textgym.rewards.kl import KLPenalty
 
 Array = Any
 """A numpy array, or with `array="torch"` a tensor on the device."""
 
 
-class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
+class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     """B rows of `TextEnv` in one batch: row i equals a `TextEnv` given the same prompts and actions.
 
     All rows that end in one step are scored in one call of each reward function. `step` has no Python loop over rows,
@@ -70,6 +76,8 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         self.info_action_mask = config.info_action_mask
         self.set_autoreset_mode(config.autoreset_mode)
         self.waiting: np.ndarray | None = None  # rows that ended and were not reset yet
+        self._checked_kl_mode = config.kl_mode is not None  # if not, whoever resets first settles it
+        self._in_agents_hands = False
 
     def set_autoreset_mode(self, autoreset_mode: AutoresetMode | str) -> None:
         """Changes the mode; the next call must be `reset`."""
@@ -85,6 +93,9 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         `options["prompt_index"]` chooses the prompts of the rows that are reset.
         """
         check_options(options, ["prompt_index", "reset_mask"])
+        if not (self._checked_kl_mode or self._in_agents_hands):
+            self.task.check_kl_mode()
+            self._checked_kl_mode = True
         if seed is not None:
             self._seed(seed)
             self.task.forget_prompts()
@@ -136,6 +147,72 @@ class TextVectorEnv(VectorEnv[dict[str, Array], Array, Array]):
         outcome = self.task.submit(tokens, lengths)
         self.waiting = outcome.ended
         return self._out(outcome.rewards)[0], self._infos(outcome)
+
+    @property
+    def takes_whole_responses(self) -> bool:
+        """Whether `submit` is possible."""
+        return self.task.takes_whole_responses
+
+    @contextmanager
+    def whole_episodes(self) -> Iterator[None]:
+        """A context for an agent's rollouts: rows that ended wait, arrays are tensors, and the agent pays the KL.
+
+        Afterwards the environment is as its owner made it, and has to be reset before the next step.
+        """
+        if self._in_agents_hands:
+            yield
+            return
+        mode, array, kl_mode = self.autoreset_mode, self.array, self.task.kl_mode
+        self.set_autoreset_mode(AutoresetMode.DISABLED)
+        self.array, self.task.kl_mode, self._in_agents_hands = "torch", "deferred", True
+        try:
+            yield
+        finally:
+            self.set_autoreset_mode(mode)
+            self.array, self.task.kl_mode, self._in_agents_hands = array, kl_mode, False
+
+    def agent_penalty(self, start: Callable[[], TokenModel], agent: str) -> KLPenalty:
+        """The KL penalty for an agent to charge, against the environment's reference or else the policy's start.
+
+        Args:
+            start: makes a reference where the environment names none.
+            agent: whom the error names.
+
+        Raises:
+            ValueError: the environment was told to pay it, so that it would be paid twice.
+        """
+        task = self.task
+        if task.kl_mode_given not in (None, "deferred") and task.kl_payer() != "nobody":
+            raise ValueError(
+                f"{agent} pays the KL itself, and so does the environment (kl_mode={task.kl_mode_given!r}): make it "
+                "without kl_mode, or with kl_mode='deferred'"
+            )
+        return task.penalty or KLPenalty(start(), task.kl_coef, task.kl_estimator, task.kl_clamp)
+
+    def next_prompts(self, number: int) -> np.ndarray:
+        """Indices `(number,)` of the next prompts, drawn without replacement as `reset` draws them."""
+        return self.task.next_prompts(number, self.np_random)
+
+    def sequences(self) -> Sequences:
+        """All rows as they are now, a copy."""
+        return self.task.episodes.sequences()
+
+    def token_rewards(self) -> list[np.ndarray]:
+        """The rewards of each row's response tokens, of episodes that have ended."""
+        return [rewards for rewards in self.task.token_rewards if rewards is not None]
+
+    def finished(self, rows: np.ndarray) -> Finished:
+        """What reward functions are given of rows (indices) that have ended."""
+        return self.task.finished(rows)
+
+    def progress(self) -> dict[str, Any]:
+        """How far the prompts are, and the random generator, as plain values for a checkpoint."""
+        return {"prompt_queue": self.task.queue, "np_random": self.np_random.bit_generator.state}
+
+    def resume(self, progress: dict[str, Any]) -> None:
+        """Goes on from what `progress` gave."""
+        self.task.queue = progress["prompt_queue"]
+        self.np_random.bit_generator.state = progress["np_random"]
 
     def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # a row not rendered is None
         """Every row's episode so far, see `render_mode`."""

@@ -41,13 +41,14 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
             raise ValueError(
                 f"TurnActions needs an environment whose actions are tokens, but the actions are {env.action_space}"
             )
-        self.action_space = TextSpace(longest_text(self.task.tokenizer, self.task.episodes.max_new_tokens))
+        self.action_space = TextSpace(longest_text(self.base_env.tokenizer, self.base_env.max_new_tokens))
 
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step through the tokens of a reply."""
         if not isinstance(action, str):
             raise ValueError(f"an action of TurnActions is a string, got {action!r}")
-        tokens, eos = self.task.tokenizer(action, add_special_tokens=False).input_ids, self.task.tokenizer.eos_token_id
+        tokenizer = self.base_env.tokenizer
+        tokens, eos = tokenizer(action, add_special_tokens=False).input_ids, tokenizer.eos_token_id
         total, outcome = 0.0, None
         for token in [*tokens, eos]:
             # Before min_new_tokens, EOS would count as an ordinary token of the reply.

@@ -70,12 +70,12 @@ def _check_quietly(name: str, check: Callable[[Any], None], env: Any) -> None:
 
 def _check_episode(env: Any, rng: np.random.Generator, seed: int | None, stop_rate: float) -> None:
     """Check an episode of random allowed tokens, in which stop tokens have the probability `stop_rate`."""
-    task = env.unwrapped.task
+    text = env.unwrapped
     observation, _ = env.reset(seed=seed)
     total, steps, ended = 0.0, 0, False
     while not ended:
         kept = {key: value.copy() for key, value in observation.items()}
-        action = _token(task, env.unwrapped.action_masks(), rng, stop_rate)
+        action = _token(text, env.unwrapped.action_masks(), rng, stop_rate)
         following, reward, terminated, truncated, info = env.step(action)
         steps, total = steps + 1, total + reward
         for name, value, kind in (
@@ -89,10 +89,10 @@ def _check_episode(env: Any, rng: np.random.Generator, seed: int | None, stop_ra
         assert math.isfinite(reward), f"the reward of step {steps} is {reward}: return a finite number"
         _check_one_token(kept, following, action)
         observation, ended = following, terminated or truncated
-        assert ended or steps < task.episodes.max_new_tokens, (
-            f"the episode continues after max_new_tokens={task.episodes.max_new_tokens} tokens: end it there"
+        assert ended or steps < text.max_new_tokens, (
+            f"the episode continues after max_new_tokens={text.max_new_tokens} tokens: end it there"
         )
-    _check_end(task, info, total, steps, terminated, truncated)
+    _check_end(text, info, total, steps, terminated, truncated)
 
 
 def _check_one_token(kept: dict[str, np.ndarray], following: dict[str, np.ndarray], action: int) -> None:
@@ -108,7 +108,7 @@ def _check_one_token(kept: dict[str, np.ndarray], following: dict[str, np.ndarra
         )
 
 
-def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, terminated: bool, truncated: bool) -> None:
+def _check_end(text: Any, info: dict[str, Any], total: float, steps: int, terminated: bool, truncated: bool) -> None:
     assert terminated != truncated, (
         f"the episode ended with terminated={terminated} and truncated={truncated}: set exactly one"
     )
@@ -119,7 +119,7 @@ def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, termin
     assert terminated or not info["ended_by_stop"], (
         "the end by a stop token was reported as truncation: return terminated=True"
     )
-    assert truncated == (task.truncates and not info["ended_by_stop"]), (
+    assert truncated == (text.truncates and not info["ended_by_stop"]), (
         f"the length limit was reported with truncated={truncated}: the score covers the text as it is, so return "
         "terminated=True, unless length_limit='truncate'"
     )
@@ -128,9 +128,9 @@ def _check_end(task: Any, info: dict[str, Any], total: float, steps: int, termin
             f"the row has no score, but its rewards are {total:.6g} and not the KL term alone, {info['kl_reward']:.6g}"
         )
         return
-    names, weights = task.scorer.names, task.scorer.weights
+    names, weights = text.scorer.names, text.scorer.weights
     score = sum(weight * info.get(f"reward/{name}", 0.0) for name, weight in zip(names, weights, strict=True))
-    score -= task.missing_eos_penalty * (not info["ended_by_stop"])
+    score -= text.missing_eos_penalty * (not info["ended_by_stop"])
     assert math.isclose(score, info["score"], abs_tol=1e-4), (
         f"the components add up to {score:.6g}, but the score is {info['score']:.6g}: make any other reward a reward "
         "function, so that it is logged"
@@ -150,7 +150,7 @@ def _check_seed(env: Any, seed: int) -> None:
         observation, _ = env.reset(seed=seed)
         while not ended:
             ids.append(_listed(observation))
-            action = _token(env.unwrapped.task, env.unwrapped.action_masks(), rng, 0.0)
+            action = _token(env.unwrapped, env.unwrapped.action_masks(), rng, 0.0)
             observation, _, terminated, truncated, _ = env.step(action)
             ended = terminated or truncated
         return [*ids, _listed(env.reset()[0])]
@@ -167,9 +167,9 @@ def _listed(observation: dict[str, np.ndarray]) -> dict[str, list[int]]:
 
 def _check_rows(env: Any, envs: Any, rng: np.random.Generator) -> None:
     """Compare each row of the vector environment with the single one, with the same prompts and tokens."""
-    task = env.unwrapped.task
-    prompts = rng.integers(0, len(task.rows), envs.num_envs)
-    actions = rng.integers(0, task.vocab_size, (task.episodes.max_new_tokens, envs.num_envs))
+    text = env.unwrapped
+    prompts = rng.integers(0, len(text.prompts), envs.num_envs)
+    actions = rng.integers(0, text.vocab_size, (text.max_new_tokens, envs.num_envs))
     observations, _ = envs.reset(options={"prompt_index": prompts.tolist()})
     seen: list[Any] = [(observations, None, None, None)]
     seen += [envs.step(step)[:4] for step in actions]
@@ -193,7 +193,7 @@ def _check_rows(env: Any, envs: Any, rng: np.random.Generator) -> None:
             outcome = env.step(int(actions[t, row]))[:4]
 
 
-def _token(task: Any, allowed: np.ndarray, rng: np.random.Generator, stop_rate: float) -> int:
-    stops = [token for token in task.episodes.stop.ids if allowed[token]]
+def _token(text: Any, allowed: np.ndarray, rng: np.random.Generator, stop_rate: float) -> int:
+    stops = [token for token in text.stop.ids if allowed[token]]
     others = np.setdiff1d(np.flatnonzero(allowed), stops)
     return int(rng.choice(stops if len(stops) and rng.random() < stop_rate else others))

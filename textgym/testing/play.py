@@ -52,7 +52,7 @@ def play(env_id: str, act: Callable[[Any], Any], episodes: int = 256, **env_kwar
     ((16,), True)
     """
     envs: Any = gym.make_vec(env_id, num_envs=episodes, autoreset_mode="Disabled", **env_kwargs)
-    prompts = np.arange(episodes) % len(envs.unwrapped.task.rows)
+    prompts = np.arange(episodes) % len(envs.unwrapped.prompts)
     observations, _ = envs.reset(seed=0, options={"prompt_index": prompts})
     scores, returns, playing = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, dtype=bool)
     while playing.any():

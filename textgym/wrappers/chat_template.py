@@ -40,7 +40,7 @@ class ChatTemplate(View, gym.utils.RecordConstructorArgs):
     def __init__(self, env: gym.Env[Any, Any], system: str | None = None) -> None:
         gym.utils.RecordConstructorArgs.__init__(self, system=system)
         super().__init__(env)
-        self.task.take_prompts([conversational(row, system) for row in self.task.rows])
+        self.base_env.replace_prompts([conversational(row, system) for row in self.base_env.prompts])
 
 
 class VectorChatTemplate(VectorView):
@@ -60,7 +60,7 @@ class VectorChatTemplate(VectorView):
 
     def __init__(self, env: VectorEnv[Any, Any, Any], system: str | None = None) -> None:
         super().__init__(env)
-        self.task.take_prompts([conversational(row, system) for row in self.task.rows])
+        self.base_env.replace_prompts([conversational(row, system) for row in self.base_env.prompts])
 
 
 def conversational(row: Row, system: str | None = None) -> Row:

@@ -41,7 +41,7 @@ class HiddenStateObservation(View, gym.utils.RecordConstructorArgs):
         gym.utils.RecordConstructorArgs.__init__(self, model=model)
         super().__init__(env)
         check_tokens_are_seen(env, "HiddenStateObservation")
-        self.model = model_or_reference(model, self.task, "HiddenStateObservation")
+        self.model = model_or_reference(model, self.base_env, "HiddenStateObservation")
         self.observation_space = hidden_space(self.model)
 
     def observe(self, observation: Any) -> Any:
@@ -67,7 +67,7 @@ class VectorHiddenStateObservation(VectorObservationView):
     def __init__(self, env: VectorEnv[Any, Any, Any], model: str | nn.Module | TokenModel | None = None) -> None:
         super().__init__(env)
         check_tokens_are_seen(env, "VectorHiddenStateObservation")
-        self.model = model_or_reference(model, self.task, "VectorHiddenStateObservation")
+        self.model = model_or_reference(model, self.base_env, "VectorHiddenStateObservation")
         self.single_observation_space = hidden_space(self.model)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 

@@ -35,12 +35,12 @@ class TextObservation(View, gym.utils.RecordConstructorArgs):
         gym.utils.RecordConstructorArgs.__init__(self)
         super().__init__(env)
         check_tokens_are_seen(env, "TextObservation")
-        self.observation_space = TextSpace(longest_text(self.task.tokenizer, self.task.episodes.width))
+        self.observation_space = TextSpace(longest_text(self.base_env.tokenizer, self.base_env.max_tokens))
 
     def observe(self, observation: Any) -> str:
         """Return the text."""
         ids = observation["input_ids"][: int(observation["attention_mask"].sum())]
-        return str(self.task.tokenizer.decode(ids))
+        return str(self.base_env.tokenizer.decode(ids))
 
 
 class VectorTextObservation(VectorObservationView):
@@ -56,11 +56,11 @@ class VectorTextObservation(VectorObservationView):
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
         check_tokens_are_seen(env, "VectorTextObservation")
-        self.single_observation_space = TextSpace(longest_text(self.task.tokenizer, self.task.episodes.width))
+        self.single_observation_space = TextSpace(longest_text(self.base_env.tokenizer, self.base_env.max_tokens))
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
 
     def observe(self, observation: Any) -> tuple[str, ...]:
         """Return the texts `(B,)`."""
         lengths = observation["attention_mask"].sum(-1).tolist()
         rows = [ids[:length] for ids, length in zip(observation["input_ids"].tolist(), lengths, strict=True)]
-        return tuple(self.task.tokenizer.batch_decode(rows))
+        return tuple(self.base_env.tokenizer.batch_decode(rows))

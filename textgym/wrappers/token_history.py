@@ -10,7 +10,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from textgym.envs.text_task import TextTask
+from textgym.envs.interface import TextProperties
 from textgym.wrappers.views import VectorObservationView, View, check_tokens_are_seen
 
 
@@ -40,13 +40,13 @@ class TokenHistory(View, gym.utils.RecordConstructorArgs):
         gym.utils.RecordConstructorArgs.__init__(self, n=n)
         super().__init__(env)
         check_tokens_are_seen(env, "TokenHistory")
-        self.observation_space = window_space(self.task, n)
+        self.observation_space = window_space(self.base_env, n)
         self.n = n
 
     def observe(self, observation: Any) -> dict[str, np.ndarray]:
         """Return the window, `(n,)` per key."""
         batch = {key: torch.as_tensor(value)[None] for key, value in observation.items()}
-        return {key: value[0].numpy() for key, value in window(batch, self.n, self.task).items()}
+        return {key: value[0].numpy() for key, value in window(batch, self.n, self.base_env).items()}
 
 
 class VectorTokenHistory(VectorObservationView):
@@ -63,33 +63,33 @@ class VectorTokenHistory(VectorObservationView):
     def __init__(self, env: VectorEnv[Any, Any, Any], n: int) -> None:
         super().__init__(env)
         check_tokens_are_seen(env, "VectorTokenHistory")
-        self.single_observation_space = window_space(self.task, n)
+        self.single_observation_space = window_space(self.base_env, n)
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
         self.n = n
 
     def observe(self, observation: Any) -> dict[str, Any]:
         """Return the windows, `(B, n)` per key."""
         batch = {key: torch.as_tensor(value) for key, value in observation.items()}
-        return {key: self.out(value) for key, value in window(batch, self.n, self.task).items()}
+        return {key: self.out(value) for key, value in window(batch, self.n, self.base_env).items()}
 
 
-def window(observation: dict[str, torch.Tensor], n: int, task: TextTask) -> dict[str, torch.Tensor]:
+def window(observation: dict[str, torch.Tensor], n: int, base_env: TextProperties) -> dict[str, torch.Tensor]:
     """Return the last n tokens of each row."""
     # From lengths and not from ids, because a policy may sample the padding token.
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(-1, keepdim=True)
     slots = lengths - n + torch.arange(n, device=ids.device)  # (B, n), negative before the text
     real = slots >= 0
     picked = ids.gather(1, slots.clamp(min=0))
-    return {"input_ids": torch.where(real, picked, task.episodes.pad_token_id), "attention_mask": real.long()}
+    return {"input_ids": torch.where(real, picked, base_env.pad_token_id), "attention_mask": real.long()}
 
 
-def window_space(task: TextTask, n: int) -> gym.spaces.Dict:
+def window_space(base_env: TextProperties, n: int) -> gym.spaces.Dict:
     """Return the observation space of windows of n tokens."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     return gym.spaces.Dict(
         {
-            "input_ids": gym.spaces.Box(0, task.vocab_size - 1, (n,), np.int64),
+            "input_ids": gym.spaces.Box(0, base_env.vocab_size - 1, (n,), np.int64),
             "attention_mask": gym.spaces.Box(0, 1, (n,), np.int64),
         }
     )

@@ -11,8 +11,9 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
+from textgym.envs.interface import TextProperties
 from textgym.envs.spaces import as_action, as_actions
-from textgym.envs.text_task import Policy, TextTask
+from textgym.envs.text_task import Policy
 from textgym.models.token_model import Observation, TokenModel
 from textgym.wrappers.views import VectorView, View, model_or_reference
 
@@ -46,7 +47,7 @@ class TopKActions(View, gym.utils.RecordConstructorArgs):
     def __init__(self, env: gym.Env[Any, Any], k: int, model: str | nn.Module | TokenModel | None = None) -> None:
         gym.utils.RecordConstructorArgs.__init__(self, k=k, model=model)
         super().__init__(env)
-        self.candidates = Candidates(self.task, k, model_or_reference(model, self.task, "TopKActions"))
+        self.candidates = Candidates(self.base_env, k, model_or_reference(model, self.base_env, "TopKActions"))
         self.action_space = gym.spaces.Discrete(k)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -90,7 +91,7 @@ class VectorTopKActions(VectorView):
         self, env: VectorEnv[Any, Any, Any], k: int, model: str | nn.Module | TokenModel | None = None
     ) -> None:
         super().__init__(env)
-        self.candidates = Candidates(self.task, k, model_or_reference(model, self.task, "VectorTopKActions"))
+        self.candidates = Candidates(self.base_env, k, model_or_reference(model, self.base_env, "VectorTopKActions"))
         self.single_action_space = gym.spaces.Discrete(k)
         self.action_space = batch_space(self.single_action_space, env.num_envs)
 
@@ -123,15 +124,15 @@ class VectorTopKActions(VectorView):
 class Candidates:
     """The k most likely allowed next tokens of each row of a task, computed once per step."""
 
-    def __init__(self, task: TextTask, k: int, model: TokenModel) -> None:
-        if not 1 <= k <= task.vocab_size:
-            raise ValueError(f"k must be between 1 and {task.vocab_size}, the size of the vocabulary, got {k}")
-        if task.action_space.kl_payer == "agent":
+    def __init__(self, base_env: TextProperties, k: int, model: TokenModel) -> None:
+        if not 1 <= k <= base_env.vocab_size:
+            raise ValueError(f"k must be between 1 and {base_env.vocab_size}, the size of the vocabulary, got {k}")
+        if base_env.kl_payer == "agent":
             raise ValueError(
                 "with kl_mode='deferred' the agent applies the KL penalty, which is impossible with TopKActions, "
                 "because it hides the tokens: use kl_mode='reference' or 'exact', or kl_coef=0"
             )
-        self.task, self.k, self.model = task, k, model
+        self.base_env, self.k, self.model = base_env, k, model
         self._known: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
@@ -152,20 +153,20 @@ class Candidates:
         Raises:
             ValueError: If a rank is not between 0 and k - 1.
         """
-        ranks = as_actions(ranks, len(self.task.current), self.task.device)
+        ranks = as_actions(ranks, self.base_env.num_rows, self.base_env.device)
         if bool(((ranks < 0) | (ranks >= self.k)).any()):
             raise ValueError(f"actions must be between 0 and {self.k - 1}, got {ranks.tolist()}")
         return self.tokens().gather(1, ranks[:, None])[:, 0]
 
     def ranks(self, tokens: Any) -> Tensor:
         """Return the ranks `(B,)` of tokens that are candidates; the inverse of `at`."""
-        tokens = torch.as_tensor(tokens, device=self.task.device)
+        tokens = torch.as_tensor(tokens, device=self.base_env.device)
         return (self.tokens() == tokens[:, None]).int().argmax(-1)
 
     def _look_up(self) -> tuple[Tensor, Tensor]:
         if self._known is None:
-            allowed = self.task.action_masks()  # (B, V)
-            logits = self.model.next_logits(self.task.episodes.observation()).to(allowed.device)
+            allowed = self.base_env.allowed_tokens()  # (B, V)
+            logits = self.model.next_logits(self.base_env.current_observation()).to(allowed.device)
             shared = min(logits.shape[1], allowed.shape[1])  # models pad their vocabularies to different sizes
             ranked = torch.full(allowed.shape, -torch.inf, device=allowed.device)
             ranked[:, :shared] = logits[:, :shared].masked_fill(~allowed[:, :shared], -torch.inf)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
-from textgym.envs.text_task import Policy, TextTask
+from textgym.envs.interface import TextProperties
+from textgym.envs.text_task import Policy
 from textgym.models.machine.devices import Device
 from textgym.models.token_model import TokenModel
 
@@ -22,7 +23,7 @@ class View(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
-        self.task: TextTask = env.unwrapped.task  # type: ignore[attr-defined]
+        self.base_env = cast(TextProperties, env.unwrapped)
 
     def observe(self, observation: Any) -> Any:
         """Return the wrapper's observation for an observation of the wrapped environment."""
@@ -64,7 +65,7 @@ class VectorView(VectorWrapper[Any, Any, Any, Any, Any]):
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
-        self.task: TextTask = env.unwrapped.task  # type: ignore[attr-defined]
+        self.base_env = cast(TextProperties, env.unwrapped)
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
@@ -87,7 +88,7 @@ class VectorView(VectorWrapper[Any, Any, Any, Any, Any]):
     def out(self, values: Any) -> Any:
         """Convert a tensor, possibly on another device, to the environment's kind of array."""
         if self.unwrapped.array == "torch":  # type: ignore[attr-defined]
-            return values.to(self.task.device)
+            return values.to(self.base_env.device)
         return values.cpu().numpy()
 
 
@@ -135,20 +136,20 @@ def below(env: Any, name: str) -> Any:
     return getattr(env, name)
 
 
-def model_or_reference(model: Any, task: TextTask, wrapper: str, device: Device = None) -> TokenModel:
+def model_or_reference(model: Any, base_env: TextProperties, wrapper: str, device: Device = None) -> TokenModel:
     """Return the model of a wrapper: the given one, or the environment's reference with its cache.
 
     Raises:
         ValueError: If there is neither.
     """
     if model is not None:
-        return TokenModel.load(model, device=device or task.device)
-    if task.penalty is None:
+        return TokenModel.load(model, device=device or base_env.device)
+    if base_env.reference is None:
         raise ValueError(
             f"{wrapper} uses the environment's reference by default, and this environment has none: pass a model, for "
             f"example {wrapper}(env, ..., model='tiny')"
         )
-    return task.penalty.reference
+    return base_env.reference
 
 
 def check_tokens_are_seen(env: Any, wrapper: str) -> None:

@@ -50,7 +50,7 @@ def test_a_scripted_player_plays_to_the_end() -> None:
     observation, reward, terminated, _, info = env.step("5")
     assert (observation, terminated, info["ended_by_stop"]) == ("5?3<eos>>up5<eos>", True, True)
     assert reward == info["score"] == 0.75
-    sequences = env.task.episodes.sequences()
+    sequences = env.unwrapped.task.episodes.sequences()
     assert sequences.response_mask.tolist() == [[True, True, False, False, False, True, True]]
     assert bytes(token for token in sequences.actions.tolist() if token != EOS) == b"35"
 
