@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from .a2c import A2C, A2CConfig
-from .dpo import DPO, DPOConfig
-from .dqn import DQN, DQNConfig
-from .expert_iteration import ExpertIteration, ExpertIterationConfig
-from .grpo import GRPO, GRPOConfig
-from .nlpo import NLPO, NLPOConfig
-from .pathwise import Pathwise, PathwiseConfig
-from .ppo import PPO, PPOConfig
-from .reinforce import REINFORCE, REINFORCEConfig
-from .rloo import RLOO, RLOOConfig
-from .sft import SFT, SFTConfig
+from .a2c import A2C as A2C, A2CConfig as A2CConfig
+from .dpo import DPO as DPO, DPOConfig as DPOConfig
+from .dqn import DQN as DQN, DQNConfig as DQNConfig
+from .expert_iteration import ExpertIteration as ExpertIteration, ExpertIterationConfig as ExpertIterationConfig
+from .grpo import GRPO as GRPO, GRPOConfig as GRPOConfig
+from .nlpo import NLPO as NLPO, NLPOConfig as NLPOConfig
+from .pathwise import Pathwise as Pathwise, PathwiseConfig as PathwiseConfig
+from .ppo import PPO as PPO, PPOConfig as PPOConfig
+from .reinforce import REINFORCE as REINFORCE, REINFORCEConfig as REINFORCEConfig
+from .rloo import RLOO as RLOO, RLOOConfig as RLOOConfig
+from .sft import SFT as SFT, SFTConfig as SFTConfig
 
-__all__ = [
-    "A2C",
-    "DPO",
-    "DQN",
-    "GRPO",
-    "NLPO",
-    "PPO",
-    "REINFORCE",
-    "RLOO",
-    "SFT",
-    "A2CConfig",
-    "DPOConfig",
-    "DQNConfig",
-    "ExpertIteration",
-    "ExpertIterationConfig",
-    "GRPOConfig",
-    "NLPOConfig",
-    "PPOConfig",
-    "Pathwise",
-    "PathwiseConfig",
-    "REINFORCEConfig",
-    "RLOOConfig",
-    "SFTConfig",
-]
+__all__ = [name for name, value in tuple(vars().items()) if isinstance(value, type)]

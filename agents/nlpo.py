@@ -108,10 +108,6 @@ class NLPO(PPO):
         side, so the tokens that were chosen always belong.
         """
         masks = self.mask.of_sequences(sequences)
-        stops = torch.zeros(masks.shape[1], dtype=torch.bool, device=masks.device)
-        stops[list(sequences.stop.ids)] = True
-        banned = sequences.stop.applies(sequences.steps[1])
-        if banned is not None:
-            masks = narrow(~(banned[:, None] & stops), masks)
+        masks = narrow(sequences.stop.allowed(sequences.steps[1], masks.shape[1]), masks)
         masks[torch.arange(len(masks), device=masks.device), sequences.actions] = True
         return masks

@@ -156,8 +156,10 @@ def ours(config: Config) -> None:
 
 def theirs(config: Config) -> None:
     """TRL's PPO, one update a turn: it logs once an update."""
-    from trl.experimental.ppo import PPOConfig as TheirConfig  # type: ignore[import-not-found, unused-ignore]
-    from trl.experimental.ppo import PPOTrainer
+    from trl.experimental.ppo import (
+        PPOConfig as TheirConfig,  # type: ignore[import-not-found, unused-ignore]
+        PPOTrainer,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
     data: Any = [

@@ -33,12 +33,11 @@ import gymnasium as gym
 import torch
 from rich.text import Text
 
-from textgym.agents import DPO, SFT
 from textgym.agents.common.rollout_agent import RolloutAgent
+from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import device, end_with_a_message, join, rank
 from textgym.agents.runs.checkpoints import Checkpoints
-from textgym.agents.runs.demo import DemoConfig
-from textgym.agents.runs.demo import run as run_demo
+from textgym.agents.runs.demo import DemoConfig, run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
@@ -147,7 +146,7 @@ def _place(command: Train | TrainReward | Evaluate) -> torch.device:
     return own
 
 
-def _learn(agent: RolloutAgent | SFT | DPO, command: Train, callbacks: list[Any]) -> None:
+def _learn(agent: RolloutAgent | SupervisedAgent, command: Train, callbacks: list[Any]) -> None:
     if isinstance(agent, RolloutAgent):
         agent.learn(command.total_episodes, callbacks)
     else:
@@ -192,13 +191,13 @@ def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgr
     return newest
 
 
-def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> RolloutAgent | SFT | DPO:
+def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> RolloutAgent | SupervisedAgent:
     if command.agent in OFFLINE:
         return OFFLINE[command.agent](policy, command.data, command.model, command.config)
     return AGENTS[command.agent](policy, envs, command.config)
 
 
-def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> RolloutAgent | SFT | DPO:
+def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> RolloutAgent | SupervisedAgent:
     if command.agent in OFFLINE:
         return OFFLINE[command.agent].load(checkpoint, command.data, place)
     return AGENTS[command.agent].load(checkpoint, envs, place)

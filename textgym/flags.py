@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, Pathwise, PPOConfig
+from textgym import agents
+from textgym.agents import PPOConfig
 from textgym.agents.common.rollout_agent import RolloutAgent, RolloutAgentConfig
-from textgym.agents.common.supervised import SupervisedConfig
+from textgym.agents.common.supervised import SupervisedAgent, SupervisedConfig
 from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
 
-AGENTS: dict[str, type[RolloutAgent]] = {
-    "ppo": PPO,
-    "nlpo": NLPO,
-    "a2c": A2C,
-    "reinforce": REINFORCE,
-    "rloo": RLOO,
-    "grpo": GRPO,
-    "expert-iteration": ExpertIteration,
-    "dqn": DQN,
-    "pathwise": Pathwise,
+# An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration".
+ALGORITHMS: dict[str, Any] = {
+    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): algorithm
+    for name, algorithm in vars(agents).items()
+    if isinstance(algorithm, type) and not dataclasses.is_dataclass(algorithm)
 }
-OFFLINE: dict[str, type[SFT] | type[DPO]] = {"sft": SFT, "dpo": DPO}
+AGENTS: dict[str, type[RolloutAgent]] = {
+    name: algorithm for name, algorithm in ALGORITHMS.items() if issubclass(algorithm, RolloutAgent)
+}
+OFFLINE: dict[str, type[SupervisedAgent]] = {
+    name: algorithm for name, algorithm in ALGORITHMS.items() if issubclass(algorithm, SupervisedAgent)
+}
 """Agents that learn from data instead of episodes."""
+if TYPE_CHECKING:
+    AgentName = str
+else:
+    AgentName = Literal[tuple(ALGORITHMS)]
 FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "profile", "device", "deterministic")
 """Settings of `train` that may change when a run goes on."""
 
@@ -42,9 +48,7 @@ class Train:
 
     output_dir: Path
     """Where the run folder is written."""
-    agent: Literal[
-        "ppo", "nlpo", "a2c", "reinforce", "rloo", "grpo", "expert-iteration", "dqn", "pathwise", "sft", "dpo"
-    ] = "ppo"
+    agent: AgentName = "ppo"
     """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
     data: str | None = None
     """What "sft" and "dpo" learn from, and they alone: a .jsonl file or 'module:attribute'."""
@@ -141,9 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     words = list(sys.argv[1:] if arguments is None else arguments)
     named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
     named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
-    config = {**AGENTS, **OFFLINE}.get(
-        named[-1] if named else "ppo", PPO
-    ).config_class  # tyro complains of an unknown one
+    config = ALGORITHMS.get(named[-1] if named else "ppo", agents.PPO).config_class  # tyro complains of an unknown one
     settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
     with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
     with_settings.__doc__ = Train.__doc__

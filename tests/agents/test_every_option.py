@@ -236,10 +236,10 @@ def test_log_probs_and_losses_are_float32_and_in_the_band_of_bf16(kind: str, pla
 def test_a_row_alone_and_in_a_batch(kind: str) -> None:
     """Written, scored and differentiated."""
     agent = make_agent(kind)
-    task = agent.envs.unwrapped.task
-    observation, _ = agent.envs.reset(options={"prompt_index": [0, 1, 2, 3, 2, 1, 0, 3]})
+    agent.envs.reset(options={"prompt_index": [0, 1, 2, 3, 2, 1, 0, 3]})
+    observation = agent.base_env.current_observation()
     ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
-    settings = task.episodes.max_new_tokens, task.episodes.stop, True
+    settings = agent.base_env.max_new_tokens, agent.base_env.stop, True
     together = agent.policy.generate(ids, lengths, *settings)
     for row in range(ROWS):
         alone = agent.policy.generate(ids[row : row + 1], lengths[row : row + 1], *settings)

@@ -30,7 +30,7 @@ def loss_of(kind: Any, config: Any, mask: Tensor, **columns: Tensor) -> tuple[Te
     agent.config, agent.penalty_coef = config, 4.0
     found: tuple[Tensor, dict[str, Tensor]] = agent.loss(
         new,
-        Batch(SimpleNamespace(mask=mask), *old, torch.arange(len(mask))),  # type: ignore[arg-type]
+        Batch(SimpleNamespace(response_mask=mask), *old, torch.arange(len(mask))),  # type: ignore[arg-type]
     )
     return found
 

@@ -74,7 +74,7 @@ def figures_of(mask: Tensor, **columns: Tensor) -> dict[str, float]:
     empty = torch.zeros(mask.shape)
     new = Evaluation(columns.get("new", empty), columns.get("new_values", empty), empty)
     old = [columns.get(name, empty) for name in ("log_probs", "values", "advantages", "returns")]
-    batch = Batch(SimpleNamespace(mask=mask), *old, torch.arange(len(mask)))  # type: ignore[arg-type]
+    batch = Batch(SimpleNamespace(response_mask=mask), *old, torch.arange(len(mask)))  # type: ignore[arg-type]
     agent = PPO.__new__(PPO)  # the loss needs no policy and no environment
     agent.config = PPOConfig()
     return {name: float(figure) for name, figure in agent.loss(new, batch)[1].items()}

@@ -183,8 +183,7 @@ class Episodes:
 
     def action_masks(self) -> Tensor:
         """Bool `(B, V)`: every token, except stop tokens where the response is still too short to end."""
-        banned = self.response_lengths < self.stop.min_new_tokens
-        return ~(banned[:, None] & self.is_stop)
+        return self.stop.allowed(self.response_lengths, self.vocab_size)
 
     def restricts_actions(self) -> bool:
         """Whether any action is ever masked out."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from textgym.models.distributions.masks import narrow
-from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 from textgym.sb3.policies import TextObs, TextPolicy
 from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer
@@ -95,7 +94,7 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableDictRolloutBuff
         if bool((acted_under < 0).any()):
             return None
         sequences = self._sequences(chosen)
-        masks = self._allowed_by_length(sequences)
+        masks = self.tokens.stop.allowed(sequences.steps[1], int(self.tokens.n))
         if self.tokens.action_mask is not None:
             masks = narrow(masks, self.tokens.action_mask.of_sequences(sequences))
         # A model's mask is computed in another order here, and a token at its very edge may fall on either side.
@@ -107,12 +106,4 @@ class MaskableEpisodeRolloutBuffer(EpisodeRolloutBuffer, MaskableDictRolloutBuff
                 "environment's min_new_tokens and action_mask, must depend on the context alone, and are refreshed "
                 "between rollouts alone; after MaskablePPO.load pass action_space=env.action_space as well"
             )
-        return masks
-
-    def _allowed_by_length(self, sequences: Sequences) -> Tensor:
-        stop, steps = self.tokens.stop, sequences.steps[1]
-        banned = stop.applies(steps)
-        masks = torch.ones(len(steps), int(self.tokens.n), dtype=torch.bool, device=self.device)
-        if banned is not None:
-            masks[:, list(stop.ids)] = ~banned[:, None]
         return masks

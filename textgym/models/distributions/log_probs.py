@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from textgym.models.decoding.stop_tokens import stop_tokens
 from textgym.models.distributions.linear_log_probs import LinearLogProbs, Scoring
 from textgym.models.distributions.token_distribution import TokenDistribution
 
@@ -45,6 +46,13 @@ class StopRule:
     def applies(self, step: Tensor) -> Tensor | None:
         """Bool, like `step` (the index of a response token): where stop ids are banned; `None` if nowhere ever."""
         return step < self.min_new_tokens if self.min_new_tokens and self.ids else None
+
+    def allowed(self, step: Tensor, vocab_size: int) -> Tensor:
+        """Bool `(M, V)`: which tokens may be the response tokens with these indices `(M,)`."""
+        banned = self.applies(step)
+        if banned is None:
+            return torch.ones(len(step), vocab_size, dtype=torch.bool, device=step.device)
+        return ~(banned[:, None] & stop_tokens(self.ids, vocab_size, step.device).table)
 
 
 def token_log_probs(
