@@ -158,6 +158,8 @@ def theirs(config: Config) -> None:
     """TRL's PPO, one update a turn: it logs once an update."""
     from trl.experimental.ppo import (
         PPOConfig as TheirConfig,  # type: ignore[import-not-found, unused-ignore]
+    )
+    from trl.experimental.ppo import (
         PPOTrainer,
     )
 

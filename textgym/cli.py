@@ -37,7 +37,8 @@ from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import device, end_with_a_message, join, rank
 from textgym.agents.runs.checkpoints import Checkpoints
-from textgym.agents.runs.demo import DemoConfig, run as run_demo
+from textgym.agents.runs.demo import DemoConfig
+from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table

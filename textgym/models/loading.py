@@ -23,8 +23,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase as Tokenizer,
 )
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.corpora.sources import cache_dir
 from textgym.data.files import atomic_folder

@@ -58,7 +58,7 @@ class TopKActions(View, gym.utils.RecordConstructorArgs):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Append the candidate with this rank."""
-        token = int(self.candidates.at(as_action(action, self.task.device))[0])
+        token = int(self.candidates.at(as_action(action, self.base_env.device))[0])
         observation, reward, terminated, truncated, info = super().step(token)
         self.candidates.forget()
         return observation, reward, terminated, truncated, self._with_mask(info)

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import textgym
-from textgym import __main__ as command, cli
+from textgym import __main__ as command
+from textgym import cli
 from textgym.agents import PPO, SFT, PPOConfig, SFTConfig
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine import determinism

@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase as Tokenizer,
-)
+from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import disable_dropout, freeze, load_classifier

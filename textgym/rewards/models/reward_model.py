@@ -11,7 +11,8 @@ from typing import Any, Literal, Self
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
 from textgym.data.encoding import encode

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from textgym.data.corpora import articles, concepts, dialogues, questions as answers, sources, translations
+from textgym.data.corpora import articles, concepts, dialogues, sources, translations
+from textgym.data.corpora import questions as answers
 from textgym.data.corpora.sources import Archive, FetchError
 from textgym.data.corpora.splits import SPLITS, in_split, split_of
 from textgym.data.rows import Row

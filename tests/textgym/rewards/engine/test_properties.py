@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.rewards.engine.completions_to_score import Finished
