@@ -68,7 +68,7 @@ class Pathwise(ReplayAgent):
 
     def modules(self) -> nn.ModuleDict:
         """The critic, and the targets."""
-        critic = ActorCritic(twin(self.policy.lm), temperature=self.policy.temperature)
+        critic = ActorCritic(twin(self.policy.trained_model), temperature=self.policy.temperature)
         self.q = GreedyQ(critic, Heads(critic, noisy=False, n_quantiles=1), self.config.q_scale)
         self.target, self.target_q = frozen_actor(self.policy), self.q.frozen_copy()
         return nn.ModuleDict({"critic": critic, "target": self.target, "target_critic": self.target_q.actor})

@@ -33,7 +33,8 @@ class Best(NamedTuple):
 
 def frozen_actor(actor: ActorCritic) -> ActorCritic:
     """A frozen copy of policy and critic, which shares what is never trained."""
-    new = ActorCritic(twin(actor.lm), None if actor.critic is None else twin(actor.critic), actor.temperature)
+    critic = None if actor.critic is None else twin(actor.critic)
+    new = ActorCritic(twin(actor.trained_model), critic, actor.temperature)
     new.value_head.load_state_dict(actor.value_head.state_dict())
     return freeze(new)
 

@@ -24,7 +24,6 @@ from textgym.models.actor_critic import PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
-from textgym.rewards.reference import own_copy
 from textgym.settings import Count, NotNegative, Positive, check_settings
 
 from ..machine.distributed import (
@@ -270,7 +269,7 @@ class RolloutAgent(ABC):
     def frozen_models(self) -> dict[str, TokenModel]:
         """Return the models that are saved with the agent because they are nowhere else to be found."""
         known = self.base_env.reference is not None and not self.penalty.owns_reference
-        return {} if known else {"reference": own_copy(self.penalty.reference)}
+        return {} if known else {"reference": self.penalty.reference}
 
     def take_frozen_model(self, name: str, model: TokenModel) -> None:
         """Go on with a model that was saved."""

@@ -5,7 +5,6 @@ Weights are in safetensors, the rest in plain values and one file that loads wit
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import warnings
@@ -14,14 +13,19 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig
 
 from textgym.data.files import atomic_folder
 from textgym.envs.interface import rollout_env
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.adapters import is_twin
+from textgym.models.adapters import Adapters, activate, carries_adapters, is_twin, twin, without_adapters
+from textgym.models.loading import freeze, load_causal_lm
 from textgym.models.machine.devices import Device, generator_state, resolve_device, restore_generator
 from textgym.models.machine.seeding import global_generators, restore_global_generators
+from textgym.models.merging import merged
 from textgym.models.token_model import TokenModel
 
 from ..machine import distributed
@@ -29,35 +33,52 @@ from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import everyone, full, join, load_optimizer
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
-TRAINED = "trained.safetensors"
+TRAINED, TWIN = "trained.safetensors", ".safetensors"
 
 
 def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Writes `policy/`, a plain transformers folder.
 
-    Under LoRA, which is merged there, `base/` has the frozen weights, `adapter/` the policy's adapter as peft writes
-    it, and a file beside them all weights that are trained.
+    An adapter is merged there. Beside it are then `base/`, the model below the adapter, `adapter/`, the policy's
+    adapter as peft writes it, and a file with all weights that are not in `base/`.
 
     Returns:
         What `load_policy` has to be told, as plain values.
     """
     policy.save_pretrained(folder / "policy", tokenizer)
-    if policy.lora is not None:
-        critic = policy.critic
-        if critic is not None and is_twin(critic, policy.lm):
-            critic = None  # the same weights, and an adapter
-        with torch.random.fork_rng(devices=[]):  # which a new value head would draw from
-            base = ActorCritic(copy.deepcopy(policy.lora).unload(), critic, policy.temperature)
-        base.save_pretrained(folder / "base")
-        policy.lora.save_pretrained(folder / "adapter")
-        trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-        save_file({name: weight.detach().clone() for name, weight in trained.items()}, folder / TRAINED)
-    return {
+    settings = {
         "critic": "shared" if policy.critic is None else "separate",
         "temperature": policy.temperature,
         "dtype": str(policy.lm.dtype).removeprefix("torch."),
         "device": str(policy.device),
     }
+    return settings if policy.lora is None else {**settings, **_save_adapters(policy, folder)}
+
+
+def _save_adapters(policy: ActorCritic, folder: Path) -> dict[str, Any]:
+    """Writes what a policy with adapters is made again from; returns which of them are in use, and what is trained."""
+    critic = policy.critic
+    if critic is not None and is_twin(critic, policy.lm):
+        critic = None  # the same weights, and an adapter
+    with torch.random.fork_rng(devices=[]):  # which a new value head would draw from
+        base = ActorCritic(without_adapters(policy.lora), critic, policy.temperature)
+    base.save_pretrained(folder / "base")
+
+    adapters = Adapters.of(policy.lora)
+    policy.lora.save_pretrained(folder / "adapter", save_embedding_layers=False)  # which are in `base/`
+    adapters.save(folder / "adapter")
+    save_file(tensors_apart(policy, base), folder / TRAINED)
+    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
+    return {"active_adapters": adapters.active, "trained": trained}
+
+
+def tensors_apart(module: nn.Module, of: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that a module does not share with another one, and its buffers; by their names, each once."""
+    shared = {id(weight) for weight in of.parameters()}
+    saved = module.state_dict()
+    apart = {name: weight for name, weight in module.named_parameters() if id(weight) not in shared}
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in {**apart, **buffers}.items()}
 
 
 def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: Any = None) -> torch.device:
@@ -94,17 +115,41 @@ def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: A
 def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
     """The policy that `save_policy` wrote, weight for weight, on `settings["device"]`."""
     settings = {**settings, "dtype": getattr(torch, settings["dtype"])}
+    active, trained = settings.pop("active_adapters", ["default"]), settings.pop("trained", None)
     if not (folder / "adapter").exists():
         return ActorCritic.from_pretrained(folder / "policy", **settings)
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(folder / "adapter"))
-    config.inference_mode = False
-    policy = ActorCritic.from_pretrained(folder / "base", lora=config, **settings)
-    trained = load_file(folder / TRAINED, device=str(policy.device))
-    policy.load_state_dict(trained, strict=False)
-    assert set(trained) == {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    adapters = Adapters.load(folder / "adapter", active)
+    policy = ActorCritic.from_pretrained(folder / "base", lora=adapters, **settings)
+    tensors = load_file(folder / TRAINED, device=str(policy.device))
+    unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not unknown, f"the policy has no weights called {unknown}"
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_(name in (tensors if trained is None else trained))  # version 0.1 saved no others
     return policy
+
+
+def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> None:
+    """Writes a plain transformers folder; of a model that shares weights with the policy, a file with the others."""
+    if not (carries_adapters(model.lm) and is_twin(model.lm, policy.lm)):
+        (merged(model.lm) if carries_adapters(model.lm) else model.lm).save_pretrained(folder)
+        return
+    folder.parent.mkdir(exist_ok=True)
+    active = json.dumps(Adapters.of(model.lm).active)
+    save_file(tensors_apart(model.lm, policy.lm), folder.with_suffix(TWIN), metadata={"active_adapters": active})
+
+
+def load_frozen_model(path: Path, policy: ActorCritic) -> TokenModel:
+    """The model that `save_frozen_model` wrote, in the precision that it had."""
+    if path.suffix != TWIN:
+        lm = load_causal_lm(path, dtype=AutoConfig.from_pretrained(path).dtype, device=policy.device)
+        return freeze(TokenModel(lm, policy.temperature))
+    with safe_open(path, framework="pt", device=str(policy.device)) as file:
+        active = json.loads(file.metadata()["active_adapters"])
+    tensors = load_file(path, device=str(policy.device))
+    lm = twin(policy.lm, apart=tensors)
+    activate(lm, active)
+    lm.load_state_dict(tensors, strict=False)
+    return freeze(TokenModel(lm, policy.temperature))
 
 
 def save_agent(agent: Any, folder: Path) -> None:
@@ -144,7 +189,7 @@ def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[s
         if tensors := agent.training_tensors():
             save_file({name: x.detach().clone() for name, x in tensors.items()}, temporary / TENSORS)
         for name, model in agent.frozen_models().items():
-            model.lm.save_pretrained(temporary / FROZEN / name)
+            save_frozen_model(model, temporary / FROZEN / name, agent.policy)
         (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -172,8 +217,7 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device) -> Any:
     # What was learned, and the optimiser's moments.
     load_optimizer(agent.optimizer, state["optimizer"])
     for part in sorted((folder / FROZEN).glob("*")):
-        model = TokenModel.load(str(part), temperature=policy.temperature, device=policy.device)
-        agent.take_frozen_model(part.name, model)
+        agent.take_frozen_model(part.stem, load_frozen_model(part, policy))
     agent.load_training_state(meta["agent"])
     if (folder / TENSORS).exists():
         agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))

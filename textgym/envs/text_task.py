@@ -27,7 +27,7 @@ from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, resolve_device
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_device, to_host
-from textgym.models.token_model import Observation, TokenModel
+from textgym.models.token_model import Observation
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scoring import Scorer, Scores
 from textgym.rewards.kl import KLPenalty, warn_of_filter
@@ -366,8 +366,7 @@ class TextTask:
     def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
         if reference is None:  # an agent that charges the penalty then refers to its policy's own start
             return None
-        model = TokenModel.load(reference, device=self.device)
-        return KLPenalty(model, self.kl_coef, self.kl_estimator, self.kl_clamp)
+        return KLPenalty(reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device=self.device)
 
     def check_kl_mode(self) -> None:
         """Check that the KL penalty can be charged in `kl_mode`; an agent that charges it itself need not ask.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from textgym.data.files import atomic_folder
-from textgym.models.adapters import is_twin, merged, twin, with_lora
+from textgym.errors import ConfigError
+from textgym.models.adapters import is_twin, load_lm, split, twin, with_lora
 from textgym.models.architectures.attention import States, checkpoint_layers
 from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.decoding.contexts import read_contexts
@@ -23,8 +24,9 @@ from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.decoding.generation import ResponseGenerators, Responses
 from textgym.models.decoding.sampling import sample
 from textgym.models.distributions.log_probs import StopRule, token_log_probs
-from textgym.models.loading import disable_dropout, freeze, load_causal_lm, load_classifier, quiet, resolve
+from textgym.models.loading import disable_dropout, load_classifier, quiet, resolve
 from textgym.models.machine.devices import Device, on_device, seed_of
+from textgym.models.merging import merged
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel, fits
 
@@ -55,10 +57,10 @@ class ActorCritic(TokenModel):
     """A policy over tokens and a value function over contexts.
 
     Args:
-        lm: a causal language model of transformers, or an encoder-decoder one.
+        lm: a causal language model of transformers, or an encoder-decoder one; or a peft model around one, whose
+            adapter is trained.
         critic: `None` to share the policy's trunk, or a trunk of its own.
         temperature: divides the logits, in acting and training alike.
-        adapter: the peft model around `lm`, when it is trained by LoRA.
 
     Attributes:
         generates_what_act_would: whether `write` may stand in for `act`, token by token. A subclass whose `act` chooses
@@ -67,9 +69,10 @@ class ActorCritic(TokenModel):
 
     generates_what_act_would: ClassVar[bool] = True
 
-    def __init__(self, lm: Any, critic: Any = None, temperature: float = 1.0, adapter: Any = None) -> None:
+    def __init__(self, lm: Any, critic: Any = None, temperature: float = 1.0) -> None:
+        lm, adapter = split(lm)
         super().__init__(lm, temperature)
-        self.__dict__["lora"] = adapter
+        self.__dict__["lora"] = adapter  # not a submodule: its weights are those of `lm`
         self.critic = critic
         trunk = lm if critic is None else critic
         self.value_head = nn.Linear(trunk.config.hidden_size, 1, device=self.device)
@@ -99,14 +102,22 @@ class ActorCritic(TokenModel):
             dtype: of the weights. Log-probs are float32 in any case, but bfloat16 weights move them, in the band that
                 `PPOConfig.bf16` states. On most processors decoding and a pass over whole sequences round apart, so
                 that ratios before the first step may be as far from 1. `PPOConfig(bf16=True)` keeps float32 weights.
-            lora: a `peft.LoraConfig`; the adapter alone is trained, a separate critic is another one on the same frozen
-                weights, and the reference is these weights without either. A critic that was loaded is trained whole.
+            lora: a `peft.LoraConfig`; the adapter alone is trained, and a separate critic is another one on the same
+                frozen weights. A critic that was loaded is trained whole. A `peft.PeftModel`, a model after
+                `add_adapter` and the folder of an adapter bring an adapter along, which is trained on.
 
         Raises:
+            ConfigError: `lora` for a model that has an adapter already, or a trained prompt instead of an adapter.
             ValueError: unknown name, or a model that textgym cannot decode exactly.
             ImportError: `lora` without peft.
         """
-        lm = load_causal_lm(name_or_module, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = load_lm(name_or_module, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        lm, adapter = split(loaded)
+        if adapter is not None and lora is not None:
+            raise ConfigError(
+                "lora= adds an adapter, and the model has one already: leave lora=None to train it on, or pass the "
+                "merged model, model.merge_and_unload()"
+            )
         folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))
         trunk = None
         if critic not in ("shared", "separate"):
@@ -114,10 +125,11 @@ class ActorCritic(TokenModel):
             trunk = classifier.base_model
         elif critic == "separate" and folder is not None:
             trunk = _saved_trunk(folder, lm)  # before an adapter changes the names of weights
-        adapter = None if lora is None else with_lora(lm, lora)
+        if lora is not None:
+            adapter = with_lora(lm, lora)
         if critic == "separate" and trunk is None:
             trunk = disable_dropout(twin(lm.base_model))
-        policy = cls(lm, trunk, temperature, adapter)
+        policy = cls(lm if adapter is None else adapter, trunk, temperature)
         if folder is not None:
             policy._load_critic(folder, critic)
         return policy
@@ -264,20 +276,22 @@ class ActorCritic(TokenModel):
         return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._generators) if x is not None)
 
     def reference(self) -> TokenModel:
-        """What the policy is now, frozen: a copy, or under LoRA the same weights with the adapter off."""
-        if self.lora is not None:
-            return TokenModel(self.lm, self.temperature, adapter=self.lora).eval()
+        """What the policy is now, frozen: a copy, which under an adapter shares the weights that nobody trains."""
         return self.frozen_copy()
-
-    def frozen_copy(self) -> TokenModel:
-        """The policy as it is now, its adapter merged where it has one, so that it is a plain language model."""
-        lm = copy.deepcopy(self.lm) if self.lora is None else merged(self.lora)
-        return freeze(TokenModel(lm, self.temperature))
 
     @property
     def lora(self) -> Any:
         """The peft model around the language model, or `None`."""
         return self.__dict__["lora"]
+
+    @property
+    def trained_model(self) -> Any:
+        """The peft model around the language model; without an adapter, the language model."""
+        return self.lm if self.lora is None else self.lora
+
+    def plain_lm(self) -> Any:
+        """The language model without adapters: with one, a copy that it is merged into; else the model itself."""
+        return self.lm if self.lora is None else merged(self.lora)
 
     def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes a plain transformers folder (with LoRA merged in a copy), and the critic beside it in safetensors.
@@ -288,7 +302,7 @@ class ActorCritic(TokenModel):
             OSError: the disk is full or the folder not writable.
         """
         with atomic_folder(folder) as temporary, quiet():
-            lm, trunk = (self.lm if self.lora is None else merged(self.lora)), self.critic
+            lm, trunk = self.plain_lm(), self.critic
             if trunk is not None and is_twin(trunk, self.lm) and self.lora is not None:
                 trunk = merged(self.lora, trunk).base_model
             lm.save_pretrained(temporary)

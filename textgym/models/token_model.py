@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeGuard
@@ -10,6 +9,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from textgym.models.adapters import frozen_copy, load_lm, without_peft
 from textgym.models.architectures.attention import States
 from textgym.models.architectures.encoder_decoder import decoder_start_ids
 from textgym.models.architectures.output_head import output_head
@@ -19,7 +19,7 @@ from textgym.models.decoding.contexts import read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.distributions.log_probs import token_log_probs
 from textgym.models.distributions.token_distribution import TokenDistribution
-from textgym.models.loading import EMBEDDED, freeze, load_causal_lm, shared_causal_lm
+from textgym.models.loading import EMBEDDED, freeze, is_trained, load_causal_lm, shared_causal_lm
 from textgym.models.machine.devices import Device
 from textgym.models.sequences import Sequences
 
@@ -38,22 +38,22 @@ class TokenModel(nn.Module):
     """Scores tokens with a language model: one at a time from observations, or whole sequences.
 
     Args:
-        lm: a causal language model of transformers, or an encoder-decoder one. Its dropout is removed.
+        lm: a causal language model of transformers, or an encoder-decoder one; or a peft model around one. Its dropout
+            is removed.
         temperature: divides the logits everywhere.
-        adapter: the peft model that `lm` lives in; where given, its adapter is switched off while this model runs.
     """
 
-    def __init__(self, lm: Any, temperature: float = 1.0, adapter: Any = None) -> None:
+    def __init__(self, lm: Any, temperature: float = 1.0) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(
                 f"temperature must be above 0, got {temperature}; for greedy actions use deterministic=True"
             )
+        lm = without_peft(lm)
         head = output_head(lm)
         check_supported(lm, head)
         self.lm = lm
         self.temperature = temperature
-        self.__dict__["adapter"] = adapter  # not a submodule: its weights are those of `lm`
         self.head = head
         self.vocab_size = self.head.weight.shape[0]
         self._decoder: CachedDecoder | CachedEncoderDecoder | None = None
@@ -74,17 +74,23 @@ class TokenModel(nn.Module):
     def load(
         cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None
     ) -> TokenModel:
-        """A frozen scorer, from a name, a path, a language model (copied by nobody) or another `TokenModel`.
+        """A frozen scorer, from a name, a path, a language model or another `TokenModel`, which is returned as it is.
 
-        A model that is given stays where it is; `device` is for one that is loaded by its name.
+        A model that is given stays where it is; `device` is for one that is loaded by its name. Of a language model
+        with weights that are trained a copy is taken; one that is frozen, by `requires_grad_(False)`, is used as it is.
         """
         if isinstance(model, TokenModel):
             return model
         if isinstance(model, nn.Module):
-            return freeze(cls(load_causal_lm(model), temperature))
+            lm = without_peft(model)
+            return freeze(cls(frozen_copy(lm) if is_trained(lm) else load_causal_lm(lm), temperature))
         if isinstance(model, str) and model in EMBEDDED:
             return freeze(cls(shared_causal_lm(model, device=device), temperature))
-        return freeze(cls(load_causal_lm(model, device=device), temperature))
+        return freeze(cls(load_lm(model, device=device), temperature))
+
+    def frozen_copy(self) -> TokenModel:
+        """What the model is now, frozen. Under an adapter it shares the weights that are frozen anyway."""
+        return freeze(TokenModel(frozen_copy(self.lm), self.temperature))
 
     @property
     def device(self) -> torch.device:
@@ -148,8 +154,7 @@ class TokenModel(nn.Module):
 
     def hidden(self, states: States) -> Tensor:
         """Last hidden state `(M, d)` of each state, in one packed pass."""
-        with self._active():
-            return states.hidden(self.lm)
+        return states.hidden(self.lm)
 
     def next_logits(self, observation: Observation) -> Tensor:
         """Logits `(B, V)` of the next token, by cached decoding: `logits` without gradients, from observations."""
@@ -188,7 +193,7 @@ class TokenModel(nn.Module):
         contexts, batched = read_contexts(observation, self.device)
         if not fits(self._decoder, contexts.shape, self.device):
             self._decoder = contexts.decoder(self.lm)
-        with self._active(), self._own_precision():
+        with self._own_precision():
             return self._decoder.advance(*contexts.known), batched
 
     def _own_precision(self) -> torch.autocast:
@@ -197,10 +202,6 @@ class TokenModel(nn.Module):
         Whole sequences are scored under it, as updates in bfloat16 are.
         """
         return torch.autocast(self.device.type, enabled=False)
-
-    def _active(self) -> contextlib.AbstractContextManager[Any]:
-        adapter = self.__dict__["adapter"]
-        return contextlib.nullcontext() if adapter is None else adapter.disable_adapter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModel:
         """A copy without the cache: `spec` of a Gymnasium environment copies its arguments."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from textgym.models.distributions.log_probs import full_kl
 from textgym.models.distributions.masks import ModelMask
+from textgym.models.loading import is_trained
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -112,7 +113,8 @@ class KLPenalty:
     """The penalty of every token: beta times an estimate of KL(pi, pi_ref) (Ziegler et al., 2019, eq. 2).
 
     Args:
-        reference: a model name, a language model, or a `TokenModel`; it is frozen, and stays where it is.
+        reference: a model name, a language model, or a `TokenModel`; it stays where it is. Of one that is trained, such
+            as the policy, a frozen copy is taken, so that it stays what it is now.
         coef: beta, or a controller that moves it.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
         clamp: the KL that a token is charged for is cut to -clamp and clamp nats, so that no single token dominates an
@@ -135,7 +137,8 @@ class KLPenalty:
             raise ValueError(f"unknown kl_estimator {estimator!r}; use one of {ESTIMATORS}")
         if clamp is not None and not clamp > 0:
             raise ValueError(f"kl_clamp must be above 0 nats, got {clamp}")
-        self.reference = TokenModel.load(reference, device=device)
+        model = TokenModel.load(reference, device=device)
+        self.reference = model.frozen_copy() if is_trained(model) else model  # a policy would take it along
         self.owns_reference = False  # others may share its weights, so nobody may change them
         self.clamp = clamp
         self.controller: KLController = FixedKL(float(coef)) if isinstance(coef, int | float) else coef

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.adapters import merged
 from textgym.models.loading import freeze
+from textgym.models.merging import merged, tie_if_equal, untie
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import KLPenalty
 
@@ -52,23 +51,28 @@ class SyncReference:
         if not penalty.owns_reference:
             penalty.reference = own_copy(penalty.reference)
             penalty.owns_reference = True
-        source, target = (
-            dict(itertools.chain(lm.named_parameters(), lm.named_buffers()))  # tied weights once
-            for lm in (
-                policy.lm if policy.lora is None else merged(policy.lora),
-                penalty.reference.lm,
-            )
-        )
+        lm, reference = policy.plain_lm(), penalty.reference.lm
+        if len(list(lm.parameters())) > len(list(reference.parameters())):
+            untie(reference)  # as the policy is, whose adapter moves one of two tied weights
+        source, target = _weights(lm), _weights(reference)
         if {name: x.shape for name, x in source.items()} != {name: x.shape for name, x in target.items()}:
             raise ValueError("the reference has other weights than the policy: only a copy of its start can follow it")
+        moved: set[int] = set()
         for name, weight in target.items():
+            if id(weight) in moved:
+                continue  # tied weights move once
+            moved.add(id(weight))
             new = source[name].to(weight)
             weight.copy_(weight.lerp(new, self.alpha) if weight.is_floating_point() else new)
+        tie_if_equal(reference)
         penalty.reference.reset_cache()
 
 
 def own_copy(reference: TokenModel) -> TokenModel:
-    """A copy that nobody shares; of weights under an adapter that is switched off, those weights."""
-    adapter = reference.__dict__["adapter"]
-    lm: nn.Module = copy.deepcopy(reference.lm) if adapter is None else copy.deepcopy(adapter).unload()
-    return freeze(TokenModel(lm, reference.temperature))
+    """A plain copy that shares nothing; adapters are merged into it."""
+    return freeze(TokenModel(merged(reference.lm), reference.temperature))
+
+
+def _weights(lm: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all their names, of which tied ones have several."""
+    return dict(itertools.chain(lm.named_parameters(remove_duplicate=False), lm.named_buffers()))

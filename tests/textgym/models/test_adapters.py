@@ -1,4 +1,4 @@
-"""LoRA: policy and critic are adapters on one frozen model, which is also the reference."""
+"""LoRA: policy, critic and reference are adapters on one frozen model."""
 
 from __future__ import annotations
 
@@ -39,21 +39,27 @@ def test_policy_critic_and_reference_hold_one_copy_of_the_weights() -> None:
     reference = policy.reference()
     roles = (policy.lm, policy.critic, reference.lm)
     held = {weight.data_ptr(): weight.nbytes for module in roles for weight in module.parameters()}
-    adapters = {w.data_ptr(): w.nbytes for name, w in policy.named_parameters() if "lora" in name}
+    adapters = {
+        weight.data_ptr(): weight.nbytes
+        for module in roles
+        for name, weight in module.named_parameters()
+        if "lora" in name
+    }
     assert held == start | adapters
-    assert len(adapters) == 2 * 2 * 2 * 2, "two matrices for two projections of two layers, of policy and critic"
+    assert len(adapters) == 3 * 2 * 2 * 2, "two matrices for two projections of two layers, of each role"
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert all("lora" in name or name.startswith("value_head") for name in trained)
 
 
 def test_neither_adapter_moves_the_other_model(sequences: Sequences) -> None:
     policy = make_policy()
+    reference = policy.reference()
     torch.nn.init.normal_(policy.value_head.weight)
 
     def figures() -> list[torch.Tensor]:
         with torch.no_grad():
             new = policy.evaluate(sequences)
-            return [new.log_prob, new.value, policy.reference().sequence_log_probs(sequences)]
+            return [new.log_prob, new.value, reference.sequence_log_probs(sequences)]
 
     def scramble(module: torch.nn.Module) -> None:
         for name, weight in module.named_parameters():
@@ -62,9 +68,9 @@ def test_neither_adapter_moves_the_other_model(sequences: Sequences) -> None:
 
     before = figures()
     scramble(policy.critic)
-    log_prob, value, reference = figures()
+    log_prob, value, reference_log_prob = figures()
     assert_close(log_prob, before[0], terms=FORWARD)
-    assert_close(reference, before[2], terms=FORWARD)
+    assert_close(reference_log_prob, before[2], terms=FORWARD)
     assert (value - before[1]).abs().max() > 0.1
     scramble(policy.lm)
     assert (figures()[0] - before[0]).abs().max() > 0.1

@@ -1,0 +1,200 @@
+"""Agents whose policy carries a trained adapter: the KL starts at 0, and is the same after save, load and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from textgym.agents import DPO, DQN, NLPO, PPO, SFT, DQNConfig, NLPOConfig, Pathwise, PathwiseConfig, PPOConfig
+from textgym.agents.common.supervised import SupervisedConfig
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.sequences import Sequences
+from textgym.models.token_model import TokenModel
+from textgym.rewards.reference import SyncReference
+from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+
+pytestmark = pytest.mark.numerics
+
+peft = pytest.importorskip("peft")
+
+FORWARD = terms_of(mock_lm())
+IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(0))
+SEQUENCES = Sequences(IDS, torch.tensor([2, 4, 3]), torch.tensor([5, 2, 6]))
+ROUNDING = 1e-5
+
+
+def lora(**settings: Any) -> Any:
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **settings})
+
+
+ADAPTERS = {
+    "lora": lora,
+    "output embedding trained": lambda: lora(modules_to_save=["lm_head"]),
+    "random pissa": lambda: lora(init_lora_weights="pissa_niter_2", target_modules=["q_proj", "lm_head"]),
+    "dora": lambda: lora(use_dora=True),
+}
+
+
+def make_policy(kind: str = "lora", critic: str = "separate") -> ActorCritic:
+    policy = ActorCritic.from_pretrained(mock_lm(tie_word_embeddings=True), critic=critic, lora=ADAPTERS[kind]())
+    train(policy)
+    return policy
+
+
+def train(module: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
+
+
+def make_envs(**kwargs: Any) -> Any:
+    settings = {"kl_mode": "deferred", "kl_coef": 0.1, "max_new_tokens": 4, **kwargs}
+    return gym.make_vec(
+        "textgym/Text-v0", 4, prompts=["one", "two"], tokenizer=byte_tokenizer(), reward=count, **settings
+    )
+
+
+def count(completions: list[str]) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def log_probs(model: TokenModel) -> torch.Tensor:
+    return model.sequence_log_probs(SEQUENCES)
+
+
+def learn(agent: Any, total: int) -> dict[str, float]:
+    metrics: list[dict[str, float]] = []
+    agent.learn(total, callbacks=[lambda _, new: metrics.append(new)])
+    return {name: value for name, value in metrics[-1].items() if not name.startswith("time/")}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_kl_starts_at_zero_and_resuming_goes_on_exactly(kind: str, tmp_path: Path) -> None:
+    policy = make_policy(kind)
+    start = log_probs(policy)
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4, learning_rate=0.01))
+    assert abs(learn(agent, 4)["objective/kl"]) < ROUNDING
+    assert torch.equal(log_probs(agent.penalty.reference), start)
+
+    agent.save(tmp_path)
+    again = PPO.load(tmp_path, envs=make_envs())
+    assert torch.equal(log_probs(again.policy), log_probs(policy))
+    assert torch.equal(again.policy.sequence_values(SEQUENCES), policy.sequence_values(SEQUENCES))
+    assert torch.equal(log_probs(again.penalty.reference), start)
+    trained = [[name for name, w in p.named_parameters() if w.requires_grad] for p in (policy, again.policy)]
+    assert trained[0] == trained[1], "modules_to_save too (peft#503)"
+    assert learn(again, 8) == pytest.approx(learn(agent, 8), abs=ROUNDING, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_reads_what_an_agent_saved_as_base_and_adapter(kind: str, tmp_path: Path) -> None:
+    policy = make_policy(kind)
+    PPO(policy, make_envs(), PPOConfig(episodes_per_update=4)).save(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    read = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert_close(log_probs(TokenModel(read)), log_probs(policy), terms=FORWARD)
+
+
+def test_supervised_and_preference_training_leave_a_policy_that_is_its_own_reference(tmp_path: Path) -> None:
+    policy = ActorCritic.from_pretrained(mock_lm(), lora=lora())
+    data = [{"prompt": "ab", "completion": "cd"}]
+    settings = {"batch_size": 1, "max_steps": 3, "learning_rate": 0.1}
+    SFT(policy, data, byte_tokenizer(), SupervisedConfig(**settings)).learn().save(tmp_path / "sft")
+    pairs = [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}]
+    dpo = DPO(policy, pairs, byte_tokenizer())
+    sums = policy.sequence_log_probs(dpo.sequences(range(len(dpo.texts)))).sum(1)
+    assert_close(dpo.reference_log_probs, sums, terms=FORWARD)
+
+    loaded = SFT.load(tmp_path / "sft", data).policy
+    for start in (policy, loaded):
+        agent = PPO(start, make_envs(), PPOConfig(episodes_per_update=4))
+        assert abs(learn(agent, 4)["objective/kl"]) < ROUNDING
+    plain = ActorCritic.from_pretrained(mock_lm())
+    assert (log_probs(loaded) - log_probs(plain)).abs().max() > 0.1, "training has moved it"
+
+
+@pytest.mark.filterwarnings("ignore:sampling is filtered")
+def test_the_mask_model_of_nlpo_is_the_policy_of_that_moment_also_after_loading(tmp_path: Path) -> None:
+    policy = make_policy("output embedding trained")
+    agent = NLPO(policy, make_envs(), NLPOConfig(episodes_per_update=4, top_p=0.9, mask_update_interval=None))
+    start = log_probs(policy)
+    agent.learn(4)
+    assert torch.equal(log_probs(agent.mask.model), start)
+    agent.save(tmp_path)
+    again = NLPO.load(tmp_path, envs=make_envs())
+    assert torch.equal(log_probs(again.mask.model), start)
+    assert torch.equal(log_probs(again.penalty.reference), start)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(DQN, DQNConfig), (Pathwise, PathwiseConfig)])
+def test_targets_start_as_the_policy_and_are_loaded_as_they_were(kind: Any, config: Any, tmp_path: Path) -> None:
+    policy = make_policy("output embedding trained")
+    small = {"episodes_per_update": 4, "batch_size": 4, "learning_starts": 4, "gradient_steps": 1}
+    agent = kind(policy, make_envs(), config(**small, learning_rate=0.01, target_update_interval=100))
+    start = log_probs(policy)
+    targets = [target.lm for target, _ in agent.follow()]
+    agent.learn(4)
+    assert (log_probs(policy) - start).abs().max() > 0
+    for target in targets:
+        assert torch.equal(log_probs(TokenModel(target)), start)
+    agent.save(tmp_path)
+    again = kind.load(tmp_path, envs=make_envs())
+    for target, _ in again.follow():
+        assert torch.equal(log_probs(TokenModel(target.lm)), start)
+    assert torch.equal(log_probs(again.policy), log_probs(policy))
+    assert torch.equal(log_probs(again.penalty.reference), start)
+
+
+def test_several_adapters_are_loaded_with_those_in_use(tmp_path: Path) -> None:
+    model = peft.get_peft_model(mock_lm(), lora(init_lora_weights=False))
+    model.add_adapter("second", lora(init_lora_weights=False, target_modules=["k_proj"]))
+    model.set_adapter("second")
+    policy = ActorCritic.from_pretrained(model, critic="separate")
+    train(policy)
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4, learning_rate=0.01))
+    reference = log_probs(agent.penalty.reference)
+    assert abs(learn(agent, 4)["objective/kl"]) < ROUNDING
+    agent.save(tmp_path)
+    again = PPO.load(tmp_path, envs=make_envs())
+    assert torch.equal(log_probs(again.policy), log_probs(policy))
+    assert torch.equal(log_probs(again.penalty.reference), reference)
+    assert again.policy.lora.active_adapters == ["second"]
+    again.policy.lora.set_adapter("default")
+    policy.lora.set_adapter("default")
+    assert torch.equal(log_probs(again.policy), log_probs(policy)), "the one that was not in use is there, too"
+
+
+def test_a_reference_that_is_the_policy_itself_stays_what_it_was() -> None:
+    policy = make_policy()
+    for given in (policy, policy.lm, policy.lora):
+        start = log_probs(policy)
+        agent = PPO(policy, make_envs(reference=given), PPOConfig(episodes_per_update=4, learning_rate=0.05)).learn(4)
+        assert torch.equal(log_probs(agent.penalty.reference), start)
+        assert (log_probs(policy) - start).abs().max() > 0
+
+
+def test_a_reference_that_follows_the_policy_takes_the_whole_of_it(tmp_path: Path) -> None:
+    policy = make_policy("output embedding trained")
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4, learning_rate=0.01))
+    agent.learn(4, callbacks=[SyncReference(every=1)])
+    assert_close(log_probs(agent.penalty.reference), log_probs(policy), terms=FORWARD)
+    agent.save(tmp_path)
+    again = PPO.load(tmp_path, envs=make_envs())
+    assert_close(log_probs(again.penalty.reference), log_probs(policy), terms=FORWARD)
+
+
+def test_a_frozen_reference_keeps_its_precision(tmp_path: Path) -> None:
+    policy = ActorCritic.from_pretrained(mock_lm(), dtype=torch.bfloat16)
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4))
+    start = log_probs(agent.penalty.reference)
+    agent.save(tmp_path)
+    again = PPO.load(tmp_path, envs=make_envs())
+    assert again.penalty.reference.lm.dtype == torch.bfloat16
+    assert torch.equal(log_probs(again.penalty.reference), start)
