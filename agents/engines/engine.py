@@ -4,7 +4,7 @@ An engine takes and returns token ids. To use one, override `collect` of an agen
 
     class EnginePPO(PPO):
         def collect(self) -> Rollout:
-            self.engine.load_weights(self.policy.lm.named_parameters())
+            self.engine.load_weights(self.policy.weights().items())
             return collect_from(self.engine, self.envs, self.policy, self.episode_options())
 
 The kernels of another library give slightly different log-probs, and probability ratios would not start at 1. So the

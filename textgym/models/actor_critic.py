@@ -293,6 +293,14 @@ class ActorCritic(TokenModel):
         """The language model without adapters: with one, a copy that it is merged into; else the model itself."""
         return self.lm if self.lora is None else merged(self.lora)
 
+    def weights(self) -> dict[str, Tensor]:
+        """What an engine loads: the language model's weights by their names in transformers, its adapter merged.
+
+        Tied weights are there by each of their names.
+        """
+        weights: dict[str, Tensor] = self.plain_lm().state_dict()
+        return weights
+
     def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
         """Writes a plain transformers folder (with LoRA merged in a copy), and the critic beside it in safetensors.
 

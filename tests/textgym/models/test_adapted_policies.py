@@ -101,6 +101,10 @@ def test_a_folder_read_back_by_transformers_has_the_log_probs_of_the_policy(kind
     policy.save_pretrained(tmp_path)
     assert_close(read_back(tmp_path), live, terms=FORWARD)
     assert torch.equal(log_probs(policy), live), "it was merged in a copy"
+    engine = AutoModelForCausalLM.from_pretrained(tmp_path)
+    train(engine)
+    engine.load_state_dict(policy.weights())
+    assert_close(log_probs(TokenModel(engine)), live, terms=FORWARD)
 
 
 @pytest.mark.parametrize("model_type", ["t5", "umt5", "bart"])
