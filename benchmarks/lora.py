@@ -3,10 +3,10 @@
     python benchmarks/lora.py
 
 Policy, critic and reference share one copy of the weights: the critic is a value head on the policy's trunk, the
-reference is the trunk with a frozen adapter of its own. 16 episodes of 24 tokens on `textgym/Sentiment-v0`, whose reward model is
-the embedded one; two epochs of two minibatches. The slowest iteration counts; memory is the most that the process ever
-held, Python and libraries included. Where other work runs beside it, OMP_WAIT_POLICY=passive keeps a thread that waits
-for the other one from taking its core.
+reference is the trunk with a frozen adapter of its own. 16 episodes of 24 tokens on `textgym/Sentiment-v0`, whose
+reward model is the embedded one; two epochs of two minibatches. The slowest iteration counts; memory is the most that
+the process ever held, Python and libraries included. Where other work runs beside it, OMP_WAIT_POLICY=passive keeps a
+thread that waits for the other one from taking its core.
 """
 
 from __future__ import annotations
