@@ -171,6 +171,11 @@ def test_several_adapters_are_loaded_with_those_in_use(tmp_path: Path) -> None:
     assert torch.equal(log_probs(again.policy), log_probs(policy)), "the one that was not in use is there, too"
 
 
+def test_a_peft_model_is_a_policy() -> None:
+    agent = PPO(peft.get_peft_model(mock_lm(), lora()), make_envs(), PPOConfig(episodes_per_update=4))
+    assert abs(learn(agent, 4)["objective/kl"]) < ROUNDING
+
+
 def test_a_reference_that_is_the_policy_itself_stays_what_it_was() -> None:
     policy = make_policy()
     for given in (policy, policy.lm, policy.lora):

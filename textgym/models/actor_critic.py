@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from textgym.data.files import atomic_folder
 from textgym.errors import ConfigError
-from textgym.models.adapters import is_twin, load_lm, split, twin, with_lora
+from textgym.models.adapters import is_twin, load_lm, split, twin, with_lora, without_peft
 from textgym.models.architectures.attention import States, checkpoint_layers
 from textgym.models.decoding.cached_decoder import CachedDecoder
 from textgym.models.decoding.contexts import read_contexts
@@ -376,7 +376,7 @@ def as_policy(given: PolicyLike) -> ActorCritic:
     """
     if isinstance(given, ActorCritic):
         return given
-    if isinstance(given, PreTrainedModel | str | os.PathLike):
+    if isinstance(without_peft(given), PreTrainedModel | str | os.PathLike):
         return ActorCritic.from_pretrained(given)
     raise TypeError(
         f"a policy is an ActorCritic, a language model or its name, got {type(given).__name__}: pass "
