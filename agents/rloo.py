@@ -58,7 +58,7 @@ class RLOO(PromptGroupAgent):
         mask = rollout.response_mask & comparable[:, None]
 
         # 2. Advantages: each episode against the mean of the others of its prompt, the same for all its tokens.
-        advantages = groups.differences * groups.count / (groups.count - 1).clamp(min=1)
+        advantages = groups.differences * groups.num_scored / (groups.num_scored - 1).clamp(min=1)
         advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
         if config.normalise == "batch":  # REINFORCE++ (Hu, 2025)
             advantages = whiten(advantages, mask)

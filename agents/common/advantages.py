@@ -98,25 +98,25 @@ class GroupComparison(NamedTuple):
         differences: `(G, k)` float64, of each return from the mean of its group; exactly 0 for episodes without a
             score, and in groups that teach nothing.
         standard_deviation: `(G, 1)` float64, of each group, with n - 1.
-        count: `(G, 1)`, the episodes of each group that have a score, n.
+        num_scored: `(G, 1)`, the episodes of each group that have a score, n.
         comparable: bool `(G, k)`, the episodes that have a score, in groups of at least two such.
         informative: bool `(G, 1)`, the groups that teach something: at least two of their returns differ.
     """
 
     differences: Tensor
     standard_deviation: Tensor
-    count: Tensor
+    num_scored: Tensor
     comparable: Tensor
     informative: Tensor
 
 
 def compare_groups(returns: Tensor, scored: Tensor) -> GroupComparison:
     """Compare the returns `(G, k)` of each group, of those episodes that have a score, bool `(G, k)`."""
-    count = scored.sum(1, keepdim=True)
+    num_scored = scored.sum(1, keepdim=True)
     returns = torch.where(scored, returns.double(), 0.0)  # in which the mean of equal values is exactly their value
-    mean = returns.sum(1, keepdim=True) / count.clamp(min=1)
+    mean = returns.sum(1, keepdim=True) / num_scored.clamp(min=1)
     differences = torch.where(scored, returns - mean, 0.0)
-    standard_deviation = (differences.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    standard_deviation = (differences.square().sum(1, keepdim=True) / (num_scored - 1).clamp(min=1)).sqrt()
     informative = differs(standard_deviation, mean)
     differences = torch.where(informative, differences, 0.0)
-    return GroupComparison(differences, standard_deviation, count, scored & (count > 1), informative)
+    return GroupComparison(differences, standard_deviation, num_scored, scored & (num_scored > 1), informative)

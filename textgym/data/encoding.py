@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from textgym.data.messages import Messages, Text, apply_template
+from textgym.data.messages import Messages, Text, apply_template, check_characters
 from textgym.data.special_tokens import control_tokens, frame, framed, spells
 
 NEIGHBOURS = ("\n", "a", ".")
@@ -44,8 +44,10 @@ def encode(
             language model would continue after the end.
 
     Raises:
-        ValueError: If the tokenizer cannot render a conversation.
+        ValueError: If the tokenizer cannot render a conversation, or a text has a lone surrogate.
     """
+    for text in _strings(texts):
+        check_characters(text)
     rows: list[list[int]] = [[] for _ in texts]
     strings = {index: text for index, text in enumerate(texts) if isinstance(text, str)}
     controls = control_tokens(tokenizer)
@@ -95,7 +97,11 @@ def encode_string(text: str, tokenizer: Any, **settings: Any) -> Encoded:
         text: The string.
         tokenizer: The tokenizer.
         settings: More arguments of the tokenizer.
+
+    Raises:
+        ValueError: If the string has a lone surrogate.
     """
+    check_characters(text)
     fast = getattr(tokenizer, "is_fast", False)  # mistral-common's backend does not say, and has no offsets
     if fast:
         settings["return_offsets_mapping"] = True

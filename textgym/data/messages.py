@@ -25,6 +25,22 @@ def is_messages(text: Any) -> bool:
     )
 
 
+def check_characters(text: str) -> None:
+    """Check that a text consists of characters, which all tokenizers can read.
+
+    Raises:
+        ValueError: If it has a lone surrogate, which is half of a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text[max(error.start - 40, 0) : error.start + 40]
+        raise ValueError(
+            f"{shown!r} has the lone surrogate {text[error.start]!r} at character {error.start}, which is half of a "
+            "character and cannot be encoded: remove it, or replace it by text.encode('utf-8', 'replace').decode()"
+        ) from error
+
+
 def content(text: Text) -> str:
     """Return a text as a string; for a conversation, the contents of its messages on separate lines.
 

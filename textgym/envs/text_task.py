@@ -323,7 +323,7 @@ class TextTask:
         ids = self._ids(rows)
         texts = [self._completion(row, *parts) for row, parts in zip(rows.tolist(), ids, strict=True)]
         return Finished(
-            prompts=[copy.deepcopy(column["prompt"]) for column in columns],  # functions may write into messages
+            prompts=[column["prompt"] for column in columns],
             completions=[
                 text if isinstance(column["prompt"], str) else [{"role": "assistant", "content": text}]
                 for text, column in zip(texts, columns, strict=True)
@@ -341,7 +341,8 @@ class TextTask:
 
     def _transcript(self, row: int, completion: str) -> dict[str, Any]:
         index = self.current[row]
-        return {**self.rows[index], "prompt": self.prompt_texts[index], "completion": completion}
+        columns = copy.deepcopy(self.rows[index])  # whoever changes them does not change the next epoch
+        return {**columns, "prompt": self.prompt_texts[index], "completion": completion}
 
     def _ids(self, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """Prompt and response of rows (indices)."""

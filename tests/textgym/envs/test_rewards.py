@@ -155,3 +155,22 @@ def test_filtered_sampling_with_k1_is_said(settings: dict[str, Any]) -> None:
     TextEnv(**settings, action_mask=mask, kl_mode="exact", kl_estimator="k3")  # a warning now would be an error
     TextEnv(**{**settings, "kl_coef": 0.0}, action_mask=mask)
     TextEnv(**settings, action_mask=mask, kl_mode="deferred")  # who pays then says it
+
+
+def test_a_function_that_empties_its_columns_does_not_change_the_next_epoch() -> None:
+    seen: list[list[str]] = []
+
+    def pops(completions: list[str], references: list[list[str]]) -> list[float]:
+        seen.extend(list(row) for row in references)
+        for row in references:
+            row.clear()
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": "a", "references": ["one", "two"]}]
+    env = gym.make("textgym/Text-v0", prompts=rows, tokenizer="tiny", reward=pops, max_new_tokens=1)
+    for _ in range(3):
+        env.reset(seed=0)
+        env.step(5)
+        env.unwrapped.transcript["references"].pop()  # type: ignore[attr-defined]
+    assert seen == [["one", "two"]] * 3
+    assert rows[0]["references"] == ["one", "two"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import os
 import threading
@@ -93,26 +94,25 @@ def accepted_keywords(function: RewardFunction) -> tuple[frozenset[str], bool]:
 def arguments_for(name: str, function: RewardFunction, finished: Finished, log: Log, state: Any) -> dict[str, Any]:
     """The keywords that a function takes, of all it is offered.
 
+    Lists are copies, down to what is in them: what a function changes, neither another one nor the next epoch sees.
+
     Raises:
         RewardError: it demands one that is not there.
     """
-    lists = {
-        **finished.columns,
-        "prompts": finished.prompts,
-        "completions": finished.completions,
-        "prompt_ids": finished.prompt_ids,
-        "completion_ids": finished.completion_ids,
-    }
-    offered = {
-        **{key: list(values) for key, values in lists.items()},  # a function may sort its own
-        "log_extra": log.extra,
-        "log_metric": log.metric,
-        "trainer_state": state,
-    }
+    texts = {**finished.columns, "prompts": finished.prompts, "completions": finished.completions}
+    ids = {"prompt_ids": finished.prompt_ids, "completion_ids": finished.completion_ids}
+    others = {"log_extra": log.extra, "log_metric": log.metric, "trainer_state": state}
+    offered = {**texts, **ids, **others}
     named, any_other = accepted_keywords(function)
-    arguments = {key: value for key, value in offered.items() if any_other or key in named}
+    wanted = offered.keys() if any_other else offered.keys() & named
     if "completions_ids" in named:  # the name in the examples of TRL's documentation
-        arguments["completions_ids"] = finished.completion_ids
+        ids["completions_ids"] = finished.completion_ids
+        wanted = wanted | {"completions_ids"}
+    arguments = {
+        **{name: copy.deepcopy(values) for name, values in texts.items() if name in wanted},
+        **{name: [list(row) for row in rows] for name, rows in ids.items() if name in wanted},
+        **{name: value for name, value in others.items() if name in wanted},
+    }
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:

@@ -49,18 +49,18 @@ def _checked_value(name: str, value: Any, finished: Finished, row: int) -> Value
     except Exception as error:
         problem = f"returned a {type(value).__name__} that cannot be read ({error})"
         return RewardError(f"reward function {name!r} {problem} for {finished.row(row)}")
+    by_token = isinstance(value, list | tuple)
+    if by_token and len(entries) != len(finished.completion_ids[row]):  # whatever stands in the padding
+        return RewardError(
+            f"reward function {name!r} returned {len(entries)} token-level rewards for the "
+            f"{len(finished.completion_ids[row])} completion tokens of {finished.row(row)}: give one for each of its "
+            "completion_ids, and none for padding"
+        )
     for entry in entries:
         if not _is_finite(entry):
             where = finished.row(row)
             return RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {where}")
-    if not isinstance(value, list | tuple):
-        return float(value)
-    if len(value) != len(finished.completion_ids[row]):
-        return RewardError(
-            f"reward function {name!r} returned {len(value)} token-level rewards for the "
-            f"{len(finished.completion_ids[row])} completion tokens of {finished.row(row)}"
-        )
-    return np.asarray(entries, dtype=np.float64)
+    return np.asarray(entries, dtype=np.float64) if by_token else float(value)
 
 
 def _is_finite(entry: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from textgym.data.messages import Text, plain
+from textgym.data.messages import Text, check_characters, plain
 from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, resolve_device
@@ -69,6 +69,8 @@ class Perplexity:
     ) -> list[float | None]:
         """Score completions."""
         if not self.shared_ids or prompt_ids is None or completion_ids is None:
+            for text in [*plain(prompts), *plain(completions)]:
+                check_characters(text)
             tokenizer = load_tokenizer(self.model)
             # The first token of a completion needs a context, so an empty prompt becomes EOS.
             prompt_ids = [tokenizer(text).input_ids or [tokenizer.eos_token_id] for text in plain(prompts)]

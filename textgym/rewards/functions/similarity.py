@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textgym.data.messages import Text, plain
+from textgym.data.messages import Text, check_characters, plain
 from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import load_encoder
 from textgym.models.machine.devices import Device, resolve_device
@@ -62,6 +62,8 @@ class SemanticSimilarity:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Return embeddings of unit length, `(N, d)`, on the CPU."""
+        for text in texts:
+            check_characters(text)
         encoder, tokenizer = load_encoder(self.model, self.where)
         rows = tokenizer(list(texts), truncation=True, max_length=encoder.config.max_position_embeddings).input_ids
         embeddings = torch.empty(len(rows), encoder.config.hidden_size)

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from textgym.data.encoding import encode
 from textgym.data.files import atomic_folder
-from textgym.data.messages import Messages, Text
+from textgym.data.messages import Messages, Text, check_characters
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.machine.devices import Device, check_fork, resolve_device
@@ -220,6 +220,8 @@ class RewardModel:
 
     def _encode_for_encoder(self, texts: list[str]) -> list[list[int]]:
         """Encode texts with an encoder's special tokens, such as [CLS] and [SEP]; long texts lose their beginning."""
+        for text in texts:
+            check_characters(text)
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
         try:
             rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids

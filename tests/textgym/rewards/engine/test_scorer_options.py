@@ -347,3 +347,45 @@ def test_state_goes_on_where_it_stopped(finished: Finished) -> None:
 def test_bad_options_are_explained(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scorer(text_length, **options)
+
+
+# --- what functions are handed ---
+
+
+def test_what_a_function_changes_neither_another_one_nor_the_next_call_sees() -> None:
+    def tears_apart(prompts: Any, completions: Any, completion_ids: Any, answers: Any) -> list[float]:
+        for column in (prompts, completions, completion_ids, answers):
+            column[0].pop()
+            column.pop()
+        return [0.0, 0.0]
+
+    seen: list[Any] = []
+
+    def looks(**columns: Any) -> list[float]:
+        seen.append([columns[name] for name in ("prompts", "completions", "completion_ids", "answers")])
+        return [0.0, 0.0]
+
+    said = [{"role": "user", "content": "2 + 2?"}, {"role": "user", "content": "Quick!"}]
+    finished = Finished(
+        [said, said], [[*said], [*said]], [[1], [2]], [[3, 4], [5, 6]], {"answers": [["4", "four"]] * 2}
+    )  # type: ignore[arg-type]
+    scorer = Scorer([tears_apart, looks])
+    for _ in range(2):
+        scorer(finished)
+    assert seen[0] == seen[1] == [[said] * 2, [said] * 2, [[3, 4], [5, 6]], [["4", "four"]] * 2]
+
+
+@pytest.mark.parametrize("padding", [0.0, math.nan, None])
+def test_token_rewards_are_for_the_tokens_and_not_for_padding(padding: Any, finished: Finished) -> None:
+    """A batch of token rewards as wide as the longest completion has too many for a row that ended early."""
+    widest = max(len(ids) for ids in finished.completion_ids) + 1
+
+    def as_wide_as_the_batch(completion_ids: list[list[int]]) -> list[list[Any]]:
+        return [[1.0] * len(ids) + [padding] * (widest - len(ids)) for ids in completion_ids]
+
+    with pytest.raises(RewardError, match=f"{widest} token-level rewards for the . completion tokens of row 0"):
+        Scorer(as_wide_as_the_batch)(finished)
+    with pytest.warns(UserWarning, match="token-level rewards"):
+        scores = Scorer(as_wide_as_the_batch, on_error="skip")(finished)
+    assert not scores.scored.any()
+    assert not any(row.any() for row in scores.rewards)
