@@ -1,4 +1,4 @@
-"""What a run rests on besides its settings, such as versions and threads: saved in checkpoints, compared at resume."""
+"""The software and hardware that a run's rounding depends on: saved in checkpoints and compared when a run resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from textgym.models.machine.devices import device_name
 
 
 def machine(policy: ActorCritic) -> dict[str, Any]:
-    """Return what is in force now, as plain values; where any of it differs, floats may round otherwise."""
+    """Return versions, processor, threads, device and precision; if one of them differs, floats may round differently.
+
+    `ATEN_CPU_CAPABILITY` is the vector width that torch uses, and `MKL_CBWR` the code path that MKL uses.
+    """
     return {
         "textgym": textgym.__version__,
         "torch": torch.__version__,
@@ -34,20 +37,20 @@ def machine(policy: ActorCritic) -> dict[str, Any]:
 
 
 def warn_of_differences(folder: Path, saved: dict[str, Any], policy: ActorCritic) -> None:
-    """Warn once, naming each difference, if a checkpoint was written under other circumstances than those of now."""
+    """Warn once, naming each difference, if a checkpoint was saved with other software or hardware than the current."""
     now = machine(policy)
     differences = [f"{name} was {saved.get(name)} and is {now[name]}" for name in now if saved.get(name) != now[name]]
-    moved = not saved["device"].startswith(policy.device.type)  # kinds of devices have different random generators
+    moved = not saved["device"].startswith(policy.device.type)  # each kind of device has its own random generator
     if differences:
         warnings.warn(
-            f"{folder} was saved under other circumstances ({'; '.join(differences)}), so the continued run equals an "
-            f"undisturbed one only up to rounding{' and has other random numbers' if moved else ''}",
+            f"{folder} was saved under other circumstances ({'; '.join(differences)}), so the resumed run equals an "
+            f"uninterrupted one only up to rounding{' and has other random numbers' if moved else ''}",
             stacklevel=3,
         )
 
 
 def _processor() -> str:
-    """The processor's name, which Linux alone tells in a file."""
+    """Return the processor's name; on Linux from /proc/cpuinfo, because `platform` does not know it there."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

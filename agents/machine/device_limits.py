@@ -1,4 +1,4 @@
-"""What a device can do at most, and the most memory that was in use: what figures of a profile are measured by."""
+"""Peak FLOP/s and peak memory of a device, which profiles and error messages report."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Floating-point operations a second, and how they were measured."""
+    """Peak floating-point operations per second, and how they were measured."""
 
     flops: float
     how: str
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> Peak:
-    """The fastest of several products of two large square matrices."""
+    """Measure the peak FLOP/s: the fastest of several products of two large square matrices.
+
+    Args:
+        device: Device to measure.
+        dtype: Data type of the matrices.
+        repeats: Number of products.
+    """
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -35,22 +41,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> Pe
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From now on `peak_memory` forgets what was before; on systems that cannot forget it does not."""
+    """Reset the peak that `peak_memory` returns; does nothing for the CPU on systems without /proc."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR.exists():
-        CLEAR.write_text("5")
+        CLEAR.write_text("5")  # resets the peak resident set size, see proc(5)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at a time: allocated on a GPU, otherwise resident in this process."""
+    """Return the peak memory in bytes: allocated memory on a GPU, otherwise resident memory of this process."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():
         (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
         return int(line.split()[1]) * 2**10
-    import resource  # on a Mac
+    import resource  # macOS has no /proc; Windows has no `resource`
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
 

@@ -1,12 +1,13 @@
-"""The processes of one run: each plays episodes of its own, and all take the same step of the optimiser.
+"""Data-parallel training: each process collects its own episodes, and all take the same optimiser steps.
 
     accelerate launch --multi_gpu --num_processes 8 -m textgym.cli train --output-dir runs/ppo
 
-What one process sums over its rollout, several sum over the rollouts of all of them, so that n processes with an n-th
-of the episodes each learn what one would from all. Gradients are added up once for each step of the optimiser; under
-FSDP2 (Zhao et al., 2023) a process holds a share of the weights, gradients and moments of what is trained.
+Sums and means over a rollout are taken over the rollouts of all processes. So n processes with 1/n of the episodes each
+train as one process with all episodes, up to rounding. Gradients are summed over processes once per optimiser step.
+Under FSDP2 (fully sharded data parallel; Zhao et al., 2023) each process holds a shard of the trained weights, of their
+gradients and of the optimiser state.
 
-Where nobody launched several processes, every function here hands back what it is given.
+In a single process the functions of this module return their arguments unchanged.
 """
 
 from __future__ import annotations
@@ -32,55 +33,59 @@ from textgym.models.machine.transfer import to_host
 
 T = TypeVar("T")
 BUCKET = 2**25
-"""Gradients that are added up at once: 128 MB in float32."""
-SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out")
-"""What errors of a collective say, which have no class in common."""
+"""Number of gradient elements in one all-reduce: 128 MB in float32."""
+LOST_PROCESS_MESSAGES = ("gloo", "nccl", "connection", "timed out")
+"""Words in the messages of failed collective operations. torch raises no common exception class for them."""
 
 
 class ProcessLostError(TextgymError, ConnectionError):
-    """Another process of the run has ended, or does not answer."""
+    """Another process of the run has ended or does not respond."""
 
 
 def join() -> None:
-    """Meets the processes that a launcher has started beside this one, if any."""
+    """Initialise the process group if a launcher started several processes."""
     if distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     PartialState(cpu=not torch.accelerator.is_available())
 
 
 def count() -> int:
-    """Processes of the run."""
+    """Return the number of processes of the run (the world size)."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the rank of this process; the first one has rank 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def device() -> torch.device | None:
-    """Where this process computes, if it is one of several; `None` leaves it to the user."""
+    """Return the device that the launcher assigned to this process; `None` in a single process: the user chooses."""
     return PartialState().device if count() > 1 else None
 
 
 def share_of(number: int, name: str) -> int:
-    """This process's share of a number that is meant for all of them.
+    """Return the part of a total that this process does, such as of the episodes of an update.
+
+    Args:
+        number: The total of all processes.
+        name: Name of the setting, for the error message.
 
     Raises:
-        ValueError: it cannot be divided evenly.
+        ValueError: If the number of processes does not divide it.
     """
     if number % count():
-        raise ValueError(f"{name}={number} must be a multiple of the {count()} processes, which share it")
+        raise ValueError(f"{name}={number} is shared by {count()} processes: make it a multiple of {count()}")
     return number // count()
 
 
 def own_seed(seed: int) -> int:
-    """A seed for each process; that of the first is the run's."""
-    return seed + 1_000_003 * rank()
+    """Return a different seed for each process; rank 0 has the seed of the run."""
+    return seed + 1_000_003 * rank()  # a prime far larger than the seeds that users try one after another
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over all processes, elementwise; shapes must agree."""
+    """Return the elementwise sum over all processes; the shapes must be equal."""
     if count() == 1:
         return values
     values = values.clone()
@@ -89,7 +94,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def everyone(value: T) -> list[T]:
-    """What each process has, in their order."""
+    """Return the values of all processes, ordered by rank."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -98,34 +103,38 @@ def everyone(value: T) -> list[T]:
 
 
 def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns `(N,)` of each process as columns of all of them, on the host; NaN where one has none of that name."""
+    """Concatenate columns `(N,)` of all processes on the CPU; NaN for the rows of a process without that column."""
     columns = dict(zip(columns, to_host(*columns.values()), strict=True))
     if count() == 1:
         return columns
-    unknown = torch.full_like(next(iter(columns.values())), torch.nan, dtype=torch.float64)
+    missing = torch.full_like(next(iter(columns.values())), torch.nan, dtype=torch.float64)
     parts = everyone(columns)
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part.get(name, unknown) for part in parts]) for name in names}
+    return {name: torch.cat([part.get(name, missing) for part in parts]) for name in names}
 
 
 def column_total(values: Tensor) -> Tensor:
-    """The sum over all processes of `(..., T)`, where T may differ; as wide as this process's own."""
+    """Return the sum of `(..., T)` over all processes; T may differ, and the result has the T of this process."""
     width = values.shape[-1]
     widest = max(everyone(width))
     return total(nn.functional.pad(values, (0, widest - width)))[..., :width]
 
 
 def evenly(parts: Sequence[T], spare: T) -> list[tuple[T, bool]]:
-    """Parts of a batch and whether they count, as many as the process with the most of them has.
+    """Pad a list of micro-batches to the length of the longest list of any process.
 
-    A process that runs out goes through `spare` instead, since whoever computes with sharded weights needs the others.
+    Forward and backward passes with sharded weights are collective operations, so every process must make the same
+    number of them. A process with fewer micro-batches runs `spare` instead, and its loss does not count.
+
+    Returns:
+        Micro-batches, and whether each counts.
     """
     missing = max(everyone(len(parts))) - len(parts)
     return [*((part, True) for part in parts), *[(spare, False)] * missing]
 
 
 def same_weights(module: nn.Module) -> None:
-    """Gives all processes the first one's weights, in place."""
+    """Broadcast the weights of rank 0 to all processes, in place."""
     if count() > 1:
         with torch.no_grad():
             for weight in module.parameters():
@@ -133,7 +142,7 @@ def same_weights(module: nn.Module) -> None:
 
 
 def add_up_gradients(weights: Iterable[Tensor]) -> None:
-    """Replaces gradients by their sums over all processes; FSDP has done so already with those that it shards."""
+    """Replace gradients by their sums over all processes; FSDP has already summed the gradients of sharded weights."""
     if count() == 1:
         return
     gradients = [weight.grad for weight in weights if weight.grad is not None and not isinstance(weight, DTensor)]
@@ -144,7 +153,7 @@ def add_up_gradients(weights: Iterable[Tensor]) -> None:
 
 
 def full(values: Any) -> Any:
-    """The whole of a tensor that may be sharded; of a nest of dicts and lists, the whole of all of them."""
+    """Gather a tensor that may be sharded, or all tensors in nested dicts and lists."""
     if isinstance(values, dict):
         return {key: full(value) for key, value in values.items()}
     if isinstance(values, list):
@@ -153,71 +162,75 @@ def full(values: Any) -> Any:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads `full(optimizer.state_dict())`, of which each process keeps its share."""
+    """Load the state that `full(optimizer.state_dict())` returned; each process keeps the shards of its weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 
-    def own(weight: Tensor, value: Any) -> Any:
-        if not isinstance(weight, DTensor) or value.shape != weight.shape:
+    def shard(weight: Tensor, value: Any) -> Any:
+        if not isinstance(weight, DTensor) or value.shape != weight.shape:  # not sharded, such as Adam's step count
             return value
         return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
 
-    moments = {i: {name: own(weights[i], x) for name, x in kept.items()} for i, kept in state["state"].items()}
+    moments = {i: {name: shard(weights[i], x) for name, x in saved.items()} for i, saved in state["state"].items()}
     optimizer.load_state_dict({**state, "state": moments})
 
 
 class Learner(nn.Module):
-    """What the optimiser trains: the policy itself or, under FSDP2, a sharded copy, which the policy follows.
+    """The module that the optimiser trains: the policy itself or, under FSDP2, a sharded copy of it.
 
-    Whole sequences are scored by the copy. The policy itself writes, and is brought up to date once after an update, so
-    that no token costs a gather.
+    The sharded copy evaluates and trains on whole sequences. The unsharded policy generates responses, because sharded
+    weights would have to be gathered for every token. `refresh` copies the trained weights to it after each update.
 
     Args:
-        policy: the whole of it, on every process.
+        policy: The unsharded policy, the same on every process.
 
     Raises:
-        ValueError: the launcher was told to use DeepSpeed or the first FSDP.
+        ValueError: If the launcher is configured for DeepSpeed or for the first version of FSDP.
     """
 
     def __init__(self, policy: ActorCritic) -> None:
         super().__init__()
         self.sharded = count() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError("DeepSpeed trains SFT and DPO alone: use FSDP2, examples/accelerate/fsdp2.yaml")
+            raise ValueError("DeepSpeed works only with SFT and DPO: use FSDP2, examples/accelerate/fsdp2.yaml")
         if self.sharded and os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("only FSDP2 is supported: set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does")
-        self.__dict__["whole"] = policy
+        self.__dict__["unsharded"] = policy  # not as an attribute: torch would register it, and FSDP would shard it
         self.policy = _copied(policy) if self.sharded else policy
         if self.sharded:
             _shard(self)
 
     def forward(self, work: Callable[[ActorCritic], T]) -> T:
-        """What `work` makes of the policy that is trained; all processes must come along."""
+        """Return `work(policy)` for the policy that is trained; all processes must call it at the same time.
+
+        FSDP's hooks gather and free the weights around `forward`, so passes through the trained policy go through here.
+        """
         return work(self.policy)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Brings the policy up to date with what was trained."""
+        """Copy the trained weights to the unsharded policy."""
         if self.sharded:
-            whole: ActorCritic = self.__dict__["whole"]
-            mine, sharded = ([x for x in p.parameters() if x.requires_grad] for p in (whole, self.policy))
-            for weight, trained in zip(mine, sharded, strict=True):
-                weight.copy_(full(trained.detach()))
-            whole.reset_cache()
+            unsharded: ActorCritic = self.__dict__["unsharded"]
+            targets, shards = ([x for x in p.parameters() if x.requires_grad] for p in (unsharded, self.policy))
+            for weight, shard in zip(targets, shards, strict=True):
+                weight.copy_(full(shard.detach()))
+            unsharded.reset_cache()
 
 
 def _copied(policy: ActorCritic) -> ActorCritic:
-    generator, policy.generator = policy.generator, None  # which nobody can copy, and only whoever samples needs
+    """Return a copy of the policy that shares no weights between actor and critic, which FSDP would shard twice."""
+    generator, policy.generator = policy.generator, None  # `deepcopy` cannot copy it, and the copy does not sample
     try:
         new = copy.deepcopy(policy)
     finally:
         policy.generator = generator
     if new.critic is not None and is_twin(new.critic, new.lm):
-        new.critic = copy.deepcopy(new.critic)  # FSDP shards no weight twice
+        new.critic = copy.deepcopy(new.critic)
     return new
 
 
 def _shard(learner: Learner) -> None:
-    """Shards each layer by itself and the rest together, as `fsdp_*` of the launcher's settings ask for."""
+    """Shard each layer by itself and the remaining weights together, by the `fsdp_*` settings of the launcher."""
     plugin: Any = FullyShardedDataParallelPlugin()
     offload = plugin.cpu_offload if isinstance(plugin.cpu_offload, OffloadPolicy) else OffloadPolicy()
     trunks = [trunk for trunk in (learner.policy.lm, learner.policy.critic) if trunk is not None]
@@ -226,12 +239,13 @@ def _shard(learner: Learner) -> None:
         fully_shard(module, reshard_after_forward=bool(plugin.reshard_after_forward), offload_policy=offload)
     fully_shard(learner, offload_policy=offload)
     for module in learner.modules():
-        if isinstance(module, FSDPModule):  # losses are shares of one mean, so that gradients add up
+        if isinstance(module, FSDPModule):  # sum, not average: each process's loss is already divided by the total
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Group gradients, because a few large all-reduces take less time than many small ones."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         if bucket and sum(other.numel() for other in bucket) + gradient.numel() > BUCKET:
@@ -244,31 +258,31 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Says what it means when processes cannot reach each other.
+    """Explain errors of collective operations that fail because another process is gone.
 
     Raises:
-        ProcessLostError: another process has ended, or does not answer.
+        ProcessLostError: If another process has ended or does not respond.
     """
     try:
         yield
     except RuntimeError as error:
-        if count() == 1 or not any(sign in str(error).lower() for sign in SIGNS_OF_LOSS):
+        if count() == 1 or not any(words in str(error).lower() for words in LOST_PROCESS_MESSAGES):
             raise
-        raise ProcessLostError(_farewell()) from error
+        raise ProcessLostError(_lost_process()) from error
 
 
 def end_with_a_message() -> None:
-    """Where a launcher ends this process, as it does when it has lost another one: the same error, and not silence."""
+    """Raise `ProcessLostError` on SIGTERM, which launchers send to the other processes when one has ended."""
     if count() > 1:
         signal.signal(signal.SIGTERM, _terminated)
 
 
 def _terminated(*_: object) -> None:
-    raise ProcessLostError(_farewell())
+    raise ProcessLostError(_lost_process())
 
 
-def _farewell() -> str:
+def _lost_process() -> str:
     return (
-        f"process {rank()} of {count()} has lost another one, which ended or does not answer: look for what that one "
-        "said last, then launch all of them again, to go on from the last checkpoint"
+        f"process {rank()} of {count()} has lost another one, which ended or does not respond: read the last output of "
+        "that process, then launch all processes again; they resume from the last checkpoint"
     )

@@ -1,4 +1,4 @@
-"""Bytes of an agent's tensors by the role they play, and of those that wait for a backward pass."""
+"""Memory of an agent's tensors by role (policy, critic, optimiser, ...), of key-value caches and of activations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from textgym.models.token_model import TokenModel
 
 
 def bytes_by_role(agent: Any) -> dict[str, int]:
-    """Bytes of weights, optimiser state and gradients, as they are now; what two roles share counts for the first.
+    """Return the bytes of weights, optimiser state and gradients by role; shared tensors count for the first role.
 
     Args:
-        agent: any agent; one with a KL penalty has a reference, reward models and an optimizer of its own, any other
-            has a trainer with an optimizer.
+        agent: Any agent. One with a KL penalty has a reference, reward models and its own optimiser; SFT and DPO have a
+            trainer, which has the optimiser.
     """
     policy = agent.policy
     roles: dict[str, Iterable[Tensor]] = {
@@ -38,7 +38,7 @@ def bytes_by_role(agent: Any) -> dict[str, int]:
 
 
 def cache_bytes(agent: Any) -> int:
-    """Bytes of all key-value caches, as they are now."""
+    """Return the bytes of all key-value caches."""
     models = {id(model): model for model in vars(agent).values() if isinstance(model, TokenModel)}
     if hasattr(agent, "penalty"):
         models[id(agent.penalty.reference)] = agent.penalty.reference
@@ -46,46 +46,46 @@ def cache_bytes(agent: Any) -> int:
 
 
 class SavedForBackward(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for backward passes while it is entered: activations.
+    """Context manager that counts the bytes of activations: tensors that autograd saves for the backward pass.
 
-    Weights, which are there anyway, do not count, and what several nodes keep counts once.
+    Weights are not activations, so they do not count. A tensor that several nodes save counts once.
 
     Args:
-        weights: tensors that do not count.
+        weights: Tensors that do not count.
 
     Attributes:
-        peak: the most bytes at a time so far.
+        peak: The peak number of bytes so far.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self.known = {weight.untyped_storage().data_ptr() for weight in weights}
-        self.holders: dict[int, int] = {}
+        self.weight_storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.references: dict[int, int] = {}  # number of nodes that save a storage, by its address
         self.bytes = self.peak = 0
         super().__init__(lambda tensor: _Saved(tensor, self), lambda saved: saved.tensor)
 
     def hold(self, tensor: Tensor) -> None:
-        """A node keeps a tensor."""
+        """Count a tensor that a node of the graph saves."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in self.known:
+        if storage.data_ptr() in self.weight_storages:
             return
-        holders = self.holders.get(storage.data_ptr(), 0)
-        self.holders[storage.data_ptr()] = holders + 1
-        self.bytes += 0 if holders else storage.nbytes()
+        references = self.references.get(storage.data_ptr(), 0)
+        self.references[storage.data_ptr()] = references + 1
+        self.bytes += 0 if references else storage.nbytes()
         self.peak = max(self.peak, self.bytes)
 
     def release(self, tensor: Tensor) -> None:
-        """The node is gone."""
+        """Stop counting a tensor, whose node was freed."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in self.known:
+        if storage.data_ptr() in self.weight_storages:
             return
-        self.holders[storage.data_ptr()] -= 1
-        if not self.holders[storage.data_ptr()]:
-            del self.holders[storage.data_ptr()]
+        self.references[storage.data_ptr()] -= 1
+        if not self.references[storage.data_ptr()]:
+            del self.references[storage.data_ptr()]
             self.bytes -= storage.nbytes()
 
 
 class _Saved:
-    """A tensor in the hands of a node of autograd's graph, from its forward pass to its backward one."""
+    """A tensor that a node of autograd's graph saves, from the forward pass until the node is freed."""
 
     def __init__(self, tensor: Tensor, count: SavedForBackward) -> None:
         self.tensor, self.count = tensor.detach(), count

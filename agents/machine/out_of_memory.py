@@ -1,4 +1,4 @@
-"""What a user is told when the GPU is out of memory: what took it, and what to lower."""
+"""Error message for a GPU that is out of memory: what used the memory, and which settings to lower."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .device_limits import peak_memory
 from .memory_by_role import bytes_by_role, cache_bytes
 
 SIZES = ("micro_batch_size", "minibatch_size", "batch_size", "episodes_per_update", "max_length")
-"""Settings that need less memory when they are lower, those that change nothing else first."""
+"""Settings that save memory when they are lower. The first one changes the results only by rounding."""
 SWITCHES = ("gradient_checkpointing", "bf16", "adam_8bit")
-"""Settings that need less memory when they are on."""
+"""Settings that save memory when they are on."""
 
 
 @contextmanager
 def memory_explained(agent: Any) -> Iterator[None]:
-    """Say what took the memory of a GPU and what to lower, where torch only says that there was not enough.
+    """Replace torch's out-of-memory error by one that says what used the memory and which settings to lower.
 
     Raises:
-        MemoryError: the GPU was out of memory.
+        MemoryError: If the GPU is out of memory.
     """
     try:
         yield
@@ -33,12 +33,12 @@ def memory_explained(agent: Any) -> Iterator[None]:
         device = agent.policy.device
         raise MemoryError(
             f"{device_name(device)} was out of memory in update {agent.updates + 1}. At the peak "
-            f"{_parts(agent)}. {_advice(agent.config)}. The last checkpoint stays as it is, to resume from"
+            f"{_parts(agent)}. {_advice(agent.config)}. The last checkpoint is unchanged: resume from it"
         ) from error
 
 
 def _parts(agent: Any) -> str:
-    """The peak by part, in GiB; what is neither weights nor caches are activations and what torch keeps in reserve."""
+    """Return the peak by part, in GiB; the rest are activations and memory that torch's allocator has reserved."""
     peak = peak_memory(agent.policy.device)
     parts = {**bytes_by_role(agent), "key-value caches": cache_bytes(agent)}
     parts["activations and the rest"] = max(peak - sum(parts.values()), 0)
@@ -47,6 +47,7 @@ def _parts(agent: Any) -> str:
 
 
 def _advice(config: Any) -> str:
+    """Return which of the agent's settings to change."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     lower = [f"{name} (now {settings[name]})" for name in SIZES if name in settings]
     switch = [f"{name}=True" for name in SWITCHES if settings.get(name) is False]
