@@ -22,8 +22,9 @@ class KLCallback(BaseCallback):
     """Logs what a text run is judged by, and pays the KL where the algorithm's own buffer does not.
 
     Logged at the end of each rollout, of the episodes that ended in it: `textgym/kl` (nats an episode),
-    `textgym/score`, `textgym/response_tokens`, `textgym/completions` (a few, as text), `textgym/kl_coef`, and the mean
-    of each reward function (`textgym/reward/<name>`), of what functions log (`textgym/metric/<name>`) and of failures
+    `textgym/score` (of the episodes that have one), `textgym/unscored` (the share of the others, which were paid 0),
+    `textgym/response_tokens`, `textgym/completions` (a few, as text), `textgym/kl_coef`, and the mean of each reward
+    function (`textgym/reward/<name>`), of what functions log (`textgym/metric/<name>`) and of failures
     (`textgym/reward_errors`), where there are any.
 
     Without a reference it only logs; the KL is then the one that `EpisodeRolloutBuffer` or `kl_mode="exact"` measured.
@@ -61,6 +62,7 @@ class KLCallback(BaseCallback):
         self.pays = kl_coef != 0
         self.num_completions = num_completions
         self.scores: list[float] = []
+        self.unscored: list[float] = []
         self.lengths: list[float] = []
         self.episode_kl: list[float] = []
         self.components: dict[str, list[float]] = defaultdict(list)
@@ -97,6 +99,7 @@ class KLCallback(BaseCallback):
         for row in np.flatnonzero(self.locals["dones"]):
             info = self.locals["infos"][row]
             self.scores.append(info.get("score", math.nan))
+            self.unscored.append(float(not info.get("scored", True)))
             for name, value in info.items():
                 if name.startswith(("reward/", "metric/")) or name == "reward_errors":
                     self.components[name].append(value)
@@ -122,7 +125,13 @@ class KLCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self.penalty is None and isinstance(self.buffer, EpisodeRolloutBuffer):
             self.episode_kl = self.buffer.episode_kl
-        figures = {"kl": self.episode_kl, "score": self.scores, "response_tokens": self.lengths, **self.components}
+        figures = {
+            "kl": self.episode_kl,
+            "score": self.scores,
+            "unscored": self.unscored,
+            "response_tokens": self.lengths,
+            **self.components,
+        }
         for name, values in figures.items():
             given = [value for value in values if not math.isnan(value)]  # a function may leave rows out
             if given:
@@ -141,7 +150,8 @@ class KLCallback(BaseCallback):
         return " | ".join(f"{t['prompt']} >{t['completion']}" for t in transcripts[: self.num_completions])
 
     def _forget(self) -> None:
-        self.scores, self.lengths, self.episode_kl, self.components = [], [], [], defaultdict(list)
+        self.scores, self.unscored, self.lengths, self.episode_kl = [], [], [], []
+        self.components = defaultdict(list)
 
 
 class MaskRefreshCallback(BaseCallback):

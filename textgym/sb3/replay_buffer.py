@@ -43,6 +43,8 @@ class Piece(NamedTuple):
 class EpisodeReplayBuffer(ReplayBuffer):
     """Keeps every episode once, as token ids, and hands out transitions whose states share passes.
 
+    An episode without a score is forgotten when it ends: nothing can be learned from it.
+
     A batch is made of whole episodes drawn at random, the last one cut to fill it, so every transition is as likely as
     any other, and both networks need one pass over each episode. Transitions of one episode are correlated: a batch of
     256 holds as many independent texts as 10 to 20 of single transitions would, at their cost.
@@ -124,6 +126,9 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.rewards[rows, lengths - self.prompt_lengths] = reward
         self.lengths = lengths + 1
         for row in np.flatnonzero(done):
+            if not infos[row].get("scored", True):
+                self._forget(row)
+                continue
             timeout = self.handle_timeout_termination and infos[row].get("TimeLimit.truncated", False)
             self._close(row, terminated=not timeout)
 
@@ -186,7 +191,9 @@ class EpisodeReplayBuffer(ReplayBuffer):
         under_way = np.flatnonzero(self.lengths > self.prompt_lengths)
         available = len(self.episodes) + len(under_way)
         if not available:
-            raise ValueError("the replay buffer is empty: add transitions before sampling")
+            raise ValueError(
+                "the replay buffer is empty: add transitions before sampling; episodes without a score are not kept"
+            )
         pieces: list[Piece] = []
         missing = batch_size
         while missing:
@@ -210,12 +217,15 @@ class EpisodeReplayBuffer(ReplayBuffer):
         if self.lengths[row] > self.prompt_lengths[row]:
             self.episodes.append(self._under_way(row, terminated))
             self.num_transitions += len(self.episodes[-1].rewards)
-        self.lengths[row] = self.prompt_lengths[row] = 0
+        self._forget(row)
         old = 0
         while self.num_transitions > self.buffer_size and old < len(self.episodes) - 1:
             self.num_transitions -= len(self.episodes[old].rewards)
             old += 1
         del self.episodes[:old]
+
+    def _forget(self, row: int | np.integer[Any]) -> None:
+        self.lengths[row] = self.prompt_lengths[row] = 0
 
     def _column(self, values: np.ndarray) -> Tensor:
         return self.to_torch(values).reshape(-1, 1)

@@ -121,6 +121,8 @@ def test_what_reward_functions_give_and_log_is_logged(make_env: MakeEnv, make_mo
     env = make_env(reward=[logs, broken], on_reward_error="skip")
     with pytest.warns(UserWarning, match="'broken' raised"):
         rows = logged(make_model(env), tmp_path, KLCallback())
+    assert {row["textgym/unscored"] for row in rows} == {"1.0"}
+    assert "textgym/score" not in rows[0]
     assert {row["textgym/reward/logs"] for row in rows} == {"2.0"}
     assert {row["textgym/metric/accuracy"] for row in rows} == {"0.5"}
     assert {row["textgym/reward_errors"] for row in rows} == {"1.0"}
@@ -144,3 +146,12 @@ def test_there_must_be_a_reference_to_move(make_env: MakeEnv, make_model: Any) -
     model = make_model(make_env(kl_coef=0.0), **STOCK)
     with pytest.raises(ValueError, match="no reference to move"):
         model.learn(48, callback=SyncReferenceCallback(every=1))
+
+
+def test_the_mean_score_is_over_the_episodes_that_have_one(make_env: MakeEnv, make_model: Any, tmp_path: Path) -> None:
+    def none_or_one(completion_ids: list[list[int]]) -> list[float | None]:
+        return [None if ids[0] % 2 else -1.0 for ids in completion_ids]
+
+    rows = logged(make_model(make_env(reward=none_or_one)), tmp_path, KLCallback())
+    assert {row["textgym/score"] for row in rows if row["textgym/score"]} == {"-1.0"}
+    assert any(0.0 < float(row["textgym/unscored"]) < 1.0 for row in rows)

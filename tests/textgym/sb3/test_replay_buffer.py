@@ -176,3 +176,16 @@ def test_bad_arguments(make_env: MakeEnv) -> None:
         EpisodeReplayBuffer(10, *spaces, optimize_memory_usage=True)
     with pytest.raises(ValueError, match="n_steps must be at least 1"):
         EpisodeReplayBuffer(10, *spaces, n_steps=0)
+
+
+def test_episodes_without_a_score_are_not_kept(make_env: MakeEnv) -> None:
+    def none_or_one(completion_ids: list[list[int]]) -> list[float | None]:
+        return [None if ids[0] % 2 else 1.0 for ids in completion_ids]
+
+    env = make_env(reward=none_or_one)
+    buffer = EpisodeReplayBuffer(1000, env.observation_space, env.action_space, "cpu", n_envs=env.num_envs)
+    played(env, [buffer], steps=60)
+    assert len(buffer.episodes) > 3
+    assert all(episode.input_ids[episode.prompt_length] % 2 == 0 for episode in buffer.episodes)
+    assert all(episode.rewards[-1] == 1.0 for episode in buffer.episodes)
+    assert buffer.num_transitions == sum(len(episode.rewards) for episode in buffer.episodes)
