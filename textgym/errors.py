@@ -20,3 +20,7 @@ class NonFiniteError(TextgymError, FloatingPointError):
 
 class UnknownArgumentError(TextgymError, TypeError):
     """An environment is given an argument that it does not have."""
+
+
+class CutPromptsWarning(UserWarning):
+    """Prompts are longer than `max_prompt_tokens` and lose their beginning."""

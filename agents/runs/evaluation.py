@@ -194,6 +194,7 @@ def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str
         [ids for row in rows for ids in row.prompt_ids],
         [ids for row in rows for ids in row.completion_ids],
         {name: [value for row in rows for value in row.columns[name]] for name in rows[0].columns},
+        [ids for row in rows for ids in row.text_ids or row.completion_ids],
     )
     scorer = Scorer(list(metrics), tokenizer=samples.tokenizer, device=samples.rollout.scores.device)
     components = scorer(finished).components

@@ -44,21 +44,14 @@ def added_text(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequen
     return str(whole[_common(before, whole) :])
 
 
-def ids_of_text(
-    tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int], text: str
-) -> list[int] | None:
-    """Return the beginning of a completion's ids that says a text, without a stop token that follows it.
-
-    `None` if the text ends within a token, as one that a stop string cut.
-    """
-    found = None
+def ids_of_text(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int], text: str) -> list[int]:
+    """Return the beginning of a completion's ids that says a text, with other ids for a token that the text cuts."""
     for length in range(len(completion_ids), -1, -1):
         said = added_text(tokenizer, prompt_ids, completion_ids[:length])
-        if said == text:
-            found = list(completion_ids[:length])
-        elif found is not None or len(said) < len(text):
-            break
-    return found
+        if text.startswith(said):
+            kept = list(completion_ids[:length])
+            return [*kept, *encode_after(tokenizer, [*prompt_ids, *kept], text[len(said) :])] if said != text else kept
+    return list(completion_ids)
 
 
 class Continuation(NamedTuple):

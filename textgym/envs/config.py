@@ -70,8 +70,12 @@ class TextConfig:
     """Subtracted from the score of a row that ended at the length limit."""
 
     # Generation
-    max_prompt_tokens: Count = 64
-    """Longer prompts lose their beginning."""
+    max_prompt_tokens: Count | None = None
+    """Longer prompts lose their beginning, except BOS, and a warning says how much. `None` takes the longest prompt, or
+    what the reference and the tokenizer can take; in games 256."""
+    add_special_tokens: bool = True
+    """Whether prompts that are strings get the tokenizer's BOS; `False` if they were rendered already, so that control
+    tokens in them count."""
     max_new_tokens: Count = 32
     """Length limit of a response."""
     min_new_tokens: int = 0

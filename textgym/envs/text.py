@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from textgym.data.rows import Row
 from textgym.envs.config import NO_STEP_LIMIT, TextConfig, takes
 from textgym.envs.interface import TextProperties
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
@@ -82,7 +83,7 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
     ...                reward=lambda completions: [1.0], max_new_tokens=2)
     >>> observation, info = env.reset(seed=0)
     >>> observation["input_ids"].shape, int(observation["attention_mask"].sum())
-    ((66,), 1)
+    ((3,), 1)
     >>> env.step(5)[1:4]
     (0.0, False, False)
     >>> env.step(6)[1:4]
@@ -158,6 +159,11 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
     def action_masks(self) -> np.ndarray:
         """Bool `(V,)`: the actions that are allowed now."""
         return self.task.action_masks()[0].cpu().numpy()
+
+    def replace_prompts(self, prompts: list[Row]) -> None:
+        """Let episodes that begin from now on begin with other prompts, which may widen the observations."""
+        super().replace_prompts(prompts)
+        self.observation_space = self.task.observation_space
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""

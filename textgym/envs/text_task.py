@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from textgym.data.continuations import decode_continuation
-from textgym.data.encoding import encode
+from textgym.data.continuations import decode_continuation, ids_of_text
+from textgym.data.encoding import cut_beginning, encode
 from textgym.data.messages import Text, content, render
 from textgym.data.prompts import load_prompts
 from textgym.data.rows import Row
@@ -21,7 +22,9 @@ from textgym.envs.config import KLMode, MaskSpec, TextConfig
 from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
+from textgym.errors import CutPromptsWarning
 from textgym.models.architectures.attention import check_encoder_decoder
+from textgym.models.architectures.positions import position_limit
 from textgym.models.distributions.masks import ActionMask, FunctionMask, ModelMask, narrow
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, resolve_device
@@ -95,18 +98,12 @@ class TextTask:
         self.vocab_size = len(self.tokenizer)
         if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
             self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
-        decoder_start = self._decoder_start(config.decoder_start_ids)
+        self.decoder_start = self._decoder_start(config.decoder_start_ids)
         self.stop_strings = StopStrings(config.stop, self.tokenizer)
-        self.episodes = Episodes(
-            num_rows,
-            config.max_prompt_tokens,
-            config.max_new_tokens,
-            stop_rule(config.stop, config.min_new_tokens, self.tokenizer),
-            self.vocab_size,
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
-            self.device,
-            decoder_start,
-        )
+        self.stop_rule = stop_rule(config.stop, config.min_new_tokens, self.tokenizer)
+        self.max_prompt_tokens, self.max_new_tokens = config.max_prompt_tokens, config.max_new_tokens
+        self.add_special_tokens = config.add_special_tokens
+        self.num_rows, self.width = num_rows, 0
         self.take_prompts(load_prompts(config.prompts))
         self.current = np.zeros(num_rows, dtype=np.int64)
         self.transcripts: list[dict[str, Any]] = [{} for _ in range(num_rows)]
@@ -114,13 +111,8 @@ class TextTask:
         self.kl_sum = torch.zeros(num_rows, device=self.device)
         self.kl_paid = torch.zeros(num_rows, device=self.device)
         self.policy: Policy | None = None
-        spaces: dict[str, gym.spaces.Space[Any]] = {}
-        for part, width in self.episodes.widths.items():
-            spaces[f"{part}input_ids"] = gym.spaces.Box(0, self.vocab_size - 1, (width,), np.int64)
-            spaces[f"{part}attention_mask"] = gym.spaces.Box(0, 1, (width,), np.int64)
-        self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = TokenSpace(
-            self.vocab_size, self.episodes.stop, self.kl_payer(), self.action_mask, decoder_start
+            self.vocab_size, self.episodes.stop, self.kl_payer(), self.action_mask, self.decoder_start
         )
 
     def attach_policy(self, policy: Policy) -> None:
@@ -154,11 +146,45 @@ class TextTask:
         return narrow(allowed, mask)
 
     def take_prompts(self, rows: list[Row]) -> None:
-        """Episodes that begin from now on begin with these, as `load_prompts` gives them."""
+        """Episodes that begin from now on begin with these, as `load_prompts` gives them.
+
+        Without `max_prompt_tokens`, longer prompts than before widen the observations and end the episodes under way.
+        """
         self.rows = rows
         self.prompt_texts = [self._prompt_text(row["prompt"]) for row in rows]
-        self.prompt_ids, self.prompt_lengths = self._encode_prompts(self.episodes.width - self.episodes.max_new_tokens)
+        encoded = self._encode_prompts([row["prompt"] for row in rows])
+        width = self.max_prompt_tokens or min(max(map(len, encoded)), self._longest_prompt())
+        if width > self.width:
+            self._lay_out(width)
+        self.prompt_ids, self.prompt_lengths = self._padded(encoded)
         self.queue: list[int] = []
+
+    def _lay_out(self, width: int) -> None:
+        """Makes room for prompts of a width: new episodes and the space of their observations."""
+        self.width = width
+        pad = self.tokenizer.pad_token_id
+        self.episodes = Episodes(
+            self.num_rows,
+            width,
+            self.max_new_tokens,
+            self.stop_rule,
+            self.vocab_size,
+            self.tokenizer.eos_token_id if pad is None else pad,
+            self.device,
+            self.decoder_start,
+        )
+        spaces: dict[str, gym.spaces.Space[Any]] = {}
+        for part, slots in self.episodes.widths.items():
+            spaces[f"{part}input_ids"] = gym.spaces.Box(0, self.vocab_size - 1, (slots,), np.int64)
+            spaces[f"{part}attention_mask"] = gym.spaces.Box(0, 1, (slots,), np.int64)
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def _longest_prompt(self) -> int:
+        """How many tokens of a prompt the reference and the tokenizer's model can take, as far as is known."""
+        limit = int(self.tokenizer.model_max_length)
+        if self.penalty is not None:
+            limit = min(limit, position_limit(self.penalty.reference.lm.config) or limit)
+        return max(1, limit - (0 if self.decoder_start else self.max_new_tokens))
 
     def forget_prompts(self) -> None:
         """Begins a new epoch of prompts, as a new seed does."""
@@ -322,6 +348,7 @@ class TextTask:
         names = [name for name in columns[0] if name != "prompt"]
         ids = self._ids(rows)
         texts = [self._completion(row, *parts) for row, parts in zip(rows.tolist(), ids, strict=True)]
+        text_ids = [self._text_ids(*parts, text) for parts, text in zip(ids, texts, strict=True)]
         return Finished(
             prompts=[column["prompt"] for column in columns],
             completions=[
@@ -331,6 +358,7 @@ class TextTask:
             prompt_ids=[prompt for prompt, _ in ids],
             completion_ids=[response for _, response in ids],
             columns={name: [column[name] for column in columns] for name in names},
+            text_ids=text_ids,
         )
 
     def _remember(self, rows: np.ndarray, finished: Finished, scores: Scores) -> None:
@@ -360,9 +388,18 @@ class TextTask:
         return self._decode(list(self.episodes.decoder_start) or prompt, response)
 
     def _decode(self, context: list[int], ids: list[int]) -> str:
+        return decode_continuation(self.tokenizer, context, self._without_stop(ids))
+
+    def _without_stop(self, ids: list[int]) -> list[int]:
         while ids and ids[-1] in self.episodes.stop.ids:
             ids = ids[:-1]
-        return decode_continuation(self.tokenizer, context, ids)
+        return ids
+
+    def _text_ids(self, prompt: list[int], response: list[int], text: str) -> list[int]:
+        """The tokens of a response's text: those before the stop token or stop string."""
+        ids = self._without_stop(response)
+        cut = self.stop_strings.texts and not self.answers
+        return ids_of_text(self.tokenizer, prompt, ids, text) if cut else ids
 
     def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
         if reference is None:  # an agent that charges the penalty then refers to its policy's own start
@@ -413,17 +450,37 @@ class TextTask:
     def _prompt_text(self, prompt: Text) -> str:
         return prompt if isinstance(prompt, str) else render(prompt, self.tokenizer, add_generation_prompt=True)
 
-    def _encode_prompts(self, max_prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """All prompts as right-padded ids `(P, L)`, cut from the left to the budget, and their lengths `(P,)`."""
-        prompts = [row["prompt"] for row in self.rows]
-        encoded = [ids[-max_prompt_tokens:] for ids in encode(prompts, self.tokenizer, add_generation_prompt=True)]
-        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+    def _encode_prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
+        return encode(
+            prompts,
+            self.tokenizer,
+            add_generation_prompt=True,
+            add_special_tokens=self.add_special_tokens,
+            add_eos=bool(self.decoder_start),  # an encoder reads its text to the end
+        )
+
+    def _padded(self, encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as right-padded ids `(P, L)`, cut from the left to their width, and their lengths `(P,)`."""
+        prompts = self._cut(encoded)
+        lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
         if not lengths.all():
             row = int(np.flatnonzero(lengths == 0)[0])
             raise ValueError(f"prompt {row} ({self.rows[row]['prompt']!r}) has no tokens: give it some text")
-        ids = np.zeros((len(encoded), lengths.max()), dtype=np.int32)
-        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
+        ids = np.zeros((len(prompts), lengths.max()), dtype=np.int32)
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(prompts)
         return ids, lengths
+
+    def _cut(self, encoded: list[list[int]]) -> list[list[int]]:
+        """Prompts without the beginnings of those that are too long, which a warning counts."""
+        lost = [len(ids) - self.width for ids in encoded if len(ids) > self.width]
+        if lost:
+            warnings.warn(
+                f"{len(lost)} of {len(encoded)} prompts have more than {self.width} tokens and lose {sum(lost)} tokens "
+                f"at their beginning: raise max_prompt_tokens={self.max_prompt_tokens}, or shorten them",
+                CutPromptsWarning,
+                stacklevel=7,
+            )
+        return [cut_beginning(ids, self.width, self.tokenizer.bos_token_id) for ids in encoded]
 
 
 def _device_of(device: Device, reference: str | nn.Module | None) -> torch.device:

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from textgym.data.rows import Row
 from textgym.envs.config import TextVectorConfig, takes
 from textgym.envs.interface import TextProperties
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
@@ -221,6 +222,12 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     def action_masks(self) -> Array:
         """Bool `(B, V)`: the actions that are allowed now."""
         return self._out(self.task.action_masks())[0]
+
+    def replace_prompts(self, prompts: list[Row]) -> None:
+        """Let episodes that begin from now on begin with other prompts, which may widen the observations."""
+        super().replace_prompts(prompts)
+        self.single_observation_space = self.task.observation_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""

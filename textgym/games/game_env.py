@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from textgym.data.continuations import encode_after
-from textgym.data.encoding import encode
 from textgym.envs.episodes import Ends
 from textgym.envs.text import TextEnv
 from textgym.envs.text_task import TextTask
 from textgym.envs.vector import TextVectorEnv
 from textgym.rewards.engine.completions_to_score import Finished
+
+PROMPT_TOKENS = 256
+"""`max_prompt_tokens` of games, whose prompts are known only when they begin."""
 
 
 class Game(Protocol):
@@ -49,14 +51,13 @@ class GameTask(TextTask):
 
     def begin(self, rows: np.ndarray, prompts: np.ndarray) -> None:
         """Starts the games of these seeds; what they say first is the prompt."""
-        width = self.episodes.width - self.episodes.max_new_tokens
-        if self.prompt_ids.shape[1] < width:
-            self.prompt_ids = np.pad(self.prompt_ids, ((0, 0), (0, width - self.prompt_ids.shape[1])))
+        if self.prompt_ids.shape[1] < self.width:
+            self.prompt_ids = np.pad(self.prompt_ids, ((0, 0), (0, self.width - self.prompt_ids.shape[1])))
         for row, index in zip(rows, prompts, strict=True):
             text, _ = self.games[row].reset(seed=int(index))
             self.rows[index] = {**self.rows[index], "prompt": text}
             self.prompt_texts[index] = text
-            ids = encode([text], self.tokenizer)[0][-width:]
+            [ids] = self._cut(self._encode_prompts([text]))
             self.prompt_ids[index, : len(ids)], self.prompt_lengths[index] = ids, len(ids)
             self.turn_starts[row], self.turn_rewards[row], self.said[row] = 0, {}, ""
         super().begin(rows, prompts)
@@ -128,7 +129,7 @@ class GameEnv(TextEnv):
     task: GameTask
 
     def __init__(self, make_game: Callable[[], Game], tokenizer: Any, *, num_games: int = 1000, **kwargs: Any) -> None:
-        super().__init__(_seeds(num_games), tokenizer, game, **kwargs)
+        super().__init__(_seeds(num_games), tokenizer, game, **{"max_prompt_tokens": PROMPT_TOKENS, **kwargs})
         self.task.play_games(make_game)
 
 
@@ -141,10 +142,11 @@ class GameVectorEnv(TextVectorEnv):
     def __init__(
         self, num_envs: int, make_game: Callable[[], Game], tokenizer: Any, *, num_games: int = 1000, **kwargs: Any
     ) -> None:
-        super().__init__(num_envs, _seeds(num_games), tokenizer, game, **kwargs)
+        settings = {"max_prompt_tokens": PROMPT_TOKENS, **kwargs}
+        super().__init__(num_envs, _seeds(num_games), tokenizer, game, **settings)
         self.task.play_games(make_game)
 
 
 def _seeds(num_games: int) -> list[str]:
     """What stands in for prompts that the games have not said yet."""
-    return [f"game {seed}" for seed in range(num_games)]
+    return ["?"] * num_games

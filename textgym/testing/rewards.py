@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from textgym.data.continuations import encode_continuations
 from textgym.rewards.engine.calling import Log, ReadsIds, arguments_for, start
 from textgym.rewards.engine.checking import Value, checked
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
@@ -115,13 +116,11 @@ def _awkward_batches(eos: str) -> dict[str, list[tuple[str, str]]]:
 
 def _finished(texts: list[tuple[str, str]], columns: Mapping[str, Any], tokenizer: Any) -> Finished:
     prompts, completions = ([pair[side] for pair in texts] for side in (0, 1))
-    ids = [
-        [list(row) for row in tokenizer(side, add_special_tokens=False).input_ids] for side in (prompts, completions)
-    ]
+    encoded = encode_continuations(tokenizer, texts)
     return Finished(
         list(prompts),
         list(completions),
-        ids[0],
-        [[*row, tokenizer.eos_token_id] for row in ids[1]],
+        [prompt for prompt, _ in encoded],
+        [[*completion, tokenizer.eos_token_id] for _, completion in encoded],
         {name: [copy.deepcopy(value) for _ in texts] for name, value in columns.items()},
     )

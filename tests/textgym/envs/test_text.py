@@ -16,6 +16,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 import textgym
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.errors import CutPromptsWarning
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
@@ -29,6 +30,7 @@ EOS = 256
 def test_gymnasiums_and_sb3s_checkers_have_nothing_to_say(settings: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", CutPromptsWarning)
         env = gym.make("textgym/Text-v0", disable_env_checker=True, **settings).unwrapped
         check_env(env, skip_render_check=True)
         sb3_check_env(env)

@@ -100,7 +100,8 @@ def arguments_for(name: str, function: RewardFunction, finished: Finished, log: 
         RewardError: it demands one that is not there.
     """
     texts = {**finished.columns, "prompts": finished.prompts, "completions": finished.completions}
-    ids = {"prompt_ids": finished.prompt_ids, "completion_ids": finished.completion_ids}
+    text_ids = finished.completion_ids if finished.text_ids is None else finished.text_ids
+    ids = {"prompt_ids": finished.prompt_ids, "completion_ids": finished.completion_ids, "text_ids": text_ids}
     others = {"log_extra": log.extra, "log_metric": log.metric, "trainer_state": state}
     offered = {**texts, **ids, **others}
     named, any_other = accepted_keywords(function)

@@ -24,6 +24,8 @@ class Finished:
         prompt_ids: the prompts as the policy saw them.
         completion_ids: the tokens as they were sampled, stop token included.
         columns: further columns of the prompts' rows, each a list of N values.
+        text_ids: the tokens of the completions' text, without the stop token or stop string that ended it; `None` if
+            they are not known.
     """
 
     prompts: list[Text]
@@ -31,6 +33,7 @@ class Finished:
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
+    text_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

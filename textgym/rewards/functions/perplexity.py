@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from textgym.data.continuations import encode_continuations
 from textgym.data.messages import Text, check_characters, plain
 from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import load_tokenizer
@@ -65,16 +66,20 @@ class Perplexity:
         *,
         prompt_ids: Sequence[Sequence[int]] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
+        text_ids: Sequence[Sequence[int]] | None = None,
         **_: Any,
     ) -> list[float | None]:
         """Score completions."""
+        completion_ids = completion_ids if text_ids is None else text_ids
         if not self.shared_ids or prompt_ids is None or completion_ids is None:
             for text in [*plain(prompts), *plain(completions)]:
                 check_characters(text)
             tokenizer = load_tokenizer(self.model)
+            pairs = list(zip(plain(prompts), plain(completions), strict=True))
+            encoded = encode_continuations(tokenizer, pairs)
             # The first token of a completion needs a context, so an empty prompt becomes EOS.
-            prompt_ids = [tokenizer(text).input_ids or [tokenizer.eos_token_id] for text in plain(prompts)]
-            completion_ids = [tokenizer(text, add_special_tokens=False).input_ids for text in plain(completions)]
+            prompt_ids = [prompt or [tokenizer.eos_token_id] for prompt, _ in encoded]
+            completion_ids = [completion for _, completion in encoded]
         scores: list[float | None] = [None] * len(completion_ids)
         kept = [index for index, ids in enumerate(completion_ids) if len(ids)]
         rows = [[*prompt_ids[index], *completion_ids[index]] for index in kept]

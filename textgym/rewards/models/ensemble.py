@@ -70,7 +70,7 @@ class RewardEnsemble:
         log_metric: Callable[[str, float], None] | None = None,
         **ids: Any,
     ) -> list[float]:
-        """Return one score per completion; `prompt_ids` and `completion_ids` are passed on to the members."""
+        """Return one score per completion; `prompt_ids`, `completion_ids` and `text_ids` go to the members."""
         scores = np.array([member(prompts, completions, **ids) for member in self.members])  # (M, N)
         std = scores.std(0)  # (N,)
         if log_metric is not None and scores.size:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from textgym.data.continuations import decode_continuation
 from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import disable_dropout, freeze, load_classifier
 from textgym.models.machine.devices import Device
@@ -113,7 +114,8 @@ class ProcessRewardModel:
             for index, row in zip(batch, scores, strict=True):
                 count = len(completion_ids[index])
                 read = row[: len(rows[index])][-count:] if count else []
-                rewards[index] = self._at_steps([0.0] * (count - len(read)) + read, completion_ids[index])
+                scored = [0.0] * (count - len(read)) + read
+                rewards[index] = self._at_steps(scored, prompt_ids[index], completion_ids[index])
         return rewards
 
     @torch.no_grad()
@@ -124,26 +126,24 @@ class ProcessRewardModel:
         logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.long().to(device)).logits.float()
         return logits[..., 0] if logits.shape[-1] == 1 else logits.softmax(-1)[..., self.label]
 
-    def _at_steps(self, scores: list[float], completion_ids: Sequence[int]) -> list[float]:
+    def _at_steps(self, scores: list[float], prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
         if self.separator is None:
             return scores
-        ends = self._step_ends(completion_ids, self.separator)
+        ends = self._step_ends(prompt_ids, completion_ids, self.separator)
         return [score if token in ends else 0.0 for token, score in enumerate(scores)]
 
-    def _step_ends(self, ids: Sequence[int], separator: str) -> set[int]:
+    def _step_ends(self, prompt_ids: Sequence[int], ids: Sequence[int], separator: str) -> set[int]:
         """Return the indices of tokens that complete a separator, and of the last token if it ends a step."""
         ends: set[int] = set()
         seen, last = 0, -1
         # Prefixes are decoded, because a separator may consist of several tokens, or be part of one.
         for token in range(len(ids)):
-            count = self._text(ids[: token + 1]).count(separator)
+            count = decode_continuation(self.tokenizer, prompt_ids, ids[: token + 1]).count(separator)
             if count > seen:
                 ends.add(token)
                 last = token
             seen = count
-        if ids and (not ends or self._text(ids[last + 1 :]).strip()):
+        before, rest = [*prompt_ids, *ids[: last + 1]], ids[last + 1 :]
+        if ids and (not ends or decode_continuation(self.tokenizer, before, rest).strip()):
             ends.add(len(ids) - 1)
         return ends
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
-from textgym.data.encoding import encode
+from textgym.data.encoding import cut_beginning, encode
 from textgym.data.files import atomic_folder
-from textgym.data.messages import Messages, Text, check_characters
+from textgym.data.messages import Messages, Text, check_characters, has_chat_template
+from textgym.data.special_tokens import control_tokens, frame, framed, spells
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.machine.devices import Device, check_fork, resolve_device
@@ -31,9 +32,10 @@ TINY = ASSETS / "tiny_reward"
 class RewardModel:
     """A reward function that uses a trained sequence classifier: `gain * score + bias` of prompt + completion.
 
-    The score is read at the last real token. Each text ends with exactly one EOS, whether the completion ended with a
-    stop token or at the length limit; anything after an EOS in the completion is cut off. Texts longer than
-    `max_length` lose their beginning. Conversations are rendered with the chat template of the model's tokenizer.
+    The score is read at the last real token. The model reads a completion without the stop token or stop string that
+    ended it, and then exactly one EOS; anything after an EOS in the completion is cut off. This is so for completions
+    that ended at the length limit, too, and whichever tokenizer the policy has. Texts longer than `max_length` lose
+    their beginning, but not their BOS. Conversations are rendered with the chat template of the model's tokenizer.
 
     Args:
         model: Sequence classifier of transformers. It is frozen and its dropout is turned off.
@@ -115,7 +117,7 @@ class RewardModel:
         _restore_bias(model, path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         file = cached_file(path, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
-        plain = score_head(model) is not None and tokenizer.chat_template is None
+        plain = score_head(model) is not None and not has_chat_template(tokenizer)
         saved = json.loads(Path(file).read_text()) if file else {"append_eos": plain and bool(tokenizer.eos_token)}
         return cls(model, tokenizer, **{**saved, **settings})
 
@@ -126,20 +128,22 @@ class RewardModel:
         *,
         prompt_ids: Sequence[Sequence[int]] | None = None,
         completion_ids: Sequence[Sequence[int]] | None = None,
+        text_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
         """Return one score per completion.
 
         If the policy has the same tokenizer (see `share_ids_with`), the model reads ids instead of texts, because
-        decoding and encoding again can change the ids.
+        decoding and encoding again can change the ids: `text_ids`, or else `completion_ids` up to EOS.
         """
         # The ids of a conversation follow the policy's chat template, which may differ from this model's.
         plain = all(isinstance(prompt, str) for prompt in prompts)
-        if self.shared_ids and plain and prompt_ids is not None and completion_ids is not None:
-            pairs = zip(prompt_ids, completion_ids, strict=True)
+        said = completion_ids if text_ids is None else text_ids
+        if self.shared_ids and plain and prompt_ids is not None and said is not None:
+            before, _ = frame(self.tokenizer)
             rows = [
-                self._closed([*(prompt if self.include_prompt else ()), *_before(completion, self._eos)])
-                for prompt, completion in pairs
+                self._closed(framed([*(prompt if self.include_prompt else ()), *_before(ids, self._eos)], before))
+                for prompt, ids in zip(prompt_ids, said, strict=True)
             ]
         else:
             texts = [self.text(prompt, end) for prompt, end in zip(prompts, completions, strict=True)]
@@ -212,7 +216,7 @@ class RewardModel:
         rows = zip(texts, encode(texts, self.tokenizer), strict=True)
         # A chat template may have rendered the last turn's EOS already, possibly with a line break after it.
         return [
-            ids[-self.max_length :]
+            cut_beginning(ids, self.max_length, self.tokenizer.bos_token_id)
             if not isinstance(text, str) and self._eos is not None and self._eos in ids[-2:]
             else self._closed(ids)
             for text, ids in rows
@@ -222,12 +226,17 @@ class RewardModel:
         """Encode texts with an encoder's special tokens, such as [CLS] and [SEP]; long texts lose their beginning."""
         for text in texts:
             check_characters(text)
+        controls = control_tokens(self.tokenizer)
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
         try:
-            rows: list[list[int]] = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+            return [
+                self.tokenizer(
+                    text, truncation=True, max_length=self.max_length, split_special_tokens=spells(text, controls)
+                ).input_ids
+                for text in texts
+            ]
         finally:
             self.tokenizer.truncation_side = side
-        return rows
 
     def calibrate(self, texts: Sequence[Text]) -> RewardModel:
         """Set `gain` and `bias` such that the scores of these texts have mean 0 and standard deviation 1.
@@ -280,7 +289,7 @@ class RewardModel:
         """Return the last `max_length` tokens, with exactly one EOS at the end if `append_eos` is set."""
         ids = ids[:-1] if self.append_eos and ids and ids[-1] == self._eos else ids
         ending = [self._eos] if self.append_eos and self._eos is not None else []
-        closed = ids[-(self.max_length - len(ending)) :] + ending
+        closed = cut_beginning(ids, self.max_length - len(ending), self.tokenizer.bos_token_id) + ending
         if not closed:
             raise ValueError("a text is empty, so it has no last token to read a score from: leave it out")
         return closed
