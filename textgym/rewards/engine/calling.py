@@ -100,12 +100,14 @@ def arguments_for(name: str, function: RewardFunction, finished: Finished, log: 
         RewardError: it demands one that is not there.
     """
     texts = {**finished.columns, "prompts": finished.prompts, "completions": finished.completions}
-    text_ids = finished.completion_ids if finished.text_ids is None else finished.text_ids
-    ids = {"prompt_ids": finished.prompt_ids, "completion_ids": finished.completion_ids, "text_ids": text_ids}
+    ids = {"prompt_ids": finished.prompt_ids, "completion_ids": finished.completion_ids}
     others = {"log_extra": log.extra, "log_metric": log.metric, "trainer_state": state}
     offered = {**texts, **ids, **others}
     named, any_other = accepted_keywords(function)
     wanted = offered.keys() if any_other else offered.keys() & named
+    if "text_ids" in named:  # only if it is asked for: TRL has no such list
+        ids["text_ids"] = finished.completion_ids if finished.text_ids is None else finished.text_ids
+        wanted = wanted | {"text_ids"}
     if "completions_ids" in named:  # the name in the examples of TRL's documentation
         ids["completions_ids"] = finished.completion_ids
         wanted = wanted | {"completions_ids"}

@@ -68,10 +68,11 @@ class RewardEnsemble:
         completions: Sequence[Any],
         *,
         log_metric: Callable[[str, float], None] | None = None,
+        text_ids: Sequence[Sequence[int]] | None = None,
         **ids: Any,
     ) -> list[float]:
         """Return one score per completion; `prompt_ids`, `completion_ids` and `text_ids` go to the members."""
-        scores = np.array([member(prompts, completions, **ids) for member in self.members])  # (M, N)
+        scores = np.array([member(prompts, completions, text_ids=text_ids, **ids) for member in self.members])  # (M, N)
         std = scores.std(0)  # (N,)
         if log_metric is not None and scores.size:
             log_metric("reward_ensemble/std", float(std.mean()))
