@@ -1,7 +1,7 @@
-"""Token log-probs and entropies from hidden states, without ever holding an (N, T, V) tensor.
+"""Token log-probs and entropies from hidden states, without an (N, T, V) tensor in memory.
 
-Logits are made for a chunk of tokens at a time and, when gradients flow through several chunks, made again in the
-backward pass. Log-softmax is taken in float32 whatever the model's dtype.
+Logits are computed for one chunk of tokens at a time. If gradients flow through several chunks, the logits are
+recomputed in the backward pass. Log-softmax is in float32 for every dtype of the model.
 """
 
 from __future__ import annotations
@@ -18,37 +18,41 @@ from textgym.models.distributions.linear_log_probs import LinearLogProbs, Scorin
 from textgym.models.distributions.token_distribution import TokenDistribution
 
 CHUNK_ELEMENTS = 2**22
-"""Logits worked on at once on a CPU: 16 MB in float32, since larger chunks do not fit its cache."""
+"""Number of logits in a chunk on a CPU: 16 MB in float32, because larger chunks do not fit its cache."""
 CUDA_CHUNK_ELEMENTS = 2**27
-"""The same on CUDA: 512 MB in float32, or 880 tokens of a vocabulary of 152,000. Each chunk reads the whole embedding,
-and with a few hundred tokens that takes less time than the arithmetic does."""
+"""Maximum number of logits in a chunk on CUDA: 512 MB in float32, or 880 tokens of a vocabulary of 152,000. Each chunk
+reads the whole embedding, which takes less time than the arithmetic if a chunk has a few hundred tokens."""
 CUDA_BYTES = 64
-"""Free memory that each logit of a chunk needs on CUDA: room for 16 tensors of the chunk's size in float32."""
+"""Bytes of free memory for each logit of a chunk on CUDA: 16 tensors of the chunk's size in float32."""
 
 Head = Callable[[Tensor], Tensor]
 PLAIN = TokenDistribution()
-"""The softmax of the logits as they are."""
+"""The softmax of the logits: temperature 1, no mask."""
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """Which tokens end a row, and how many tokens a response must have before it may end.
+    """The tokens that end a response, and the minimum length of a response.
 
     Attributes:
-        ids: stop token ids.
-        min_new_tokens: before so many response tokens the stop ids have probability zero, wherever tokens are sampled
-            or scored, and the other tokens share their probability.
+        ids: Stop token ids.
+        min_new_tokens: Stop ids have probability 0 for this number of tokens from the start of a response, both in
+            sampling and in scoring; the probabilities of the other tokens are renormalised.
     """
 
     ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
 
     def applies(self, step: Tensor) -> Tensor | None:
-        """Bool, like `step` (the index of a response token): where stop ids are banned; `None` if nowhere ever."""
+        """Return whether stop ids are banned at each step; `None` if they are never banned.
+
+        Args:
+            step: Index of each response token, of any shape; the result has this shape.
+        """
         return step < self.min_new_tokens if self.min_new_tokens and self.ids else None
 
     def allowed(self, step: Tensor, vocab_size: int) -> Tensor:
-        """Bool `(M, V)`: which tokens may be the response tokens with these indices `(M,)`."""
+        """Return bool `(M, V)`: the tokens that are allowed as the response tokens with indices `step` `(M,)`."""
         banned = self.applies(step)
         if banned is None:
             return torch.ones(len(step), vocab_size, dtype=torch.bool, device=step.device)
@@ -68,16 +72,17 @@ def token_log_probs(
 
     Args:
         hidden: `(M, d)` last hidden states before each action.
-        head: the output embedding, `(m, d) -> (m, V)`.
+        head: The output embedding, `(m, d) -> (m, V)`.
         actions: `(M,)` token ids.
-        vocab_size: V, to size the chunks.
-        distribution: temperature, mask and banned stop tokens, in sampling and here alike.
-        entropy_gradient: whether the entropy is to be differentiated; without, it is only a figure to report.
+        vocab_size: V, which determines the size of chunks.
+        distribution: Temperature, mask and banned stop tokens; the same as in sampling, or the ratio of new to old
+            probabilities does not start at 1.
+        entropy_gradient: Whether gradients flow through the entropy; without them it is only a metric.
 
     Returns:
-        log-probs `(M,)` and entropies `(M,)` in nats, float32.
+        Log-probs `(M,)` and entropies `(M,)` in nats, float32.
     """
-    if type(head) is nn.Linear:  # not a subclass, such as a sharded or an adapted one, which computes in its own way
+    if type(head) is nn.Linear:  # not a subclass, such as a sharded or a LoRA one: its forward pass is different
         size = chunk_tokens(vocab_size, hidden.device)
         scoring = Scoring(actions, distribution, size, entropy_gradient)
         device = hidden.device.type
@@ -109,7 +114,7 @@ def full_kl(
 ) -> Tensor:
     """Return the exact KL(pi, pi_ref) of every next-token distribution, `(M,)` nats: the sum over the vocabulary.
 
-    Temperature and banned stop tokens are those of both; a mask is not known here.
+    Temperature and banned stop tokens apply to both distributions. The mask of `distribution` is ignored.
     """
 
     def score(hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None) -> tuple[Tensor]:
@@ -122,10 +127,10 @@ def full_kl(
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """How many tokens' logits `(m, V)` are worked on at once.
+    """Return the number of tokens in a chunk of logits `(m, V)`.
 
-    On CUDA a power of two of them, as many as the free memory has room for: as it goes up and down a little, sums are
-    still rounded alike.
+    On CUDA it depends on the free memory. The number of logits is rounded down to a power of two, so that small changes
+    of the free memory do not change the chunks, and with them the rounding of sums.
     """
     elements = CHUNK_ELEMENTS
     if device.type == "cuda":
@@ -137,7 +142,10 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
 
 
 def in_chunks(score: Callable[..., tuple[Tensor, ...]], vocab_size: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Applies `score` to slices of `(M, ...)` inputs; under gradients each slice is recomputed in the backward pass."""
+    """Apply `score` to chunks of `(M, ...)` inputs; if gradients flow, the backward pass recomputes each chunk.
+
+    Gradient checkpointing: Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost".
+    """
     first = inputs[0]
     assert first is not None
     size, total = chunk_tokens(vocab_size, first.device), first.shape[0]

@@ -1,7 +1,7 @@
-"""Action masks: which tokens may come next, as a function of the context.
+"""Action masks: the tokens that are allowed next, as a function of the context.
 
-A mask by a language model is the remedy for large action spaces: of tens of thousands of tokens it leaves the few that
-make sense (NLPO: Ramamurthy et al., 2022, section 3.2).
+A mask from a language model makes a large action space small: it allows only the few likely tokens out of tens of
+thousands (NLPO: Ramamurthy et al., 2022, section 3.2).
 """
 
 from __future__ import annotations
@@ -19,55 +19,57 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 
 CONTEXTS = 256
-"""Contexts that a plain function of the context is asked about at once."""
+"""Number of contexts in one call of the function of a `FunctionMask`."""
 
 
 class ActionMask(ABC):
-    """Answers with the allowed tokens, for contexts one by one and for whole sequences alike.
+    """Base class of masks: the allowed tokens for a batch of contexts, or for all states of whole sequences.
 
-    Environment, buffer and callbacks hold the same mask, so that a refresh reaches all of them; copying returns it.
+    Environment, buffer and callbacks hold the same mask object, so that a refresh applies to all of them. For this
+    reason `copy.deepcopy` returns the object itself.
     """
 
     @abstractmethod
     def __call__(self, observation: Observation) -> Tensor:
-        """Bool `(B, V)`: the tokens allowed after each observed context."""
+        """Return bool `(B, V)`: the allowed tokens after each context of an observation."""
 
     @abstractmethod
     def of_sequences(self, sequences: Sequences) -> Tensor:
-        """Bool `(M, V)`: the same for the states before each response token, row by row."""
+        """Return bool `(M, V)`: the allowed tokens in the states before each response token, row by row."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ActionMask:
         return self
 
 
 class FunctionMask(ActionMask):
-    """A mask by any function of the context.
+    """A mask that a function of the context computes.
 
     Args:
-        function: takes an observation, `input_ids` and `attention_mask` `(B, W)`, and those of the decoder where there
-            is one; returns bool `(B, V)`. What the ids hold beyond the masks means nothing.
+        function: Takes an observation, that is, a dict with `input_ids` and `attention_mask` `(B, W)`, and also
+            `decoder_input_ids` and `decoder_attention_mask` for encoder-decoder models; returns bool `(B, V)`. Ignore
+            ids where the attention mask is 0.
     """
 
     def __init__(self, function: Callable[[Observation], Any]) -> None:
         self.function = function
 
     def __call__(self, observation: Observation) -> Tensor:
-        """Asks the function."""
+        """Return the function's value."""
         return torch.as_tensor(self.function(observation), dtype=torch.bool)
 
     def of_sequences(self, sequences: Sequences) -> Tensor:
-        """Asks the function about every context that the sequences went through."""
+        """Return the function's values for every context of the sequences."""
         rows, steps = sequences.steps
         chunks = zip(rows.split(CONTEXTS), steps.split(CONTEXTS), strict=True)
         return torch.cat([self(sequences[row].observation(step)) for row, step in chunks])
 
 
 class ModelMask(ActionMask):
-    """A mask by a language model's own opinion of the next token.
+    """Base class of masks that depend on a language model's next-token distribution.
 
     Args:
-        model: a name, a path, a language model or a `TokenModel`; frozen.
-        device: where a model that is given by name is; `None`: where the environment is.
+        model: Name, path, language model or `TokenModel`; it is frozen.
+        device: Device of a model that is given by name; `None` for the device of the environment.
     """
 
     def __init__(self, model: str | nn.Module | TokenModel, device: Device = None) -> None:
@@ -76,32 +78,32 @@ class ModelMask(ActionMask):
 
     @abstractmethod
     def choose(self, logits: Tensor) -> Tensor:
-        """Bool `(m, V)`, from logits `(m, V)`."""
+        """Return the allowed tokens, bool `(m, V)`, for logits `(m, V)`."""
 
     def refresh(self, model: TokenModel) -> None:
-        """Goes by `model` from now on, frozen by the caller: `mask.refresh(policy.frozen_copy())`."""
+        """Replace the model by another one, which the caller has frozen: `mask.refresh(policy.frozen_copy())`."""
         self.model, self.name = model, None
 
     def follow_device(self, device: torch.device) -> None:
-        """Hears from an environment where it is, and goes there unless the caller has chosen a device."""
+        """Move the model to the device of the environment, unless the caller chose a device."""
         if self.name is not None and self.model.device != device:
-            self.model = TokenModel.load(self.name, device=device)  # moved in place, others' would move with it
+            self.model = TokenModel.load(self.name, device=device)  # loaded again: other objects may share the old one
 
     @torch.no_grad()
     def __call__(self, observation: Observation) -> Tensor:
-        """By cached decoding."""
+        """Return the allowed tokens, by cached decoding."""
         return self.choose(self.model.next_logits(observation))
 
     @torch.no_grad()
     def of_sequences(self, sequences: Sequences) -> Tensor:
-        """In one packed pass."""
+        """Return the allowed tokens, by one packed forward pass."""
         return self.choose(self.model.logits(sequences.to(self.model.device).states()))
 
 
 class TopPMask(ModelMask):
-    """The fewest tokens that hold at least the share `p` of the model's probability (its nucleus).
+    """The smallest set of tokens whose total probability is at least `p` (the nucleus; Holtzman et al., 2020).
 
-    At least `min_tokens` of them.
+    The set has at least `min_tokens` tokens.
 
     >>> mask = TopPMask("tiny", p=0.5)
     >>> mask.choose(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()).tolist()
@@ -119,16 +121,16 @@ class TopPMask(ModelMask):
         self.p, self.min_tokens = p, min_tokens
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The tokens before which less than `p` has been gathered, most likely first."""
+        """Return the tokens whose more likely tokens have a total probability below `p`."""
         probabilities, order = logits.softmax(-1).sort(-1, descending=True)
         before = running_sum(probabilities) - probabilities
-        kept = (before < self.p) | (self.p == 1)  # sums reach 1 before the last tokens, by rounding
-        kept[..., : self.min_tokens] = True
-        return torch.zeros_like(kept).scatter_(-1, order, kept)
+        allowed = (before < self.p) | (self.p == 1)  # rounded sums may reach 1 before the last tokens
+        allowed[..., : self.min_tokens] = True
+        return torch.zeros_like(allowed).scatter_(-1, order, allowed)
 
 
 class TopKMask(ModelMask):
-    """The `k` tokens that the model finds most likely.
+    """The `k` most likely tokens of the model.
 
     >>> mask = TopKMask("tiny", k=1)
     >>> mask.choose(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()).tolist()
@@ -142,12 +144,12 @@ class TopKMask(ModelMask):
         self.k = k
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The k largest."""
+        """Return the tokens with the `k` largest logits."""
         chosen = logits.topk(self.k, dim=-1).indices
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def narrow(allowed: Tensor, mask: Tensor) -> Tensor:
-    """Both at once, bool `(B, V)`; where nothing would be left, `allowed` alone."""
+    """Return the intersection of two masks `(B, V)`; `allowed` in rows where the intersection is empty."""
     both = allowed & mask.to(allowed.device)
     return torch.where(both.any(-1, keepdim=True), both, allowed)

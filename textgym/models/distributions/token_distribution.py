@@ -1,7 +1,7 @@
-"""TokenDistribution: how logits become a distribution over the next token.
+"""TokenDistribution: the distribution over the next token, as a function of logits.
 
-Whatever samples tokens or scores them goes through here: stepping, generation, packed passes, the reference, SB3
-policies, Q-functions. So a log-prob means the same everywhere, and a ratio of two starts at 1.
+All code that samples or scores tokens uses it: stepping, generation, packed passes, the reference, SB3 policies,
+Q-functions. So all log-probs are of the same distribution, and the ratio of new to old probabilities starts at 1.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from textgym.models.decoding.stop_tokens import stop_tokens
 
 @dataclass(frozen=True)
 class TokenDistribution:
-    """The distribution softmax(logits / temperature) over the tokens that may come next, in each of m states.
+    """The distribution softmax(logits / temperature) over the allowed next tokens, in each of m states.
 
-    It is computed in float32 whatever the model's dtype, since bfloat16 has 8 bits for a log-prob.
+    It is computed in float32 for every dtype of the model, because bfloat16 has only 8 bits of precision.
 
     >>> TokenDistribution(0.5).log_probs(torch.tensor([[0.0, 1.0]])).exp()
     tensor([[0.1192, 0.8808]])
@@ -28,10 +28,10 @@ class TokenDistribution:
             [0.5000, 0.5000]])
 
     Attributes:
-        temperature: divides the logits.
-        allowed: bool `(m, V)`, which tokens may be chosen; `None` allows all.
-        banned: bool `(m,)`, or `(1,)` for all states: where `stop_ids` may not be chosen; `None` bans them nowhere.
-        stop_ids: stop tokens.
+        temperature: Divisor of the logits.
+        allowed: Bool `(m, V)`, the tokens that the action mask allows; `None` allows all.
+        banned: Bool `(m,)`, or `(1,)` for all states: whether `stop_ids` are forbidden; `None` never forbids them.
+        stop_ids: Stop token ids.
     """
 
     temperature: float = 1.0
@@ -40,25 +40,25 @@ class TokenDistribution:
     stop_ids: tuple[int, ...] = ()
 
     def __getitem__(self, rows: slice) -> TokenDistribution:
-        """The distribution in some of the states."""
+        """Return the distribution in some of the states."""
         allowed = None if self.allowed is None else self.allowed[rows]
         banned = None if self.banned is None else self.banned[rows]
         return TokenDistribution(self.temperature, allowed, banned, self.stop_ids)
 
     def logits(self, logits: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Return the logits `(m, V)` of the distribution, float32; the lowest float where a token may not be chosen.
+        """Return the logits `(m, V)` of the distribution in float32; forbidden tokens have the lowest float.
 
-        The lowest float and not -inf, whose product with a probability of 0 is NaN.
+        It is the lowest float and not -inf, because the product of -inf with a probability of 0 is NaN.
 
         Args:
-            logits: `(m, V)`, as the output head gave them. They are overwritten, unless gradients flow through them.
-            actions: `(m,)`, the tokens to be scored. An agent that chose a forbidden one is scored by the distribution
-                without the mask or ban that forbids it, so its log-prob stays finite.
+            logits: `(m, V)`, the output of the head. They are overwritten, unless gradients flow through them.
+            actions: `(m,)`, the tokens to score. If an action is forbidden, its state's distribution leaves out the
+                mask or ban that forbids it, so that its log-prob is finite.
         """
         logits = logits.float()
         bans = self.banned is not None and bool(self.stop_ids)
         if self.temperature == 1.0 and self.allowed is None and not bans:
-            return logits  # a copy less of what is large
+            return logits  # nothing to change: saves a copy of a large tensor
         if logits.requires_grad:
             logits = logits.clone()
 
@@ -81,10 +81,10 @@ class TokenDistribution:
         return logits
 
     def log_probs(self, logits: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Return the log-probs `(m, V)` of all tokens; arguments as `logits`."""
+        """Return the log-probs `(m, V)` of all tokens; the arguments are those of `logits`."""
         return self.logits(logits, actions).log_softmax(-1)
 
     def log_probs_of(self, logits: Tensor, actions: Tensor) -> Tensor:
-        """Return the log-prob of one token in each state, `(m,)`; arguments as `logits`."""
+        """Return the log-prob `(m,)` of one token in each state; the arguments are those of `logits`."""
         logits = self.logits(logits, actions)
         return logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(-1)

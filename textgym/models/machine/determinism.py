@@ -1,4 +1,4 @@
-"""What a run needs from its environment to repeat itself bit for bit. Without torch, which reads it when it starts."""
+"""Environment variables of bit-for-bit repeatable runs; without importing torch, which reads them when it starts."""
 
 from __future__ import annotations
 
@@ -8,44 +8,47 @@ from pathlib import Path
 
 
 def deterministic_environment(threads: int = 1) -> dict[str, str]:
-    """Return the environment variables that bit-for-bit equality needs; what is set already stays as it is.
+    """Return the environment variables that bit-for-bit equality needs; variables that are set keep their values.
 
-    They must be set before torch is imported: in the shell, or first of all in a script with
+    They must be set before torch is imported: in the shell, or in the first lines of a script with
     `os.environ.update(textgym.deterministic_environment())`. `textgym.models.machine.seeding.deterministic()` then sets
-    torch's side.
+    torch's own switches.
 
     Args:
-        threads: of torch on the CPU. Sums are split among them, so another number rounds otherwise.
+        threads: Number of torch's CPU threads. They split sums, so another number of threads rounds differently.
     """
     needed = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_CBWR": _mkl_branch(),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # with the default one, products on two streams may add up in any order
+        # With cuBLAS's default workspace, sums of matrix products on several streams have no fixed order:
+        # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     return {name: os.environ.get(name) or value for name, value in needed.items()}
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
-    """Set what a bit-for-bit run needs if a command line asks for one; to be called before torch is imported."""
+    """Set the variables if a command line has `--deterministic`; call it before torch is imported."""
     if "--deterministic" in arguments:
         os.environ.update(deterministic_environment())
 
 
 def missing_variables() -> dict[str, str]:
-    """Return those of `deterministic_environment` that are not set."""
+    """Return the variables of `deterministic_environment` that are not set."""
     return {name: value for name, value in deterministic_environment().items() if not os.environ.get(name)}
 
 
 def _mkl_branch() -> str:
-    """One branch of MKL's code, whatever the alignment of memory, without which products round differently each run.
+    """Return the value of MKL_CBWR: one code path of MKL, with the same rounding for every alignment of memory.
 
-    `COMPATIBLE` runs on every processor and takes about three times as long.
+    Without it MKL chooses by alignment, which differs from run to run. `COMPATIBLE` works on every processor and takes
+    about three times as long as `AVX2,STRICT`.
     """
     return "AVX2,STRICT" if "avx2" in _processor_flags() else "COMPATIBLE"
 
 
 def _processor_flags() -> list[str]:
-    """Instruction sets of this machine's processor, as far as Linux says."""
+    """Return the instruction sets of this machine's processor; empty if it is not Linux."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = [line for line in lines if line.startswith("flags")]

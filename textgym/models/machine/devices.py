@@ -1,4 +1,4 @@
-"""Devices by name, and the states of random generators, which differ from one kind of device to another."""
+"""Devices by name, and saving and restoring random generators across kinds of devices."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Device = torch.device | str | None
 
 
 class GeneratorState(TypedDict):
-    """State of a random generator: the kind of device that it draws on, `"cpu"` or `"cuda"`, and bytes on the CPU."""
+    """State of a random generator: the type of its device, such as `"cpu"` or `"cuda"`, and its bytes on the CPU."""
 
     kind: str
     state: Tensor
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the device that a name stands for, with its number, so that `"cuda"` and `"cuda:0"` compare equal.
+    """Return the device of a name, with its index, so that `"cuda"` and `"cuda:0"` compare equal.
 
     Args:
-        device: `"cpu"`; `"cuda"`, the current GPU; `"cuda:1"`; or `"auto"`, the current GPU where there is one and the
-            CPU elsewhere. `None` is the CPU.
+        device: `"cpu"`; `"cuda"`, the current GPU; `"cuda:1"`; or `"auto"`, the current GPU if there is one and the CPU
+            otherwise. `None` is the CPU.
 
     Raises:
-        ValueError: the device is unknown, is not on this machine, or cannot be used in a forked process.
+        ValueError: If the device is unknown, is not on this machine, or cannot be used in a forked process.
     """
     if device is None:
         return torch.device("cpu")
@@ -51,7 +51,7 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def use_device(device: Device) -> torch.device:
-    """Return `resolve_device(device)`, and make it the current GPU if it is one, for all that asks for "cuda" alone."""
+    """Return `resolve_device(device)`; a GPU becomes the current one, which other libraries use for `"cuda"`."""
     found = resolve_device(device)
     if found.type == "cuda":
         torch.cuda.set_device(found)
@@ -59,22 +59,25 @@ def use_device(device: Device) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device and what it is: `"cuda:0 (NVIDIA H100 80GB HBM3)"`, or `"cpu"`."""
+    """Return a device with the name of its hardware: `"cuda:0 (NVIDIA H100 80GB HBM3)"`, or `"cpu"`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a GPU the current one for a block: graphs are captured, and streams made, on the current one."""
+    """Make a GPU the current one for a block, because torch captures graphs and makes streams on the current GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def check_one_device(**devices: torch.device) -> None:
-    """Check that parts that work together are on one device; they are named by the keywords.
+    """Check that objects that work together are on one device.
 
     >>> check_one_device(policy=torch.device("cpu"), environment=torch.device("cpu"))
 
+    Args:
+        devices: Device of each object, by the object's name in the error message.
+
     Raises:
-        ValueError: two of them are on different ones.
+        ValueError: If two of them are on different devices.
     """
     (first, here), *others = devices.items()
     for name, there in others:
@@ -86,10 +89,11 @@ def check_one_device(**devices: torch.device) -> None:
 
 
 def check_fork(kind: str) -> None:
-    """Check that this process may use this kind of device.
+    """Check that this process can use this type of device.
 
     Raises:
-        ValueError: it is a forked child of a process that had used CUDA, where CUDA cannot start again.
+        ValueError: If the type is `"cuda"` and a parent process used CUDA before it forked this one: CUDA cannot be
+            initialised again in a forked process.
     """
     if kind == "cuda" and torch.cuda._is_in_bad_fork():
         raise ValueError(
@@ -100,15 +104,16 @@ def check_fork(kind: str) -> None:
 
 
 def generator_state(generator: torch.Generator) -> GeneratorState:
-    """Return the state of a generator, for `restore_generator`."""
+    """Return the state of a generator for `restore_generator`."""
     return {"kind": generator.device.type, "state": generator.get_state().cpu()}
 
 
 def restore_generator(generator: torch.Generator, saved: GeneratorState) -> None:
-    """Put a generator where `generator_state` found it, or one on another kind of device.
+    """Restore a state of `generator_state`, or seed from it if the generator is on another type of device.
 
-    Kinds of devices have different generators. On another kind the stream is seeded with a hash of the saved state, so
-    that two runs that go on from one checkpoint still equal each other, though not the undisturbed run.
+    Types of devices have different algorithms, so a state is only valid on its own type. On another type the generator
+    is seeded with a hash of the state: runs that resume from one checkpoint equal each other, but not the uninterrupted
+    run.
     """
     state = saved["state"].cpu()
     if saved["kind"] == generator.device.type:
@@ -119,9 +124,9 @@ def restore_generator(generator: torch.Generator, saved: GeneratorState) -> None
 
 
 def seed_of(state: Tensor) -> int:
-    """Return a seed that follows from a generator's state."""
+    """Return a seed that is a function of a generator's state."""
     digest = hashlib.sha256(bytes(state.tolist())).digest()
-    return int.from_bytes(digest[:8], "little") >> 1  # 63 bits: CUDA's generator takes no negative numbers
+    return int.from_bytes(digest[:8], "little") >> 1  # 63 bits: CUDA's generator rejects negative seeds
 
 
 def _gpu(device: torch.device) -> torch.device:
@@ -133,7 +138,7 @@ def _gpu(device: torch.device) -> torch.device:
 
 
 def _what_is_there() -> str:
-    """The devices of this machine, and what to pass."""
+    """Return the devices of this machine and what to pass, for error messages."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         gpus = "one GPU, 'cuda:0'" if count == 1 else f"{count} GPUs, 'cuda:0' to 'cuda:{count - 1}'"
@@ -145,6 +150,6 @@ def _what_is_there() -> str:
 
 
 def _accelerator() -> str | None:
-    """The kind of this machine's accelerator, such as `"mps"`."""
+    """Return the type of this machine's accelerator, such as `"mps"`."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type

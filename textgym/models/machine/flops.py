@@ -1,4 +1,4 @@
-"""FlopCount: counts floating-point operations, those of replayed CUDA graphs too, and changes none of them."""
+"""FlopCount: count floating-point operations, including those of replayed CUDA graphs, without changing results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 class FlopCount(TorchDispatchMode):
-    """Counts matrix products, convolutions and attention by the formulas of `torch.utils.flop_counter`.
+    """Context manager that counts matrix products, convolutions and attention by torch's formulas.
 
-    That module's own counter takes some operations apart before it runs them, such as the gradient of SiLU, so that a
-    model trains with other roundings while it counts; this one runs everything as it is.
+    `torch.utils.flop_counter.FlopCounterMode` decomposes some operations before it runs them, such as the gradient of
+    SiLU, and this changes the rounding. `FlopCount` uses its formulas but runs every operation unchanged.
 
     Attributes:
-        by_operation: operations so far, two for each multiply-add, by what did them: "mm", "addmm", "bmm", ...
+        by_operation: Floating-point operations so far by operator ("mm", "addmm", "bmm", ...); a multiply-add counts as
+            two.
 
     >>> with FlopCount() as count:
     ...     product = torch.ones(2, 3) @ torch.ones(3, 5)
@@ -42,11 +43,11 @@ class FlopCount(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Total number of floating-point operations."""
         return self.by_operation.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation, and counts it."""
+        """Run an operator and count its operations."""
         result = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
@@ -54,14 +55,14 @@ class FlopCount(TorchDispatchMode):
         return result
 
 
-_counting: list[FlopCount] = []  # those that are under way
+_counting: list[FlopCount] = []  # counters that are active
 
 
 @contextlib.contextmanager
 def captured() -> Iterator[Counter[str]]:
-    """Count what is captured as a CUDA graph in this block, for `replayed`.
+    """Count the operations that are captured as a CUDA graph in this block, for `replayed`.
 
-    Counts under way leave it out: what is captured is recorded, and not carried out.
+    They are subtracted from the active counters, because a capture records operations and does not run them.
     """
     outer = list(_counting)
     with FlopCount() as own:
@@ -73,7 +74,7 @@ def captured() -> Iterator[Counter[str]]:
 
 
 def replayed(operations: Counter[str]) -> None:
-    """Add what `captured` counted to the counts under way, which see nothing of a replay."""
+    """Add operations that `captured` counted to the active counters, because torch does not dispatch a replay."""
     for count in _counting:
         count.by_operation.update(operations)
 
@@ -88,7 +89,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 FORMULAS: dict[Any, Any] = {
     **flop_registry,
-    # What torch does not know: attention on the CPU.
+    # torch's registry has no formulas for attention on the CPU.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
 }

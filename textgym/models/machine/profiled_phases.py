@@ -1,4 +1,4 @@
-"""Phases: marks of what a training run is doing, which cost nothing unless a profiler listens."""
+"""Named phases of a training run, such as "decode", which a profiler can measure; without one they cost nothing."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Protocol
 
 
 class Listener(Protocol):
-    """Told of every phase that begins or ends; phases may lie within phases."""
+    """Object whose methods are called when a phase begins or ends; phases may be nested."""
 
     def enter(self, name: str) -> None:
-        """A phase begins."""
+        """Called when a phase begins."""
 
     def leave(self) -> None:
-        """The phase that began last ends."""
+        """Called when the innermost phase ends."""
 
 
 _listener: Listener | None = None
 
 
 def listen(listener: Listener | None) -> None:
-    """From now on this listener is told, and no other; `None` for nobody."""
+    """Replace the listener; `None` removes it."""
     global _listener
     _listener = listener
 
 
 class phase:
-    """Marks the work in its block as a part of this phase.
+    """Context manager for the work of one phase.
 
     >>> with phase("decode"):
     ...     pass

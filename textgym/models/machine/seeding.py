@@ -1,4 +1,4 @@
-"""Runs that repeat themselves: the random numbers that everybody shares, and arithmetic that always rounds alike."""
+"""Repeatable runs: global random generators, and deterministic arithmetic."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ from textgym.models.machine.devices import seed_of
 
 
 def deterministic() -> None:
-    """Make torch round alike in every run on this machine: the same threads, kernels and precision.
+    """Make torch round the same way in every run on this machine: fixed threads, deterministic kernels, no TF32.
 
     Deterministic kernels may be slower, and an operation that has none raises an error.
 
     Raises:
-        ValueError: the environment lacks what torch and MKL read when they start, see
+        ValueError: If environment variables are missing that torch and MKL read when they start. See
             `textgym.deterministic_environment`.
     """
     if missing := missing_variables():
         settings = " ".join(f"{name}={value}" for name, value in missing.items())
         raise ValueError(
-            f"bit-for-bit runs need variables of the environment before torch is imported: start with {settings}, "
+            f"bit-for-bit runs need environment variables before torch is imported: start with {settings}, "
             "or begin the script with `import os, textgym; os.environ.update(textgym.deterministic_environment())`"
         )
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("highest")  # no TF32 in products
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False  # which would choose the kernel that was fastest this time
+    torch.backends.cudnn.benchmark = False  # it chooses the fastest kernel by timing, which differs from run to run
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators, which `transformers.Trainer` does too, and puts them back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (others' generators, kept for them)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):  # it warns of several unless they are named
+    """Seed torch's global generators in a block; afterwards restore all global generators.
+
+    `transformers.Trainer` seeds Python's and NumPy's too, so these are restored as well.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (they belong to the caller)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # named, or it warns if there are several GPUs
         torch.manual_seed(seed)
         try:
             yield
@@ -51,8 +54,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def global_generators() -> dict[str, Any]:
-    """States of the generators that everybody shares: Python's, NumPy's and torch's; plain values and tensors."""
-    state: Any = np.random.get_state()  # noqa: NPY002  (reward functions may draw from it)
+    """Return the states of the global generators of Python, NumPy and torch, as plain values and tensors."""
+    state: Any = np.random.get_state()  # noqa: NPY002  (reward functions may use it)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     python = random.getstate()
     return {
@@ -64,7 +67,7 @@ def global_generators() -> dict[str, Any]:
 
 
 def restore_global_generators(states: dict[str, Any]) -> None:
-    """Puts them back where `global_generators` found them; a GPU that was not there begins where the CPU's went on."""
+    """Restore the states of `global_generators`; a GPU without a saved state is seeded from the CPU's state."""
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
     torch.set_rng_state(states["torch"])

@@ -1,4 +1,4 @@
-"""OneDeviceArguments: `transformers.TrainingArguments` for training where the model is."""
+"""OneDeviceArguments: `transformers.TrainingArguments` for training on the device of the model."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from textgym.models.machine.devices import resolve_device
 
 @dataclass
 class OneDeviceArguments(TrainingArguments):
-    """Trains a model on the device that it is on, and on no other.
+    """Training arguments that use only the device of the model.
 
-    `TrainingArguments` takes every GPU that a single process sees: it moves the model to the first one, wraps it in
-    `DataParallel` and multiplies the batch by their number. Several processes each have a device already, which stays.
-    The device becomes the current one, so whoever trains does so within `on_device`.
+    `TrainingArguments` uses every GPU that a single process sees: it moves the model to the first one, wraps it in
+    `DataParallel` and multiplies the batch size by the number of GPUs. In a run of several processes the launcher's
+    device of each process stays. The device becomes the current one, so train within `on_device`, which restores it.
     """
 
     model_device: str = "cpu"
-    """Where the model is."""
+    """The device of the model."""
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.model_device == "cpu"  # without it bf16 is refused on a CPU
+        self.use_cpu = self.model_device == "cpu"  # otherwise `TrainingArguments` rejects bf16 on a CPU
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # accelerate moves to the current GPU, which was made the first one
+            # `TrainingArguments` made the first GPU the current one, and accelerate moves the model to the current one.
+            torch.cuda.set_device(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where batches go, and the model, if it were elsewhere."""
+        """The device of batches and of the model."""
         found: torch.device = super().device
         return found if self.parallel_mode == ParallelMode.DISTRIBUTED else resolve_device(self.model_device)
 
     @property
     def n_gpu(self) -> int:
-        """GPUs that this process trains on."""
+        """Number of GPUs that this process trains on."""
         return min(super().n_gpu, 1)

@@ -1,4 +1,4 @@
-"""Copies several tensors between host and device at once, since the host waits for each copy."""
+"""Copy several tensors between host and device in one transfer, because the host waits for each transfer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CPU = torch.device("cpu")
 
 
 def to_host(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one device on the CPU, by one copy; those of a CPU as they are."""
+    """Return tensors of one device on the CPU, after one copy; CPU tensors are returned unchanged."""
     return _moved(tensors, CPU)
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    """Tensors of the CPU on a device, by one copy, which the host does not wait for; what is there stays as it is."""
+    """Return CPU tensors on a device, after one asynchronous copy; tensors of that device are returned unchanged."""
     return _moved(tensors, device)
 
 
@@ -26,11 +26,11 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     here = tensors[0].device
     if here.type == device.type and device.index in (None, here.index):
         return list(tensors)
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)  # so that each part begins where it may
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)  # large items first keep all parts aligned
     packed = torch.cat([tensors[i].detach().contiguous().flatten().view(torch.uint8) for i in order])
     uploads = here.type == "cpu" and device.type == "cuda"
     if uploads:
-        packed = packed.pin_memory()  # from other memory the copy would wait for all work on the device
+        packed = packed.pin_memory()  # a copy from pageable memory would wait for all work on the device
     parts = packed.to(device, non_blocking=uploads).split([tensors[i].nbytes for i in order])
     moved = {i: part.view(tensors[i].dtype).view(tensors[i].shape) for i, part in zip(order, parts, strict=True)}
     return [moved[i] for i in range(len(tensors))]
