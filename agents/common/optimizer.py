@@ -1,18 +1,12 @@
-"""AdamW (Loshchilov and Hutter, 2019) as the agents use it: without decay, its moments in 32 bits or in 8.
-
-Every step is checked first: no NaN and no infinity reaches the weights.
-"""
+"""AdamW (Loshchilov and Hutter, 2019) as the agents use it: without decay, its moments in 32 bits or in 8."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from textgym.errors import NonFiniteError
+from torch import nn
 
 
 def adamw(
@@ -36,16 +30,3 @@ def adamw(
         raise ImportError("adam_8bit=True needs bitsandbytes: pip install 'textgym[adam8bit]'") from error
     untyped: Any = optim
     return untyped.AdamW8bit(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0)
-
-
-def check_finite(name: str, value: Tensor, update: int) -> None:
-    """Check a number of a step before the step is made.
-
-    Raises:
-        NonFiniteError: it is NaN or infinite.
-    """
-    if not math.isfinite(number := float(value)):
-        raise NonFiniteError(
-            f"the {name} of update {update} is {number}: the step was not made, and the weights are as they were "
-            "before it. Look for rewards or log-probs that are too large, lower learning_rate, or train in float32"
-        )

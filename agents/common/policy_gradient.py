@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.models.machine.finite import check_finite
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.settings import Count, NotNegative
 
 from ..machine.distributed import evenly, everyone, share_of, total
 from .metrics import TensorMetrics, mean_over, on_host
-from .optimizer import check_finite
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
@@ -155,7 +155,7 @@ class PolicyGradientAgent(RolloutAgent):
             for name, value in {**reported, "loss": loss}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value.detach().double()
         metrics = dict(zip(metrics, total(torch.stack(list(metrics.values()))), strict=True))
-        check_finite("loss", metrics.pop("loss"), self.updates + 1)
+        check_finite("loss", metrics.pop("loss"), f"update {self.updates + 1}")
         metrics["val/grad_norm"] = self.apply_gradients()
         return metrics
 

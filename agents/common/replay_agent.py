@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic, PolicyLike, Step
+from textgym.models.machine.finite import check_finite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import Observation, TokenModel
@@ -30,7 +31,6 @@ from textgym.settings import Count, Positive, PositiveShare, Share, at_least
 
 from ..machine.distributed import count
 from .metrics import TensorMetrics, mean_over, on_host
-from .optimizer import check_finite
 from .replay_buffer import ReplayBatch, ReplayBuffer
 from .rollout import Rollout, collect
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
@@ -231,7 +231,7 @@ class ReplayAgent(RolloutAgent):
                 self.memory.reprioritise(part.indices, errors, part.sequences.response_mask)
             for name, value in {**reported, "loss": loss.detach()}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
-        check_finite("loss", metrics.pop("loss"), self.updates + 1)
+        check_finite("loss", metrics.pop("loss"), f"update {self.updates + 1}")
         metrics["val/grad_norm"] = self.apply_gradients()
         self.steps += 1
         return metrics

@@ -22,6 +22,7 @@ from transformers import TrainerState
 from textgym.envs.interface import rollout_env
 from textgym.models.actor_critic import PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
+from textgym.models.machine.finite import check_finite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.settings import Count, NotNegative, Positive, check_settings
@@ -42,7 +43,7 @@ from ..machine.distributed import (
 )
 from ..machine.out_of_memory import memory_explained
 from .metrics import episode_metrics
-from .optimizer import adamw, check_finite
+from .optimizer import adamw
 from .rollout import Rollout, collect, merge
 from .saving import load_agent, save_agent
 
@@ -230,7 +231,7 @@ class RolloutAgent(ABC):
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         add_up_gradients(weights)
         norm: Tensor = full(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
-        check_finite("gradient norm", norm, self.updates + 1)
+        check_finite("gradient norm", norm, f"update {self.updates + 1}")
         self.optimizer.step()
         return norm
 

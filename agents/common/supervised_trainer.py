@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.models.sequences import Sequences
 from textgym.rewards.models.pairwise import SILENT
@@ -79,7 +80,7 @@ class SupervisedTrainer(Trainer):
             args=arguments,
             train_dataset=range(len(agent)),  # the agent knows what the numbers stand for
             data_collator=agent.collate,
-            callbacks=[_Report(self, callbacks)],
+            callbacks=[_Report(self, callbacks), FiniteGradients()],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gives shares of the batch's mean, not means of their own

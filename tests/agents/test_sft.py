@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from textgym.agents import SFT, SFTConfig
 from textgym.agents.machine.memory_by_role import SavedForBackward
 from textgym.agents.runs.evaluation import generate
+from textgym.errors import NonFiniteError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.testing import (
@@ -389,3 +390,19 @@ def test_the_tokenizer_is_the_policys_own_and_never_a_guess(tmp_path: Path) -> N
     [text] = SFT(ActorCritic.from_pretrained(tmp_path), rows).texts
     assert text.prompt == [97]
     assert text.completion == [98, EOS]
+
+
+def test_a_step_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = ActorCritic.from_pretrained(mock_lm())
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    agent = SFT(policy, [{"prompt": "a", "completion": "b"}] * 2, byte_tokenizer(), SFTConfig(max_steps=1))
+    plainly = agent.loss
+
+    def spoilt(*arguments: Any) -> Any:
+        loss, metrics = plainly(*arguments)
+        return loss * torch.nan, metrics
+
+    monkeypatch.setattr(agent, "loss", spoilt)
+    with pytest.raises(NonFiniteError, match="the gradient norm of step 1 is nan"):
+        agent.learn()
+    assert all(torch.equal(value, before[key]) for key, value in policy.state_dict().items())

@@ -16,12 +16,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from textgym.data.messages import Text
 from textgym.models.machine.devices import on_device
+from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
 from textgym.settings import Count, NotNegative, Positive, Share, check_settings
 
 Pair = Mapping[str, Any]
+TEXTS_PER_BATCH = 16
+"""Most texts of one prompt in an element of a batch: as many as raters compare at once."""
 SILENT: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": [],
@@ -152,11 +155,34 @@ def fit(
             args=arguments,
             train_dataset=groups,
             data_collator=GroupCollator(groups, encode),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, FiniteGradients()],
             optimizers=(MuonAndAdamW(scorer, config), None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+
+
+def cut_groups(groups: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
+    """Cut groups of one prompt with more than `TEXTS_PER_BATCH` different texts into parts with at most so many.
+
+    A prompt with hundreds of pairs would otherwise be one huge update. What the pairs themselves call a `group` stays
+    whole.
+    """
+    parts: list[list[Pair]] = []
+    for group in groups:
+        if group[0].get("group") is not None:
+            parts.append(list(group))
+            continue
+        texts: set[str] = set()
+        parts.append([])
+        for pair in group:
+            both = {text_key(text_of(pair, side)) for side in ("chosen", "rejected")}
+            if parts[-1] and len(texts | both) > TEXTS_PER_BATCH:
+                texts = set()
+                parts.append([])
+            texts |= both
+            parts[-1].append(pair)
+    return parts
 
 
 class PairwiseTrainer(Trainer):

@@ -19,7 +19,7 @@ from textgym.models.loading import freeze, load_classifier, load_tokenizer
 from textgym.models.machine.devices import Device
 from textgym.models.machine.seeding import seeded
 from textgym.rewards.models.last_token import LastTokenScorer
-from textgym.rewards.models.pairwise import RewardModelConfig, fit
+from textgym.rewards.models.pairwise import RewardModelConfig, cut_groups, fit
 from textgym.rewards.models.reward_model import RewardModel
 
 
@@ -35,7 +35,8 @@ def train_reward_model(
     """Train a reward model on preference pairs with `transformers.Trainer`, without output or files.
 
     Pairs with the same `group` (or the same `prompt`, if there are no groups) are one element of a batch, in which each
-    text is encoded once, in however many pairs it occurs (Ouyang et al., 2022, section 3.5).
+    text is encoded once, in however many pairs it occurs (Ouyang et al., 2022, section 3.5). A prompt with more than 16
+    different texts makes several elements.
 
     Args:
         preferences: Any source that `load_preferences` accepts. Pairs have `chosen` and `rejected` (texts or
@@ -56,7 +57,7 @@ def train_reward_model(
     pairs = load_preferences(preferences)
     if heldout is None:
         pairs, heldout = split_preferences(pairs, config.heldout_fraction, config.seed)
-    groups, heldout = _grouped(pairs), load_preferences(heldout) if heldout else []
+    groups, heldout = cut_groups(_grouped(pairs)), load_preferences(heldout) if heldout else []
     with seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
         model = load_classifier(base, num_layers=config.num_layers, device=device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from textgym.errors import NonFiniteError
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
-from textgym.rewards.models.pairwise import GroupCollator, MuonAndAdamW, pairwise_loss
+from textgym.rewards.models.pairwise import TEXTS_PER_BATCH, GroupCollator, MuonAndAdamW, cut_groups, pairwise_loss
 from textgym.testing import Measured, assert_close, assert_learns, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
@@ -172,14 +175,16 @@ def test_the_optimiser_moves_matrices_by_muon_and_the_rest_by_adamw() -> None:
     assert sum(not torch.equal(*pair) for pair in zip(before, model.model.parameters(), strict=True)) == len(by_muon)
 
 
+class CountSteps(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.steps += 1
+
+
 def test_callbacks_of_transformers_are_called(mock_folder: Path) -> None:
-    class Count(TrainerCallback):
-        steps = 0
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.steps += 1
-
-    count = Count()
+    count = CountSteps()
     train_reward_model(
         PAIRS, mock_folder, config=RewardModelConfig(epochs=1, groups_per_batch=1), heldout=PAIRS, callbacks=[count]
     )
@@ -280,3 +285,47 @@ def test_preferences_in_every_format_of_trl(mock_folder: Path) -> None:
         assert pairwise_accuracy(model, [pair]) == float(scores[-1][0] > scores[-1][1])
     for other in scores[1:]:
         assert_close(other, scores[0], terms=FORWARD)
+
+
+def test_a_prompt_with_hundreds_of_pairs_makes_many_updates(mock_folder: Path) -> None:
+    pairs = [{"prompt": "p", "chosen": f"good {index}", "rejected": f"bad {index}"} for index in range(300)]
+    count = CountSteps()
+    train_reward_model(pairs, mock_folder, config=RewardModelConfig(epochs=1), callbacks=[count])
+    assert count.steps == 38  # 8 pairs of 2 texts each
+
+
+def test_groups_are_cut_only_where_they_have_too_many_texts() -> None:
+    ranking = [{"chosen": a, "rejected": b} for a, b in itertools.combinations("abcdefghi", 2)]  # 36 pairs, 9 texts
+    named = [{"chosen": str(index), "rejected": "bad", "group": 0} for index in range(99)]
+    assert cut_groups([ranking, named]) == [ranking, named]
+    long = [{"prompt": "p", "chosen": str(index), "rejected": str(index + 1)} for index in range(10_000)]
+    parts = cut_groups([long])
+    assert [pair for part in parts for pair in part] == long
+    for part in parts:
+        assert len({pair[side] for pair in part for side in ("chosen", "rejected")}) <= TEXTS_PER_BATCH
+
+
+def test_a_step_that_is_not_finite_is_refused(mock_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[torch.nn.Module] = []
+
+    def spoilt(chosen: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return chosen.sum() * math.nan
+
+    class Remember(TrainerCallback):
+        def on_train_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+            trained.append(model)
+
+    monkeypatch.setattr("textgym.rewards.models.pairwise.pairwise_loss", spoilt)
+    with pytest.raises(NonFiniteError, match="the gradient norm of step 1 is nan"):
+        train_reward_model(PAIRS, mock_folder, config=FAST, callbacks=[Remember()])
+    assert all(weight.isfinite().all() for weight in trained[0].parameters())
+
+
+def test_texts_whose_lengths_differ_by_a_hundred_times_are_trained_on_as_if_alone(mock_folder: Path) -> None:
+    model = RewardModel.from_pretrained("tiny")
+    short, long = "good", "bad " * 300
+    together = model.score_texts([short, long])
+    for score, text in zip(together, (short, long), strict=True):
+        assert_close(score, model.score_texts([text])[0], terms=FORWARD, scale=10.0)
+    loss = train_reward_model([{"chosen": short, "rejected": long}] * 2, mock_folder, config=RewardModelConfig())[0]
+    assert all(weight.isfinite().all() for weight in loss.model.parameters())

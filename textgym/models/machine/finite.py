@@ -1,0 +1,48 @@
+"""No NaN and no infinity reaches the weights: a step of the optimiser is checked before it is made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from textgym.errors import NonFiniteError
+
+
+def check_finite(quantity: str, value: Tensor, step: str) -> None:
+    """Check a number that a step rests on.
+
+    Args:
+        quantity: What the number is, for the error.
+        value: The number.
+        step: Which step it is, for the error.
+
+    Raises:
+        NonFiniteError: If it is NaN or infinite.
+    """
+    if not math.isfinite(number := float(value)):
+        raise NonFiniteError(
+            f"the {quantity} of {step} is {number}: the step was not made, and the weights are as they were before it. "
+            "Look for numbers that are too large among rewards and log-probs, lower learning_rate, or train in float32"
+        )
+
+
+class FiniteGradients(TrainerCallback):
+    """Refuses a step of a `transformers.Trainer` whose gradient is NaN or infinite.
+
+    Raises:
+        NonFiniteError: When the step would be made.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Check the gradient, which a norm that is not finite has spoilt everywhere."""
+        assert model is not None
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        check_finite("gradient norm", torch.nn.utils.get_total_norm(own), f"step {state.global_step + 1}")
