@@ -45,9 +45,10 @@ class EpisodeReplayBuffer(ReplayBuffer):
 
     An episode without a score is forgotten when it ends: nothing can be learned from it.
 
-    A batch is made of whole episodes drawn at random, the last one cut to fill it, so every transition is as likely as
-    any other, and both networks need one pass over each episode. Transitions of one episode are correlated: a batch of
-    256 holds as many independent texts as 10 to 20 of single transitions would, at their cost.
+    A batch is made of whole episodes in random order, the first and the last one cut to fill it. Every transition is as
+    likely as any other, none comes twice in a batch unless the buffer holds fewer, and both networks need one pass over
+    each episode. Transitions of one episode are correlated: a batch of 256 holds as many independent texts as 10 to 20
+    of single transitions would, at their cost.
 
     Args:
         buffer_size: transitions kept; the oldest episodes go first.
@@ -133,7 +134,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
             self._close(row, terminated=not timeout)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
-        """`batch_size` transitions: whole episodes, the last one cut to fill the batch.
+        """`batch_size` transitions: whole episodes, but for the first and the last one.
 
         Raises:
             ValueError: the buffer is empty.
@@ -188,22 +189,35 @@ class EpisodeReplayBuffer(ReplayBuffer):
         return PackedStates.prefixes(*map(self.to_torch, (ids, lengths, row, sizes)))
 
     def _sample_pieces(self, batch_size: int) -> list[Piece]:
+        """A stretch of a ring of all episodes in random order, from a transition that is as likely as any other.
+
+        To draw whole episodes and cut the last one would favour short texts, and the middle of long ones over their
+        ends, where the score is.
+        """
         under_way = np.flatnonzero(self.lengths > self.prompt_lengths)
-        available = len(self.episodes) + len(under_way)
-        if not available:
+        sizes = np.array(
+            [len(episode.rewards) for episode in self.episodes]
+            + (self.lengths - self.prompt_lengths)[under_way].tolist()
+        )
+        if not len(sizes):
             raise ValueError(
                 "the replay buffer is empty: add transitions before sampling; episodes without a score are not kept"
             )
+        order = np.random.permutation(len(sizes))  # noqa: NPY002  (the generator that SB3 seeds)
+        ends = sizes[order].cumsum()
+        start = np.random.randint(ends[-1])  # noqa: NPY002
+        place = int(np.searchsorted(ends, start, side="right"))
+        first = int(sizes[order[place]] - (ends[place] - start))
         pieces: list[Piece] = []
         missing = batch_size
         while missing:
-            index = int(np.random.randint(available))  # noqa: NPY002  (the generator that SB3 seeds)
+            index = int(order[place])
             done = index < len(self.episodes)
             episode = self.episodes[index] if done else self._under_way(under_way[index - len(self.episodes)])
-            count = min(missing, len(episode.rewards))
-            first = int(np.random.randint(len(episode.rewards) - count + 1))  # noqa: NPY002
+            count = min(missing, len(episode.rewards) - first)
             pieces.append(Piece(episode, first, first + count))
             missing -= count
+            place, first = (place + 1) % len(order), 0
         return pieces
 
     def _under_way(self, row: int | np.integer[Any], terminated: bool = False) -> Episode:
