@@ -112,6 +112,7 @@ class RolloutAgent(ABC):
                 f"{type(self).__name__} does not know the environment's action_mask and would score its actions "
                 "without it: make the environment without, or use textgym.sb3 with sb3-contrib's MaskablePPO"
             )
+        self.base_env.fit(policy)
         join()
         if self.config.episodes_per_update % (envs.num_envs * count()):
             processes = f" times {count()} processes" if count() > 1 else ""

@@ -62,6 +62,7 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
     if len(prompts) == 0:
         raise ValueError("there are no prompts to complete: choose at least one")
     base_env = rollout_env(envs)
+    base_env.fit(policy)
     policy.seed(seed)
     rollouts, transcripts, finished = [], [], []
     training_state = base_env.scorer.state()  # evaluation must not change the running scale of training

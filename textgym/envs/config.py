@@ -81,7 +81,8 @@ class TextConfig:
     min_new_tokens: int = 0
     """Stop tokens are masked until the response has this many tokens."""
     stop: Sequence[str | int] = ()
-    """Stop strings and stop token ids, in addition to the tokenizer's EOS."""
+    """Stop strings and stop token ids, in addition to the tokenizer's EOS and those of the model's generation config,
+    where the model is known."""
     action_mask: MaskSpec | None = None
     """`TopPMask`, `TopKMask` or a function of the observation that returns the allowed tokens, bool `(B, V)`. It
     restricts `action_masks()` and the reference."""
@@ -92,7 +93,8 @@ class TextConfig:
 
     # KL
     reference: str | nn.Module | None = None
-    """Reference model of the KL penalty: name, path or model."""
+    """Reference model of the KL penalty: name, path or model. A model that may be trained is copied; one whose weights
+    are frozen is used as it is."""
     kl_coef: float | KLController = 0.0
     """Beta, the coefficient of the KL penalty; or a controller such as `AdaptiveKL(target=6)`."""
     kl_estimator: Estimator = "k1"

@@ -185,6 +185,9 @@ class RolloutEnv(Protocol):
     @property
     def transcript(self) -> list[dict[str, Any]]: ...  # noqa: D102
 
+    def fit(self, policy: TokenModel) -> None:
+        """Compare a policy with tokenizer, reference and lengths; see `TextVectorEnv.fit`."""
+
     def agent_penalty(self, start: Callable[[], TokenModel], agent: str) -> KLPenalty:
         """Return the KL penalty that an agent charges: against the environment's reference, or the policy's start.
 

@@ -68,6 +68,7 @@ class TokenSpace(gym.spaces.Discrete):
             none.
         action_mask: what narrows the actions further.
         decoder_start: for encoder-decoder models, the token ids that the decoder begins with.
+        tokenizer: what the ids stand for.
 
     Attributes:
         agent_pays: whether an agent's buffer or callback has said that it pays.
@@ -83,12 +84,13 @@ class TokenSpace(gym.spaces.Discrete):
         kl_payer: KLPayer = "nobody",
         action_mask: ActionMask | None = None,
         decoder_start: tuple[int, ...] = (),
+        tokenizer: Any = None,
     ) -> None:
         super().__init__(n)
         self.stop = stop if stop is not None else StopRule()
         self.kl_payer = kl_payer
         self.decoder_start = decoder_start
-        self._detach(action_mask)
+        self._detach(action_mask, tokenizer)
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.int64:
         """A token: by `explorer` if there is one and no mask or probabilities are given, otherwise as `Discrete`."""
@@ -126,17 +128,18 @@ class TokenSpace(gym.spaces.Discrete):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("agent_pays", "temperature", "observation", "explorer", "action_mask"):
+        for name in ("agent_pays", "temperature", "observation", "explorer", "action_mask", "tokenizer"):
             del state[name]
         return state
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
-        self._detach(None)
+        self._detach(None, None)
 
-    def _detach(self, action_mask: ActionMask | None) -> None:
+    def _detach(self, action_mask: ActionMask | None, tokenizer: Any) -> None:
         self.agent_pays = False
         self.temperature = 1.0
         self.observation: dict[str, np.ndarray] | None = None
         self.explorer: Callable[[], int | None] | None = None
         self.action_mask = action_mask
+        self.tokenizer = tokenizer

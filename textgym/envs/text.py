@@ -17,6 +17,7 @@ from textgym.envs.spaces import as_action
 from textgym.envs.text_task import Policy, TextTask
 from textgym.errors import ConfigError
 from textgym.models.machine.transfer import to_host
+from textgym.models.token_model import TokenModel
 
 ObsType = dict[str, np.ndarray]
 
@@ -100,8 +101,7 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
     def __init__(self, config: TextConfig) -> None:
         self.task = self.task_class(1, config)
         self.task.check_kl_mode()
-        self.observation_space: gym.Space[Any] = self.task.observation_space
-        self.action_space: gym.Space[Any] = self.task.action_space
+        self._take_spaces()
         self.render_mode = checked_render_mode(config.render_mode)
         self.info_text = config.info_text
         self.info_action_mask = config.info_action_mask
@@ -119,6 +119,15 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
         # Gymnasium gives the limit to a wrapper and to nobody else; the id's registration is the place to read it.
         if spec is not None and spec.id in gym.registry and gym.registry[spec.id].max_episode_steps is not None:
             raise ConfigError(f"{spec.id} is registered with max_episode_steps: {NO_STEP_LIMIT}")
+
+    def fit(self, policy: TokenModel) -> None:
+        """As `TextVectorEnv.fit`."""
+        self.task.fit(policy)
+        self._take_spaces()
+
+    def _take_spaces(self) -> None:
+        self.observation_space: gym.Space[Any] = self.task.observation_space
+        self.action_space: gym.Space[Any] = self.task.action_space
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -24,13 +24,16 @@ from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.errors import CutPromptsWarning
 from textgym.models.architectures.attention import check_encoder_decoder
-from textgym.models.architectures.positions import position_limit
+from textgym.models.architectures.positions import check_positions, position_limit
+from textgym.models.architectures.support import check_supported
+from textgym.models.distributions.log_probs import StopRule
 from textgym.models.distributions.masks import ActionMask, FunctionMask, ModelMask, narrow
+from textgym.models.fitting import check_same_size, check_stop_ids, check_tokenizer, known_of_model, stop_ids
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, resolve_device
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_device, to_host
-from textgym.models.token_model import Observation
+from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scoring import Scorer, Scores
 from textgym.rewards.kl import KLPenalty, warn_of_filter
@@ -95,12 +98,10 @@ class TextTask:
         self.penalty = self._make_penalty(config.reference)
         if config.kl_mode is not None:
             self.check_kl_mode()
-        self.vocab_size = len(self.tokenizer)
-        if self.penalty is not None:  # models often pad their vocabulary beyond the tokenizer's
-            self.vocab_size = max(self.vocab_size, self.penalty.reference.vocab_size)
+        self.vocab_size, model_stops = self._known_vocabulary()
         self.decoder_start = self._decoder_start(config.decoder_start_ids)
         self.stop_strings = StopStrings(config.stop, self.tokenizer)
-        self.stop_rule = stop_rule(config.stop, config.min_new_tokens, self.tokenizer)
+        self.stop_rule = _with_ids(stop_rule(config.stop, config.min_new_tokens, self.tokenizer), model_stops)
         self.max_prompt_tokens, self.max_new_tokens = config.max_prompt_tokens, config.max_new_tokens
         self.add_special_tokens = config.add_special_tokens
         self.num_rows, self.width = num_rows, 0
@@ -111,12 +112,66 @@ class TextTask:
         self.kl_sum = torch.zeros(num_rows, device=self.device)
         self.kl_paid = torch.zeros(num_rows, device=self.device)
         self.policy: Policy | None = None
-        self.action_space = TokenSpace(
-            self.vocab_size, self.episodes.stop, self.kl_payer(), self.action_mask, self.decoder_start
+        self.action_space = self._make_action_space()
+        if self.penalty is not None:
+            self._check_lengths(self.penalty.reference, "the reference")
+
+    def _make_action_space(self) -> TokenSpace:
+        return TokenSpace(
+            self.vocab_size, self.stop_rule, self.kl_payer(), self.action_mask, self.decoder_start, self.tokenizer
         )
+
+    def fit(self, policy: TokenModel) -> None:
+        """Compare the policy with tokenizer, reference and lengths, and take over its vocabulary and its stop tokens.
+
+        The vocabulary of a model is often padded beyond the tokenizer's, and its generation config may name more stop
+        tokens than the tokenizer has. If something changes, the spaces are made anew and episodes under way end.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        check_tokenizer(self.tokenizer, policy.lm, policy.vocab_size)
+        if self.penalty is not None:
+            check_same_size(policy, self.penalty.reference)
+        stop = _with_ids(self.stop_rule, stop_ids(policy.lm))
+        check_stop_ids(stop.ids, policy.vocab_size, "the policy")
+        self._check_lengths(policy, "the policy")
+        if (policy.vocab_size, stop) != (self.vocab_size, self.stop_rule):
+            self.vocab_size, self.stop_rule = policy.vocab_size, stop
+            self._lay_out(self.width)
+            self.action_space = self._make_action_space()
+
+    def _known_vocabulary(self) -> tuple[int, tuple[int, ...]]:
+        """V and the stop tokens of the model, where it is known by the reference, or by what the tokenizer lies beside.
+
+        Raises:
+            ValueError: the reference does not fit the tokenizer.
+        """
+        size, ids = known_of_model(self.tokenizer)
+        size = max(size, len(self.tokenizer))
+        if self.penalty is not None:
+            reference = self.penalty.reference
+            check_tokenizer(self.tokenizer, reference.lm, reference.vocab_size, "the reference")
+            size = reference.vocab_size
+            ids = (*ids, *stop_ids(reference.lm))
+        check_stop_ids(ids, size, "the model")
+        return size, ids
+
+    def _check_lengths(self, model: TokenModel, name: str) -> None:
+        """Refuse a model that cannot read the longest text of an episode, or not exactly."""
+        prompt, response = int(self.prompt_lengths.max()), self.max_new_tokens
+        if start := self.decoder_start:
+            texts = {"a prompt": prompt, "a response": len(start) + response}
+        else:
+            texts = {"a prompt with its response": prompt + response}
+        for text, tokens in texts.items():
+            check_positions(model.lm.config, tokens, f"{text} for {name}")
+        check_supported(model.lm, model.head, max(texts.values()))
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
+        if isinstance(policy, TokenModel):
+            check_tokenizer(self.tokenizer, policy.lm, policy.vocab_size)
         self.policy = policy
         if self.penalty is not None:  # one temperature on both sides; a policy that has none samples at 1
             self.penalty.reference.temperature = getattr(policy, "temperature", 1.0)
@@ -488,6 +543,11 @@ def _device_of(device: Device, reference: str | nn.Module | None) -> torch.devic
     if device is None and isinstance(reference, nn.Module):
         return next(reference.parameters()).device
     return resolve_device(device)
+
+
+def _with_ids(stop: StopRule, ids: Sequence[int]) -> StopRule:
+    """A stop rule with further stop tokens."""
+    return StopRule(tuple(sorted({*stop.ids, *ids})), stop.min_new_tokens)
 
 
 def _action_mask(given: MaskSpec | None, device: torch.device) -> ActionMask | None:

@@ -68,10 +68,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         self.task = self.task_class(config.num_envs, config)
         self.num_envs = config.num_envs
         self.array = config.array
-        self.single_observation_space = self.task.observation_space
-        self.single_action_space = self.task.action_space
-        self.observation_space = batch_space(self.single_observation_space, config.num_envs)
-        self.action_space = batch_space(self.single_action_space, config.num_envs)
+        self._take_spaces()
         self.render_mode = checked_render_mode(config.render_mode)
         self.info_text = config.info_text
         self.info_action_mask = config.info_action_mask
@@ -79,6 +76,24 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         self.waiting: np.ndarray | None = None  # rows that ended and were not reset yet
         self._checked_kl_mode = config.kl_mode is not None  # if not, whoever resets first settles it
         self._in_agents_hands = False
+
+    def fit(self, policy: TokenModel) -> None:
+        """Compare a policy with tokenizer, reference and lengths; take over its vocabulary size and its stop tokens.
+
+        Agents call it. Call it yourself, before `reset`, for a model whose vocabulary is padded beyond the tokenizer's
+        or whose generation config has further stop tokens, where the environment has no reference to learn them from.
+
+        Raises:
+            ValueError: the policy does not fit; the message names both sides.
+        """
+        self.task.fit(policy)
+        self._take_spaces()
+
+    def _take_spaces(self) -> None:
+        self.single_observation_space = self.task.observation_space
+        self.single_action_space = self.task.action_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     def set_autoreset_mode(self, autoreset_mode: AutoresetMode | str) -> None:
         """Changes the mode; the next call must be `reset`."""

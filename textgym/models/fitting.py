@@ -71,6 +71,24 @@ def check_stop_ids(stop_ids: Iterable[int], vocab_size: int, model: str) -> None
         )
 
 
+def check_same_size(policy: Any, reference: Any) -> None:
+    """Refuse a reference that has another number of tokens than the policy, since a KL compares the same tokens.
+
+    Args:
+        policy: a `TokenModel`.
+        reference: another one.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if policy.vocab_size != reference.vocab_size:
+        raise ValueError(
+            f"the policy ({_named(policy.lm)}) has {policy.vocab_size} tokens, and the reference "
+            f"({_named(reference.lm)}) has {reference.vocab_size}: use a reference with the policy's vocabulary, or "
+            "resize one of them by lm.resize_token_embeddings"
+        )
+
+
 def stop_ids(lm: Any) -> tuple[int, ...]:
     """Return the tokens that end a model's responses by its generation config; some models have several."""
     return _as_ids(getattr(getattr(lm, "generation_config", None), "eos_token_id", None))

@@ -11,7 +11,6 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.models.distributions.masks import ModelMask
-from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
 from textgym.rewards.reference import SyncReference
 from textgym.sb3.policies import check_vocabulary, token_space
@@ -74,8 +73,8 @@ class KLCallback(BaseCallback):
         if not isinstance(self.buffer, EpisodeRolloutBuffer):  # which has said so itself
             warn_of_discount(self.model.gamma)  # type: ignore[attr-defined]  # every algorithm for tokens has one
         if self.reference is not None:
-            reference = TokenModel.load(self.reference, device=self.model.device)
-            self.penalty = KLPenalty(reference, self.kl_coef, self.kl_estimator, self.kl_clamp)
+            device = self.model.device
+            self.penalty = KLPenalty(self.reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device)
             self._check(self.penalty)
         self._forget()
 
@@ -85,7 +84,7 @@ class KLCallback(BaseCallback):
                 f"{type(self.model).__name__} has no log-probs to measure a KL from: let the environment pay it, with "
                 "kl_mode='reference', and use KLCallback() to log"
             )
-        check_vocabulary(penalty.reference.vocab_size, self.tokens)
+        check_vocabulary(penalty.reference, self.tokens, "the reference")
         if self.pays and isinstance(self.buffer, EpisodeRolloutBuffer) and self.buffer.penalty is not None:
             raise ValueError("the KL would be paid twice, by EpisodeRolloutBuffer and by KLCallback: give one of them")
         if self.pays:

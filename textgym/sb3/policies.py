@@ -18,7 +18,8 @@ from textgym.envs.spaces import TokenSpace
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import States
 from textgym.models.decoding.contexts import read_contexts
-from textgym.models.token_model import Observation
+from textgym.models.fitting import check_tokenizer, stop_ids
+from textgym.models.token_model import Observation, TokenModel
 from textgym.sb3.flat import FlatWeights
 
 TextObs = States | Observation
@@ -89,7 +90,7 @@ class TextPolicy(BasePolicy):
         kwargs = dict(self.model_kwargs)
         self.actor_critic = ActorCritic.from_pretrained(kwargs.pop("model"), **kwargs)
         self.actor_critic.generator = None  # torch's own, which `model.set_random_seed` seeds
-        check_vocabulary(self.actor_critic.vocab_size, self.tokens)
+        check_vocabulary(self.actor_critic, self.tokens)
         self.tokens.temperature = self.temperature
         self.eval()
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
@@ -252,14 +253,26 @@ def check_name(what: str, value: Any) -> None:
         )
 
 
-def check_vocabulary(vocab_size: int, tokens: TokenSpace) -> None:
+def check_vocabulary(model: TokenModel, tokens: TokenSpace, name: str = "the policy") -> None:
     """Refuses a model whose tokens are not the environment's.
 
+    A space that was pickled knows the number of tokens and not the tokenizer.
+
     Raises:
-        ValueError: other sizes.
+        ValueError: another tokenizer or number of tokens, or stop tokens that the environment does not know.
     """
-    if vocab_size != tokens.n:
+    if tokens.tokenizer is not None:
+        check_tokenizer(tokens.tokenizer, model.lm, model.vocab_size, name)
+    if model.vocab_size != tokens.n:
         raise ValueError(
-            f"the model has {vocab_size} tokens and the environment {tokens.n}: make the environment with the model's "
-            "tokenizer"
+            f"{name} has {model.vocab_size} tokens (models often pad their vocabulary beyond the tokenizer's) and the "
+            f"environment's action space {tokens.n}: make the environment with the model's name as tokenizer=, or with "
+            "the model as reference=, so that it learns the size"
+        )
+    missing = sorted(set(stop_ids(model.lm)) - set(tokens.stop.ids))
+    if missing and tokens.tokenizer is not None:
+        raise ValueError(
+            f"{name} ends its responses with the tokens {sorted(stop_ids(model.lm))} (generation_config.eos_token_id), "
+            f"and the environment with {list(tokens.stop.ids)}: make the environment with stop={missing}, or with the "
+            "model's name as tokenizer="
         )

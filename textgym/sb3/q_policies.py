@@ -39,7 +39,7 @@ class TextQNetwork(BasePolicy):
     ) -> None:
         super().__init__(observation_space, action_space)
         self.model = TokenModel(load_causal_lm(model))
-        check_vocabulary(self.model.vocab_size, token_space(action_space))
+        check_vocabulary(self.model, token_space(action_space))
         self.q_scale = q_scale
         self.value_head = zero_linear(self.model.lm.config.hidden_size, 1)
 

@@ -267,7 +267,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         if kl_estimator == "full":
             raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
         model = TokenModel.load(str(reference), device=self.device)
-        check_vocabulary(model.vocab_size, self.tokens)
+        check_vocabulary(model, self.tokens, "the reference")
         if kl_coef != 0:
             self.tokens.pay_kl("EpisodeRolloutBuffer")
             warn_of_filter(self.tokens.action_mask, kl_estimator)

@@ -211,7 +211,7 @@ def test_callbacks(make_env: MakeEnv, lm_folder: str, tmp_path: Path, make_model
     ("kwargs", "error", "message"),
     [
         ({"model": mock_lm()}, TypeError, "model must be a name or a path"),
-        ({"model": "tiny"}, ValueError, "2048 tokens and the environment 258"),
+        ({"model": "tiny"}, ValueError, "was saved with another tokenizer"),
         ({"model": "here", "temperature": 0.0}, ValueError, "temperature must be above 0"),
     ],
 )
@@ -257,3 +257,33 @@ def test_lora_trains_the_adapter_alone(make_env: MakeEnv, lm_folder: str, make_m
         changed = {name for name, weight in after.items() if (weight != before[name]).any()}
         assert changed
         assert all("lora_" in name for name in changed)
+
+
+def test_a_model_whose_vocabulary_is_padded_learns_where_the_environment_knows_its_size(
+    tmp_path: Path, make_env: MakeEnv, make_model: Any
+) -> None:
+    folder = str(tmp_path)
+    ActorCritic.from_pretrained(mock_lm(300, num_layers=1, eos_token_id=256)).save_pretrained(folder, byte_tokenizer())
+    for settings in ({"tokenizer": folder, "reference": None, "kl_coef": 0.0}, {"reference": folder}):
+        env = make_env(**settings)
+        assert env.action_space.n == 300
+        buffer = {"reference": settings["reference"], "kl_coef": 0.1} if settings["reference"] else None
+        make_model(env, rollout_buffer_kwargs=buffer, policy_kwargs={"model": folder}).learn(48)
+    env = make_env(tokenizer=byte_tokenizer(), reference=None, kl_coef=0.0)
+    with pytest.raises(ValueError, match=r"the policy has 300 tokens \(models often pad.* action space 258"):
+        make_model(env, policy_kwargs={"model": folder})
+
+
+def test_stop_tokens_of_the_model_that_the_environment_does_not_know_are_refused(
+    tmp_path: Path, make_env: MakeEnv, make_model: Any
+) -> None:
+    lm = mock_lm(num_layers=1)
+    lm.generation_config.eos_token_id = [256, 200]
+    lm.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    settings = {"reference": None, "kl_coef": 0.0}
+    with pytest.raises(ValueError, match=r"tokens \[200, 256\].*make the environment with stop=\[200\]"):
+        make_model(make_env(tokenizer=byte_tokenizer(), **settings), policy_kwargs={"model": str(tmp_path)})
+    env = make_env(tokenizer=str(tmp_path), **settings)
+    assert {200, 256} <= set(env.action_space.stop.ids)
+    make_model(env, policy_kwargs={"model": str(tmp_path)}, rollout_buffer_kwargs=None)

@@ -176,7 +176,7 @@ def test_deferred_kl_is_refused(make_env: MakeEnv, make_q: Any) -> None:
 def test_names_only(make_env: MakeEnv, make_q: Any) -> None:
     with pytest.raises(TypeError, match="must be a name or a path"):
         make_q(make_env(), DQN, TextQPolicy, policy_kwargs={"model": mock_lm()})
-    with pytest.raises(ValueError, match="2048 tokens and the environment 258"):
+    with pytest.raises(ValueError, match="was saved with another tokenizer"):
         make_q(make_env(), DQN, TextQPolicy, policy_kwargs={"model": "tiny"})
 
 

@@ -249,7 +249,7 @@ def test_paying_nothing_is_refused(make_env: MakeEnv, lm_folder: str, make_model
         ({"kl_coef": 0.1}, ValueError, "there is no reference"),
         ({"reference": "here", "kl_coef": 0.1, "kl_estimator": "full"}, ValueError, "whole distributions"),
         ({"reference": mock_lm(), "kl_coef": 0.1}, TypeError, "reference must be a name or a path"),
-        ({"reference": "tiny", "kl_coef": 0.1}, ValueError, "2048 tokens and the environment 258"),
+        ({"reference": "tiny", "kl_coef": 0.1}, ValueError, "was saved with another tokenizer"),
     ],
 )
 def test_bad_arguments(

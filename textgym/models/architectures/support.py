@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_supported(lm: Any, head: Callable[[Tensor], Tensor], longest: int | No
     Args:
         lm: a causal language model or an encoder-decoder model of transformers.
         head: makes logits of its last hidden state.
-        longest: tokens of the longest text; `None`: some, and beyond a short sliding window.
+        longest: tokens of the longest text; `None`: some, and beyond a short sliding window, as when a model is loaded.
 
     Raises:
         ValueError: what the model has that textgym does not reproduce, and what to use instead.
@@ -49,7 +50,7 @@ def check_supported(lm: Any, head: Callable[[Tensor], Tensor], longest: int | No
     if reason is not None:
         raise ValueError(f"{kind} {reason}")
 
-    longest = _length_at_loading(lm.config) if longest is None else longest
+    longest = _length_to_try(lm.config, longest)
     known = (_structure(lm), longest)
     if known in _passed:
         return
@@ -140,9 +141,12 @@ def _structure(lm: Any) -> Hashable:
     return modules, lm.config.model_type, lm.config.to_json_string(use_diff=False), lm.dtype, lm.device.type
 
 
-def _length_at_loading(config: Any) -> int:
+def _length_to_try(config: Any, longest: int | None) -> int:
+    """Tokens of the longest text to try: a few lengths in all, so that most environments find theirs tried."""
     window = getattr(config, "sliding_window", None) or 0
     wanted = max(TRIED, window + 4 if window <= LONGEST_WINDOW else 0)
+    if longest is not None and longest > wanted:
+        wanted = 2 ** (longest - 1).bit_length()
     limit = position_limit(config)
     return wanted if limit is None else min(wanted, limit)
 
@@ -154,8 +158,7 @@ def _try_causal(lm: Any, head: Callable[[Tensor], Tensor], longest: int) -> dict
     short = min(SHORT, half)
     ids = _tokens(lm, longest)
     lengths = torch.tensor([longest, half, short], device=lm.device)
-    own = [lm(input_ids=ids[row : row + 1, :size], use_cache=False).logits[0] for row, size in _each(lengths)]
-    expected = torch.stack([logits[-1] for logits in own])  # (3, V)
+    expected = torch.stack([_own_logits(lm, ids[row, :size]) for row, size in _each(lengths)])  # (3, V)
 
     packed = head(PackedStates.whole(ids, lengths).hidden(lm))
 
@@ -165,12 +168,19 @@ def _try_causal(lm: Any, head: Callable[[Tensor], Tensor], longest: int) -> dict
 
     # The longest row restarts with the beginning of the second text, and the others wait.
     restarted = head(decoder.advance(ids[[1, 1, 2]], lengths[[2, 1, 2]]))
-    expected_then = torch.stack([own[1][short - 1], own[1][-1], own[2][-1]])
+    expected_then = torch.stack([_own_logits(lm, ids[1, :short]), expected[1], expected[2]])
     return {
         "packed beside others": _off(packed, expected),
         "from a cache": _off(cached, expected),
         "from a cache after a restart": _off(restarted, expected_then),
     }
+
+
+def _own_logits(lm: Any, ids: Tensor) -> Tensor:
+    """Logits `(V,)` that the model gives by itself after a text `(n,)`; those of all places may be too large."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.forward).parameters else {}
+    logits: Tensor = lm(input_ids=ids[None], use_cache=False, **last).logits[0, -1]
+    return logits
 
 
 @torch.no_grad()
