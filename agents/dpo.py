@@ -66,7 +66,7 @@ class DPO(SupervisedAgent):
             `prompt`; without one it is what both begin with. EOS is appended to completions that lack it.
         tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
         config: beta, loss, learning rate, batches.
-        reference: the policy as it is now (under LoRA: without its adapter), unless a model or its name is given, or
+        reference: the policy as it is now, with the adapter that it has, unless a model or its name is given, or
             the `reference_log_probs` of another agent on the same preferences.
 
     Raises:

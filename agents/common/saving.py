@@ -46,7 +46,8 @@ def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, 
         What `load_policy` has to be told, as plain values.
     """
     policy.save_pretrained(folder / "policy", tokenizer)
-    settings = {
+    settings: dict[str, Any] = {
+        "trained": [name for name, weight in policy.named_parameters() if weight.requires_grad],
         "critic": "shared" if policy.critic is None else "separate",
         "temperature": policy.temperature,
         "dtype": str(policy.lm.dtype).removeprefix("torch."),
@@ -56,7 +57,7 @@ def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, 
 
 
 def _save_adapters(policy: ActorCritic, folder: Path) -> dict[str, Any]:
-    """Writes what a policy with adapters is made again from; returns which of them are in use, and what is trained."""
+    """Writes what a policy with adapters is made again from; returns which of them are in use."""
     critic = policy.critic
     if critic is not None and is_twin(critic, policy.lm):
         critic = None  # the same weights, and an adapter
@@ -68,8 +69,7 @@ def _save_adapters(policy: ActorCritic, folder: Path) -> dict[str, Any]:
     policy.lora.save_pretrained(folder / "adapter", save_embedding_layers=False)  # which are in `base/`
     adapters.save(folder / "adapter")
     save_file(tensors_apart(policy, base), folder / TRAINED)
-    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
-    return {"active_adapters": adapters.active, "trained": trained}
+    return {"active_adapters": adapters.active}
 
 
 def tensors_apart(module: nn.Module, of: nn.Module) -> dict[str, torch.Tensor]:
@@ -116,15 +116,18 @@ def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
     """The policy that `save_policy` wrote, weight for weight, on `settings["device"]`."""
     settings = {**settings, "dtype": getattr(torch, settings["dtype"])}
     active, trained = settings.pop("active_adapters", ["default"]), settings.pop("trained", None)
-    if not (folder / "adapter").exists():
-        return ActorCritic.from_pretrained(folder / "policy", **settings)
-    adapters = Adapters.load(folder / "adapter", active)
-    policy = ActorCritic.from_pretrained(folder / "base", lora=adapters, **settings)
-    tensors = load_file(folder / TRAINED, device=str(policy.device))
-    unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
-    assert not unknown, f"the policy has no weights called {unknown}"
-    for name, weight in policy.named_parameters():
-        weight.requires_grad_(name in (tensors if trained is None else trained))  # version 0.1 saved no others
+    if (folder / "adapter").exists():
+        adapters = Adapters.load(folder / "adapter", active)
+        policy = ActorCritic.from_pretrained(folder / "base", lora=adapters, **settings)
+        tensors = load_file(folder / TRAINED, device=str(policy.device))
+        unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
+        assert not unknown, f"the policy has no weights called {unknown}"
+        trained = list(tensors) if trained is None else trained  # version 0.1 saved no others
+    else:
+        policy = ActorCritic.from_pretrained(folder / "policy", **settings)
+    if trained is not None:
+        for name, weight in policy.named_parameters():
+            weight.requires_grad_(name in trained)
     return policy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,32 @@ def test_a_frozen_reference_keeps_its_precision(tmp_path: Path) -> None:
     again = PPO.load(tmp_path, envs=make_envs())
     assert again.penalty.reference.lm.dtype == torch.bfloat16
     assert torch.equal(log_probs(again.penalty.reference), start)
+
+
+def test_layers_that_the_user_froze_are_frozen_after_loading(tmp_path: Path) -> None:
+    policy = ActorCritic.from_pretrained(mock_lm(), critic="separate")
+    policy.lm.get_input_embeddings().requires_grad_(False)
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4, learning_rate=0.01)).learn(4)
+    agent.save(tmp_path)
+    again = PPO.load(tmp_path, envs=make_envs())
+    assert not again.policy.lm.get_input_embeddings().weight.requires_grad
+    assert again.policy.head.weight.requires_grad
+    assert learn(again, 8) == pytest.approx(learn(agent, 8), abs=ROUNDING, nan_ok=True)
+
+
+def test_agents_saved_by_version_0_1_are_loaded(tmp_path: Path) -> None:
+    policy = make_policy("lora")
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4))
+    agent.save(tmp_path)
+
+    # What that version wrote: no names of adapters or of trained weights, and the reference as a plain folder.
+    meta = json.loads((tmp_path / "agent.json").read_text())
+    del meta["policy"]["active_adapters"], meta["policy"]["trained"]
+    (tmp_path / "agent.json").write_text(json.dumps(meta))
+    (tmp_path / "frozen" / "reference.safetensors").unlink()
+    mock_lm(seed=5).save_pretrained(tmp_path / "frozen" / "reference")
+
+    again = PPO.load(tmp_path, envs=make_envs())
+    assert torch.equal(log_probs(again.policy), log_probs(policy))
+    assert torch.equal(again.policy.sequence_values(SEQUENCES), policy.sequence_values(SEQUENCES))
+    assert torch.equal(log_probs(again.penalty.reference), log_probs(TokenModel(mock_lm(seed=5))))

@@ -185,7 +185,9 @@ def frozen_copy(lm: Any) -> Any:
 
 def carries_adapters(lm: Any) -> bool:
     """Whether peft has changed layers of a language model."""
-    return bool(getattr(lm, "peft_config", None))  # transformers' models have the attribute with an adapter alone
+    if "peft" not in sys.modules:
+        return False
+    return next(_tuner_layers(lm), None) is not None  # `peft_config` may be left over from adapters that were merged
 
 
 def without_peft(model: Any) -> Any:
