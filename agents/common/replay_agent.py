@@ -130,6 +130,7 @@ class ReplayAgent(RolloutAgent):
 
     config: ReplayConfig
     greedy: bool
+    reference_may_move = False  # the replay buffer keeps log-probs of the reference as it was
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)

@@ -101,6 +101,8 @@ class RolloutAgent(ABC):
     """
 
     config_class: ClassVar[type[RolloutAgentConfig]]
+    reference_may_move: ClassVar[bool] = True
+    """Whether the reference may change between updates, see `textgym.rewards.reference.SyncReference`."""
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         policy = as_policy(policy)

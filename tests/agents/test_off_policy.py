@@ -19,6 +19,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions import log_probs
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import AdaptiveKL
+from textgym.rewards.reference import SyncReference
 from textgym.testing import ExactTask, Measured, assert_close, assert_learns, mock_lm, terms_of, tolerance
 
 FORWARD = terms_of(mock_lm())
@@ -182,6 +183,14 @@ def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) ->
         assert torch.equal(actual, expected), key
         assert "lora_B" not in key or not torch.equal(expected, start[key]), key
         assert "lora" in key or "value_head" in key or torch.equal(expected, start[key]), key
+
+
+@pytest.mark.parametrize("name", ["greedy", "pathwise"])
+def test_a_moving_reference_is_refused(name: str) -> None:
+    """The replay buffer holds log-probs of the reference as it was."""
+    agent = make_agent(name)
+    with pytest.raises(ValueError, match="leave SyncReference out, or use an on-policy agent"):
+        agent.learn(64, [SyncReference(every=4)])
 
 
 def remember(memory: ReplayBuffer, *chosen: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import freeze
 from textgym.models.merging import merged, tie_if_equal, untie
@@ -30,7 +31,8 @@ class SyncReference:
         alpha: how far to go, above 0 and at most 1.
 
     Raises:
-        ValueError: `every` below 1 or alpha out of its range; when it moves, a reference of another architecture.
+        ValueError: `every` below 1 or alpha out of its range; when it moves, a reference of another architecture, or an
+            agent with a replay buffer, which holds log-probs of the reference as it was.
     """
 
     def __init__(self, every: int, alpha: float = 1.0) -> None:
@@ -42,6 +44,11 @@ class SyncReference:
 
     def __call__(self, agent: Any, metrics: dict[str, float]) -> None:
         """Called by agents after each update."""
+        if not agent.reference_may_move:
+            raise ConfigError(
+                f"{type(agent).__name__} replays old episodes with the log-probs that the reference gave them, so the "
+                "reference may not move: leave SyncReference out, or use an on-policy agent"
+            )
         if agent.updates % self.every == 0:
             self.sync(agent.penalty, agent.policy)
 
