@@ -1,4 +1,4 @@
-"""CachedDecoder: the last hidden state of a batch of growing contexts, one token's work for one token."""
+"""CachedDecoder: last hidden states of a batch of growing contexts, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from textgym.models.machine.transfer import to_device, to_host
 
 
 class NumberedContexts(NamedTuple):
-    """Contexts of episodes that only ever grow: the number of each row's, and its tokens so far, `(B,)` each."""
+    """Episode number and context length of each row, `(B,)` each, for contexts that only grow within an episode."""
 
     episodes: np.ndarray
     lengths: np.ndarray
 
-    def go_on_from(self, before: NumberedContexts) -> np.ndarray:
-        """Bool `(B,)`: rows that begin with what they were."""
+    def continues(self, before: NumberedContexts) -> np.ndarray:
+        """Return bool `(B,)`: whether each context starts with the context that it had before."""
         return self.episodes == before.episodes
 
 
 class PlainContexts(NamedTuple):
-    """Contexts that the host has: ids `(B, W)`, right-padded, and lengths `(B,)`."""
+    """Contexts in host memory: ids `(B, W)`, right-padded, and lengths `(B,)`."""
 
     input_ids: np.ndarray
     lengths: np.ndarray
 
-    def go_on_from(self, before: PlainContexts) -> np.ndarray:
-        """Bool `(B,)`: rows that begin with what they were."""
+    def continues(self, before: PlainContexts) -> np.ndarray:
+        """Return bool `(B,)`: whether each context starts with the context that it had before."""
         beyond = np.arange(self.input_ids.shape[1]) >= before.lengths[:, None]
         return ((self.input_ids == before.input_ids) | beyond).all(1)
 
 
 HostContexts = NumberedContexts | PlainContexts
-"""What the host knows of contexts: how they have changed takes no look at the device then."""
+"""Information about contexts in host memory. With it the decoder finds changed rows without waiting for the device."""
 
 
 class SlotCache(Cache):
-    """A static key-value cache in which a token's slot is its position in its row.
+    """A static key-value cache in which the slot of a token is its position in its row.
 
-    Before a forward pass the decoder says what the pass is: `fill(rows)` stores whole contexts from position 0,
-    `extend(rows, positions)` stores one token a row and hands back every slot in use.
+    The decoder sets the kind of the next forward pass before it: after `fill(rows)` the pass stores whole contexts from
+    position 0; after `extend(rows, positions, span)` it stores one token in each row and attends to all slots in use.
     """
 
     def __init__(self, num_rows: int, max_tokens: int) -> None:
@@ -58,17 +58,17 @@ class SlotCache(Cache):
         self.span = 0
 
     def fill(self, rows: Tensor | None) -> None:
-        """The next pass stores contexts that begin at position 0 in these rows (`None`: in all)."""
+        """Store whole contexts, from position 0, in these rows in the next pass; `None` for all rows."""
         self.rows, self.positions = rows, None
 
     def extend(self, rows: Tensor | None, positions: Tensor, span: int) -> None:
-        """The next pass stores one token a row at `positions` `(b,)` and reads the first `span` slots."""
+        """Store one token in each row at `positions` `(b,)` in the next pass, and attend to the first `span` slots."""
         self.rows, self.positions, self.span = rows, positions, span
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores `(b, heads, Q, head_size)` states; returns what the queries attend to."""
+        """Store states `(b, heads, Q, head_size)` of a layer; return the keys and values that its queries attend to."""
         if layer_idx == len(self.keys):
             for store, states in ((self.keys, key_states), (self.values, value_states)):
                 store.append(states.new_zeros(self.num_rows, states.shape[1], self.max_tokens, states.shape[3]))
@@ -85,36 +85,37 @@ class SlotCache(Cache):
         return (keys, values) if self.rows is None else (keys[self.rows], values[self.rows])
 
     def take(self, other: SlotCache, rows: Tensor) -> None:
-        """Copies these rows `(num_rows,)` of another cache of the same model."""
+        """Copy the rows `(num_rows,)` of another cache of the same model."""
         if not self.keys:
             self.keys = [states.new_empty(self.num_rows, *states.shape[1:]) for states in other.keys]
             self.values = [states.new_empty(self.num_rows, *states.shape[1:]) for states in other.values]
-        for mine, states in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
-            torch.index_select(states, 0, rows, out=mine)
+        for target, states in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            torch.index_select(states, 0, rows, out=target)
 
     def spread(self, rows: Tensor, span: int) -> None:
-        """Gives every row the first `span` slots of another, `rows` `(num_rows,)`."""
+        """Copy the first `span` slots of row `rows[i]` to row i, for every i; `rows` is `(num_rows,)`."""
         for states in (*self.keys, *self.values):
             states[:, :, :span] = states[rows, :, :span]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Unused by the models, since they are given position ids; transformers asks for it all the same."""
+        """Return 0: transformers calls this, but the value is unused, because the decoder passes position ids."""
         return 0
 
 
 class CachedDecoder:
-    """Steps a causal language model over a batch of contexts through a static key-value cache.
+    """Compute last hidden states of a batch of contexts with a static key-value cache.
 
-    `advance` compares the contexts with those it saw last, on the host where that knows them. A row that grew by one
-    token decodes that token; a row that did not change costs nothing; any other row is encoded anew, all such rows in
-    one batch. So rows may restart at any time, any observation is legal, and the result equals a full forward pass.
-    Weights that change empty the cache, if torch notices: fused optimisers write them unseen, so whoever trains with
-    one calls `reset` (`ActorCritic` does).
+    `advance` compares the contexts with those of its last call. A row that grew by one token decodes this token; a row
+    that did not change needs no computation; all other rows are encoded again in one batch. So rows may restart at any
+    time, every observation is valid, and the result equals a full forward pass.
+
+    The cache is emptied when weights change, which torch's version counters show. Fused optimisers do not increase
+    these counters, so call `reset` after a step of one, as `ActorCritic` does.
 
     Args:
-        model: a causal language model of transformers with full or sliding-window attention.
-        num_rows: rows of the batch, `B`.
-        max_tokens: longest context, `W`.
+        model: A causal language model of transformers with full or sliding-window attention.
+        num_rows: Number of rows in the batch, `B`.
+        max_tokens: Maximum length of a context, `W`.
     """
 
     def __init__(self, model: Any, num_rows: int, max_tokens: int) -> None:
@@ -129,7 +130,7 @@ class CachedDecoder:
 
     @property
     def seen(self) -> tuple[Any, ...]:
-        """What `advance` was given last."""
+        """The arguments of the last call of `advance`."""
         return self.input_ids, self.lengths, self.host
 
     @property
@@ -143,7 +144,7 @@ class CachedDecoder:
         return CachedDecoder(model, self.num_rows, self.max_tokens)
 
     def reset(self) -> None:
-        """Forgets all contexts and frees the cache."""
+        """Remove all contexts and free the cache."""
         device = self.model.device
         self.cache = SlotCache(self.num_rows, self.max_tokens)
         self.input_ids = torch.zeros(self.num_rows, self.max_tokens, dtype=torch.long, device=device)
@@ -151,29 +152,28 @@ class CachedDecoder:
         self.slots = torch.arange(self.max_tokens, device=device)
         self.hidden: Tensor | None = None  # (B, d)
         self.host: HostContexts | None = None
-        self.longest = 0  # tokens of the longest context that `begin` was given
+        self.longest = 0  # length of the longest context in the last call of `begin`
         self.version = self._weights_version()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache."""
+        """Size of the cache in bytes."""
         return sum(states.nbytes for states in (*self.cache.keys, *self.cache.values))
 
     @torch.no_grad()
     def advance(self, input_ids: Tensor, lengths: Tensor, host: HostContexts | None = None) -> Tensor:
-        """The last hidden state of every context.
+        """Return the last hidden state of every context.
 
         Args:
             input_ids: `(B, W)`, right-padded.
-            lengths: `(B,)`, tokens of each context, at least 1.
-            host: what the host knows of them.
+            lengths: `(B,)`, number of tokens of each context, at least 1.
+            host: The same contexts as the host knows them; without it the host waits for a comparison on the device.
 
         Returns:
-            `(B, d)`, in the model's dtype; a fresh tensor.
+            `(B, d)`, in the model's dtype; a new tensor.
 
         Raises:
-            ValueError: another shape than the decoder was made for, or a context that is empty or too long for the
-                model.
+            ValueError: If the shape is not the decoder's, or a context is empty or too long for the model.
         """
         if input_ids.shape != (self.num_rows, self.max_tokens):
             raise ValueError(f"expected input_ids of shape {(self.num_rows, self.max_tokens)}, got {input_ids.shape}")
@@ -195,38 +195,39 @@ class CachedDecoder:
     def _changes(
         self, input_ids: Tensor, lengths: Tensor, host: HostContexts | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows that have grown by a token, rows that are others than before, and lengths, `(B,)` each on the host."""
+        """Return which rows grew by one token, which rows changed otherwise, and lengths, `(B,)` each on the host."""
         if host is not None and type(host) is type(self.host):
-            same, before, now = host.go_on_from(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
+            same, before, now = host.continues(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
             longer = same & (now == before + 1)
             return longer, ~longer & ~(same & (now == before)), now
-        known = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
-        known = known.all(1) & (self.lengths > 0)
-        grown = known & (lengths == self.lengths + 1)
-        other = ~grown & ~(known & (lengths == self.lengths))
-        grown, other, lengths = to_host(grown, other, lengths)  # what a step waits for
+        same = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
+        same = same.all(1) & (self.lengths > 0)
+        grown = same & (lengths == self.lengths + 1)
+        other = ~grown & ~(same & (lengths == self.lengths))
+        grown, other, lengths = to_host(grown, other, lengths)  # the only place where a step waits for the device
         return grown.numpy(), other.numpy(), lengths.numpy()
 
     def _index(self, rows: np.ndarray) -> Tensor | None:
-        """Indices of the rows that are set in a bool array `(B,)`; `None` for all."""
+        """Return the indices of the rows that are True in a bool array `(B,)`; `None` for all rows."""
         if rows.all():
             return None
         [index] = to_device(self.slots.device, torch.from_numpy(np.flatnonzero(rows)))
         return index
 
-    # --- for a caller that knows how its contexts grow: no comparison, so no look at the device from the host ---
+    # --- For a caller whose contexts always grow by one token: no comparison, so the host need not wait ---
 
     @torch.no_grad()
     def begin(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """The last hidden states `(B, d)` of new contexts `(B, W)` in all rows.
+        """Return the last hidden states `(B, d)` of new contexts `(B, W)` in all rows.
 
-        Those of like length are read in one pass, and one that several rows have is read once. The host looks at the
-        contexts once.
+        Contexts of similar length are encoded in one pass, and equal contexts only once. The host waits for the device
+        once.
         """
-        sizes, first = _first_alike(input_ids, lengths)
+        sizes, first = _first_equal_rows(input_ids, lengths)
         self.longest = max(sizes)
-        kinds = sorted(set(first))
-        batches = [[kinds[i] for i in batch] for batch in batches_by_length([sizes[row] for row in kinds], len(kinds))]
+        unique = sorted(set(first))  # one row for each different context
+        by_length = batches_by_length([sizes[row] for row in unique], len(unique))
+        batches = [[unique[i] for i in batch] for batch in by_length]
 
         order = [row for batch in batches for row in batch]
         rows, source = to_device(lengths.device, torch.tensor(order), torch.tensor(first))
@@ -234,7 +235,7 @@ class CachedDecoder:
             width = max(sizes[row] for row in batch)
             self._encode(input_ids, lengths, None if len(batch) == len(sizes) else chosen, width)
 
-        if len(kinds) < len(sizes):
+        if len(unique) < len(sizes):
             self.cache.spread(source, self.longest)
             self._store(None, self._states()[source])
         self.input_ids.copy_(input_ids)
@@ -244,22 +245,33 @@ class CachedDecoder:
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, span: int) -> Tensor:
-        """Appends one token `(B,)` to every row; the last hidden states `(B, d)`. `span`: slots that may be in use."""
+        """Append one token `(B,)` to every row and return the last hidden states `(B, d)`.
+
+        Args:
+            tokens: `(B,)`.
+            span: Upper bound of the lengths after this token; attention reads this number of slots.
+        """
         self.input_ids.scatter_(1, self.lengths[:, None], tokens[:, None])
         self.lengths += 1
         self._decode(self.input_ids, self.lengths, None, span)
         return self._states()
 
     def take(self, other: CachedDecoder, rows: Tensor) -> None:
-        """Goes on with these rows `(B,)` of another decoder of the same model and width."""
+        """Copy the rows `(B,)` of another decoder of the same model and width, and continue from them."""
         self.cache.take(other.cache, rows)
         self.input_ids.copy_(other.input_ids[rows])
         self.lengths.copy_(other.lengths[rows])
 
     def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, width: int | None = None) -> None:
-        """Whole contexts of some rows in one pass; `width` is the length of the longest, if the host knows it.
+        """Encode whole contexts of some rows in one pass.
 
-        Right padding needs no mask: no real token sees what follows it.
+        Right padding needs no mask, because with causal attention no token attends to a later one.
+
+        Args:
+            input_ids: `(B, W)`.
+            lengths: `(B,)`.
+            rows: Indices of the rows; `None` for all.
+            width: Length of the longest of these contexts, if the host knows it.
         """
         if rows is not None:
             input_ids, lengths = input_ids[rows], lengths[rows]
@@ -271,7 +283,7 @@ class CachedDecoder:
         self._store(rows, hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1])
 
     def _decode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, span: int) -> None:
-        """One new token of some rows, against the slots in use."""
+        """Decode one new token of some rows, which attends to the first `span` slots."""
         if rows is not None:
             input_ids, lengths = input_ids[rows], lengths[rows]
         positions = lengths - 1
@@ -282,6 +294,7 @@ class CachedDecoder:
         self._store(rows, hidden[:, 0])
 
     def _forward(self, input_ids: Tensor, positions: Tensor, allowed: Tensor, distance: Tensor) -> Tensor:
+        """Return hidden states; `allowed` is which keys each query attends to, `distance` query minus key position."""
         output = self.model.base_model(
             input_ids=input_ids,
             position_ids=positions,
@@ -300,16 +313,16 @@ class CachedDecoder:
         self.hidden[rows] = hidden
 
     def _states(self) -> Tensor:
-        assert self.hidden is not None, "a pass has stored some"
+        assert self.hidden is not None, "call this after a forward pass"
         return self.hidden
 
     def _weights_version(self) -> int:
-        """Grows whenever a weight is written in place, as optimisers and `load_state_dict` do."""
+        """Return a number that increases whenever a weight changes in place, by an optimiser or `load_state_dict`."""
         return sum(parameter._version for parameter in self.parameters)
 
 
-def _first_alike(input_ids: Tensor, lengths: Tensor) -> tuple[list[int], list[int]]:
-    """Length of each context `(B, W)`, and the first row that has the same one."""
+def _first_equal_rows(input_ids: Tensor, lengths: Tensor) -> tuple[list[int], list[int]]:
+    """Return the length of each context `(B, W)`, and the first row that has the same context."""
     host = torch.cat((lengths[:, None], input_ids), dim=1).cpu().numpy()
     sizes: list[int] = host[:, 0].tolist()
     rows: dict[bytes, int] = {}

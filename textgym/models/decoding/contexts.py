@@ -1,4 +1,4 @@
-"""Contexts: what observations say, for causal and for encoder-decoder models."""
+"""Contexts: observations as tensors on a device, for causal and for encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from textgym.models.machine.transfer import to_device
 
 
 class Shown(dict[str, Tensor]):
-    """An observation that says on the host which contexts it shows, so that a decoder need not compare them.
+    """An observation with episode numbers in host memory, so that a decoder need not compare contexts on the device.
 
-    Where somebody has changed or replaced its tensors it is as any other observation.
+    If its tensors were changed or replaced, for example by a wrapper, it is used like any other observation.
 
     Args:
-        tensors: the observation.
-        episodes: `(B,)`, the number of each row's episode, which no other episode has.
-        lengths: `(B,)`, the tokens of each context.
+        tensors: The observation.
+        episodes: `(B,)`, a unique number for the episode of each row.
+        lengths: `(B,)`, number of tokens of each context.
     """
 
     def __init__(self, tensors: dict[str, Tensor], episodes: np.ndarray, lengths: np.ndarray) -> None:
         super().__init__(tensors)
         self._contexts = NumberedContexts(episodes, lengths)
-        self._as_made = {key: (tensor, _version(tensor)) for key, tensor in tensors.items()}
+        self._original = {key: (tensor, _version(tensor)) for key, tensor in tensors.items()}
 
     @property
     def contexts(self) -> NumberedContexts | None:
-        """Which contexts these are; `None` if somebody has changed them."""
-        untouched = self.keys() == self._as_made.keys() and all(
+        """The episode numbers and lengths; `None` if the tensors were changed or replaced."""
+        unchanged = self.keys() == self._original.keys() and all(
             self[key] is tensor and version is not None and version == _version(tensor)
-            for key, (tensor, version) in self._as_made.items()
+            for key, (tensor, version) in self._original.items()
         )
-        return self._contexts if untouched else None
+        return self._contexts if unchanged else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is a plain observation: elsewhere numbers of episodes mean nothing."""
+        """Copy and pickle as a plain dict, because episode numbers are unique only within this process."""
         return dict, (dict(self),)
 
 
@@ -54,8 +54,8 @@ class CausalContexts:
 
     Attributes:
         input_ids: `(B, W)`, right-padded.
-        lengths: `(B,)`.
-        host: what the host knows of them, if anything.
+        lengths: `(B,)`, number of tokens of each context.
+        host: The same contexts as the host knows them, if it does.
     """
 
     input_ids: Tensor
@@ -64,7 +64,7 @@ class CausalContexts:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(B, W)`: what a cached decoder is made for."""
+        """`(B, W)`, the shape of a cached decoder for them."""
         return tuple(self.input_ids.shape)
 
     @property
@@ -73,14 +73,14 @@ class CausalContexts:
         return self.input_ids, self.lengths, self.host
 
     def states(self) -> States:
-        """The same to be passed whole."""
+        """Return the contexts for one full forward pass."""
         return PackedStates.whole(self.input_ids, self.lengths)
 
     def decoder(self, lm: Any) -> CachedDecoder:
         """Return a decoder for contexts of this shape.
 
         Raises:
-            ValueError: the model is an encoder-decoder one.
+            ValueError: If the model is an encoder-decoder model.
         """
         check_encoder_decoder(lm, wanted=False)
         return CachedDecoder(lm, *self.input_ids.shape)
@@ -88,13 +88,13 @@ class CausalContexts:
 
 @dataclass(frozen=True)
 class EncoderDecoderContexts:
-    """B prompts of an encoder-decoder model, with what its decoder has so far, on a device."""
+    """B prompts of an encoder-decoder model with the decoder's tokens so far, on a device."""
 
     rows: EncoderDecoderRows
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(B, P, D)`: what a cached decoder is made for."""
+        """`(B, P, D)`, the shape of a cached decoder for them."""
         return *self.rows.input_ids.shape, self.rows.decoder_input_ids.shape[1]
 
     @property
@@ -103,14 +103,14 @@ class EncoderDecoderContexts:
         return self.rows
 
     def states(self) -> States:
-        """The same to be passed whole."""
+        """Return the contexts for one full forward pass."""
         return EncoderDecoderStates.whole(self.rows)
 
     def decoder(self, lm: Any) -> CachedEncoderDecoder:
         """Return a decoder for contexts of this shape.
 
         Raises:
-            ValueError: the model is a causal one.
+            ValueError: If the model is a causal model.
         """
         check_encoder_decoder(lm, wanted=True)
         num_rows, max_prompt_tokens = self.rows.input_ids.shape
@@ -118,14 +118,14 @@ class EncoderDecoderContexts:
 
 
 Contexts = CausalContexts | EncoderDecoderContexts
-"""What observations show."""
+"""Contexts of an observation."""
 
 
 def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple[Contexts, bool]:
-    """The contexts of an observation, and whether they came as a batch.
+    """Return the contexts of an observation, and whether the observation is a batch.
 
     Raises:
-        ValueError: the observation is not token ids padded on the right.
+        ValueError: If the observation is not token ids padded on the right.
     """
     check_fork(device.type)
     encoder_decoder = "decoder_input_ids" in observation
@@ -141,7 +141,7 @@ def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple
         return EncoderDecoderContexts(EncoderDecoderRows(*to_device(device, *rows))), batched
 
     host: HostContexts | None = None
-    if device.type != "cpu":  # on a CPU nobody waits for a comparison
+    if device.type != "cpu":  # on a CPU a comparison of contexts does not make the host wait
         if isinstance(observation, Shown):
             host = observation.contexts
         elif rows[0].device.type == "cpu":
@@ -151,13 +151,14 @@ def read_contexts(observation: Mapping[str, Any], device: torch.device) -> tuple
 
 
 def _check_tokens(ids: Tensor, mask: Tensor, part: str) -> None:
-    """Refuses what a wrapper or another library has made of token ids."""
+    """Raise an error if a wrapper or another library has scaled, stacked or left-padded token ids."""
     if ids.is_floating_point() or mask.is_floating_point():
         raise ValueError(
             f"{part}input_ids and {part}attention_mask must be whole numbers, got {ids.dtype} and {mask.dtype}: leave "
             "observations as the environment gives them, with SB3 by VecNormalize(env, norm_obs=False)"
         )
-    if mask.device.type == "cpu" and bool((mask[..., 1:] > mask[..., :-1]).any()):  # elsewhere the host would wait
+    # Only on a CPU: on a GPU the host would have to wait for the result in every step.
+    if mask.device.type == "cpu" and bool((mask[..., 1:] > mask[..., :-1]).any()):
         raise ValueError(
             f"{part}input_ids must be padded on the right, but {part}attention_mask goes on after a 0: leave "
             "observations as the environment gives them, unstacked, and set tokenizer.padding_side='right'"
@@ -165,5 +166,5 @@ def _check_tokens(ids: Tensor, mask: Tensor, part: str) -> None:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Grows whenever a tensor is changed; `None` in inference mode, which does not count."""
+    """Return a number that increases when a tensor changes in place; `None` for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version

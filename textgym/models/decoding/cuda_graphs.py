@@ -1,7 +1,8 @@
-"""Steps as CUDA graphs: which steps can be captured, what a captured step depends on, and the memory that all share.
+"""CUDA graphs of decoding steps: capture them, find out whether they can be captured, and what they depend on.
 
-A graph is a list of kernels with the addresses they work on. It runs again without the model's Python code, so the code
-may not wait for the device, and nothing that it read may have changed since.
+A CUDA graph is a recorded list of kernels with the addresses of their arguments. A replay runs them without the model's
+Python code. So this code must not wait for the device, and everything that it read must stay the same between capture
+and replay (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from textgym.models.machine.flops import captured, replayed
 
 VALUE_ON_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of operators whose results, or the results' shapes, the host reads."""
 INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 COPYING = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
-OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module has; they say nothing about its settings."""
 
 
 class NotCapturedError(RuntimeError):
@@ -28,13 +31,13 @@ class NotCapturedError(RuntimeError):
 
 
 class Graphs:
-    """Captures the steps of one model, and knows whether that is possible.
+    """Captures the steps of one model.
 
-    All graphs take their temporary memory from one pool. That is safe because they run one after another, and whatever
-    outlives a step is in tensors that were made outside of it.
+    All graphs share one memory pool for their temporary tensors. This is safe, because the graphs run one after
+    another, and all tensors that are used after a step were allocated outside of it.
 
     Attributes:
-        reason: why steps of this model cannot be captured; empty as long as they can.
+        reason: Why steps of this model cannot be captured; empty as long as they can.
     """
 
     def __init__(self) -> None:
@@ -43,19 +46,19 @@ class Graphs:
         self.pool: Any = None
 
     def capture(self, step: Callable[[], object]) -> Callable[[], object]:
-        """Captures a step, which does not run it, and returns what runs it on the same tensors.
+        """Capture a step without running it, and return a function that runs it on the same tensors.
 
         Raises:
-            NotCapturedError: what the step does cannot be part of a graph.
+            NotCapturedError: If an operation of the step cannot be part of a graph.
         """
-        if not self.alive:  # a pool ends with its last graph
+        if not self.alive:  # CUDA frees a pool together with its last graph
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with (
                 captured() as operations,
-                torch.cuda.stream(torch.cuda.current_stream()),  # goes back to this stream, which a failure does not
-                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),  # others may work meanwhile
+                torch.cuda.stream(torch.cuda.current_stream()),  # restores the stream; a failed capture does not
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),  # only this thread
             ):
                 step()
         except RuntimeError as error:
@@ -71,22 +74,22 @@ class Graphs:
 
 
 def _leave_pool(pool: Any) -> None:
-    """Ends a capture that failed for the allocator too.
+    """Tell torch's allocator that a failed capture has ended.
 
-    torch leaves that out, and then neither `empty_cache` nor another attempt after the memory ran out works any more.
+    torch itself does not, and then `empty_cache` and later captures fail, for example after an out-of-memory error.
     """
-    with contextlib.suppress(RuntimeError):  # it was ended, or it never began
+    with contextlib.suppress(RuntimeError):  # the capture had already ended, or it never began
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 class HostAccess(TorchDispatchMode):
-    """Notices operations for which the host waits for the device, or copies to it: they cannot be captured.
+    """Finds operations that make the host wait for the device or copy to it: these cannot be captured.
 
-    A capture that such an operation breaks off leaves torch's allocator in disorder. So a step is watched while it runs
-    as it is, before it is captured.
+    A capture that fails at such an operation leaves torch's allocator in an invalid state. So each step first runs once
+    without a capture, in this context.
 
     Attributes:
-        operation: the first one that was seen, or empty.
+        operation: The first such operation, or an empty string.
     """
 
     def __init__(self) -> None:
@@ -94,7 +97,7 @@ class HostAccess(TorchDispatchMode):
         self.operation = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation."""
+        """Run an operation and check it."""
         result = func(*args, **(kwargs or {}))
         if not self.operation and _waits(func, args, result):
             self.operation = str(func)
@@ -102,6 +105,7 @@ class HostAccess(TorchDispatchMode):
 
 
 def _waits(func: Any, args: Any, result: Any) -> bool:
+    """Return whether an operation makes the host wait: boolean indexing, copies between devices, values on the host."""
     kind = func.overloadpacket
     if kind in INDEXING:
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -111,10 +115,10 @@ def _waits(func: Any, args: Any, result: Any) -> bool:
 
 
 def state_of(policy: Any) -> tuple[Any, ...]:
-    """Everything that a captured step of a policy depends on, except for the numbers in its weights.
+    """Return everything that a captured step of a policy depends on, except for the values of its weights.
 
-    Which tensors the weights are; all numbers, switches and names that its modules hold, such as the temperature, the
-    training mode, the active adapters, which of them are merged, and their scales; hooks; and how torch computes.
+    These are the addresses of the weights; all plain attributes of its modules, such as the temperature, the training
+    mode, the active adapters, their scales and whether they are merged; hooks; and torch's numerical settings.
     """
     modules = list(policy.modules())
     tensors = (*policy.parameters(), *policy.buffers())
@@ -127,20 +131,20 @@ def state_of(policy: Any) -> tuple[Any, ...]:
 
 
 def computing(device: torch.device) -> tuple[Any, ...]:
-    """How torch is told to compute on a device."""
+    """Return torch's numerical settings for a device: autocast, determinism and precision of float32 products."""
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return device, autocast, torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
 
 
 def _values_of(module: nn.Module) -> tuple[Any, ...]:
-    """The plain values among a module's attributes."""
-    values = [_plain(value) for name, value in vars(module).items() if name not in OF_EVERY_MODULE]
+    """Return the plain values among a module's attributes, and its hooks."""
+    values = [_plain(value) for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES]
     return type(module), *values, *module._forward_hooks, *module._forward_pre_hooks
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be compared later: of tensors and other objects nothing, since they are not plain values."""
+    """Return a plain value, or a tuple of plain values, that can be compared later; `None` for any other object."""
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple | set | frozenset):

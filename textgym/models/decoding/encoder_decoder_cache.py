@@ -1,4 +1,4 @@
-"""CachedEncoderDecoder: the decoder's last hidden state of a batch of growing responses, each prompt encoded once."""
+"""CachedEncoderDecoder: last hidden states of a batch of growing responses; each prompt is encoded once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from textgym.models.decoding.cached_decoder import CachedDecoder, SlotCache
 
 @dataclass
 class KeysValues:
-    """What a layer's cross-attention reads, `(b, heads, P, head_size)` each."""
+    """Keys and values of a layer's cross-attention, `(b, heads, P, head_size)` each."""
 
     keys: Tensor
     values: Tensor
 
 
 class DecoderSlots(SlotCache):
-    """A `SlotCache` for models that count their positions by the cache: all rows of a pass are equally long."""
+    """A `SlotCache` for models that derive positions from the cache's length; all rows of a pass are equally long."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before those of this pass."""
+        """Return the number of tokens before those of this pass."""
         return 0 if self.positions is None else self.span - 1
 
 
@@ -43,7 +43,7 @@ class PromptSlots(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores what the layer made of the prompts `(b, heads, L, head_size)` of the rows of this pass."""
+        """Store a layer's keys and values `(b, heads, L, head_size)` of the prompts in the rows of this pass."""
         if layer_idx == len(self.stored):
             shape = (self.num_rows, key_states.shape[1], self.max_tokens, key_states.shape[3])
             self.stored.append(KeysValues(key_states.new_zeros(shape), value_states.new_zeros(shape)))
@@ -53,27 +53,28 @@ class PromptSlots(Cache):
         return key_states, value_states
 
     def read(self, rows: Tensor | None, span: int) -> None:
-        """The next pass reads the first `span` slots of these rows (`None`: of all)."""
+        """Read the first `span` slots of these rows in the next pass; `None` for all rows."""
         chosen = slice(None) if rows is None else rows
-        layers: list[Any] = [  # the models ask them for nothing but keys and values
+        layers: list[Any] = [  # transformers reads only `keys` and `values` of these layers
             KeysValues(layer.keys[:, :, :span][chosen], layer.values[:, :, :span][chosen]) for layer in self.stored
         ]
         self.layers = layers
 
 
 class CachedEncoderDecoder:
-    """Steps an encoder-decoder model over a batch of prompts with growing responses.
+    """Compute the decoder's last hidden states for a batch of prompts with growing responses.
 
-    As `CachedDecoder`: `advance` compares with what it saw last, so rows may restart at any time, any observation is
-    legal, and the result equals a full forward pass. A prompt is encoded once, when it is new, and what cross-attention
-    makes of it is kept. These models count positions from the length of the cache, which is one for all rows, so rows
-    are decoded in groups of equal length; where episodes begin together there is one group.
+    As in `CachedDecoder`, `advance` compares its arguments with those of the last call, so rows may restart at any
+    time, every observation is valid, and the result equals a full forward pass. A prompt is encoded once, and the keys
+    and values of its cross-attention are cached. These models derive positions from the length of the cache, which is
+    the same for all rows, so rows are decoded in groups of equal length. If all episodes start together there is one
+    group.
 
     Args:
-        model: an encoder-decoder model of transformers.
-        num_rows: rows of the batch, `B`.
-        max_prompt_tokens: longest prompt, `P`.
-        max_tokens: most tokens of the decoder, start tokens included, `D`.
+        model: An encoder-decoder model of transformers.
+        num_rows: Number of rows in the batch, `B`.
+        max_prompt_tokens: Maximum length of a prompt, `P`.
+        max_tokens: Maximum number of tokens of the decoder, with start tokens, `D`.
     """
 
     def __init__(self, model: Any, num_rows: int, max_prompt_tokens: int, max_tokens: int) -> None:
@@ -88,7 +89,7 @@ class CachedEncoderDecoder:
 
     @property
     def seen(self) -> tuple[Tensor, ...]:
-        """What `advance` was given last."""
+        """The arguments of the last call of `advance`."""
         return EncoderDecoderRows(self.input_ids, self.lengths, self.decoder.input_ids, self.decoder.lengths)
 
     def of_model(self, model: Any) -> CachedEncoderDecoder:
@@ -97,7 +98,7 @@ class CachedEncoderDecoder:
         return CachedEncoderDecoder(model, self.num_rows, self.max_prompt_tokens, self.decoder.max_tokens)
 
     def reset(self) -> None:
-        """Forgets all prompts and responses and frees the caches."""
+        """Remove all prompts and responses and free the caches."""
         self.decoder.reset()
         device = self.decoder.model.device
         self.input_ids = torch.zeros(self.num_rows, self.max_prompt_tokens, dtype=torch.long, device=device)
@@ -106,7 +107,7 @@ class CachedEncoderDecoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches, the prompts' among them."""
+        """Size of the caches in bytes, with the prompts' cache."""
         return self.decoder.nbytes
 
     @torch.no_grad()
@@ -117,19 +118,19 @@ class CachedEncoderDecoder:
         decoder_input_ids: Tensor,
         decoder_lengths: Tensor,
     ) -> Tensor:
-        """The last hidden state of every row.
+        """Return the decoder's last hidden state of every row.
 
         Args:
             input_ids: `(B, P)`, prompts, right-padded.
-            lengths: `(B,)`, tokens of each prompt, at least 1.
+            lengths: `(B,)`, number of tokens of each prompt, at least 1.
             decoder_input_ids: `(B, D)`, start tokens and responses, right-padded.
-            decoder_lengths: `(B,)`, at least 1.
+            decoder_lengths: `(B,)`, number of tokens of the decoder, at least 1.
 
         Returns:
-            `(B, d)`, in the model's dtype; a fresh tensor.
+            `(B, d)`, in the model's dtype; a new tensor.
 
         Raises:
-            ValueError: other shapes than this was made for, or an empty prompt or response.
+            ValueError: If the shapes are not those of this object, or a prompt or response is empty.
         """
         if input_ids.shape != (self.num_rows, self.max_prompt_tokens):
             expected = (self.num_rows, self.max_prompt_tokens)
@@ -150,14 +151,14 @@ class CachedEncoderDecoder:
 
 
 class _Responses(CachedDecoder):
-    """The decoder's half: a `CachedDecoder` of responses, each read against its encoded prompt."""
+    """A `CachedDecoder` of the responses, whose cross-attention reads the encoded prompts."""
 
     def __init__(self, model: Any, num_rows: int, max_tokens: int, max_prompt_tokens: int) -> None:
         self.max_prompt_tokens = max_prompt_tokens
         super().__init__(model, num_rows, max_tokens)
 
     def reset(self) -> None:
-        """Forgets prompts and responses."""
+        """Remove prompts and responses and free the caches."""
         super().reset()
         self.cache = DecoderSlots(self.num_rows, self.max_tokens)
         self.prompts = PromptSlots(self.num_rows, self.max_prompt_tokens)
@@ -168,12 +169,12 @@ class _Responses(CachedDecoder):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the responses' cache, and of the prompts' states, keys and values."""
+        """Size in bytes of the responses' cache and of the prompts' hidden states, keys and values."""
         hidden = 0 if self.encoder_hidden is None else self.encoder_hidden.nbytes
         return super().nbytes + hidden + sum(x.keys.nbytes + x.values.nbytes for x in self.prompts.stored)
 
     def take_prompts(self, rows: Tensor | None, input_ids: Tensor, lengths: Tensor) -> None:
-        """Encodes the prompts `(B, P)` of some rows, and forgets their responses."""
+        """Encode the prompts `(B, P)` of some rows, and remove their responses."""
         self.prompt_span = int(lengths.max())
         check_positions(self.model.config, self.prompt_span, "a prompt")
         chosen = slice(None) if rows is None else rows
@@ -188,11 +189,11 @@ class _Responses(CachedDecoder):
 
     def _encode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, width: int | None = None) -> None:
         self.prompts.rows = self.reading = rows
-        self.both.is_updated = {}  # so that cross-attention makes its keys and values, and stores them
+        self.both.is_updated = {}  # transformers then computes and stores the keys and values of cross-attention
         super()._encode(input_ids, lengths, rows, width)
 
     def _decode(self, input_ids: Tensor, lengths: Tensor, rows: Tensor | None, span: int) -> None:
-        """One new token of some rows, in groups of equal length."""
+        """Decode one new token of some rows, in groups of equal length."""
         sizes = (lengths if rows is None else lengths[rows]).unique().tolist()
         for size in sizes:
             group = rows
@@ -203,7 +204,7 @@ class _Responses(CachedDecoder):
             super()._decode(input_ids, lengths, group, size)
 
     def _forward(self, input_ids: Tensor, positions: Tensor, allowed: Tensor, distance: Tensor) -> Tensor:
-        assert self.encoder_hidden is not None  # prompts are taken before responses
+        assert self.encoder_hidden is not None  # prompts are encoded before responses
         chosen = slice(None) if self.reading is None else self.reading
         output = self.model.base_model.get_decoder()(
             input_ids=input_ids,

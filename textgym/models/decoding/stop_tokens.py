@@ -1,4 +1,4 @@
-"""Stop tokens as tensors, which are made once: each list that becomes a tensor on a GPU makes the host wait."""
+"""Stop tokens as tensors. They are cached, because to copy a list to a GPU makes the host wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class StopTokens(NamedTuple):
-    """`ids` int64 `(s,)`, and `table` bool `(V,)`, which says of each token whether it is one. Not to be written."""
+    """Stop tokens as `ids` int64 `(s,)` and as `table` bool `(V,)`; read-only, because all callers share them."""
 
     ids: Tensor
     table: Tensor
@@ -18,9 +18,9 @@ class StopTokens(NamedTuple):
 
 @lru_cache(maxsize=64)
 def stop_tokens(stop_ids: tuple[int, ...], vocab_size: int, device: torch.device) -> StopTokens:
-    """The stop tokens that a model with V tokens has; the others can never be sampled."""
+    """Return the stop tokens below V as tensors; a model with V tokens never samples the others."""
     known = [token for token in stop_ids if token < vocab_size]
-    with torch.inference_mode(False):  # or autograd could not use them later
+    with torch.inference_mode(False):  # autograd could not use inference tensors later
         ids = torch.tensor(known, dtype=torch.long, device=device)
         table = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         table[ids] = True
