@@ -1,4 +1,4 @@
-"""Sequences: prompts with their responses, the form in which whole episodes are scored and trained on."""
+"""Sequences: prompts with their responses, for scoring and training on whole episodes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from textgym.models.machine.transfer import to_device, to_host
 
 
 class HostRows(NamedTuple):
-    """What the host knows of N sequences: enough to lay them out without asking the device.
+    """Prompts and lengths of N sequences in host memory, so that packing need not wait for the device.
 
     Attributes:
         prompts: `(N,)` bytes objects, the ids of each prompt.
         prompt_lengths: `(N,)` int64.
         response_lengths: `(N,)` int64.
-        num_tokens: `(N,)` int64, the response tokens that the policy wrote.
+        num_tokens: `(N,)` int64, number of response tokens that the policy generated.
     """
 
     prompts: np.ndarray
@@ -35,7 +35,7 @@ class HostRows(NamedTuple):
 
     @classmethod
     def read(cls, sequences: Sequences) -> HostRows:
-        """By one copy from the device."""
+        """Copy them from the device, in one transfer."""
         lengths = sequences.response_lengths
         generated = sequences.generated
         counts = lengths if generated is None else _real(lengths, generated, generated.shape[1]).sum(1)
@@ -44,25 +44,26 @@ class HostRows(NamedTuple):
         return cls(prompts, prompt_lengths.numpy(), lengths.numpy(), counts.numpy())
 
     def take(self, rows: slice | np.ndarray) -> HostRows:
-        """Some of the rows."""
+        """Return some of the rows."""
         return HostRows(*(column[rows] for column in self))
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """N prompts with their responses. Masks come from lengths, never from token ids.
+    """N prompts with their responses.
 
-    What follows from these tensors is computed when it is first asked for, and kept.
+    Masks are computed from lengths and not from token ids, because the policy may generate the padding id. Derived
+    tensors are computed on first use and then cached.
 
     Attributes:
         input_ids: `(N, W)` int64, right-padded: prompt, then response.
         prompt_lengths: `(N,)`, at least 1.
         response_lengths: `(N,)`, at least 1.
-        stop: which tokens end a response and how early they may, see `StopRule`.
-        generated: bool `(N, T)` or wider, the response tokens that the policy wrote; `None` where it wrote all. What an
-            environment put in between, such as the replies of a game, is context: no loss, no KL, no value.
-        decoder_start: for encoder-decoder models, the token ids that the decoder begins with, before the response.
-        known: what the host knows of the rows already; `None` reads it from the device when it is needed.
+        stop: Stop tokens and the minimum length of a response.
+        generated: Bool `(N, T)` or wider, the response tokens that the policy generated; `None` if it generated all.
+            Tokens that an environment inserted, such as replies of a game, are context: no loss, no KL, no value.
+        decoder_start: For encoder-decoder models, the token ids of the decoder before the response.
+        known: Prompts and lengths on the host; `None` copies them from the device when they are needed.
     """
 
     input_ids: Tensor
@@ -77,11 +78,11 @@ class Sequences:
         return len(self.input_ids)
 
     def __getitem__(self, rows: slice | Tensor) -> Sequences:
-        """Some of the rows; indices had better be on the host."""
+        """Return some of the rows; with indices on a GPU the host waits for a copy of them."""
         return self.take(*on_both(rows, self.input_ids.device))
 
     def take(self, rows: slice | Tensor, host_rows: slice | np.ndarray) -> Sequences:
-        """Some of the rows, whose indices are on the device and on the host."""
+        """Return some of the rows, given by the same indices on the device and on the host."""
         return replace(
             self,
             input_ids=self.input_ids[rows],
@@ -92,7 +93,7 @@ class Sequences:
         )
 
     def to(self, device: torch.device) -> Sequences:
-        """The same on a device."""
+        """Return the sequences on a device."""
         if device == self.input_ids.device:
             return self
         return replace(
@@ -106,7 +107,7 @@ class Sequences:
 
     @classmethod
     def cat(cls, parts: Sequence[Sequences]) -> Sequences:
-        """The rows of several, which are equally wide."""
+        """Concatenate sequences of equal width W."""
         generated = None
         if any(part.generated is not None for part in parts):
             width = max(part.response_mask.shape[1] for part in parts)
@@ -124,27 +125,27 @@ class Sequences:
 
     @cached_property
     def host(self) -> HostRows:
-        """What the host knows of the rows."""
+        """Prompts and lengths on the host."""
         return HostRows.read(self) if self.known is None else self.known
 
     @property
     def longest(self) -> int:
-        """T, the tokens of the longest response."""
+        """T, the length of the longest response."""
         return int(self.host.response_lengths.max())
 
     @property
     def num_tokens(self) -> int:
-        """M, the tokens that the policy wrote."""
+        """M, the number of tokens that the policy generated."""
         return int(self.host.num_tokens.sum())
 
     @cached_property
     def response_mask(self) -> Tensor:
-        """Bool `(N, T)`, T the longest response: the real response tokens that the policy wrote."""
+        """Bool `(N, T)`: the tokens that the policy generated, without padding."""
         return _real(self.response_lengths, self.generated, self.longest)
 
     @cached_property
     def steps(self) -> tuple[Tensor, Tensor]:
-        """Row and place in the response of each token that the policy wrote, `(M,)` each."""
+        """Row, and index in the response, of each token that the policy generated, `(M,)` each."""
         if self.generated is None:
             return ragged(self.response_lengths, self.num_tokens)
         rows, steps = self.response_mask.nonzero(as_tuple=True)
@@ -152,27 +153,30 @@ class Sequences:
 
     @property
     def lengths(self) -> Tensor:
-        """`(N,)`, prompt and response together."""
+        """`(N,)`, number of tokens of prompt and response."""
         return self.prompt_lengths + self.response_lengths
 
     @cached_property
     def actions(self) -> Tensor:
-        """`(M,)`, what the policy wrote in all rows, row by row; `pad` is the way back to `(N, T)`."""
+        """`(M,)`, the tokens that the policy generated in all rows, row by row; `pad` makes them `(N, T)`."""
         rows, steps = self.steps
         return self.input_ids[rows, self.prompt_lengths[rows] + steps]
 
     @property
     def banned(self) -> Tensor | None:
-        """Bool `(M,)`: at which response tokens the stop ids were not allowed; `None` if at none."""
+        """Bool `(M,)`: whether stop ids were banned at each generated token; `None` if they never were."""
         return self.stop.applies(self.steps[1])
 
     def pad(self, flat: Tensor) -> Tensor:
-        """Lays a value for each response token `(M,)` out as `(N, T)`, zero in the padding."""
-        # Not masked_scatter, whose backward pass asks the device how many entries of a mask are set.
+        """Return values of generated tokens `(M,)` as `(N, T)`, zero elsewhere."""
+        # Not masked_scatter: in its backward pass the host waits for the number of True entries in the mask.
         return flat.new_zeros(len(self), self.longest).index_put(self.steps, flat)
 
     def states(self) -> States:
-        """The states before each response token. The last token is left out: nothing is predicted from it."""
+        """Return the state before each generated token.
+
+        The state before token t ends with token t - 1, so the last token of a row is in no state.
+        """
         return self._states
 
     @cached_property
@@ -187,14 +191,17 @@ class Sequences:
         return PackedStates(packed, packed.slots(rows, self.prompt_lengths[rows] + steps - 1))
 
     def split(self, response_lengths: Tensor) -> EncoderDecoderRows:
-        """The rows as encoder and decoder read them, each response up to a length `(N,)`; as wide for any of these."""
+        """Return the inputs of encoder and decoder, with each response cut to a length `(N,)`.
+
+        The widths are those of the longest prompt and response, whatever the lengths are.
+        """
         longest = int(self.host.prompt_lengths.max()), self.longest
         return split_rows(self.input_ids, self.prompt_lengths, response_lengths, self.decoder_start, *longest)
 
     def observation(self, response_lengths: Tensor) -> dict[str, Tensor]:
-        """What an environment showed when the responses had these lengths `(N,)`.
+        """Return the observation of an environment when the responses had these lengths `(N,)`.
 
-        What stands beyond the masks means nothing.
+        Ids where the attention mask is 0 are arbitrary.
         """
         if self.decoder_start:
             return self.split(response_lengths).observation()
@@ -204,14 +211,14 @@ class Sequences:
 
 
 def on_both(rows: slice | Tensor, device: torch.device) -> tuple[Any, Any]:
-    """Indices of rows on a device and as the host's NumPy array; a slice is either."""
+    """Return indices of rows on a device, and on the host as a NumPy array; a slice is returned twice."""
     if isinstance(rows, slice):
         return rows, rows
-    [there], [here] = to_device(device, rows), to_host(rows)
-    return there, here.numpy()
+    [device_rows], [host_rows] = to_device(device, rows), to_host(rows)
+    return device_rows, host_rows.numpy()
 
 
 def _real(lengths: Tensor, generated: Tensor | None, width: int) -> Tensor:
-    """Bool `(N, width)`: real tokens of responses of these lengths, of which `generated` are the policy's own."""
+    """Return bool `(N, width)`: tokens that are not padding and, if `generated` is given, that the policy generated."""
     real = torch.arange(width, device=lengths.device) < lengths[:, None]
     return real if generated is None else real & generated[:, :width]

@@ -24,23 +24,23 @@ from textgym.models.machine.devices import Device
 from textgym.models.sequences import Sequences
 
 Observation = Mapping[str, Any]
-"""`input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch, as the environments give them.
+"""An environment's observation: `input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch.
 
-For encoder-decoder models these are the prompt, and `decoder_input_ids` and `decoder_attention_mask` are beside them.
+For encoder-decoder models these are the prompt, and there are also `decoder_input_ids` and `decoder_attention_mask`.
 """
 
 
 RECORDING_HOOK = "output_capturing_hook"
-"""Name of the function that transformers hooks into the layers of a model."""
+"""Name of the forward hook that transformers registers on layers to record their outputs."""
 
 
 class TokenModel(nn.Module):
-    """Scores tokens with a language model: one at a time from observations, or whole sequences.
+    """A language model that scores tokens, one at a time from observations or for whole sequences.
 
     Args:
-        lm: a causal language model of transformers, or an encoder-decoder one; or a peft model around one. Its dropout
-            is removed.
-        temperature: divides the logits everywhere.
+        lm: A causal or encoder-decoder language model of transformers, or a peft model of one. Its dropout is removed,
+            so that log-probs of the same tokens are equal in sampling and in training.
+        temperature: Divisor of the logits, in sampling and in scoring.
     """
 
     def __init__(self, lm: Any, temperature: float = 1.0) -> None:
@@ -59,7 +59,10 @@ class TokenModel(nn.Module):
         self._decoder: CachedDecoder | CachedEncoderDecoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles after use too: transformers' recording hooks are closures; it puts them back at the next call."""
+        """Remove transformers' recording hooks, which are closures and cannot be pickled.
+
+        transformers installs them again at the next forward pass.
+        """
         for module in self.lm.modules():
             recording = [
                 key for key, hook in module._forward_hooks.items() if getattr(hook, "__name__", "") == RECORDING_HOOK
@@ -74,10 +77,14 @@ class TokenModel(nn.Module):
     def load(
         cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None
     ) -> TokenModel:
-        """A frozen scorer, from a name, a path, a language model or another `TokenModel`, which is returned as it is.
+        """Return a frozen model.
 
-        A model that is given stays where it is; `device` is for one that is loaded by its name. Of a language model
-        with weights that are trained a copy is taken; one that is frozen, by `requires_grad_(False)`, is used as it is.
+        Args:
+            model: A name, a path, a language model or a `TokenModel`. A `TokenModel` is returned unchanged, and a
+                language model whose weights are all frozen (`requires_grad_(False)`) is used without a copy. A language
+                model with trainable weights is copied, so that training it does not change the result.
+            temperature: Divisor of the logits.
+            device: Device of a model that is loaded by name; a model that is given as an object stays on its device.
         """
         if isinstance(model, TokenModel):
             return model
@@ -89,49 +96,49 @@ class TokenModel(nn.Module):
         return freeze(cls(load_lm(model, device=device), temperature))
 
     def frozen_copy(self) -> TokenModel:
-        """What the model is now, frozen. Under an adapter it shares the weights that are frozen anyway."""
+        """Return a frozen copy of the model; with an adapter it shares the base model's weights, which never change."""
         return freeze(TokenModel(frozen_copy(self.lm), self.temperature))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.head.weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to`, `.cuda`, `.cpu` and `.half` do to the weights; a cache that was made by the old ones is freed."""
+        """Convert the weights, for `.to`, `.cuda`, `.cpu` and `.half`, and free the cache of the old weights."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.reset_cache()
         return self
 
     @property
     def decoder_start_ids(self) -> tuple[int, ...]:
-        """The `decoder_start_ids` that the environment of an encoder-decoder model is made with; `()` for others."""
+        """The argument `decoder_start_ids` of environments for an encoder-decoder model; `()` for causal models."""
         return decoder_start_ids(self.lm)
 
     def log_prob(self, observation: Observation, action: Any, action_masks: Any = None) -> Tensor:
-        """Log-prob `(B,)` or `()` of one action in each state, by cached decoding.
+        """Return the log-prob `(B,)` or `()` of one action in each state, by cached decoding.
 
         Args:
-            observation: the state before the action.
+            observation: The state before the action.
             action: `(B,)` token ids.
-            action_masks: bool `(B, V)`, the allowed actions; `None` allows all.
+            action_masks: Bool `(B, V)`, the allowed actions; `None` allows all.
         """
         hidden, batched = self._advance(observation)
         action = torch.as_tensor(action, device=self.device).reshape(-1)
         with torch.no_grad(), self._own_precision():
             distribution = self.distribution(action_masks)
-            log_prob = distribution.log_probs_of(self.head(hidden), action)  # an illegal one is scored without the mask
+            log_prob = distribution.log_probs_of(self.head(hidden), action)  # forbidden actions: without the mask
         return log_prob if batched else log_prob[0]
 
     @torch.no_grad()
     def sequence_log_probs(self, sequences: Sequences) -> Tensor:
-        """Log-probs `(N, T)` of the response tokens in one packed pass, zero in the padding."""
+        """Return log-probs `(N, T)` of the generated tokens by one packed pass, zero elsewhere; without gradients."""
         return self.score_sequences(sequences)[0]
 
     def score_sequences(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """`sequence_log_probs` with gradients, and entropies `(N, T)` without: for losses that need no values."""
+        """Return `sequence_log_probs` with gradients, and entropies `(N, T)` without gradients."""
         if torch.is_grad_enabled():
-            self.reset_cache()  # an update follows; some fused optimisers change weights without a trace
+            self.reset_cache()  # an update follows, and fused optimisers do not increase torch's version counters
         log_probs, entropies = token_log_probs(
             self.hidden(sequences.states()),
             self.head,
@@ -143,53 +150,53 @@ class TokenModel(nn.Module):
 
     @torch.no_grad()
     def state_log_probs(self, states: States, actions: Tensor, action_masks: Tensor | None = None) -> Tensor:
-        """Log-probs `(M,)` of one action in each state, in one packed pass; `action_masks` bool `(M, V)`."""
+        """Return the log-prob `(M,)` of one action in each state by one packed pass; `action_masks` bool `(M, V)`."""
         return token_log_probs(
             self.hidden(states), self.head, actions, self.vocab_size, self.distribution(action_masks)
         )[0]
 
     def logits(self, states: States) -> Tensor:
-        """Logits `(M, V)` of the next token in each state, divided by the temperature, float32."""
+        """Return logits `(M, V)` of the next token in each state, divided by the temperature, float32."""
         return self.head_logits(self.hidden(states))
 
     def hidden(self, states: States) -> Tensor:
-        """Last hidden state `(M, d)` of each state, in one packed pass."""
+        """Return the last hidden state `(M, d)` of each state by one packed pass."""
         return states.hidden(self.lm)
 
     def next_logits(self, observation: Observation) -> Tensor:
-        """Logits `(B, V)` of the next token, by cached decoding: `logits` without gradients, from observations."""
+        """Return logits `(B, V)` of the next token for observations, as `logits` does, by cached decoding."""
         with torch.no_grad(), self._own_precision():
             return self.head_logits(self.next_hidden(observation))
 
     def next_hidden(self, observation: Observation) -> Tensor:
-        """Last hidden state `(B, d)` of each observed context, by cached decoding."""
+        """Return the last hidden state `(B, d)` of each context of an observation, by cached decoding."""
         return self._advance(observation)[0]
 
     def reset_cache(self) -> None:
-        """Frees the key-value cache."""
+        """Free the key-value cache."""
         self._decoder = None
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the key-value cache, as it is now."""
+        """Current size of the key-value cache in bytes."""
         return 0 if self._decoder is None else self._decoder.nbytes
 
     def distribution(self, action_masks: Any = None) -> TokenDistribution:
-        """Return how logits become a distribution; `action_masks` bool `(m, V)`, the allowed tokens, `None` for all."""
+        """Return the distribution of tokens for a mask of allowed tokens, bool `(m, V)`; `None` allows all."""
         if action_masks is not None:
             action_masks = torch.as_tensor(action_masks, device=self.device).bool().reshape(-1, self.vocab_size)
         return TokenDistribution(self.temperature, action_masks)
 
     def distribution_of(self, sequences: Sequences) -> TokenDistribution:
-        """Return the same for the M response tokens of these sequences, by their stop rule."""
+        """Return the distribution of the M generated tokens of sequences, with their stop rule."""
         return TokenDistribution(self.temperature, banned=sequences.banned, stop_ids=sequences.stop.ids)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Logits `(B, V)` of the next token from last hidden states `(B, d)`, divided by the temperature, float32."""
+        """Return logits `(B, V)`, divided by the temperature, in float32, for last hidden states `(B, d)`."""
         return self.distribution().logits(self.head(hidden))
 
     def _advance(self, observation: Observation) -> tuple[Tensor, bool]:
-        """Hidden states `(B, d)` of the contexts, and whether they came as a batch."""
+        """Return last hidden states `(B, d)` of an observation, and whether the observation is a batch."""
         contexts, batched = read_contexts(observation, self.device)
         if not fits(self._decoder, contexts.shape, self.device):
             self._decoder = contexts.decoder(self.lm)
@@ -197,14 +204,14 @@ class TokenModel(nn.Module):
             return self._decoder.advance(*contexts.known), batched
 
     def _own_precision(self) -> torch.autocast:
-        """Decoding keeps the precision of the weights under a caller's autocast, which would mix dtypes in the cache.
+        """Disable autocast for cached decoding, because it would mix dtypes in the cache.
 
-        Whole sequences are scored under it, as updates in bfloat16 are.
+        Whole sequences do use the caller's autocast, for updates in bfloat16.
         """
         return torch.autocast(self.device.type, enabled=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenModel:
-        """A copy without the cache: `spec` of a Gymnasium environment copies its arguments."""
+        """Copy without the cache, because Gymnasium copies the arguments of an environment into its `spec`."""
         decoder, self._decoder = self._decoder, None
         try:
             new = self.__class__.__new__(self.__class__)
@@ -218,5 +225,5 @@ class TokenModel(nn.Module):
 def fits(
     decoder: CachedDecoder | CachedEncoderDecoder | None, shape: tuple[int, ...], device: torch.device
 ) -> TypeGuard[CachedDecoder | CachedEncoderDecoder]:
-    """Whether a decoder is for contexts of this shape, and is where the model is, which may have been moved."""
+    """Return whether a decoder has this shape and is on the device of the model, which may have been moved."""
     return decoder is not None and decoder.shape == shape and decoder.slots.device == device
