@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -180,23 +182,105 @@ def test_global_generators_are_left_alone_and_games_keep_theirs() -> None:
     assert shown[0] == shown[1]
 
 
-def test_a_game_of_textarenas_form() -> None:
-    class Arena:
-        def reset(self, num_players: int, seed: int) -> None:
-            self.turns = 0
-            assert num_players == 1
+def test_games_of_other_libraries_are_made_anew_for_each_episode(capsys: pytest.CaptureFixture[str]) -> None:
+    class Heap(Hints):
+        """Keeps what it said in earlier episodes, and prints."""
 
-        def get_observation(self) -> tuple[int, str]:
-            return 0, f"turn {self.turns}"
+        def __init__(self) -> None:
+            self.said: list[str] = []
+            print("made")
 
-        def step(self, action: str) -> tuple[bool, dict[str, Any]]:
-            self.turns += 1
-            return self.turns == 2, {}
+        def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+            print("reset")
+            self.said.append(super().reset(seed)[0])
+            return "".join(self.said), {}
 
-        def close(self) -> tuple[dict[int, float], dict[int, Any]]:
-            return {0: 0.5}, {}
+        def step(self, action: str) -> Any:
+            print("step", file=sys.stderr)
+            return super().step(action)
 
-    env = TurnActions(TextObservation(from_textarena(Arena, **SETTINGS)))
-    assert env.reset()[0] == "turn 0"
-    assert env.step("a")[0] == "turn 0a<eos>turn 1"
-    assert env.step("b")[1:3] == (0.5, True)
+    env = TurnActions(TextObservation(from_gem(Heap, **SETTINGS)))
+    for _ in range(3):
+        assert env.reset(options={"prompt_index": 5})[0] == "5?"
+        env.step("3")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_game_that_fails_leaves_the_global_generators_alone() -> None:
+    class Broken(Hints):
+        def step(self, action: str) -> Any:
+            random.seed(0)
+            raise RuntimeError("out of order")
+
+    env = TurnActions(TextObservation(from_gem(Broken, **SETTINGS)))
+    env.reset()
+    before = random.getstate()
+    with pytest.raises(RuntimeError, match="out of order"):
+        env.step("3")
+    assert random.getstate() == before
+
+
+def test_a_game_that_says_no_strings_is_refused() -> None:
+    class Lists(Hints):
+        def reset(self, seed: int) -> Any:
+            return [(0, "hello")], {}
+
+    env = from_gem(Lists, **SETTINGS)
+    with pytest.raises(TypeError, match="says strings, got a list"):
+        env.reset()
+
+
+def test_the_board_that_gem_puts_into_infos_is_read() -> None:
+    class Board(Hints):
+        def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+            return "rules\n", {"prefix": "hi\n", "suffix": "board 0"}
+
+        def step(self, action: str) -> Any:
+            return "moved", 0.0, False, False, {"suffix": "board 1"}
+
+    settings = {**SETTINGS, "max_prompt_tokens": 40, "max_new_tokens": 40}
+    env = TurnActions(TextObservation(from_gem(Board, **settings)))
+    assert env.reset()[0] == "hi\nrules\nboard 0"
+    assert env.step("up")[0] == "hi\nrules\nboard 0up<eos>moved\nboard 1"
+
+
+class Kind(Enum):
+    """As textarena's kinds of messages."""
+
+    PROMPT = 1
+    PLAYER_ACTION = 2
+
+
+class Arena:
+    """A game with textarena's interface, for faults that no game of textarena's has on demand."""
+
+    players, player, rewards = 1, 0, {0: 0.5}
+
+    def reset(self, num_players: int, seed: int) -> None:
+        assert num_players == self.players, f"The number of players has to be {self.players}"
+
+    def get_observation(self) -> tuple[int, Any]:
+        return self.player, [(-1, "rules", Kind.PROMPT)]
+
+    def step(self, action: str) -> tuple[bool, dict[str, Any]]:
+        return True, {}
+
+    def close(self) -> tuple[Any, dict[int, Any]]:
+        return self.rewards, {}
+
+
+ARENA: dict[str, Any] = {**SETTINGS, "max_prompt_tokens": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"players": 2}, "for one player, and this one cannot be: The number of players has to be 2"),
+        ({"player": 1}, "for one player, and in this one it is player 1's turn"),
+        ({"rewards": None}, "ended without rewards"),
+    ],
+)
+def test_a_game_of_textarenas_that_cannot_be_played_alone_is_refused(changes: dict[str, Any], message: str) -> None:
+    env = TurnActions(TextObservation(from_textarena(type("Changed", (Arena,), changes), **ARENA)))
+    with pytest.raises(ValueError, match=message):
+        env.reset() and env.step("a")

@@ -99,7 +99,7 @@ def reasoning_prompts(task: str, split: str, size: int, seed: int, config: dict[
     earlier = {made[index]["question"] for index in range(place * size)}
     entries = [entry for index in range(place * size, (place + 1) * size) for entry in [made[index]]]
     rows = [
-        {"prompt": entry["question"], "answer": entry["answer"], "entry": entry}
+        {"prompt": entry["question"], "answer": entry["answer"], "entry": {**entry, "config": config or {}}}
         for entry in entries
         if entry["question"] not in earlier
     ]

@@ -30,19 +30,33 @@ def reasoning_gym_score(
 ) -> list[float | None]:
     """Return the score of an answer, from 0 to 1, by its task of reasoning_gym (extra `tasks`).
 
-    The column `entry` is the entry of reasoning_gym's data set, with `question`, `answer` and `metadata`.
+    The column `entry` is the entry of reasoning_gym's data set, with `question`, `answer` and `metadata`, and with
+    `config`, the settings of the data set, if they are not those of the task by default. An answer that the task's
+    scorer cannot read scores 0.
 
     Raises:
         ImportError: If the reasoning-gym package is missing; the message says how to install it.
     """
     try:
-        from reasoning_gym import get_score_answer_fn
+        from reasoning_gym import create_dataset
     except ImportError as error:
         raise ImportError("reasoning_gym_score needs reasoning-gym: pip install 'textgym[tasks]'") from error
-    return [
-        None if row is None else float(get_score_answer_fn(row["metadata"]["source_dataset"])(text.strip(), row))
-        for text, row in zip(plain(completions), entry, strict=True)
-    ]
+    scores: list[float | None] = []
+    for text, row in zip(plain(completions), entry, strict=True):
+        if row is None:
+            scores.append(None)
+            continue
+        dataset = create_dataset(row["metadata"]["source_dataset"], seed=0, **row.get("config", {}))
+        scores.append(score_answer(dataset, text.strip(), row))
+    return scores
+
+
+def score_answer(dataset: Any, answer: str, entry: Mapping[str, Any]) -> float:
+    """Return the score of an answer by a data set of reasoning_gym; 0 if its scorer cannot read the answer."""
+    try:
+        return float(dataset.score_answer(answer, entry))
+    except Exception:  # scorers read numbers, JSON or tables, and raise all kinds of errors where there are none
+        return 0.0
 
 
 @lru_cache(maxsize=1)
