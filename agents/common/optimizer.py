@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+MOST = 0.9
+"""Of the weights with a gradient, the share that a step should change."""
 
 
 def adamw(
@@ -22,6 +26,12 @@ def adamw(
         ImportError: `eight_bit` without bitsandbytes.
     """
     trained = [weight for weight in weights if weight.requires_grad]
+    optimizer = _adamw(trained, learning_rate, epsilon, eight_bit)
+    warn_of_lost_updates(optimizer)
+    return optimizer
+
+
+def _adamw(trained: list[nn.Parameter], learning_rate: float, epsilon: float, eight_bit: bool) -> torch.optim.Optimizer:
     if not eight_bit:  # fused: one pass over the weights, with no temporary of their size
         return torch.optim.AdamW(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0, fused=True)
     try:
@@ -30,3 +40,36 @@ def adamw(
         raise ImportError("adam_8bit=True needs bitsandbytes: pip install 'textgym[adam8bit]'") from error
     untyped: Any = optim
     return untyped.AdamW8bit(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0)
+
+
+def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
+    """Measure how many weights the first step changes, where they have 16 bits, and warn if many stay as they were.
+
+    bfloat16 keeps 8 bits of a number: a step of less than about 1/256 of a weight is lost to rounding.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    coarse = [weight for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)]
+    if not coarse:
+        return
+    before: list[tuple[Tensor, Tensor]] = []  # weights with a gradient, and what they were
+
+    def remember(*_: Any) -> None:
+        before[:] = [(weight, weight.detach().clone()) for weight in coarse if weight.grad is not None]
+
+    def compare(*_: Any) -> None:
+        if not before or any(group["lr"] == 0 for group in optimizer.param_groups):
+            return
+        pushed = sum(int((weight.grad != 0).sum()) for weight, _ in before)
+        changed = sum(int((weight.detach() != old).sum()) for weight, old in before)
+        before.clear()
+        for hook in hooks:
+            hook.remove()
+        if changed < MOST * pushed:
+            warnings.warn(
+                f"the weights are {coarse[0].dtype}, and the first step changed {changed / pushed:.0%} of those that "
+                "have a gradient: the other steps are lost to rounding. Train float32 weights: load the model with "
+                "dtype=torch.float32, and set bf16=True in the agent's config for passes in bfloat16",
+                stacklevel=2,
+            )
+
+    hooks = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(compare)]

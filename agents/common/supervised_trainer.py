@@ -20,7 +20,7 @@ from textgym.models.sequences import Sequences
 from textgym.rewards.models.pairwise import SILENT
 
 from ..machine.distributed import everyone, join, share_of
-from .optimizer import adamw
+from .optimizer import adamw, warn_of_lost_updates
 
 
 class Trained(Protocol):
@@ -90,7 +90,9 @@ class SupervisedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """That of transformers, which would keep the moments of embeddings in 32 bits in spite of `adam_8bit`."""
         if not self.agent.config.adam_8bit:
-            return super().create_optimizer(model)
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+            warn_of_lost_updates(optimizer)
+            return optimizer
         trained: nn.Module = self.model if model is None else model  # type: ignore[assignment]
         arguments = self.args
         self.optimizer = adamw(trained.parameters(), arguments.learning_rate, arguments.adam_epsilon, eight_bit=True)
