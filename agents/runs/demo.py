@@ -97,18 +97,18 @@ def improve(
     """Evaluate, train and evaluate again; write policy, samples and metrics."""
     policy, reference = start(config, reward, folder.folder / "reward_model")
     test = make_envs(config, reward, snippet_prompts("test"))
-    live.stage("measuring before")
+    live.stage("evaluating before")
     before = generate(policy, test, range(config.eval_prompts), config.seed)
     agent = PPO(policy, make_envs(config, reward, snippet_prompts("policy")), config.ppo)
     live.stage("PPO", config.total_episodes)
     agent.learn(config.total_episodes, [folder, live])
-    live.stage("measuring after")
+    live.stage("evaluating after")
     after = generate(policy, test, range(config.eval_prompts), config.seed)
     live.finish()
-    figures = {name: measure(s, reference, lexicon_sentiment) for name, s in (("before", before), ("after", after))}
+    metrics = {name: measure(s, reference, lexicon_sentiment) for name, s in (("before", before), ("after", after))}
     policy.save_pretrained(folder.folder / "policy", test.unwrapped.tokenizer)
-    report(figures, accuracies, before, after, folder, live)
-    return figures
+    report(metrics, accuracies, before, after, folder, live)
+    return metrics
 
 
 def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
@@ -157,8 +157,8 @@ def learn_reward(
 
 def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
     """Make `textgym/Sentiment-v0` with these prompts for an agent."""
-    place = resolve_device(config.device)
-    own: dict[str, Any] = {} if place.type == "cpu" else {"device": str(place)}
+    device = resolve_device(config.device)
+    arguments: dict[str, Any] = {} if device.type == "cpu" else {"device": str(device)}
     return gym.make_vec(
         "textgym/Sentiment-v0",
         num_envs=config.num_envs,
@@ -172,7 +172,7 @@ def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
         min_new_tokens=config.min_new_tokens,
         missing_eos_penalty=config.missing_eos_penalty,
         array="torch",
-        **own,
+        **arguments,
     )
 
 
@@ -185,7 +185,7 @@ def calibrate(reward: RewardModel, reference: ActorCritic, config: DemoConfig) -
 
 
 def report(
-    figures: dict[str, dict[str, float]],
+    metrics: dict[str, dict[str, float]],
     accuracies: dict[str, float],
     before: Samples,
     after: Samples,
@@ -195,9 +195,9 @@ def report(
     """Print the metrics and a few samples, and write all samples."""
     prompts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, prompts)
-    folder.write_json("evaluation.json", {"reward_model_accuracy": accuracies, **figures})
-    live.console.print(figures_table(f"{len(prompts)} held-out prompts, the same seeds", figures))
-    gain = (figures["after"]["score"] - figures["before"]["score"]) / figures["before"]["score_std"]
+    folder.write_json("evaluation.json", {"reward_model_accuracy": accuracies, **metrics})
+    live.console.print(figures_table(f"{len(prompts)} held-out prompts, the same seeds", metrics))
+    gain = (metrics["after"]["score"] - metrics["before"]["score"]) / metrics["before"]["score_std"]
     live.console.print(f"score {gain:+.2f} standard deviations of the reference's scores")
     live.console.print(samples_table(prompts, before.completions, after.completions))
 

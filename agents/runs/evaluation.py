@@ -102,7 +102,7 @@ def measure(
     if len(scores) == 0:
         raise RewardError("none of the samples has a score: the reward functions returned None for all of them")
     reference_log_probs = reference.sequence_log_probs(rollout.sequences.to(reference.device)).to(mask.device)
-    figures: dict[str, Any] = {
+    results: dict[str, Any] = {
         "score": scores.mean(),
         "score_std": scores.std(correction=0),
         "kl": (rollout.log_probs - reference_log_probs).sum(1).mean(),
@@ -113,16 +113,16 @@ def measure(
     }
     if judge is not None:
         prompts = [transcript["prompt"] for transcript in samples.transcripts]
-        figures["judge"] = np.mean(judge(prompts, samples.completions))
+        results["judge"] = np.mean(judge(prompts, samples.completions))
     if metrics:
-        figures |= score_samples(samples, metrics)
-    return {name: float(figure) for name, figure in figures.items()}
+        results |= score_samples(samples, metrics)
+    return {name: float(value) for name, value in results.items()}
 
 
 def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, float]:
     """Return the mean of each reward function over the samples; of `Bleu`, `Chrf` and `Ter` the corpus score."""
-    everything = np.arange(len(samples.finished))
-    return {name: score(everything) for name, score in _scores_of_rows(samples, metrics).items()}
+    all_rows = np.arange(len(samples.finished))
+    return {name: score(all_rows) for name, score in _scores_of_rows(samples, metrics).items()}
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ class Interval:
 def score_intervals(
     samples: Samples, metrics: Sequence[RewardSpec], resamples: int = 200, seed: int = 0
 ) -> dict[str, Interval]:
-    """Return the metrics of `score_samples` with 95% intervals, by the percentile bootstrap over prompts.
+    """Return the metrics of `score_samples` with 95% confidence intervals, by the percentile bootstrap over prompts.
+
+    The prompts are resampled with replacement (Efron and Tibshirani, 1993, chapter 13).
 
     Args:
         samples: Samples from `generate`.
@@ -155,7 +157,7 @@ def score_intervals(
 def score_gains(
     before: Samples, after: Samples, metrics: Sequence[RewardSpec], resamples: int = 200, seed: int = 0
 ) -> dict[str, Interval]:
-    """Return the differences of metrics, after minus before, with 95% intervals by the paired bootstrap.
+    """Return the differences of metrics, after minus before, with 95% confidence intervals by the paired bootstrap.
 
     Both samples use the same prompts in each bootstrap sample, so the difficulty of prompts cancels. An interval above
     0 is an improvement.
@@ -181,8 +183,8 @@ def score_gains(
 
 
 def _bootstrap(score: Score, count: int, resamples: int, seed: int) -> Interval:
-    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    low, high = np.quantile([score(rows) for rows in drawn], [0.025, 0.975])
+    resampled = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    low, high = np.quantile([score(rows) for rows in resampled], [0.025, 0.975])
     return Interval(score(np.arange(count)), float(low), float(high))
 
 

@@ -1,15 +1,15 @@
-"""Profiler: where the time, the arithmetic and the memory of a training run go, phase by phase.
+"""Profiler: time, floating-point operations and memory of a training run, by phase.
 
     textgym train --output-dir runs/ppo --profile
 
-It looks at six updates, which train as always, and then at none:
-    1. One goes by: first calls are slow.
-    2. Three are timed.
-    3. One is counted, which is slow: floating-point operations, tensors kept for the backward pass, peak memory.
-    4. One is traced: `trace.json.gz`, for Perfetto or chrome://tracing.
-Phases do not overlap: what a phase within another takes is not the other's. "other" is what has no mark, such as
-drawing up metrics and writing them down. On a GPU every mark waits for the device, which a run without `--profile` does
-not, so a phase's time is its own there too.
+It measures the first six updates. They train as usual:
+    1. One update is skipped, because first calls are slow.
+    2. Three updates are timed.
+    3. In one update floating-point operations, activations and peak memory are measured, which is slow.
+    4. One update is traced into `trace.json.gz`, for Perfetto or chrome://tracing.
+Phases do not overlap: the time of a nested phase is not part of the outer phase's. "other" is all work outside of named
+phases, such as computing and writing metrics. On a GPU the profiler waits for the device at each start and end of a
+phase, so that work of one phase is not timed in the next. A run without `--profile` does not wait.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from ..machine.memory_by_role import SavedForBackward, bytes_by_role, cache_byte
 TIMED = 3
 UPDATES = 1 + TIMED + 1 + 1
 TRACED_CALLS = 32
-"""Of each phase in the trace, which would otherwise grow with the length of episodes."""
+"""Maximum number of calls of each phase in the trace; without it the trace grows with the length of episodes."""
 PHASES = ("decode", "environment", "reference", "reward", "critic", "update")
 OTHER = "other"
 
 
 @dataclass
 class PhaseFigures:
-    """What one phase takes.
+    """Metrics of one phase, for one update.
 
     Attributes:
-        seconds: of an update.
-        share: of the update's time.
-        tokens_per_second: response tokens of an update over this phase's seconds: the speed of a run that did nothing
-            else. An update that passes over its tokens twice counts them once.
-        flops: floating-point operations of an update: matrix products and attention, two for each multiply-add.
-        utilisation: `flops` over what the device could do in these seconds, see `Profile.peaks`.
-        memory: most bytes at a time: resident memory of the process, or allocated memory on a GPU.
+        seconds: Time.
+        share: Share of the update's time.
+        tokens_per_second: Response tokens of an update divided by `seconds`. Several epochs over the same tokens count
+            them once.
+        flops: Floating-point operations of matrix products and attention; a multiply-add counts as two.
+        utilisation: `flops` divided by the operations that the device could do in this time, see `Profile.peaks`.
+        memory: Peak memory in bytes: resident memory of the process, or allocated memory on a GPU.
     """
 
     seconds: float
@@ -69,16 +69,16 @@ class PhaseFigures:
 
 @dataclass
 class Profile:
-    """What `Profiler` found.
+    """Results of `Profiler`.
 
     Attributes:
-        device: what it ran on.
-        updates: how many were timed.
-        tokens: response tokens of an update, the mean of those.
-        peaks: operations a second of the largest matrix products that were tried, by dtype.
-        peak_of: how they were measured.
-        phases: figures of each phase; with "other" they are the whole update.
-        memory: bytes by role.
+        device: Name of the device.
+        updates: Number of timed updates.
+        tokens: Mean number of response tokens of a timed update.
+        peaks: Peak operations per second by dtype, as `peak_flops` measures them.
+        peak_of: How the peaks were measured.
+        phases: Metrics of each phase; with "other" they are the whole update.
+        memory: Bytes by role.
     """
 
     device: str
@@ -91,15 +91,15 @@ class Profile:
 
     @property
     def seconds(self) -> float:
-        """Of an update."""
-        return sum(figures.seconds for figures in self.phases.values())
+        """Seconds of an update."""
+        return sum(phase.seconds for phase in self.phases.values())
 
     def tables(self) -> list[Table]:
-        """Time by phase, and memory by role, for the terminal."""
+        """Return tables of time by phase and of memory by role for the terminal."""
         return [_table(*content) for content in self._contents()]
 
     def markdown(self) -> str:
-        """The same for `profile.md`."""
+        """Return the tables as Markdown for `profile.md`."""
         parts = []
         for title, columns, rows in self._contents():
             lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
@@ -107,6 +107,7 @@ class Profile:
         return "\n".join(parts)
 
     def _contents(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """Yield title, column names and rows of each table."""
         peaks = ", ".join(f"{peak / 1e9:.1f} GFLOP/s in {dtype}" for dtype, peak in self.peaks.items())
         kind = "resident" if self.device == "cpu" else "allocated"
         rows = [
@@ -123,12 +124,12 @@ class Profile:
         ]
         speed, flops = self.tokens / self.seconds, sum(x.flops for x in self.phases.values())
         memory = max(x.memory for x in self.phases.values()) / 2**20
-        whole = f"{self.seconds:.3f}", "100.0%", f"{speed:,.0f}", f"{flops / 1e9:.3f}", "", f"{memory:,.0f}"
+        total = f"{self.seconds:.3f}", "100.0%", f"{speed:,.0f}", f"{flops / 1e9:.3f}", "", f"{memory:,.0f}"
         title = f"An update of {self.tokens:,.0f} response tokens on {self.device}, the mean of {self.updates}. "
         yield (
             title + f"MFU (FLOP utilisation) is of {peaks}: {self.peak_of}.",
             ["phase", "seconds", "share", "tokens/s", "GFLOP", "MFU", f"peak MiB {kind}"],
-            [*rows, ["all", *whole]],
+            [*rows, ["all", *total]],
         )
         yield (
             "Tensors by role.",
@@ -138,18 +139,18 @@ class Profile:
 
 
 class Profiler:
-    """Measures a run that is under way; a callback of agents that learn from rollouts, the last one of them.
+    """Callback that measures updates of an agent that learns from rollouts; put it last in the list of callbacks.
 
     Args:
-        folder: where `profile.md`, `profile.json` and `trace.json.gz` are written.
-        agent: whose run it is.
-        total_episodes: what it is going to learn.
+        folder: Folder for `profile.md`, `profile.json` and `trace.json.gz`.
+        agent: The agent.
+        total_episodes: Number of episodes of the run.
 
     Attributes:
-        profile: what was found, after `UPDATES` updates.
+        profile: Results, after `UPDATES` updates.
 
     Raises:
-        ValueError: the run makes fewer updates than that.
+        ValueError: If the run has fewer than `UPDATES` updates.
     """
 
     def __init__(self, folder: str | Path, agent: RolloutAgent, total_episodes: int) -> None:
@@ -167,7 +168,7 @@ class Profiler:
         self.seen = 0
 
     def __call__(self, agent: RolloutAgent, metrics: Metrics) -> None:
-        """Called after each update: ends what is being done, and begins the next."""
+        """End the measurement of the last update and start that of the next one; called after each update."""
         self.seen += 1
         if self.seen <= UPDATES - 1:
             self.tokens.append(metrics["val/response_tokens"] * agent.config.episodes_per_update)
@@ -188,31 +189,34 @@ class Profiler:
                 temporary.write_text(json.dumps(asdict(self.profile), indent=2) + "\n")
 
     def close(self) -> None:
-        """Stops whatever is being measured; for runs that end early."""
+        """Stop measuring, for runs that end early."""
         listen(None)
         self.counts.stack.close()
 
     def _summary(self) -> Profile:
+        """Compute the profile from all measurements."""
         agent, device = self.agent, self.agent.policy.device
         dtype = agent.policy.lm.dtype
         trained = torch.bfloat16 if agent.config.bf16 else dtype
         peaks = {kind: peak_flops(device, kind) for kind in dict.fromkeys((dtype, trained))}
         tokens = sum(self.tokens[1 : 1 + TIMED]) / TIMED
         seconds = {name: total / TIMED for name, total in self.timer.seconds.items()}
-        whole, longer = sum(seconds.values()), tokens / self.tokens[1 + TIMED]
+        total_seconds = sum(seconds.values())
+        scale = tokens / self.tokens[1 + TIMED]  # the update whose operations were counted has other response lengths
         phases = {}
         for name in dict.fromkeys((*PHASES, *seconds)):
-            taken, flops = seconds.get(name, 0.0), self.counts.flops[name] * longer
-            possible = taken * peaks[trained if name == "update" else dtype].flops
+            phase_seconds = seconds.get(name, 0.0)
+            flops = self.counts.flops[name] * scale
+            possible = phase_seconds * peaks[trained if name == "update" else dtype].flops
             phases[name] = PhaseFigures(
-                taken,
-                taken / whole,
-                tokens / taken if taken else 0.0,
+                phase_seconds,
+                phase_seconds / total_seconds,
+                tokens / phase_seconds if phase_seconds else 0.0,
                 flops,
                 flops / possible if possible else 0.0,
                 self.counts.memory[name],
             )
-        phases[OTHER] = phases.pop(OTHER)  # last
+        phases[OTHER] = phases.pop(OTHER)  # the last row of the table
         return Profile(
             device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             TIMED,
@@ -225,13 +229,13 @@ class Profiler:
 
 
 class _Phases:
-    """A listener that charges whatever it measures to the innermost phase."""
+    """Listener that assigns what it measures to the innermost phase."""
 
     def __init__(self) -> None:
         self.open = [OTHER]
 
     def enter(self, name: str) -> None:
-        if name != self.open[-1]:  # a phase within itself is nothing new
+        if name != self.open[-1]:  # a phase nested in itself changes nothing
             self.charge(self.open[-1])
         self.open.append(name)
 
@@ -241,12 +245,12 @@ class _Phases:
             self.charge(name)
 
     def charge(self, name: str) -> None:
-        """What there was since the last call is this phase's."""
+        """Assign everything since the last call to this phase."""
         raise NotImplementedError
 
 
 class _Timer(_Phases):
-    """Seconds."""
+    """Measures seconds by phase."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -267,13 +271,14 @@ class _Timer(_Phases):
         self.last = now
 
     def _now(self) -> float:
+        """Return the time after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
 class _Counts(_Phases):
-    """Floating-point operations, peak memory, and bytes by role."""
+    """Measures floating-point operations and peak memory by phase, and bytes by role."""
 
     def __init__(self, agent: RolloutAgent) -> None:
         super().__init__()
@@ -284,9 +289,8 @@ class _Counts(_Phases):
 
     def start(self) -> None:
         policy = self.agent.policy
-        kept = [*policy.parameters(), *policy.buffers()]
         self.counter = self.stack.enter_context(FlopCount())
-        self.saved = SavedForBackward(kept)
+        self.saved = SavedForBackward([*policy.parameters(), *policy.buffers()])
         self.stack.enter_context(self.saved)
         reset_peak_memory(policy.device)
         listen(self)
@@ -310,7 +314,7 @@ class _Counts(_Phases):
 
 
 class _Trace(_Phases):
-    """Operations one by one, of the first calls of each phase; begins at once."""
+    """Traces the operations of the first calls of each phase; starts when it is made."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -339,7 +343,7 @@ class _Trace(_Phases):
     def stop(self, path: Path) -> None:
         listen(None)
         self.profile.stop()
-        temporary = path.with_name(f".tmp-{path.name}")  # whose ending says that it is to be compressed
+        temporary = path.with_name(f".tmp-{path.name}")  # the suffix .gz makes torch compress the file
         self.profile.export_chrome_trace(str(temporary))
         temporary.rename(path)
 
@@ -347,7 +351,7 @@ class _Trace(_Phases):
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for number, column in enumerate(columns):
-        widest = max(len(row[number]) for row in rows)  # a narrow terminal may break headers, never cut a figure
+        widest = max(len(row[number]) for row in rows)  # a narrow terminal may wrap headers but must not cut numbers
         table.add_column(column, justify="right" if number else "left", min_width=widest)
     for row in rows:
         table.add_row(*row)
