@@ -25,7 +25,7 @@ from textgym.models.adapters import Adapters, activate, carries_adapters, is_twi
 from textgym.models.loading import freeze, load_causal_lm
 from textgym.models.machine.devices import Device, generator_state, resolve_device, restore_generator
 from textgym.models.machine.seeding import global_generators, restore_global_generators
-from textgym.models.merging import merged
+from textgym.models.merging import merged, save_plain
 from textgym.models.token_model import TokenModel
 
 from ..machine import distributed
@@ -134,7 +134,7 @@ def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
 def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> None:
     """Writes a plain transformers folder; of a model that shares weights with the policy, a file with the others."""
     if not (carries_adapters(model.lm) and is_twin(model.lm, policy.lm)):
-        (merged(model.lm) if carries_adapters(model.lm) else model.lm).save_pretrained(folder)
+        save_plain(merged(model.lm) if carries_adapters(model.lm) else model.lm, folder)
         return
     folder.parent.mkdir(exist_ok=True)
     active = json.dumps(Adapters.of(model.lm).active)

@@ -26,7 +26,7 @@ from textgym.models.decoding.sampling import sample
 from textgym.models.distributions.log_probs import StopRule, token_log_probs
 from textgym.models.loading import disable_dropout, load_classifier, quiet, resolve
 from textgym.models.machine.devices import Device, on_device, seed_of
-from textgym.models.merging import merged
+from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel, fits
 
@@ -313,7 +313,7 @@ class ActorCritic(TokenModel):
             lm, trunk = self.plain_lm(), self.critic
             if trunk is not None and is_twin(trunk, self.lm) and self.lora is not None:
                 trunk = merged(self.lora, trunk).base_model
-            lm.save_pretrained(temporary)
+            save_plain(lm, temporary)
             critic = {f"value_head.{name}": weight for name, weight in self.value_head.state_dict().items()}
             if trunk is not None:
                 critic |= {f"critic.{name}": weight.contiguous() for name, weight in trunk.state_dict().items()}

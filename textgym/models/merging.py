@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from typing import Any
 
@@ -24,12 +25,12 @@ def merged(model: Any, trunk: nn.Module | None = None) -> Any:
         return lm
     if trunk is not None:
         lm.base_model.load_state_dict(trunk.state_dict())
-    tied = lm.config.tie_word_embeddings
+    tied = lm.config.tie_word_embeddings or share_weights(lm)
     untie(lm)  # else the adapter of one module would be added to the weights of the other, too (transformers#45127)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft warns of tied weights
         plain = adapter.merge_and_unload()
-    plain.config.tie_word_embeddings = tied  # peft finds them untied, whether they differ or not
+    _say_tied(plain.config, tied)  # peft finds them untied, whether they differ or not
     tie_if_equal(plain)
     return plain
 
@@ -46,6 +47,11 @@ def untie(lm: nn.Module) -> None:
             seen.add(id(weight))
 
 
+def share_weights(lm: Any) -> bool:
+    """Whether input and output embedding are one weight."""
+    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
 def tie_if_equal(lm: Any) -> None:
     """Ties what the model's config says is tied if it is equal; otherwise makes the config say that nothing is."""
     weights = dict(lm.named_parameters(remove_duplicate=False))
@@ -53,7 +59,24 @@ def tie_if_equal(lm: Any) -> None:
     if all(torch.equal(weights[target], weights[source]) for target, source in pairs):
         lm.tie_weights()
         return
-    untied = type(lm.config).from_dict({**lm.config.to_dict(), "tie_word_embeddings": False})
-    if not untied.tie_word_embeddings:  # T5's configs call themselves tied whatever they are told
-        lm.config.tie_word_embeddings = False
-        lm.config.get_text_config().tie_word_embeddings = False
+    _say_tied(lm.config, False)
+
+
+def save_plain(lm: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a transformers folder, whose config says whether input and output embedding are one weight.
+
+    transformers writes such a weight once, and would make a random one of the other, if the config said otherwise.
+    """
+    lm.save_pretrained(folder)
+    tied = share_weights(lm)
+    if tied != lm.config.tie_word_embeddings:
+        config = copy.deepcopy(lm.config)
+        _say_tied(config, tied)
+        config.save_pretrained(folder)
+
+
+def _say_tied(config: Any, tied: bool) -> None:
+    if type(config).from_dict({**config.to_dict(), "tie_word_embeddings": tied}).tie_word_embeddings != tied:
+        return  # T5's configs call themselves tied whatever they are told, and transformers looks at the weights
+    config.tie_word_embeddings = tied
+    config.get_text_config().tie_word_embeddings = tied

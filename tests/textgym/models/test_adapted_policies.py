@@ -130,6 +130,20 @@ def test_weights_that_were_tied_stay_tied_unless_an_adapter_moves_one_of_them() 
     assert not torch.equal(moved.get_output_embeddings().weight, moved.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_read_back_as_they_are_whatever_the_config_said(tied: bool, adapter: bool, tmp_path: Path) -> None:
+    lm = mock_lm(tie_word_embeddings=not tied)
+    weight = lm.get_input_embeddings().weight
+    lm.get_output_embeddings().weight = weight if tied else nn.Parameter(weight.detach().flip(0))
+    policy = ActorCritic.from_pretrained(lm, lora=lora(init_lora_weights=False) if adapter else None)
+    policy.save_pretrained(tmp_path)
+    assert_close(read_back(tmp_path), log_probs(policy), terms=FORWARD)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.tie_word_embeddings is tied
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) is tied
+
+
 def test_a_separate_critic_read_back_has_its_own_adapter(tmp_path: Path) -> None:
     config = lora(target_modules=["q_proj", "embed_tokens"])
     policy = ActorCritic.from_pretrained(mock_lm(**TIED), critic="separate", lora=config)
