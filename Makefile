@@ -1,4 +1,4 @@
-# Everything runs in .venv, which every target below makes or brings up to date first.
+# All targets run in .venv. They create or update it first.
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -12,14 +12,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[contrib,dev,docs,libraries,lora,metrics,plots,tasks,trackers]'
 	@touch $@
 
-demo: $(INSTALLED)  ## trains the embedded model on real human ratings and shows before and after
+demo: $(INSTALLED)  ## train the embedded model on human ratings, and evaluate it before and after
 	$(BIN)/textgym demo
 
-# Each worker has one thread: two OpenMP threads collapse when another process runs.
+# Each worker has one thread, because two OpenMP threads become very slow if another process runs.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-test-fast: $(INSTALLED)  ## all units and no training: what a developer runs while working
+test-fast: $(INSTALLED)  ## unit tests without training, for use while you work
 	$(PYTEST) -m "not slow and not training and not gpu"
 
 test: $(INSTALLED)
@@ -32,12 +32,12 @@ test-slow: $(INSTALLED)
 test-oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; downloads several GB
 	$(PYTHON) scripts/test_oldest.py
 
-test-numerics: $(INSTALLED)  ## the tests marked numerics under 18 kinds of arithmetic, and a table of them
+test-numerics: $(INSTALLED)  ## the tests marked `numerics` with 18 settings of threads, vector widths and MKL; prints a table
 	$(BIN)/python scripts/test_numerics.py
 
-# No environment of ours, since a GPU machine brings its torch: python3, unless PYTHON is given.
+# This target does not use .venv, because a GPU machine has its own torch: it uses python3, unless PYTHON is given.
 .PHONY: gpu
-gpu:  ## checks and measurements on a GPU in five minutes; `make gpu DEVICE=cpu` rehearses them
+gpu:  ## checks and benchmarks on a GPU, in five minutes; `make gpu DEVICE=cpu` is a dry run on the CPU
 	$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) scripts/gpu.py $(if $(PART),--part $(PART)) \
 		$(if $(DEVICE),--device $(DEVICE)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS)) \
 		$(if $(PAGE),--page $(PAGE))
@@ -46,7 +46,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-docs: $(INSTALLED)  ## the documentation as a site in build/docs; a warning is an error
+docs: $(INSTALLED)  ## build the documentation site in build/docs; warnings are errors
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
 type: $(INSTALLED)
@@ -67,9 +67,9 @@ bench-sb3: $(INSTALLED)
 	$(BIN)/python benchmarks/sb3.py
 	$(BIN)/python benchmarks/sb3_learning.py
 
-bench-peers: $(INSTALLED)  ## what needs no peer; benchmarks/measuring/peers.py says how to install those
+bench-peers: $(INSTALLED)  ## benchmarks against other libraries; for their installation see benchmarks/measuring/peers.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py --trl
 
-bench-lora: $(INSTALLED)  ## needs SmolLM2, and says how to install it
+bench-lora: $(INSTALLED)  ## needs SmolLM2; if it is missing, the error says how to install it
 	$(BIN)/python benchmarks/lora.py

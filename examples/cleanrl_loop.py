@@ -1,8 +1,9 @@
-"""PPO as a single loop in plain PyTorch, on tokens: the form of CleanRL's scripts. A minute on one CPU thread.
+"""Token-level PPO as one loop in plain PyTorch, in the style of CleanRL; one minute on one CPU thread.
 
     python examples/cleanrl_loop.py
 
-The environment pays half of the KL, the reference's log-prob; the other half, the policy's entropy, is earned here.
+The KL penalty is beta (log pi - log pi_ref). The environment adds beta log pi_ref to the reward, by the default
+`kl_mode="reference"`, and this loop subtracts beta log pi.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
-"""PPO on rewards of your own: Python functions of the texts. Here, sentences of a wanted number of words.
+"""Train PPO with your own reward functions. Here they reward sentences with a given number of words.
 
     python examples/custom_reward.py
     python examples/custom_reward.py --words 10 --total-episodes 2048
 
-A reward function takes what it needs by name: `prompts`, `completions`, `prompt_ids`, `completion_ids`, and any column
-of the prompts. It returns one number for each completion, one for each token of each completion, or `None` where it has
-nothing to say. It may be `async`, and log figures of its own.
+A reward function declares its arguments by name: `prompts`, `completions`, `prompt_ids`, `completion_ids`, and any
+column of the prompts. It returns one number for each completion, or one for each token of each completion, or `None`
+for a completion that it cannot score. It may be `async`, and it may log metrics.
 """
 
 from __future__ import annotations
@@ -30,50 +30,51 @@ from textgym.testing import check_reward
 @dataclass
 class Args:
     words: int = 5
-    """How many words a completion should have."""
+    """Target number of words in a completion."""
     total_episodes: int = 1024
-    """Episodes that PPO plays."""
+    """Number of training episodes."""
     num_envs: int = 32
-    """Rows of the environment."""
+    """Number of rows of the environment."""
     max_new_tokens: int = 24
-    """Longest completion, in tokens."""
+    """Maximum length of a completion in tokens."""
     kl_coef: float = 0.02
-    """beta: what a nat of divergence from the reference costs, in reward."""
+    """beta, the coefficient of the KL penalty, in reward per nat."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
     samples: int = 5
-    """Prompts to show before and after."""
+    """Number of prompts whose completions are printed before and after training."""
     seed: int = 1
-    """Seeds prompts, sampling and minibatches."""
+    """Seed of prompts, sampling and minibatches."""
 
 
 def word_count(completions: list[str], words: list[int]) -> list[float]:
-    """How far each completion is from its row's number of words, as a negative number."""
+    """Return minus the distance between each completion's number of words and its row's target."""
     return [-float(abs(len(text.split()) - wanted)) for text, wanted in zip(completions, words, strict=True)]
 
 
 def repeats(completion_ids: list[list[int]]) -> list[list[float]]:
-    """Token by token: -1 for each token that the completion has had before. The credit goes where it belongs."""
-    return [[-1.0 if token in ids[:place] else 0.0 for place, token in enumerate(ids)] for ids in completion_ids]
+    """Return -1 for each token that occurred earlier in the completion: a dense reward with exact credit assignment."""
+    return [[-1.0 if token in ids[:index] else 0.0 for index, token in enumerate(ids)] for ids in completion_ids]
 
 
 async def full_stop(completions: list[str], log_metric: Callable[[str, float], None]) -> list[float | None]:
-    """Whether a completion ends like a sentence; nothing to say of an empty one.
+    """Return 1 for a completion that ends like a sentence, 0 for any other, and `None` for an empty one.
 
-    An `async` function may wait for a service: those of one batch wait beside each other, each `reward_timeout` long.
+    An `async` function may call a service. All async functions run concurrently, each for at most `reward_timeout`
+    seconds.
     """
-    await asyncio.sleep(0.001)  # stands for the service
+    await asyncio.sleep(0.001)  # in place of a call to a service
     log_metric("empty", sum(not text for text in completions) / len(completions))
     return [float(text.endswith((".", "!", "?"))) if text else None for text in completions]
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)  # two threads collapse when another process runs
+    torch.set_num_threads(1)  # two OpenMP threads become very slow if another process runs
 
-    # A function that breaks on an empty text would say so here, and not in the middle of the night.
+    # Finds errors before training, for example with empty texts.
     assert check_reward(word_count, {"words": 5}) == []
 
-    # The prompts are rows with a column of their own, which the reward function asks for by name.
+    # Each prompt has a column `words`, which the reward function takes as an argument.
     prompts = [{"prompt": row["prompt"], "words": args.words} for row in load_prompts("openings")]
     envs = gym.make_vec(
         "textgym/Text-v0",
@@ -81,12 +82,12 @@ def main(args: Args) -> None:
         prompts=prompts,
         tokenizer="tiny",
         reward=[word_count, repeats, full_stop, RepetitionPenalty(2)],
-        reward_weights=[0.2, 0.1, 0.5, 0.0],  # weight 0: reported, not paid
+        reward_weights=[0.2, 0.1, 0.5, 0.0],  # weight 0: only a metric
         reward_timeout=10.0,
-        on_reward_error="skip",  # a service that fails now and then is counted, and does not end the run
+        on_reward_error="skip",  # errors are counted and do not end the run
         reference="tiny",
         kl_coef=args.kl_coef,
-        kl_mode="deferred",  # PPO pays the KL itself
+        kl_mode="deferred",  # PPO applies the KL penalty
         max_prompt_tokens=24,
         max_new_tokens=args.max_new_tokens,
     )

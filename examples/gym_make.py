@@ -1,9 +1,10 @@
-"""Text generation through the plain Gymnasium API: one row by `gym.make`, then many rows by `gym.make_vec`.
+"""Generate text with the plain Gymnasium API: one episode at a time with `gym.make`, and batches with `gym.make_vec`.
 
     python examples/gym_make.py
     python examples/gym_make.py --episodes 5 --temperature 0.7
 
-It writes with the embedded language model and trains nothing. For training see ppo_sentiment.py and custom_reward.py.
+It generates with the embedded language model and trains nothing. For training see ppo_sentiment.py and
+custom_reward.py.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ class Args:
     env_id: str = "textgym/Sentiment-v0"
     """Id of the environment."""
     model: str = "tiny"
-    """Who writes: 'tiny', 'smollm2', a hub id or a path."""
+    """Language model: 'tiny', 'smollm2', a hub id or a path."""
     episodes: int = 3
-    """Episodes to write one by one."""
+    """Number of episodes with `gym.make`."""
     num_envs: int = 16
-    """Rows of the vector environment."""
+    """Number of rows of the vector environment."""
     temperature: float = 1.0
-    """Divides the logits; below 1 the model plays safe."""
+    """Divisor of the logits; below 1 likely tokens become more likely."""
     seed: int = 1
-    """Seeds the prompts and the sampling."""
+    """Seed of prompts and sampling."""
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)  # two threads collapse when another process runs
+    torch.set_num_threads(1)  # two OpenMP threads become very slow if another process runs
     policy = ActorCritic.from_pretrained(args.model, temperature=args.temperature)
     policy.seed(args.seed)
 
-    # One row. The state is the context, an action is a token, and the score is paid with the last token.
+    # One row. The state is the context, an action is a token, and the score is part of the last token's reward.
     env = gym.make(args.env_id, tokenizer=args.model, reference=args.model)
     print(f"{args.env_id}: {env.action_space}, observations of {env.observation_space['input_ids'].shape[0]} slots\n")
     observation, info = env.reset(seed=args.seed)
@@ -56,7 +57,8 @@ def main(args: Args) -> None:
         print(f"  {info['response_tokens']} tokens, {'ended by itself' if info['ended_by_stop'] else 'cut off'}\n")
         observation, info = env.reset()
 
-    # Many rows in one batch. The step after an end resets the row and ignores its action: Gymnasium's default.
+    # Many rows in one batch. The step after the end of an episode resets the row and ignores its action, which is
+    # Gymnasium's default autoreset mode.
     envs = gym.make_vec(args.env_id, num_envs=args.num_envs, tokenizer=args.model, reference=args.model)
     observations, infos = envs.reset(seed=args.seed)
     scores: list[float] = []

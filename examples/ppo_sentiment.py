@@ -1,9 +1,9 @@
-"""Token-level PPO against a learned reward model, with everything embedded: no download, under a minute on a CPU.
+"""Train token-level PPO against a learned reward model. All models are embedded: no download, under a minute on a CPU.
 
     python examples/ppo_sentiment.py
     python examples/ppo_sentiment.py --total-episodes 6144 --kl-coef 0.02 --output-dir runs/sentiment
 
-Left out: real prompts, training of the reward model and an independent judge, which `make demo` has.
+Left out, see `make demo`: real prompts, training of the reward model, and an independent judge.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from textgym.agents.runs.run_folder import figures_table
 @dataclass
 class Args:
     total_episodes: int = 1536
-    """Episodes that PPO plays."""
+    """Number of training episodes."""
     num_envs: int = 64
-    """Rows of the environment; each update collects one episode in every row."""
+    """Number of rows of the environment; each update collects one episode in every row."""
     max_new_tokens: int = 24
-    """Longest completion, in tokens."""
+    """Maximum length of a completion in tokens."""
     kl_coef: float = 0.05
-    """beta: what a nat of divergence from the reference costs, in deviations of the reference's scores."""
+    """beta, the coefficient of the KL penalty, in standard deviations of the reference's scores per nat."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     eval_prompts: int = 128
-    """Prompts to measure on, before and after."""
+    """Number of prompts for the evaluation before and after training."""
     output_dir: Path | None = None
-    """Where to keep the policy, as a transformers folder; nowhere if not given."""
+    """Folder for the trained policy, in transformers' format; by default it is not saved."""
     seed: int = 1
-    """Seeds prompts, sampling and minibatches."""
+    """Seed of prompts, sampling and minibatches."""
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)  # two threads collapse when another process runs
+    torch.set_num_threads(1)  # two OpenMP threads become very slow if another process runs
 
-    # 1. The environment: prompts, reward model and reference come with its id.
+    # 1. The environment. Its id has default prompts, a default reward model and a default reference.
     envs = gym.make_vec(
         "textgym/Sentiment-v0",
         num_envs=args.num_envs,
         max_new_tokens=args.max_new_tokens,
         kl_coef=args.kl_coef,
-        kl_mode="deferred",  # PPO pays the KL itself, in one batched pass
+        kl_mode="deferred",  # PPO applies the KL penalty, with one batched pass of the reference
     )
 
-    # 2. The policy, and a frozen copy of it to measure the divergence from.
+    # 2. The policy, and a frozen copy of it as the reference of the KL.
     policy = ActorCritic.from_pretrained("tiny")
     reference = policy.reference()
     before = generate(policy, envs, range(args.eval_prompts), args.seed)
@@ -75,10 +75,10 @@ def main(args: Args) -> None:
 
     agent.learn(args.total_episodes, [report])
 
-    # 4. Before and after, on the same prompts and seeds.
+    # 4. Evaluation on the same prompts and seeds as before training.
     after = generate(policy, envs, range(args.eval_prompts), args.seed)
-    figures = {"before": measure(before, reference), "after": measure(after, reference)}
-    Console().print(figures_table(f"{args.eval_prompts} prompts", figures))
+    metrics = {"before": measure(before, reference), "after": measure(after, reference)}
+    Console().print(figures_table(f"{args.eval_prompts} prompts", metrics))
     for first, last in zip(before.transcripts[:5], after.transcripts, strict=False):
         print(f"\n{first['prompt']}\n  before:{first['completion']}\n  after: {last['completion']}")
     if args.output_dir is not None:

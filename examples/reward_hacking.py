@@ -1,10 +1,11 @@
-"""Reward hacking, and what the KL penalty does about it: the same PPO run with beta 0, small, and right.
+"""Reward hacking, and how the KL penalty prevents it: the same PPO run with beta = 0, too small, and large enough.
 
     python examples/reward_hacking.py                                # one seed, a few minutes on one core
     python examples/reward_hacking.py --seeds 0 1 2 --jobs 2         # the table in docs/results.md
 
-Without a penalty the learned score rises and the text falls apart; with the right one it rises less and stays a text.
-The judge is the VADER lexicon, which no policy is trained on. Prompts are halves of real review snippets, fetched once.
+Without a penalty the reward model's score rises while the texts become unreadable (Gao et al., 2023). With a large
+enough penalty the score rises less and the texts stay readable. The judge is the VADER lexicon, which no policy is
+trained on. Prompts are first halves of movie-review snippets, which are downloaded on first use.
 """
 
 from __future__ import annotations
@@ -28,45 +29,45 @@ from textgym.agents.runs.evaluation import generate, measure
 from textgym.data.prompts import snippet_prompts
 from textgym.rewards.functions import lexicon_sentiment
 
-FIGURES = ("score", "judge", "kl", "reference_ppl", "distinct_2")
+METRICS = ("score", "judge", "kl", "reference_ppl", "distinct_2")
 Curve = list[dict[str, float]]
 
 
 @dataclass
 class Args:
     kl_coefs: tuple[float, ...] = (0.0, 0.03, 0.15)
-    """beta of each run: none, small, right."""
+    """beta of each run: none, too small, large enough."""
     seeds: tuple[int, ...] = (0,)
-    """Every beta is run with each of them."""
+    """Seeds of the runs of each beta."""
     total_episodes: int = 4096
-    """Episodes of a run."""
+    """Number of training episodes of a run."""
     num_envs: int = 64
-    """Rows of the environment."""
+    """Number of rows of the environment."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
     eval_prompts: int = 128
-    """Held-out prompts that the policy is measured on."""
+    """Number of held-out prompts for evaluation."""
     eval_every: int = 4
-    """Updates from one measurement to the next."""
+    """Number of updates between evaluations."""
     completions: int = 2
-    """Completions to show of each beta."""
+    """Number of completions to print for each beta."""
     jobs: int = 1
-    """Runs side by side, each on one thread."""
+    """Number of concurrent runs, each on one thread."""
     output_dir: Path = Path("runs/reward_hacking")
-    """Where the curves go."""
+    """Folder for the curves."""
 
 
 def run(args: Args, kl_coef: float, seed: int) -> tuple[Curve, list[str]]:
-    """One PPO run: figures on held-out prompts over training, and completions at its end."""
-    torch.set_num_threads(1)  # two threads collapse when another process runs
+    """Run PPO; return its metrics on held-out prompts during training, and completions after it."""
+    torch.set_num_threads(1)  # two OpenMP threads become very slow if another process runs
     envs, test = (
         gym.make_vec(
             "textgym/Sentiment-v0",
             num_envs=args.num_envs,
             prompts=snippet_prompts(split),
             kl_coef=kl_coef,
-            kl_mode="deferred",  # PPO pays the KL itself
-            min_new_tokens=24,  # all texts are equally long, so none can be made short to please
+            kl_mode="deferred",  # PPO applies the KL penalty
+            min_new_tokens=24,  # all texts have the same length, so that length cannot be a way to raise the score
         )
         for split in ("policy", "test")
     )
@@ -75,9 +76,9 @@ def run(args: Args, kl_coef: float, seed: int) -> tuple[Curve, list[str]]:
     curve: Curve = []
 
     def evaluate(episodes: int) -> list[str]:
-        sampler = policy.generator.get_state()  # measuring leaves the run's own random numbers alone
+        state = policy.generator.get_state()  # restored below, so that evaluation does not change the training run
         samples = generate(policy, test, range(args.eval_prompts), seed)
-        policy.generator.set_state(sampler)
+        policy.generator.set_state(state)
         curve.append({"episodes": episodes, **measure(samples, reference, lexicon_sentiment)})
         return [f"{row['prompt']} >{row['completion']}" for row in samples.transcripts[: args.completions]]
 
@@ -94,11 +95,11 @@ def run(args: Args, kl_coef: float, seed: int) -> tuple[Curve, list[str]]:
 
 
 def draw(curves: dict[float, list[Curve]], path: Path) -> None:
-    """A panel for each figure, a line for each beta: the mean over seeds, and their range."""
+    """Plot each metric in a panel, with a line for each beta: the mean over seeds, and the range."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 3.4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(FIGURES)), FIGURES, strict=True):
+    for axis, name in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
         for kl_coef, runs in curves.items():
             episodes = [row["episodes"] for row in runs[0]]
             values = [[row[name] for row in points] for points in zip(*runs, strict=True)]
@@ -127,9 +128,9 @@ def main(args: Args) -> None:
 
     rows = {"reference": [runs[0] for runs in curves[args.kl_coefs[0]]]}
     rows |= {f"beta = {beta:g}": [run[-1] for run in runs] for beta, runs in curves.items()}
-    print("| | " + " | ".join(FIGURES) + " |\n" + "| --- " * (len(FIGURES) + 1) + "|")
+    print("| | " + " | ".join(METRICS) + " |\n" + "| --- " * (len(METRICS) + 1) + "|")
     for name, ends in rows.items():
-        cells = [_spread([end[figure] for end in ends]) for figure in FIGURES]
+        cells = [_mean_and_std([end[metric] for end in ends]) for metric in METRICS]
         print(f"| {name} | " + " | ".join(cells) + " |")
     for beta in args.kl_coefs:
         texts = results[jobs.index((beta, args.seeds[0]))][1]
@@ -137,9 +138,9 @@ def main(args: Args) -> None:
     print(f"\ncurves: {args.output_dir / 'curves.png'}")
 
 
-def _spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values) + 0.0:.2f}{deviation}"
+def _mean_and_std(values: list[float]) -> str:
+    std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values) + 0.0:.2f}{std}"  # + 0.0 turns -0.0 into 0.0
 
 
 if __name__ == "__main__":

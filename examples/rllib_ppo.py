@@ -1,9 +1,9 @@
 """PPO of RLlib (new API stack) with its default network on textgym/SentimentMLP-v0, in minutes on one CPU.
 
     python examples/rllib_ppo.py
-    python examples/rllib_ppo.py --num-env-runners 2      # on Ray workers, 0 plays in this process
+    python examples/rllib_ppo.py --num-env-runners 2      # on Ray workers; with 0 episodes run in this process
 
-The agent reads the reference's hidden state and chooses among the 32 tokens that it finds likeliest; RLlib takes the
+The agent reads the reference's hidden state and chooses one of its 32 most likely tokens; RLlib takes the
 vector form of the environment. Needs `pip install ray dm-tree lz4 ormsgpack pyarrow scipy tensorboardX`, which is
 `"ray[rllib]"` without its pin of an older Gymnasium.
 """
@@ -33,7 +33,7 @@ class Args:
 def main(args: Args) -> tuple[Played, Played]:
     ray.init(num_cpus=1 + args.num_env_runners, include_dashboard=False, log_to_driver=False)
     vector = gym.VectorizeMode.VECTOR_ENTRY_POINT
-    config = PPOConfig().environment(f"textgym:{ID}").debugging(seed=0)  # workers import it before they make it
+    config = PPOConfig().environment(f"textgym:{ID}").debugging(seed=0)  # "textgym:" makes workers import it first
     config.env_runners(num_env_runners=args.num_env_runners, num_envs_per_env_runner=args.num_envs)
     config.env_runners(gym_env_vectorize_mode=vector)
     config.training(gamma=1.0, lr=1e-3, train_batch_size_per_learner=args.train_batch_size, minibatch_size=128)

@@ -2,7 +2,7 @@
 
     python examples/sb3_a2c.py
 
-One step of the optimiser a rollout, on all of it at once.
+Each rollout is used for one optimiser step on all of its tokens.
 """
 
 from dataclasses import dataclass

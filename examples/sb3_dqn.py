@@ -2,7 +2,7 @@
 
     python examples/sb3_dqn.py
 
-Greedy decoding, so the texts are the reference's likeliest at first; random actions are drawn from the reference.
+DQN acts greedily, so the first texts are the reference's most likely ones. Exploration samples from the reference.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Stock sb3-contrib MaskablePPO under a nucleus mask that follows the policy: NLPO, in two minutes on one CPU thread.
+"""Stock sb3-contrib MaskablePPO with a top-p mask of the policy (NLPO), in two minutes on one CPU thread.
 
     python examples/sb3_maskable_ppo.py
 
-The mask is by the policy of up to ten updates ago; the reference is masked alike.
+The mask comes from the policy of up to ten updates ago, and applies to the reference as well.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
     python examples/sb3_mlp.py --algorithm DQN
 
-The agent reads the reference's hidden state and chooses among the 32 tokens that it finds likeliest.
+The agent reads the reference's hidden state and chooses one of its 32 most likely tokens.
 """
 
 from dataclasses import dataclass

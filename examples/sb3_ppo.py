@@ -2,7 +2,7 @@
 
     python examples/sb3_ppo.py
 
-The buffer pays the KL and shares one pass among all states of a text.
+The buffer applies the KL penalty, and evaluates all states of a text in one forward pass.
 """
 
 from dataclasses import dataclass

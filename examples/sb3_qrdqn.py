@@ -2,7 +2,7 @@
 
     python examples/sb3_qrdqn.py
 
-As DQN, with 32 quantiles of the return for each token.
+Like DQN, but it predicts 32 quantiles of the return for each token.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
     python examples/sb3_trpo.py
 
-TRPO differentiates twice, so the policy switches to eager attention and says so.
+TRPO needs second derivatives, so the policy switches to eager attention and warns about it.
 """
 
 from dataclasses import dataclass

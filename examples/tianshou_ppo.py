@@ -2,7 +2,7 @@
 
     python examples/tianshou_ppo.py
 
-The agent reads the reference's hidden state and chooses among the 32 tokens that it finds likeliest.
+The agent reads the reference's hidden state and chooses one of its 32 most likely tokens.
 Needs `pip install tianshou`.
 """
 

@@ -2,7 +2,7 @@
 
     python examples/torchrl_ppo.py
 
-The agent reads the reference's hidden state and chooses among the 32 likeliest tokens. Needs `pip install torchrl`.
+The agent reads the reference's hidden state and chooses one of its 32 most likely tokens. Needs `pip install torchrl`.
 """
 
 from dataclasses import dataclass

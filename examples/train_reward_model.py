@@ -1,10 +1,10 @@
-"""Trains a reward model on human preferences between movie-review snippets, and scores a few sentences with it.
+"""Train a reward model on human preferences between movie-review snippets, and score a few sentences with it.
 
     python examples/train_reward_model.py                                       # under a minute on two CPU cores
     python examples/train_reward_model.py --num-snippets 8000 --output-dir runs/reward_model
     python examples/train_reward_model.py --reward-model.learning-rate 1e-3 --reward-model.use-margin
 
-What it leaves out: PPO against the reward model, which `examples/ppo_sentiment.py` does.
+Left out, see examples/ppo_sentiment.py: PPO against a reward model.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from textgym.rewards.models import RewardModelConfig, pairwise_accuracy, train_r
 @dataclass
 class Args:
     base: str = "tiny"
-    """Language model to start from: 'tiny', 'smollm2', a hub id or a path."""
+    """Language model that the reward model is initialised from: 'tiny', 'smollm2', a hub id or a path."""
     num_snippets: int = 4000
-    """Rated snippets to make preferences from, of 8,554."""
+    """Number of rated snippets that preferences are made from, at most 8,554."""
     num_heldout_pairs: int = 2000
-    """Pairs of snippets, unseen in training, to measure accuracy on."""
+    """Number of held-out pairs of snippets for the accuracy."""
     output_dir: Path | None = None
-    """Where to save the reward model; nowhere if not given."""
+    """Folder for the reward model; by default it is not saved."""
     reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)  # two threads collapse when another process runs
+    torch.set_num_threads(1)  # two OpenMP threads become very slow if another process runs
 
-    # 1. Human ratings -> preferences. Snippets of the other splits are held out.
+    # 1. Preferences from human ratings. Snippets of the other splits are held out.
     snippets = movie_snippets()
     train = [snippet for snippet in snippets if snippet.split == "train"][: args.num_snippets]
     heldout = heldout_pairs([s for s in snippets if s.split != "train"], num_pairs=args.num_heldout_pairs)
     preferences = make_preferences(train, seed=args.reward_model.seed)
     print(f"{len(preferences)} comparisons between {len(train)} snippets, for example:\n{preferences[0]}\n")
 
-    # 2. Pairwise loss, -log sigmoid(r_chosen - r_rejected).
+    # 2. Training with the pairwise loss, -log sigmoid(r_chosen - r_rejected) (Stiennon et al., 2020, section 3.4).
     reward_model, accuracy = train_reward_model(preferences, args.base, config=args.reward_model, heldout=heldout)
     lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
     print(f"held-out pairwise accuracy: reward model {accuracy:.3f}, lexicon {lexicon:.3f}")
 
-    # 3. Mean 0 and deviation 1 on texts like those it will score. From here on it is a reward function.
+    # 3. Calibration: scores of texts like those it will score have mean 0 and standard deviation 1 from here on.
     reward_model.calibrate([snippet.text for snippet in train[:500]])
     completions = ["a joy from start to finish.", "a mess from start to finish.", "two hours long."]
     for completion, score in zip(completions, reward_model(["This film is "] * 3, completions), strict=True):
