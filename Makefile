@@ -32,7 +32,7 @@ test-slow: $(INSTALLED)
 test-oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; downloads several GB
 	$(PYTHON) scripts/test_oldest.py
 
-test-numerics: $(INSTALLED)  ## the tests marked `numerics` with 18 settings of threads, vector widths and MKL; prints a table
+test-numerics: $(INSTALLED)  ## the tests marked numerics with 18 settings of threads, vector width and MKL; prints a table
 	$(BIN)/python scripts/test_numerics.py
 
 # This target does not use .venv, because a GPU machine has its own torch: it uses python3, unless PYTHON is given.
@@ -67,7 +67,7 @@ bench-sb3: $(INSTALLED)
 	$(BIN)/python benchmarks/sb3.py
 	$(BIN)/python benchmarks/sb3_learning.py
 
-bench-peers: $(INSTALLED)  ## benchmarks against other libraries; for their installation see benchmarks/measuring/peers.py
+bench-peers: $(INSTALLED)  ## benchmarks that need no other library; benchmarks/measuring/peers.py says how to install those
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/memory.py --trl
 

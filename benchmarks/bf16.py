@@ -1,10 +1,11 @@
-"""How far bfloat16 moves the log-probs, first ratios and gradients of an update, against float32.
+"""Error of bfloat16 in the log-probs, first probability ratios and gradients of an update, relative to float32.
 
     python benchmarks/bf16.py
 
-The embedded model writes `rows` responses to the bundled openings and scores them again: in float32, under autocast
-(`PPOConfig.bf16`), and with weights in bfloat16 (`ActorCritic.from_pretrained(dtype=)`). Differences are in nats, over
-all tokens; "gradient" is the norm of the difference of the gradients of the mean log-prob over that in float32.
+The embedded model generates `rows` responses to the bundled openings, and evaluates them in float32, under autocast
+(`PPOConfig.bf16`), and with bfloat16 weights (`ActorCritic.from_pretrained(dtype=)`). Differences are in nats over all
+tokens. "gradient" is the relative error of the gradient of the mean log-prob: the norm of the difference, divided by
+the norm of the float32 gradient.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
-"""Wall time and FLOPs of GRPO beside TRL 1.16's GRPOTrainer, which generates with transformers.
+"""Wall time and FLOPs of GRPO, compared with TRL 1.16's GRPOTrainer, which generates with transformers.
 
-    python benchmarks/grpo_vs_trl.py --trl .peers/trl-1.16 .peers/site-packages          # peers.py has the pip lines
+    python benchmarks/grpo_vs_trl.py --trl .peers/trl-1.16 .peers/site-packages   # installation: measuring/peers.py
 
-One update: 64 episodes, 8 of each prompt; a reward that costs nothing; advantages within groups; k3 to a reference
-model in the loss with beta = 0.04; the mean over tokens ("dapo"); 1 or 4 epochs of one optimiser step each. Both sides
-have the embedded model's weights, the same prompts and stop tokens, AdamW without weight decay, one thread and float32.
-In half of the settings every response has full length; in the others 1 token in 30 is a stop token, so that the mean
-length is about half the limit. Prompts are openings of reviews, about 10 tokens; in the last two settings six openings
-in a row, since a prompt that a group has in common is read once by us and eight times by TRL. The sides run in
-processes of their own and make an update in turns, after one to warm up; printed are the medians of the paired ratios.
-FLOPs are counted in runs of their own.
+One update: 64 episodes, 8 for each prompt; a reward function of negligible cost; group-relative advantages; k3 to a
+reference model in the loss with beta = 0.04; mean over tokens ("dapo"); 1 or 4 epochs of one optimiser step each. Both
+sides have the weights of the embedded model, the same prompts and stop tokens, AdamW without weight decay, one thread
+and float32.
 
-Not paired: the tokens drawn, since each side has its own random numbers (the mean length of both is printed); the order
-of prompts; the figures that each side computes besides, to report them.
+In half of the settings all responses have full length. In the other half 1 token in 30 is a stop token, so that the
+mean length is about half of the limit. Prompts are openings of reviews of about 10 tokens. In the last two settings a
+prompt is six openings long, because textgym encodes the prompt of a group once and TRL encodes it eight times.
+
+Each side runs in its own process. After a warm-up update they take turns, one update each. The table has the medians of
+the paired ratios. FLOPs are counted in separate runs.
+
+Not paired: the sampled tokens, because each side has its own random numbers (the table has both mean lengths); the
+order of prompts; and the metrics that each side computes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""The ladder on `textgym/Sentiment-v0`: every agent against a learned reward, at equal tokens, over seeds.
+"""All agents on `textgym/Sentiment-v0` with a learned reward, with the same number of tokens, over several seeds.
 
-    python benchmarks/ladder.py                            # `make bench-demo`: all rungs, three seeds
-    python benchmarks/ladder.py --methods PPO --seeds 0    # one of them; the table has all that are in the folder
+    python benchmarks/ladder.py                            # `make bench-demo`: all methods, three seeds
+    python benchmarks/ladder.py --methods PPO --seeds 0    # one method; the table has all results in the folder
 
-Every seed trains its own reward model, kept in the folder for all rungs. Every agent that samples plays the same number
-of episodes of the same length and pays the same beta for a nat; every rung is measured on held-out prompts.
+Each seed trains its own reward model, which all methods share. All agents that sample have the same number of episodes
+of the same length and the same KL coefficient beta. All methods are evaluated on held-out prompts.
 
-* reference: the language model as it is;
-* best-of-16: the highest scored of 16 samples of the reference (its KL is the bound log 16 - 15/16);
-* SFT: the reference fine-tuned on the train snippets that people rated positive;
-* DPO: on pairs of the reference's own samples, labelled by the reward model;
-* the others learn while they sample.
+* reference: the unchanged language model;
+* best-of-16: the completion with the highest score of 16 samples of the reference (KL at most log 16 - 15/16; Stiennon
+  et al., 2020, appendix G.3);
+* SFT: the reference, fine-tuned on the train snippets with a positive rating;
+* DPO: trained on pairs of the reference's samples, labelled by the reward model;
+* all others learn from their own samples.
 
-`gain` is in deviations of the reference's scores, `objective` is gain - beta KL. The judge is the lexicon, which no
-policy was trained on. `seconds` are of one CPU thread. frontier.png draws gain against KL.
+`gain` is in standard deviations of the reference's scores, and `objective` is gain - beta KL. The judge is a lexicon,
+which no policy was trained on. `seconds` are seconds on one CPU thread. frontier.png plots gain against KL.
 """
 
 from __future__ import annotations

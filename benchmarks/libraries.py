@@ -1,13 +1,12 @@
-"""Agents of other libraries, as examples/ plugs them in: what each scores before and after it was trained.
+"""Agents of other libraries, as in examples/: scores before and after training.
 
     python benchmarks/libraries.py                         # all of them, a minute or two each on one thread
     python benchmarks/libraries.py --rows sb3-dqn sbx
 
-`score` is the reward model's alone; `return` is what the environment pays, the score and its half of the KL,
-0.05 log pi_ref of each token. All rows are measured alike, by `textgym.testing.play`: 256 episodes, on the 200 prompts
-that they train on, in order, and again; the standard error of the mean is that over these episodes. Each row is one run
-of one seed. Algorithms that learn a policy are sampled from, DQN is greedy. A library that is not installed is said to
-be absent.
+`score` is the reward model's score. `return` is the sum of the environment's rewards: the score plus 0.05 log pi_ref of
+each token, the reference's part of the KL penalty. All rows are evaluated by `textgym.testing.play` with 256 episodes
+on the 200 training prompts in order, repeated as needed; the standard error is over these episodes. Each row is one run
+with one seed. Policies are sampled from, and DQN is greedy. Libraries that are not installed are marked as absent.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/lora.py
 
-Policy, critic and reference share one copy of the weights: the critic is a value head on the policy's trunk, the
-reference is the trunk with a frozen adapter of its own. 16 episodes of 24 tokens on `textgym/Sentiment-v0`, whose
-reward model is the embedded one; two epochs of two minibatches. The slowest iteration counts; memory is the most that
-the process ever held, Python and libraries included. Where other work runs beside it, OMP_WAIT_POLICY=passive keeps a
-thread that waits for the other one from taking its core.
+Policy, critic and reference share one copy of the base weights: the critic is a value head on the policy's trunk, and
+the reference is the trunk with its own frozen adapter. One iteration has 16 episodes of 24 tokens on
+`textgym/Sentiment-v0` with the embedded reward model, and two epochs of two minibatches. The time is that of the
+slowest iteration, and the memory is the peak of the process, including Python and libraries. If other processes run,
+set OMP_WAIT_POLICY=passive, so that waiting threads do not occupy a core.
 """
 
 from __future__ import annotations

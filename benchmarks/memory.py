@@ -1,23 +1,24 @@
-"""Peak memory of one PPO update by vocabulary, beside TRL 1.12's PPO, the last that there is.
+"""Peak memory of one PPO update by vocabulary size, compared with the PPO of TRL 1.12, its last version with PPO.
 
-    python benchmarks/memory.py --trl .peers/trl-1.12 .peers/site-packages               # peers.py has the pip lines
-    python benchmarks/memory.py --trl                                                    # ours alone
+    python benchmarks/memory.py --trl .peers/trl-1.12 .peers/site-packages        # installation: measuring/peers.py
+    python benchmarks/memory.py --trl                                             # textgym only
 
-One update: 64 episodes of 16 + 48 tokens, one epoch of 4 minibatches; policy, critic, reference and reward model are
-random, 128 wide and 2 layers deep, so that the vocabulary is most of them. "separate" has the critic on a trunk of its
-own, as TRL demands; "shared" is our default. Each run is a process of its own and looks at its second update, when
-Adam's moments are there already.
+One update: 64 episodes of 16 + 48 tokens, one epoch of 4 minibatches. Policy, critic, reference and reward model are
+random models, 128 wide and 2 layers deep, so that most weights depend on the vocabulary. "separate" has a critic with
+its own trunk, which TRL requires; "shared" is textgym's default. Each run is a process of its own and measures the
+second update, when Adam's moments exist.
 
-    peak       most memory of rollout and update together, in MB, less what the process had before it made the models
-    state      weights of the four models, gradients and Adam's two moments: bytes of tensors, counted. All of it grows
-               with the vocabulary whatever an update does, since each token has a row in each
-    working    peak - state: activations, logits, temporaries; and the second gradient of an embedding that is tied to
-               the head, which has one from either end until they are added up
-    growth     of working, over what it is at the first vocabulary
-    update     of ours: working without the rollout, and its growth
+    peak       peak memory of rollout and update in MB, minus the memory of the process before it made the models
+    state      bytes of weights of the four models, gradients and Adam's two moments. All of them grow with the
+               vocabulary in any implementation
+    working    peak - state: activations, logits and temporary tensors; if the embedding is tied to the head also its
+               second gradient, because autograd computes one for each use before it adds them
+    growth     working divided by working of the first vocabulary size
+    update     for textgym: working without the rollout, and its growth
 
-On the CPU memory is the resident set of the process, whose peak the kernel keeps; freed blocks are handed back at once
-(`MALLOC_MMAP_THRESHOLD_`), or it would show what the allocator keeps. On CUDA it is what torch allocated.
+On the CPU memory is the resident set size of the process, whose peak the kernel records. `MALLOC_MMAP_THRESHOLD_` makes
+malloc return freed blocks at once; otherwise the peak would include memory that malloc keeps. On CUDA it is the memory
+that torch allocated.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""How near agents come to the exact optimum, where it is known by enumeration.
+"""Distance of agents from the exact optimum, on tasks where it is known by enumeration.
 
     python benchmarks/optimality.py --jobs 2                          # all agents, dense rewards, five seeds
     python benchmarks/optimality.py --rewards sparse --betas 0.2
     python benchmarks/optimality.py --agents ppo soft-q --seeds 0 --models transformer
-    python benchmarks/optimality.py --hard                            # the text of the highest reward, beta = 0
+    python benchmarks/optimality.py --hard                            # the text with the highest reward, beta = 0
 
-For each agent, reward and beta: the share of the gap from the reference to the optimum that it closed, the KL from its
-policy to the optimal one, and the episodes after which it had closed 95%. See `textgym.testing.ExactTask`. `--hard`
-takes the KL penalty away and judges agents that learn values by the text that they write greedily: how far from the
-reference's mean reward to the highest one it is.
+For each agent, reward and beta the table has the share of the gap from the reference to the optimum that the agent
+closed, the KL from its policy to the optimal policy, and the number of episodes after which it had closed 95%. See
+`textgym.testing.ExactTask`. `--hard` is without a KL penalty, for agents that learn values: the share of the gap from
+the reference's mean reward to the highest reward that their greedy text closes.
 
-Each agent has one setting for all tasks of a model; what differs from the defaults is in `METHODS`. Of stock SB3 PPO
-and A2C are compared on the first kind of task, DQN on the second.
+Each agent has the same hyperparameters on all tasks of a model; `METHODS` lists those that differ from the defaults.
+Stock SB3 PPO and A2C are in the first kind of task, and SB3's DQN in the second.
 """
 
 from __future__ import annotations

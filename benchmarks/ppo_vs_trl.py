@@ -1,21 +1,22 @@
-"""One PPO update of ours beside one of TRL 1.12, the last with a PPO: same weights, same prompts, same steps.
+"""Wall time and FLOPs of one PPO update, compared with TRL 1.12, its last version with PPO: same weights and prompts.
 
-    python benchmarks/ppo_vs_trl.py --peers .peers/trl-1.12 .peers/site-packages         # peers.py has the pip lines
+    python benchmarks/ppo_vs_trl.py --peers .peers/trl-1.12 .peers/site-packages  # installation: measuring/peers.py
 
-Each side is a process that waits for its turn, so that a busy machine slows both, and runs one update a turn: collect
-`rows` episodes, score them by a reward model, pay the KL to a reference, then `epochs` epochs of four minibatches. Both
-have a critic and a reward model that are classifiers on copies of the policy's trunk, in float32, on one thread. The
-median of the paired ratios is printed, and the ratio of the floating-point operations of one update, counted.
+Each side is a process, and the two take turns, one update each, so that other load on the machine slows both. An update
+collects `rows` episodes, scores them with a reward model, applies the KL penalty, and trains for `epochs` epochs of
+four minibatches. On both sides critic and reward model are classifiers on copies of the policy's trunk, in float32, on
+one thread. The table has the median of the paired ratios of wall time, and the ratio of the counted floating-point
+operations of one update.
 
 Settings:
     full           every response has full length; a separate critic on both sides.
-    eos            responses end at EOS, which both sides' models know by a shorter embedding, so that responses reach
-                   half of the limit on average.
-    full-shared    as full, but our critic shares the policy's trunk, our default.
-    eos-shared     as eos, with our shared trunk.
-What could not be paired: the prompts' order and the sampled texts are each side's own. TRL has no shared critic, so in
-the last two settings the models differ; the number of epochs does not, though our default is two. With EOS, TRL
-generates until its last row has ended and computes every row at full length in all passes: that is what is compared.
+    eos            responses end at EOS. The embedding of EOS is scaled down on both sides, so that responses have half
+                   of the maximum length on average.
+    full-shared    like full, but textgym's critic shares the policy's trunk, which is the default.
+    eos-shared     like eos, with textgym's shared trunk.
+Not paired: the order of prompts and the sampled texts. TRL has no shared critic, so the models differ in the last two
+settings; the number of epochs is the same, although textgym's default is two. With EOS, TRL generates until the last
+row has ended and computes all rows at full length in every pass; this is part of the comparison.
 """
 
 from __future__ import annotations

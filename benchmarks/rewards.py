@@ -1,11 +1,11 @@
-"""What rewards cost: the share of a PPO iteration that scoring takes, and the padding in reward-model batches.
+"""Cost of rewards: the share of scoring in the time of a PPO iteration, and the padding in reward-model batches.
 
     python benchmarks/rewards.py                        # some minutes on one CPU thread
     python benchmarks/rewards.py --episodes 512
 
-One iteration of PPO on the embedded model collects `episodes` completions of 48 tokens and trains on them. Rewards are
-a Python function and a token-level one; what decoding the texts and calling both took is timed within that very
-iteration. Padding is counted over the same number of completions of free length.
+One PPO iteration with the embedded model collects `episodes` completions of 48 tokens and trains on them. The rewards
+are a Python function for whole texts and one for each token. The time of decoding texts and of calling both functions
+is measured within the same iteration. Padding is counted over the same number of completions of free length.
 """
 
 from __future__ import annotations

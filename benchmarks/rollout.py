@@ -1,22 +1,23 @@
-"""Cost of a rollout beside `model.generate` on the same work, and beside what the memory of the device allows.
+"""Cost of a rollout, compared with `model.generate` on the same work and with the bandwidth of the device's memory.
 
     python benchmarks/rollout.py                      # CPU: the embedded model, 64 rows x 48 tokens, one thread
     python benchmarks/rollout.py --device cuda        # the default where there is a GPU: SmolLM2, 64 rows x 128 tokens
     python benchmarks/rollout.py --roofline           # on a GPU, a random Llama of 1.2B parameters in bf16
 
-Both sides sample every token of every row from the full distribution; no row ends early. A pair of runs is made in
-turns, so that a busy machine slows both. Two rows are printed:
+Both sides sample every token of every row from the full distribution, and no row ends early. The sides take turns, so
+that other load on the machine slows both. The table has two rows:
 
-    write    what agents do: `collect` resets the environment, writes whole responses and submits them; no reward is
-             computed, but texts are decoded, rows scored and values noted
-    step     what a loop of another library does: `policy.act` and `envs.step`, token by token
+    write    as textgym's agents do: `collect` resets the environment, generates whole responses and submits them. No
+             reward is computed, but texts are decoded, rows are scored and values are stored
+    step     as a loop of another library does: `policy.act` and `envs.step`, token by token
 
-    wall time ratio    median of the pairs, ours over generate's; with the least and the greatest
-    environment        its share of our time, prompts left out: in a run of its own, since a GPU must be awaited for it
-    FLOPs ratio        floating-point operations counted
+    wall time ratio    median of the paired ratios, textgym / generate, with minimum and maximum
+    environment        share of the environment in textgym's time, without loading prompts; measured in a separate run,
+                       because on a GPU the measurement has to wait for the device
+    FLOPs ratio        ratio of the counted floating-point operations
 
-`--roofline` asks how near decoding comes to the bandwidth of the device's memory, which it measures in the same
-process: bytes of weights and of cached keys and values that a step has to read, over the time of a step.
+`--roofline` compares decoding with the memory bandwidth of the device, which it measures in the same process: the bytes
+of weights and of cached keys and values that a step must read, divided by the time of a step.
 """
 
 from __future__ import annotations

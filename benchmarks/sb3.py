@@ -1,13 +1,13 @@
-"""Cost of stock SB3 PPO on text: textgym's policy and buffer beside a plain policy and SB3's own buffer.
+"""Cost of stock SB3 PPO on text with textgym's policy and buffer, compared with a plain policy and SB3's own buffer.
 
     python benchmarks/sb3.py                               # 24, 48 and 96 new tokens, one thread, about 20 minutes
     python benchmarks/sb3.py --new-tokens 48 --repeats 5
 
-Both sides are unmodified `stable_baselines3.PPO` on the same environment and collect and train on the same number of
-tokens. The plain side is what one writes first: it encodes the whole padded context for every token, in the rollout and
-in every epoch. Printed, for each length: the median of the paired ratios of wall time (plain / textgym), of the counted
-floating-point operations, the positions that pass through the language model for each token trained on, those of
-textgym's own PPO on the same work, and the bytes that the buffers hold for each step of a row.
+Both sides are the unmodified `stable_baselines3.PPO` on the same environment, with the same number of tokens. The plain
+side is a straightforward implementation: it encodes the whole padded context for every token, in the rollout and in
+every epoch. For each length the table has the median of the paired ratios of wall time (plain / textgym); the ratio of
+counted floating-point operations; the number of positions that pass through the language model for each trained token;
+this number for textgym's own PPO on the same work; and the bytes in the buffers for each step of a row.
 """
 
 from __future__ import annotations

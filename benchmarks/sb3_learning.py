@@ -1,12 +1,13 @@
-"""What stock SB3 and sb3-contrib algorithms learn: held-out score on text, and a task whose best text is known.
+"""Learning of stock SB3 and sb3-contrib algorithms: held-out score on text, and a task whose best text is known.
 
     python benchmarks/sb3_learning.py      # everything, three seeds
     python benchmarks/sb3_learning.py --algorithms PPO --seeds 0
 
-`textgym/Sentiment-v0` with its embedded reward model: trained on prompts that no model was trained on, measured on 256
-prompts that nothing was trained on. `gain` is in deviations of the reference's scores, KL in nats a text. Algorithms
-that learn values decode greedily, so their KL is -log pi_ref of what they write; the row `greedy reference` is where
-they start. Then DQN and QRDQN on `textgym/Enumerable-v0`, where the best of all texts scores 1.
+`textgym/Sentiment-v0` with its embedded reward model. Training prompts are prompts that no model was trained on, and
+256 other prompts are used for the evaluation only. `gain` is in standard deviations of the reference's scores, and KL
+in nats per text. Algorithms that learn values decode greedily, so their KL is -log pi_ref of the generated text; the
+row `greedy reference` is their starting point. Then DQN and QRDQN on `textgym/Enumerable-v0`, where the best text has
+score 1.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Cost per token of a rollout, by context length, rows and vocabulary; and the environment's share of it.
+"""Cost per token of a rollout by context length, rows and vocabulary size, and the environment's share of it.
 
     python benchmarks/scaling.py
 
-Random models of the embedded one's shape (4 layers, 192 wide) with other vocabularies write 32 tokens in every row of a
-TextVectorEnv, after a prompt that fills the rest of the context; no row ends early, and the reward costs nothing. One
-dimension changes at a time. All settings run once a round, and medians over rounds are printed:
+Random models with the shape of the embedded one (4 layers, 192 wide) and other vocabularies generate 32 tokens in every
+row of a TextVectorEnv, after a prompt that fills the rest of the context. No row ends early, and the reward is free.
+Only one dimension changes at a time. All settings run once per round, and the table has medians over rounds:
 
-    us/token         CPU time of one thread, in microseconds for each token written, without the pass over the prompt:
-                     as agents write, whole responses that are submitted
-    environment      share of that spent in `reset` and `submit`: ids, ends, texts and rewards; the bar is on this
-    attention        share of it that attention over the context takes
+    us/token         CPU time of one thread in microseconds for each generated token, without encoding the prompt; as
+                     agents do, that is, generate whole responses and submit them
+    environment      share of `reset` and `submit` in it: ids, ends, texts and rewards; the tested limit is on this
+    attention        share of attention over the context in it
     the rest         us/token without attention
-    beside           the rest, over that of the first row of the table: what a cache keeps flat as the context grows
-    step: ...        the same where another library steps through the environment, token by token: `reset` and `step`,
-                     which makes observations as well
-    MFLOPs/token     counted, by what they go to: attention over the context, the output embedding, the other layers
+    beside           "the rest" divided by that of the first row: the cache keeps it constant as the context grows
+    step: ...        the same for a loop of another library, token by token, with `reset` and `step`, which also makes
+                     observations
+    MFLOPs/token     counted, by part: attention over the context, the output embedding, the other layers
 """
 
 from __future__ import annotations

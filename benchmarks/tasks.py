@@ -1,17 +1,18 @@
-"""Every task: what PPO makes of the embedded model, on held-out prompts, before and after, with 95% intervals.
+"""All tasks: metrics of the embedded model on held-out prompts before and after PPO, with 95% confidence intervals.
 
     python benchmarks/tasks.py                       # all tasks, a few minutes each on one thread
     python benchmarks/tasks.py --tasks Copy Answer --episodes 2048
 
-The embedded model has 2.2M parameters and has seen nothing but short reviews and chats, so it answers no question and
-knows no German. Tasks whose prompts have an answer are therefore learned as RL4LMs learns them "on supervised": SFT on
-the split `train`, then PPO with the KL to what SFT gave. The others, toys, begin with PPO at once.
+The embedded model has 2.2M parameters and was trained only on short reviews and chats, so it can neither answer
+questions nor translate German. Tasks with reference answers are therefore trained like "supervised + RL" of RL4LMs
+(Ramamurthy et al., 2022): SFT on the split `train`, then PPO with the SFT model as reference. The toy tasks start with
+PPO.
 
-Training prompts are of `train`, measured are 256 completions of prompts of `test`; tasks whose prompt does not count
-have no splits, and `Answer` has 25 questions, each answered ten times. The first metric of a task is what its reward
-pays, or leads with. Gains are paired: the same prompts, the same seeds. Minutes are of one CPU thread.
-`textgym/Enumerable-v0` has a vocabulary of its own and starts from a random model of 12 tokens. A task whose text was
-not fetched yet fetches it first.
+Training prompts are of the split `train`, and the evaluation has 256 completions of prompts of the split `test`. Tasks
+that ignore the prompt have no splits, and `Answer` has 25 questions, each answered ten times. The first metric of a
+task is its reward, or the main part of it. Gains are paired: the same prompts and seeds. Minutes are minutes on one CPU
+thread. `textgym/Enumerable-v0` has its own vocabulary of 12 tokens and starts from a random model. Texts of tasks are
+downloaded on first use.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     python examples/cleanrl_loop.py
 
-The KL penalty is beta (log pi - log pi_ref). The environment adds beta log pi_ref to the reward, by the default
-`kl_mode="reference"`, and this loop subtracts beta log pi.
+The KL penalty is beta (log pi - log pi_ref). The environment adds beta log pi_ref, and this loop subtracts beta log pi.
 """
 
 from dataclasses import dataclass
