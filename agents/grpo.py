@@ -5,10 +5,10 @@
     A_i = (R_i - mean of its prompt's group) / (deviation of the group + 1e-4)
 
 for all tokens of episode i, in PPO's clipped surrogate without a critic. Mean and deviation are those of the episodes
-that have a score. A group whose scores are all alike, or with fewer than two of them, teaches nothing and is left out;
-how many are is reported. `loss_type` says what the surrogate is a mean over, `clip_range_high` lets rare tokens rise
-further (DAPO), `scale="none"` does not divide by the deviation (Dr. GRPO), which favours prompts that are nearly solved
-or nearly hopeless.
+that have a score. A group whose scores are all alike has an advantage of 0, and learns from the KL and the entropy
+alone, if they are part of the loss; how many are is reported. One with fewer than two scores is left out. `loss_type`
+says what the surrogate is a mean over, `clip_range_high` lets rare tokens rise further (DAPO), `scale="none"` does not
+divide by the deviation (Dr. GRPO), which favours prompts that are nearly solved or nearly hopeless.
 
 The KL to the reference is paid in the reward, as by every other agent, or with `kl_in="loss"` as a term of the loss. As
 a loss k3 alone has the gradient of KL(pi_ref, pi) where it is on-policy; times the importance ratio it has that of
@@ -79,15 +79,18 @@ class GRPO(PromptGroupAgent):
             advantages = advantages / (groups.standard_deviation + 1e-4)
         advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
 
-        # 3. Groups whose scores are all alike have no gradient, and cost no work unless a KL in the loss has one.
-        rows = None
-        if self.reference_log_probs is None:
-            [on_host] = to_host((groups.informative & groups.comparable).flatten())
-            rows = on_host.nonzero()[:, 0]
+        # 3. Groups whose scores are all alike have no advantage, but count in the means of the loss: else the gradient
+        #    of the others would grow with their number. If nothing else in the loss has a gradient, they cost no pass.
+        [comparable, informative] = to_host(
+            groups.comparable.flatten(), (groups.informative & groups.comparable).flatten()
+        )
+        alone = self.reference_log_probs is None and config.entropy_coef == 0 and config.loss_type != "bnpo"
+        with_gradient = informative if alone else None
 
         # 4. Minibatches of whole episodes, one optimiser step each.
         steps: list[TensorMetrics] = []
-        for minibatch in self.minibatches(rollout, advantages, rows=rows):
+        rows = comparable.nonzero()[:, 0]
+        for minibatch in self.minibatches(rollout, advantages, rows=rows, with_gradient=with_gradient):
             steps.append(self.step(minibatch))
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
                 break

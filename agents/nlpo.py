@@ -64,14 +64,21 @@ class NLPO(PPO):
         """Return the KL of the masked distributions, `(N, T)`: both are scored among the tokens that were allowed."""
         if self.penalty.estimator == "full":
             raise ValueError("NLPO estimates the KL from what was drawn within the mask: use kl_estimator 'k1'")
-        reference = torch.zeros_like(rollout.log_probs)
-        for rows in torch.arange(len(rollout), device=reference.device).split(CHUNK):
-            sequences = rollout.sequences[rows]
-            flat = self.penalty.reference.state_log_probs(
-                sequences.states(), sequences.actions, self.allowed(sequences)
-            )
-            reference[rows, : sequences.response_mask.shape[1]] = sequences.pad(flat)
+        reference = self.masked_log_probs(self.penalty.reference, rollout)
         return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.response_mask)
+
+    def new_log_probs(self, rollout: Rollout) -> Tensor:
+        """Return the log-probs `(N, T)` of a rollout under the policy as it is now, within the mask."""
+        return self.masked_log_probs(self.policy, rollout)
+
+    def masked_log_probs(self, model: TokenModel, rollout: Rollout) -> Tensor:
+        """Return a model's log-probs `(N, T)` of a rollout among the tokens that were allowed."""
+        log_probs = torch.zeros_like(rollout.log_probs)
+        for rows in torch.arange(len(rollout), device=log_probs.device).split(CHUNK):
+            sequences = rollout.sequences[rows]
+            flat = model.state_log_probs(sequences.states(), sequences.actions, self.allowed(sequences))
+            log_probs[rows, : sequences.response_mask.shape[1]] = sequences.pad(flat)
+        return log_probs
 
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
         """Score a batch with a policy within the mask, with gradients, so that ratios start at 1."""

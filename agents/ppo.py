@@ -179,7 +179,7 @@ class PPO(PolicyGradientAgent):
 
     def adapt_penalty(self, rollout: Rollout) -> Metrics:
         """Double or halve the penalty's coefficient by how far the update went (Schulman et al., 2017, section 4)."""
-        log_ratio = self.policy.sequence_log_probs(rollout.sequences) - rollout.log_probs
+        log_ratio = self.new_log_probs(rollout) - rollout.log_probs
         distance = float(
             overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.response_mask)
         )  # KL(old, new) in nats a token
@@ -189,6 +189,10 @@ class PPO(PolicyGradientAgent):
         elif distance < self.config.kl_min:
             self.penalty_coef /= 2
         return metrics
+
+    def new_log_probs(self, rollout: Rollout) -> Tensor:
+        """Return the log-probs `(N, T)` of a rollout under the policy as it is now."""
+        return self.policy.sequence_log_probs(rollout.sequences)
 
     def training_state(self) -> dict[str, Any]:
         """Return the coefficient of the penalty, besides what every agent saves."""

@@ -52,7 +52,8 @@ def n_step_returns(
 ) -> Tensor:
     """Rewards of n steps and then the critic: sum_{i<n} gamma^i r_{t+i} + gamma^n V(s_{t+n}), `(N, T)`.
 
-    Past the end of a row there are neither rewards nor a value.
+    Steps are the agent's own: what the environment wrote in between is stepped over. Past the end of a row there are
+    neither rewards nor a value.
 
     Args:
         rewards: `(N, T)`.
@@ -64,15 +65,16 @@ def n_step_returns(
             action t itself aside, the critic takes over, so that nothing is learned from what was a mistake (Watkins,
             1989).
     """
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    own = (~mask).long().argsort(dim=1, stable=True)  # (N, T): the agent's steps in their order, then the others
+    rewards, values = (torch.where(mask, x, 0.0).gather(1, own) for x in (rewards, values))
     following = _shifted(values)  # V(s_{t+1})
     returns = rewards + gamma * following
     for _ in range(min(n, rewards.shape[1]) - 1):
         later = _shifted(returns)
         if goes_on is not None:
-            later = torch.where(_shifted(goes_on), later, following)
+            later = torch.where(_shifted(goes_on.gather(1, own)), later, following)
         returns = rewards + gamma * later
-    return torch.where(mask, returns, 0.0)
+    return torch.where(mask, torch.zeros_like(returns).scatter(1, own, returns), 0.0)
 
 
 def _shifted(values: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ class Batch:
         advantages: `(N, T)`.
         returns: `(N, T)`; zero where an algorithm has no critic.
         indices: `(N,)`, which rows of the rollout they are.
+        with_gradient: bool `(N,)` on the host: the episodes whose loss has a gradient. The others count in its mean and
+            cost no pass. `None` if all have one.
         spare: the episodes weigh nothing: this process has none left, and keeps the others company, see `evenly`.
     """
 
@@ -67,6 +69,7 @@ class Batch:
     advantages: Tensor
     returns: Tensor
     indices: Tensor
+    with_gradient: Tensor | None = None
     spare: bool = False
 
     def __len__(self) -> int:
@@ -79,7 +82,15 @@ class Batch:
         width = sequences.longest
         columns = (self.log_probs, self.values, self.advantages, self.returns)
         log_probs, values, advantages, returns = (x[rows, :width] for x in columns)
-        return Batch(sequences, log_probs, values, advantages, returns, self.indices[rows], self.spare)
+        with_gradient = None if self.with_gradient is None else self.with_gradient[host_rows]
+        return Batch(sequences, log_probs, values, advantages, returns, self.indices[rows], with_gradient, self.spare)
+
+    def trained(self) -> Batch:
+        """Return the episodes whose loss has a gradient; where there is none, a spare one."""
+        if self.with_gradient is None:
+            return self
+        rows = self.with_gradient.nonzero()[:, 0]
+        return self[rows] if len(rows) else replace(self[slice(0, 1)], spare=True)
 
     @property
     def response_mask(self) -> Tensor:
@@ -111,7 +122,12 @@ class PolicyGradientAgent(RolloutAgent):
             return policy.evaluate(batch.sequences, entropy_gradient=self.config.entropy_coef != 0)
 
     def minibatches(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor | None = None, rows: Tensor | None = None
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        returns: Tensor | None = None,
+        rows: Tensor | None = None,
+        with_gradient: Tensor | None = None,
     ) -> Iterator[Batch]:
         """Yield every minibatch of every epoch; an epoch has each episode once, in a new order.
 
@@ -119,11 +135,12 @@ class PolicyGradientAgent(RolloutAgent):
             rollout: the episodes.
             advantages: `(N, T)`.
             returns: `(N, T)`, what a critic learns.
-            rows: on the host, the episodes that are worth training on; `None` for all that have a score.
+            rows: on the host, the episodes that are trained on; `None` for all that have a score.
+            with_gradient: see `Batch`.
         """
         returns = torch.zeros_like(advantages) if returns is None else returns
         indices = torch.arange(len(rollout), device=advantages.device)
-        batch = Batch(rollout.sequences, rollout.log_probs, rollout.values, advantages, returns, indices)
+        batch = Batch(rollout.sequences, rollout.log_probs, rollout.values, advantages, returns, indices, with_gradient)
         if rows is None:
             [scored] = to_host(rollout.scored)
             rows = scored.nonzero()[:, 0]
@@ -138,22 +155,24 @@ class PolicyGradientAgent(RolloutAgent):
         """Make one optimiser step on `loss`; the batch is that of all processes, of which each has a part.
 
         Returns:
-            the metrics of `loss`, means over the whole batch, and the gradient's norm.
+            the metrics of `loss`, means over the episodes whose loss has a gradient, and the gradient's norm.
 
         Raises:
             NonFiniteError: the loss or the norm is NaN or infinite; the weights stay as they were.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        whole = sum(everyone(0 if batch.spare else self.weight(batch)))
+        trained = batch.trained()
+        weights = [0 if each.spare else self.weight(each) for each in (batch, trained)]
+        whole, of_trained = (max(sum(column), 1) for column in zip(*everyone(weights), strict=True))
         metrics: TensorMetrics = {}
         # Micro-batches: each backward pass adds its share of the batch's gradient.
-        for rows, counts in evenly(_slices(len(batch), self.config.micro_batch_size), spare=slice(0, 1)):
-            part = batch if rows.stop - rows.start == len(batch) else batch[rows]
-            share = self.weight(part) / whole if counts and not batch.spare else 0.0
+        for rows, counts in evenly(_slices(len(trained), self.config.micro_batch_size), spare=slice(0, 1)):
+            part = trained if rows.stop - rows.start == len(trained) else trained[rows]
+            weight = self.weight(part) if counts and not trained.spare else 0
             loss, reported = self.loss(self.learner(functools.partial(self.evaluate, batch=part)), part)
-            (loss * share).backward()
+            (loss * (weight / whole)).backward()
             for name, value in {**reported, "loss": loss}.items():
-                metrics[name] = metrics.get(name, 0.0) + share * value.detach().double()
+                metrics[name] = metrics.get(name, 0.0) + weight / of_trained * value.detach().double()
         metrics = dict(zip(metrics, total(torch.stack(list(metrics.values()))), strict=True))
         check_finite("loss", metrics.pop("loss"), f"update {self.updates + 1}")
         metrics["val/grad_norm"] = self.apply_gradients()

@@ -341,6 +341,60 @@ def test_grpo_leaves_groups_without_spread_out_and_counts_them() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in nothing.policy.state_dict().items())
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_groups_without_spread_count_in_the_means_of_the_loss(loss_type: str, micro_batch_size: int | None) -> None:
+    """Left out of them, as they cost no pass, they would make the gradient of the others larger."""
+    agent = make_agent("grpo", make_envs(kl_coef=0.0), loss_type=loss_type, micro_batch_size=micro_batch_size)
+    rollout = merge([agent.collect() for _ in range(2)])
+    score = torch.arange(32.0).view(8, 4)
+    score[[0, 2, 3, 5, 6, 7]] = 1.0  # 6 of 8 groups are flat
+    last = rollout.sequences.response_lengths[:, None] - 1
+    rollout.rewards.zero_().scatter_(1, last, score.view(-1, 1))
+
+    agent.reference_log_probs = None  # type: ignore[attr-defined]
+    agent.optimizer.step = lambda: None  # type: ignore[method-assign]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        agent.update(rollout, torch.zeros_like(rollout.log_probs))
+        return {name: x.grad.clone() for name, x in agent.policy.named_parameters() if x.grad is not None}
+
+    found = gradients()
+    minibatches = agent.minibatches
+    # Every episode takes part in a pass, and those of flat groups have an advantage of 0.
+    agent.minibatches = lambda *given, rows, with_gradient: minibatches(*given, rows=rows)  # type: ignore[method-assign]
+    expected = gradients()
+    assert any(bool(gradient.any()) for gradient in expected.values())
+    if loss_type != "bnpo" or micro_batch_size is None:  # its mean is over the tokens of a micro-batch, drawn anew
+        for name, gradient in found.items():
+            assert_close(gradient, expected[name], terms=FORWARD, scale=float(expected[name].abs().max()))
+
+
+@pytest.mark.parametrize("settings", [{"entropy_coef": 0.1}, {"kl_in": "loss"}])
+def test_groups_without_spread_keep_their_entropy_and_their_kl(settings: dict[str, Any]) -> None:
+    envs = make_envs(reward=lambda completions: [1.0] * len(completions), kl_coef=0.1 if "kl_in" in settings else 0.0)
+    agent = make_agent("grpo", envs, **settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in agent.policy.lm.parameters():  # away from the reference
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    start = {name: weight.clone() for name, weight in agent.policy.lm.named_parameters()}
+    assert history_of(agent, 32)[0]["frac_reward_zero_std"] == 1.0
+    assert any(not torch.equal(weight, start[name]) for name, weight in agent.policy.lm.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.5}, {"top_p": 0.9, "min_tokens_to_keep": 3}])
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_without_a_step_the_penalised_distance_to_the_old_policy_is_zero(
+    settings: dict[str, Any], estimator: str
+) -> None:
+    """Both sides are the distribution that was sampled from, within the mask."""
+    envs = make_envs(kl_estimator=estimator)
+    agent = make_agent("nlpo", envs, variant="penalty", learning_rate=0.0, **settings)
+    for metrics in history_of(agent, 96):
+        assert metrics["policy/kl_old_new"] == pytest.approx(0.0, abs=ROUNDING)
+
+
 @pytest.mark.parametrize("min_score", [None, 1.0])
 def test_expert_iteration_imitates_the_best_of_each_group(min_score: float | None) -> None:
     agent = make_agent("expert iteration", make_envs(kl_coef=0.0), keep=2, min_score=min_score)

@@ -144,6 +144,31 @@ def test_n_steps_are_ends_of_gae() -> None:
         assert_close(n_step_returns(REWARDS, VALUES, MASK, 0.9, n), returns, terms=8)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_n_steps_are_the_agents_own_in_a_game(seed: int) -> None:
+    """The environment writes in between: its tokens are no steps, whatever stands at them."""
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.rand(6, 12, generator=rng) < 0.5
+    rewards, values = torch.randn(2, 6, 12, generator=rng)
+    for n in (1, 2, 5, 12):
+        found = n_step_returns(rewards, values, mask, 0.9, n)
+        for row in range(6):
+            own = mask[row].nonzero()[:, 0]
+            if len(own):
+                alone = torch.ones(1, len(own), dtype=torch.bool)
+                expected = n_step_returns(rewards[row, own][None], values[row, own][None], alone, 0.9, n)
+                assert_close(found[row, own], expected[0], terms=12)
+        assert (found[~mask] == 0).all()
+    assert_close(n_step_returns(rewards, values, mask, 0.9, 1), gae(rewards, values, mask, 0.9, 0.0)[1], terms=8)
+    assert_close(n_step_returns(rewards, values, mask, 0.9, 12), gae(rewards, values, mask, 0.9, 1.0)[1], terms=24)
+
+
+def test_one_step_returns_do_not_wait_for_what_the_environment_wrote() -> None:
+    mask, rewards = torch.tensor([[True, False, True]]), torch.tensor([[0.0, 0.0, 1.0]])
+    values = torch.tensor([[5.0, 99.0, 7.0]])
+    assert n_step_returns(rewards, values, mask, 1.0, 1).tolist() == [[7.0, 0.0, 1.0]]
+
+
 def test_leave_one_out_mean_by_hand() -> None:
     values = torch.tensor([[1.0, 2.0, 4.0], [3.0, 5.0, 99.0], [8.0, 9.0, 99.0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
