@@ -13,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## train the embedded model on human ratings, and evaluate it before and after
-	$(BIN)/textgym demo
+	$(BIN)/textgym demo --overwrite
 
 # Each worker has one thread, because two OpenMP threads become very slow if another process runs.
 WORKERS ?= 2

@@ -233,13 +233,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """fp16 safetensors and tokenizer, written beside the target and moved over it."""
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    card = folder / "README.md"
-    text = card.read_text() if card.exists() else None
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, "textgym policy", type(model).__name__, overwrite=True) as temporary:
         half.half().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if text is not None:
-            (temporary / card.name).write_text(text)
 
 
 def main(config: Config) -> None:

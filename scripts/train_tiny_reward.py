@@ -48,9 +48,8 @@ def main(config: Config) -> None:
     )
     minutes = (time.process_time() - started) / 60
     reward_model.calibrate(reference_samples(config, reward_model))
-    card = read_card(config.output_dir)
     reward_model.model.half()
-    reward_model.save_pretrained(config.output_dir)
+    reward_model.save_pretrained(config.output_dir, overwrite=True)
     shipped = RewardModel.from_pretrained(config.output_dir)
     figures = {
         "accuracy": round(pairwise_accuracy(shipped, heldout), 4),
@@ -63,15 +62,8 @@ def main(config: Config) -> None:
         "cpu_minutes": round(minutes, 1),
         "config": {name: str(value) for name, value in asdict(config.reward_model).items()},
     }
-    for name, text in {**card, "figures.json": json.dumps(figures, indent=2) + "\n"}.items():
-        (config.output_dir / name).write_text(text)
+    (config.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
-
-
-def read_card(folder: Path) -> dict[str, str]:
-    """The model card, which saving would replace together with the folder."""
-    path = folder / "README.md"
-    return {path.name: path.read_text()} if path.exists() else {}
 
 
 def reference_samples(config: Config, reward_model: RewardModel) -> list[str]:

@@ -24,6 +24,7 @@ from textgym.models.machine.determinism import prepare_environment
 if __name__ == "__main__":  # python -m textgym.cli: before torch is imported
     prepare_environment(sys.argv[1:])
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +36,17 @@ from rich.text import Text
 
 from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
-from textgym.agents.machine.distributed import device, end_with_a_message, join, rank
+from textgym.agents.machine.distributed import device, end_with_a_message, everyone, join, rank
 from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.agents.runs.claims import RunClaim
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
+from textgym.agents.runs.interrupts import Interrupts
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.corpora.sources import movie_snippets
-from textgym.data.files import atomic_file
+from textgym.data.files import atomic_file, check_free
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import TextgymError
@@ -56,12 +59,13 @@ from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.models import pairwise_accuracy, train_reward_model
 from textgym.rewards.models.pairwise import text_of
 from textgym.rewards.models.report import PreferenceReport
+from textgym.rewards.models.reward_model import REWARD_MODEL
 from textgym.rewards.models.training import split_preferences
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
-    sys.path.insert(0, str(Path.cwd()))  # for "module:attribute" of a file beside the user, as `python -m` finds it
+    sys.path.append(str(Path.cwd()))  # for "module:attribute" of a file beside the user; last, so it hides no module
     command = parse(arguments)
     runs: dict[type, Callable[[Any], Any]] = {
         DemoConfig: run_demo,
@@ -87,6 +91,17 @@ def train(command: Train) -> None:
     _check_agent(command)
     join()
     end_with_a_message()
+    with contextlib.ExitStack() as claims:
+        claim = None
+        if rank() == 0:  # the first process writes for all of them
+            claim = claims.enter_context(
+                RunClaim(command.output_dir, resume=command.resume, overwrite=command.overwrite)
+            )
+        everyone(None)  # nobody looks for checkpoints before those of a deleted run are gone
+        _train(command, claim)
+
+
+def _train(command: Train, claim: RunClaim | None) -> None:
     live = LiveProgress()
     place = _place(command)
     if rank() == 0:
@@ -99,35 +114,43 @@ def train(command: Train) -> None:
     arguments = {**_kl_arguments(command), **_decoder_start(policy)}
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
     agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
-    if rank() > 0:  # the first process writes and reports for all of them
-        return _learn(agent, command, [checkpoints])
+    interrupts = Interrupts(live.console)
+    if claim is None:
+        _learn(agent, command, checkpoints, [], interrupts, resumed=newest is not None)
+        return
     policy = agent.policy
     profiler = None
     if command.profile and isinstance(agent, RolloutAgent):
         profiler = Profiler(command.output_dir, agent, command.total_episodes)
-    folder = RunFolder(command.output_dir, command, agent.updates)
+    folder = RunFolder(command.output_dir, command, agent.updates, claim)
     checkpoints.clean()
-    callbacks: list[Any] = [folder, checkpoints, live]  # metrics first: what a checkpoint goes on from is reported
-    callbacks += [] if profiler is None else [profiler]
+    callbacks: list[Any] = [live] if profiler is None else [live, profiler]
     try:
         with live:
             live.stage(
                 type(agent).__name__,
                 command.total_episodes if isinstance(agent, RolloutAgent) else agent.total_updates,
             )
-            _learn(agent, command, callbacks)
-            live.stage("writing samples")
-            _write_samples(policy, envs, folder, command)
+            # Metrics first: what a checkpoint goes on from is reported.
+            _learn(agent, command, checkpoints, callbacks, interrupts, resumed=newest is not None, folder=folder)
+            if interrupts.received is None:
+                live.stage("writing samples")
+                _write_samples(policy, envs, folder, command)
             live.finish()
         if profiler is not None and profiler.profile is not None:
             live.console.print(*profiler.profile.tables(), sep="\n")
     finally:  # also after Ctrl-C: what was learned is kept
         if profiler is not None:
             profiler.close()
-        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer)
+        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer, overwrite=True)
         folder.draw_curves()
         folder.close()
-        live.console.print(f"run folder: {command.output_dir}")
+        live.console.print(f"run folder: {command.output_dir}", markup=False)
+    if interrupts.received is not None:
+        live.console.print(
+            f"stopped after update {agent.updates}: the same command with --resume goes on from there", markup=False
+        )
+        sys.exit(128 + interrupts.received)
 
 
 def _place(command: Train | TrainReward | Evaluate) -> torch.device:
@@ -147,11 +170,26 @@ def _place(command: Train | TrainReward | Evaluate) -> torch.device:
     return own
 
 
-def _learn(agent: RolloutAgent | SupervisedAgent, command: Train, callbacks: list[Any]) -> None:
-    if isinstance(agent, RolloutAgent):
-        agent.learn(command.total_episodes, callbacks)
-    else:
-        agent.learn(callbacks)
+def _learn(
+    agent: RolloutAgent | SupervisedAgent,
+    command: Train,
+    checkpoints: Checkpoints,
+    callbacks: list[Any],
+    interrupts: Interrupts,
+    resumed: bool,
+    folder: RunFolder | None = None,
+) -> None:
+    """Train, with a checkpoint before the first update, at intervals, and after an interrupt."""
+    if not resumed:
+        checkpoints.save(agent)
+    callbacks = [*([] if folder is None else [folder]), checkpoints, *callbacks, interrupts]
+    with interrupts:
+        if isinstance(agent, RolloutAgent):
+            agent.learn(command.total_episodes, callbacks)
+        else:
+            agent.learn(callbacks)
+        if any(everyone(interrupts.received is not None)):
+            checkpoints.save(agent)
 
 
 def _check_agent(command: Train) -> None:
@@ -175,16 +213,14 @@ def _check_agent(command: Train) -> None:
 
 
 def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:
-    """Where a run goes on from, `None` at its beginning; nobody's checkpoints are written over by mistake."""
-    newest = checkpoints.newest()
-    if not command.resume and newest is not None:
-        raise ValueError(
-            f"{command.output_dir} has checkpoints of an earlier run: go on from them with --resume, delete "
-            f"{checkpoints.folder}, or choose another --output-dir"
-        )
-    if command.resume and newest is None:
+    """Where a run goes on from, `None` at its beginning."""
+    if not command.resume:
+        return None
+    # The first process looks, since it renames damaged ones; the others go where it goes.
+    newest = everyone(checkpoints.newest_whole() if rank() == 0 else None)[0]
+    if newest is None:
         live.console.print(f"{command.output_dir} has no checkpoint to resume from: beginning anew", markup=False)
-    if newest is not None and (changed := changed_settings(command.output_dir, command, FREE)):
+    elif changed := changed_settings(command.output_dir, command, FREE):
         raise ValueError(
             f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "
             f"{'; '.join(changed)}"
@@ -206,6 +242,7 @@ def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device
 
 def train_reward(command: TrainReward) -> None:
     """A reward model, its accuracy on held-out pairs, and a picture of both: `report.json` and `report.png`."""
+    check_free(command.output_dir, REWARD_MODEL, overwrite=command.overwrite)
     live, place = LiveProgress(), _place(command)
     live.console.print(f"device: {device_name(place)}", markup=False)
     pairs, heldout, calibration = _preferences(command)
@@ -221,7 +258,7 @@ def train_reward(command: TrainReward) -> None:
         )
         reward.calibrate(calibration)
         live.finish()
-    reward.save_pretrained(command.output_dir)
+    reward.save_pretrained(command.output_dir, overwrite=command.overwrite)
     report = PreferenceReport.of(reward, heldout)
     with atomic_file(command.output_dir / "report.json") as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")

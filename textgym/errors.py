@@ -24,3 +24,15 @@ class UnknownArgumentError(TextgymError, TypeError):
 
 class CutPromptsWarning(UserWarning):
     """Prompts are longer than `max_prompt_tokens` and lose their beginning."""
+
+
+class DamagedFolderError(TextgymError, ValueError):
+    """A saved folder is incomplete, changed, or of another kind or format than is asked for."""
+
+
+class RunFolderError(TextgymError, FileExistsError):
+    """A folder cannot be used for a run: it has other files, another run, or another process writes to it."""
+
+
+class UntrustedNameError(TextgymError, ValueError):
+    """A saved folder names code that is not textgym's, which loading does not run."""

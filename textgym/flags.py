@@ -38,7 +38,16 @@ if TYPE_CHECKING:
     AgentName = str
 else:
     AgentName = Literal[tuple(ALGORITHMS)]
-FREE = ("output_dir", "resume", "checkpoint_every", "keep_checkpoints", "profile", "device", "deterministic")
+FREE = (
+    "output_dir",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "profile",
+    "device",
+    "deterministic",
+    "overwrite",
+)
 """Settings of `train` that may change when a run goes on."""
 
 
@@ -82,6 +91,8 @@ class Train:
     """How many checkpoints stay, the newest ones."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
+    overwrite: bool = False
+    """Delete the run that is in `output_dir`; files that textgym did not write stay."""
     profile: bool = False
     """Measure six updates: time, arithmetic and memory by phase, into `profile.md`, `profile.json`, `trace.json.gz`."""
     device: str = "auto"
@@ -104,6 +115,8 @@ class TrainReward:
     """A .jsonl file of pairs with 'chosen' and 'rejected'; made from human ratings of movie snippets if not given."""
     heldout: Path | None = None
     """A .jsonl file of pairs to measure on; a share of `preferences` if not given."""
+    overwrite: bool = False
+    """Replace the reward model that is in `output_dir`; files that textgym did not write stay."""
     device: str = "auto"
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
     deterministic: bool = False

@@ -7,6 +7,7 @@ newest rollout alone are in policy_gradient.py, those with a replay memory in re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.settings import Count, NotNegative, Positive, check_settings
 
+from ..machine.circumstances import inputs
 from ..machine.distributed import (
     Learner,
     add_up_gradients,
@@ -280,15 +282,28 @@ class RolloutAgent(ABC):
         assert name == "reference", f"nobody saved a model called {name!r}"
         self.penalty.reference, self.penalty.owns_reference = model, True
 
-    def save(self, folder: str | Path) -> None:
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """Return what the run learns from, by hash: a run that goes on with something else says so."""
+        return inputs(self.base_env.prompts, self.base_env.scorer, self.penalty.reference)
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write all that `load` needs to go on: `policy/`, a transformers folder, and the training state.
 
         All processes of a run call it; the first one writes for all of them.
+
+        Args:
+            folder: where to write; it is empty or not there.
+            overwrite: whether to replace an agent that was saved there before.
+
+        Raises:
+            FileExistsError: the folder has files.
+            OSError: the disk is full or the folder not writable.
         """
-        save_agent(self, Path(folder))
+        save_agent(self, Path(folder), overwrite)
 
     @classmethod
-    def load(cls, folder: str | Path, envs: Any = None, device: Device = None) -> Self:
+    def load(cls, folder: str | Path, envs: Any = None, device: Device = None, *, reward: Any = None) -> Self:
         """Load an agent as it was saved, ready to `learn` on; the global random generators go on from then, too.
 
         On another kind of device than the one that saved it, the run goes on with other random numbers, and says so.
@@ -298,10 +313,14 @@ class RolloutAgent(ABC):
             envs: the environment to go on in; not needed if `gym.make_vec` made the agent's from plain values.
             device: where to go on, such as `"cuda"` or `"auto"`. `None` is where `envs` are; without them, where the
                 agent was saved, if this machine has such a device.
+            reward: reward functions of the environment that is made again. Of functions that the folder names,
+                textgym's own alone are called: a folder is data, and loading it runs no code that it names.
 
         Raises:
+            DamagedFolderError: a file is missing or not as it was written, or another class was saved.
+            UntrustedNameError: the folder names an environment or a function that is not textgym's.
             ValueError: the environment cannot be made again from what was saved; pass it as `envs`. Or the run had
                 another number of processes. Or `device` is not on this machine.
         """
-        agent: Self = load_agent(cls, Path(folder), envs, device)
+        agent: Self = load_agent(cls, Path(folder), envs, device, reward)
         return agent

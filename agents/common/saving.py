@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from textgym.data.files import atomic_folder
+from textgym.data.manifests import Manifest, checked_manifest
 from textgym.envs.interface import rollout_env
+from textgym.errors import DamagedFolderError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import Adapters, activate, carries_adapters, is_twin, twin, without_adapters
 from textgym.models.loading import freeze, load_causal_lm
@@ -27,13 +28,17 @@ from textgym.models.machine.devices import Device, generator_state, resolve_devi
 from textgym.models.machine.seeding import global_generators, restore_global_generators
 from textgym.models.merging import merged, save_plain
 from textgym.models.token_model import TokenModel
+from textgym.settings import from_plain
 
 from ..machine import distributed
-from ..machine.circumstances import machine, warn_of_differences
+from ..machine.circumstances import machine, warn_of_changes, warn_of_differences
 from ..machine.distributed import everyone, full, join, load_optimizer
+from ..machine.saved_files import SavedAgent, SavedPolicy, make_environment, read_json, saved_environment
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
 TRAINED, TWIN = "trained.safetensors", ".safetensors"
+AGENT = "textgym agent"
+"""Kind of the folders in their manifest."""
 
 
 def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -112,22 +117,31 @@ def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: A
         return place
 
 
-def load_policy(folder: Path, settings: dict[str, Any]) -> ActorCritic:
-    """The policy that `save_policy` wrote, weight for weight, on `settings["device"]`."""
-    settings = {**settings, "dtype": getattr(torch, settings["dtype"])}
-    active, trained = settings.pop("active_adapters", ["default"]), settings.pop("trained", None)
+def load_policy(folder: Path, saved: Any, device: Device) -> ActorCritic:
+    """The policy that `save_policy` wrote, weight for weight.
+
+    Args:
+        folder: of the agent.
+        saved: what `save_policy` returned.
+        device: where to load it.
+    """
+    settings = from_plain(SavedPolicy, saved, f"{folder / 'agent.json'}: policy")
+    options: dict[str, Any] = {
+        "critic": settings.critic,
+        "temperature": settings.temperature,
+        "dtype": getattr(torch, settings.dtype),
+        "device": device,
+    }
     if (folder / "adapter").exists():
-        adapters = Adapters.load(folder / "adapter", active)
-        policy = ActorCritic.from_pretrained(folder / "base", lora=adapters, **settings)
+        adapters = Adapters.load(folder / "adapter", list(settings.active_adapters))
+        policy = ActorCritic.from_pretrained(folder / "base", lora=adapters, **options)
         tensors = load_file(folder / TRAINED, device=str(policy.device))
-        unknown = policy.load_state_dict(tensors, strict=False).unexpected_keys
-        assert not unknown, f"the policy has no weights called {unknown}"
-        trained = list(tensors) if trained is None else trained  # version 0.1 saved no others
+        if unknown := policy.load_state_dict(tensors, strict=False).unexpected_keys:
+            raise DamagedFolderError(f"{folder / TRAINED} has weights that the policy has not: {', '.join(unknown)}")
     else:
-        policy = ActorCritic.from_pretrained(folder / "policy", **settings)
-    if trained is not None:
-        for name, weight in policy.named_parameters():
-            weight.requires_grad_(name in trained)
+        policy = ActorCritic.from_pretrained(folder / "policy", **options)
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_(name in settings.trained)
     return policy
 
 
@@ -144,18 +158,27 @@ def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> N
 def load_frozen_model(path: Path, policy: ActorCritic) -> TokenModel:
     """The model that `save_frozen_model` wrote, in the precision that it had."""
     if path.suffix != TWIN:
-        lm = load_causal_lm(path, dtype=AutoConfig.from_pretrained(path).dtype, device=policy.device)
-        return freeze(TokenModel(lm, policy.temperature))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return freeze(TokenModel(load_causal_lm(path, dtype=config.dtype, device=policy.device), policy.temperature))
     with safe_open(path, framework="pt", device=str(policy.device)) as file:
         active = json.loads(file.metadata()["active_adapters"])
     tensors = load_file(path, device=str(policy.device))
     lm = twin(policy.lm, apart=tensors)
     activate(lm, active)
-    lm.load_state_dict(tensors, strict=False)
+    if unknown := lm.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise DamagedFolderError(f"{path} has weights that the model has not: {', '.join(unknown)}")
     return freeze(TokenModel(lm, policy.temperature))
 
 
-def save_agent(agent: Any, folder: Path) -> None:
+def check_class(manifest: Manifest, kind: type, folder: Path) -> None:
+    """Check that an agent is loaded into the class that was saved."""
+    if manifest.made_by != kind.__name__:
+        raise DamagedFolderError(
+            f"{folder} holds a {manifest.made_by}: load it with {manifest.made_by}.load, not {kind.__name__}.load"
+        )
+
+
+def save_agent(agent: Any, folder: Path, overwrite: bool) -> None:
     """Write a `RolloutAgent`; all processes call it, and the first one writes for all of them."""
     state = {
         "optimizer": full(agent.optimizer.state_dict()),
@@ -169,24 +192,23 @@ def save_agent(agent: Any, folder: Path) -> None:
     }
     scorers = everyone(agent.base_env.scorer.state())
     if distributed.rank() == 0:
-        _write(agent, folder, state, scorers)
+        _write(agent, folder, state, scorers, overwrite)
     everyone(None)  # nobody goes on before all of it is there
 
 
-def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]]) -> None:
-    envs = agent.envs.unwrapped
+def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]], overwrite: bool) -> None:
     meta = {
         "config": dataclasses.asdict(agent.config),
         "progress": [agent.episodes, agent.updates, agent.total_episodes],
         "controller": vars(agent.penalty.controller),
         "scorers": scorers,
         "agent": agent.training_state(),
-        **agent.base_env.progress(),
-        "env": envs.spec.to_json() if envs.spec is not None and _is_plain(envs.spec.kwargs) else None,
-        "num_envs": envs.num_envs,
+        "environment": agent.base_env.progress(),
+        "env": saved_environment(agent.envs),
         "machine": machine(agent.policy),
+        "inputs": agent.inputs,
     }
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, AGENT, type(agent).__name__, meta["config"], overwrite=overwrite) as temporary:
         meta["policy"] = save_policy(agent.policy, temporary, agent.base_env.tokenizer)
         torch.save(state, temporary / "state.pt")
         if tensors := agent.training_tensors():
@@ -196,62 +218,63 @@ def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[s
         (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
 
-def load_agent(kind: Any, folder: Path, envs: Any, device: Device) -> Any:
+def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any = None) -> Any:
     """Make a `RolloutAgent` of a kind as `save_agent` wrote it; see `RolloutAgent.load`."""
     join()
-    meta = json.loads((folder / "agent.json").read_text())
-    place = place_of(folder, meta["policy"], device, envs)
+    check_class(checked_manifest(folder, AGENT), kind, folder)
+    where = folder / "agent.json"
+    saved = from_plain(SavedAgent, read_json(where), str(where))
+    config = from_plain(kind.config_class, saved.config, f"{where}: config")
+    place = place_of(folder, saved.policy, device, envs)
     # Tensors of a device that is not here could not be read; loading the optimizer moves its own.
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if (saved := len(state["generators"])) != distributed.count():
+    if (processes := len(state["generators"])) != distributed.count():
         raise ValueError(
-            f"{folder} was saved by {saved} processes, and this run has {distributed.count()}: launch {saved}, or "
-            f"start anew from the policy in {folder / 'policy'}"
+            f"{folder} was saved by {processes} processes, and this run has {distributed.count()}: launch {processes}, "
+            f"or start anew from the policy in {folder / 'policy'}"
         )
     if envs is None:
-        if meta["env"] is None:
-            raise ValueError(
-                f"{folder} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
-            )
-        envs = _made_again(meta, place)
-    policy = load_policy(folder, {**meta["policy"], "device": place})
-    agent = kind(policy, envs, kind.config_class(**meta["config"]))
+        envs = _made_again(saved.env, where, place, reward)
+    elif reward is not None:
+        raise ValueError("reward is for an environment that is made again, and envs has its own: give one of them")
+    policy = load_policy(folder, saved.policy, place)
+    agent = kind(policy, envs, config)
 
     # What was learned, and the optimiser's moments.
     load_optimizer(agent.optimizer, state["optimizer"])
     for part in sorted((folder / FROZEN).glob("*")):
         agent.take_frozen_model(part.stem, load_frozen_model(part, policy))
-    agent.load_training_state(meta["agent"])
+    agent.load_training_state(saved.agent)
     if (folder / TENSORS).exists():
         agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
 
     # How far the run is.
-    agent.episodes, agent.updates, agent.total_episodes = meta["progress"]
-    for name, value in meta["controller"].items():
-        setattr(agent.penalty.controller, name, value)
-    agent.base_env.scorer.load_state(meta["scorers"][distributed.rank()])
-    agent.base_env.resume(meta)
+    agent.episodes, agent.updates, agent.total_episodes = saved.progress
+    if saved.controller.keys() != vars(agent.penalty.controller).keys():
+        raise DamagedFolderError(
+            f"{folder} was saved with another controller of the KL: it had {sorted(saved.controller)}, and a "
+            f"{type(agent.penalty.controller).__name__} has {sorted(vars(agent.penalty.controller))}"
+        )
+    vars(agent.penalty.controller).update(saved.controller)
+    agent.base_env.scorer.load_state(saved.scorers[distributed.rank()])
+    agent.base_env.resume(saved.environment)
 
     # Random generators; the global ones last, since what is made above may draw from them.
     generators = state["generators"][distributed.rank()]
     restore_generator(agent.sampler, generators["sampler"])
     restore_generator(agent.shuffler, generators["shuffler"])
     restore_global_generators(generators["global"])
-    warn_of_differences(folder, meta["machine"], policy)
+    warn_of_differences(folder, saved.machine, policy)
+    warn_of_changes(folder, saved.inputs, agent.inputs)
     return agent
 
 
-def _made_again(meta: dict[str, Any], place: torch.device) -> Any:
+def _made_again(saved: dict[str, Any] | None, where: Path, place: torch.device, reward: Any) -> Any:
     """Make the environment that an agent was saved with, on another device if need be."""
-    spec = gym.envs.registration.EnvSpec.from_json(meta["env"])
-    on_cpu = place.type == "cpu" and "device" not in spec.kwargs
+    if saved is None:
+        raise ValueError(
+            f"{where.parent} was trained in an environment made of objects: pass it, load(folder, envs=envs)"
+        )
+    on_cpu = place.type == "cpu" and "device" not in saved.get("kwargs", {})
     own: dict[str, Any] = {} if on_cpu else {"device": str(place)}
-    return gym.make_vec(spec, num_envs=meta["num_envs"], **own)
-
-
-def _is_plain(kwargs: dict[str, Any]) -> bool:
-    try:
-        json.dumps(kwargs)
-    except TypeError:
-        return False
-    return True
+    return make_environment(saved, where, **own, **({} if reward is None else {"reward": reward}))

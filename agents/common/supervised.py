@@ -24,6 +24,7 @@ from torch import Tensor
 
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
+from textgym.data.manifests import checked_manifest
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
 from textgym.models.architectures.positions import position_limit
@@ -34,13 +35,14 @@ from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.models.last_token import pad_right
-from textgym.settings import Count, NotNegative, Positive, Share, check_settings
+from textgym.settings import Count, NotNegative, Positive, Share, check_settings, from_plain
 
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import explained
 from ..machine.out_of_memory import memory_explained
+from ..machine.saved_files import SavedSupervisedAgent, read_json
 from .rollout_agent import Metrics
-from .saving import load_policy, place_of, save_policy
+from .saving import AGENT, check_class, load_policy, place_of, save_policy
 from .supervised_trainer import SupervisedTrainer
 
 Callback = Callable[["SupervisedAgent", Metrics], bool | None]
@@ -209,15 +211,25 @@ class SupervisedAgent(ABC):
 
     # --- saving: weights in safetensors, the trainer's state as it writes checkpoints, read with weights_only ---
 
-    def save(self, folder: str | Path) -> None:
-        """Writes all that `load` needs to go on: `policy/`, a transformers folder, and the training state."""
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Writes all that `load` needs to go on: `policy/`, a transformers folder, and the training state.
+
+        Args:
+            folder: where to write; it is empty or not there.
+            overwrite: whether to replace an agent that was saved there before.
+
+        Raises:
+            FileExistsError: the folder has files.
+            OSError: the disk is full or the folder not writable.
+        """
         meta = {
             "config": dataclasses.asdict(self.config),
             "updates": self.updates,
             "data": self.fingerprint(),
             "machine": machine(self.policy),
         }
-        with atomic_folder(folder) as temporary:
+        config = dataclasses.asdict(self.config)
+        with atomic_folder(folder, AGENT, type(self).__name__, config, overwrite=overwrite) as temporary:
             meta["policy"] = save_policy(self.policy, temporary, self.tokenizer)
             save_file(self.training_state(), temporary / "state.safetensors")
             if self.updates:
@@ -236,19 +248,22 @@ class SupervisedAgent(ABC):
                 has such a device.
 
         Raises:
+            DamagedFolderError: a file is missing or not as it was written, or another class was saved.
             ValueError: other data than the agent was made with, or `device` is not on this machine.
         """
         folder = Path(folder)
-        meta = json.loads((folder / "agent.json").read_text())
-        config = cls.config_class(**meta["config"])
-        place = place_of(folder, meta["policy"], device)
-        policy = load_policy(folder, {**meta["policy"], "device": place})
+        check_class(checked_manifest(folder, AGENT), cls, folder)
+        where = folder / "agent.json"
+        saved = from_plain(SavedSupervisedAgent, read_json(where), str(where))
+        config = from_plain(cls.config_class, saved.config, f"{where}: config")
+        place = place_of(folder, saved.policy, device)
+        policy = load_policy(folder, saved.policy, place)
         state: dict[str, Any] = load_file(folder / "state.safetensors")
         agent = cls(policy, data, folder / "policy", config, **state)
-        if agent.fingerprint() != meta["data"]:
+        if agent.fingerprint() != saved.data:
             raise ValueError(f"{folder} was trained on other data: pass what it was made with, load(folder, data)")
-        agent.updates, agent._saved_progress = meta["updates"], folder / "trainer"
-        warn_of_differences(folder, meta["machine"], policy)
+        agent.updates, agent._saved_progress = saved.updates, folder / "trainer"
+        warn_of_differences(folder, saved.machine, policy)
         return agent
 
     def fingerprint(self) -> str:

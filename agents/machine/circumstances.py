@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import inspect
+import json
 import os
 import platform
 import warnings
@@ -40,13 +44,64 @@ def warn_of_differences(folder: Path, saved: dict[str, Any], policy: ActorCritic
     """Warn once, naming each difference, if a checkpoint was saved with other software or hardware than the current."""
     now = machine(policy)
     differences = [f"{name} was {saved.get(name)} and is {now[name]}" for name in now if saved.get(name) != now[name]]
-    moved = not saved["device"].startswith(policy.device.type)  # each kind of device has its own random generator
+    # Each kind of device has its own random generator.
+    moved = not str(saved.get("device")).startswith(policy.device.type)
     if differences:
         warnings.warn(
             f"{folder} was saved under other circumstances ({'; '.join(differences)}), so the resumed run equals an "
             f"uninterrupted one only up to rounding{' and has other random numbers' if moved else ''}",
             stacklevel=3,
         )
+
+
+def inputs(prompts: list[Any], scorer: Any, reference: torch.nn.Module) -> dict[str, str]:
+    """Return hashes of what a run learns from, by name: prompts, reward functions, the reference.
+
+    Args:
+        prompts: with their columns.
+        scorer: what calls the reward functions.
+        reference: of the KL penalty.
+    """
+    rewards = {
+        f"reward function {name!r}": _code(function)
+        for name, function in zip(scorer.names, scorer.functions, strict=True)
+    }
+    return {"prompts": _digest(json.dumps(prompts, default=str)), **rewards, "reference": _weights(reference)}
+
+
+def warn_of_changes(folder: Path, saved: dict[str, str], now: dict[str, str]) -> None:
+    """Warn once, naming them, if a run goes on with other prompts, reward functions or models than before."""
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if changed:
+        warnings.warn(
+            f"{folder} was saved with other inputs than those of now, so the run does not go on as it began; changed: "
+            f"{', '.join(changed)}",
+            stacklevel=3,
+        )
+
+
+def _code(function: Any) -> str:
+    """Hash the source of a function or of an object's class, and the settings or the weights of the object."""
+    is_object = not inspect.isroutine(function)
+    try:
+        source = inspect.getsource(type(function) if is_object else function)
+    except (OSError, TypeError):  # of the interactive prompt, or compiled
+        source = getattr(function, "__qualname__", type(function).__qualname__)
+    model = getattr(function, "model", None)
+    weights = _weights(model) if isinstance(model, torch.nn.Module) else ""
+    settings = repr(function) if dataclasses.is_dataclass(function) else ""
+    return _digest(source + settings + weights)
+
+
+@torch.no_grad()
+def _weights(model: torch.nn.Module) -> str:
+    """Hash the sums of all weights, which is quick and tells models apart."""
+    sums = [weight.float().sum() for weight in model.parameters() if not weight.is_meta]
+    return _digest(json.dumps([f"{value:.4e}" for value in torch.stack(sums).tolist()])) if sums else ""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _processor() -> str:

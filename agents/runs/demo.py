@@ -30,6 +30,7 @@ from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accu
 from textgym.settings import Count, NotNegative, Positive, at_least, check_settings
 
 from ..ppo import PPO, PPOConfig
+from .claims import RunClaim
 from .evaluation import Samples, generate, measure
 from .run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 
@@ -40,6 +41,8 @@ class DemoConfig:
 
     output_dir: Path = Path("runs/demo")
     """The run folder."""
+    overwrite: bool = False
+    """Delete the run that is in `output_dir`; files that textgym did not write stay."""
     model: str = "tiny"
     """The language model, which is the initial policy and the reference."""
     total_episodes: Count = 2560
@@ -79,7 +82,8 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Run all stages, write the run folder, and return the metrics before and after; Ctrl-C keeps what was written."""
     live = LiveProgress()
     live.console.print(f"device: {device_name(use_device(config.device))}", markup=False)
-    folder = RunFolder(config.output_dir, config)
+    claim = RunClaim(config.output_dir, overwrite=config.overwrite)
+    folder = RunFolder(config.output_dir, config, claim=claim)
     snippets = movie_snippets()
     try:
         with live:
@@ -106,7 +110,7 @@ def improve(
     after = generate(policy, test, range(config.eval_prompts), config.seed)
     live.finish()
     metrics = {name: measure(s, reference, lexicon_sentiment) for name, s in (("before", before), ("after", after))}
-    policy.save_pretrained(folder.folder / "policy", test.unwrapped.tokenizer)
+    policy.save_pretrained(folder.folder / "policy", test.unwrapped.tokenizer, overwrite=True)
     report(metrics, accuracies, before, after, folder, live)
     return metrics
 
@@ -114,7 +118,7 @@ def improve(
 def start(config: DemoConfig, reward: RewardModel, reward_folder: Path) -> tuple[ActorCritic, TokenModel]:
     """Calibrate the reward model, and return the initial policy and the frozen reference."""
     calibrate(reward, ActorCritic.from_pretrained(config.model, device=config.device), config)
-    reward.save_pretrained(reward_folder)
+    reward.save_pretrained(reward_folder, overwrite=True)
     policy = with_critic(config, reward, reward_folder)
     return policy, policy.reference()
 

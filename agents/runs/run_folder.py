@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from textgym.data.files import atomic_file, remove_leftovers
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from ..common.supervised import SupervisedAgent
+from .claims import EVENTS, RunClaim
 
 CURVES = {
     "score": "objective/scores",
@@ -55,14 +55,16 @@ class RunFolder:
         folder: The folder; it is created if it does not exist.
         config: A dataclass, which is saved as `config.json` immediately.
         updates: Number of updates of the run that is resumed. Their metrics are kept and later ones are removed.
+        claim: Claim of the folder, if there is one already; it is released by `close`.
 
     Raises:
+        RunFolderError: If the folder has other files, or holds a run and `updates` is 0.
         OSError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, config: Any, updates: int = 0) -> None:
+    def __init__(self, folder: str | Path, config: Any, updates: int = 0, claim: RunClaim | None = None) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.claim = claim or RunClaim(self.folder, resume=updates > 0)
         remove_leftovers(self.folder)
         self.write_json("config.json", dataclasses.asdict(config))
         path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
@@ -71,7 +73,8 @@ class RunFolder:
         self.write(path.name, "".join(f"{line}\n" for line in lines))
         self.metrics = path.open("a")
         if not updates:
-            shutil.rmtree(events, ignore_errors=True)  # events of an earlier run
+            for file in self.folder.glob(EVENTS):  # of updates that a checkpoint did not keep
+                file.unlink()
         self.events = _summary_writer(events, self.history[-1] if self.history else None)
 
     def __call__(self, agent: Agent, metrics: Metrics) -> None:
@@ -125,9 +128,10 @@ class RunFolder:
         self.write("samples.md", "\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and let other processes have the folder."""
         self.metrics.close()
         self.events.close()
+        self.claim.release()
 
 
 class LiveProgress:

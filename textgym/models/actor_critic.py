@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from textgym.data.files import atomic_folder
-from textgym.errors import ConfigError
+from textgym.data.manifests import MANIFEST, checked_manifest
+from textgym.errors import ConfigError, DamagedFolderError
 from textgym.models.adapters import is_twin, load_lm, split, twin, with_lora, without_peft
 from textgym.models.architectures.attention import States, checkpoint_layers
 from textgym.models.decoding.cached_decoder import CachedDecoder
@@ -31,6 +32,8 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel, fits
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
+POLICY = "textgym policy"
+"""Kind of the folders in their manifest."""
 
 
 class Step(NamedTuple):
@@ -109,8 +112,12 @@ class ActorCritic(TokenModel):
         Raises:
             ConfigError: `lora` for a model that has an adapter already, or a trained prompt instead of an adapter.
             ValueError: unknown name, or a model that textgym cannot decode exactly.
+            DamagedFolderError: a file of a saved policy is missing or not as it was written.
             ImportError: `lora` without peft.
         """
+        folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))
+        if folder is not None and (folder / MANIFEST).exists():
+            checked_manifest(folder, POLICY)
         loaded = load_lm(name_or_module, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         lm, adapter = split(loaded)
         if adapter is not None and lora is not None:
@@ -119,8 +126,12 @@ class ActorCritic(TokenModel):
                 "merged model, model.merge_and_unload()"
             )
         folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))
+        if folder is not None and (folder / MANIFEST).exists():
+            checked_manifest(folder, POLICY)
         trunk = None
         if critic not in ("shared", "separate"):
+            if (Path(resolve(critic)) / MANIFEST).exists():
+                checked_manifest(Path(resolve(critic)))
             classifier = load_classifier(critic, dtype=dtype, device=lm.device, trust_remote_code=trust_remote_code)
             trunk = classifier.base_model
         elif critic == "separate" and folder is not None:
@@ -301,15 +312,23 @@ class ActorCritic(TokenModel):
         weights: dict[str, Tensor] = self.plain_lm().state_dict()
         return weights
 
-    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
+    ) -> None:
         """Writes a plain transformers folder (with LoRA merged in a copy), and the critic beside it in safetensors.
 
         Everything is written under a temporary name first, so a full disk leaves the old folder as it was.
 
+        Args:
+            folder: where to write; it is empty or not there.
+            tokenizer: the policy's, to be written beside it.
+            overwrite: whether to replace a policy that was saved there before.
+
         Raises:
+            FileExistsError: the folder has files.
             OSError: the disk is full or the folder not writable.
         """
-        with atomic_folder(folder) as temporary, quiet():
+        with atomic_folder(folder, POLICY, type(self).__name__, overwrite=overwrite) as temporary, quiet():
             lm, trunk = self.plain_lm(), self.critic
             if trunk is not None and is_twin(trunk, self.lm) and self.lora is not None:
                 trunk = merged(self.lora, trunk).base_model
@@ -330,10 +349,16 @@ class ActorCritic(TokenModel):
         return sample(probabilities, noise)
 
     def _load_critic(self, folder: Path, critic: str) -> None:
-        if not (folder / CRITIC_FILE).exists() or critic not in ("shared", "separate"):
+        if not (folder / CRITIC_CONFIG).exists() or critic not in ("shared", "separate"):
             return
         if json.loads((folder / CRITIC_CONFIG).read_text())["separate"] == (critic == "separate"):
-            self.load_state_dict(load_file(folder / CRITIC_FILE, device=str(self.device)), strict=False)
+            weights = load_file(folder / CRITIC_FILE, device=str(self.device))
+            expected = {name for name in self.state_dict() if name.startswith(("value_head.", "critic."))}
+            if different := sorted(expected ^ set(weights)):
+                raise DamagedFolderError(
+                    f"{folder / CRITIC_FILE} has not the weights of this critic; they differ in {', '.join(different)}"
+                )
+            self.load_state_dict(weights, strict=False)
 
     def _critic_hidden(self, hidden: Tensor) -> Tensor:
         if self.critic is None:
@@ -394,4 +419,6 @@ def _saved_trunk(folder: Path, lm: Any) -> Any:
         return copy.deepcopy(lm.base_model)
     with torch.random.fork_rng(devices=[]):  # its weights are read afterwards
         kind = AutoConfig.for_model(config.pop("model_type"), **config)
-        return disable_dropout(AutoModel.from_config(kind, dtype=lm.dtype).to(lm.device).eval())
+        return disable_dropout(
+            AutoModel.from_config(kind, dtype=lm.dtype, trust_remote_code=False).to(lm.device).eval()
+        )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from textgym.errors import ConfigError
+from textgym.errors import ConfigError, UntrustedNameError
 from textgym.models.loading import disable_dropout, freeze, load_causal_lm, resolve
 from textgym.models.machine.devices import Device
 
@@ -51,6 +51,8 @@ class Adapters:
         from peft import PeftConfig
 
         files = sorted(folder.rglob(ADAPTER_CONFIG))
+        for file in files:
+            check_adapter_config(file)
         parts = {"default" if file.parent == folder else file.parent.name: file.parent for file in files}
         configs = {name: PeftConfig.from_pretrained(str(part)) for name, part in parts.items()}
         for config in configs.values():
@@ -61,6 +63,20 @@ class Adapters:
         """Writes the configs as `PeftModel.save_pretrained` does."""
         for name, config in self.configs.items():
             config.save_pretrained(str(folder if name == "default" else folder / name))
+
+
+def check_adapter_config(file: Path) -> None:
+    """Refuse a config that names a module, which peft would import.
+
+    Raises:
+        UntrustedNameError: it does.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("megatron_config") is not None:
+        raise UntrustedNameError(
+            f"{file} has a megatron_config, with which peft imports the module that the file names "
+            f"({config.get('megatron_core')!r}): use an adapter without one"
+        )
 
 
 def with_lora(lm: Any, config: Any) -> Any:
@@ -137,6 +153,7 @@ def load_lm(name: str | os.PathLike[str] | nn.Module, *, device: Device = None, 
         return load_causal_lm(name, device=device, **options)
     from peft import PeftModel
 
+    check_adapter_config(folder / ADAPTER_CONFIG)
     lm = load_causal_lm(_base_of(folder), device=device, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

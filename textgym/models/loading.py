@@ -68,7 +68,7 @@ def load_tokenizer(name: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
 @lru_cache(maxsize=16)
 def _cached_tokenizer(name: str) -> Tokenizer:
     with _explained(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(resolve(name))
+        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
 
 
 def load_causal_lm(
@@ -98,7 +98,14 @@ def load_causal_lm(
         with _explained(str(name), "model"):
             config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = _load(auto_class, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation)
+        further = {"attn_implementation": attn_implementation, "output_loading_info": True}
+        model, info = _load(auto_class, name, dtype, device, trust_remote_code, **further)
+        if info["missing_keys"]:  # transformers would make them up
+            raise ValueError(
+                f"{name} has not all weights of its model (missing: {', '.join(sorted(info['missing_keys']))}), so the "
+                "others would be random: use a whole copy, or a model that was trained as a language model"
+            )
+        model = _placed(model, device)
     return disable_dropout(model)
 
 
@@ -144,7 +151,7 @@ def load_encoder(name: str, device: torch.device | None = None) -> tuple[Any, To
         ValueError: unknown name.
     """
     with _explained(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
     return freeze(disable_dropout(_load(AutoModel, name, None, device, False))), tokenizer
 
 
@@ -272,7 +279,7 @@ def _converted_smollm2() -> Path:
     del config.quantization_config
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
-    with atomic_folder(target) as temporary:
+    with atomic_folder(target, "textgym policy", type(model).__name__) as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(temporary)
     return target

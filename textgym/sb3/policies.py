@@ -154,10 +154,12 @@ class TextPolicy(BasePolicy):
         """Frees the key-value cache."""
         self.actor_critic.reset_cache()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
+    ) -> None:
         """Writes a plain transformers folder and the critic beside it, see `ActorCritic.save_pretrained`."""
         self._leave_flat_weights()
-        self.actor_critic.save_pretrained(folder, tokenizer)
+        self.actor_critic.save_pretrained(folder, tokenizer, overwrite=overwrite)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As of any module; while TRPO takes its step, one vector stands for the language model's weights."""

@@ -128,9 +128,11 @@ class ExploringPolicy(BasePolicy):
         self.explorer.look(observation)
         return super().is_vectorized_observation(observation)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
+    ) -> None:
         """Writes the language model as a plain transformers folder; decoding it greedily is DQN's policy."""
-        ActorCritic(self.online.model.lm).save_pretrained(folder, tokenizer)
+        ActorCritic(self.online.model.lm).save_pretrained(folder, tokenizer, overwrite=overwrite)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {

@@ -264,7 +264,7 @@ def test_resuming_without_a_checkpoint_begins_anew(working_folder: Path, capsys:
 @pytest.mark.training
 def test_checkpoints_are_not_written_over_and_settings_must_be_the_same(working_folder: Path) -> None:
     run(*train("sft", "run"))
-    with pytest.raises(SystemExit, match="run has checkpoints of an earlier run: go on from them with --resume"):
+    with pytest.raises(SystemExit, match=r"run holds a run already: go on with it \(--resume\)"):
         run(*train("sft", "run"))
     with pytest.raises(SystemExit, match=r"other settings, .*: max_steps was 8 and is 9; seed was 0 and is 1$"):
         run(*train("sft", "run", "--resume", "--max-steps", "9", "--seed", "1"))

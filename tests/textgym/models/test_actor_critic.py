@@ -342,7 +342,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("textgym.models.actor_critic.save_file", full)
     with pytest.raises(OSError, match="check the free disk space"):
-        policy.save_pretrained(tmp_path / "policy")
+        policy.save_pretrained(tmp_path / "policy", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     assert safetensors.load_file(tmp_path / "policy" / "critic.safetensors")

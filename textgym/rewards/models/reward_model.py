@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +18,7 @@ from transformers.utils import cached_file
 
 from textgym.data.encoding import cut_beginning, encode
 from textgym.data.files import atomic_folder
+from textgym.data.manifests import MANIFEST, checked_manifest
 from textgym.data.messages import Messages, Text, check_characters, has_chat_template
 from textgym.data.special_tokens import control_tokens, frame, framed, spells
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
@@ -24,9 +26,26 @@ from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classif
 from textgym.models.machine.devices import Device, check_fork, resolve_device
 from textgym.models.machine.transfer import to_device
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right, score_head
+from textgym.settings import Count, from_plain
 
 SETTINGS_FILE = "reward_model.json"
+REWARD_MODEL = "textgym reward model"
+"""Kind of the folders in their manifest."""
 TINY = ASSETS / "tiny_reward"
+
+
+@dataclass(frozen=True)
+class SavedRewardModel:
+    """What is saved beside the weights: arguments of `RewardModel`."""
+
+    gain: float = 1.0
+    bias: float = 0.0
+    append_eos: bool = True
+    max_length: Count = 512
+    label: int | str | None = None
+    output: Literal["logit", "probability"] = "logit"
+    include_prompt: bool = True
+    chat: bool = False
 
 
 class RewardModel:
@@ -113,12 +132,15 @@ class RewardModel:
             ValueError: If the name is unknown, or the head of the model was never trained.
         """
         path = str(TINY) if name_or_path == "tiny" else str(name_or_path)
+        if (Path(path) / MANIFEST).exists():
+            checked_manifest(Path(path), REWARD_MODEL)
         model = load_classifier(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, trained=True)
         _restore_bias(model, path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         file = cached_file(path, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
         plain = score_head(model) is not None and not has_chat_template(tokenizer)
         saved = json.loads(Path(file).read_text()) if file else {"append_eos": plain and bool(tokenizer.eos_token)}
+        from_plain(SavedRewardModel, saved, f"{SETTINGS_FILE} of {path}")
         return cls(model, tokenizer, **{**saved, **settings})
 
     def __call__(
@@ -257,15 +279,21 @@ class RewardModel:
         self.gain, self.bias = self.gain / std, (self.bias - scores.mean().item()) / std
         return self
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Save model, tokenizer and settings in the format of transformers.
 
+        Args:
+            folder: Where to write; it is empty or does not exist.
+            overwrite: Whether to replace a reward model that was saved there before.
+
         Raises:
+            FileExistsError: If the folder has files.
             OSError: If the folder cannot be written. An existing folder is then unchanged.
         """
         names = ("gain", "bias", "append_eos", "max_length", "label", "output", "include_prompt", "chat")
         settings = {name: getattr(self, name) for name in names}
-        with atomic_folder(folder) as temporary, quiet():
+        kind = type(self).__name__
+        with atomic_folder(folder, REWARD_MODEL, kind, settings, overwrite=overwrite) as temporary, quiet():
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,143 @@
+"""What the JSON file of a saved agent may say: every field is known and checked, and none of them names code to run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+
+from textgym.errors import DamagedFolderError, UntrustedNameError
+from textgym.settings import Count, Positive, WholeNumber, from_plain
+
+OWN_MODULES = ("textgym.rewards.functions", "textgym.data.prompts")
+"""Modules whose public functions a saved environment may name."""
+NAME_OF_CODE = re.compile(r"[\w.\-]+:\S+")
+"""Such as "module:attribute" and "module:Environment-v0", which would be imported."""
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """How a policy is loaded again."""
+
+    critic: Literal["shared", "separate"]
+    temperature: Positive
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    device: str
+    trained: list[str]
+    active_adapters: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SavedEnvironment:
+    """An environment that `gym.make_vec` made from plain values."""
+
+    id: str
+    num_envs: Count
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedAgent:
+    """The training state of a `RolloutAgent`, as plain values."""
+
+    config: dict[str, Any]
+    progress: tuple[WholeNumber, WholeNumber, WholeNumber]
+    controller: dict[str, Any]
+    scorers: list[dict[str, Any]]
+    agent: dict[str, Any]
+    environment: dict[str, Any]
+    env: dict[str, Any] | None
+    machine: dict[str, Any]
+    inputs: dict[str, Any]
+    policy: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedSupervisedAgent:
+    """The training state of a `SupervisedAgent`, as plain values."""
+
+    config: dict[str, Any]
+    updates: WholeNumber
+    data: str
+    machine: dict[str, Any]
+    policy: dict[str, Any]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a saved folder.
+
+    Raises:
+        DamagedFolderError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedFolderError(f"{path} cannot be read: {error}") from error
+
+
+def saved_environment(envs: Any) -> dict[str, Any] | None:
+    """Return how an environment can be made again, or `None` if it was made of objects or has wrappers."""
+    spec = envs.spec
+    if spec is None or spec.additional_wrappers:
+        return None
+    kwargs = {name: value for name, value in spec.kwargs.items() if name not in ("num_envs", "vectorization_mode")}
+    try:
+        json.dumps(kwargs)
+    except TypeError:
+        return None
+    return {"id": spec.id, "num_envs": envs.unwrapped.num_envs, "kwargs": kwargs}
+
+
+def make_environment(saved: Any, where: Path, **own: Any) -> Any:
+    """Make the environment that an agent was saved with, if all that it names is known.
+
+    Args:
+        saved: What `saved_environment` returned.
+        where: The file, for errors.
+        own: Arguments of the caller's, which go before those that were saved.
+
+    Raises:
+        UntrustedNameError: the file names an environment that is not registered, or a function that is not textgym's.
+    """
+    env = from_plain(SavedEnvironment, saved, f"{where}: env")
+    if env.id not in gym.registry:
+        raise UntrustedNameError(
+            f"{where} names the environment {env.id!r}, which is not registered: import the module that registers it, "
+            "or pass the environment, load(folder, envs)"
+        )
+    kwargs = {**env.kwargs, **own}
+    for argument, value in env.kwargs.items():
+        if argument not in own:
+            _refuse_foreign_code(argument, value, where)
+    return gym.make_vec(env.id, num_envs=env.num_envs, **kwargs)
+
+
+def _refuse_foreign_code(argument: str, value: Any, where: Path) -> None:
+    """Refuse arguments that would import what a file names, unless textgym itself has it."""
+    if argument == "stop" or (argument == "prompts" and not isinstance(value, str)):
+        return  # texts
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for entry in value:
+            _refuse_foreign_code(argument, entry, where)
+    elif isinstance(value, str) and NAME_OF_CODE.fullmatch(value) and not _is_own(value):
+        raise UntrustedNameError(
+            f"{where} names {value!r} as {argument}, and loading a folder runs no code that it names except textgym's "
+            f"own: pass it yourself, load(folder, {argument}=...) for a reward, or the environment, load(folder, envs)"
+        )
+
+
+def _is_own(name: str) -> bool:
+    """Whether `module:attribute` is a public function of textgym's, and nothing that its module imports."""
+    module_name, _, attribute = name.partition(":")
+    if module_name not in OWN_MODULES or attribute.startswith("_"):
+        return False
+    found = getattr(importlib.import_module(module_name), attribute, None)
+    return callable(found) and getattr(found, "__module__", "").startswith(module_name)

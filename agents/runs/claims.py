@@ -1,0 +1,152 @@
+"""RunClaim: whose a run folder is. One process at a time writes there, and never over somebody else's files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from textgym.data.files import atomic_file, remove_folder
+from textgym.data.manifests import FORMAT, MANIFEST, owned
+from textgym.errors import RunFolderError
+
+RUN, LOCK = "run.json", ".lock"
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "curves.png",
+    "samples.md",
+    "evaluation.json",
+    "profile.md",
+    "profile.json",
+    "trace.json.gz",
+)
+"""Files that runs write; everything else in a run folder is in a folder with a manifest, or TensorBoard's."""
+EVENTS = "tensorboard/events.out.tfevents.*"
+
+
+class RunClaim:
+    """Claims a folder for a run until `release`, or until the process ends, however it ends.
+
+    The folder must be empty or not there, or hold a run of textgym's (it has a `run.json`).
+
+    Args:
+        folder: the folder.
+        resume: whether the run that is there goes on.
+        overwrite: whether it is deleted first. Files that textgym did not write stay.
+
+    Raises:
+        RunFolderError: the folder has other files, holds a run that is neither to go on nor to be deleted, or another
+            process writes to it.
+    """
+
+    def __init__(self, folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.folder = Path(folder)
+        if resume and overwrite:
+            raise RunFolderError("--resume goes on with a run and --overwrite deletes it: give one of them")
+        self._check(resume or overwrite)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / LOCK, timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            holder = _read(self.folder / RUN) or {}
+            raise RunFolderError(
+                f"{self.folder} is in use by process {holder.get('pid')} on {holder.get('host')}: wait until it "
+                "ends, or choose another folder"
+            ) from error
+        try:
+            self._check(resume or overwrite)  # another process may have been here meanwhile
+            if not resume:
+                _remove_run(self.folder)
+            self._sign()
+        except BaseException:
+            self.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes have the folder; a second call does nothing."""
+        self.lock.release(force=True)
+
+    def _check(self, may_hold_run: bool) -> None:
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
+            raise RunFolderError(f"{self.folder} is a file: choose another folder for the run")
+        names = {path.name for path in self.folder.iterdir()} - {LOCK}
+        if names and RUN not in names:
+            raise RunFolderError(
+                f"{self.folder} has files and no {RUN}, so it is no run folder of this version of textgym, and nothing "
+                "is written there: choose another folder"
+            )
+        if names and _read(self.folder / RUN) is None:
+            raise RunFolderError(f"{self.folder / RUN} is not textgym's or is damaged: choose another folder")
+        if not may_hold_run and _has_begun(self.folder):
+            raise RunFolderError(
+                f"{self.folder} holds a run already: go on with it (--resume), delete it first (--overwrite), or "
+                "choose another folder"
+            )
+
+    def _sign(self) -> None:
+        earlier = _read(self.folder / RUN) or {}
+        run = {
+            "kind": "textgym run",
+            "format": FORMAT,
+            "id": earlier.get("id") or secrets.token_hex(8),
+            "textgym": importlib.metadata.version("textgym"),
+            "pid": os.getpid(),
+            "host": platform.node(),
+        }
+        with atomic_file(self.folder / RUN) as temporary:
+            temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a `run.json` says, or `None` if it is not one of textgym's."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, dict) and run.get("kind") == "textgym run" and run.get("format") == FORMAT else None
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is something to lose: an update's metrics, a checkpoint or a policy."""
+    metrics = folder / "metrics.jsonl"
+    checkpoints = any(owned(path) for path in folder.glob("checkpoints/*"))
+    return checkpoints or (metrics.exists() and metrics.stat().st_size > 0) or owned(folder / "policy") is not None
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS)):
+        path.unlink(missing_ok=True)
+    for saved in (*folder.glob("checkpoints/*"), folder / "policy", folder / "reward_model"):
+        remove_saved(saved)
+    (folder / RUN).unlink(missing_ok=True)
+
+
+def remove_saved(folder: Path) -> None:
+    """Remove the files of a folder that its manifest names, and the folder if nothing else is in it."""
+    manifest = owned(folder)
+    if manifest is None:
+        return
+    names = {MANIFEST, *manifest.files}
+    inside = [path for path in folder.rglob("*") if not path.is_dir()]
+    if all(path.relative_to(folder).as_posix() in names for path in inside):
+        remove_folder(folder)
+        return
+    for name in [*sorted(names - {MANIFEST}), MANIFEST]:
+        (folder / name).unlink(missing_ok=True)
