@@ -24,7 +24,6 @@ from textgym.models.machine.determinism import prepare_environment
 if __name__ == "__main__":  # python -m textgym.cli: before torch is imported
     prepare_environment(sys.argv[1:])
 
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,7 @@ from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import device, end_with_a_message, everyone, join, rank
 from textgym.agents.runs.checkpoints import Checkpoints
-from textgym.agents.runs.claims import RunClaim
+from textgym.agents.runs.claims import RunClaim, check_run_folder
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
@@ -91,14 +90,15 @@ def train(command: Train) -> None:
     _check_agent(command)
     join()
     end_with_a_message()
-    with contextlib.ExitStack() as claims:
-        claim = None
-        if rank() == 0:  # the first process writes for all of them
-            claim = claims.enter_context(
-                RunClaim(command.output_dir, resume=command.resume, overwrite=command.overwrite)
-            )
-        everyone(None)  # nobody looks for checkpoints before those of a deleted run are gone
+    claim = None
+    if rank() == 0:  # the first process writes for all of them
+        check_run_folder(command.output_dir, resume=command.resume, overwrite=command.overwrite)
+        claim = RunClaim(command.output_dir, resume=True) if command.resume else None
+    try:
         _train(command, claim)
+    finally:
+        if claim is not None:
+            claim.release()
 
 
 def _train(command: Train, claim: RunClaim | None) -> None:
@@ -115,13 +115,15 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
     agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
     interrupts = Interrupts(live.console)
-    if claim is None:
+    if rank() > 0:
         _learn(agent, command, checkpoints, [], interrupts, resumed=newest is not None)
         return
     policy = agent.policy
     profiler = None
     if command.profile and isinstance(agent, RolloutAgent):
         profiler = Profiler(command.output_dir, agent, command.total_episodes)
+    # What was wrong with the command is known by now, so a mistake neither leaves a folder nor deletes an old run.
+    claim = claim or RunClaim(command.output_dir, overwrite=command.overwrite)
     folder = RunFolder(command.output_dir, command, agent.updates, claim)
     checkpoints.clean()
     callbacks: list[Any] = [live] if profiler is None else [live, profiler]

@@ -285,7 +285,7 @@ class RolloutAgent(ABC):
     @functools.cached_property
     def inputs(self) -> dict[str, str]:
         """Return what the run learns from, by hash: a run that goes on with something else says so."""
-        return inputs(self.base_env.prompts, self.base_env.scorer, self.penalty.reference)
+        return inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write all that `load` needs to go on: `policy/`, a transformers folder, and the training state.

@@ -54,19 +54,20 @@ def warn_of_differences(folder: Path, saved: dict[str, Any], policy: ActorCritic
         )
 
 
-def inputs(prompts: list[Any], scorer: Any, reference: torch.nn.Module) -> dict[str, str]:
+def inputs(prompts: list[Any], scorer: Any, reference: torch.nn.Module | None) -> dict[str, str]:
     """Return hashes of what a run learns from, by name: prompts, reward functions, the reference.
 
     Args:
         prompts: with their columns.
         scorer: what calls the reward functions.
-        reference: of the KL penalty.
+        reference: that the environment names; one that is the policy's start is saved with the agent.
     """
     rewards = {
         f"reward function {name!r}": _code(function)
         for name, function in zip(scorer.names, scorer.functions, strict=True)
     }
-    return {"prompts": _digest(json.dumps(prompts, default=str)), **rewards, "reference": _weights(reference)}
+    models = {} if reference is None else {"reference": _weights(reference)}
+    return {"prompts": _digest(json.dumps(prompts, default=str)), **rewards, **models}
 
 
 def warn_of_changes(folder: Path, saved: dict[str, str], now: dict[str, str]) -> None:

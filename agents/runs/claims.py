@@ -16,7 +16,7 @@ from textgym.data.files import atomic_file, remove_folder
 from textgym.data.manifests import FORMAT, MANIFEST, owned
 from textgym.errors import RunFolderError
 
-RUN, LOCK = "run.json", ".lock"
+RUN, LOCK = "run.json", "run.lock"
 FILES = (
     "config.json",
     "metrics.jsonl",
@@ -48,9 +48,7 @@ class RunClaim:
 
     def __init__(self, folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.folder = Path(folder)
-        if resume and overwrite:
-            raise RunFolderError("--resume goes on with a run and --overwrite deletes it: give one of them")
-        self._check(resume or overwrite)
+        check_run_folder(self.folder, resume=resume, overwrite=overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / LOCK, timeout=0)
         try:
@@ -62,7 +60,7 @@ class RunClaim:
                 "ends, or choose another folder"
             ) from error
         try:
-            self._check(resume or overwrite)  # another process may have been here meanwhile
+            check_run_folder(self.folder, resume=resume, overwrite=overwrite)  # another process may have been quicker
             if not resume:
                 _remove_run(self.folder)
             self._sign()
@@ -80,25 +78,6 @@ class RunClaim:
         """Let other processes have the folder; a second call does nothing."""
         self.lock.release(force=True)
 
-    def _check(self, may_hold_run: bool) -> None:
-        if not self.folder.exists():
-            return
-        if not self.folder.is_dir():
-            raise RunFolderError(f"{self.folder} is a file: choose another folder for the run")
-        names = {path.name for path in self.folder.iterdir()} - {LOCK}
-        if names and RUN not in names:
-            raise RunFolderError(
-                f"{self.folder} has files and no {RUN}, so it is no run folder of this version of textgym, and nothing "
-                "is written there: choose another folder"
-            )
-        if names and _read(self.folder / RUN) is None:
-            raise RunFolderError(f"{self.folder / RUN} is not textgym's or is damaged: choose another folder")
-        if not may_hold_run and _has_begun(self.folder):
-            raise RunFolderError(
-                f"{self.folder} holds a run already: go on with it (--resume), delete it first (--overwrite), or "
-                "choose another folder"
-            )
-
     def _sign(self) -> None:
         earlier = _read(self.folder / RUN) or {}
         run = {
@@ -111,6 +90,29 @@ class RunClaim:
         }
         with atomic_file(self.folder / RUN) as temporary:
             temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check that a run may use a folder, without writing anything; arguments and errors as `RunClaim`."""
+    if resume and overwrite:
+        raise RunFolderError("--resume goes on with a run and --overwrite deletes it: give one of them")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: choose another folder for the run")
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    if names and RUN not in names:
+        raise RunFolderError(
+            f"{folder} has files and no {RUN}, so it is no run folder of this version of textgym, and nothing is "
+            "written there: choose another folder"
+        )
+    if names and _read(folder / RUN) is None:
+        raise RunFolderError(f"{folder / RUN} is not textgym's or is damaged: choose another folder")
+    if not (resume or overwrite) and _has_begun(folder):
+        raise RunFolderError(
+            f"{folder} holds a run already: go on with it (--resume), delete it first (--overwrite), or choose another "
+            "folder"
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -133,8 +135,11 @@ def _remove_run(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for path in (*(folder / name for name in FILES), *folder.glob(EVENTS)):
         path.unlink(missing_ok=True)
-    for saved in (*folder.glob("checkpoints/*"), folder / "policy", folder / "reward_model"):
+    for saved in folder.glob("checkpoints/*"):
         remove_saved(saved)
+    for saved in (folder / "policy", folder / "reward_model"):
+        if not _foreign_files(saved):  # else saving the next one replaces textgym's files alone
+            remove_saved(saved)
     (folder / RUN).unlink(missing_ok=True)
 
 
@@ -143,10 +148,15 @@ def remove_saved(folder: Path) -> None:
     manifest = owned(folder)
     if manifest is None:
         return
-    names = {MANIFEST, *manifest.files}
-    inside = [path for path in folder.rglob("*") if not path.is_dir()]
-    if all(path.relative_to(folder).as_posix() in names for path in inside):
+    if not _foreign_files(folder):
         remove_folder(folder)
         return
-    for name in [*sorted(names - {MANIFEST}), MANIFEST]:
+    for name in [*manifest.files, MANIFEST]:
         (folder / name).unlink(missing_ok=True)
+
+
+def _foreign_files(folder: Path) -> bool:
+    """Whether a folder has files that its manifest does not name."""
+    manifest = owned(folder)
+    mine = {MANIFEST, *(manifest.files if manifest is not None else ())}
+    return any(path.relative_to(folder).as_posix() not in mine for path in folder.rglob("*") if not path.is_dir())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from textgym import agents, cli
-from textgym.agents import PPOConfig
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.run_folder import LiveProgress
 from textgym.data.corpora.sources import Snippet
@@ -31,6 +34,10 @@ def text_length(completions):
 def broken(completions):
     return [float("nan")] * len(completions)
 """
+RUN_FILES = {
+    *("run.json", "run.lock", "config.json", "metrics.jsonl", "tensorboard"),
+    *("checkpoints", "curves.png", "samples.md", "policy"),
+}
 SMALL = ["--total-episodes", "24", "--num-envs", "4", "--episodes-per-update", "8", "--minibatch-size", "8"]
 
 
@@ -137,8 +144,7 @@ def test_train_leaves_a_run_folder_and_evaluate_reads_it(
 ) -> None:
     cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs(), "--learning-rate", "1e-3"])
     run = working_folder / "run"
-    expected = {"config.json", "metrics.jsonl", "tensorboard", "curves.png", "samples.md", "policy"}
-    assert {path.name for path in run.iterdir()} == expected
+    assert {path.name for path in run.iterdir()} == RUN_FILES
     assert json.loads((run / "config.json").read_text())["config"]["learning_rate"] == 1e-3
     assert [json.loads(line)["episodes"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [8, 16, 24]
     assert len((run / "samples.md").read_text().splitlines()) == 2 + 64
@@ -190,8 +196,7 @@ def test_offline_agents_leave_the_same_run_folder(
     flags = ["--batch-size", "8", "--learning-rate", "1e-3", "--num-envs", "4"]
     cli.main(["train", "--agent", agent, "--data", "rows.jsonl", "--output-dir", "run", *flags, *env_kwargs()])
     run = working_folder / "run"
-    expected = {"config.json", "metrics.jsonl", "tensorboard", "curves.png", "samples.md", "policy"}
-    assert {path.name for path in run.iterdir()} == expected
+    assert {path.name for path in run.iterdir()} == RUN_FILES
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["updates"] for row in history] == [1, 2, 3]
     # Over 6 seeds the loss of SFT falls by 2.63 +- 0.03 and that of DPO by 0.6925 +- 0.0001.
@@ -289,6 +294,78 @@ def test_ctrl_c_keeps_metrics_policy_and_curves(working_folder: Path, monkeypatc
     assert (run / "curves.png").stat().st_size > 0
     assert AutoModelForCausalLM.from_pretrained(run / "policy").config.vocab_size == 2048
     assert not list(run.rglob(".*")), "nothing half-written"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    real = PPO.update
+
+    def update(self: PPO, *arguments: Any) -> Any:
+        if self.updates == 1:
+            os.kill(os.getpid(), number)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PPO, "update", update)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs()])
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert len((working_folder / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert Checkpoints("run/checkpoints").newest() == Path("run/checkpoints/step-000002")
+    assert "stopped after update 2: the same command with --resume goes on" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.undo()
+    monkeypatch.chdir(working_folder)
+    cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs(), "--resume"])
+    assert len((working_folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(self: PPO, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(PPO, "update", update)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs()])
+    assert caught.value.code == 130
+    assert Checkpoints("run/checkpoints").newest() == Path("run/checkpoints/step-000000"), "written before any update"
+
+
+def test_files_and_runs_of_others_are_not_touched(working_folder: Path) -> None:
+    train = ["train", *SMALL, *env_kwargs(), "--output-dir"]
+    (working_folder / "thesis").mkdir()
+    (working_folder / "thesis" / "samples.md").write_text("mine")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert "thesis has files and no run.json" in error_of(*train, "thesis", *flags)
+    assert [path.name for path in (working_folder / "thesis").iterdir()] == ["samples.md"]
+    cli.main([*train, "run"])
+    (working_folder / "run" / "notes.txt").write_text("mine")
+    (working_folder / "run" / "policy" / "notes.txt").write_text("mine")
+    assert "run holds a run already: go on with it (--resume), delete it" in error_of(*train, "run")
+    metrics = (working_folder / "run" / "metrics.jsonl").read_text()
+    assert "colour" in error_of(*train, "run", "--overwrite", *env_kwargs(colour=1))
+    assert (working_folder / "run" / "metrics.jsonl").read_text() == metrics, "a mistake in the command deletes nothing"
+    cli.main([*train, "run", "--overwrite"])
+    assert (working_folder / "run" / "metrics.jsonl").read_text() != metrics, "times differ"
+    assert (working_folder / "run" / "notes.txt").read_text() == "mine"
+    assert (working_folder / "run" / "policy" / "notes.txt").read_text() == "mine"
+
+
+def test_a_reward_model_does_not_replace_files_of_others(working_folder: Path) -> None:
+    (working_folder / "thesis").mkdir()
+    (working_folder / "thesis" / "chapter.tex").write_text("mine")
+    assert "thesis has files that textgym did not write" in error_of("reward-model", "--output-dir", "thesis")
+    assert "did not write" in error_of("reward-model", "--output-dir", "thesis", "--overwrite")
+
+
+def test_modules_beside_the_user_hide_no_installed_ones(working_folder: Path) -> None:
+    (working_folder / "textwrap.py").write_text("raise RuntimeError")
+    error_of("evaluate", "--policy", "no/such-model")
+    assert sys.path[0] != str(working_folder)
 
 
 def test_ctrl_c_before_the_first_update(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

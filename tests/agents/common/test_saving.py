@@ -17,7 +17,9 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.models import RewardModel
 from textgym.testing import byte_tokenizer, mock_lm
 
-PLANTED = "import pathlib\npathlib.Path({trace!r}).touch()\ndef reward(completions):\n    return [1.0] * len(completions)\n"
+PLANTED = (
+    "import pathlib\npathlib.Path({trace!r}).touch()\ndef reward(completions):\n    return [1.0] * len(completions)\n"
+)
 
 
 def text_length(completions: list[str]) -> list[float]:
@@ -89,7 +91,9 @@ def test_loading_runs_no_function_that_the_folder_names(
     (plain.parent / "planted.py").write_text(PLANTED.format(trace=str(trace)))
     monkeypatch.syspath_prepend(plain.parent)
     rewritten(plain, lambda saved: saved["env"]["kwargs"].update(reward=reward))
-    with pytest.raises(UntrustedNameError, match=r"as reward, and loading a folder runs no code that it names.*reward="):
+    with pytest.raises(
+        UntrustedNameError, match=r"as reward, and loading a folder runs no code that it names.*reward="
+    ):
         PPO.load(plain)
     assert not trace.exists()
     with pytest.warns(UserWarning, match="changed: reward function"):
@@ -114,7 +118,10 @@ def test_environments_come_from_the_registry_alone(plain: Path, env_id: str) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved["policy"].update(trust_remote_code=True), "policy has an unknown field 'trust_remote_code'"),
+        (
+            lambda saved: saved["policy"].update(trust_remote_code=True),
+            "policy has an unknown field 'trust_remote_code'",
+        ),
         (lambda saved: saved["policy"].update(critic="someone/model"), "critic must be 'shared' or 'separate'"),
         (lambda saved: saved["policy"].update(dtype="load"), "dtype must be"),
         (lambda saved: saved["policy"].update(temperature=float("nan")), "temperature must be a finite number"),
@@ -237,7 +244,10 @@ def test_a_critic_without_its_weights_is_refused(tmp_path: Path) -> None:
     ActorCritic.from_pretrained(mock_lm()).save_pretrained(tmp_path / "policy")
     weights = load_file(tmp_path / "policy" / "critic.safetensors")
     weights.pop("value_head.bias")
-    save_file({**weights, "value_head.other": weights["value_head.weight"].clone()}, tmp_path / "policy" / "critic.safetensors")
+    save_file(
+        {**weights, "value_head.other": weights["value_head.weight"].clone()},
+        tmp_path / "policy" / "critic.safetensors",
+    )
     (tmp_path / "policy" / MANIFEST).unlink()
     with pytest.raises(DamagedFolderError, match=r"differ in value_head.bias, value_head.other"):
         ActorCritic.from_pretrained(tmp_path / "policy")

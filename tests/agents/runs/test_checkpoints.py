@@ -27,6 +27,7 @@ from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.run_folder import LiveProgress
 from textgym.data.files import TEMPORARY
+from textgym.errors import DamagedFolderError
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
@@ -82,6 +83,31 @@ def test_order_is_by_number(tmp_path: Path) -> None:
     for number in ("999999", "1000000"):
         (tmp_path / f"step-{number}").mkdir()
     assert Checkpoints(tmp_path).newest() == tmp_path / "step-1000000"
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_newest_whole_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=3)
+    make_agent().learn(12, [checkpoints])
+    (checkpoints.folder / "step-000003" / "state.pt").write_bytes(b"cut")
+    (checkpoints.folder / "step-000002" / "policy" / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"now damaged-step-00000., and the run goes on from .*step-000001") as caught:
+        assert checkpoints.newest_whole() == checkpoints.folder / "step-000001"
+    assert [name in str(warning.message) for name, warning in zip(("state.pt", "model"), caught, strict=True)]
+    assert names(checkpoints.folder) == ["damaged-step-000002", "damaged-step-000003", "step-000001"]
+    (checkpoints.folder / "step-000001" / "state.pt").unlink()
+    with pytest.raises(DamagedFolderError, match=r"all checkpoints in .* are damaged: .*state.pt is missing"):
+        checkpoints.newest_whole()
+
+
+def test_foreign_files_beside_checkpoints_stay(tmp_path: Path) -> None:
+    for name in ("step-000000", "step-by-step", ".tmp-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("mine")
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    make_agent().learn(8, [checkpoints])
+    assert (tmp_path / "step-000002" / "agent.json").exists()
+    for name in ("step-000000", "step-by-step", ".tmp-mine"):
+        assert (tmp_path / name / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("settings", [{"every": 0}, {"keep": 0}])

@@ -59,7 +59,7 @@ def test_a_run_leaves_every_file(tmp_path: Path, agent: PPO) -> None:
     folder.write_samples({"before": ["x"]}, ["p"])
     folder.close()
     files = {path.name for path in folder.folder.iterdir()}
-    assert files == {"config.json", "metrics.jsonl", "curves.png", "samples.md", "tensorboard", "run.json", ".lock"}
+    assert files == {"config.json", "metrics.jsonl", "curves.png", "samples.md", "tensorboard", "run.json", "run.lock"}
     config = json.loads((folder.folder / "config.json").read_text())
     assert config["output_dir"] == str(Path("runs/here"))
     assert config["ppo"]["learning_rate"] == PPOConfig().learning_rate

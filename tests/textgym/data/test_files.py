@@ -106,9 +106,7 @@ def test_temporary_names_are_unpredictable_and_made_exclusively(
 
 
 @pytest.mark.parametrize("when", ["writing", "fsync", "rename"])
-def test_an_error_of_the_disk_leaves_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
+def test_an_error_of_the_disk_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """A full disk is noticed while writing; a network file system may say so only at fsync."""
     write(tmp_path / "policy")
     before = contents(tmp_path)

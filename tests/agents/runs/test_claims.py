@@ -1,0 +1,62 @@
+"""A run folder belongs to one run and one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from textgym.agents.runs.claims import RunClaim
+from textgym.errors import RunFolderError
+
+HOLDER = """
+import sys
+from textgym.agents.runs.claims import RunClaim
+claim = RunClaim(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_claims_exclude_each_other_and_name_the_process(tmp_path: Path) -> None:
+    with RunClaim(tmp_path / "run"):
+        for flags in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(RunFolderError, match=rf"run is in use by process {os.getpid()} on "):
+                RunClaim(tmp_path / "run", **flags)
+    RunClaim(tmp_path / "run").release()
+
+
+@pytest.mark.slow
+def test_the_lock_ends_with_the_process_that_held_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RunFolderError, match=f"in use by process {process.pid}"):
+            RunClaim(tmp_path / "run")
+        process.kill()
+    RunClaim(tmp_path / "run").release()
+
+
+def test_a_run_keeps_its_id(tmp_path: Path) -> None:
+    RunClaim(tmp_path / "run").release()
+    first = json.loads((tmp_path / "run" / "run.json").read_text())["id"]
+    RunClaim(tmp_path / "run", resume=True).release()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["id"] == first
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"kind": "textgym run", "format": 1}', "[1]", "\udcff"])
+def test_a_run_json_of_another_program_or_version_is_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(RunFolderError, match="is not textgym's or is damaged"):
+        RunClaim(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_resuming_and_overwriting_at_once_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="give one of them"):
+        RunClaim(tmp_path, resume=True, overwrite=True)
