@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -217,19 +216,10 @@ def test_layers_that_the_user_froze_are_frozen_after_loading(tmp_path: Path) -> 
     assert learn(again, 8) == pytest.approx(learn(agent, 8), abs=ROUNDING, nan_ok=True)
 
 
-def test_agents_saved_by_version_0_1_are_loaded(tmp_path: Path) -> None:
-    policy = make_policy("lora")
-    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4))
+def test_agents_saved_by_version_0_1_are_refused_with_their_version(tmp_path: Path) -> None:
+    """That version wrote no manifest, so nobody could tell whether the files are whole."""
+    agent = PPO(make_policy("lora"), make_envs(), PPOConfig(episodes_per_update=4))
     agent.save(tmp_path)
-
-    # What that version wrote: no names of adapters or of trained weights, and the reference as a plain folder.
-    meta = json.loads((tmp_path / "agent.json").read_text())
-    del meta["policy"]["active_adapters"], meta["policy"]["trained"]
-    (tmp_path / "agent.json").write_text(json.dumps(meta))
-    (tmp_path / "frozen" / "reference.safetensors").unlink()
-    mock_lm(seed=5).save_pretrained(tmp_path / "frozen" / "reference")
-
-    again = PPO.load(tmp_path, envs=make_envs())
-    assert torch.equal(log_probs(again.policy), log_probs(policy))
-    assert torch.equal(again.policy.sequence_values(SEQUENCES), policy.sequence_values(SEQUENCES))
-    assert torch.equal(log_probs(again.penalty.reference), log_probs(TokenModel(mock_lm(seed=5))))
+    (tmp_path / "textgym_manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"is of textgym 0.1, whose format 1 is not read any more"):
+        PPO.load(tmp_path, envs=make_envs())

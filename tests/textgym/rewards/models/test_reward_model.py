@@ -278,7 +278,7 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
 def test_saving_replaces_the_folder_whole(reward_model: RewardModel, tmp_path: Path) -> None:
     for gain in (1.0, 3.0):
         reward_model.gain = gain
-        reward_model.save_pretrained(tmp_path / "saved")
+        reward_model.save_pretrained(tmp_path / "saved", overwrite=True)
     assert RewardModel.from_pretrained(tmp_path / "saved").gain == 3.0
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(model.tokenizer, "save_pretrained", fills_up)
     for name in ("old", "new"):
         with pytest.raises(OSError, match=f"could not write .*{name}"):
-            model.save_pretrained(tmp_path / name)
+            model.save_pretrained(tmp_path / name, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["old"]
     assert RewardModel.from_pretrained(tmp_path / "old").gain == 1.0, "what stood there still does"
 
