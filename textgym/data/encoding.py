@@ -64,9 +64,9 @@ def encode(
         ids = encode_text(text, tokenizer, controls).ids if spelling[index] else rows[index]
         rows[index] = framed(ids, before, after if add_eos else ())
 
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            rows[index] = Renderer(text, tokenizer, controls).encode(text, add_generation_prompt).ids
+    for index, messages in enumerate(texts):
+        if not isinstance(messages, str):
+            rows[index] = Renderer(messages, tokenizer, controls).encode(messages, add_generation_prompt).ids
     return rows
 
 

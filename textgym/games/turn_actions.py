@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from textgym.data.continuations import encode_after
 from textgym.envs.spaces import TokenSpace
 from textgym.wrappers.text_space import TextSpace, longest_text
 from textgym.wrappers.views import View
@@ -48,7 +49,7 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
         if not isinstance(action, str):
             raise ValueError(f"an action of TurnActions is a string, got {action!r}")
         tokenizer = self.base_env.tokenizer
-        tokens, eos = tokenizer(action, add_special_tokens=False).input_ids, tokenizer.eos_token_id
+        tokens, eos = encode_after(tokenizer, self._context(), action), tokenizer.eos_token_id
         total, outcome = 0.0, None
         for token in [*tokens, eos]:
             # Before min_new_tokens, EOS would count as an ordinary token of the reply.
@@ -62,3 +63,11 @@ class TurnActions(View, gym.utils.RecordConstructorArgs):
             raise ValueError("the reply has no tokens, and min_new_tokens does not allow EOS yet: pass a longer reply")
         observation, _, terminated, truncated, info = outcome
         return observation, total, terminated, truncated, info
+
+    def _context(self) -> list[int]:
+        """Return the tokens that the reply follows."""
+        observation = self.base_env.current_observation()
+        half = "decoder_" if self.base_env.decoder_start else ""
+        length = int(observation[f"{half}attention_mask"][0].sum())
+        ids: list[int] = observation[f"{half}input_ids"][0, :length].tolist()
+        return ids

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.small_tokenizers import SMALL
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.advantages import gae
 from textgym.agents.common.means import whiten
@@ -55,6 +56,51 @@ def test_a_scripted_player_plays_to_the_end() -> None:
     sequences = env.unwrapped.task.episodes.sequences()
     assert sequences.response_mask.tolist() == [[True, True, False, False, False, True, True]]
     assert bytes(token for token in sequences.actions.tolist() if token != EOS) == b"35"
+
+
+class Talk:
+    """Three turns, of which it keeps what it hears."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.heard: list[str] = []
+        return "What is a film?", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.heard.append(action)
+        return " So it is. ", float(len(self.heard)), len(self.heard) == 3, False, {}
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "byte_level", "unigram"])
+def test_a_game_hears_each_turn_as_it_follows_the_context(name: str) -> None:
+    env = TurnActions(GameEnv(Talk, SMALL[name](), max_prompt_tokens=24, max_new_tokens=80))
+    env.reset()
+    turns = ["a film", "It is a joy", " no"]
+    for turn in turns:
+        *_, terminated, _, _ = env.step(turn)
+    assert terminated
+    assert env.unwrapped.task.games[0].heard == turns
+    assert env.unwrapped.transcript["completion"] == "a film So it is. It is a joy So it is.  no"
+    assert env.unwrapped.transcript["prompt"] == "What is a film?"
+
+
+def test_a_stop_string_is_searched_in_the_turn_under_way_alone() -> None:
+    env = GameEnv(Talk, byte_tokenizer(), max_prompt_tokens=24, max_new_tokens=80, stop=["."])
+    env.reset()
+    for turn in ("one.", "two."):
+        for token in turn.encode():
+            *_, terminated, _, info = env.step(token)
+            assert not terminated
+    assert env.task.games[0].heard == ["one", "two"]
+    for token in b"thr":
+        *_, terminated, _, _ = env.step(token)
+        assert not terminated
+    assert env.transcript["completion"] == "one So it is. two So it is. thr"
+    for token in b"ee.":
+        *_, terminated, _, info = env.step(token)
+    assert terminated
+    assert info["score"] == 6.0
+    assert env.task.games[0].heard == ["one", "two", "three"]
+    assert env.transcript["completion"] == "one So it is. two So it is. three"
 
 
 def test_a_reply_that_does_not_fit_ends_the_row_by_length() -> None:
