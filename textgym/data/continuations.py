@@ -46,12 +46,17 @@ def added_text(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequen
 
 def ids_of_text(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int], text: str) -> list[int]:
     """Return the beginning of a completion's ids that says a text, with other ids for a token that the text cuts."""
+    found = None
     for length in range(len(completion_ids), -1, -1):
         said = added_text(tokenizer, prompt_ids, completion_ids[:length])
-        if text.startswith(said):
+        if said == text:
+            found = length  # the shortest one; special tokens at the end say nothing
+        elif found is not None:
+            break
+        elif text.startswith(said):
             kept = list(completion_ids[:length])
-            return [*kept, *encode_after(tokenizer, [*prompt_ids, *kept], text[len(said) :])] if said != text else kept
-    return list(completion_ids)
+            return [*kept, *encode_after(tokenizer, [*prompt_ids, *kept], text[len(said) :])]
+    return list(completion_ids[:found])
 
 
 class Continuation(NamedTuple):

@@ -8,18 +8,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.small_tokenizers import SMALL, byte_level, sentencepiece, unigram
 from textgym.data.completions import encode_completions, shorten
 from textgym.data.continuations import decode_continuation, encode_after, encode_continuations, ids_of_text
 from textgym.data.encoding import encode
 from textgym.testing import byte_tokenizer
+from textgym.testing.small_tokenizers import SMALL, byte_level, sentencepiece, unigram
 
 TOKENIZERS = {**SMALL, "bytes": byte_tokenizer}
-LOSSLESS = ["sentencepiece", "byte_level", "bytes"]
+LOSSY = [
+    "sentencepiece unigram",
+    "WordPiece",
+    "BertTokenizer",
+    "T5Tokenizer",
+    "characters",
+    "Qwen2Tokenizer with added tokens",
+]
+LOSSLESS = [name for name in TOKENIZERS if name not in LOSSY]  # these can say every text
 TEXTS = st.text(
     st.one_of(st.sampled_from("This film is a joy.\n \u00e9\U0001f600\ufffd<s>|"), st.characters(codec="utf-8"))
 )
-SLOWLY = settings(deadline=None, max_examples=40)
+SLOWLY = settings(deadline=None, max_examples=12)
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
@@ -41,7 +49,8 @@ def test_ids_are_those_of_the_whole_text_split_where_the_prompt_ends(name: str, 
     first, second = encode_continuations(tokenizer, [(prompt, completion)])[0]
     assert first + second == encode([prompt + completion], tokenizer)[0]
     if name in LOSSLESS and not (prompt + completion).startswith(tuple(tokenizer.all_special_tokens)):
-        assert prompt.startswith(decoded(tokenizer, first).rstrip("\ufffd"))
+        shown = decoded(tokenizer, first).rstrip("\ufffd")
+        assert prompt.startswith(shown.removeprefix(" " if "prefix space" in name else ""))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -59,7 +68,7 @@ def test_prompt_and_decoded_completion_make_up_the_decoded_text(name: str, text:
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-@settings(SLOWLY, max_examples=15)
+@SLOWLY
 @given(text=TEXTS)
 def test_no_beginning_of_a_completion_shows_a_part_of_a_character(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
@@ -90,10 +99,12 @@ def test_a_stop_token_is_not_part_of_the_ids_of_a_text(name: str) -> None:
     assert ids_of_text(tokenizer, prompt, [eos], "") == []
 
 
-def test_ids_of_a_text_that_ends_within_a_token_are_unknown() -> None:
+def test_a_token_that_a_text_cuts_has_other_ids() -> None:
     tokenizer = byte_level()
     prompt, completion = encode_continuations(tokenizer, [("This film is", " a joy.")])[0]
-    assert ids_of_text(tokenizer, prompt, completion, " a jo") is None
+    ids = ids_of_text(tokenizer, prompt, completion, " a jo")
+    assert ids[:1] == completion[:1]
+    assert decode_continuation(tokenizer, prompt, ids) == " a jo"
 
 
 # Examples for training

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tests.small_tokenizers import SMALL, byte_level, sentencepiece
 from textgym.data.continuations import encode_continuations
 from textgym.envs.stopping import StopStrings
 from textgym.envs.text import TextEnv
@@ -17,6 +16,7 @@ from textgym.envs.vector import TextVectorEnv
 from textgym.errors import CutPromptsWarning
 from textgym.rewards.models import RewardModel
 from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing.small_tokenizers import SMALL, byte_level, sentencepiece
 
 ASK = [{"role": "user", "content": "What is a film?"}]
 

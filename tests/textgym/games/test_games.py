@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.small_tokenizers import SMALL
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.common.advantages import gae
 from textgym.agents.common.means import whiten
@@ -21,6 +21,7 @@ from textgym.games.game_env import GameEnv, GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import KLPenalty
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
+from textgym.testing.small_tokenizers import byte_level, sentencepiece, unigram
 from textgym.wrappers import TextObservation
 
 FORWARD = terms_of(mock_lm())
@@ -70,9 +71,9 @@ class Talk:
         return " So it is. ", float(len(self.heard)), len(self.heard) == 3, False, {}
 
 
-@pytest.mark.parametrize("name", ["sentencepiece", "byte_level", "unigram"])
-def test_a_game_hears_each_turn_as_it_follows_the_context(name: str) -> None:
-    env = TurnActions(GameEnv(Talk, SMALL[name](), max_prompt_tokens=24, max_new_tokens=80))
+@pytest.mark.parametrize("make_tokenizer", [sentencepiece, byte_level, unigram])
+def test_a_game_hears_each_turn_as_it_follows_the_context(make_tokenizer: Callable[[], Any]) -> None:
+    env = TurnActions(GameEnv(Talk, make_tokenizer(), max_prompt_tokens=24, max_new_tokens=80))
     env.reset()
     turns = ["a film", "It is a joy", " no"]
     for turn in turns:

@@ -1,11 +1,16 @@
-"""Small tokenizers of the kinds that differ in spaces, bytes and special tokens, trained in memory."""
+"""Small tokenizers of the kinds that differ in spaces, bytes and special tokens, trained in memory.
+
+The table of `docs/compatibility.md` has them beside large ones; use them to test code of your own.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -103,7 +108,105 @@ def byte_level() -> Any:
     )
 
 
-SMALL = {"sentencepiece": sentencepiece, "unigram": unigram, "word_piece": word_piece, "byte_level": byte_level}
+@lru_cache(maxsize=1)
+def gpt2_prefix_space() -> Any:
+    """`GPT2Tokenizer` that puts a space in front of a text."""
+    return transformers.GPT2Tokenizer(**_bpe(byte_level()), add_prefix_space=True)
+
+
+@lru_cache(maxsize=1)
+def roberta() -> Any:
+    """`RobertaTokenizer`: byte-level BPE with `<s>` and `</s>` around a text."""
+    parts = _bpe(byte_level())
+    special = ["<s>", "</s>", "<pad>", "<unk>", "<mask>"]
+    parts["vocab"] |= {token: len(parts["vocab"]) + index for index, token in enumerate(special)}
+    return transformers.RobertaTokenizer(**parts)
+
+
+@lru_cache(maxsize=1)
+def qwen2() -> Any:
+    """`Qwen2Tokenizer`: byte-level BPE with normalisation, and ChatML's tokens added to the vocabulary."""
+    tokenizer = transformers.Qwen2Tokenizer(**_bpe(byte_level()))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def llama() -> Any:
+    """`LlamaTokenizer`: sentencepiece BPE with BOS."""
+    tokenizer = transformers.LlamaTokenizer(**_bpe(sentencepiece()), add_bos_token=True)
+    tokenizer.chat_template = INSTRUCT
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def gemma() -> Any:
+    """`GemmaTokenizer`: sentencepiece BPE without a space in front."""
+    parts = _bpe(sentencepiece())
+    special = ["<pad>", "<bos>", "<eos>", "<mask>"]
+    parts["vocab"] |= {token: len(parts["vocab"]) + index for index, token in enumerate(special)}
+    return transformers.GemmaTokenizer(**parts)
+
+
+@lru_cache(maxsize=1)
+def t5() -> Any:
+    """`T5Tokenizer`: sentencepiece unigram, which appends EOS."""
+    pieces = json.loads(unigram().backend_tokenizer.to_str())["model"]["vocab"]
+    return transformers.T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=4)
+
+
+@lru_cache(maxsize=1)
+def bert() -> Any:
+    """`BertTokenizer`: WordPiece; `[SEP]` serves as EOS."""
+    vocabulary = json.loads(word_piece().backend_tokenizer.to_str())["model"]["vocab"]
+    tokenizer = transformers.BertTokenizer(vocab=vocabulary)
+    tokenizer.eos_token = "[SEP]"
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def byt5() -> Any:
+    """`ByT5Tokenizer`: the bytes of a text, without the `tokenizers` library; it appends EOS."""
+    return transformers.ByT5Tokenizer()
+
+
+@lru_cache(maxsize=1)
+def characters() -> Any:
+    """One token a character, in a tokenizer of the `tokenizers` library."""
+    letters = sorted({letter for text in CORPUS for letter in text})
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<eos>", "<pad>", *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+SMALL: dict[str, Callable[[], Any]] = {
+    "byte-level BPE with ChatML": byte_level,
+    "characters": characters,
+    "sentencepiece BPE with BOS": sentencepiece,
+    "sentencepiece unigram": unigram,
+    "WordPiece": word_piece,
+    "BertTokenizer": bert,
+    "ByT5Tokenizer": byt5,
+    "GemmaTokenizer": gemma,
+    "GPT2Tokenizer with prefix space": gpt2_prefix_space,
+    "LlamaTokenizer": llama,
+    "Qwen2Tokenizer with added tokens": qwen2,
+    "RobertaTokenizer": roberta,
+    "T5Tokenizer": t5,
+}
+
+
+def _bpe(tokenizer: Any) -> dict[str, Any]:
+    return _saved(tokenizer.backend_tokenizer)
 
 
 def _saved(backend: Tokenizer) -> dict[str, Any]:
