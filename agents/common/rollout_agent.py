@@ -108,7 +108,7 @@ class RolloutAgent(ABC):
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         policy = as_policy(policy)
-        self.policy, self.envs = policy, envs
+        self.policy, self._envs = policy, envs
         self.config = config if config is not None else self.config_class()
         self.base_env = rollout_env(envs)
         if self.base_env.action_mask is not None:
@@ -144,6 +144,22 @@ class RolloutAgent(ABC):
         policy.seed(own_seed(self.config.seed))
         with self.base_env.whole_episodes():
             envs.reset(seed=self.config.seed)  # one order of prompts, which the processes share
+
+    @property
+    def envs(self) -> Any:
+        """The environment that the agent was made with.
+
+        Raises:
+            AttributeError: another one is assigned, which the agent has neither checked nor seeded.
+        """
+        return self._envs
+
+    @envs.setter
+    def envs(self, envs: Any) -> None:
+        raise AttributeError(
+            f"a {type(self).__name__} keeps the environment that it was made with: to go on in another, save the agent "
+            f"and use {type(self).__name__}.load(folder, envs=...)"
+        )
 
     @abstractmethod
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:

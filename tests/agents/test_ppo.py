@@ -213,3 +213,9 @@ def test_what_is_no_policy_is_refused(policy: Any) -> None:
         PPO(policy, make_envs())
     with pytest.raises(TypeError, match=r"pass ActorCritic.from_pretrained\(name_or_model\)"):
         SFT(policy, [{"prompt": "a", "completion": "b"}])
+
+
+def test_an_agent_keeps_its_environment() -> None:
+    agent = make_agent()
+    with pytest.raises(AttributeError, match=r"a PPO keeps the environment .* PPO.load\(folder, envs=...\)"):
+        agent.envs = make_envs()

@@ -38,8 +38,7 @@ def loss_of(kind: Any, config: Any, batch: Batch, beta: float = 0.0) -> float:
     agent.config = config
     agent.penalty = KLPenalty(mock_lm(), beta)
     agent.reference_log_probs = REFERENCE if beta else None
-    episodes = SimpleNamespace(max_new_tokens=TRL["longest"])
-    agent.envs = SimpleNamespace(unwrapped=SimpleNamespace(task=SimpleNamespace(episodes=episodes)))
+    agent.base_env = SimpleNamespace(max_new_tokens=TRL["longest"])
     return float(agent.loss(Evaluation(NEW, torch.zeros_like(NEW), torch.zeros_like(NEW)), batch)[0])
 
 
