@@ -25,6 +25,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import Adapters, activate, carries_adapters, is_twin, twin, without_adapters
 from textgym.models.loading import freeze, load_causal_lm
 from textgym.models.machine.devices import Device, generator_state, resolve_device, restore_generator
+from textgym.models.machine.finite import check_weights
 from textgym.models.machine.seeding import global_generators, restore_global_generators
 from textgym.models.merging import merged, save_plain
 from textgym.models.token_model import TokenModel
@@ -49,7 +50,11 @@ def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, 
 
     Returns:
         What `load_policy` has to be told, as plain values.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
     """
+    check_weights(policy)
     policy.save_pretrained(folder / "policy", tokenizer)
     settings: dict[str, Any] = {
         "trained": [name for name, weight in policy.named_parameters() if weight.requires_grad],

@@ -1,7 +1,8 @@
-"""A NaN or infinite loss or gradient never reaches the weights."""
+"""A NaN or infinite loss or gradient never reaches the weights, and such weights never a checkpoint."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -80,3 +81,15 @@ def test_a_step_that_is_not_finite_is_refused_and_the_weights_stay(
     monkeypatch.undo()  # and training can go on
     agent.learn(16)
     assert all(value.isfinite().all() for value in agent.policy.state_dict().values())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_replace_no_checkpoint(value: float, tmp_path: Path) -> None:
+    agent = make_agent("ppo")
+    agent.save(tmp_path / "agent")
+    saved = {path: path.read_bytes() for path in (tmp_path / "agent").rglob("*") if path.is_file()}
+    with torch.no_grad():
+        next(agent.policy.parameters()).view(-1)[0] = value
+    with pytest.raises(NonFiniteError, match="has a NaN or infinite entry: nothing was saved"):
+        agent.save(tmp_path / "agent")
+    assert {path: path.read_bytes() for path in (tmp_path / "agent").rglob("*") if path.is_file()} == saved

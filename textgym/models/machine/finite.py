@@ -46,3 +46,17 @@ class FiniteGradients(TrainerCallback):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         check_finite("gradient norm", torch.nn.utils.get_total_norm(own), f"step {state.global_step + 1}")
+
+
+def check_weights(module: nn.Module) -> None:
+    """Check weights before they are saved.
+
+    Raises:
+        NonFiniteError: If one of them is NaN or infinite.
+    """
+    for name, weight in module.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteError(
+                f"the weight {name!r} has a NaN or infinite entry: nothing was saved, and what was saved before is as "
+                "it was. Go on from there with a lower learning_rate"
+            )
