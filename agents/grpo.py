@@ -19,12 +19,13 @@ with, the gradient of the score is 1 - 1/k of the true one, in groups of k; a KL
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from textgym.models.actor_critic import Evaluation
+from textgym.errors import ConfigError
+from textgym.models.actor_critic import Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.kl import estimate_kl
 from textgym.settings import NotNegative
@@ -61,7 +62,15 @@ class GRPO(PromptGroupAgent):
 
     config_class: ClassVar[type[RolloutAgentConfig]] = GRPOConfig
     config: GRPOConfig
-    reference_log_probs: Tensor | None  # (N, T) of the rollout, if the loss has the KL
+    reference_log_probs: Tensor | None = None  # (N, T) of the rollout, if the loss has the KL
+
+    def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        if self.config.kl_in == "loss" and self.penalty.clamp is not None:
+            raise ConfigError(
+                f"kl_clamp={self.penalty.clamp} would leave a KL in the loss without a gradient beyond it: leave "
+                "kl_clamp out, or charge the KL in the reward with kl_in='reward'"
+            )
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
@@ -126,7 +135,7 @@ class GRPO(PromptGroupAgent):
         # 3. The KL to the reference, if it is part of the loss and not of the reward.
         if self.reference_log_probs is not None:
             kl = self.kl_to_reference(new.log_prob, batch)  # (N, T)
-            loss = loss + (weights * self.penalty.cost(kl)).sum()
+            loss = loss + self.penalty.coef * (weights * kl).sum()
             metrics["loss/kl_avg"] = (weights * kl).sum()
         return loss, metrics
 

@@ -352,7 +352,6 @@ def test_groups_without_spread_count_in_the_means_of_the_loss(loss_type: str, mi
     last = rollout.sequences.response_lengths[:, None] - 1
     rollout.rewards.zero_().scatter_(1, last, score.view(-1, 1))
 
-    agent.reference_log_probs = None  # type: ignore[attr-defined]
     agent.optimizer.step = lambda: None  # type: ignore[method-assign]
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -381,6 +380,13 @@ def test_groups_without_spread_keep_their_entropy_and_their_kl(settings: dict[st
     start = {name: weight.clone() for name, weight in agent.policy.lm.named_parameters()}
     assert history_of(agent, 32)[0]["frac_reward_zero_std"] == 1.0
     assert any(not torch.equal(weight, start[name]) for name, weight in agent.policy.lm.named_parameters())
+
+
+def test_a_clamped_kl_is_refused_in_the_loss() -> None:
+    """Beyond the bound it would have no gradient."""
+    with pytest.raises(ValueError, match="kl_clamp=2\\.0 would leave a KL in the loss without a gradient"):
+        make_agent("grpo, KL in loss", make_envs(kl_clamp=2.0))
+    make_agent("grpo", make_envs(kl_clamp=2.0))
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.5}, {"top_p": 0.9, "min_tokens_to_keep": 3}])
