@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from textgym.models.loading import load_tokenizer
+from textgym.models.loading import load_tokenizer, place_and_time
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 
@@ -96,13 +96,13 @@ def stop_ids(lm: Any) -> tuple[int, ...]:
 
 def known_of_model(tokenizer: Tokenizer) -> tuple[int, tuple[int, ...]]:
     """Return what is known of the model that a tokenizer was saved with: its vocabulary size (0: unknown), stop ids."""
-    return _known_by_name(tokenizer.name_or_path) if tokenizer.name_or_path else (0, ())
+    return _known_by_name(*place_and_time(tokenizer.name_or_path)) if tokenizer.name_or_path else (0, ())
 
 
 @lru_cache(maxsize=16)
-def _known_by_name(name: str) -> tuple[int, tuple[int, ...]]:
+def _known_by_name(name: str, time: int) -> tuple[int, tuple[int, ...]]:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, OSError, KeyError):  # a tokenizer by itself, or a model that transformers does not know
         return 0, ()
     try:

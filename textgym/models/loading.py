@@ -56,7 +56,7 @@ def load_tokenizer(name: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
     Raises:
         ValueError: unknown name, or a tokenizer without an EOS token, which an episode needs in order to end.
     """
-    tokenizer = name if isinstance(name, Tokenizer) else _cached_tokenizer(str(name))
+    tokenizer = name if isinstance(name, Tokenizer) else _cached_tokenizer(*place_and_time(name))
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so no episode could end: "
@@ -66,9 +66,17 @@ def load_tokenizer(name: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
 
 
 @lru_cache(maxsize=16)
-def _cached_tokenizer(name: str) -> Tokenizer:
+def _cached_tokenizer(name: str, time: int) -> Tokenizer:
     with _explained(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def place_and_time(name: str | os.PathLike[str]) -> tuple[str, int]:
+    """Where a name leads, and when the files of a folder were last written: the key of what was read of them."""
+    path = Path(resolve(name))
+    if not path.is_dir():
+        return resolve(name), 0
+    return str(path.absolute()), max((file.stat().st_mtime_ns for file in path.iterdir()), default=0)
 
 
 def load_causal_lm(

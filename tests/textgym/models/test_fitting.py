@@ -68,3 +68,14 @@ def test_all_stop_tokens_of_the_generation_config_are_known(tmp_path: Path) -> N
         ValueError, match=r"stop tokens \[300\] are outside the vocabulary of the policy, which has 300"
     ):
         check_stop_ids([5, 300], 300, "the policy")
+
+
+def test_a_folder_that_is_written_again_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        tokenizer = byte_tokenizer() if folder == "first" else letter_tokenizer(5)
+        tokenizer.save_pretrained("same")
+        assert len(load_tokenizer("same")) == len(tokenizer)
+    letter_tokenizer(7).save_pretrained("same")
+    assert len(load_tokenizer("same")) == 7
