@@ -30,7 +30,7 @@ class Config:
 
 
 def scored(policy: ActorCritic, sequences: Sequences, autocast: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens `(M,)`, and the gradient of their mean in one vector."""
+    """Return the log-probs of the tokens `(M,)`, and the gradient of their mean as one vector."""
     policy.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         log_probs = policy.evaluate(sequences).log_prob[sequences.response_mask]
@@ -39,7 +39,7 @@ def scored(policy: ActorCritic, sequences: Sequences, autocast: bool) -> tuple[T
 
 
 def compare(config: Config) -> list[Figures]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     envs = gym.make_vec(
         "textgym/Sentiment-v0", config.rows, kl_mode="deferred", max_new_tokens=config.new_tokens, array="torch"
     )

@@ -33,35 +33,35 @@ from measuring.peers import Clock, Figures, Side, count_flops, in_turns, report,
 
 BAR, BETA, LEARNING_RATE = 0.6, 0.04, 1e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Of both sides: TRL takes a GPU where there is one."""
+"""Device of both sides. TRL uses a GPU if there is one."""
 
 
 @dataclass
 class Config:
     trl: tuple[Path, ...] = (Path(".peers/trl-1.16"), Path(".peers/site-packages"))
-    """Folders that hold TRL and datasets."""
+    """Folders with the packages `trl` and `datasets`."""
     rows: int = 64
     group_size: int = 8
     new_tokens: int = 48
     updates: int = 10**6
-    """Of one side, in all; it is stopped before."""
+    """Maximum number of updates of a side; the benchmark stops earlier."""
     repeats: int = 5
-    """Updates of each side that are timed, in turns, after one to warm up."""
+    """Number of timed updates of each side, after one warm-up update."""
     side: Literal["both", "ours", "trl"] = "both"
-    """What this process runs; "both" starts processes for the two sides."""
+    """Side that this process runs; "both" starts a process for each side."""
     epochs: int = 1
     openings: int = 1
-    """In a prompt."""
+    """Number of openings in a prompt."""
     stop: tuple[int, ...] = ()
-    """Stop tokens; without any, responses have full length."""
+    """Stop tokens; without stop tokens all responses have full length."""
     flops: bool = False
-    """Count operations instead of seconds."""
+    """Count floating-point operations instead of measuring time."""
     liger: bool = False
-    """TRL computes its loss with Liger kernels, which need a GPU and the package liger-kernel."""
+    """Let TRL compute its loss with Liger kernels, which need a GPU and the package liger-kernel."""
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:
-    """Differs within each group, since a group of equal rewards teaches GRPO nothing and we would skip its work."""
+    """Return rewards that differ within each group, because textgym skips groups of equal rewards."""
     return [float(row) for row in range(len(completions))]
 
 
@@ -73,7 +73,7 @@ def prompts(openings: int = 1) -> list[dict[str, str]]:
 
 
 def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[], float]]:
-    """What trains and calls back after every update, and the mean length of the responses."""
+    """Return a function that trains with a callback after every update, and one for the mean response length."""
     import gymnasium as gym
 
     import textgym
@@ -114,7 +114,7 @@ def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[
 
 
 def trl(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[], float]]:
-    """The same of TRL."""
+    """Return the functions of `ours` for TRL."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -171,7 +171,7 @@ def trl(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[[
 
 
 def run_side(config: Config) -> None:
-    """Works update by update when it is asked, or says how many operations an update takes."""
+    """Run one update at each request, or print the number of operations of an update."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     learn, length = (ours if config.side == "ours" else trl)(config)
@@ -184,7 +184,7 @@ def run_side(config: Config) -> None:
 
 
 def arguments(config: Config) -> list[str]:
-    """The command line of one side."""
+    """Return the command line of one side."""
     given = ["--side", config.side, "--flops" if config.flops else "--no-flops"]
     given.append("--liger" if config.liger else "--no-liger")
     for name in ("rows", "group_size", "new_tokens", "updates", "epochs", "openings"):
@@ -193,7 +193,7 @@ def arguments(config: Config) -> list[str]:
 
 
 def one_in_thirty(new_tokens: int) -> tuple[int, ...]:
-    """Tokens, in the order of their ids, of which the model writes one in 30 tokens."""
+    """Return tokens, ordered by id, whose total frequency in the model's samples is 1 in 30."""
     from textgym.models.loading import load_causal_lm, load_tokenizer
 
     tokenizer, lm = load_tokenizer("tiny"), load_causal_lm("tiny")
@@ -206,13 +206,13 @@ def one_in_thirty(new_tokens: int) -> tuple[int, ...]:
         ]
     )
     counts = torch.bincount(drawn, minlength=len(tokenizer))
-    counts[counts > len(drawn) / 100] = 0  # none alone, so that no text ends at its first full stop
+    counts[counts > len(drawn) / 100] = 0  # no frequent token, such as a full stop
     chosen = (counts.cumsum(0) <= len(drawn) / 30) & (counts > 0)
     return tuple(chosen.nonzero()[:, 0].tolist())
 
 
 def compare(config: Config) -> Figures:
-    """One row of the table."""
+    """Return one row of the table."""
     mine, peer = replace(config, side="ours"), replace(config, side="trl")
     with (
         Side(__file__, *arguments(mine), libraries=config.trl) as one,

@@ -81,13 +81,13 @@ class Args:
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     total_episodes: int = 4096
-    """Episodes that every agent samples, 24 tokens each."""
+    """Number of episodes of every agent, 24 tokens each."""
     kl_coef: float = 0.15
     jobs: int = 2
-    """Runs side by side, each on one thread."""
+    """Number of concurrent runs, each on one thread."""
     output_dir: Path = Path("runs/ladder")
     settings: str = "{}"
-    """Further settings of the agents, as JSON, for trying them out."""
+    """Settings of the agents to override, as JSON, for experiments."""
 
     def demo(self, seed: int) -> DemoConfig:
         return DemoConfig(kl_coef=self.kl_coef, seed=seed)
@@ -97,7 +97,7 @@ class Args:
 
 
 def prepare(args: Args, seed: int) -> None:
-    """The seed's reward model, its scores calibrated on the reference's samples."""
+    """Train the reward model of a seed, and calibrate its scores on samples of the reference."""
     torch.set_num_threads(1)
     folder, demo = args.folder(seed), args.demo(seed)
     if (folder / "reward_model").exists():
@@ -110,7 +110,7 @@ def prepare(args: Args, seed: int) -> None:
 
 
 def climb(args: Args, method: str, seed: int) -> None:
-    """One rung: trains, measures, and writes figures and samples."""
+    """Train and evaluate one method, and write its metrics and samples."""
     torch.set_num_threads(1)
     demo = args.demo(seed)
     reward = RewardModel.from_pretrained(args.folder(seed) / "reward_model")
@@ -127,7 +127,7 @@ def climb(args: Args, method: str, seed: int) -> None:
         samples = generate(policy, test, prompts, seed)
     figures |= measure(samples, reference, lexicon_sentiment)
     if method.startswith("best-of"):
-        figures["kl"], figures["seconds"] = bound(BEST_OF), 0.0  # its cost is that of BEST_OF samples a text
+        figures["kl"], figures["seconds"] = bound(BEST_OF), 0.0  # its cost is BEST_OF samples for each text
     figures["samples"] = samples.completions[:8]
     (args.folder(seed) / f"{method}.json").write_text(json.dumps(figures))
     print(f"{method}, seed {seed}: score {figures['score']:.2f}, KL {figures['kl']:.1f}", flush=True)
@@ -150,7 +150,7 @@ def untrained(args: Args, method: str, demo: DemoConfig, reward: RewardModel, hi
 
 
 def supervised(args: Args, method: str, demo: DemoConfig, reward: RewardModel, history: list[Any]) -> ActorCritic:
-    """On the second halves of positive train snippets (rating above 1)."""
+    """Train SFT on the second halves of positive train snippets (rating above 1)."""
     texts = [s.text.split() for s in movie_snippets() if s.split == "train" and s.rating > 1]
     halves = [(" ".join(words[: len(words) // 2]), " " + " ".join(words[len(words) // 2 :])) for words in texts]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in halves if prompt]
@@ -160,7 +160,7 @@ def supervised(args: Args, method: str, demo: DemoConfig, reward: RewardModel, h
 
 
 def preferred(args: Args, method: str, demo: DemoConfig, reward: RewardModel, history: list[Any]) -> ActorCritic:
-    """On pairs of the reference's samples: as many samples as the other agents have episodes."""
+    """Train DPO on pairs of the reference's samples, with as many samples as the other agents have episodes."""
     policy = ActorCritic.from_pretrained(demo.model)
     envs = make_envs(demo, reward, snippet_prompts("policy"))
     chosen = np.random.default_rng(demo.seed).integers(len(envs.unwrapped.prompts), size=args.total_episodes // 2)
@@ -173,7 +173,7 @@ def preferred(args: Args, method: str, demo: DemoConfig, reward: RewardModel, hi
         probability = 1 / (1 + math.exp(scores[worse] - scores[better]))
         prompt = samples.transcripts[first]["prompt"]
         pairs.append({"prompt": prompt, "chosen": text[0], "rejected": text[1], "probability": probability})
-    labels = {"use_probability": True, "append_eos": False}  # the limit ended the texts, not they themselves
+    labels = {"use_probability": True, "append_eos": False}  # the texts ended at the length limit
     config = DPOConfig(beta=args.kl_coef, learning_rate=1e-4, epochs=2, seed=demo.seed, **labels)
     DPO(policy, pairs, demo.model, config).learn()
     return policy
@@ -188,7 +188,7 @@ POLICIES: dict[str, Callable[..., ActorCritic]] = {
 
 
 def best_of(policy: ActorCritic, envs: Any, prompts: range, seed: int) -> tuple[Samples, list[tuple[float, float]]]:
-    """The best of n samples, and the mean score of the best of 1, 2, 4, ... with its KL."""
+    """Return the best of n samples, and KL and mean score of the best of 1, 2, 4, ... samples."""
     rounds = [generate(policy, envs, prompts, 1000 * (seed + 1) + i).rollout.raw_scores for i in range(BEST_OF)]
     scores = torch.stack(rounds)
     sizes = [2**i for i in range(int(math.log2(BEST_OF)) + 1)]
@@ -197,7 +197,7 @@ def best_of(policy: ActorCritic, envs: Any, prompts: range, seed: int) -> tuple[
 
 
 def bound(n: int) -> float:
-    """KL of the best of n, at most."""
+    """Return the upper bound of the KL of best-of-n."""
     return math.log(n) - (n - 1) / n
 
 
@@ -221,7 +221,7 @@ def figures_of(args: Args, method: str, seed: int) -> dict[str, Any]:
 
 
 def draw(figures: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Gain against KL: each agent's way there (its own samples, mean over seeds), and what was measured at the end."""
+    """Plot gain against KL: for each agent during training (own samples, mean over seeds) and at the end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -249,7 +249,7 @@ def main(args: Args) -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(prepare, [args] * len(args.seeds), args.seeds))
         jobs = [(args, method, seed) for seed in args.seeds for method in args.methods]
-        if "reference" not in args.methods:  # what all others are compared with
+        if "reference" not in args.methods:  # all others are compared with it
             jobs += [(args, "reference", seed) for seed in args.seeds if not _done(args, "reference", seed)]
         list(pool.map(climb, *zip(*jobs, strict=True)))
     there = [method for method in METHODS if all(_done(args, method, seed) for seed in args.seeds)]
@@ -263,7 +263,7 @@ def main(args: Args) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and sample deviation."""
+    """Return the mean and the sample standard deviation."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
 

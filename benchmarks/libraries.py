@@ -32,14 +32,14 @@ HEADER = ("library", "algorithm", "environment", "steps", "score", "after", "ret
 
 @dataclass(frozen=True)
 class Row:
-    """One agent.
+    """An agent of another library.
 
     Attributes:
-        library: its name, and that of its package on PyPI.
-        algorithm: what is trained.
-        environment: where.
-        example: the file in examples/ that trains it.
-        settings: its arguments.
+        library: Name of the library and of its package on PyPI.
+        algorithm: Name of the algorithm.
+        environment: Id of the environment.
+        example: Name of the file in examples/ that trains it.
+        settings: Arguments of the example.
     """
 
     library: str
@@ -60,23 +60,23 @@ ROWS = {
     "cleanrl": Row("none (CleanRL's form)", "PPO", TOKENS, "cleanrl_loop", {}),
 }
 MODULES = {"stable-baselines3": "stable_baselines3", "sbx-rl": "sbx"}
-"""Packages whose module has another name."""
+"""Module of each package whose module has another name."""
 
 
 @dataclass
 class Config:
-    """What is run."""
+    """Settings of the benchmark."""
 
     rows: tuple[str, ...] = tuple(ROWS)
     """Names of rows."""
     total_timesteps: int | None = None
-    """Environment steps to train for; each example's own number if not given."""
+    """Number of environment steps in training; by default each example's own number."""
     episodes: int = 256
-    """To measure with, before and after."""
+    """Number of episodes of the evaluation before and after training."""
 
 
 def run(row: Row, config: Config) -> list[str]:
-    """The cells of a row."""
+    """Return the cells of a row."""
     library, settings = row.library, {**row.settings, "eval_episodes": config.episodes}
     if row.example != "cleanrl_loop":
         if importlib.util.find_spec(MODULES.get(library, library)) is None:
@@ -93,7 +93,7 @@ def run(row: Row, config: Config) -> list[str]:
 
 
 def likeliest(config: Config) -> list[str]:
-    """The row of an agent that learns nothing and always takes the likeliest token."""
+    """Return the row of an untrained agent that always chooses the most likely token."""
     played = play("textgym/SentimentMLP-v0", lambda observations: np.zeros(len(observations), int), config.episodes)
     return [
         "none",
@@ -109,19 +109,19 @@ def likeliest(config: Config) -> list[str]:
 
 
 def load(name: str) -> Any:
-    """An example as a module."""
+    """Import an example as a module."""
     path = Path(__file__).parents[1] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module here
     spec.loader.exec_module(module)
     return module
 
 
 def main(config: Config) -> None:
-    """Prints the table, a row as soon as it is known; examples print a line of their own."""
+    """Print the table, each row as soon as it is known; examples also print a line."""
     torch.set_num_threads(1)
     rows = (run(ROWS[name], config) for name in config.rows)
     for cells in itertools.chain([HEADER, ["---"] * len(HEADER), likeliest(config)], rows):

@@ -39,7 +39,7 @@ class Config:
 
 
 def iterate(config: Config) -> Figures:
-    """The row of the table."""
+    """Return the row of the table."""
     from peft import LoraConfig
 
     adapter = LoraConfig(r=config.rank, target_modules=["q_proj", "v_proj"])
@@ -47,7 +47,7 @@ def iterate(config: Config) -> Figures:
         "textgym/Sentiment-v0",
         num_envs=config.episodes,
         tokenizer=config.model,
-        reference=None,  # the policy as it begins
+        reference=None,  # the initial policy
         kl_mode="deferred",
         max_prompt_tokens=config.prompt_tokens,
         max_new_tokens=config.new_tokens,

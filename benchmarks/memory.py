@@ -42,30 +42,30 @@ DEVICE = "cuda" if CUDA else "cpu"
 @dataclass
 class Config:
     trl: tuple[Path, ...] = (Path(".peers/trl-1.12"), Path(".peers/site-packages"))
-    """Folders that hold TRL and datasets; none leaves the peer out."""
+    """Folders with the packages `trl` and `datasets`; without folders only textgym is measured."""
     vocab_sizes: tuple[int, ...] = (50_000, 150_000)
     hidden_size: int = 128
     layers: int = 2
     tied: bool = True
-    """Input and output embedding are one."""
+    """Whether input and output embedding share their weights."""
     rows: int = 64
     prompt_tokens: int = 16
     new_tokens: int = 48
     side: Literal["all", "separate", "shared", "trl"] = "all"
-    """What this process runs; "all" starts a process for each side and vocabulary."""
+    """What this process runs; "all" starts a process for each side and vocabulary size."""
     model: Path = Path()
-    """Of one side: the folder of the random model."""
+    """Folder of the random model, for one side."""
 
 
 class Meter:
-    """Peak memory of an update."""
+    """Measures the peak memory of an update."""
 
     def __init__(self) -> None:
         self.before, self.updates, self.rollout = _memory("VmRSS"), 0, 0
         self.figures: Figures = {}
 
     def lap(self) -> int:
-        """Bytes at the peak since the last lap; from here on it starts again from what is resident now."""
+        """Return the peak in bytes since the last lap, and reset it."""
         peak = _memory("VmHWM") - self.before
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
@@ -74,11 +74,11 @@ class Meter:
         return peak
 
     def note_rollout(self) -> None:
-        """Called after every rollout, by a side that can."""
+        """Record the peak of a rollout; called by sides that separate rollout and training."""
         self.rollout = self.lap()
 
     def note_update(self, models: Sequence[torch.nn.Module], optimizer: Any) -> None:
-        """Called after every update; the second counts."""
+        """Record the peak of an update; the second update is reported."""
         self.updates += 1
         update = self.lap()
         if self.updates == 2:
@@ -93,7 +93,7 @@ class Meter:
 
 
 def _memory(what: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes, now or at the peak."""
+    """Return the current or the peak memory in bytes."""
     if CUDA:
         return torch.cuda.memory_allocated() if what == "VmRSS" else torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -192,7 +192,7 @@ def trl(config: Config) -> Figures:
 
 
 def make_model(config: Config, vocab_size: int, folder: str) -> None:
-    """A random model whose tokens are the words w0, w1, ..."""
+    """Write a random model whose tokens are the words w0, w1, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

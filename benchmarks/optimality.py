@@ -46,14 +46,14 @@ GREEDY = {**OFF_POLICY, "backup": "greedy"}
 
 @dataclass(frozen=True)
 class Method:
-    """An agent and its settings: a class of ours, or the name of one of SB3's."""
+    """An agent and its settings: a class of textgym, or the name of a class of SB3."""
 
     kind: Any
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int = 256
-    """Episodes in an update."""
+    """Number of episodes in an update."""
     learning_rate: float = 0.05
-    """Of the table."""
+    """Learning rate with the tabular model."""
     transformer: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 3e-3})
     """Settings of the transformer."""
 
@@ -96,7 +96,7 @@ HARD = {
 @dataclass
 class Args:
     hard: bool = False
-    """No KL penalty: agents that learn values, judged by their greedy text."""
+    """Without a KL penalty, for agents that learn values; their greedy text is evaluated."""
     agents: tuple[str, ...] = ()
     """Names from `METHODS`, or with --hard from `HARD`; all of them if not given."""
     rewards: tuple[Literal["dense", "sparse", "deceptive"], ...] = ("dense",)
@@ -107,10 +107,10 @@ class Args:
     horizon: int = 3
     episodes: int = 65_536
     settings: str = "{}"
-    """Further settings of the agents, as JSON, for trying them out."""
+    """Settings of the agents to override, as JSON, for experiments."""
     jobs: int = 1
     output: Path | None = None
-    """A JSON file for the figures of each run."""
+    """JSON file for the metrics of each run."""
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -131,13 +131,13 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the agent; rows come last."""
+        """Settings of the agent."""
         own = {"learning_rate": self.method.learning_rate} if self.model == "table" else self.method.transformer
         return {**self.method.settings, **own, **json.loads(self.args.settings)}
 
     @property
     def rows(self) -> int:
-        """Episodes in an update."""
+        """Number of episodes in an update."""
         return int(self.settings.get("rows", self.method.rows))
 
     def gap_closed(self, policy: ActorCritic) -> float:
@@ -149,7 +149,7 @@ class Run:
 
 
 def online(run: Run) -> tuple[ActorCritic, float]:
-    """One of our own agents; the policy, and the episodes after which it had closed 95% of the gap."""
+    """Train an agent of textgym; return its policy, and the number of episodes until 95% of the gap was closed."""
     rows, settings = run.rows, {name: value for name, value in run.settings.items() if name != "rows"}
     envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **run.task.env_kwargs(run.beta))
     policy = ActorCritic.from_pretrained(run.task.language_model(), critic="separate")
@@ -166,7 +166,7 @@ def online(run: Run) -> tuple[ActorCritic, float]:
 
 
 def stock(run: Run) -> tuple[ActorCritic, float]:
-    """One of SB3's own, unmodified."""
+    """Train an unmodified agent of SB3; return the same as `online`."""
     warnings.filterwarnings("ignore", category=UserWarning)
     task, steps = run.task, run.args.episodes * run.task.horizon
     learning_rate = run.settings["learning_rate"]
@@ -212,7 +212,7 @@ def stock(run: Run) -> tuple[ActorCritic, float]:
 
 
 def preferred(run: Run) -> tuple[ActorCritic, float]:
-    """DPO on pairs of texts, each with the probability that the better one is preferred: sigmoid(r - r')."""
+    """Train DPO on pairs of texts with preference probabilities sigmoid(r - r') (Bradley and Terry, 1952)."""
     task = run.task
     texts = [task.tokenizer.decode(list(text)) for text in task.texts]
     pairs = []
@@ -266,7 +266,7 @@ def main(args: Args) -> None:
 
 
 def _middle(values: list[float]) -> str:
-    """The median over seeds; none if fewer than half of them got there."""
+    """Return the median over seeds as text; empty if fewer than half of the seeds have a value."""
     reached = sorted(value for value in values if not math.isnan(value))
     return f"{reached[len(values) // 2]:.0f}" if len(reached) > len(values) // 2 else "-"
 

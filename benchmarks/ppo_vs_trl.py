@@ -42,52 +42,52 @@ from textgym.models.loading import load_causal_lm, load_tokenizer
 from textgym.rewards.models import RewardModel
 
 FIRST_ID = 300
-"""Prompts are made of token ids from here on: no special tokens, no single bytes."""
+"""Smallest token id in random prompts; smaller ids are special tokens and single bytes."""
 LEARNING_RATE = 1e-7
-"""So small that responses keep their lengths while it is measured."""
+"""So small that the lengths of responses do not change during the benchmark."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Of both sides: TRL takes a GPU where there is one."""
+"""Device of both sides. TRL uses a GPU if there is one."""
 BARS = {"full": 0.85, "eos": 0.6, "full-shared": 0.4, "eos-shared": 0.4}
 
 
 @dataclass
 class Config:
-    """What is compared."""
+    """Settings of the benchmark."""
 
     peers: tuple[Path, ...] = ()
-    """Folders that hold the packages `trl` 1.12 and `datasets`."""
+    """Folders with the packages `trl` 1.12 and `datasets`."""
     model: str = "tiny"
     """Name or path of a causal language model."""
     settings: tuple[str, ...] = tuple(BARS)
-    """Which of the settings."""
+    """Names of the settings to run."""
     rows: int = 64
-    """Episodes of an update."""
+    """Number of episodes of an update."""
     prompt_tokens: int = 16
-    """Tokens of every prompt."""
+    """Number of tokens of every prompt."""
     new_tokens: int = 48
-    """Most tokens of a response."""
+    """Maximum number of tokens of a response."""
     epochs: int = 4
-    """Passes over a rollout."""
+    """Number of epochs over a rollout."""
     repeats: int = 5
-    """Pairs of updates that are timed, after one pair that is not."""
+    """Number of timed pairs of updates, after one warm-up pair."""
     side: Literal["both", "ours", "theirs"] = "both"
-    """Of this process; the sides are started by the process that has both."""
+    """Side that this process runs; "both" starts a process for each side."""
     setting: str = "full"
-    """Of a side."""
+    """Setting of a side."""
 
     @property
     def ends(self) -> bool:
-        """Whether EOS ends responses."""
+        """Whether responses end at EOS."""
         return self.setting.startswith("eos")
 
     @property
     def updates(self) -> int:
-        """One to warm up, the timed ones, and one whose operations are counted."""
+        """Number of updates: a warm-up, the timed ones, and one whose operations are counted."""
         return self.repeats + 2
 
 
 class Turns:
-    """A side's updates: each is timed, and of the last one the operations are counted instead, which slows it."""
+    """Measures the time of each update of a side; of the last one it counts the operations, which is slow."""
 
     def __init__(self, updates: int) -> None:
         self.left, self.clock = updates, Clock()
@@ -96,7 +96,7 @@ class Turns:
         self.clock.start()
 
     def done(self, **figures: float) -> None:
-        """One update is over."""
+        """Report an update."""
         self.left -= 1
         if self.left == 0:
             self.counter.__exit__(None, None, None)
@@ -110,13 +110,13 @@ class Turns:
 
 
 def prompts(config: Config, vocab_size: int) -> torch.Tensor:
-    """Random prompts for all updates, `(rows * updates, prompt_tokens)`."""
+    """Return random prompts for all updates, `(rows * updates, prompt_tokens)`."""
     shape, generator = (config.rows * config.updates, config.prompt_tokens), torch.Generator().manual_seed(0)
     return torch.randint(FIRST_ID, vocab_size, shape, generator=generator)
 
 
 def make_envs(config: Config, tokenizer: Any, reward: Any) -> Any:
-    """Our environment on the random prompts; text would not give ids of one length."""
+    """Make the environment with random token ids as prompts, because texts have different numbers of tokens."""
     envs: Any = gym.make_vec(
         "textgym/Text-v0",
         num_envs=config.rows,
@@ -138,7 +138,7 @@ def make_envs(config: Config, tokenizer: Any, reward: Any) -> Any:
 
 
 def ours(config: Config) -> None:
-    """Our PPO, one update a turn."""
+    """Run textgym's PPO, one update per turn."""
     tokenizer = load_tokenizer(config.model)
     reward = RewardModel(_classifier(config.model).to(DEVICE), tokenizer, batch_size=config.rows)
     shared = config.setting.endswith("shared")
@@ -156,7 +156,7 @@ def ours(config: Config) -> None:
 
 
 def theirs(config: Config) -> None:
-    """TRL's PPO, one update a turn: it logs once an update."""
+    """Run TRL's PPO, one update per turn; it logs once per update."""
     from trl.experimental.ppo import (
         PPOConfig as TheirConfig,  # type: ignore[import-not-found, unused-ignore]
     )
@@ -208,7 +208,7 @@ def _classifier(model: str) -> Any:
 
 
 def end_by_half(lm: Any, config: Config) -> None:
-    """Shortens the embedding of EOS, which is that of the output too, until responses reach half of the limit."""
+    """Scale the tied embedding of EOS down until responses have half of the maximum length on average."""
     tokenizer = load_tokenizer(config.model)
     envs = make_envs(replace(config, setting="eos"), tokenizer, lambda completions: [0.0])
     task, embedding = envs.unwrapped.task, lm.to(DEVICE).get_input_embeddings().weight
@@ -226,7 +226,7 @@ def end_by_half(lm: Any, config: Config) -> None:
 
 
 def arguments(config: Config) -> list[str]:
-    """The command line of one side."""
+    """Return the command line of one side."""
     given = ["--side", config.side, "--setting", config.setting, "--model", config.model]
     for name in ("rows", "prompt_tokens", "new_tokens", "epochs", "repeats"):
         given += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
@@ -234,7 +234,7 @@ def arguments(config: Config) -> list[str]:
 
 
 def compare(config: Config) -> dict[str, float]:
-    """The figures of one setting."""
+    """Return the metrics of one setting."""
     mine, peer = (arguments(replace(config, side=side)) for side in ("ours", "theirs"))
     with Side(__file__, *mine) as one, Side(__file__, *peer, libraries=config.peers) as other:
         pairs = [(one.work(), other.work()) for _ in range(config.updates)]
@@ -253,7 +253,7 @@ def compare(config: Config) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    """Prints a table of the settings, and the same as JSON."""
+    """Print a table of the settings, and the same as JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if config.side != "both":

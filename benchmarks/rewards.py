@@ -28,11 +28,11 @@ from textgym.models.architectures.attention import batches_by_length
 @dataclass
 class Args:
     episodes: int = 4096
-    """Completions in the iteration."""
+    """Number of completions in the iteration."""
     num_envs: int = 256
-    """Rows of the environment."""
+    """Number of rows of the environment."""
     new_tokens: int = 48
-    """Tokens of each completion."""
+    """Number of tokens of each completion."""
 
 
 def words(completions: list[str]) -> list[float]:
@@ -49,7 +49,7 @@ def make_envs(args: Args, **changes: Any) -> Any:
 
 
 class Timer:
-    """Adds up the wall time of a function's calls."""
+    """Measures the total wall time of the calls of a function."""
 
     def __init__(self, function: Any) -> None:
         self.function, self.seconds, self.rows = function, 0.0, 0

@@ -52,7 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "megabytes": 2048,
     },
 }
-"""What is not given, by device."""
+"""Defaults by device."""
 
 
 @dataclass
@@ -67,15 +67,15 @@ class Config:
     repeats: int = 9
     threads: int = 1
     roofline: bool = False
-    """Measure decoding against the memory of the device instead."""
+    """Compare decoding with the memory bandwidth of the device instead."""
     hidden_size: int = 0
-    """Of the roofline's random model; default: 512 on a CPU, 2048 on a GPU."""
+    """Width of the roofline's random model; default: 512 on a CPU, 2048 on a GPU."""
     layers: int = 0
-    """The same: 8 and 16."""
+    """Layers of the roofline's random model; default: 8 on a CPU, 16 on a GPU."""
     vocab_size: int = 0
-    """The same: 32,000 and 128,000."""
+    """Vocabulary size of the roofline's random model; default: 32,000 on a CPU, 128,000 on a GPU."""
     megabytes: int = 0
-    """Of each of the three arrays that the device's bandwidth is measured on; default: 256 and 2048."""
+    """Size of each of the three arrays of the bandwidth measurement; default: 256 on a CPU, 2048 on a GPU."""
 
     def __post_init__(self) -> None:
         if self.device == "auto":
@@ -88,7 +88,7 @@ Play = Callable[[], Any]
 
 
 def make_sides(config: Config) -> tuple[dict[str, Play], Play]:
-    """Our ways to play an episode in every row, and `generate` on the same prompts."""
+    """Return textgym's ways to run an episode in every row, and `generate` on the same prompts."""
     policy = ActorCritic.from_pretrained(config.model, device=config.device)
     policy.seed(0)
     envs: Any = gym.make_vec(
@@ -128,7 +128,7 @@ def make_sides(config: Config) -> tuple[dict[str, Play], Play]:
 
 
 def clocked(play: Play) -> Callable[[], Figures]:
-    """The same, and how long it took."""
+    """Return a function that runs `play` and returns its time."""
 
     def run() -> Figures:
         synchronize()
@@ -141,13 +141,13 @@ def clocked(play: Play) -> Callable[[], Figures]:
 
 
 def compare(config: Config) -> Iterator[Figures]:
-    """The rows of the table."""
+    """Yield the rows of the table."""
     ours, generate = make_sides(config)
     theirs, bar = count_flops(generate), BARS[config.device]
     for name, play in ours.items():
-        counted = partial(play, deterministic=True) if name == "write" else play  # captured steps hide from the count
+        counted = partial(play, deterministic=True) if name == "write" else play  # captured steps are not counted
         flops = count_flops(counted)
-        for side in (play, play, generate):  # steps are captured at their second time
+        for side in (play, play, generate):  # steps are captured when they run for the second time
             side()
         timed, *_ = in_turns(clocked(play), clocked(generate), config.repeats)
         watches = [Stopwatch().time(play) for _ in range(config.repeats)]
@@ -161,7 +161,7 @@ def compare(config: Config) -> Iterator[Figures]:
 
 
 def roofline(config: Config) -> Figures:
-    """The one row of the other table."""
+    """Return the row of the roofline table."""
     torch.manual_seed(0)
     lm = random_llama(config.hidden_size, config.layers, config.vocab_size, config.prompt_tokens + config.new_tokens)
     lm = lm.to(device=config.device, dtype=torch.bfloat16 if config.device == "cuda" else torch.float32)

@@ -38,13 +38,13 @@ class Config:
     rows: int = 16
     epochs: int = 4
     minibatches: int = 4
-    """In an epoch."""
+    """Number of minibatches in an epoch."""
     repeats: int = 3
     threads: int = 1
 
 
 class PlainPolicy(TextActorCriticPolicy):
-    """No cache and no packing: every state is a padded row of its own."""
+    """Policy without cache and packing: every state is a padded row."""
 
     def last_hidden(self, obs: Any) -> torch.Tensor:
         ids, mask = obs["input_ids"], obs["attention_mask"]
@@ -94,7 +94,7 @@ def make_side(config: Config, new_tokens: int, plain: bool) -> PPO:
 
 
 def own_ppo(config: Config, new_tokens: int) -> tuple[Any, Callable[[], Any]]:
-    """The same work by the PPO of textgym.agents: its model, and one update."""
+    """Return the model of textgym's PPO, and a function that runs one update with the same amount of work."""
     envs = gym.make_vec("textgym/Sentiment-v0", num_envs=config.rows, array="torch", **settings(new_tokens))
     agent = agents.PPO(
         ActorCritic.from_pretrained("tiny"),
@@ -110,7 +110,7 @@ def own_ppo(config: Config, new_tokens: int) -> tuple[Any, Callable[[], Any]]:
 
 @contextmanager
 def counted_positions(lm: Any) -> Any:
-    """Positions that pass through the model."""
+    """Count the positions that pass through a model."""
     counts: list[int] = []
     hook = lm.base_model.register_forward_hook(
         lambda module, args, output: counts.append(output.last_hidden_state.shape[:2].numel())
@@ -120,14 +120,14 @@ def counted_positions(lm: Any) -> Any:
 
 
 def positions(lm: Any, update: Callable[[], Any], tokens: int) -> float:
-    """Positions for each token trained on, in one update."""
+    """Return the number of positions per trained token in one update."""
     with counted_positions(lm) as counts:
         update()
     return sum(counts) / tokens
 
 
 def buffer_bytes(model: PPO) -> float:
-    """Bytes for each step of a row."""
+    """Return the bytes of the buffer for each step of a row."""
     buffer: Any = model.rollout_buffer
     if isinstance(buffer, EpisodeRolloutBuffer):
         return buffer.nbytes() / buffer.actions.size
@@ -144,7 +144,7 @@ def compare(config: Config, new_tokens: int) -> dict[str, float]:
         return lambda: model.learn(tokens, reset_num_timesteps=False, log_interval=None)
 
     flops, passed = [], []
-    for model in (ours, plain):  # these runs warm up as well
+    for model in (ours, plain):  # these runs are also the warm-up
         with FlopCounterMode(display=False) as counter:
             passed.append(positions(model.policy.actor_critic.lm, update(model), tokens))
         flops.append(counter.get_total_flops())

@@ -39,7 +39,7 @@ from textgym.testing import letter_tokenizer, mock_lm
 
 @dataclass(frozen=True)
 class Setting:
-    """How an algorithm is run on text."""
+    """Hyperparameters of an algorithm on text."""
 
     algorithm: type[Any]
     total_timesteps: int
@@ -70,7 +70,7 @@ SETTINGS = {
             "batch_size": 384,
             "learning_rate": 3e-4,
             "target_kl": 0.3,
-            "cg_damping": 5.0,  # the Fisher matrix of some thousand tokens is too noisy to trust
+            "cg_damping": 5.0,  # the Fisher matrix of some thousand tokens is noisy
             "cg_max_steps": 3,
             "n_critic_updates": 4,
         },
@@ -108,7 +108,7 @@ ENUMERABLE: dict[str, Any] = {
     "gradient_steps": 5,
     "target_update_interval": 300,
     "exploration_fraction": 0.3,
-    "exploration_final_eps": 0.4,  # 20,736 texts are to be told apart
+    "exploration_final_eps": 0.4,  # there are 20,736 texts to explore
     "max_grad_norm": 1.0,
 }
 
@@ -120,7 +120,7 @@ class Config:
     eval_prompts: int = 256
     enumerable_timesteps: int = 80_000
     jobs: int = 2
-    """Runs side by side, each on one thread."""
+    """Number of concurrent runs, each on one thread."""
 
 
 def train_on_text(name: str, seed: int) -> Any:
@@ -160,7 +160,7 @@ def test_envs(setting: Setting) -> Any:
 
 
 def on_text(name: str, seed: int, config: Config) -> dict[str, float]:
-    """Held-out figures of one run."""
+    """Return the held-out metrics of one run."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     reference = ActorCritic.from_pretrained("tiny")
@@ -189,7 +189,7 @@ def relative(after: dict[str, float], before: dict[str, float]) -> dict[str, flo
 
 
 class Greedy(ActorCritic):
-    """A Q-policy where an `ActorCritic` is asked for: what it chooses, it chooses for certain."""
+    """An `ActorCritic` with the greedy actions of a Q-policy, which have probability 1."""
 
     generates_what_act_would = False
 
@@ -210,7 +210,7 @@ def greedy(policy: Any, envs: Any, prompts: int) -> dict[str, float]:
 
 
 def on_enumerable(name: str, seed: int, config: Config) -> float:
-    """Score of the text that a value-based algorithm ends up with; the best one scores 1."""
+    """Return the score of the greedy text of a trained value-based algorithm; the best text has score 1."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
     with tempfile.TemporaryDirectory() as folder:
@@ -229,7 +229,7 @@ def on_enumerable(name: str, seed: int, config: Config) -> float:
         )
         model.learn(config.enumerable_timesteps, log_interval=10**6)
         observation, done, reward = env.reset(), np.zeros(16, dtype=bool), np.zeros(16)
-        while not done[0]:  # all rows write the same text
+        while not done[0]:  # all rows generate the same text
             observation, reward, done, _ = env.step(model.predict(observation, deterministic=True)[0])
     return float(reward[0])
 

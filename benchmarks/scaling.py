@@ -43,7 +43,7 @@ from textgym.models.machine.flops import FlopCount
 from textgym.models.machine.profiled_phases import phase
 
 SHARE_BAR, BIG = 0.05, 64
-"""The environment's share of a rollout of so many rows or more."""
+"""Limit of the environment's share in a rollout, and the number of rows from which it applies."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Config:
     rows: tuple[int, ...] = (1, 4, 16, 64, 256)
     vocab_sizes: tuple[int, ...] = (2_000, 10_000, 50_000, 150_000)
     base: tuple[int, int, int] = (64, 64, 2_000)
-    """Context, rows and vocabulary where another dimension changes."""
+    """Context length, rows and vocabulary size while another dimension changes."""
     new_tokens: int = 32
     repeats: int = 5
 
@@ -75,7 +75,7 @@ class Rollout:
         torch.manual_seed(0)
         self.policy = textgym.ActorCritic.from_pretrained(LlamaForCausalLM(shape))
         self.policy.seed(0)
-        # The tokenizer knows one token more than the model: EOS, which is never drawn, so that no row ends early.
+        # The tokenizer has one token more than the model: EOS, which is never sampled, so that no row ends early.
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size + 1)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         prompt_tokens = context - new_tokens
@@ -93,7 +93,7 @@ class Rollout:
         )
 
     def play(self, way: Callable[[Any, Any], Any]) -> Figures:
-        """Writes all tokens: CPU microseconds a token, and where they go."""
+        """Generate all tokens; return CPU microseconds per token, in total and by part."""
         self.policy.reset_cache()
         with marked_attention():
             watch = Stopwatch(time.process_time).time(partial(way, self.envs, self.policy))
@@ -108,7 +108,7 @@ class Rollout:
         }
 
     def flops(self) -> dict[str, float]:
-        """Of the last token of a row, at the full context."""
+        """Return the operations for the last token of a row, at full context length."""
         self.policy.reset_cache()
         observation, _ = self.envs.reset(seed=0)
         for _ in range(self.new_tokens - 1):
@@ -123,7 +123,7 @@ class Rollout:
 
 @contextmanager
 def marked_attention() -> Iterator[None]:
-    """Makes attention a phase of its own."""
+    """Make attention a phase of its own, in a block."""
     attend = functional.scaled_dot_product_attention
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ def marked_attention() -> Iterator[None]:
 
 
 def measure(settings: list[tuple[int, int, int]], config: Config) -> list[Figures]:
-    """One table."""
+    """Return the rows of one table."""
     rollouts = [Rollout(*setting, config.new_tokens) for setting in settings]
     rounds = [[(x.play(collect), x.play(step_through)) for x in rollouts] for _ in range(1 + config.repeats)]
     table: list[Figures] = []
@@ -152,7 +152,7 @@ def measure(settings: list[tuple[int, int, int]], config: Config) -> list[Figure
 
 
 def medians(plays: tuple[Figures, ...]) -> Figures:
-    """Of each figure."""
+    """Return the median of each metric."""
     return {name: statistics.median(play[name] for play in plays) for name in plays[0]}
 
 

@@ -36,33 +36,33 @@ from textgym.registration import TASKS
 from textgym.testing import mock_lm
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-"""Of which there are so few that larger splits leave none to measure with."""
+"""Sums of two digits. There are so few that larger splits would leave no prompts for the evaluation."""
 ARGUMENTS: dict[str, dict[str, Any]] = {"ReasoningGym": {"task": "chain_sum", "size": 100, "config": SUMS}}
 NO_SPLITS = ("IncreasingNumbers", "Dates", "Enumerable")
 NO_SFT = (*NO_SPLITS, "Copy")
 EPOCHS = 4
-"""Passes of SFT over its examples at most: small sets are else learned by heart, and PPO finds nothing to improve."""
+"""Maximum number of epochs of SFT: more would memorise small sets, and leave nothing for PPO to improve."""
 
 
 @dataclass
 class Config:
-    """What is run."""
+    """Settings of the benchmark."""
 
     tasks: tuple[str, ...] = tuple(name for name in TASKS if name != "Sentiment")
-    """Names of tasks; `textgym demo` is that of the sentiment task."""
+    """Names of tasks; the sentiment task is in `textgym demo`."""
     episodes: int = 4096
-    """Of PPO, for each task."""
+    """Number of episodes of PPO for each task."""
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(max_steps=100, learning_rate=5e-4))
-    """Before PPO, where the prompts have an answer."""
+    """Settings of SFT before PPO, on tasks with reference answers."""
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=3e-4, entropy_coef=0.01))
-    """After it."""
+    """Settings of PPO."""
     completions: int = 256
-    """Measured, at each stage."""
+    """Number of completions in the evaluation of each stage."""
 
 
 @dataclass
 class Run:
-    """What the stages of a policy wrote: `"untrained"`, perhaps `"SFT"`, `"PPO"`."""
+    """Samples of a policy after each stage: `"untrained"`, `"SFT"` on some tasks, and `"PPO"`."""
 
     name: str
     metrics: tuple[Any, ...]
@@ -71,11 +71,11 @@ class Run:
     minutes: float
 
     def gains(self, since: str) -> dict[str, Interval]:
-        """How much better PPO's figures are than those of an earlier stage."""
+        """Return the gains of PPO over an earlier stage."""
         return score_gains(self.stages[since], self.stages["PPO"], self.metrics)
 
     def rows(self) -> list[str]:
-        """One for each metric."""
+        """Return a row for each metric."""
         figures = {stage: score_intervals(samples, self.metrics) for stage, samples in self.stages.items()}
         gains = {since: self.gains(since) for since in self.stages if since != "PPO"}
 
@@ -100,7 +100,7 @@ HEADER = (
 
 
 def run(name: str, config: Config) -> Run:
-    """Trains on a task."""
+    """Train and evaluate on a task."""
     start = time.process_time()
     policy = ActorCritic.from_pretrained(
         mock_lm(VOCAB_SIZE, initializer_range=0.02) if name == "Enumerable" else "tiny"
@@ -121,7 +121,7 @@ def run(name: str, config: Config) -> Run:
 
 
 def make_envs(name: str, split: str, reference: TokenModel | None = None) -> Any:
-    """64 rows of a task; with a reference where the KL is to be paid."""
+    """Make an environment with 64 rows of a task; with a reference for the KL penalty in training."""
     arguments = {"kl_mode": "deferred", "array": "torch", **ARGUMENTS.get(name, {})}
     arguments |= {} if name in NO_SPLITS else {"split": split}
     arguments |= {} if reference is None else {"reference": reference}
@@ -129,12 +129,12 @@ def make_envs(name: str, split: str, reference: TokenModel | None = None) -> Any
 
 
 def answers(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Examples to learn from: of each prompt the first reference, or the answer."""
+    """Return examples for SFT: each prompt with its first reference or its answer."""
     return [{"prompt": row["prompt"], "completion": f" {first_answer(row)}"} for row in rows]
 
 
 def first_answer(row: dict[str, Any]) -> str:
-    """What SFT learns to write."""
+    """Return the target text of SFT."""
     wanted = row.get("references", row.get("answer"))
     return wanted if isinstance(wanted, str) else wanted[0]
 

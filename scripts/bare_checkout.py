@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-# Packages by the names that they are imported by, and what their wheels are called.
+# Name of the wheel of each package, by its import name.
 REQUIRED = {
     "torch": "torch",
     "transformers": "transformers",
@@ -40,17 +40,17 @@ OPTIONAL = {
 
 
 def missing(names: Iterable[str]) -> list[str]:
-    """Those of the packages that this Python does not find."""
+    """Return the packages that this Python does not find."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def folders(root: Path) -> list[Path]:
-    """What goes before the installed packages: textgym and its benchmarks, and wheels that were unpacked."""
+    """Return the folders of textgym, its benchmarks and unpacked wheels, which come before installed packages."""
     return [link_textgym(root), root / "benchmarks", root / "build" / "gpu" / "wheels"]
 
 
 def environment(root: Path) -> dict[str, str]:
-    """The environment of a part: this checkout first, no network."""
+    """Return the environment variables of a part: this checkout comes first, no network."""
     paths = [*(str(folder) for folder in folders(root)), os.environ.get("PYTHONPATH", "")]
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

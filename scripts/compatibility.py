@@ -1,9 +1,9 @@
-"""Writes docs/compatibility.md: the models and tokenizers that textgym handles exactly, and those that it refuses.
+"""Write docs/compatibility.md: models and tokenizers that textgym supports exactly, and those that it rejects.
 
     python scripts/compatibility.py           # every part
     python scripts/compatibility.py models    # one part
 
-Each part is a module `compatibility_<part>.py` beside this one. Its `section()` makes the checks and returns the part's
+Each part is a module `compatibility_<part>.py` in this folder. Its `section()` runs the checks and returns the part's
 section of the page.
 """
 
@@ -30,7 +30,7 @@ def with_section(page: str, part: str, section: str) -> str:
 
 
 def main() -> None:
-    """Make the checks of the parts that are asked for, print their sections and write them into the page."""
+    """Run the checks of the given parts, print their sections and write them into the page."""
     parser = argparse.ArgumentParser(description="Check models and tokenizers, and write docs/compatibility.md.")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all if none is given")
     chosen = parser.parse_args().parts or list(PARTS)

@@ -1,6 +1,6 @@
-"""Models part of the compatibility page: tiny random models of many architectures, exact or refused.
+"""Models part of the compatibility page: tiny random models of many architectures, exact or rejected.
 
-A model is exact if the logits of every prefix of a text, up to the full length, are the same alone, packed beside other
+A model is exact if the logits of every prefix of a text, up to the full length, are the same alone, packed with other
 texts, and decoded token by token with the cache, in which rows restart. The full length is beyond sliding windows.
 """
 
@@ -20,7 +20,7 @@ from textgym.models.token_model import TokenModel
 
 V, WIDTH, WINDOW = 97, 48, 7
 TOLERANCE = 1e-4
-"""Of a logit, in standard deviations of the logits."""
+"""Maximum error of a logit, in standard deviations of the logits."""
 
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": WIDTH, **ENDS}
@@ -195,7 +195,7 @@ def _result(lm: Any, difference: Any) -> str:
 
 @torch.no_grad()
 def causal_difference(model: TokenModel) -> float:
-    """Return how far the logits of packed and cached contexts are from the model's own, in standard deviations."""
+    """Return the errors of logits of packed and of cached contexts, in standard deviations of the logits."""
     lm, lengths = model.lm, torch.tensor([WIDTH, WIDTH // 2, 3, 1])
     ids = torch.randint(3, V, (len(lengths), WIDTH), generator=torch.Generator().manual_seed(1))
     own = _own_logits(lm, ids)

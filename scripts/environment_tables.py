@@ -1,8 +1,8 @@
-"""Writes the tables of arguments in docs/environments.md from `TextConfig` and `TextVectorConfig`.
+"""Write the tables of arguments in docs/environments.md from `TextConfig` and `TextVectorConfig`.
 
     python scripts/environment_tables.py
 
-`tests/test_docs.py` fails where the page and the configs differ.
+`tests/test_docs.py` fails if the page and the configs differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEADER = "| argument | default | meaning |\n| --- | --- | --- |\n"
 
 
 def table(config_class: Any) -> str:
-    """One row a field: its name, its default and the sentences below it, up to the next blank line."""
+    """Return a row for each field: its name, its default and its docstring up to the first blank line."""
     sentences = field_sentences(config_class)
     rows = [
         f"| `{field.name}` | {_default(field)} | {sentences[field.name]} |"
@@ -32,7 +32,7 @@ def table(config_class: Any) -> str:
 
 
 def field_sentences(config_class: type) -> dict[str, str]:
-    """The string below each field in the source; Python itself forgets it."""
+    """Return the docstring below each field, from the source, because Python does not keep it."""
     [body] = [node.body for node in ast.parse(textwrap.dedent(inspect.getsource(config_class))).body]
     return {
         statement.target.id: " ".join(below.value.value.split())
@@ -42,7 +42,7 @@ def field_sentences(config_class: type) -> dict[str, str]:
 
 
 def with_tables(page: str) -> str:
-    """The page with both of its tables as the configs say them."""
+    """Return the page with both tables updated from the configs."""
     before, one_row, many_rows = page.split(HEADER)
     rest_of = [part.partition("\n\n")[2] for part in (one_row, many_rows)]
     return f"{before}{table(TextConfig)}\n{rest_of[0]}{table(Rows)}\n{rest_of[1]}"

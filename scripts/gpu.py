@@ -1,15 +1,15 @@
 """Check and measure textgym on a GPU in at most five minutes, part by part, and write a page of it.
 
     make gpu                                   # all parts; writes benchmarks/results/gpu.md and gpu.json
-    make gpu PART=decoding                     # one part again; its figures replace the old ones on the page
-    make gpu DEVICE=cpu                        # rehearsal: every line at toy size; writes build/gpu-cpu.md
-    make gpu WHEELS=../wheels COMMIT=abc1234   # missing packages from a folder; the commit, where there is no git
+    make gpu PART=decoding                     # one part again; its metrics replace the old ones on the page
+    make gpu DEVICE=cpu                        # dry run: every line at toy size; writes build/gpu-cpu.md
+    make gpu WHEELS=../wheels COMMIT=abc1234   # missing packages from a folder; the commit, if there is no git
 
-It needs no installation and no network: textgym is taken from this checkout, by PYTHON and the packages that it has. A
-part is a script in benchmarks/gpu/ and a process of its own, with a budget of seconds; one that fails, hangs or lacks a
-package leaves a line on the page, and the next part goes on. After every figure the page is written anew.
+It needs neither installation nor network: it runs textgym from this checkout, with PYTHON and its packages. A
+part is a script in benchmarks/gpu/ that runs in its own process, with a time limit. If it fails, hangs or lacks a
+package, the page has a line about it, and the next part starts. The page is written again after every metric.
 
-The exit code is 1 if a part failed or was stopped, and 0 where goals were missed or parts were skipped.
+The exit code is 1 if a part failed or was stopped, and 0 otherwise, also if goals were missed or parts were skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gpu_page import write_page
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300.0
-"""Seconds of all parts together, on a GPU."""
+"""Time limit of all parts together on a GPU, in seconds."""
 
 
 class Part(NamedTuple):
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-# In the order in which they run: what matters most comes first, since the time may be over before the last ones.
+# In the order in which they run: the most important first, because there may be no time for the last ones.
 BASE = ("torch", "transformers", "gymnasium", "numpy", "tyro", "stable_baselines3")
 PARTS = {
     "machine": Part("Machine", 45, 5),
@@ -68,11 +68,11 @@ PARTS = {
 }
 NO_DEVICE = "no device"
 SLOWER_ON_CPU = 10.0
-"""Budgets are so many times as long in a rehearsal, whose machine may be busy."""
+"""Factor of the time limits in a dry run, whose machine may be slow or busy."""
 
 
 class Run(NamedTuple):
-    """What this run was asked for."""
+    """Arguments of this run."""
 
     device: str
     commit: str
@@ -80,12 +80,12 @@ class Run(NamedTuple):
 
     @property
     def results(self) -> Path:
-        """The JSON beside the page."""
+        """Path of the JSON file of the page."""
         return self.page.with_suffix(".json")
 
 
 def git_commit() -> str:
-    """The commit of this checkout, with a plus sign where files were changed; "unknown" without git."""
+    """Return the commit of this checkout, with a plus sign if files were changed; "unknown" without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -97,7 +97,7 @@ def git_commit() -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Earlier results; none where there is no file, or one that cannot be read."""
+    """Return earlier results; empty if there is no file or it cannot be read."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -106,7 +106,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], run: Run) -> None:
-    """Write JSON and page, each under another name first, so that a kill leaves whole files."""
+    """Write JSON and page to temporary files and rename them, so that a kill does not leave incomplete files."""
     run.page.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((run.results, json.dumps(results, indent=1)), (run.page, write_page(results, list(PARTS)))):
         temporary = path.with_suffix(path.suffix + ".part")
@@ -115,7 +115,7 @@ def save(results: dict[str, Any], run: Run) -> None:
 
 
 def run_part(name: str, run: Run, seconds: float, results: dict[str, Any]) -> None:
-    """Run one part, print what it says as it goes, and save after every figure."""
+    """Run one part, print its output, and save after every metric."""
     part = PARTS[name]
     entry: dict[str, Any] = {
         "title": part.title,
@@ -136,14 +136,14 @@ def run_part(name: str, run: Run, seconds: float, results: dict[str, Any]) -> No
     why = f": {entry['why']}" if "why" in entry else ""
     print(f"  {entry['state']} after {entry['seconds']:.1f} s{why}", flush=True)
     if entry["state"] == NO_DEVICE:
-        raise SystemExit("nothing can be measured: name another DEVICE, or rehearse with DEVICE=cpu")
+        raise SystemExit("nothing can be measured: name another DEVICE, or make a dry run with DEVICE=cpu")
     save(results, run)
 
 
 def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], results: dict[str, Any]) -> None:
-    """Start a part's script, read what it prints, and stop it with all of its children when its time is over."""
+    """Start a part's script, read its output, and stop it with all of its children at the time limit."""
     started = time.monotonic()
-    no_gpu = {"CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else {}  # libraries take a GPU that they see
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else {}  # libraries would use a visible GPU
     process = subprocess.Popen(
         [sys.executable, f"benchmarks/gpu/{name}.py", "--device", run.device],
         cwd=ROOT,
@@ -152,7 +152,7 @@ def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], resul
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # a group of its own, with the processes that it starts
+        start_new_session=True,  # a process group, so that its children can be stopped too
     )
     lines: list[str] = []
 
@@ -161,7 +161,7 @@ def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], resul
         for line in process.stdout:
             if told := as_object(line):
                 note_told(told, entry, results)
-                if entry["state"] != NO_DEVICE:  # an earlier page stays as it was
+                if entry["state"] != NO_DEVICE:  # otherwise the earlier results stay
                     save(results, run)
             elif line.strip():
                 lines.append(line.strip())
@@ -177,7 +177,7 @@ def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], resul
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    reader.join(5)  # not for ever: a process that left the group may hold the pipe
+    reader.join(5)  # with a limit: a process that left the group may hold the pipe
 
     entry["seconds"] = round(time.monotonic() - started, 1)
     if code:
@@ -187,7 +187,7 @@ def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], resul
 
 
 def as_object(line: str) -> dict[str, Any] | None:
-    """What a part told in JSON, see benchmarks/gpu/figures.py; `None` for any other line."""
+    """Return the JSON object of a line, see benchmarks/gpu/figures.py; `None` for any other line."""
     if not line.startswith("{"):
         return None
     try:
@@ -198,7 +198,7 @@ def as_object(line: str) -> dict[str, Any] | None:
 
 
 def note_told(told: dict[str, Any], entry: dict[str, Any], results: dict[str, Any]) -> None:
-    """Put a figure, a note, the machine or a reason where it belongs, and print it."""
+    """Store a metric, a note, the machine or a reason, and print it."""
     if "figure" in told:
         figure = told["figure"]
         entry["figures"].append(figure)
@@ -217,7 +217,7 @@ def note_told(told: dict[str, Any], entry: dict[str, Any], results: dict[str, An
 
 
 def spoken(figure: dict[str, Any]) -> str:
-    """A figure in one line for the terminal."""
+    """Return a metric as one line for the terminal."""
     value = figure["value"] if isinstance(figure["value"], str) else f"{figure['value']:.4g}"
     goal = f" (goal: {figure['goal']}, {verdict(figure)})" if "goal" in figure else ""
     note = f"  [{figure['note']}]" if figure["note"] else ""
@@ -229,14 +229,14 @@ def verdict(figure: dict[str, Any]) -> str:
 
 
 def run_parts(names: list[str], run: Run, limit: float, results: dict[str, Any]) -> None:
-    """Run parts until the time is over; what is left out says so."""
+    """Run parts until the time limit; parts that were not started are marked."""
     until = time.monotonic() + limit
     longer = 1.0 if run.device.startswith("cuda") else SLOWER_ON_CPU
     for name in names:
         part, left = PARTS[name], until - time.monotonic()
         if left < part.least:
             why = f"{max(left, 0):.0f} s were left: run it by make gpu PART={name}"
-            if results["parts"].get(name, {}).get("state") != "done":  # what was measured before stays
+            if results["parts"].get(name, {}).get("state") != "done":  # earlier results stay
                 results["parts"][name] = {"title": part.title, "state": "left out", "why": why, "seconds": 0.0}
             print(f"\n{part.title} ({name}) left out: {why}", flush=True)
             save(results, run)

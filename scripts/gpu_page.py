@@ -1,4 +1,4 @@
-"""The page of `make gpu`, from its JSON."""
+"""Make the page of `make gpu` from its JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def write_page(results: dict[str, Any], order: list[str]) -> str:
-    """The whole page in Markdown, parts in this order."""
+    """Return the page in Markdown, with the parts in this order."""
     lines = [
         "# Results of `make gpu`",
         "",
@@ -24,7 +24,7 @@ def write_page(results: dict[str, Any], order: list[str]) -> str:
 
 
 def summary(parts: dict[str, dict[str, Any]]) -> list[str]:
-    """All goals in one table, and what was not measured."""
+    """Return a table of all goals, and a list of what was not measured."""
     rows = [
         [part["title"], figure["name"], number(figure), figure["goal"], verdict(figure)]
         for part in parts.values()
@@ -38,7 +38,7 @@ def summary(parts: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def section(part: dict[str, Any], commit: str) -> list[str]:
-    """One part: its command, its figures, its notes."""
+    """Return the section of a part: its command, metrics and notes."""
     if part["state"] in ("left out", "skipped") and not part.get("figures"):
         return []
     at = "" if part.get("commit") == commit else f" at commit {part.get('commit')}"
@@ -59,17 +59,17 @@ def section(part: dict[str, Any], commit: str) -> list[str]:
 
 
 def verdict(figure: dict[str, Any]) -> str:
-    """Whether the goal was met; nothing where there is none, or it is not judged at this size."""
+    """Return "met" or "missed"; empty if there is no goal, or it is not checked at this size."""
     return {True: "met", False: "missed"}.get(figure.get("met"), "")  # type: ignore[arg-type]
 
 
 def number(figure: dict[str, Any]) -> str:
-    """The value, rounded."""
+    """Return the rounded value."""
     value = figure["value"]
     return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown and an empty line."""
+    """Return a table in Markdown and an empty line."""
     cells = [header, ["---"] * len(header), *rows]
     return [*("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells), ""]

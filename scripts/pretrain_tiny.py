@@ -1,12 +1,12 @@
-"""Pretrains the embedded language model and writes `textgym/models/assets/tiny`.
+"""Pretrain the embedded language model and write `textgym/models/assets/tiny`.
 
     python scripts/pretrain_tiny.py                       # the shipped model: one CPU core, about an hour and a half
     python scripts/pretrain_tiny.py --steps 50 --output-dir runs/tiny      # a trial
-    python scripts/pretrain_tiny.py --evaluate                            # the figures of the model card, a few minutes
+    python scripts/pretrain_tiny.py --evaluate                            # the metrics of the model card, a few minutes
 
 A byte-level BPE and a Llama-architecture decoder, trained on chitchat-dataset and the train split of the movie-review
-snippets. Every row of a batch begins at the beginning of a document, because that is where generation begins. It leaves
-out what a model of two million parameters does not need: warm restarts, dropout, data parallelism.
+snippets. Every row of a batch starts at the start of a document, as generation does. Left out, because a model of two
+million parameters does not need it: warm restarts, dropout, data parallelism.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from textgym.data.files import atomic_folder
 from textgym.models.loading import load_causal_lm, load_tokenizer
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-# Turns that look like contact details, or that nobody should be greeted with, are left out of the training text.
+# Turns that look like contact details or are offensive are left out of the training text.
 UNWANTED = re.compile(
     r"\S+@\S+\.\w+|\d{3}[-. ]\d{3}[-. ]\d{4}|\b(fuck|cunt|nigg|fag|rape|porn|slut|whore|dick|pussy)", re.I
 )
@@ -50,27 +50,27 @@ class Config:
     num_heads: int = 4
     intermediate_size: int = 416
     matrix_lr: float = 0.02
-    """Muon's learning rate for the weight matrices."""
+    """Learning rate of Muon (Jordan et al., 2024), for the weight matrices."""
     embedding_lr: float = 5e-3
-    """AdamW's learning rate for the embeddings and norms."""
+    """Learning rate of AdamW, for the embeddings and norms."""
     review_weight: int = 3
-    """How often a review is drawn for each time a chat turn is."""
+    """Sampling weight of a review, relative to a chat turn."""
     seed: int = 0
     eval_every: int = 1000
     evaluate: bool = False
-    """Measure the model in `output_dir` instead of training one."""
+    """Evaluate the model in `output_dir` instead of training one."""
 
 
 @dataclass
 class Documents:
-    """Texts of one kind: `train` and `heldout` are lists of groups, a group being turns that follow each other."""
+    """Texts of one kind: `train` and `heldout` are lists of groups; a group is a list of consecutive turns."""
 
     train: list[list[str]]
     heldout: list[list[str]]
 
 
 def load_documents() -> dict[str, Documents]:
-    """Chat is held out by conversation (every fiftieth), reviews by `Snippet.split`."""
+    """Load the texts; every fiftieth conversation is held out, and reviews are held out by `Snippet.split`."""
     chats = [[turn for turn in talk if turn and not UNWANTED.search(turn)] for talk in chitchat()]
     reviews = movie_snippets()
     return {
@@ -98,7 +98,7 @@ def train_tokenizer(documents: dict[str, Documents], vocab_size: int) -> PreTrai
 
 
 class Stream:
-    """Documents laid end to end, each closed by EOS; batches are windows that begin where a document begins."""
+    """Concatenated documents with EOS after each; batches are windows that start at the start of a document."""
 
     def __init__(self, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -140,7 +140,7 @@ def nll(model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
 def bits_per_character(
     model: Any, groups: list[list[str]], tokenizer: PreTrainedTokenizerFast, context: int, stride: int = 64
 ) -> float:
-    """Bits to code held-out groups, each after one EOS, over their characters.
+    """Return bits per character of held-out groups, each after one EOS.
 
     Every token is predicted from the last `context - stride` to `context` tokens: windows overlap.
     """
@@ -151,7 +151,7 @@ def bits_per_character(
         characters += len(text) - (len(EOS) - 1) * len(group)  # an EOS counts as one character
         for start in range(0, max(len(ids) - context, 0) + stride, stride):
             window = ids[start : start + context + 1]
-            known = 0 if start == 0 else context - stride  # predicted in the window before
+            known = 0 if start == 0 else context - stride  # already predicted in the previous window
             if len(window) - 1 <= known:
                 break
             logits = model(input_ids=torch.tensor([window[:-1]])).logits[0, known:]
@@ -198,7 +198,7 @@ def train(config: Config, documents: dict[str, Documents]) -> None:
 
 
 def report(config: Config, documents: dict[str, Documents]) -> dict[str, Any]:
-    """The figures of the model card: held-out bits per character, and samples."""
+    """Print the metrics of the model card: held-out bits per character, and samples."""
     model, tokenizer = load_causal_lm(config.output_dir), load_tokenizer(config.output_dir)
     bpc = {kind: bits_per_character(model, docs.heldout, tokenizer, config.context) for kind, docs in documents.items()}
     weights = {"chat": num_characters(documents["chat"])}
@@ -225,12 +225,12 @@ def num_characters(documents: Documents) -> int:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over 200 steps, level, then linear to zero over the last 60%."""
+    """Return the learning-rate factor: linear warm-up over 200 steps, constant, linear to 0 over the last 60%."""
     return min(step / 200, 1.0, (steps - step) / (0.6 * steps))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """fp16 safetensors and tokenizer, written beside the target and moved over it."""
+    """Save fp16 safetensors and tokenizer to a temporary folder, and rename it to the target."""
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
     with atomic_folder(folder, "textgym policy", type(model).__name__, overwrite=True) as temporary:

@@ -1,10 +1,10 @@
-"""Records what TRL's DPOTrainer computes on given log-probs, for tests/agents to compare with.
+"""Record the losses of TRL's DPOTrainer on given log-probs, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
     python scripts/record_trl_dpo_losses.py --trl .peers
 
-TRL is no dependency, so its numbers are kept in tests/agents/trl_dpo_losses.json. Its "sigmoid" knows no label
-smoothing; "aot" does, and on one pair at a time the sorting that makes it another loss does nothing.
+TRL is not a dependency, so its numbers are stored in tests/agents/trl_dpo_losses.json. Its "sigmoid" has no label
+smoothing, but "aot" does; on one pair at a time "aot" equals "sigmoid", because it differs only by sorting pairs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import tyro
 
 OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_dpo_losses.json"
 PAIRS, WIDTH = 4, 6
-LENGTHS = torch.tensor([3, 6, 1, 4, 5, 2, 1, 6])  # of the chosen, then of the rejected
+LENGTHS = torch.tensor([3, 6, 1, 4, 5, 2, 1, 6])  # of the chosen responses, then of the rejected ones
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
 @dataclass
 class Args:
     trl: Path
-    """Folder that holds the `trl` package and what it imports."""
+    """Folder with the package `trl` and the packages that it imports."""
 
 
 def stub(loss: str, beta: float, label_smoothing: float) -> Any:
-    """What `_compute_loss` asks of its trainer."""
+    """Attributes and methods of a trainer that `_compute_loss` uses."""
     return SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
@@ -53,7 +53,7 @@ def stub(loss: str, beta: float, label_smoothing: float) -> Any:
 
 
 def computed(kind: Any, tokens: dict[str, torch.Tensor], pairs: list[int], trainer: Any) -> float:
-    """The loss of some of the pairs."""
+    """Return the loss of some of the pairs."""
     rows = torch.tensor([*pairs, *(PAIRS + pair for pair in pairs)])
     mask = tokens["mask"][rows]
     reference = (tokens["reference"] * tokens["mask"]).sum(1)[rows]

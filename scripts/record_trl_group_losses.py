@@ -1,9 +1,9 @@
-"""Records what TRL's GRPOTrainer and RLOOTrainer compute on given log-probs, for tests/agents to compare with.
+"""Record the losses of TRL's GRPOTrainer and RLOOTrainer on given log-probs, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
     python scripts/record_trl_group_losses.py --trl .peers
 
-TRL is no dependency, so its numbers are kept in tests/agents/trl_group_losses.json.
+TRL is not a dependency, so its numbers are stored in tests/agents/trl_group_losses.json.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LENGTHS, WIDTH, LONGEST = (3, 5, 1, 4), 5, 6
 @dataclass
 class Args:
     trl: Path
-    """Folder that holds the `trl` package and what it imports."""
+    """Folder with the package `trl` and the packages that it imports."""
 
 
 def stub(tokens: dict[str, torch.Tensor], **settings: Any) -> Any:
-    """What `_compute_loss` asks of its trainer, with a model whose log-probs are given."""
+    """Attributes and methods of a trainer that `_compute_loss` uses, with a model whose log-probs are given."""
     same = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, **_: x, num_processes=1)
     defaults: dict[str, Any] = {
         "accelerator": same,

@@ -1,10 +1,10 @@
-"""Records what the PPO of TRL 1.12, its last, computes on given tensors, for tests/agents to compare with.
+"""Record the numbers of TRL 1.12's PPO, its last one, on given tensors, for comparison in tests/agents.
 
     pip install --target .peers-ppo --no-deps trl==1.12.0
     python scripts/record_trl_ppo.py --trl .peers-ppo
 
-Its arithmetic stands inside one long `train`, so the installed source is parsed, and the statements that set the names
-below are run as they are, in their order, on tensors of ours. The numbers are kept in tests/agents/trl_ppo.json.
+TRL computes them inside one long method, `train`. So this script parses the installed source and runs the statements
+that set the names below, unchanged and in order, on given tensors. The numbers are stored in tests/agents/trl_ppo.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_ppo.json"
 SOURCE = Path("trl", "experimental", "ppo", "ppo_trainer.py")
 HELPERS = ("masked_mean", "masked_var", "masked_whiten")
 BEFORE = "response_idxs"
-"""The first statement that is run, as earlier ones collect responses."""
+"""The first statement that is run; earlier ones collect responses."""
 NAMES = set(
     re.findall(
         r"\w+",
@@ -40,17 +40,17 @@ NAMES = set(
     )
 )
 RECORDED = ("rewards", "values", "returns", "advantages", "vpred", "vf_loss", "vf_clipfrac", "pg_loss", "pg_clipfrac")
-ROWS, WIDTH, LAST = 4, 6, (2, 5, 0, 4)  # the place of each response's last token; one fills the width
+ROWS, WIDTH, LAST = 4, 6, (2, 5, 0, 4)  # index of each response's last token; one fills the width
 
 
 @dataclass
 class Args:
     trl: Path
-    """Folder that holds the `trl` package."""
+    """Folder with the package `trl`."""
 
 
 def targets(statement: ast.stmt) -> set[str]:
-    """Names that a statement sets, in itself or anywhere inside it."""
+    """Return the names that a statement, or one nested in it, sets."""
     return {
         node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     } | {
@@ -61,7 +61,7 @@ def targets(statement: ast.stmt) -> set[str]:
 
 
 def chosen(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Assignments to the needed names; loops and branches that set nothing else are taken whole, others entered."""
+    """Yield assignments to the needed names; loops and branches that set only these are yielded whole."""
     for statement in statements:
         names = targets(statement) - {"t"}  # the step of the loop over time
         if names and names <= NAMES:
@@ -71,7 +71,7 @@ def chosen(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def statements_of(source: str) -> list[ast.stmt]:
-    """The helpers and the chosen statements of `train`, in their order."""
+    """Return the helpers and the selected statements of `train`, in order."""
     module = ast.parse(source)
     helpers: list[ast.stmt] = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name in HELPERS]
     train = next(n for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.name == "train")
@@ -81,7 +81,7 @@ def statements_of(source: str) -> list[ast.stmt]:
 
 
 def given(gamma: float, lam: float, whiten_rewards: bool) -> dict[str, Any]:
-    """What the statements read and do not set."""
+    """Return the variables that the statements read but do not set."""
     rng = torch.Generator().manual_seed(0)
     old = -torch.rand(ROWS, WIDTH, generator=rng) - 0.5
     new = old + 0.3 * torch.randn(ROWS, WIDTH, generator=rng)

@@ -1,9 +1,9 @@
-"""Records what TRL's RewardTrainer computes on given scores, for test_pairwise.py to compare with.
+"""Record the loss of TRL's RewardTrainer on given scores, for comparison in test_pairwise.py.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
     python scripts/record_trl_reward_loss.py --trl .peers
 
-TRL is no dependency, so its numbers are kept in tests/textgym/rewards/models/trl_reward_loss.json.
+TRL is not a dependency, so its numbers are stored in tests/textgym/rewards/models/trl_reward_loss.json.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ OUTPUT = Path(__file__).parents[1] / "tests" / "textgym" / "rewards" / "models" 
 @dataclass
 class Args:
     trl: Path
-    """Folder that holds the `trl` package and what it imports."""
+    """Folder with the package `trl` and the packages that it imports."""
 
 
 def trl_loss(trainer_class: Any, scores: torch.Tensor, margin: list[float] | None, center: float | None) -> float:
-    """TRL's own `compute_loss`, with a model that answers with these scores, chosen first."""
+    """Return the loss of TRL's `compute_loss`, with a model that returns these scores, those of chosen texts first."""
     accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = SimpleNamespace(
         args=SimpleNamespace(center_rewards_coefficient=center),

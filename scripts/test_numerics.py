@@ -1,11 +1,11 @@
-"""Runs the tests that are sensitive to rounding under several kinds of arithmetic, and prints a table.
+"""Run the tests that are sensitive to rounding with several numerical settings, and print a table.
 
     python scripts/test_numerics.py
     python scripts/test_numerics.py --capabilities default --cbwr COMPATIBLE --threads 1
 
-`ATEN_CPU_CAPABILITY` chooses among PyTorch's kernels ("native" leaves the choice to it), `MKL_CBWR` among MKL's, and
-`OMP_NUM_THREADS` says how sums are split. A row runs the tests marked `numerics`, then trains for a few updates, kills
-the run with SIGKILL, resumes it, and compares the bytes of its weights with those of an undisturbed run.
+`ATEN_CPU_CAPABILITY` selects PyTorch's kernels ("native" for PyTorch's own choice), `MKL_CBWR` those of MKL, and
+`OMP_NUM_THREADS` the number of parts of sums. A row runs the tests marked `numerics`, then trains for a few updates,
+kills the run with SIGKILL, resumes it, and compares the bytes of its weights with those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAIN = [
     *("--env", "textgym/Sentiment-v0", "--env-kwargs", json.dumps({"max_new_tokens": 4})),
     *("--num-envs", "16", "--episodes-per-update", "16", "--total-episodes", "64", "--checkpoint-every", "1"),
 ]
-"""A run of four updates of PPO."""
+"""Arguments of a PPO run with four updates."""
 
 
 @dataclass
@@ -39,22 +39,22 @@ class Config:
     cbwr: tuple[str, ...] = ("unset", "COMPATIBLE", "AVX2,STRICT")
     threads: tuple[int, ...] = (1, 2)
     resume: bool = True
-    """Whether each row also kills and resumes a run."""
+    """Whether each row kills and resumes a run."""
 
 
 def environment(capability: str, cbwr: str, threads: int) -> dict[str, str]:
-    """The environment of a row of the table."""
+    """Return the environment variables of a row of the table."""
     variables = {name: text for name, text in os.environ.items() if name not in ("ATEN_CPU_CAPABILITY", "MKL_CBWR")}
     if capability != "native":
         variables["ATEN_CPU_CAPABILITY"] = capability
     if cbwr != "unset":
         variables["MKL_CBWR"] = cbwr
-    # Threads that wait let others run, instead of spinning: beside another process, two are many times slower else.
+    # Waiting threads must not spin: if another process runs, two spinning threads are many times slower.
     return variables | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def run_tests(variables: dict[str, str], folder: Path) -> tuple[int, int, float]:
-    """Returns how many tests passed, how many failed, and the seconds; the names of those that failed are printed."""
+    """Return the number of passed tests, of failed tests, and the seconds; print the names of failed tests."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-m", "numerics", "--quiet", "--tb=short", f"--junitxml={report}"]
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
@@ -70,10 +70,10 @@ def run_tests(variables: dict[str, str], folder: Path) -> tuple[int, int, float]
 
 
 def resumes(variables: dict[str, str], folder: Path) -> bool:
-    """Returns whether a run that was killed and resumed ends with the bytes of an undisturbed one."""
+    """Return whether a run that is killed and resumed ends with the bytes of an uninterrupted one."""
 
     def train(name: str, *flags: str) -> subprocess.Popen[bytes]:
-        # Equal bits rest on what --deterministic sets where the grid leaves it unset: docs/rounding.md
+        # Equal bits need the variables that --deterministic sets unless the row sets them: docs/rounding.md
         command = [sys.executable, "-m", "textgym", "train", "--deterministic", "--output-dir", str(folder / name)]
         with (folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen([*command, *TRAIN, *flags], env=variables, stdout=log, stderr=log)
@@ -95,7 +95,7 @@ def resumes(variables: dict[str, str], folder: Path) -> bool:
 
 
 def processor() -> str:
-    """The name of the processor, as far as the system tells it."""
+    """Return the name of the processor, if the system has it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -103,7 +103,7 @@ def processor() -> str:
 
 
 def main(config: Config) -> bool:
-    """Prints the table; whether all of it is as it should be."""
+    """Print the table, and return whether all rows passed."""
     print(f"{processor()}; {platform.platform()}\n", flush=True)
     print("| ATEN_CPU_CAPABILITY | MKL_CBWR | threads | passed | failed | seconds | killed and resumed |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)

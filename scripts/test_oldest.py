@@ -3,9 +3,9 @@
     make test-oldest
     python scripts/test_oldest.py --python python3.12 --folder /tmp/oldest -- -x tests/agents
 
-It makes a virtual environment, which takes several GB since the index serves torch with CUDA, and installs every bound
-`name>=version` of the dependencies and of the extras below as `name==version`. What these need besides is as new as pip
-finds it. What follows `--` goes to pytest. The environment is kept, and made anew when the bounds change.
+It makes a virtual environment of several GB, because PyPI's torch contains CUDA, and installs every lower bound
+`name>=version` of the dependencies and of the extras below as `name==version`. Their own dependencies have the newest
+versions. Arguments after `--` go to pytest. The environment is kept, and made again when the bounds change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOT_TESTED = ("mypy", "pre-commit", "ruff")  # tools that no test imports
 
 
 def oldest() -> list[str]:
-    """The oldest allowed version of every dependency that tests use, as pip's requirements."""
+    """Return the oldest allowed version of every dependency that tests use, as requirements of pip."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     bounds = [*project["dependencies"], *(bound for extra in EXTRAS for bound in extras[extra])]
@@ -32,12 +32,12 @@ def oldest() -> list[str]:
 
 
 def find_python() -> str:
-    """Python 3.12, which GPU machines have, or this one."""
+    """Return Python 3.12, which GPU machines usually have, or this Python."""
     return shutil.which("python3.12") or sys.executable
 
 
 def install(python: str, folder: Path) -> Path:
-    """Make the environment unless it has these versions already; return its Python."""
+    """Make the environment unless it already has these versions; return its Python."""
     wanted, done, interpreter = "\n".join(oldest()), folder / "installed.txt", folder / "bin" / "python"
     if not done.exists() or done.read_text() != wanted:
         subprocess.run([python, "-m", "venv", folder], check=True)

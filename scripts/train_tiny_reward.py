@@ -1,11 +1,11 @@
-"""Trains the embedded reward model on the embedded language model's trunk; writes `textgym/models/assets/tiny_reward`.
+"""Train the embedded reward model on the embedded language model's trunk; write `textgym/models/assets/tiny_reward`.
 
     python scripts/train_tiny_reward.py                            # the shipped model: one CPU core, a minute
     python scripts/train_tiny_reward.py --reward-model.epochs 0.1 --output-dir runs/tiny_reward    # a trial
 
-Preferences come from the human ratings of the train split; accuracy is measured on pairs of the other two. Gain and
-bias are set on the reference model's own completions of the bundled openings, so that the score of
-`textgym/Sentiment-v0` has mean 0 and deviation 1 before training. The figures of the model card go to `figures.json`.
+Preferences come from the human ratings of the train split; accuracy is on pairs of the other two splits. Gain and
+bias are calibrated on the reference's completions of the bundled openings, so that the score of
+`textgym/Sentiment-v0` has mean 0 and standard deviation 1 before training. Metrics are written to `figures.json`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
 
 
 def reference_samples(config: Config, reward_model: RewardModel) -> list[str]:
-    """Prompts with completions, as `textgym/Sentiment-v0` would show them to the reward model."""
+    """Return prompts with completions, as `textgym/Sentiment-v0` passes them to the reward model."""
     models: dict[str, Any] = {"tokenizer": config.base, "reference": config.base, "reward": reward_model}
     envs = gym.make_vec("textgym/Sentiment-v0", 50, kl_mode="deferred", array="torch", **models)
     num_prompts = len(envs.unwrapped.task.rows)  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def reference_samples(config: Config, reward_model: RewardModel) -> list[str]:
 
 
 def correlation(reward_model: RewardModel, snippets: list[Snippet]) -> float:
-    """Pearson correlation of scores and human ratings."""
+    """Return the Pearson correlation of scores and human ratings."""
     scores = reward_model.score_texts([snippet.text for snippet in snippets]).numpy()
     return float(np.corrcoef(scores, [snippet.rating for snippet in snippets])[0, 1])
 

@@ -1,4 +1,4 @@
-"""Adam's moments in 8 bits beside 32: peak memory and time of an update of PPO. Needs bitsandbytes."""
+"""Adam with 8-bit moments compared with 32-bit: peak memory and time of a PPO update. Needs bitsandbytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding at 1B weights in bfloat16, 64 rows: its share of the bandwidth of memory, measured in the same process."""
+"""Decoding with 1B weights in bfloat16, 64 rows: its share of the memory bandwidth, measured in the same process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Log-probs and their gradients with a large vocabulary, by how many tokens' logits are worked on at once.
+"""Time and memory of log-probs and their gradients with a large vocabulary, by the number of tokens in a chunk.
 
-Each chunk reads the whole embedding, so small ones are slow on a GPU; large ones take memory. `chunk_tokens` chooses.
+Each chunk reads the whole embedding, so small chunks are slow on a GPU; large chunks need memory. The default is the
+choice of `chunk_tokens`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decoding beside transformers' `generate`, with and without captured steps: the embedded model, and one of 80M."""
+"""Decoding compared with transformers' `generate`, with and without CUDA graphs: the embedded model, and one of 80M."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def beside_generate(name: str, config: Config, judged: bool) -> None:
 
 
 def captured(name: str, config: Config) -> None:
-    """Tokens a second with captured steps, and how many times that is without."""
+    """Return tokens per second with captured steps, and its ratio to tokens per second without them."""
     policy = ActorCritic.from_pretrained(config.model, device=config.device)
     width = config.prompt_tokens + config.new_tokens
     prompts = torch.randint(3, 300, (config.rows, width), device=policy.device)
@@ -46,7 +46,7 @@ def captured(name: str, config: Config) -> None:
     for _ in range(2 + config.repeats):
         seconds["captured"].append(timed(lambda: policy.generate(prompts, lengths, config.new_tokens, stop)))
         seconds["eager"].append(timed(lambda: eager.generate(prompts, lengths)))
-    fast, slow = (statistics.median(column[2:]) for column in seconds.values())  # the first two capture
+    fast, slow = (statistics.median(column[2:]) for column in seconds.values())  # without the first two, which capture
     tokens = config.rows * config.new_tokens
     tell(
         f"{name}: response tokens a second",

@@ -1,4 +1,4 @@
-"""The tests of tests/gpu and tests/on_cuda: float32 without TF32 is the CPU's to rounding, bfloat16 in its band."""
+"""Tests of tests/gpu and tests/on_cuda: float32 without TF32 equals the CPU up to rounding; bfloat16 is in its band."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHOWN = 20
 def run_tests(device: str, results: Path) -> int:
     """Run pytest without the plugins and options of pyproject.toml that may be missing here; return its exit code."""
     options = ["-o", "addopts=--import-mode=importlib", "-o", "minversion=7.0", "-p", "no:cacheprovider"]
-    # -P: the current folder is not searched, where textgym stands without its agents.
+    # -P: do not import from the current folder, where textgym has no `agents`.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=short", *options, f"--junitxml={results}"]
     environment = {**os.environ, "TEXTGYM_DEVICE": device, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    scenarios = ["tests/on_cuda"] if device.startswith("cuda") else []  # they name the device themselves
+    scenarios = ["tests/on_cuda"] if device.startswith("cuda") else []  # these tests choose the device themselves
     return subprocess.run([*command, "tests/gpu", *scenarios], cwd=ROOT, env=environment).returncode
 
 

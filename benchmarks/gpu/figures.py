@@ -1,4 +1,4 @@
-"""How a part of `make gpu` tells its figures: a line for people, and a JSON object that scripts/gpu.py collects."""
+"""Output of a part of `make gpu`: for each metric a line of text, and a JSON object that scripts/gpu.py collects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textgym.models.machine.devices import resolve_device
 
 
 def start(description: str | None) -> torch.device:
-    """Read the command line of a part, which is `--device` alone, and set up torch: no TF32, since it is not float32.
+    """Read the command line of a part, which has only `--device`, and disable TF32, which is less precise than float32.
 
     Exits with one line if there is no such device.
     """
@@ -44,7 +44,7 @@ def tell(
     judged: bool = True,
     note: str = "",
 ) -> None:
-    """Print a figure. Not `judged`, its goal is shown and neither met nor missed, as at toy size."""
+    """Print a metric with its goal; if not `judged`, as at toy size, the goal is shown but not checked."""
     figure: dict[str, Any] = {"name": name, "value": value, "unit": unit, "note": note}
     if at_most is not None or at_least is not None:
         figure["goal"] = f"at most {at_most:g}" if at_most is not None else f"at least {at_least:g}"
@@ -54,12 +54,12 @@ def tell(
 
 
 def note(text: str) -> None:
-    """Print a line that belongs on the page, such as a size that had to be smaller."""
+    """Print a line for the page of results, such as a size that had to be smaller."""
     say({"note": text})
 
 
 def skip(why: str) -> NoReturn:
-    """End the part with the reason why it measures nothing (more)."""
+    """End the part and print the reason."""
     say({"skipped": why})
     sys.exit(0)
 

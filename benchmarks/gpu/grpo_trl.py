@@ -1,4 +1,4 @@
-"""An update of GRPO beside TRL's GRPOTrainer on the embedded model, with Liger kernels on TRL's side where they are."""
+"""A GRPO update compared with TRL's GRPOTrainer on the embedded model; TRL uses Liger kernels if they are installed."""
 
 from __future__ import annotations
 

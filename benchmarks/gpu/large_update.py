@@ -1,6 +1,6 @@
-"""One update of PPO with a model of 1.2B weights and its passes in bfloat16: time, memory, tokens, share of peak FLOPs.
+"""One PPO update of a model with 1.2B weights, with passes in bfloat16: time, memory, tokens, share of peak FLOPs.
 
-Weights and Adam's moments are float32, 16 bytes a weight with the gradient; the frozen reference adds 4.
+Weights, gradients and Adam's two moments are float32, 16 bytes per weight; the frozen reference adds 4.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BYTES_PER_WEIGHT = 20.0
 def make_agent(
     size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int, eight_bit: bool = False
 ) -> PPO:
-    """PPO on a random model and a reward that costs nothing; one epoch of two minibatches of full-length responses."""
+    """Make PPO with a random model and a free reward; one epoch of two minibatches, responses of full length."""
     envs = gym.make_vec(
         "textgym/Text-v0",
         num_envs=rows,
@@ -53,7 +53,7 @@ def make_agent(
 
 
 def timed_updates(agent: PPO, rows: int, count: int) -> list[dict[str, float]]:
-    """Seconds and memory of several updates after one to warm up; steps are captured from the second one on."""
+    """Return seconds and memory of several updates after a warm-up; steps are captured from the second update on."""
     figures: list[dict[str, float]] = []
     clock = {"started": 0.0}
 
@@ -70,7 +70,7 @@ def timed_updates(agent: PPO, rows: int, count: int) -> list[dict[str, float]]:
 
 
 def flops_of_update(agent: PPO, rows: int) -> int:
-    """Operations of the update without its rollout, counted in one more update, which the count slows."""
+    """Count the operations of an update without its rollout, in one more update, because counting is slow."""
     counted: list[int] = []
     update: Callable[..., Any] = agent.update
 

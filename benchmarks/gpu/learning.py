@@ -1,4 +1,4 @@
-"""A short run of PPO that learns: gain and KL at the end; and the same run, stopped half-way, saved and resumed."""
+"""A short PPO run: gain and KL at the end; and the same run, stopped half-way, saved and resumed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from textgym.agents import PPO, PPOConfig
 from textgym.models.actor_critic import ActorCritic
 
 GAIN = 0.5
-"""Of the score, ten times the share of vowels: a policy that learns goes beyond, one that does not stays near 0."""
+"""Minimum gain of the score (ten times the share of vowels); the gain of a policy that does not learn is near 0."""
 
 
 def vowels(completions: list[str]) -> list[float]:
-    """Ten times the share of vowels among the characters of each text."""
+    """Return ten times the share of vowels among the characters of each text."""
     return [10 * sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
 
@@ -36,7 +36,7 @@ def make_envs(device: torch.device, rows: int, new_tokens: int) -> Any:
 
 
 def first_and_last(scores: list[float]) -> float:
-    """The mean score of the last three updates over that of the first one."""
+    """Return the mean score of the last three updates minus that of the first one."""
     return statistics.mean(scores[-3:]) - scores[0]
 
 

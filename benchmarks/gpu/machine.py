@@ -1,4 +1,4 @@
-"""The machine: GPU, driver, versions, memory, bandwidth, and the operations a second that matrix products reach."""
+"""The machine: GPU, driver, versions, memory, bandwidth, and peak FLOP/s of matrix products."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def version(name: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the processor's name, if the system has it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -45,7 +45,7 @@ def processor() -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What the page says of the machine."""
+    """Return the description of the machine for the page of results."""
     found = {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         "system": platform.platform(),

@@ -1,4 +1,4 @@
-"""Random models of the sizes that parts measure, made on the device: no network, no copy from the host."""
+"""Random models of several sizes, made on the device: no network, no copy from the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 class Size(NamedTuple):
-    """Of a random Llama."""
+    """Size of a random Llama."""
 
     hidden_size: int
     layers: int
@@ -20,13 +20,13 @@ class Size(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Weights, the tied embedding counted once; keys and values have a quarter of the queries' heads."""
+        """Number of weights; the tied embedding counts once, and there are four query heads per key head."""
         layer = self.hidden_size**2 * (2 + 2 / 4 + 3 * 4)
         return int(self.vocab_size * self.hidden_size + self.layers * layer)
 
 
 BILLION = (Size(2048, 16, 128_000), Size(1024, 16, 64_000), Size(512, 8, 32_000))
-"""About 1.2, 0.3 and 0.05 billion weights: the first is what is asked for, the others fit smaller GPUs."""
+"""About 1.2, 0.3 and 0.05 billion weights: the first is the standard, the others are for smaller GPUs."""
 TOY = (Size(64, 2, 500),)
 
 
@@ -39,7 +39,7 @@ def fitting(sizes: tuple[Size, ...], device: torch.device, bytes_per_weight: flo
 
 
 def make_model(size: Size, context: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A random Llama; seed 0."""
+    """Make a random Llama with seed 0."""
     torch.manual_seed(0)
     with torch.device(device):
         lm = random_llama(size.hidden_size, size.layers, size.vocab_size, context)
@@ -47,19 +47,19 @@ def make_model(size: Size, context: int, device: torch.device, dtype: torch.dtyp
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Its tokens are the words w0, w1, ...; w1 ends a text and w2 pads."""
+    """Make a tokenizer whose tokens are the words w0, w1, ...; w1 is EOS and w2 the padding."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
 
 
 def word_prompts(rows: int, tokens: int, vocab_size: int) -> list[str]:
-    """Different prompts of so many tokens each."""
+    """Return different prompts with this number of tokens each."""
     return [" ".join(f"w{3 + (row * tokens + i) % (vocab_size - 3)}" for i in range(tokens)) for row in range(rows)]
 
 
 def save_model(size: Size, context: int, folder: Path, dtype: torch.dtype) -> None:
-    """Write a random Llama and its tokenizer as transformers loads them."""
+    """Write a random Llama and its tokenizer in transformers' format."""
     lm: Any = make_model(size, context, torch.device("cpu"), dtype)
     lm.config.eos_token_id, lm.config.pad_token_id, lm.config.bos_token_id = 1, 2, None
     lm.generation_config.eos_token_id, lm.generation_config.pad_token_id = 1, 2

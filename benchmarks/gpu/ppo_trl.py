@@ -1,4 +1,4 @@
-"""An update of PPO beside TRL 1.12's, the last with a PPO, on the embedded model: every response of full length."""
+"""A PPO update compared with TRL 1.12's, its last version with PPO: the embedded model, full-length responses."""
 
 from __future__ import annotations
 

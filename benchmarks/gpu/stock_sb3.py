@@ -1,4 +1,4 @@
-"""Unmodified PPO of Stable-Baselines3 at 48 tokens: textgym's policy and buffer beside a policy without a cache."""
+"""Unmodified PPO of Stable-Baselines3 at 48 tokens: textgym's policy and buffer compared with one without a cache."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from figures import start, tell
 from sb3 import Config, compare
 
 GOAL = 20
-"""Times as fast as the plain side."""
+"""Goal: times as fast as the plain side."""
 
 
 def main() -> None:
     device = start(__doc__)
-    warnings.filterwarnings("ignore")  # SB3's own, on minibatches and on GPUs
+    warnings.filterwarnings("ignore")  # SB3's warnings about minibatches and GPUs
     on_gpu = device.type == "cuda"
     config = Config(rows=16, epochs=4, repeats=2) if on_gpu else Config(rows=4, epochs=1, minibatches=2, repeats=1)
     tokens = 48 if on_gpu else 6

@@ -1,8 +1,8 @@
-"""Whole episodes as agents play them and as others do, and how long the environment takes of it.
+"""Time of whole episodes and of the environment in them, for textgym's agents and for step-by-step loops.
 
-Agents write whole responses and submit them (`textgym.agents.common.rollout.collect`). Whoever brings an algorithm of
-another library steps through the environment token by token (`step_through`). A `Stopwatch` tells the time of either
-by phase.
+textgym's agents generate whole responses and submit them (`textgym.agents.common.rollout.collect`). Algorithms of other
+libraries step through the environment token by token (`step_through`). A `Stopwatch` measures the time of both by
+phase.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from textgym.models.machine.profiled_phases import listen, phase
 
 
 def step_through(envs: Any, policy: Any, options: dict[str, Any] | None = None) -> None:
-    """One episode of full length in every row, token by token."""
+    """Run one episode of full length in every row, token by token."""
     base_env = envs.unwrapped
     with phase("environment"):
         observation, _ = envs.reset(options=options)
@@ -38,11 +38,11 @@ def _masks(base_env: Any) -> Any:
 
 
 class Stopwatch:
-    """Seconds by phase while `play` runs; what lies within a phase is named like a path, such as "decode/decode".
+    """Measures seconds by phase while `play` runs; nested phases have names like paths, such as "decode/decode".
 
-    The same figures come of either way to play, without the pass over the prompt: `environment` is the time of `reset`
-    and `step`, or of `reset` and `submit`, `decode` that of all tokens but the first, and `attention` is the part of it
-    that somebody marked so.
+    Both kinds of episodes have the same metrics, without encoding the prompt: `environment` is the time of `reset`
+    and `step`, or of `reset` and `submit`; `decode` is that of all tokens after the first; and `attention` is the part
+    of it in phases named "attention".
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -52,7 +52,7 @@ class Stopwatch:
         self.started: list[float] = []
 
     def time(self, play: Callable[[], Any]) -> Stopwatch:
-        """Runs it once."""
+        """Run `play` once."""
         listen(self)
         try:
             play()
@@ -77,12 +77,12 @@ class Stopwatch:
         return "decode/decode" if "decode/decode" in self.seconds else "decode"  # `write` marks each within its whole
 
     def enter(self, name: str) -> None:
-        """A phase begins."""
+        """Start a phase."""
         self.path.append(name)
         self.started.append(self._now())
 
     def leave(self) -> None:
-        """The newest phase ends."""
+        """End the innermost phase."""
         self.seconds["/".join(self.path)] += self._now() - self.started.pop()
         self.path.pop()
 
@@ -92,11 +92,11 @@ class Stopwatch:
 
 
 def synchronize() -> None:
-    """Waits for the GPU, if there is one, so that the time of what it still does is not another's."""
+    """Wait for the GPU, if there is one, so that its remaining work is not timed as part of the next work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def endless_prompts(count: int, lines: Sequence[str]) -> list[str]:
-    """Different texts longer than any budget, so that an environment cuts each to exactly `max_prompt_tokens`."""
+    """Return different texts that are so long that an environment cuts each to exactly `max_prompt_tokens`."""
     return ["\n".join([*lines[row % len(lines) :], *lines[: row % len(lines)]]) for row in range(count)]

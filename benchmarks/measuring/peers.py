@@ -1,14 +1,15 @@
-"""What benchmarks beside other libraries share: both sides in processes of their own, in turns; FLOPs; tables.
+"""Shared code of benchmarks against other libraries: a process for each side, taking turns; FLOPs; tables.
 
-A peer is no dependency. It is installed beside the project and found by path. What TRL imports besides goes to a folder
-called site-packages, since `dill` takes modules from anywhere else for the user's own and fails to hash them:
+Other libraries are not dependencies of the project. They are installed in folders of their own and found by path. The
+packages that TRL imports must be in a folder named site-packages, because `dill` treats modules elsewhere as user code
+that it has to pickle, and then fails to hash them:
 
     pip install --target .peers/trl-1.16 --no-deps trl==1.16.0
     pip install --target .peers/trl-1.12 --no-deps trl==1.12.0
     pip install --target .peers/site-packages --no-deps datasets dill multiprocess pandas pyarrow python-dateutil xxhash
 
-Each side is a script in a process of its own, so that neither side's imports, caches or memory touch the other's. It
-does one piece of work when it is asked (`Side`, `Clock`), or one in all (`run_script`, `say`).
+Each side is a script in a process of its own, so that the sides do not share imports, caches or memory. A script does
+one piece of work per request (`Side`, `Clock`), or only one (`run_script`, `say`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Paths = Sequence[str | Path]
 
 
 class Side:
-    """A script that does one piece of work each time it is asked, timed by its `Clock`; a context manager.
+    """Context manager: a process whose script does one piece of work per request, and times it with `Clock`.
 
     Args:
-        libraries: folders that `pip install --target` filled; they come before the environment's own packages.
-        threads: of OpenMP.
+        libraries: Folders made by `pip install --target`; they come before the environment's own packages.
+        threads: Number of OpenMP threads.
     """
 
     def __init__(self, script: str | Path, *arguments: object, libraries: Paths = (), threads: int = 1) -> None:
@@ -45,7 +46,7 @@ class Side:
         )
 
     def work(self) -> Figures:
-        """Asks for one piece; returns what the script's clock says of it: at least `seconds` and `cpu_seconds`."""
+        """Request one piece of work; return the metrics of the script's clock, at least `seconds` and `cpu_seconds`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(file=self.process.stdin, flush=True)
@@ -60,25 +61,25 @@ class Side:
 
 
 class Clock:
-    """The other end of a `Side`, in its script: `start`, then `lap` after each piece of work."""
+    """Clock in the script of a `Side`: call `start`, and `lap` after each piece of work."""
 
     def start(self) -> None:
-        """Waits until the next piece is asked for."""
+        """Wait for the next request."""
         sys.stdin.readline()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def lap(self, **figures: float) -> None:
-        """Says how long the piece took, and figures of it; then waits for the next."""
+        """Print the time and the metrics of a piece of work, and wait for the next request."""
         spent = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
         say({**spent, **figures})
         self.start()
 
 
 def run_script(script: str | Path, *arguments: object, libraries: Paths = (), threads: int = 1) -> Figures:
-    """Runs a script in a process of its own and returns the first JSON object that it prints; arguments as of `Side`.
+    """Run a script in a process and return the first JSON object that it prints; the arguments are those of `Side`.
 
     Raises:
-        RuntimeError: the script failed; with the end of what it wrote.
+        RuntimeError: If the script fails; the message has the end of its output.
     """
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, env=_environment(libraries, threads), capture_output=True, text=True)
@@ -88,21 +89,21 @@ def run_script(script: str | Path, *arguments: object, libraries: Paths = (), th
 
 
 def say(figures: Mapping[str, Any]) -> None:
-    """Prints what `run_script` and `Side` read."""
+    """Print metrics as JSON for `run_script` and `Side`."""
     print(json.dumps(figures), flush=True)
 
 
 def in_turns(
     ours: Callable[[], Figures], theirs: Callable[[], Figures], repeats: int
 ) -> tuple[Figures, list[Figures], list[Figures]]:
-    """Lets both sides work in turns, so that a busy machine slows both.
+    """Run both sides in turns, so that other load on the machine slows both.
 
     Returns:
-        The median seconds of both sides, and median, least and greatest of the paired ratios, ours over theirs, of wall
-        time, with the median ratio of CPU time beside it; then what each side said.
+        Median seconds of both sides; median, minimum and maximum of the paired ratios of wall time, ours / theirs; the
+        median ratio of CPU time; and the metrics that each side printed.
     """
     mine, peers = [], []
-    for repeat in range(repeats):  # the side that goes first changes, since a machine may slow down steadily
+    for repeat in range(repeats):  # the first side alternates, because a machine may slow down over time
         for side, said in ((ours, mine), (theirs, peers))[:: 1 if repeat % 2 == 0 else -1]:
             said.append(side())
     ratios = _ratios(mine, peers, "seconds")
@@ -121,7 +122,7 @@ def in_turns(
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products and attention, forward and backward."""
+    """Count floating-point operations of matrix products and attention, forward and backward."""
     from textgym.models.machine.flops import FlopCount
 
     with FlopCount() as count:
@@ -130,7 +131,7 @@ def count_flops(run: Callable[[], Any]) -> int:
 
 
 def report(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Prints a Markdown table, row by row as they come, and the same figures unrounded as JSON."""
+    """Print a Markdown table, each row as soon as it is known, and the unrounded numbers as JSON."""
     seen = []
     for row in rows:
         if not seen:
@@ -156,10 +157,10 @@ def _environment(libraries: Paths, threads: int) -> dict[str, str]:
 
 
 def _first_object(lines: Iterable[str] | IO[str]) -> Figures:
-    """The first line that is a JSON object, past whatever else a library prints.
+    """Return the first line that is a JSON object; other lines are output of libraries.
 
     Raises:
-        RuntimeError: there is none; the script ended before it said anything.
+        RuntimeError: If there is none, because the script ended early.
     """
     for line in lines:
         try:

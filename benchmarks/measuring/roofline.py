@@ -1,4 +1,4 @@
-"""Bytes that a decoded token has to read, and how fast a device can read at all."""
+"""Roofline of decoding: bytes that a step must read, and the memory bandwidth of the device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from measuring.peers import Figures
 from textgym.models.distributions.log_probs import StopRule
 
 BAR = 0.5
-"""Of the measured bandwidth, on a GPU at 1B parameters in bf16 with 64 rows."""
+"""Minimum share of the measured bandwidth, on a GPU with 1B parameters in bf16 and 64 rows."""
 
 
 def random_llama(hidden_size: int, layers: int, vocab_size: int, context: int) -> LlamaForCausalLM:
-    """Of the shape of Llama 3.2: four queries to a key, an MLP four times as wide, one embedding at both ends."""
+    """Make a random model like Llama 3.2: four query heads per key head, an MLP of fourfold width, tied embeddings."""
     heads = max(1, hidden_size // 64)
     shape = LlamaConfig(
         vocab_size=vocab_size,
@@ -36,13 +36,13 @@ def random_llama(hidden_size: int, layers: int, vocab_size: int, context: int) -
 
 
 def bytes_per_step(lm: Any, rows: int, context: float) -> dict[str, float]:
-    """Bytes that one step of `rows` rows has to read: every weight once, and the keys and values of the contexts.
+    """Return the bytes that one step of `rows` rows must read: all weights once, and keys and values of the contexts.
 
-    An input embedding of its own is not read but for the rows' tokens; one that is the head's too is read as the head.
-    `context` counts the tokens attended to, the newest included. What is written, activations and logits, is left out.
+    Of an untied input embedding only the rows of the tokens are read; a tied one is read completely, by the head.
+    `context` is the number of tokens attended to, with the newest. Activations and logits are left out.
     """
     config, table = lm.config, lm.get_input_embeddings().weight
-    weights = sum(parameter.nbytes for parameter in lm.parameters())  # names a tied weight once
+    weights = sum(parameter.nbytes for parameter in lm.parameters())  # a tied weight counts once
     if table is not lm.get_output_embeddings().weight:
         weights -= table.nbytes
     weights += rows * config.hidden_size * table.itemsize
@@ -52,9 +52,9 @@ def bytes_per_step(lm: Any, rows: int, context: float) -> dict[str, float]:
 
 
 def bandwidth(device: torch.device, megabytes: int, repeats: int = 10) -> float:
-    """Bytes a second of a = b + 2 c on float32 arrays of so many MB each: two read, one written; the best of repeats.
+    """Measure bytes per second of a = b + 2 c on float32 arrays of some MB each: two reads, one write; best of repeats.
 
-    The arrays must be many times the size of the device's caches. It is STREAM's triad (McCalpin, 1995).
+    The arrays must be much larger than the device's caches. This is the triad of STREAM (McCalpin, 1995).
     """
     a, b, c = (torch.ones(megabytes * 2**18, device=device) for _ in range(3))
     seconds = [timed(lambda: torch.add(b, c, alpha=2, out=a)) for _ in range(repeats + 1)]
@@ -62,7 +62,7 @@ def bandwidth(device: torch.device, megabytes: int, repeats: int = 10) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds until the device is done."""
+    """Return the seconds until the device has finished."""
     synchronize()
     started = time.perf_counter()
     run()
@@ -71,14 +71,14 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def measure(lm: Any, rows: int, prompt_tokens: int, new_tokens: int, repeats: int, megabytes: int) -> Figures:
-    """The table's row. A step's time is that of a whole response less that of its first token, over the others."""
+    """Return the row of the table. The time of a step is that of a response without its first token, per token."""
     policy = textgym.ActorCritic(lm)
     width = prompt_tokens + new_tokens
     prompts = torch.randint(lm.config.vocab_size, (rows, width), device=policy.device)
     lengths = torch.full((rows,), prompt_tokens, device=policy.device)
 
     def seconds(tokens: int) -> float:
-        """Median of repeats, after two to warm up: a captured step is replayed from the third time on."""
+        """Return the median of repeats after two warm-up runs: captured steps are replayed from the third run on."""
         runs = [timed(lambda: policy.generate(prompts, lengths, tokens, StopRule())) for _ in range(2 + repeats)]
         return statistics.median(runs[2:])
 
