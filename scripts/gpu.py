@@ -38,10 +38,10 @@ class Part(NamedTuple):
     """A script in benchmarks/gpu/.
 
     Attributes:
-        title: on the page.
-        budget: seconds after which it is stopped.
-        least: seconds without which it is not started.
-        needs: packages, by the names that they are imported by.
+        title: Title on the page.
+        budget: Time limit in seconds.
+        least: Minimum number of remaining seconds to start it.
+        needs: Import names of the packages that it needs.
     """
 
     title: str
