@@ -59,8 +59,8 @@ def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
     def compare(*_: Any) -> None:
         if not before or any(group["lr"] == 0 for group in optimizer.param_groups):
             return
-        pushed = sum(int((weight.grad != 0).sum()) for weight, _ in before)
-        changed = sum(int((weight.detach() != old).sum()) for weight, old in before)
+        pushed = sum(int(torch.count_nonzero(weight.grad)) for weight, _ in before if weight.grad is not None)
+        changed = sum(int(torch.count_nonzero(weight.detach() != old)) for weight, old in before)
         before.clear()
         for hook in hooks:
             hook.remove()

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.completions import Example
 from textgym.data.files import atomic_folder
@@ -29,7 +30,7 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
 from textgym.models.architectures.positions import position_limit
 from textgym.models.fitting import check_tokenizer, tokenizer_of
-from textgym.models.loading import Tokenizer, load_tokenizer
+from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, on_device
 from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences

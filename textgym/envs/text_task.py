@@ -355,7 +355,7 @@ class TextTask:
         playing, tokens = to_host(self.episodes.alive | ends.by_length, actions)
         can_end = self.stop_strings.can_complete
         long_enough = self.episodes.host_lengths - self.episodes.host_prompt_lengths > self.episodes.stop.min_new_tokens
-        rows = [row for row in np.flatnonzero(playing.numpy() & long_enough) if can_end(int(tokens[row]))]
+        rows = [row for row in np.flatnonzero(playing.numpy() & long_enough).tolist() if can_end(int(tokens[row]))]
         turns = zip(rows, self._ids(np.array(rows, dtype=np.int64)), strict=True)
         hits = [row for row, ids in turns if self.stop_strings.found_in(self._turn(row, *ids))]
         by_string = torch.zeros_like(ends.by_stop)

@@ -197,9 +197,9 @@ class CachedDecoder:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which rows grew by one token, which rows changed otherwise, and lengths, `(B,)` each on the host."""
         if host is not None and type(host) is type(self.host):
-            same, before, now = host.continues(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
-            longer = same & (now == before + 1)
-            return longer, ~longer & ~(same & (now == before)), now
+            continues, before, now = host.continues(self.host), self.host.lengths, host.lengths  # type: ignore[arg-type]
+            longer = continues & (now == before + 1)
+            return longer, ~longer & ~(continues & (now == before)), now
         same = (input_ids == self.input_ids) | (self.slots >= self.lengths[:, None])
         same = same.all(1) & (self.lengths > 0)
         grown = same & (lengths == self.lengths + 1)
