@@ -17,7 +17,7 @@ from textgym.models.distributions.masks import ActionMask
 
 KLPayer = Literal["environment", "agent", "nobody"]
 
-# Stable-Baselines3 pickles action spaces when it saves; those saved by version 0.1 name the module of `StopRule` so.
+# Stable-Baselines3 pickles action spaces when it saves. Version 0.1 had `StopRule` in this module.
 sys.modules.setdefault("textgym.models.log_probs", log_probs)
 
 
@@ -25,7 +25,7 @@ def as_action(action: Any, device: torch.device) -> Tensor:
     """Return one action as int64 `(1,)`.
 
     Raises:
-        ValueError: something else than one whole number, such as 1.5, `"5"` or `True`.
+        ValueError: If it is not one whole number, such as 1.5, `"5"` or `True`.
     """
     number = _whole_numbers(action, device)
     if number.numel() != 1:
@@ -34,10 +34,10 @@ def as_action(action: Any, device: torch.device) -> Tensor:
 
 
 def as_actions(actions: Any, num_rows: int, device: torch.device) -> Tensor:
-    """Return one action for each row as int64 `(num_rows,)`; whether they exist is checked where they are used.
+    """Return one action for each row as int64 `(num_rows,)`; it does not check that they are in the vocabulary.
 
     Raises:
-        ValueError: something else than whole numbers, or another number of them.
+        ValueError: If they are not whole numbers, or not one for each row.
     """
     numbers = _whole_numbers(actions, device)
     if numbers.shape != (num_rows,):
@@ -56,25 +56,26 @@ def _whole_numbers(actions: Any, device: torch.device) -> Tensor:
 
 
 class TokenSpace(gym.spaces.Discrete):
-    """`Discrete(V)`, the token ids, with what an agent must know of the tokens and has no other way to learn.
+    """The action space `Discrete(V)` of token ids, with the environment's properties that SB3 agents need.
 
-    Libraries such as Stable-Baselines3 build policies and buffers from the two spaces and nothing else. Equality is
-    that of `Discrete`; pickles and copies keep V, `stop`, `kl_payer` and `decoder_start` alone.
+    Libraries such as Stable-Baselines3 make policies and buffers from the two spaces only, so properties such as the
+    stop tokens are attributes of the action space. Spaces are equal if they are equal as `Discrete`. Pickles and copies
+    keep only V, `stop`, `kl_payer` and `decoder_start`.
 
     Args:
-        n: V.
-        stop: which tokens end a row, and from when on they may.
-        kl_payer: who pays the KL penalty: the environment, the agent (`kl_mode="deferred"`), or nobody, there being
-            none.
-        action_mask: what narrows the actions further.
-        decoder_start: for encoder-decoder models, the token ids that the decoder begins with.
-        tokenizer: what the ids stand for.
+        n: Number of tokens, V.
+        stop: Stop tokens and the minimum length of a response.
+        kl_payer: What applies the KL penalty: `"environment"`, `"agent"` (`kl_mode="deferred"`), or `"nobody"` if there
+            is no penalty.
+        action_mask: Further restriction of the actions.
+        decoder_start: For encoder-decoder models, the token ids of the decoder before the response.
+        tokenizer: The tokenizer.
 
     Attributes:
-        agent_pays: whether an agent's buffer or callback has said that it pays.
-        temperature: of the policy that acts here.
-        observation: what the rows show now, where the environment keeps it up to date.
-        explorer: draws the tokens of `sample`; without one, or where it answers `None`, they are uniform.
+        agent_pays: Whether a buffer or callback of the agent has declared, by `pay_kl`, that it applies the KL penalty.
+        temperature: Temperature of the policy.
+        observation: Current observation of all rows, if the environment updates it.
+        explorer: Function that samples the tokens of `sample`; without it, or if it returns `None`, they are uniform.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class TokenSpace(gym.spaces.Discrete):
         self._detach(action_mask, tokenizer)
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.int64:
-        """A token: by `explorer` if there is one and no mask or probabilities are given, otherwise as `Discrete`."""
+        """Sample a token: from `explorer` if it is set and no mask or probabilities are given, else as `Discrete`."""
         if self.explorer is not None and mask is None and probability is None:
             token = self.explorer()
             if token is not None:
@@ -101,27 +102,30 @@ class TokenSpace(gym.spaces.Discrete):
         return super().sample(mask, probability)
 
     def pay_kl(self, payer: str) -> None:
-        """An agent's part says that it pays the KL penalty.
+        """Declare that a buffer or callback of the agent applies the KL penalty.
+
+        Args:
+            payer: Name of its class, for the error message.
 
         Raises:
-            ValueError: the environment pays it already.
+            ValueError: If the environment applies it already.
         """
         if self.kl_payer == "environment":
             raise ValueError(
-                f"the KL penalty would be paid twice, by the environment and by {payer}: make the environment with "
-                f"kl_mode='deferred', or let {payer} pay none (kl_coef=0)"
+                f"the KL penalty would be applied twice, by the environment and by {payer}: make the environment with "
+                f"kl_mode='deferred', or disable it in {payer} with kl_coef=0"
             )
         self.agent_pays = True
 
     def check_kl_is_paid(self) -> None:
-        """Asked before an agent learns.
+        """Check that the KL penalty is applied; called before an agent learns.
 
         Raises:
-            ValueError: the environment leaves the penalty to the agent, and no part of the agent pays it.
+            ValueError: If the environment leaves the penalty to the agent, and the agent does not apply it.
         """
         if self.kl_payer == "agent" and not self.agent_pays:
             raise ValueError(
-                "nobody pays the KL penalty: the environment leaves it to the agent (kl_mode='deferred'). Use "
+                "nothing applies the KL penalty: the environment leaves it to the agent (kl_mode='deferred'). Use "
                 "EpisodeRolloutBuffer with rollout_buffer_kwargs={'reference': ..., 'kl_coef': ...}, or "
                 "KLCallback(reference, kl_coef), or make the environment with kl_mode='reference' or with kl_coef=0"
             )

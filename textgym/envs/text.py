@@ -23,61 +23,63 @@ ObsType = dict[str, np.ndarray]
 
 
 class TextEnv(TextProperties, gym.Env[ObsType, int]):
-    """One row of text, written token by token.
+    """Token-by-token generation of one text as a Gymnasium environment.
 
     ## Description
-    The state is the context: a prompt and the tokens written so far. An action appends one token. When a stop token is
-    written, or the length limit is reached, reward functions score the completion.
+    The state is the context: a prompt and the tokens so far. An action appends one token. After a stop token, or at the
+    length limit, reward functions score the completion.
 
     ## Action Space
-    `Discrete(V)`: a token id. `action_masks()` says which are allowed; all are, unless `min_new_tokens` or
+    `Discrete(V)`: a token id. `action_masks()` returns which tokens are allowed: all, unless `min_new_tokens` or
     `action_mask` is set.
 
     ## Observation Space
     `Dict(input_ids=Box(0, V-1, (W,), int64), attention_mask=Box(0, 1, (W,), int64))` with
-    `W = max_prompt_tokens + max_new_tokens`, right-padded: a token's slot is its position, and each observation is the
-    last one with one slot filled.
+    `W = max_prompt_tokens + max_new_tokens`, right-padded: the slot of a token is its position, and each observation is
+    the last one with one more slot filled.
 
-    For an encoder-decoder model, with `decoder_start_ids`, `input_ids` and `attention_mask` are the prompt alone, with
+    For an encoder-decoder model, with `decoder_start_ids`, `input_ids` and `attention_mask` are the prompt, with
     `W = max_prompt_tokens`, and `decoder_input_ids` and `decoder_attention_mask` are the start tokens and the response,
-    with `W = len(decoder_start_ids) + max_new_tokens`; one slot of these two is filled.
+    with `W = len(decoder_start_ids) + max_new_tokens`. Each action fills one slot of the decoder's arrays.
 
     ## Rewards
-    On the last token (EOS included) the score: the weighted sum of the reward functions, less `missing_eos_penalty` if
-    the row ended by length. On every token the KL term, by `kl_mode`:
+    The last token (usually a stop token) has the score: the weighted sum of the reward functions, minus
+    `missing_eos_penalty` if the row ended at the length limit. Every token has the KL term of `kl_mode`:
 
-    * `"reference"`: `+ kl_coef * log pi_ref(a | s)`. With beta times the entropy of the policy in the agent's own
-      objective this is the KL-regularised return, since -KL = E[log pi_ref] + H(pi).
+    * `"reference"`: `+ kl_coef * log pi_ref(a | s)`. Together with an entropy bonus of coefficient `kl_coef` in the
+      agent's loss this is the KL-regularised return, because -KL = E[log pi_ref] + H(pi).
     * `"exact"`: `- kl_coef * KL estimate`, after `attach_policy(policy)`.
-    * `"deferred"`: nothing here; an agent that holds the behaviour log-probs pays it.
+    * `"deferred"`: nothing; an agent with the behaviour policy's log-probs applies the penalty.
 
-    By default agents of `textgym.agents` pay it, and the environment does for all others, as in `"reference"`.
+    By default agents of `textgym.agents` apply the penalty, and for all other agents the environment does, as in
+    `"reference"`.
 
     Token-level rewards are known only when the text is complete, so here their sum is part of the score.
 
     ## Starting State
-    A prompt, drawn without replacement until all have been seen; `options={"prompt_index": i}` chooses one.
+    A prompt, sampled without replacement until all have been used; `options={"prompt_index": i}` chooses one.
 
     ## Episode End
-    Terminated by a stop token or stop string, and by the length limit, since the score is paid on the capped text.
-    `length_limit="truncate"` reports the length limit as truncation, for agents that bootstrap there.
+    An episode terminates at a stop token or stop string, and at the length limit, because the score is that of the text
+    up to the limit. `length_limit="truncate"` reports the length limit as truncation, for agents that bootstrap there.
 
     ## Information
-    At the end: `score`, `kl_reward` (the KL term paid in the episode), `response_tokens`, `is_success` (score above 0),
-    `ended_by_stop`, and `reward/<name>` for each function. Where they occur: `kl` (nats in the episode, in
-    `kl_mode="exact"`: else the environment does not know the policy), `metric/<name>` (what a function logged),
-    `score_paid` (the score as scaled and clipped) and `reward_errors` (functions that failed). What is unknown has no
-    key, as a function that gave `None`; there is no NaN. Text is in `env.unwrapped.transcript`, and in `info` with
-    `info_text=True`.
+    At the end: `score`, `kl_reward` (sum of the KL terms of the episode), `response_tokens`, `is_success` (score above
+    0), `ended_by_stop`, and `reward/<name>` for each function. In some configurations: `kl` (nats in the episode; only
+    in `kl_mode="exact"`, because otherwise the environment does not know the policy), `metric/<name>` (logged by a
+    reward function), `score_paid` (the score after scaling and clipping) and `reward_errors` (number of functions that
+    failed). Unknown values, such as those of a function that returned `None`, have no key; there is no NaN. Text is in
+    `env.unwrapped.transcript`, and in `info` with `info_text=True`.
 
     ## Arguments
     The fields of `textgym.envs.config.TextConfig`; `prompts`, `tokenizer` and `reward` have no default.
 
     Raises:
-        ConfigError: an argument has a value that it cannot have; a `ValueError`.
-        UnknownArgumentError: an argument that there is not; a `TypeError`.
-        ValueError: other bad arguments, an action outside the vocabulary, or `kl_mode="exact"` without a policy.
-        gymnasium.error.ResetNeeded: `step` before `reset`, or after the end.
+        ConfigError: If an argument has an invalid value; a `ValueError`.
+        UnknownArgumentError: If an argument does not exist; a `TypeError`.
+        ValueError: If other arguments are wrong, an action is outside the vocabulary, or `kl_mode="exact"` has no
+            policy.
+        gymnasium.error.ResetNeeded: If `step` is called before `reset`, or after the end of the episode.
 
     >>> import gymnasium as gym, textgym
     >>> env = gym.make("textgym/Text-v0", prompts=["Hello"], tokenizer="tiny",
@@ -110,18 +112,18 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
 
     @property
     def spec(self) -> EnvSpec | None:
-        """What the environment was made from, if `gym.make` made it."""
+        """The specification that `gym.make` made the environment from, if it did."""
         return self._spec
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
         self._spec = spec
-        # Gymnasium gives the limit to a wrapper and to nobody else; the id's registration is the place to read it.
+        # Gymnasium passes max_episode_steps only to its TimeLimit wrapper, so read the registration of the id.
         if spec is not None and spec.id in gym.registry and gym.registry[spec.id].max_episode_steps is not None:
             raise ConfigError(f"{spec.id} is registered with max_episode_steps: {NO_STEP_LIMIT}")
 
     def fit(self, policy: TokenModel) -> None:
-        """As `TextVectorEnv.fit`."""
+        """Compare a policy with tokenizer, reference and lengths; see `TextVectorEnv.fit`."""
         self.task.fit(policy)
         self._take_spaces()
 
@@ -132,7 +134,7 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[ObsType, dict[str, Any]]:
-        """Starts an episode; `options={"prompt_index": i}` chooses its prompt."""
+        """Start an episode; `options={"prompt_index": i}` chooses its prompt."""
         check_options(options, ["prompt_index"])
         super().reset(seed=seed)
         if seed is not None:
@@ -143,7 +145,7 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
         return self._observation(), self._with_mask({})
 
     def step(self, action: int) -> tuple[ObsType, float, bool, bool, dict[str, Any]]:
-        """Appends one token."""
+        """Append one token."""
         if not bool(self.task.episodes.alive[0]):
             raise gym.error.ResetNeeded("there is no episode under way: call env.reset() before env.step(action)")
         outcome = self.task.play(as_action(action, self.task.device))
@@ -162,25 +164,25 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
         return shown_here, float(rewards[0]), terminated, truncated, self._with_mask(info)
 
     def render(self) -> str | None:
-        """The episode so far, see `render_mode`."""
+        """Render the episode so far, as `render_mode` says."""
         return render(self.render_mode, self.transcript, self._score)
 
     def action_masks(self) -> np.ndarray:
-        """Bool `(V,)`: the actions that are allowed now."""
+        """Return bool `(V,)`: the actions that are currently allowed."""
         return self.task.action_masks()[0].cpu().numpy()
 
     def replace_prompts(self, prompts: list[Row]) -> None:
-        """Let episodes that begin from now on begin with other prompts, which may widen the observations."""
+        """Use other prompts in all episodes that begin after this call; observations may become wider."""
         super().replace_prompts(prompts)
         self.observation_space = self.task.observation_space
 
     def attach_policy(self, policy: Policy) -> None:
-        """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""
+        """Set the policy of `kl_mode="exact"`; it needs `policy.log_prob(observation, action)`."""
         self.task.attach_policy(policy)
 
     @property
     def transcript(self) -> dict[str, Any]:
-        """`prompt`, `completion` and the columns of the episode under way, or just ended."""
+        """`prompt`, `completion` and the columns of the current episode, or of the one that has just ended."""
         return self.task.transcript(0)
 
     def _observation(self) -> ObsType:

@@ -231,14 +231,14 @@ def test_memory_a_step_whatever_the_context(tmp_path: Path, prompt_tokens: int, 
 
 def test_paying_twice_is_refused(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
     for kl_mode in ("reference", "exact"):
-        with pytest.raises(ValueError, match="paid twice, by the environment and by EpisodeRolloutBuffer"):
+        with pytest.raises(ValueError, match="applied twice, by the environment and by EpisodeRolloutBuffer"):
             make_model(make_env(kl_mode=kl_mode))
 
 
 def test_paying_nothing_is_refused(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:
     for changes in ({"rollout_buffer_kwargs": {}}, {"rollout_buffer_class": None, "rollout_buffer_kwargs": {}}):
         model = make_model(make_env(), **changes)
-        with pytest.raises(ValueError, match="nobody pays the KL penalty"):
+        with pytest.raises(ValueError, match="nothing applies the KL penalty"):
             model.learn(48)
     make_model(make_env(kl_coef=0.0), rollout_buffer_kwargs={}).learn(48)  # where none is due
 

@@ -181,7 +181,7 @@ def test_a_policy_of_sb3s_own_does_not_learn_while_nobody_pays_the_kl(make_env: 
         A2C: {"n_steps": 8},
         DQN: {"learning_starts": 4, "buffer_size": 100},
     }[algorithm]
-    with pytest.raises(ValueError, match="nobody pays the KL penalty"):
+    with pytest.raises(ValueError, match="nothing applies the KL penalty"):
         algorithm("MultiInputPolicy", make_env(), **steps).learn(32)
     algorithm("MultiInputPolicy", make_env(kl_mode="reference"), **steps).learn(32)
     algorithm("MultiInputPolicy", make_env(kl_coef=0.0), **steps).learn(32)
