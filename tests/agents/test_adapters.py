@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from textgym.agents import DPO, DQN, NLPO, PPO, SFT, DQNConfig, NLPOConfig, Pathwise, PathwiseConfig, PPOConfig
 from textgym.agents.common.supervised import SupervisedConfig
+from textgym.data.corpora.sources import cache_dir
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -223,3 +224,48 @@ def test_agents_saved_by_version_0_1_are_refused_with_their_version(tmp_path: Pa
     (tmp_path / "textgym_manifest.json").unlink()
     with pytest.raises(ValueError, match=r"is of textgym 0.1, whose format 1 is not read any more"):
         PPO.load(tmp_path, envs=make_envs())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (cache_dir() / "models" / "smollm2").exists(), reason="SmolLM2 is not in the cache folder")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["layers", "tied head"])
+def test_a_real_model_after_sft_and_ppo_is_read_back_with_the_log_probs_and_the_kl_that_were_reported(
+    targets: list[str], tmp_path: Path
+) -> None:
+    adapter = lora(r=8, target_modules=targets, init_lora_weights="gaussian")
+    policy = ActorCritic.from_pretrained("smollm2", lora=adapter)
+    plain = TokenModel.load("smollm2")
+
+    # 1. SFT, until the policy is far from the plain model.
+    data = [
+        {"prompt": "The film is", "completion": " a joy from beginning to end."},
+        {"prompt": "The actors are", "completion": " as good as they have ever been."},
+    ]
+    SFT(policy, data, "smollm2", SupervisedConfig(batch_size=2, max_steps=6, learning_rate=3e-3)).learn()
+    policy.save_pretrained(tmp_path / "start")
+
+    # 2. PPO: its KL begins at 0, not at the distance from the plain model.
+    envs = gym.make_vec(
+        "textgym/Text-v0", 4, prompts=["The film is"], tokenizer="smollm2", max_new_tokens=8, reward=count, kl_coef=0.05
+    )
+    agent = PPO(policy, envs, PPOConfig(episodes_per_update=4, learning_rate=3e-3))
+    assert abs(learn(agent, 4)["objective/kl"]) < 1e-3
+    agent.learn(8)
+
+    # 3. Policy and start, merged and read back by transformers, are as far apart as the agent reports.
+    agent.save(tmp_path / "agent")
+    rollout = agent.collect()
+    reported = agent.measure_kl(rollout)
+    final, start = (
+        TokenModel(AutoModelForCausalLM.from_pretrained(tmp_path / part)) for part in ("agent/policy", "start")
+    )
+    log_probs, start_log_probs = (model.sequence_log_probs(rollout.sequences) for model in (final, start))
+    torch.testing.assert_close(log_probs, rollout.log_probs, atol=2e-3, rtol=0.0)
+    torch.testing.assert_close(log_probs - start_log_probs, reported, atol=4e-3, rtol=0.0)
+    assert reported.sum(1).mean() > 0.05, "PPO has moved it"
+    assert (plain.sequence_log_probs(rollout.sequences) - start_log_probs).abs().max() > 1, "SFT has moved it"
+
+    # 4. The agent, loaded, has the same policy and the same reference.
+    again = PPO.load(tmp_path / "agent", envs=envs)
+    assert torch.equal(again.policy.sequence_log_probs(rollout.sequences), policy.sequence_log_probs(rollout.sequences))
+    torch.testing.assert_close(again.measure_kl(rollout), reported)
