@@ -23,6 +23,7 @@ from textgym.envs.episodes import Ends, Episodes
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.errors import CutPromptsWarning
+from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import check_encoder_decoder
 from textgym.models.architectures.positions import check_positions, position_limit
 from textgym.models.architectures.support import check_supported
@@ -95,6 +96,10 @@ class TextTask:
         self.truncates = config.length_limit == "truncate"
         self.missing_eos_penalty = config.missing_eos_penalty
         self.action_mask = _action_mask(config.action_mask, self.device)
+        if isinstance(self.action_mask, ModelMask):
+            check_tokenizer(
+                self.tokenizer, self.action_mask.model.lm, self.action_mask.model.vocab_size, "the action mask's model"
+            )
         self.penalty = self._make_penalty(config.reference)
         if config.kl_mode is not None:
             self.check_kl_mode()
@@ -136,6 +141,10 @@ class TextTask:
         stop = _with_ids(self.stop_rule, stop_ids(policy.lm))
         check_stop_ids(stop.ids, policy.vocab_size, "the policy")
         self._check_lengths(policy, "the policy")
+        if isinstance(policy, ActorCritic) and policy.critic is not None:
+            rows = policy.critic.get_input_embeddings().weight.shape[0]
+            check_tokenizer(self.tokenizer, policy.critic, rows, "the critic")
+            self._check_positions(policy.critic.config, "the critic")
         if (policy.vocab_size, stop) != (self.vocab_size, self.stop_rule):
             self.vocab_size, self.stop_rule = policy.vocab_size, stop
             self._lay_out(self.width)
@@ -159,14 +168,19 @@ class TextTask:
 
     def _check_lengths(self, model: TokenModel, name: str) -> None:
         """Refuse a model that cannot read the longest text of an episode, or not exactly."""
+        longest = self._check_positions(model.lm.config, name)
+        check_supported(model.lm, model.head, longest)
+
+    def _check_positions(self, config: Any, name: str) -> int:
+        """Refuse a model that has too few positions; returns how many an episode may need."""
         prompt, response = int(self.prompt_lengths.max()), self.max_new_tokens
         if start := self.decoder_start:
             texts = {"a prompt": prompt, "a response": len(start) + response}
         else:
             texts = {"a prompt with its response": prompt + response}
         for text, tokens in texts.items():
-            check_positions(model.lm.config, tokens, f"{text} for {name}")
-        check_supported(model.lm, model.head, max(texts.values()))
+            check_positions(config, tokens, f"{text} for {name}")
+        return max(texts.values())
 
     def attach_policy(self, policy: Policy) -> None:
         """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""

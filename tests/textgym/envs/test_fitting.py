@@ -13,6 +13,7 @@ from textgym.agents import PPO, PPOConfig
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.distributions.masks import TopKMask
 from textgym.testing import byte_tokenizer, mock_lm, mock_seq2seq_lm
 
 EOS = 256
@@ -170,3 +171,21 @@ def test_spaces_follow_a_policy_that_is_fitted_by_hand() -> None:
     assert env.action_space.n == 300
     env.reset(seed=0)
     env.step(299)
+
+
+def test_a_critic_of_another_tokenizer_or_with_fewer_positions_is_refused(tmp_path: Path) -> None:
+    for vocab_size, positions, message in (
+        (200, 64, r"the critic .* has 200 tokens, and the tokenizer .* has 258"),
+        (258, 8, "a prompt with its response for the critic has up to 11 tokens"),
+    ):
+        folder = tmp_path / str(vocab_size)
+        mock_lm(vocab_size, num_layers=1, max_position_embeddings=positions).save_pretrained(folder)
+        lm = mock_lm(num_layers=1)
+        with pytest.raises(ValueError, match=message):
+            train(ActorCritic.from_pretrained(lm, critic=str(folder)), make())
+
+
+def test_a_mask_of_another_tokenizer_is_refused() -> None:
+    mask = TopKMask(mock_lm(200, num_layers=1, eos_token_id=199), k=3)
+    with pytest.raises(ValueError, match=r"the action mask's model .* has 200 tokens"):
+        make(action_mask=mask)
