@@ -15,9 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compatibility_models
+import compatibility_tokenizers
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
-PARTS: dict[str, Callable[[], str]] = {"models": compatibility_models.section}
+PARTS: dict[str, Callable[[], str]] = {
+    "models": compatibility_models.section,
+    "tokenizers": compatibility_tokenizers.section,
+}
 
 
 def with_section(page: str, part: str, section: str) -> str:
