@@ -99,7 +99,7 @@ def collect(
     """
     base_env = rollout_env(envs)
     check_one_device(policy=policy.device, environment=base_env.device)
-    with base_env.whole_episodes():
+    with base_env.whole_episodes(wrapped=envs is not base_env):
         return _collect(envs, base_env, policy, options, deterministic, action_mask)
 
 
@@ -111,10 +111,11 @@ def _collect(
     deterministic: bool,
     action_mask: ActionMask | None,
 ) -> Rollout:
+    wrapped = envs is not base_env
     with phase("environment"):
         observation, _ = envs.reset(options=options)
     alone = base_env.takes_whole_responses and action_mask is None and not base_env.decoder_start
-    if alone and envs is base_env and policy.generates_what_act_would:
+    if alone and not wrapped and policy.generates_what_act_would:
         with phase("decode"):
             ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
             whole = policy.generate(ids, lengths, base_env.max_new_tokens, base_env.stop, deterministic)
@@ -138,7 +139,9 @@ def _collect(
         with phase("decode"):
             step = policy.act(observation, deterministic, masks, with_value=shared)
         with phase("environment"):
-            observation, rewards, terminated, truncated, infos = envs.step(step.action)
+            action = step.action.cpu().numpy() if wrapped else step.action
+            observation, *paid_and_ended, infos = envs.step(action)
+            rewards, terminated, truncated = (torch.as_tensor(x, device=base_env.device) for x in paid_and_ended)
         waiting = base_env.waiting
         assert waiting is not None
         log_probs.append(step.log_prob)

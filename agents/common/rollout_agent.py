@@ -142,7 +142,7 @@ class RolloutAgent(ABC):
         self.updates = 0
         self.total_episodes = 0
         policy.seed(own_seed(self.config.seed))
-        with self.base_env.whole_episodes():
+        with self.base_env.whole_episodes(wrapped=envs is not self.base_env):
             envs.reset(seed=self.config.seed)  # one order of prompts, which the processes share
 
     @property

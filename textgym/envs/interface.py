@@ -199,10 +199,11 @@ class RolloutEnv(Protocol):
             ValueError: The environment was told to charge the penalty itself, so it would be charged twice.
         """
 
-    def whole_episodes(self) -> AbstractContextManager[None]:
+    def whole_episodes(self, wrapped: bool = False) -> AbstractContextManager[None]:
         """Return a context in which rows that ended wait, arrays are tensors and the agent charges the KL.
 
-        Afterwards the environment is as its owner made it; if a rollout was played, it has to be reset.
+        For wrappers, many of which know NumPy alone, arrays are NumPy's. Afterwards the environment is as its owner
+        made it; if a rollout was played, it has to be reset.
         """
 
     def next_prompts(self, number: int) -> np.ndarray:

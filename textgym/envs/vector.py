@@ -170,17 +170,19 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         return self.task.takes_whole_responses
 
     @contextmanager
-    def whole_episodes(self) -> Iterator[None]:
+    def whole_episodes(self, wrapped: bool = False) -> Iterator[None]:
         """A context for an agent's rollouts: rows that ended wait, arrays are tensors, and the agent pays the KL.
 
-        Afterwards the environment is as its owner made it, and has to be reset before the next step.
+        For wrappers, many of which know NumPy alone, arrays are NumPy's. Afterwards the environment is as its owner
+        made it, and has to be reset before the next step.
         """
         if self._in_agents_hands:
             yield
             return
         mode, array, kl_mode = self.autoreset_mode, self.array, self.task.kl_mode
         self.set_autoreset_mode(AutoresetMode.DISABLED)
-        self.array, self.task.kl_mode, self._in_agents_hands = "torch", "deferred", True
+        self.array = "numpy" if wrapped else "torch"
+        self.task.kl_mode, self._in_agents_hands = "deferred", True
         try:
             yield
         finally:

@@ -45,6 +45,7 @@ def check_text_env(env: gym.Env[Any, Any], envs: Any = None, seed: int = 0) -> N
     >>> import gymnasium as gym, textgym
     >>> check_text_env(gym.make("textgym/Sentiment-v0", max_new_tokens=4))
     """
+    _check_limit(env)
     for name, check in (("Gymnasium", _by_gymnasium), ("Stable-Baselines3", sb3_check_env)):
         _check_quietly(name, check, env.unwrapped)
     rng = np.random.default_rng(seed)
@@ -59,6 +60,15 @@ def check_text_env(env: gym.Env[Any, Any], envs: Any = None, seed: int = 0) -> N
 
 def _by_gymnasium(env: gym.Env[Any, Any]) -> None:
     gymnasium_check_env(env, skip_render_check=True)
+
+
+def _check_limit(env: gym.Env[Any, Any]) -> None:
+    while isinstance(env, gym.Wrapper):
+        assert not isinstance(env, gym.wrappers.TimeLimit), (
+            "max_episode_steps ends episodes before they are scored: make the environment without it, and limit "
+            "responses by max_new_tokens"
+        )
+        env = env.env
 
 
 def _check_quietly(name: str, check: Callable[[Any], None], env: Any) -> None:

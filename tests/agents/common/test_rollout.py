@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from gymnasium.vector import VectorWrapper
+from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformReward
 from torch import Tensor
 
 from textgym.agents.common.rollout import Rollout, collect, merge
@@ -251,3 +253,27 @@ def test_slices_are_as_wide_as_their_longest() -> None:
         assert tokens_of(part) == tokens_of(rollout)[row : row + 1]
         assert part.log_probs.shape == part.values.shape == part.rewards.shape == (1, lengths_of(part)[0])
         torch.testing.assert_close(part.rewards[0], rollout.rewards[row, : lengths_of(part)[0]])
+
+
+def doubled(rewards: np.ndarray) -> np.ndarray:
+    """As a function for NumPy alone, which a tensor would not do."""
+    assert isinstance(rewards, np.ndarray)
+    return np.multiply(rewards, 2.0)
+
+
+@pytest.mark.parametrize("array", ["numpy", "torch"])
+def test_wrappers_of_gymnasium_that_want_numpy_are_stepped_through(array: str) -> None:
+    policy = make_policy()
+    policy.seed(0)
+    expected = collect(make_envs(), policy)
+    envs = TransformReward(RecordEpisodeStatistics(make_envs(array=array)), doubled)
+    policy.seed(0)
+    rollout = collect(envs, policy)
+    assert envs.unwrapped.array == array
+    assert tokens_of(rollout) == tokens_of(expected)
+    assert_close(rollout.log_probs, expected.log_probs, terms=FORWARD)
+    assert rollout.raw_scores.tolist() == expected.raw_scores.tolist()
+    assert rollout.rewards.sum(1).tolist() == (2 * expected.rewards.sum(1)).tolist()
+    assert envs.env.episode_count == ROWS
+    normalised = collect(NormalizeReward(make_envs(array=array), gamma=1.0), policy)
+    assert ((normalised.rewards.sum(1) > 0) == (normalised.raw_scores > 0)).all()

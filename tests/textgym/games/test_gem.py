@@ -15,7 +15,7 @@ from textgym.wrappers import TextObservation
 
 gem = pytest.importorskip("gem")
 
-SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 3000, "max_new_tokens": 3000}
+SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 6000, "max_new_tokens": 3000}
 
 
 def make(env_id: str) -> TurnActions:

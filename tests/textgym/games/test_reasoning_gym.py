@@ -16,7 +16,7 @@ from textgym.wrappers import TextObservation
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
-SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 3000, "max_new_tokens": 3000}
+SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 6000, "max_new_tokens": 3000}
 
 
 def score(dataset: Any, index: int, answer: str) -> float:

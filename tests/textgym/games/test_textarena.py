@@ -13,7 +13,7 @@ from textgym.wrappers import TextObservation
 
 textarena = pytest.importorskip("textarena")
 
-SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 3000, "max_new_tokens": 3000}
+SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 6000, "max_new_tokens": 3000}
 HISTORIES = {  # of each wrapper of observations that textarena registers ids with
     "LLMObservationWrapper": "GuessTheNumber-v0",
     "GameMessagesObservationWrapper": "GuessTheNumber-v0-train",

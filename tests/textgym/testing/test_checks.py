@@ -136,3 +136,8 @@ def test_what_the_libraries_say_is_passed_on() -> None:
     env.observation_space = gym.spaces.Dict({"input_ids": env.observation_space["input_ids"]})
     with pytest.raises(AssertionError, match="Gymnasium's check_env reports"):
         check_text_env(env)
+
+
+def test_a_limit_of_steps_is_found() -> None:
+    with pytest.raises(AssertionError, match="max_episode_steps ends episodes before they are scored"):
+        check_text_env(gym.make("textgym/Text-v0", max_episode_steps=2, **SETTINGS))
