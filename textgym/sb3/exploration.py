@@ -7,7 +7,7 @@ import warnings
 
 from textgym.envs.spaces import TokenSpace
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import freeze, load_causal_lm
+from textgym.models.loading import freeze
 from textgym.models.token_model import Observation
 
 
@@ -26,7 +26,7 @@ class Explorer:
 
     def __init__(self, tokens: TokenSpace, model: str | os.PathLike[str]) -> None:
         self.tokens = tokens
-        self.actor = freeze(ActorCritic(load_causal_lm(model)))  # a copy of its own, which can be moved
+        self.actor = freeze(ActorCritic.from_pretrained(model))  # a copy of its own, which can be moved
         self.actor.generator = None  # torch's own, which `model.set_random_seed` seeds
         self.draws: list[int] = []
         self.drawn_for: object = None

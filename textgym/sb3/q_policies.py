@@ -15,7 +15,6 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import load_causal_lm
 from textgym.models.token_model import Observation, TokenModel
 from textgym.sb3.exploration import Explorer
 from textgym.sb3.policies import TextObs, check_name, check_vocabulary, pack_observation, token_space
@@ -38,7 +37,7 @@ class TextQNetwork(BasePolicy):
         self, observation_space: gym.Space[Any], action_space: gym.Space[Any], model: str, q_scale: float
     ) -> None:
         super().__init__(observation_space, action_space)
-        self.model = TokenModel(load_causal_lm(model))
+        self.model = TokenModel(ActorCritic.from_pretrained(model).plain_lm().requires_grad_(True))
         check_vocabulary(self.model, token_space(action_space))
         self.q_scale = q_scale
         self.value_head = zero_linear(self.model.lm.config.hidden_size, 1)

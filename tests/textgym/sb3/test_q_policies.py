@@ -253,3 +253,17 @@ def test_learns_the_best_of_a_few_texts(algorithm: Any, policy: Any, likeness: A
 def test_what_does_not_learn_or_has_flipped_rewards_is_told_apart(algorithm: Any, policy: Any, likeness: Any) -> None:
     assert likeness(algorithm, policy, 0, learning_rate=0.0) < 0.0
     assert likeness(algorithm, policy, 0, sign=-1.0) < 0.0
+
+
+def test_a_q_function_starts_from_the_folder_of_an_adapter(make_env: MakeEnv, lm_folder: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lm = AutoModelForCausalLM.from_pretrained(lm_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(lm, config)
+    adapted.save_pretrained(tmp_path)
+    model = DQN(TextQPolicy, make_env(1, kl_mode="reference"), policy_kwargs={"model": str(tmp_path)})
+    ids = torch.arange(6)[None]
+    plain, explorer = model.policy.online.model.lm, model.policy.explorer.actor.lm
+    for started in (plain, explorer):
+        torch.testing.assert_close(started(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    assert all(weight.requires_grad for weight in plain.parameters()), "the whole model is trained"
