@@ -1,4 +1,4 @@
-"""Stock Stable-Baselines3 and sb3-contrib algorithms on text environments, at the cost of whole sequences.
+"""Unmodified Stable-Baselines3 and sb3-contrib algorithms on text environments, with one forward pass per sequence.
 
 >>> from stable_baselines3 import PPO
 >>> from textgym.sb3 import EpisodeRolloutBuffer, TextActorCriticPolicy, make_vec_env
@@ -43,7 +43,7 @@ __all__ = [
     "make_vec_env",
 ]
 
-# Loaded on first use, so that sb3-contrib is needed by its own algorithms alone.
+# Imported on first use, so that only sb3-contrib's algorithms need sb3-contrib.
 _HOMES = {
     "EpisodeReplayBuffer": "replay_buffer",
     "EpisodeRolloutBuffer": "rollout_buffer",

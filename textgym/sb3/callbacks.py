@@ -1,4 +1,4 @@
-"""KLCallback, MaskRefreshCallback and SyncReferenceCallback: what SB3's algorithms leave to callbacks."""
+"""KLCallback, MaskRefreshCallback and SyncReferenceCallback for SB3's algorithms."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer, warn_of_discount
 
 
 class KLCallback(BaseCallback):
-    """Logs what a text run is judged by, and pays the KL where the algorithm's own buffer does not.
+    """Log metrics of text runs, and apply the KL penalty if the algorithm's buffer does not.
 
-    Logged at the end of each rollout, of the episodes that ended in it: `textgym/kl` (nats an episode),
-    `textgym/score` (of the episodes that have one), `textgym/unscored` (the share of the others, which were paid 0),
-    `textgym/response_tokens`, `textgym/completions` (a few, as text), `textgym/kl_coef`, and the mean of each reward
-    function (`textgym/reward/<name>`), of what functions log (`textgym/metric/<name>`) and of failures
-    (`textgym/reward_errors`), where there are any.
+    Metrics at the end of each rollout, over the episodes that ended in it: `textgym/kl` (nats per episode),
+    `textgym/score` (of the episodes that have a score), `textgym/unscored` (the share of the others, whose reward is
+    0), `textgym/response_tokens`, `textgym/completions` (a few, as text), `textgym/kl_coef`, and the mean of each
+    reward function (`textgym/reward/<name>`), of the metrics that functions log (`textgym/metric/<name>`) and of the
+    number of failed functions (`textgym/reward_errors`), if there are any.
 
-    Without a reference it only logs; the KL is then the one that `EpisodeRolloutBuffer` or `kl_mode="exact"` measured.
-    With one it measures the KL of each token as it is sampled, by cached decoding; with a coefficient it also takes the
-    penalty off the rewards, before they reach the buffer.
+    Without a reference it only logs, and the KL is that of `EpisodeRolloutBuffer` or of `kl_mode="exact"`. With a
+    reference it measures the KL of each token when it is sampled, by cached decoding. With a coefficient it also
+    subtracts the penalty from the rewards before the buffer stores them.
 
     Args:
-        reference: name, path or model that the KL is measured to.
-        kl_coef: beta, in reward a nat, or a controller; 0 measures only.
+        reference: Name, path or model of the reference.
+        kl_coef: beta, in reward per nat, or a controller; with 0 the KL is only measured.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`.
-        kl_clamp: the estimate of a token is cut to -kl_clamp and kl_clamp.
-        num_completions: how many completions to log.
-        verbose: as of every SB3 callback.
+        kl_clamp: Clip the estimate of a token to [-kl_clamp, kl_clamp].
+        num_completions: Number of completions to log.
+        verbose: Verbosity of SB3's callbacks.
 
     Raises:
-        ValueError: when training starts, if the KL would be paid twice, or the algorithm has no log-probs to pay from.
+        ValueError: When training starts, if the penalty would be applied twice, or the algorithm has no log-probs.
     """
 
     def __init__(
@@ -70,27 +70,30 @@ class KLCallback(BaseCallback):
         self.tokens = token_space(self.model.action_space)
         self.buffer = getattr(self.model, "rollout_buffer", None)
         self.kl_so_far = np.zeros(self.training_env.num_envs)
-        if not isinstance(self.buffer, EpisodeRolloutBuffer):  # which has said so itself
+        if not isinstance(self.buffer, EpisodeRolloutBuffer):  # that buffer has already warned
             warn_of_discount(self.model.gamma)  # type: ignore[attr-defined]  # every algorithm for tokens has one
         if self.reference is not None:
             device = self.model.device
             self.penalty = KLPenalty(self.reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device)
             self._check(self.penalty)
-        self._forget()
+        self._clear()
 
     def _check(self, penalty: KLPenalty) -> None:
+        """Check that the penalty fits the algorithm and the environment, and is applied once."""
         if self.buffer is None:
             raise ValueError(
-                f"{type(self.model).__name__} has no log-probs to measure a KL from: let the environment pay it, with "
-                "kl_mode='reference', and use KLCallback() to log"
+                f"{type(self.model).__name__} has no log-probs to measure a KL from: make the environment with "
+                "kl_mode='reference', so that it applies the penalty, and use KLCallback() to log"
             )
         check_vocabulary(penalty.reference, self.tokens, "the reference")
         if self.pays and isinstance(self.buffer, EpisodeRolloutBuffer) and self.buffer.penalty is not None:
-            raise ValueError("the KL would be paid twice, by EpisodeRolloutBuffer and by KLCallback: give one of them")
+            raise ValueError(
+                "the KL penalty would be applied twice, by EpisodeRolloutBuffer and by KLCallback: use one of them"
+            )
         if self.pays:
             self.tokens.pay_kl("KLCallback")
             warn_of_filter(self.tokens.action_mask, self.kl_estimator)
-        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides
+        penalty.reference.temperature = self.tokens.temperature  # otherwise the KL of equal models would not be 0
 
     def _on_step(self) -> bool:
         if self.penalty is not None:
@@ -111,7 +114,10 @@ class KLCallback(BaseCallback):
         return True
 
     def _charge_kl(self, penalty: KLPenalty) -> None:
-        """Measure the KL of this step's tokens, and charge it to the rewards, which SB3 stores after the callbacks."""
+        """Measure the KL of this step's tokens, and subtract the penalty from the rewards, in place.
+
+        SB3 calls the callbacks before it stores the rewards in the buffer.
+        """
         log_probs = self.locals["log_probs"]
         actions, masks = self.locals["actions"].reshape(-1), self.locals.get("action_masks")
         reference = penalty.reference.log_prob(self.locals["obs_tensor"], actions, masks)
@@ -124,17 +130,17 @@ class KLCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         if self.penalty is None and isinstance(self.buffer, EpisodeRolloutBuffer):
             self.episode_kl = self.buffer.episode_kl
-        figures = {
+        metrics = {
             "kl": self.episode_kl,
             "score": self.scores,
             "unscored": self.unscored,
             "response_tokens": self.lengths,
             **self.components,
         }
-        for name, values in figures.items():
-            given = [value for value in values if not math.isnan(value)]  # a function may leave rows out
-            if given:
-                self.logger.record_mean(f"textgym/{name}", float(np.mean(given)))
+        for name, values in metrics.items():
+            known = [value for value in values if not math.isnan(value)]  # without rows that a function did not score
+            if known:
+                self.logger.record_mean(f"textgym/{name}", float(np.mean(known)))
         if self.penalty is not None and self.pays and self.episode_kl:
             self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
         payer = self.buffer.penalty if isinstance(self.buffer, EpisodeRolloutBuffer) else self.penalty
@@ -142,30 +148,30 @@ class KLCallback(BaseCallback):
             self.logger.record("textgym/kl_coef", payer.coef)
         if self.scores:
             self.logger.record("textgym/completions", self._completions())
-        self._forget()
+        self._clear()
 
     def _completions(self) -> str:
         transcripts: list[dict[str, Any]] = self.training_env.get_attr("transcript", range(self.training_env.num_envs))
         return " | ".join(f"{t['prompt']} >{t['completion']}" for t in transcripts[: self.num_completions])
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
+        """Remove the metrics of the last rollout."""
         self.scores, self.unscored, self.lengths, self.episode_kl = [], [], [], []
         self.components = defaultdict(list)
 
 
 class MaskRefreshCallback(BaseCallback):
-    """Lets the environment's mask go by the policy as it is after every so many updates.
+    """Replace the model of the environment's mask by a copy of the policy after every `target_update_interval` updates.
 
-    With MaskablePPO and a `TopPMask` this is NLPO (Ramamurthy et al., 2022): a mask by what the policy was a while ago
-    keeps it from tokens it has left. Refreshed between rollouts alone, so that a rollout is trained on under the masks
-    that it was sampled under.
+    With MaskablePPO and a `TopPMask` this is NLPO (Ramamurthy et al., 2022), whose mask comes from an earlier version
+    of the policy. The mask changes only between rollouts, so that training uses the masks of sampling.
 
     Args:
-        target_update_interval: updates from one refresh to the next.
-        verbose: as of every SB3 callback.
+        target_update_interval: Number of updates between refreshes.
+        verbose: Verbosity of SB3's callbacks.
 
     Raises:
-        ValueError: when training starts, if the environment has no mask that goes by a model.
+        ValueError: When training starts, if the environment has no mask that depends on a model.
     """
 
     def __init__(self, target_update_interval: int = 20, verbose: int = 0) -> None:
@@ -178,7 +184,8 @@ class MaskRefreshCallback(BaseCallback):
         mask = token_space(self.training_env.action_space).action_mask
         if not isinstance(mask, ModelMask):
             raise ValueError(
-                "the environment has no mask that goes by a model: make_vec_env(..., action_mask=TopPMask('tiny'))"
+                "the environment has no mask that depends on a model: use make_vec_env(..., "
+                "action_mask=TopPMask('tiny'))"
             )
         self.mask = mask
         self.rollouts = 0
@@ -193,17 +200,17 @@ class MaskRefreshCallback(BaseCallback):
 
 
 class SyncReferenceCallback(BaseCallback):
-    """Moves the reference of `EpisodeRolloutBuffer` towards the policy after every so many updates.
+    """Move the reference of `EpisodeRolloutBuffer` towards the policy after every `every` updates.
 
-    SB3 saves no buffers, so a model that is loaded begins with the reference that it was made with.
+    SB3 does not save rollout buffers, so a loaded model starts with the original reference.
 
     Args:
-        every: updates from one move to the next.
-        alpha: how far to go; see `textgym.SyncReference`.
-        verbose: as of every SB3 callback.
+        every: Number of updates between moves.
+        alpha: Weight of the policy in a move; see `textgym.SyncReference`.
+        verbose: Verbosity of SB3's callbacks.
 
     Raises:
-        ValueError: when training starts, if the algorithm's buffer has no reference.
+        ValueError: When training starts, if the algorithm's buffer has no reference.
     """
 
     def __init__(self, every: int, alpha: float = 1.0, verbose: int = 0) -> None:

@@ -11,14 +11,14 @@ from textgym.models.architectures.attention import States
 
 
 class FlatWeights:
-    """One vector in place of the language model's weights, while TRPO takes its step.
+    """One vector in place of the language model's weights during a TRPO step.
 
-    sb3-contrib's TRPO builds a graph of its own for the gradient of every parameter it is shown and goes back through
-    all of them for each product with the Fisher matrix, so its cost grows with their number; it also leaves out those
-    with `value` in their name, as GPT-NeoX calls its projections. Shown one vector it does neither.
+    sb3-contrib's TRPO builds a separate graph for the gradient of every parameter, and differentiates through all of
+    them for each product with the Fisher matrix, so its cost grows with the number of parameters. It also ignores
+    parameters with `value` in their name, such as GPT-NeoX's `query_key_value` projections. One vector avoids both.
 
     Attributes:
-        vector: `(P,)`, the parameter; TRPO may put new data into it.
+        vector: `(P,)`, the parameter; TRPO may replace its data.
     """
 
     def __init__(self, actor_critic: ActorCritic) -> None:
@@ -28,12 +28,12 @@ class FlatWeights:
             self.vector = nn.Parameter(torch.cat([weight.reshape(-1) for weight in self.weights.values()]))
 
     def logits(self, states: States) -> Tensor:
-        """Logits `(M, V)` as the vector has it; they may be differentiated twice."""
+        """Return logits `(M, V)` with the weights of the vector; they can be differentiated twice."""
         return functional_call(self.module, self._views(), (states,))
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copies the vector into the model."""
+        """Copy the vector into the model's weights."""
         for name, view in self._views().items():
             self.weights[name].copy_(view)
 
@@ -43,10 +43,10 @@ class FlatWeights:
 
 
 class _Logits(nn.Module):
-    """`ActorCritic.logits` as a forward pass, which `functional_call` wants.
+    """`ActorCritic.logits` as the forward pass of a module, for `functional_call`.
 
-    Only the language model is its submodule: `ActorCritic` holds the output embedding a second time, and a module that
-    is found twice would be left with the vector's weights.
+    Only the language model is a submodule. `ActorCritic` has the output embedding a second time, and `functional_call`
+    would not restore the weights of a module that it finds twice.
     """
 
     def __init__(self, actor_critic: ActorCritic) -> None:
@@ -55,5 +55,6 @@ class _Logits(nn.Module):
         self.__dict__["logits"] = actor_critic.logits
 
     def forward(self, states: States) -> Tensor:
+        """Return logits `(M, V)`."""
         logits: Tensor = self.__dict__["logits"](states)
         return logits

@@ -1,4 +1,4 @@
-"""TextActorCriticPolicy: a language model as the policy of SB3's PPO and A2C, and of sb3-contrib's TRPO."""
+"""TextActorCriticPolicy: a language model as the policy of SB3's PPO and A2C and of sb3-contrib's TRPO."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from textgym.models.token_model import Observation, TokenModel
 from textgym.sb3.flat import FlatWeights
 
 TextObs = States | Observation
-"""What an algorithm hands on untouched: our buffers' states, which share passes, or the environment's observations."""
+"""Packed states from textgym's buffers, or observations of the environment; SB3 passes both on unchanged."""
 
 
 class TextPolicy(BasePolicy):
-    """What the policies with and without masks share: an `ActorCritic` behind SB3's interface.
+    """Base class of policies with and without masks: an `ActorCritic` with SB3's interface.
 
-    Acting decodes through the key-value cache; a buffer's packed states are evaluated in one pass. Nothing pretrained
-    is ever initialised anew, dropout is off, and the value head starts at zero.
+    Actions are sampled by cached decoding; the packed states of a buffer are evaluated in one pass. Pretrained weights
+    are never re-initialised, dropout is off, and the value head starts at zero.
 
     Args:
-        observation_space: of the environment.
-        action_space: of the environment, a `TokenSpace`.
-        lr_schedule: the algorithm's.
-        model: name or path of the language model. SB3's `save` pickles the policy's arguments, so no modules.
-        critic: `"shared"`, `"separate"`, or the name of a model whose trunk the critic starts from.
-        temperature: divides the logits, in acting and training alike.
-        lora: a `peft.LoraConfig`; the adapter alone is trained.
-        ortho_init: taken as every SB3 policy takes it; there is no layer here that it may touch.
-        use_sde: taken as every SB3 policy takes it; SB3 refuses it for discrete actions.
-        optimizer_class: Adam if not given, as in SB3.
-        optimizer_kwargs: for Adam `{"eps": 1e-5}` if not given, as in SB3.
+        observation_space: Observation space of the environment.
+        action_space: Action space of the environment, a `TokenSpace`.
+        lr_schedule: Learning-rate schedule of the algorithm.
+        model: Name or path of the language model; not a module, because SB3's `save` pickles the policy's arguments.
+        critic: `"shared"`, `"separate"`, or the name of a model that the critic's trunk is initialised from.
+        temperature: Divisor of the logits, in sampling and in training.
+        lora: A `peft.LoraConfig`; then only the adapter is trained.
+        ortho_init: Accepted because SB3 passes it; it has no effect, because there are no layers to initialise.
+        use_sde: Accepted because SB3 passes it; SB3 rejects it for discrete actions.
+        optimizer_class: Class of the optimiser; Adam by default, as in SB3.
+        optimizer_kwargs: Arguments of the optimiser; `{"eps": 1e-5}` by default for Adam, as in SB3.
 
     Raises:
-        TypeError: `model` or `critic` is not a name.
-        ValueError: the model's vocabulary is not the environment's, or the environment is not one of textgym.
+        TypeError: If `model` or `critic` is not a name.
+        ValueError: If the model's vocabulary is not the environment's, or the environment is not one of textgym.
     """
 
     actor_critic: ActorCritic
@@ -89,7 +89,7 @@ class TextPolicy(BasePolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         kwargs = dict(self.model_kwargs)
         self.actor_critic = ActorCritic.from_pretrained(kwargs.pop("model"), **kwargs)
-        self.actor_critic.generator = None  # torch's own, which `model.set_random_seed` seeds
+        self.actor_critic.generator = None  # use torch's generator, which `model.set_random_seed` seeds
         check_vocabulary(self.actor_critic, self.tokens)
         self.tokens.temperature = self.temperature
         self.eval()
@@ -107,21 +107,21 @@ class TextPolicy(BasePolicy):
 
     @property
     def temperature(self) -> float:
-        """What divides the logits."""
+        """Divisor of the logits."""
         return self.actor_critic.temperature
 
     def act(self, obs: Observation, deterministic: bool, action_masks: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions `(B,)`, values `(B, 1)` and log-probs `(B,)`, by cached decoding."""
+        """Return actions `(B,)`, values `(B, 1)` and log-probs `(B,)`, by cached decoding."""
         step = self.actor_critic.act(obs, deterministic, action_masks)
         return step.action, step.value[:, None], step.log_prob
 
     def score(self, obs: TextObs, actions: Tensor, action_masks: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Values `(M, 1)`, log-probs and entropies `(M,)`, in one pass, with gradients."""
+        """Return values `(M, 1)`, log-probs and entropies `(M,)` by one pass, with gradients."""
         evaluation = self.actor_critic.evaluate_states(pack_observation(obs, self.device), actions, action_masks)
         return evaluation.value[:, None], evaluation.log_prob, evaluation.entropy
 
     def next_logits(self, obs: TextObs) -> Tensor:
-        """Logits `(M, V)` for a distribution. Only TRPO asks for one in training, and differentiates it twice."""
+        """Return logits `(M, V)`. In training only TRPO calls this; it differentiates them twice."""
         if not self.training:
             return self.actor_critic.logits(pack_observation(obs, self.device))
         if self.flat is None:
@@ -130,18 +130,19 @@ class TextPolicy(BasePolicy):
         return self.flat.logits(pack_observation(obs, self.device))
 
     def predict_values(self, obs: TextObs) -> Tensor:
-        """Values `(M, 1)`."""
+        """Return values `(M, 1)`."""
         if not self.training and isinstance(obs, Mapping):
             return self.actor_critic.value(obs)[:, None]
         states = pack_observation(obs, self.device)
         if self.flat is None:
             return self.actor_critic.state_values(states)[:, None]
-        self._leave_flat_weights()  # TRPO's critic step, which leaves the policy alone
+        # In TRPO's critic step. It must not change the policy, so no gradient flows into a shared trunk.
+        self._leave_flat_weights()
         hidden = None if self.actor_critic.critic is not None else self.actor_critic.hidden(states).detach()
         return self.actor_critic.state_values(states, hidden)[:, None]
 
     def set_training_mode(self, mode: bool) -> None:
-        """Switches between acting and training; the key-value cache is dropped, since weights will have changed."""
+        """Switch between sampling and training, and free the key-value cache, because training changes the weights."""
         if mode:
             self.tokens.check_kl_is_paid()
         if mode != self.training:
@@ -151,18 +152,18 @@ class TextPolicy(BasePolicy):
         super().set_training_mode(mode)
 
     def reset_cache(self) -> None:
-        """Frees the key-value cache."""
+        """Free the key-value cache."""
         self.actor_critic.reset_cache()
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
     ) -> None:
-        """Writes a plain transformers folder and the critic beside it, see `ActorCritic.save_pretrained`."""
+        """Write a transformers folder and the critic, see `ActorCritic.save_pretrained`."""
         self._leave_flat_weights()
         self.actor_critic.save_pretrained(folder, tokenizer, overwrite=overwrite)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; while TRPO takes its step, one vector stands for the language model's weights."""
+        """Yield the parameters; during a TRPO step one vector replaces those of the language model."""
         for name, parameter in super().named_parameters(*args, **kwargs):
             if self.flat is None or ".lm." not in name:
                 yield name, parameter
@@ -170,11 +171,12 @@ class TextPolicy(BasePolicy):
             yield "flat", self.flat.vector
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module."""
+        """Return the state, with the weights of an unfinished TRPO step."""
         self._leave_flat_weights()
         return super().state_dict(*args, **kwargs)
 
     def _leave_flat_weights(self) -> None:
+        """Copy the weights of a TRPO step into the model."""
         if self.flat is not None:
             self.flat.write_back()
 
@@ -183,40 +185,41 @@ class TextPolicy(BasePolicy):
         if lm.config._attn_implementation != "eager":
             lm.set_attn_implementation("eager")
             warnings.warn(
-                "TRPO differentiates twice, which fused attention cannot: the policy now runs eager attention",
+                "TRPO needs second derivatives, which fused attention lacks: the policy now has eager attention",
                 stacklevel=4,
             )
 
 
-class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):  # type: ignore[misc]  # what it takes is TextObs
-    """For PPO, A2C and TRPO: `PPO(TextActorCriticPolicy, env, policy_kwargs={"model": "tiny"})`.
+class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):  # type: ignore[misc]  # observations are TextObs
+    """Policy for PPO, A2C and TRPO: `PPO(TextActorCriticPolicy, env, policy_kwargs={"model": "tiny"})`.
 
-    These algorithms know no action masks, so every token may be drawn: in an environment that masks (`min_new_tokens`,
-    `action_mask`) a token that is not allowed is written all the same and ends nothing. MaskablePPO with
-    `MaskableTextActorCriticPolicy` masks. Arguments as `TextPolicy`.
+    These algorithms have no action masks, so they may sample every token. If the environment masks actions
+    (`min_new_tokens`, `action_mask`), a forbidden token is appended like any other, but a forbidden stop token does not
+    end the episode. Use MaskablePPO with `MaskableTextActorCriticPolicy` for masks. The arguments are those of
+    `TextPolicy`.
     """
 
     def forward(self, obs: Observation, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Actions `(B,)`, values `(B, 1)` and log-probs `(B,)`."""
+        """Return actions `(B,)`, values `(B, 1)` and log-probs `(B,)`."""
         return self.act(obs, deterministic)
 
     def evaluate_actions(self, obs: TextObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
-        """Values `(M, 1)`, log-probs and entropies `(M,)`."""
+        """Return values `(M, 1)`, log-probs and entropies `(M,)`."""
         return self.score(obs, actions)
 
     def get_distribution(self, obs: TextObs) -> Any:  # type: ignore[override]
-        """SB3's categorical distribution over the next token in each state."""
+        """Return SB3's categorical distribution over the next token in each state."""
         return make_proba_distribution(self.action_space).proba_distribution(self.next_logits(obs))
 
     def log_prob(self, observation: Observation, action: Any, action_masks: Any = None) -> Tensor:
-        """Log-prob `(B,)` of tokens, for `attach_policy`.
+        """Return the log-prob `(B,)` of tokens, for `attach_policy`.
 
         Raises:
-            ValueError: the environment masks actions, which this policy does not.
+            ValueError: If the environment masks actions, which this policy does not support.
         """
         if action_masks is not None:
             raise ValueError(
-                "the environment masks actions, but this policy draws from all of them, so its KL would be wrong: use "
+                "the environment masks actions, but this policy samples from all tokens, so the KL would be wrong: use "
                 "MaskablePPO with MaskableTextActorCriticPolicy, or an environment without min_new_tokens and "
                 "action_mask"
             )
@@ -227,15 +230,15 @@ class TextActorCriticPolicy(TextPolicy, ActorCriticPolicy):  # type: ignore[misc
 
 
 def pack_observation(obs: TextObs, device: torch.device) -> States:
-    """States as they are; observations are made states here, one pass over all contexts."""
+    """Return states unchanged, and observations as states for one pass over all contexts."""
     return read_contexts(obs, device)[0].states() if isinstance(obs, Mapping) else obs
 
 
 def token_space(space: gym.Space[Any]) -> TokenSpace:
-    """The space as what it is in every environment of textgym.
+    """Return an action space as a `TokenSpace`, which every environment of textgym has.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: If it is not a `TokenSpace`.
     """
     if not isinstance(space, TokenSpace):
         raise ValueError(f"{space} is not the action space of a textgym environment, which textgym.sb3 is made for")
@@ -243,25 +246,25 @@ def token_space(space: gym.Space[Any]) -> TokenSpace:
 
 
 def check_name(what: str, value: Any) -> None:
-    """Refuses modules, which SB3's `save` would pickle whole.
+    """Check that a model is given by name, because SB3's `save` would pickle a module as a whole.
 
     Raises:
-        TypeError: not a name or path.
+        TypeError: If it is not a name or path.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
-            f"{what} must be a name or a path, since SB3 pickles what it is given when it saves; got "
+            f"{what} must be a name or a path, because SB3 pickles the policy's arguments when it saves; got "
             f"{type(value).__name__}: write it with save_pretrained(folder) and pass the folder"
         )
 
 
 def check_vocabulary(model: TokenModel, tokens: TokenSpace, name: str = "the policy") -> None:
-    """Refuses a model whose tokens are not the environment's.
+    """Check that a model has the tokens of the environment.
 
-    A space that was pickled knows the number of tokens and not the tokenizer.
+    A space from a pickle has the number of tokens but no tokenizer, so then only the number is checked.
 
     Raises:
-        ValueError: another tokenizer or number of tokens, or stop tokens that the environment does not know.
+        ValueError: If the tokenizer or the number of tokens differs, or the environment lacks stop tokens of the model.
     """
     if tokens.tokenizer is not None:
         check_tokenizer(tokens.tokenizer, model.lm, model.vocab_size, name)

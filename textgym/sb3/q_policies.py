@@ -21,16 +21,16 @@ from textgym.sb3.policies import TextObs, check_name, check_vocabulary, pack_obs
 
 
 class TextQNetwork(BasePolicy):
-    """Q(s, a) = v(s) + q_scale * log p(a | s): the model's log-probs are the advantages, a new head is the value.
+    """Q-network Q(s, a) = v(s) + q_scale * log p(a | s): the model's log-probs are advantages, a new head is the value.
 
-    So it starts as greedy decoding of the language model, v being zero. Where the environment pays
-    beta log pi_ref(a | s) (`kl_mode="reference"`) that is, at `q_scale=beta`, the reward itself.
+    v starts at zero, so the greedy policy starts as greedy decoding of the language model. If the environment's reward
+    has the term beta log pi_ref(a | s) (`kl_mode="reference"`) and `q_scale=beta`, Q starts as this term.
 
     Args:
-        observation_space: of the environment.
-        action_space: of the environment.
-        model: name or path of the language model.
-        q_scale: reward units a nat.
+        observation_space: Observation space of the environment.
+        action_space: Action space of the environment.
+        model: Name or path of the language model.
+        q_scale: Scale of the log-probs, in reward per nat.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class TextQNetwork(BasePolicy):
         self.value_head = zero_linear(self.model.lm.config.hidden_size, 1)
 
     def forward(self, obs: TextObs) -> Tensor:
-        """Q-values `(M, V)`, in one pass over packed states or over all contexts."""
+        """Return Q-values `(M, V)` by one pass over packed states or over all contexts."""
         return self.q_values(self.model.hidden(pack_observation(obs, self.device)))
 
     def q_values(self, hidden: Tensor) -> Tensor:
-        """Q-values `(M, V)` from hidden states `(M, d)`."""
+        """Return Q-values `(M, V)` for hidden states `(M, d)`."""
         log_probs = self.model.distribution().log_probs(self.model.head(hidden))
         return self.value_head(hidden.float()) + self.q_scale * log_probs
 
@@ -56,25 +56,25 @@ class TextQNetwork(BasePolicy):
 
 
 class ExploringPolicy(BasePolicy):
-    """What the policies of DQN and QRDQN share.
+    """Base class of the policies for DQN and QRDQN.
 
-    The environment pays the KL (`make_vec_env(..., kl_mode="reference")`), since there are no log-probs. Random
-    actions, of the warm-up too, are drawn from the language model as it was, not uniformly (see `Explorer`). Two copies
-    of the model are trained on, as these algorithms have it, and a third explores.
+    The environment applies the KL penalty (`make_vec_env(..., kl_mode="reference")`), because these algorithms have no
+    log-probs. Random actions, also those of the warm-up, are sampled from the initial language model and not uniformly
+    (see `Explorer`). There are three copies of the model: the online and the target network, and the explorer.
 
     Args:
-        observation_space: of the environment.
-        action_space: of the environment.
-        lr_schedule: the algorithm's.
-        model: name or path of the language model.
-        q_scale: see `TextQNetwork`.
-        optimizer_class: Adam if not given.
-        optimizer_kwargs: for the optimizer.
-        network_kwargs: of the network, see the subclass.
+        observation_space: Observation space of the environment.
+        action_space: Action space of the environment.
+        lr_schedule: Learning-rate schedule of the algorithm.
+        model: Name or path of the language model.
+        q_scale: Scale of the log-probs, see `TextQNetwork`.
+        optimizer_class: Class of the optimiser; Adam by default.
+        optimizer_kwargs: Arguments of the optimiser.
+        network_kwargs: Arguments of the network, see the subclass.
 
     Raises:
-        TypeError: `model` is not a name.
-        ValueError: the model's vocabulary is not the environment's, or the environment is not one of textgym.
+        TypeError: If `model` is not a name.
+        ValueError: If the model's vocabulary is not the environment's, or the environment is not one of textgym.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ExploringPolicy(BasePolicy):
         """The network that is trained."""
 
     def set_training_mode(self, mode: bool) -> None:
-        """Switches between acting and training; the key-value cache is dropped, since weights will have changed."""
+        """Switch between sampling and training, and free the key-value cache, because training changes the weights."""
         if mode:
             self.tokens.check_kl_is_paid()
         if mode != self.training:
@@ -117,20 +117,20 @@ class ExploringPolicy(BasePolicy):
         super().set_training_mode(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the explorer too, which is no submodule since it is neither trained nor saved."""
+        """Move the explorer too; it is not a submodule, because it is neither trained nor saved."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.explorer.actor._apply(fn, recurse)
         return self
 
     def is_vectorized_observation(self, observation: Any) -> bool:
-        """SB3 asks this of the observation that it is about to act on at random, which tells the explorer."""
+        """Pass the observation to the explorer: DQN calls this method before it samples random actions for it."""
         self.explorer.look(observation)
         return super().is_vectorized_observation(observation)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
     ) -> None:
-        """Writes the language model as a plain transformers folder; decoding it greedily is DQN's policy."""
+        """Write the language model as a transformers folder. DQN's policy is to decode it greedily."""
         ActorCritic(self.online.model.lm).save_pretrained(folder, tokenizer, overwrite=overwrite)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -145,23 +145,25 @@ class ExploringPolicy(BasePolicy):
 
 
 class TextQPolicy(ExploringPolicy, DQNPolicy):
-    """For DQN: `DQN(TextQPolicy, env, policy_kwargs={"model": "tiny"}, replay_buffer_class=EpisodeReplayBuffer)`.
+    """Policy for DQN, used with `EpisodeReplayBuffer`.
 
-    Arguments as `ExploringPolicy`, which see.
+    `DQN(TextQPolicy, env, policy_kwargs={"model": "tiny"}, replay_buffer_class=EpisodeReplayBuffer)`
+
+    The arguments are those of `ExploringPolicy`.
     """
 
     @property
     def online(self) -> TextQNetwork:
         """The network that is trained."""
-        return self.q_net  # type: ignore[return-value]  # SB3 takes it for its own
+        return self.q_net  # type: ignore[return-value]  # typed as SB3's own network
 
     def make_q_net(self) -> Any:
-        """A Q-network that starts from the language model."""
+        """Make a Q-network that is initialised from the language model."""
         return TextQNetwork(self.observation_space, self.action_space, **self.model_kwargs).to(self.device)
 
 
 def zero_linear(size: int, outputs: int) -> nn.Linear:
-    """A linear layer that starts at zero."""
+    """Return a linear layer whose weights and biases are zero."""
     layer = nn.Linear(size, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -22,15 +22,15 @@ except ImportError as error:
 class TextQuantileNetwork(TextQNetwork):
     """Quantile k of the return of (s, a): Q(s, a) + v_k(s) + e_a . (psi_k * h(s)), with e the output embedding.
 
-    A full head would hold d x V x K weights, more than the language model; this one holds K x d, as the product with an
-    embedding of the quantile in Dabney et al., 2018 ("Implicit quantile networks"). v and psi start at zero.
+    A full head would have d x V x K weights, more than the language model. This one has K x d, like the product with
+    the embedding of a quantile in Dabney et al., 2018 ("Implicit quantile networks"). v and psi start at zero.
 
     Args:
-        observation_space: of the environment.
-        action_space: of the environment.
-        model: name or path of the language model.
-        q_scale: see `TextQNetwork`.
-        n_quantiles: K.
+        observation_space: Observation space of the environment.
+        action_space: Action space of the environment.
+        model: Name or path of the language model.
+        q_scale: Scale of the log-probs, see `TextQNetwork`.
+        n_quantiles: Number of quantiles, K.
     """
 
     def __init__(
@@ -46,29 +46,30 @@ class TextQuantileNetwork(TextQNetwork):
         self.psi = nn.Parameter(torch.zeros(n_quantiles, self.value_head.in_features))
 
     def forward(self, obs: TextObs) -> Tensor:
-        """Quantiles `(M, K, V)`, in one pass over packed states or over all contexts."""
+        """Return quantiles `(M, K, V)` by one pass over packed states or over all contexts."""
         hidden = self.model.hidden(pack_observation(obs, self.device))  # (M, d)
-        spread = self.model.head(hidden[:, None] * self.psi.to(hidden)).float()  # (M, K, V)
-        return self.q_values(hidden)[:, None] + self.quantile_values(hidden.float())[:, :, None] + spread
+        action_terms = self.model.head(hidden[:, None] * self.psi.to(hidden)).float()  # (M, K, V)
+        return self.q_values(hidden)[:, None] + self.quantile_values(hidden.float())[:, :, None] + action_terms
 
     def _predict(self, observation: Observation, deterministic: bool = True) -> Tensor:  # type: ignore[override]
+        # The mean over quantiles. It leaves out v_k(s), which is the same for all actions.
         hidden = self.model.next_hidden(observation)
         mean = self.model.head(hidden * self.psi.mean(0).to(hidden)).float()  # (B, V)
         return (self.q_values(hidden) + mean).argmax(-1)
 
 
 class TextQuantilePolicy(ExploringPolicy, QRDQNPolicy):
-    """For QRDQN: `QRDQN(TextQuantilePolicy, env, policy_kwargs={"model": "tiny"}, ...)`.
+    """Policy for QRDQN: `QRDQN(TextQuantilePolicy, env, policy_kwargs={"model": "tiny"}, ...)`.
 
-    QRDQN works on all quantiles of all tokens at once, so a batch of M transitions takes M x K x V numbers, several
-    times: 67 MB each at M = 256, K = 32 and V = 2048.
+    QRDQN computes all quantiles of all tokens at once, so a batch of M transitions needs several tensors of M x K x V
+    numbers: 67 MB each for M = 256, K = 32 and V = 2048.
 
     Args:
-        observation_space: of the environment.
-        action_space: of the environment.
-        lr_schedule: the algorithm's.
-        n_quantiles: K.
-        kwargs: see `ExploringPolicy`.
+        observation_space: Observation space of the environment.
+        action_space: Action space of the environment.
+        lr_schedule: Learning-rate schedule of the algorithm.
+        n_quantiles: Number of quantiles, K.
+        kwargs: Arguments of `ExploringPolicy`.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class TextQuantilePolicy(ExploringPolicy, QRDQNPolicy):
     @property
     def online(self) -> TextQuantileNetwork:
         """The network that is trained."""
-        return self.quantile_net  # type: ignore[return-value]  # sb3-contrib takes it for its own
+        return self.quantile_net  # type: ignore[return-value]  # typed as sb3-contrib's own network
 
     def make_quantile_net(self) -> Any:
-        """A quantile network that starts from the language model."""
+        """Make a quantile network that is initialised from the language model."""
         return TextQuantileNetwork(self.observation_space, self.action_space, **self.model_kwargs).to(self.device)

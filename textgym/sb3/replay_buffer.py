@@ -1,4 +1,4 @@
-"""EpisodeReplayBuffer: SB3's replay buffer at sequence cost."""
+"""EpisodeReplayBuffer: a replay buffer for SB3 that stores episodes and evaluates each in one forward pass."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Episode(NamedTuple):
     """A text with its rewards: T transitions.
 
     Attributes:
-        input_ids: prompt and response.
-        prompt_length: of them.
+        input_ids: Token ids of prompt and response.
+        prompt_length: Number of tokens of the prompt.
         rewards: `(T,)`, one for each response token.
-        terminated: whether its last transition has no next state to bootstrap from.
+        terminated: Whether its last transition has no next state to bootstrap from.
     """
 
     input_ids: np.ndarray
@@ -41,28 +41,30 @@ class Piece(NamedTuple):
 
 
 class EpisodeReplayBuffer(ReplayBuffer):
-    """Keeps every episode once, as token ids, and hands out transitions whose states share passes.
+    """Replay buffer that stores each episode once, as token ids, and samples transitions whose states share passes.
 
-    An episode without a score is forgotten when it ends: nothing can be learned from it.
+    Episodes without a score are removed when they end, because their rewards are unknown.
 
-    A batch is made of whole episodes in random order, the first and the last one cut to fill it. Every transition is as
-    likely as any other, none comes twice in a batch unless the buffer holds fewer, and both networks need one pass over
-    each episode. Transitions of one episode are correlated: a batch of 256 holds as many independent texts as 10 to 20
-    of single transitions would, at their cost.
+    A batch consists of whole episodes in random order; the first and the last one may be cut to fit the batch size. All
+    transitions are equally likely, no transition occurs twice in a batch unless the buffer has fewer, and both networks
+    need one pass over each episode. Transitions of one episode are correlated: a batch of 256 has as many independent
+    texts as 10 to 20 single transitions have, at about their cost.
 
     Args:
-        buffer_size: transitions kept; the oldest episodes go first.
-        observation_space: of a text environment.
-        action_space: of a text environment.
-        device: of what is handed out.
-        n_envs: rows.
-        optimize_memory_usage: nothing is left to optimise, so it is refused.
-        handle_timeout_termination: bootstrap from the last state of truncated episodes.
-        n_steps: rewards summed before bootstrapping; a score at the end then reaches earlier tokens at once.
-        gamma: discount of these sums, DQN's own.
+        buffer_size: Maximum number of transitions; the oldest episodes are removed first.
+        observation_space: Observation space of a text environment.
+        action_space: Action space of a text environment.
+        device: Device of the samples.
+        n_envs: Number of rows.
+        optimize_memory_usage: Must be False: every token is already stored only once.
+        handle_timeout_termination: Whether to bootstrap from the last state of truncated episodes.
+        n_steps: Number of rewards that are summed before bootstrapping; with more steps a score at the end reaches
+            earlier tokens sooner.
+        gamma: Discount of these sums; it must be the algorithm's.
 
     Raises:
-        ValueError: `optimize_memory_usage`, `n_steps` below 1, or an environment for encoder-decoder models.
+        ValueError: If `optimize_memory_usage` is set, `n_steps` is below 1, or the environment is for encoder-decoder
+            models.
     """
 
     def __init__(
@@ -79,13 +81,13 @@ class EpisodeReplayBuffer(ReplayBuffer):
     ) -> None:
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         if optimize_memory_usage:
-            raise ValueError("EpisodeReplayBuffer keeps each token once already: leave optimize_memory_usage off")
+            raise ValueError("EpisodeReplayBuffer already stores each token once: leave optimize_memory_usage off")
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, got {n_steps}")
         self.tokens = token_space(action_space)
         if self.tokens.decoder_start:
             raise ValueError(
-                "EpisodeReplayBuffer keeps the texts of causal models: for an encoder-decoder model use PPO with "
+                "EpisodeReplayBuffer supports only causal models: for an encoder-decoder model use PPO with "
                 "EpisodeRolloutBuffer, or textgym.agents.DQN"
             )
         self.handle_timeout_termination = handle_timeout_termination
@@ -94,18 +96,18 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.reset()
 
     def reset(self) -> None:
-        """Empties the buffer."""
-        width = self.obs_shape["input_ids"][0]  # type: ignore[call-overload]  # a dict, of a Dict space
+        """Empty the buffer."""
+        width = self.obs_shape["input_ids"][0]  # type: ignore[call-overload]  # a dict, because the space is a Dict
         self.episodes: list[Episode] = []
         self.num_transitions = 0  # in `episodes`
         self.input_ids = np.zeros((self.n_envs, width + 1), dtype=np.min_scalar_type(int(self.tokens.n) - 1))
         self.rewards = np.zeros((self.n_envs, width), dtype=np.float32)
-        self.lengths = np.zeros(self.n_envs, dtype=np.int64)  # of the episodes under way, 0 where there is none
+        self.lengths = np.zeros(self.n_envs, dtype=np.int64)  # of the current episodes; 0 if there is none
         self.prompt_lengths = np.zeros(self.n_envs, dtype=np.int64)
         super().reset()
 
     def size(self) -> int:
-        """Transitions held."""
+        """Return the number of transitions in the buffer."""
         return self.num_transitions + int((self.lengths - self.prompt_lengths).sum())
 
     def add(  # type: ignore[override]
@@ -117,9 +119,9 @@ class EpisodeReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """One step of all rows."""
+        """Add a step of all rows."""
         rows, lengths = np.arange(self.n_envs), obs["attention_mask"].sum(1)
-        for row in np.flatnonzero(~self._continues(obs["input_ids"], lengths)):  # what was under way was abandoned
+        for row in np.flatnonzero(~self._continues(obs["input_ids"], lengths)):  # its episode was abandoned by a reset
             self._close(row, terminated=False)
             self.input_ids[row, : lengths[row]] = obs["input_ids"][row, : lengths[row]]
             self.prompt_lengths[row] = lengths[row]
@@ -128,16 +130,16 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.lengths = lengths + 1
         for row in np.flatnonzero(done):
             if not infos[row].get("scored", True):
-                self._forget(row)
+                self._discard(row)
                 continue
             timeout = self.handle_timeout_termination and infos[row].get("TimeLimit.truncated", False)
             self._close(row, terminated=not timeout)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
-        """`batch_size` transitions: whole episodes, but for the first and the last one.
+        """Return `batch_size` transitions of whole episodes, except that the first and the last one may be cut.
 
         Raises:
-            ValueError: the buffer is empty.
+            ValueError: If the buffer is empty.
         """
         pieces = self._sample_pieces(batch_size)
         current, following, rewards, ended, discounts = (
@@ -146,28 +148,28 @@ class EpisodeReplayBuffer(ReplayBuffer):
         row = np.repeat(np.arange(len(pieces)), [piece.last - piece.first for piece in pieces])
         actions = [p.episode.input_ids[p.episode.prompt_length :][p.first : p.last] for p in pieces]
         return DictReplayBufferSamples(
-            self._states(pieces, row, current),  # type: ignore[arg-type]  # handed on to our networks as they are
+            self._states(pieces, row, current),  # type: ignore[arg-type]  # DQN passes them on unchanged
             self._column(np.concatenate(actions).astype(np.int64)),
             self._states(pieces, row, following),  # type: ignore[arg-type]
             self._column(ended.astype(np.float32)),
             self._column(self._normalize_reward(rewards, env)),
-            self._column(discounts) if self.n_steps > 1 else None,  # DQN then takes its own gamma
+            self._column(discounts) if self.n_steps > 1 else None,  # without discounts DQN uses its gamma
         )
 
     def nbytes(self) -> int:
-        """Bytes of all tokens and rewards held."""
+        """Return the size of all tokens and rewards in bytes."""
         return sum(e.input_ids.nbytes + e.rewards.nbytes for e in self.episodes) + (
             self.input_ids.nbytes + self.rewards.nbytes
         )
 
     def _continues(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Bool `(B,)`: the rows that show the episode under way."""
+        """Return bool `(B,)`: whether each row's observation continues its current episode."""
         beyond = np.arange(input_ids.shape[1]) >= lengths[:, None]
         same = (input_ids == self.input_ids[:, : input_ids.shape[1]]) | beyond
         return np.asarray((lengths == self.lengths) & same.all(1))
 
     def _transitions(self, piece: Piece) -> tuple[np.ndarray, ...]:
-        """Sizes of the states before and after, rewards, ends and discounts, of n-step transitions."""
+        """Return lengths of states and of next states, rewards, ends and discounts of n-step transitions."""
         episode, count = piece.episode, len(piece.episode.rewards)
         step = np.arange(piece.first, piece.last)
         after = np.minimum(step + self.n_steps, count)
@@ -180,7 +182,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         return episode.prompt_length + step, episode.prompt_length + after, rewards, ended, discounts
 
     def _states(self, pieces: list[Piece], row: np.ndarray, sizes: np.ndarray) -> PackedStates:
-        """The first `sizes` `(M,)` tokens of the episodes in `row` `(M,)`, one pass over each episode."""
+        """Return the states after `sizes` `(M,)` tokens of the episodes `row` `(M,)`; one pass over each episode."""
         lengths = np.zeros(len(pieces), dtype=np.int64)
         np.maximum.at(lengths, row, sizes)
         ids = np.zeros((len(pieces), lengths.max()), dtype=np.int64)
@@ -189,10 +191,10 @@ class EpisodeReplayBuffer(ReplayBuffer):
         return PackedStates.prefixes(*map(self.to_torch, (ids, lengths, row, sizes)))
 
     def _sample_pieces(self, batch_size: int) -> list[Piece]:
-        """A stretch of a ring of all episodes in random order, from a transition that is as likely as any other.
+        """Sample consecutive transitions from a ring of all episodes in random order, starting at a random transition.
 
-        To draw whole episodes and cut the last one would favour short texts, and the middle of long ones over their
-        ends, where the score is.
+        If whole episodes were sampled and the last one cut, transitions of short texts would be more likely, and those
+        at the ends of texts, which have the score, less likely.
         """
         under_way = np.flatnonzero(self.lengths > self.prompt_lengths)
         sizes = np.array(
@@ -206,39 +208,41 @@ class EpisodeReplayBuffer(ReplayBuffer):
         order = np.random.permutation(len(sizes))  # noqa: NPY002  (the generator that SB3 seeds)
         ends = sizes[order].cumsum()
         start = np.random.randint(ends[-1])  # noqa: NPY002
-        place = int(np.searchsorted(ends, start, side="right"))
-        first = int(sizes[order[place]] - (ends[place] - start))
+        position = int(np.searchsorted(ends, start, side="right"))  # in `order`
+        first = int(sizes[order[position]] - (ends[position] - start))
         pieces: list[Piece] = []
         missing = batch_size
         while missing:
-            index = int(order[place])
+            index = int(order[position])
             done = index < len(self.episodes)
             episode = self.episodes[index] if done else self._under_way(under_way[index - len(self.episodes)])
             count = min(missing, len(episode.rewards) - first)
             pieces.append(Piece(episode, first, first + count))
             missing -= count
-            place, first = (place + 1) % len(order), 0
+            position, first = (position + 1) % len(order), 0
         return pieces
 
     def _under_way(self, row: int | np.integer[Any], terminated: bool = False) -> Episode:
+        """Return a copy of the current episode of a row."""
         prompt, length = int(self.prompt_lengths[row]), int(self.lengths[row])
         return Episode(
             self.input_ids[row, :length].copy(), prompt, self.rewards[row, : length - prompt].copy(), terminated
         )
 
     def _close(self, row: int | np.integer[Any], terminated: bool) -> None:
-        """Files the episode of a row away, and makes room for it."""
+        """Store the current episode of a row, and remove the oldest episodes if the buffer is full."""
         if self.lengths[row] > self.prompt_lengths[row]:
             self.episodes.append(self._under_way(row, terminated))
             self.num_transitions += len(self.episodes[-1].rewards)
-        self._forget(row)
+        self._discard(row)
         old = 0
         while self.num_transitions > self.buffer_size and old < len(self.episodes) - 1:
             self.num_transitions -= len(self.episodes[old].rewards)
             old += 1
         del self.episodes[:old]
 
-    def _forget(self, row: int | np.integer[Any]) -> None:
+    def _discard(self, row: int | np.integer[Any]) -> None:
+        """Remove the current episode of a row."""
         self.lengths[row] = self.prompt_lengths[row] = 0
 
     def _column(self, values: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""EpisodeRolloutBuffer: SB3's rollout buffer at sequence cost, which also charges the KL penalty."""
+"""EpisodeRolloutBuffer: a rollout buffer for SB3 with one forward pass per sequence and a KL penalty."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filte
 from textgym.sb3.policies import check_name, check_vocabulary, token_space
 
 CHUNK_TOKENS = 4096
-"""Tokens whose KL is computed at once."""
+"""Number of tokens whose KL is computed in one pass."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive steps of one row within one episode: what one forward pass can share.
+    """Consecutive steps of one row within one episode, which share a forward pass.
 
     Attributes:
-        row: of the environment.
-        start: first step in the buffer.
-        context: token ids before the first action, start tokens of a decoder apart.
-        prompt_length: how many of them are prompt; the others were written before this rollout began.
+        row: Row of the environment.
+        start: First step in the buffer.
+        context: Token ids before the first action, without start tokens of a decoder.
+        prompt_length: Number of prompt tokens in `context`; the others were generated before this rollout began.
     """
 
     row: int
@@ -42,35 +42,35 @@ class Segment:
 
 
 class EpisodeRolloutBuffer(DictRolloutBuffer):
-    """Keeps one token a step and one context an episode; hands out minibatches of whole segments of episodes.
+    """Rollout buffer that stores one token per step and one context per segment, and applies the KL penalty.
 
-    The observations of a minibatch are `PackedStates`: all its states share one forward pass over their sequences. With
-    a reference the KL penalty is taken off the rewards before GAE, from the log-probs that the tokens were drawn with:
-    reward - coef * KL estimate, for every token.
+    The observations of a minibatch are `PackedStates`: all states of a minibatch share one forward pass over their
+    sequences. With a reference, every token's reward becomes reward - coef * KL estimate before GAE, with the log-probs
+    of sampling (Ziegler et al., 2019, equation 2).
 
-    A minibatch is about `batch_size` steps, since segments are not cut; with `batch_size=None` it is everything.
+    A minibatch has about `batch_size` steps, because segments are not cut; with `batch_size=None` it has all steps.
 
     Args:
-        buffer_size: steps a row.
-        observation_space: of a text environment.
-        action_space: of a text environment.
-        device: of what is handed out.
-        gae_lambda: GAE's lambda.
-        gamma: discount; anything but 1 warns, since text has no reason to hurry.
-        n_envs: rows.
-        reference: name or path of the model that the KL is measured to.
-        kl_coef: beta, in reward a nat, or a controller such as `AdaptiveKL`, which hears the mean KL of the episodes
-            that ended in a rollout.
+        buffer_size: Number of steps per row.
+        observation_space: Observation space of a text environment.
+        action_space: Action space of a text environment.
+        device: Device of the minibatches.
+        gae_lambda: lambda of GAE.
+        gamma: Discount; a value other than 1 gives a warning, because it favours short texts.
+        n_envs: Number of rows.
+        reference: Name or path of the reference model.
+        kl_coef: beta, in reward per nat, or a controller such as `AdaptiveKL`, which is updated with the mean KL of the
+            episodes that end in a rollout.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`.
-        kl_clamp: the estimate of a token is cut to -kl_clamp and kl_clamp.
+        kl_clamp: Clip the estimate of a token to [-kl_clamp, kl_clamp].
 
     Attributes:
-        episode_kl: the KL of each episode that ended in the last rollout, in nats.
+        episode_kl: The KL of each episode that ended in the last rollout, in nats.
 
     Raises:
-        ValueError: the environment pays a KL already, a coefficient without a reference, or an estimator that needs the
-            policy.
-        TypeError: the reference is not a name.
+        ValueError: If the environment applies the penalty already, there is a coefficient but no reference, or the
+            estimator needs whole distributions.
+        TypeError: If the reference is not a name.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
             raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
 
     def reset(self) -> None:
-        """Empties the buffer; what is known of episodes under way stays."""
+        """Empty the buffer; the state of current episodes is kept."""
         shape = (self.buffer_size, self.n_envs)
         self.actions = np.zeros(shape, dtype=np.min_scalar_type(int(self.tokens.n) - 1))
         self.rewards, self.returns, self.values, self.log_probs, self.advantages = (
@@ -120,16 +120,16 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         value: Tensor,
         log_prob: Tensor,
     ) -> None:
-        """One step of all rows.
+        """Add a step of all rows.
 
         Raises:
-            ValueError: an observation is not the last one with the action appended.
+            ValueError: If an observation is not the previous one with the action appended.
         """
         begins = np.asarray(episode_start, dtype=bool)
         contexts, lengths, prompt_lengths = rows_of(obs, self.tokens.decoder_start)
         new = np.ones_like(begins) if self.pos == 0 else begins
         if self.pos and not (lengths == self.lengths + 1)[~new].all():
-            raise ValueError("EpisodeRolloutBuffer is for environments whose observation grows by the action")
+            raise ValueError("EpisodeRolloutBuffer needs an environment whose observation grows by one token per step")
         self.lengths = lengths
         self.prompt_lengths = np.where(begins | (self.prompt_lengths == 0), prompt_lengths, self.prompt_lengths)
         for row in np.flatnonzero(new):
@@ -144,7 +144,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Charge the KL penalty, then compute GAE as SB3 does."""
+        """Subtract the KL penalty from the rewards, then compute GAE as SB3 does."""
         self.segment_lengths = self._measure_segments()
         if self.penalty is not None:
             kl = self._kl(self.penalty)
@@ -155,13 +155,13 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         super().compute_returns_and_advantage(last_values, dones)
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of whole segments in random order, of about `batch_size` steps each."""
+        """Yield minibatches of whole segments in random order, with about `batch_size` steps each."""
         assert self.full, "the rollout is not complete"
         for chosen in self._batches(np.random.permutation(len(self.segments)), batch_size):  # noqa: NPY002  (as SB3)
             yield self._segment_samples(chosen)
 
     def nbytes(self) -> int:
-        """Bytes held for the rollout."""
+        """Return the size of the buffer in bytes."""
         arrays = (
             self.actions,
             self.rewards,
@@ -175,17 +175,17 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         return sum(array.nbytes for array in arrays)
 
     def _segment_samples(self, chosen: np.ndarray) -> Any:
-        """What SB3's algorithms train on, of these segments, in the order of their tokens."""
+        """Return the training samples of these segments, in the order of their tokens."""
         sequences = self._sequences(chosen)
         where = self._where(chosen)
         return DictRolloutBufferSamples(
-            sequences.states(),  # type: ignore[arg-type]  # handed on to our policy as it is
+            sequences.states(),  # type: ignore[arg-type]  # SB3 passes them on to our policy unchanged
             sequences.actions,
             *(self.to_torch(x[where]) for x in (self.values, self.log_probs, self.advantages, self.returns)),
         )
 
     def _sequences(self, chosen: np.ndarray) -> Sequences:
-        """Segments as sequences: the response is what was written before this rollout, if any, and the actions."""
+        """Return segments as sequences; a response is the tokens from before this rollout, if any, and the actions."""
         segments = [self.segments[index] for index in chosen]
         responses = [
             self.actions[segment.start : segment.start + length, segment.row]
@@ -197,18 +197,18 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         parts = [part for pair in zip((s.context for s in segments), responses, strict=True) for part in pair]
         ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(parts)
         prompts = np.array([segment.prompt_length for segment in segments])
-        earlier = np.array(contexts) - prompts
-        written = np.arange((lengths - prompts).max()) >= earlier[:, None] if earlier.any() else None
+        earlier = np.array(contexts) - prompts  # tokens from before this rollout: context, not trained on
+        generated = np.arange((lengths - prompts).max()) >= earlier[:, None] if earlier.any() else None
         return Sequences(
             self.to_torch(ids),
             self.to_torch(prompts),
             self.to_torch(lengths - prompts),
-            generated=None if written is None else self.to_torch(written),
+            generated=None if generated is None else self.to_torch(generated),
             decoder_start=self.tokens.decoder_start,
         )
 
     def _where(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Step and row of every token of these segments, in order."""
+        """Return step and row of every token of these segments, in order."""
         lengths = self.segment_lengths[chosen]
         starts = np.array([self.segments[index].start for index in chosen])
         rows = np.array([self.segments[index].row for index in chosen])
@@ -216,15 +216,15 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         return steps, np.repeat(rows, lengths)
 
     def _batches(self, order: np.ndarray, batch_size: int | None) -> Iterator[np.ndarray]:
-        """Splits segments so that every part holds about equally many tokens, near `batch_size`."""
+        """Split segments into parts with about equal numbers of tokens, close to `batch_size`."""
         ends = self.segment_lengths[order].cumsum()
         parts = 1 if batch_size is None else max(1, round(ends[-1] / batch_size))
-        middles = ends - self.segment_lengths[order] / 2
+        middles = ends - self.segment_lengths[order] / 2  # a segment is in the part that has its middle
         part = (middles * parts / ends[-1]).astype(int)
         yield from (order[part == index] for index in range(parts) if (part == index).any())
 
     def _measure_segments(self) -> np.ndarray:
-        """Steps of each segment: up to the next segment of its row."""
+        """Return the number of steps of each segment, which ends where the next one of its row starts."""
         lengths = np.zeros(len(self.segments), dtype=np.int64)
         following = np.full(self.n_envs, self.buffer_size)
         for index in reversed(range(len(self.segments))):
@@ -234,8 +234,8 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         return lengths
 
     def _kl(self, penalty: KLPenalty) -> np.ndarray:
-        """KL estimate of every token, `(buffer_size, n_envs)` nats, in a few packed passes of the reference."""
-        penalty.reference.temperature = self.tokens.temperature  # one temperature on both sides
+        """Return the KL estimate of every token, `(buffer_size, n_envs)` nats, by packed passes of the reference."""
+        penalty.reference.temperature = self.tokens.temperature  # otherwise the KL of equal models would not be 0
         kl = np.zeros_like(self.rewards)
         for chosen in self._batches(np.arange(len(self.segments)), CHUNK_TOKENS):
             where = self._where(chosen)
@@ -249,12 +249,12 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         return reference.state_log_probs(sequences.states(), sequences.actions)
 
     def _count_episodes(self, kl: np.ndarray, dones: np.ndarray) -> None:
-        """Adds up the KL of episodes, which may have begun in an earlier rollout."""
+        """Sum the KL of each episode, which may have begun in an earlier rollout."""
         self.episode_kl = []
         for segment, length in zip(self.segments, self.segment_lengths, strict=True):
             end = segment.start + length
             if self.episode_starts[segment.start, segment.row]:
-                self.kl_so_far[segment.row] = 0.0  # an episode that was abandoned by a reset does not count
+                self.kl_so_far[segment.row] = 0.0  # drop the KL of an episode that was abandoned by a reset
             self.kl_so_far[segment.row] += kl[segment.start : end, segment.row].sum()
             if dones[segment.row] if end == self.buffer_size else self.episode_starts[end, segment.row]:
                 self.episode_kl.append(float(self.kl_so_far[segment.row]))
@@ -275,19 +275,18 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
 
 
 def warn_of_discount(gamma: float) -> None:
-    """Says once that SB3's default discount is not meant for text."""
+    """Warn that SB3's default discount is not meant for text."""
     if gamma != 1.0:
         warnings.warn(
-            f"gamma={gamma} discounts a score that is paid at the end of the text: short texts are preferred. "
-            "Pass gamma=1.0",
+            f"gamma={gamma} discounts the score at the end of the text, which favours short texts: pass gamma=1.0",
             stacklevel=2,
         )
 
 
 def rows_of(obs: dict[str, np.ndarray], start: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Observations as right-padded rows of prompt and response `(B, W)`, their lengths and the prompts' `(B,)`.
+    """Return observations as right-padded rows of prompt and response `(B, W)`, lengths, and prompt lengths `(B,)`.
 
-    Where the observation does not say what of it is prompt, everything is.
+    The observation of a causal model does not mark the prompt, so there the prompt length is the whole length.
     """
     prompt_lengths = obs["attention_mask"].sum(1)
     if not start:

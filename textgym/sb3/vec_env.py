@@ -1,4 +1,4 @@
-"""make_vec_env: a text environment of many rows in the form that Stable-Baselines3 takes."""
+"""make_vec_env: a batched text environment as a `VecEnv` of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from textgym.envs.text_task import Policy
 from textgym.envs.vector import TextVectorEnv
 
 PER_ROW = ("action_masks", "render", "transcript")
-"""What the environment answers with one entry a row; anything else is the same for all rows."""
+"""Attributes and methods with one value per row; all others have the same value for all rows."""
 
 
 def make_vec_env(id_or_env: str | EnvSpec | Any, n_envs: int = 1, **env_kwargs: Any) -> VecMonitor:
-    """A `VecEnv` whose rows are one batch of a `TextVectorEnv`, monitored as SB3's own `make_vec_env` does.
+    """Make a `VecEnv` whose rows are the rows of one `TextVectorEnv`, with a monitor like SB3's own `make_vec_env`.
 
-    Unless told otherwise the environment leaves the KL to the agent (`kl_mode="deferred"`): `EpisodeRolloutBuffer` or
-    `KLCallback` pay it. Algorithms without behaviour log-probs, such as DQN, ask for `kl_mode="reference"`. An id that
-    is registered with a `kl_mode`, as `textgym/SentimentMLP-v0` is, keeps it.
+    By default the environment leaves the KL penalty to the agent (`kl_mode="deferred"`): `EpisodeRolloutBuffer` or
+    `KLCallback` apply it. Algorithms without log-probs, such as DQN, need `kl_mode="reference"`. The `kl_mode` of an
+    id's registration, such as that of `textgym/SentimentMLP-v0`, takes precedence over this default.
 
     Args:
-        id_or_env: a registered id or its `EnvSpec`, or a `TextVectorEnv`.
-        n_envs: rows.
-        env_kwargs: arguments of the environment, as of `gym.make_vec`.
+        id_or_env: A registered id or its `EnvSpec`, or a `TextVectorEnv`.
+        n_envs: Number of rows.
+        env_kwargs: Arguments of the environment, as for `gym.make_vec`.
 
     Raises:
-        ValueError: arguments beside an environment that is already made.
-        TypeError: an environment that is no `TextVectorEnv`.
+        ValueError: If there are arguments for an environment that exists already.
+        TypeError: If the environment is not a `TextVectorEnv`.
 
     >>> env = make_vec_env("textgym/Sentiment-v0", n_envs=2, max_new_tokens=2)
     >>> observations = env.reset()
@@ -53,18 +53,18 @@ def make_vec_env(id_or_env: str | EnvSpec | Any, n_envs: int = 1, **env_kwargs: 
         return VecMonitor(TextVecEnv(envs))
     check_text_envs(id_or_env)
     if env_kwargs or n_envs not in (1, id_or_env.num_envs):
-        raise ValueError("n_envs and arguments are for an id; an environment that is made already has its own")
+        raise ValueError("n_envs and arguments are only for an id: an existing environment has its own")
     return VecMonitor(TextVecEnv(id_or_env))
 
 
 class TextVecEnv(VecEnv):
-    """A `TextVectorEnv` as a `VecEnv`: rows reset in the step that ends them, and there is no loop over the others.
+    """A `TextVectorEnv` as a `VecEnv`: a row is reset in the step that ends its episode; no Python loop over rows.
 
     Args:
-        envs: a `TextVectorEnv`, or a view of one; it is taken over (SAME_STEP, NumPy arrays).
+        envs: A `TextVectorEnv`, perhaps with wrappers. Its autoreset mode becomes SAME_STEP and its arrays NumPy.
 
     Raises:
-        TypeError: another kind of environment.
+        TypeError: If it is another kind of environment.
     """
 
     def __init__(self, envs: Any) -> None:
@@ -75,7 +75,7 @@ class TextVecEnv(VecEnv):
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> VecEnvObs:
-        """Starts an episode in every row, by the seed and options that were set."""
+        """Start an episode in every row, with the seed and options that were set."""
         observation, _ = self.envs.reset(seed=self._seeds[0], options=self._reset_options_of_all())
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
@@ -83,14 +83,14 @@ class TextVecEnv(VecEnv):
         return self._shown(observation)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes one token for each row."""
+        """Store one token for each row."""
         self.actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Appends the tokens.
+        """Append the tokens.
 
         Raises:
-            ValueError: an algorithm trains, and nobody pays the KL penalty.
+            ValueError: If an algorithm trains and the KL penalty is not applied.
         """
         algorithm = _learning_algorithm()
         if algorithm is not None and isinstance(algorithm.action_space, TokenSpace):
@@ -99,58 +99,58 @@ class TextVecEnv(VecEnv):
         return self._shown(observation), rewards, terminated | truncated, self._row_infos(infos, truncated)
 
     def close(self) -> None:
-        """Closes the environment."""
+        """Close the environment."""
         self.envs.close()
 
     def attach_policy(self, policy: Policy) -> None:
-        """Hands over the policy whose exact KL is paid in `kl_mode="exact"`, such as `model.policy`."""
+        """Set the policy of `kl_mode="exact"`, such as `model.policy`."""
         self._find("attach_policy")(policy)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the `TextVectorEnv` or of its views, once for each row."""
+        """Return an attribute of the `TextVectorEnv` or of its wrappers for each row."""
         return self._rows(attr_name, self._find(attr_name), indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Sets an attribute of the `TextVectorEnv`, which all rows share."""
+        """Set an attribute of the `TextVectorEnv`, which all rows share."""
         setattr(self.envs.unwrapped, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Calls a method of the `TextVectorEnv` or of its views once; its answer for each row."""
-        answer = self._find(method_name)(*method_args, **method_kwargs)
-        return self._rows(method_name, answer, indices)
+        """Call a method of the `TextVectorEnv` or of its wrappers once, and return the result for each row."""
+        result = self._find(method_name)(*method_args, **method_kwargs)
+        return self._rows(method_name, result, indices)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """No row is wrapped: the rows are one batch."""
+        """Return False for each row, because the rows are one batch without wrappers of single rows."""
         return [False for _ in self._get_indices(indices)]
 
     def _reset_options_of_all(self) -> dict[str, Any] | None:
-        """The options of the rows as those of one environment."""
+        """Return the options of the rows as options of one vector environment."""
         names = {name for options in self._options for name in options}
         if any(set(options) != names for options in self._options):
             raise ValueError(f"the rows are reset together, so give each the same options: got {self._options}")
         return {name: [options[name] for options in self._options] for name in names} or None
 
     def _shown(self, observation: VecEnvObs) -> VecEnvObs:
-        if isinstance(self.action_space, TokenSpace):  # through a view, actions may be no tokens
-            self.action_space.observation = observation  # type: ignore[assignment]  # a dict, there
+        """Store the observation in the action space, for `Explorer`, and return it."""
+        if isinstance(self.action_space, TokenSpace):  # with a wrapper, actions may not be tokens
+            self.action_space.observation = observation  # type: ignore[assignment]  # a dict for token spaces
         return observation
 
     def _find(self, name: str) -> Any:
-        """From the outermost view that has it; vector wrappers do not hand it on."""
+        """Return an attribute of the outermost wrapper that has it; vector wrappers do not forward attributes."""
         env = self.envs
         while env is not env.unwrapped and not hasattr(env, name):
             env = env.env
         return getattr(env, name)
 
-    def _rows(self, name: str, answer: Any, indices: VecEnvIndices) -> list[Any]:
-        return [
-            answer[row] if name in PER_ROW and not callable(answer) else answer for row in self._get_indices(indices)
-        ]
+    def _rows(self, name: str, value: Any, indices: VecEnvIndices) -> list[Any]:
+        per_row = name in PER_ROW and not callable(value)
+        return [value[row] if per_row else value for row in self._get_indices(indices)]
 
     def _row_infos(self, infos: dict[str, Any], truncated: np.ndarray) -> list[dict[str, Any]]:
-        """One dict a row, as SB3 wants them: empty, but for the rows that ended."""
+        """Return one dict per row, as SB3 expects; empty for rows that have not ended."""
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if "final_info" in infos:
             final: dict[str, np.ndarray] = infos["final_info"]
@@ -164,10 +164,10 @@ class TextVecEnv(VecEnv):
 
 
 def check_text_envs(envs: Any) -> None:
-    """Refuses what is no `TextVectorEnv`, with any wrappers around it.
+    """Check that an environment is a `TextVectorEnv`, perhaps with wrappers.
 
     Raises:
-        TypeError: something else.
+        TypeError: If it is not.
     """
     if not isinstance(envs, VectorEnv) or not isinstance(envs.unwrapped, TextVectorEnv):
         raise TypeError(
@@ -181,15 +181,16 @@ def _registered_arguments(id_or_spec: str | EnvSpec) -> dict[str, Any]:
         return id_or_spec.kwargs
     module, _, env_id = id_or_spec.rpartition(":")
     if module:
-        importlib.import_module(module)  # which registers the id
+        importlib.import_module(module)  # it registers the id
     spec = gym.registry.get(env_id)
-    return {} if spec is None else spec.kwargs  # `gym.make_vec` says what is wrong with an unknown id
+    return {} if spec is None else spec.kwargs  # `gym.make_vec` raises the error for an unknown id
 
 
 def _learning_algorithm() -> BaseAlgorithm | None:
-    """Return the algorithm that collects with this step what it learns from; `None` if this is an evaluation.
+    """Return the algorithm whose `collect_rollouts` calls this step; `None` in an evaluation.
 
-    Policies and buffers of SB3's own do not ask who pays the KL, so the environment has to, and is told of nobody.
+    SB3's own policies and buffers do not check that the KL penalty is applied, so the environment does. SB3 does not
+    tell the environment which algorithm steps it, so this function reads it from the call stack.
     """
     frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
     caller = next((frame for frame in frames if not isinstance(frame.f_locals.get("self"), VecEnv)), None)

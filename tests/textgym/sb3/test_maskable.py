@@ -209,7 +209,7 @@ def test_distribution_is_masked(make_env: MakeEnv, maskable: Any) -> None:
 
 
 def test_refresh_wants_a_mask_by_a_model(make_env: MakeEnv, maskable: Any) -> None:
-    with pytest.raises(ValueError, match="no mask that goes by a model"):
+    with pytest.raises(ValueError, match="no mask that depends on a model"):
         maskable(make_env(action_mask=by_last_token)).learn(48, callback=MaskRefreshCallback())
     with pytest.raises(ValueError, match="at least 1"):
         MaskRefreshCallback(0)

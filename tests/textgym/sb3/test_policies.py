@@ -239,7 +239,7 @@ def test_kl_of_an_environment_that_masks_is_refused_to_a_policy_that_does_not(
     env = make_env(kl_mode="exact", min_new_tokens=3)
     model = make_model(env, rollout_buffer_kwargs={})
     env.attach_policy(model.policy)
-    with pytest.raises(ValueError, match="draws from all of them"):
+    with pytest.raises(ValueError, match="samples from all tokens"):
         model.learn(48)
 
 

@@ -274,7 +274,7 @@ def test_observations_that_do_not_grow_by_the_action_are_refused(
     observation = {"input_ids": np.ones((4, 13), dtype=np.int64), "attention_mask": np.ones((4, 13), dtype=np.int64)}
     step = (np.zeros((4, 1)), np.zeros(4), np.zeros(4), torch.zeros(4), torch.zeros(4))
     buffer.add(observation, *step)
-    with pytest.raises(ValueError, match="grows by the action"):
+    with pytest.raises(ValueError, match="grows by one token per step"):
         buffer.add(observation, *step)
 
 
