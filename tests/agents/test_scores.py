@@ -63,7 +63,7 @@ def lengths(completion_ids: list[list[int]]) -> list[float]:
 
 def make_envs(**changes: Any) -> Any:
     arguments: dict[str, Any] = {
-        "prompts": ["one", "three", "a longer prompt"],
+        "prompts": ["one", "three", "longer"],
         "tokenizer": byte_tokenizer(),
         "reward": lengths,
         "stop": list(range(0, 256, 8)),  # so that lengths differ
@@ -115,7 +115,7 @@ def test_something_is_learned_from_a_row_with_a_score(name: str) -> None:
     assert not all(torch.equal(without[key], everything[key]) for key in without)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "reinforce, learned", "a2c", "ppo", "nlpo", "dqn", "pathwise"])
+@pytest.mark.parametrize("name", ["reinforce, learned", "ppo", "dqn"])
 def test_an_update_is_that_of_the_rows_which_have_a_score(name: str) -> None:
     others = torch.tensor([row for row in range(ROWS) if row not in UNSCORED])
     left_out = weights_after_an_update(name, lambda rollout: without_scores(rollout, UNSCORED))
@@ -167,7 +167,7 @@ def test_training_goes_on_without_the_rows_that_have_no_score(name: str) -> None
     assert np.isfinite([value for metrics in history for value in metrics.values()]).all()
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", ["ppo", "grpo", "pathwise"])
 def test_a_rollout_without_any_score_is_an_error(name: str) -> None:
     agent = make_agent(name, reward=lambda completions: [None] * len(completions))
     with pytest.raises(RewardError, match=f"none of the {ROWS} episodes has a score"):
