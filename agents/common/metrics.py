@@ -1,4 +1,4 @@
-"""Metrics: metrics of an update, which come to the host in one copy when it ends, and metrics of its episodes."""
+"""Metrics of an update, which are copied to the host once when it ends, and metrics of its episodes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..machine.distributed import everyone, gathered
 from .rollout import Rollout
 
 TensorMetrics = dict[str, Tensor]
-"""Numbers by their names, 0-dimensional tensors on one device."""
+"""Metrics by name, 0-dimensional tensors on one device."""
 
 
 def mean_over(steps: Sequence[TensorMetrics]) -> TensorMetrics:
-    """The mean of each value over the steps of an update; nothing if there were none."""
+    """Return the mean of each metric over the steps of an update; empty if there were no steps."""
     if not steps:
         return {}
     table = torch.stack([torch.stack([value.double() for value in step.values()]) for step in steps])
@@ -28,7 +28,7 @@ def mean_over(steps: Sequence[TensorMetrics]) -> TensorMetrics:
 
 
 def on_host(metrics: TensorMetrics) -> dict[str, float]:
-    """The metrics as plain numbers."""
+    """Return the metrics as plain numbers."""
     if not metrics:
         return {}
     values: list[float] = torch.stack([value.double() for value in metrics.values()]).tolist()
@@ -41,13 +41,13 @@ def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Sc
     Scores are averaged over the episodes that have one; `objective/unscored` is the share of the others.
 
     Args:
-        rollout: this process's episodes.
-        kl: `(N, T)`, nats to the reference.
-        penalty: what the KL costs.
-        scorer: the environment's, which counts errors of reward functions.
+        rollout: Episodes of this process.
+        kl: KL to the reference, `(N, T)` nats.
+        penalty: The KL penalty.
+        scorer: Scorer of the environment, which counts the errors of reward functions.
 
     Raises:
-        RewardError: no episode has a score.
+        RewardError: If no episode has a score.
     """
     columns = gathered(
         {
@@ -84,11 +84,11 @@ def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Sc
     }
     for key in [key for key in columns if "/" in key]:
         kind, name = key.split("/", 1)
-        given = columns[key][~columns[key].isnan()]
-        if len(given) and kind == "metric":
-            metrics[name] = given.mean()
-        elif len(given):  # a function may leave every row out
-            metrics |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std(correction=0)}
+        known = columns[key][~columns[key].isnan()]
+        if len(known) and kind == "metric":
+            metrics[name] = known.mean()
+        elif len(known):  # a function may return None for all rows
+            metrics |= {f"rewards/{name}/mean": known.mean(), f"rewards/{name}/std": known.std(correction=0)}
     if scorer.scale.active:
         metrics["objective/scores_paid"] = columns["scores"][scored].mean()
     if scorer.on_error != "raise":

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, 2019) as the agents use it: without decay, its moments in 32 bits or in 8."""
+"""AdamW (Loshchilov and Hutter, 2019) without weight decay, with moments in 32 or in 8 bits."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST = 0.9
-"""Of the weights with a gradient, the share that a step should change."""
+MIN_CHANGED = 0.9
+"""Minimum share of the weights with a gradient that a step should change."""
 
 
 def adamw(
     weights: Iterable[nn.Parameter], learning_rate: float, epsilon: float, eight_bit: bool
 ) -> torch.optim.Optimizer:
-    """An optimiser of those weights that are trained.
+    """Return an optimiser of the weights that require gradients.
 
     Args:
-        eight_bit: moments in blocks of 8-bit numbers (Dettmers et al., 2022), by bitsandbytes; those of tensors of
-            fewer than 4,096 numbers are in 32 bits.
+        weights: Weights of the policy.
+        learning_rate: Peak learning rate.
+        epsilon: Adam's epsilon.
+        eight_bit: Whether to store moments in blocks of 8-bit numbers (Dettmers et al., 2022), by bitsandbytes; those
+            of tensors with fewer than 4,096 numbers have 32 bits.
 
     Raises:
-        ImportError: `eight_bit` without bitsandbytes.
+        ImportError: If `eight_bit` is set and bitsandbytes is not installed.
     """
     trained = [weight for weight in weights if weight.requires_grad]
     optimizer = _adamw(trained, learning_rate, epsilon, eight_bit)
@@ -32,7 +35,7 @@ def adamw(
 
 
 def _adamw(trained: list[nn.Parameter], learning_rate: float, epsilon: float, eight_bit: bool) -> torch.optim.Optimizer:
-    if not eight_bit:  # fused: one pass over the weights, with no temporary of their size
+    if not eight_bit:  # fused: one pass over the weights, without temporary tensors of their size
         return torch.optim.AdamW(trained, lr=learning_rate, eps=epsilon, weight_decay=0.0, fused=True)
     try:
         from bitsandbytes import optim
@@ -43,15 +46,15 @@ def _adamw(trained: list[nn.Parameter], learning_rate: float, epsilon: float, ei
 
 
 def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
-    """Measure how many weights the first step changes, where they have 16 bits, and warn if many stay as they were.
+    """Measure how many 16-bit weights the first step changes, and warn if many do not change.
 
-    bfloat16 keeps 8 bits of a number: a step of less than about 1/256 of a weight is lost to rounding.
+    bfloat16 has 8 bits of precision, so a step of less than about 1/256 of a weight is lost to rounding.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     coarse = [weight for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)]
     if not coarse:
         return
-    before: list[tuple[Tensor, Tensor]] = []  # weights with a gradient, and what they were
+    before: list[tuple[Tensor, Tensor]] = []  # weights with a gradient, and their values before the step
 
     def remember(*_: Any) -> None:
         before[:] = [(weight, weight.detach().clone()) for weight in coarse if weight.grad is not None]
@@ -64,7 +67,7 @@ def warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
         before.clear()
         for hook in hooks:
             hook.remove()
-        if changed < MOST * pushed:
+        if changed < MIN_CHANGED * pushed:
             warnings.warn(
                 f"the weights are {coarse[0].dtype}, and the first step changed {changed / pushed:.0%} of those that "
                 "have a gradient: the other steps are lost to rounding. Train float32 weights: load the model with "

@@ -1,12 +1,12 @@
-"""PolicyGradientAgent: what all algorithms that follow a policy gradient share: minibatches and the optimiser step.
+"""PolicyGradientAgent: base class of policy-gradient algorithms, with minibatches and the optimiser step.
 
-An algorithm has its whole update on its own page, `update` and `loss`, and calls from here:
+The file of an algorithm has its update, `update` and `loss`, and calls these methods:
 
     minibatches   epochs of shuffled minibatches of whole episodes
     step          one optimiser step on `loss`, in micro-batches whose gradients add up to that of the minibatch
     finish        the metrics of an update
 
-Several processes share each minibatch: every one has a part of it, and the gradient is that of the whole.
+In a run of several processes each has a part of every minibatch, and the gradient is that of the whole minibatch.
 """
 
 from __future__ import annotations
@@ -33,34 +33,35 @@ from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
 @dataclass
 class PolicyGradientConfig(RolloutAgentConfig):
-    """Hyperparameters of all policy-gradient agents; the KL's coefficient and estimator are the environment's."""
+    """Hyperparameters of all policy-gradient agents. KL coefficient and estimator are arguments of the environment."""
 
     num_epochs: Count = 1
-    """Passes over each rollout."""
+    """Number of epochs over each rollout."""
     minibatch_size: Count | None = None
-    """Episodes in a minibatch, over all processes; None takes all of them at once."""
+    """Episodes in a minibatch, over all processes; None for all episodes of the rollout."""
     micro_batch_size: Count | None = None
-    """Episodes in one forward pass; gradients add up to exactly those of the minibatch. None: the whole minibatch."""
+    """Episodes in one forward pass; the gradients add up to that of the minibatch. None for the whole minibatch."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     target_kl: NotNegative | None = None
-    """Ends an update's epochs when the approximate KL to the old policy, per token, exceeds 1.5 times this."""
+    """End the epochs of an update when the approximate KL to the old policy, per token, exceeds 1.5 times this."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole episodes, what was known of their tokens at rollout time, and what they are learned from.
+    """Whole episodes with log-probs and values at rollout time, and with advantages and returns.
 
     Attributes:
         sequences: N episodes.
-        log_probs: `(N, T)` behaviour log-probs.
-        values: `(N, T)` values at rollout time.
+        log_probs: `(N, T)`, log-probs at rollout time.
+        values: `(N, T)`, values at rollout time.
         advantages: `(N, T)`.
-        returns: `(N, T)`; zero where an algorithm has no critic.
-        indices: `(N,)`, which rows of the rollout they are.
-        with_gradient: bool `(N,)` on the host: the episodes whose loss has a gradient. The others count in its mean and
-            cost no pass. `None` if all have one.
-        spare: the episodes weigh nothing: this process has none left, and keeps the others company, see `evenly`.
+        returns: `(N, T)`, targets of the critic; zero for algorithms without one.
+        indices: `(N,)`, indices of the episodes in the rollout.
+        with_gradient: Bool `(N,)` on the host: the episodes whose loss has a gradient. The others count in the mean but
+            need no forward pass. `None` if all have a gradient.
+        spare: Whether the episodes have weight 0. They then stand in for a process without episodes, which must take
+            part in collective operations; see `textgym.agents.machine.distributed.evenly`.
     """
 
     sequences: Sequences
@@ -76,7 +77,7 @@ class Batch:
         return len(self.sequences)
 
     def __getitem__(self, chosen: slice | Tensor) -> Batch:
-        """Return some of the episodes, as wide as the longest of them; indices are on the host."""
+        """Return some of the episodes, with the width of the longest; indices are on the host."""
         rows, host_rows = on_both(chosen, self.indices.device)
         sequences = self.sequences.take(rows, host_rows)
         width = sequences.longest
@@ -86,7 +87,7 @@ class Batch:
         return Batch(sequences, log_probs, values, advantages, returns, self.indices[rows], with_gradient, self.spare)
 
     def trained(self) -> Batch:
-        """Return the episodes whose loss has a gradient; where there is none, a spare one."""
+        """Return the episodes whose loss has a gradient; if there are none, a spare one."""
         if self.with_gradient is None:
             return self
         rows = self.with_gradient.nonzero()[:, 0]
@@ -99,25 +100,25 @@ class Batch:
 
 
 class PolicyGradientAgent(RolloutAgent):
-    """Base class of policy-gradient agents; arguments as `RolloutAgent`. An algorithm has `update` and `loss`."""
+    """Base class of policy-gradient agents, which implement `update` and `loss`; arguments as `RolloutAgent`."""
 
     config: PolicyGradientConfig
 
     @abstractmethod
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """Return the loss to minimise of a batch, and metrics to report. Both are means, see `weight`.
+        """Return the loss of a batch, and metrics. Both are means with the weight that `weight` returns.
 
         Args:
-            new: the batch under the policy that is trained, with gradients.
-            batch: the same tokens at rollout time.
+            new: Log-probs, values and entropies of the current policy, with gradients.
+            batch: The same tokens at rollout time.
         """
 
     def weight(self, batch: Batch) -> int:
-        """Return what a batch's mean weighs in the mean of several: its tokens, if the loss is a mean over tokens."""
+        """Return the weight of a batch in the mean of several: its number of tokens, if the loss is a token mean."""
         return batch.sequences.num_tokens
 
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
-        """Score a batch with a policy, with gradients."""
+        """Evaluate a batch with a policy, with gradients."""
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
             return policy.evaluate(batch.sequences, entropy_gradient=self.config.entropy_coef != 0)
 
@@ -129,14 +130,14 @@ class PolicyGradientAgent(RolloutAgent):
         rows: Tensor | None = None,
         with_gradient: Tensor | None = None,
     ) -> Iterator[Batch]:
-        """Yield every minibatch of every epoch; an epoch has each episode once, in a new order.
+        """Yield all minibatches of all epochs; each epoch has every episode once, in a new order.
 
         Args:
-            rollout: the episodes.
+            rollout: The episodes.
             advantages: `(N, T)`.
-            returns: `(N, T)`, what a critic learns.
-            rows: on the host, the episodes that are trained on; `None` for all that have a score.
-            with_gradient: see `Batch`.
+            returns: `(N, T)`, targets of a critic.
+            rows: Indices of the episodes to train on, on the host; `None` for all that have a score.
+            with_gradient: See `Batch`.
         """
         returns = torch.zeros_like(advantages) if returns is None else returns
         indices = torch.arange(len(rollout), device=advantages.device)
@@ -152,20 +153,23 @@ class PolicyGradientAgent(RolloutAgent):
                 yield replace(shuffled[chosen], spare=not counts)
 
     def step(self, batch: Batch) -> TensorMetrics:
-        """Make one optimiser step on `loss`; the batch is that of all processes, of which each has a part.
+        """Make one optimiser step on the mean loss over the batches of all processes.
+
+        Args:
+            batch: The part of this process.
 
         Returns:
-            the metrics of `loss`, means over the episodes whose loss has a gradient, and the gradient's norm.
+            The metrics of `loss`, means over the episodes whose loss has a gradient, and the norm of the gradient.
 
         Raises:
-            NonFiniteError: the loss or the norm is NaN or infinite; the weights stay as they were.
+            NonFiniteError: If the loss or the norm is NaN or infinite; the weights are then unchanged.
         """
         self.optimizer.zero_grad(set_to_none=True)
         trained = batch.trained()
         weights = [0 if each.spare else self.weight(each) for each in (batch, trained)]
         whole, of_trained = (max(sum(column), 1) for column in zip(*everyone(weights), strict=True))
         metrics: TensorMetrics = {}
-        # Micro-batches: each backward pass adds its share of the batch's gradient.
+        # Gradient accumulation: each micro-batch adds its share of the gradient of the whole batch.
         for rows, counts in evenly(_slices(len(trained), self.config.micro_batch_size), spare=slice(0, 1)):
             part = trained if rows.stop - rows.start == len(trained) else trained[rows]
             weight = self.weight(part) if counts and not trained.spare else 0
@@ -179,17 +183,17 @@ class PolicyGradientAgent(RolloutAgent):
         return metrics
 
     def finish(self, steps: list[TensorMetrics], further: TensorMetrics | None = None) -> Metrics:
-        """Bring the policy up to date with what was trained, and return the metrics of an update.
+        """Copy trained weights to the policy, and return the metrics of an update.
 
         Args:
-            steps: metrics of each step, which are averaged.
-            further: metrics of the update.
+            steps: Metrics of each step, which are averaged.
+            further: Metrics of the update.
         """
         self.learner.refresh()
         return on_host(mean_over(steps) | (further or {}))
 
 
 def _slices(count: int, size: int | None) -> list[slice]:
-    """Split so many rows into parts of a size; `None`: into one."""
+    """Split `count` rows into parts of at most `size`; `None` for one part."""
     size = size or max(count, 1)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""PromptGroupAgent: several episodes of each prompt, whose scores are compared with each other in place of a critic."""
+"""PromptGroupAgent: several episodes of each prompt, whose returns are compared with each other instead of a critic."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class PromptGroupConfig(PolicyGradientConfig):
     """Hyperparameters of all agents that compare episodes of one prompt."""
 
     group_size: Annotated[int, at_least(2)] = 8
-    """Episodes of each prompt; the rows of the environment are a multiple of it."""
+    """Number of episodes of each prompt; it must divide the number of rows of the environment."""
 
 
 class PromptGroupAgent(PolicyGradientAgent):
-    """Rows of the environment come in groups of `group_size` with one prompt; arguments as `RolloutAgent`.
+    """Base class of agents whose rows are groups of `group_size` with the same prompt; arguments as `RolloutAgent`.
 
     Raises:
-        ValueError: the rows of the environment cannot be split into groups.
+        ValueError: If `group_size` does not divide the number of rows of the environment.
     """
 
     config: PromptGroupConfig
@@ -36,18 +36,18 @@ class PromptGroupAgent(PolicyGradientAgent):
         size = self.config.group_size
         if self.envs.num_envs % size:
             raise ValueError(
-                f"group_size={size} must divide num_envs={self.envs.num_envs}: each prompt takes so many rows"
+                f"group_size={size} must divide num_envs={self.envs.num_envs}: each prompt has so many rows"
             )
 
     def episode_options(self) -> dict[str, Any]:
-        """A prompt for each group."""
+        """Return the same prompt for all rows of each group."""
         prompts = self.next_prompts(self.envs.num_envs // self.config.group_size)
         return {"prompt_index": np.repeat(prompts, self.config.group_size).tolist()}
 
     def compared(self, returns: Tensor, scored: Tensor) -> GroupComparison:
-        """Compare the returns `(N,)` of each group, of those episodes that have a score, bool `(N,)`."""
+        """Compare the returns `(N,)` within each group, over the episodes that have a score, bool `(N,)`."""
         return compare_groups(self.grouped(returns), self.grouped(scored))
 
     def grouped(self, values: Tensor) -> Tensor:
-        """Values of episodes `(N,)` as `(groups, group_size)`."""
+        """Return values of episodes `(N,)` as `(groups, group_size)`."""
         return values.view(-1, self.config.group_size)
