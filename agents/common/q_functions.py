@@ -1,6 +1,7 @@
-"""Q-functions on a language model: what it earns to go on with a token, for every token of the vocabulary.
+"""Q-functions on a language model: the expected return of every token of the vocabulary in a state.
 
-Both start from what the language model knows. The scores of all tokens are made a chunk of states at a time.
+Both are initialised by the pretrained model's log-probs. The Q-values of all tokens are computed for one chunk of
+states at a time.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from textgym.models.loading import freeze
 from textgym.models.sequences import Sequences
 
 Noise = tuple[Tensor, Tensor]
-"""The factors f(out) `(R, V)` and f(in) `(R, d)`, of R rows or of one for all."""
+"""Noise factors f(out) `(R, V)` and f(in) `(R, d)`; R is the number of rows, or 1 if they share the noise."""
 
 
 class Best(NamedTuple):
-    """The token of the highest Q in each state, `(M,)`, and that Q, `(M,)` or quantiles `(M, K)`."""
+    """The token with the highest Q in each state, `(M,)`, and its Q, `(M,)` or quantiles `(M, K)`."""
 
     action: Tensor
     value: Tensor
 
 
 def frozen_actor(actor: ActorCritic) -> ActorCritic:
-    """A frozen copy of policy and critic, which shares what is never trained."""
+    """Return a frozen copy of policy and critic, which shares the weights that are never trained."""
     critic = None if actor.critic is None else twin(actor.critic)
     new = ActorCritic(twin(actor.trained_model), critic, actor.temperature)
     new.value_head.load_state_dict(actor.value_head.state_dict())
@@ -40,31 +41,32 @@ def frozen_actor(actor: ActorCritic) -> ActorCritic:
 
 
 class SoftQ:
-    """Q(s, a) = V(s) + beta log(pi(a | s) / pi_ref(a | s)), with pi the policy and V its critic.
+    """Q(s, a) = V(s) + beta log(pi(a | s) / pi_ref(a | s)), with policy pi and critic V.
 
-    For the policy pi ~ pi_ref exp(Q / beta) the value beta log sum_a pi_ref(a | s) exp(Q(s, a) / beta) is V(s) itself,
-    so a value costs no look at the vocabulary, and what is learned is at all times a language model to sample from.
+    With this Q the soft-optimal policy, proportional to pi_ref exp(Q / beta), is pi itself, and the soft value
+    beta log sum_a pi_ref(a | s) exp(Q(s, a) / beta) is V(s). So values need no sum over the vocabulary, and the trained
+    model can be sampled from at any time.
     """
 
     def __init__(self, actor: ActorCritic) -> None:
         self.actor = actor
 
     def of_actions(self, sequences: Sequences, reference_log_probs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        """V of the state before each response token, and what the token adds to it, `(N, T)` each; Q is their sum."""
+        """Return V of the state before each response token, and Q - V of the token, `(N, T)` each."""
         new = self.actor.evaluate(sequences)
         return new.value, torch.where(sequences.response_mask, beta * (new.log_prob - reference_log_probs), 0.0)
 
 
 class Heads(nn.Module):
-    """What a `GreedyQ` learns besides language model and critic.
+    """Weights of a `GreedyQ` besides language model and critic.
 
     Args:
-        actor: the sizes are its own.
-        noisy: noise on the output weights, factored as f(out) f(in)^T, with a learned deviation each (Fortunato et al.,
-            2018). There is none until it is drawn.
-        n_quantiles: K above 1 describes the return by K quantiles around its mean (Dabney et al., 2018, "QR-DQN").
-            Quantile k lies u_k(s) + e_a . (psi_k * h(s)) above it, with e the output embedding and u, psi of mean zero
-            over k, so that no head of V x K outputs is needed.
+        actor: The language model and critic, for the sizes.
+        noisy: Whether to add factorised noise f(out) f(in)^T to the output weights, with a learned standard deviation
+            for each weight (noisy networks: Fortunato et al., 2018). It is 0 before the first call of `resample`.
+        n_quantiles: Number of quantiles K. Above 1 the return is described by K quantiles around its mean (QR-DQN:
+            Dabney et al., 2018). Quantile k minus the mean is u_k(s) + e_a . (psi_k * h(s)), with e the output
+            embedding, and u and psi of mean zero over k, so that no head with V x K outputs is needed.
     """
 
     def __init__(self, actor: ActorCritic, noisy: bool, n_quantiles: int) -> None:
@@ -81,57 +83,57 @@ class Heads(nn.Module):
             self.psi = nn.Parameter(torch.zeros(n_quantiles, size, device=device))
 
     def resample(self, generator: torch.Generator, rows: int = 1) -> None:
-        """New noise, for each of the rows that are acted in or one for all; `generator` is a CPU's."""
+        """Sample new noise, for each row or for all rows together; `generator` must be on the CPU."""
         if self.noisy:
-            drawn = (torch.randn(rows, size, generator=generator).to(self.sigma.device) for size in self.sigma.shape)
-            out, within = (x.sign() * x.abs().sqrt() for x in drawn)
-            self.noise = (out, within)
+            normal = (torch.randn(rows, size, generator=generator).to(self.sigma.device) for size in self.sigma.shape)
+            noise_out, noise_in = (x.sign() * x.abs().sqrt() for x in normal)  # f(x) = sgn(x) sqrt(|x|)
+            self.noise = (noise_out, noise_in)
 
     def quieten(self) -> None:
-        """The mean weights from now on."""
+        """Remove the noise: use the mean weights."""
         self.noise = None
 
     def noisy_logits(self, hidden: Tensor, noise: Noise | None) -> Tensor | float:
-        """What the noise adds to the logits `(m, V)`."""
+        """Return the contribution of the noise to the logits, `(m, V)`."""
         if noise is None:
             return 0.0
-        out, within = noise
-        return out * ((hidden.float() * within) @ self.sigma.T)
+        noise_out, noise_in = noise
+        return noise_out * ((hidden.float() * noise_in) @ self.sigma.T)
 
     def spread(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """What each quantile lies above the mean, `(M, K)`, for tokens with these embeddings `(M, d)`."""
+        """Return the quantiles minus their mean, `(M, K)`, of tokens with these embeddings `(M, d)`."""
         spread = self.offsets(hidden) + (hidden * embeddings) @ self.psi.T
         return spread - spread.mean(1, keepdim=True)
 
 
 class GreedyQ:
-    """Q(s, a) = v(s) + q_scale log p(a | s), with p the language model and v its critic, zero at first.
+    """Q(s, a) = v(s) + q_scale log p(a | s), with language model p and critic v, which is initially zero.
 
-    So the best token is at all times the language model's likeliest one. It is a dueling network (Wang et al., 2016)
-    whose advantages are normalised to sum to 1 as exponentials, in place of a mean of zero.
+    So the best token is always the most likely token of the language model. It is a dueling network (Wang et al.,
+    2016), but its advantages are log-probabilities, whose exponentials sum to 1, instead of having mean zero.
 
     Args:
-        actor: language model and critic.
-        heads: noise and quantiles.
-        q_scale: reward units a nat.
-        dueling: off, Q(s, a) is q_scale times the model's logit, whatever its offset, and there is no v.
+        actor: Language model and critic.
+        heads: Noise and quantiles.
+        q_scale: Scale of the log-probs, in reward per nat.
+        dueling: If False, Q(s, a) is q_scale times the logit of the language model, and there is no v.
     """
 
     def __init__(self, actor: ActorCritic, heads: Heads, q_scale: float = 1.0, dueling: bool = True) -> None:
         self.actor, self.heads, self.q_scale, self.dueling = actor, heads, q_scale, dueling
 
     def frozen_copy(self) -> GreedyQ:
-        """For targets."""
+        """Return a frozen copy, for a target network."""
         return GreedyQ(frozen_actor(self.actor), freeze(copy.deepcopy(self.heads)), self.q_scale, self.dueling)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `(m, V)`, with the noise that was drawn."""
+        """Return logits `(m, V)` with the current noise."""
         return self._noisy_logits(hidden, self.heads.noise)
 
     def advantages(
         self, hidden: Tensor, banned: Tensor | None, stop_ids: tuple[int, ...], noise: Noise | None = None
     ) -> Tensor:
-        """Q without v, `(m, V)`; the lowest float where a stop token is banned."""
+        """Return Q - v, `(m, V)`; the lowest float for banned stop tokens."""
         distribution = TokenDistribution(self.actor.temperature, banned=banned, stop_ids=stop_ids)
         logits = distribution.logits(self._noisy_logits(hidden, noise))
         lowest = torch.finfo(logits.dtype).min
@@ -139,17 +141,17 @@ class GreedyQ:
         return torch.where(logits == lowest, lowest, advantages)
 
     def values(self, states: States, hidden: Tensor) -> Tensor:
-        """The value v of each state, `(M,)`."""
+        """Return the value v of each state, `(M,)`."""
         if not self.dueling:
             return torch.zeros(len(hidden), device=hidden.device)
         return self.actor.state_values(states, hidden)
 
     def of_actions(self, sequences: Sequences, actions: Tensor | None = None) -> Tensor:
-        """Q `(M,)` of each response token, or of other `actions` `(M,)` in the same states; quantiles `(M, K)`."""
+        """Return Q `(M,)`, or quantiles `(M, K)`, of each response token, or of `actions` `(M,)` in the same states."""
         states = sequences.states()
         hidden = states.hidden(self.actor.lm)  # (M, d)
         actions = sequences.actions if actions is None else actions
-        noise = self.heads.noise  # as it is now, also where the backward pass makes the scores again
+        noise = self.heads.noise  # stored here: the backward pass recomputes the scores and needs the same noise
 
         def score(hidden: Tensor, actions: Tensor, banned: Tensor | None) -> tuple[Tensor]:
             advantages = self.advantages(hidden, banned, sequences.stop.ids, noise)
@@ -159,11 +161,11 @@ class GreedyQ:
         return self._with_quantiles(self.values(states, hidden) + chosen, hidden, actions)
 
     def choose(self, sequences: Sequences) -> Tensor:
-        """The best token in the state before each response token, `(M,)`."""
+        """Return the token with the highest Q in the state before each response token, `(M,)`."""
         return self._highest(sequences, sequences.states().hidden(self.actor.lm))[0]
 
     def best(self, sequences: Sequences) -> Best:
-        """The best token in the state before each response token, and its Q."""
+        """Return the token with the highest Q in the state before each response token, and this Q."""
         states = sequences.states()
         hidden = states.hidden(self.actor.lm)
         actions, advantages = self._highest(sequences, hidden)

@@ -1,14 +1,14 @@
-"""ReplayAgent: what all algorithms with a replay memory share: exploration, the memory, the optimiser step, targets.
+"""ReplayAgent: base class of algorithms with a replay buffer: exploration, the buffer, the optimiser step, targets.
 
-An algorithm has its whole update on its own page, `update` and `loss`, and calls from here:
+The file of an algorithm has its update, `update` and `loss`, and calls these methods:
 
-    remember         puts a rollout into the memory, with the reference's log-probs of its tokens
-    samples          batches of remembered episodes, as many as an update has steps
+    remember         add a rollout to the replay buffer, with the reference's log-probs of its tokens
+    samples          batches of replayed episodes, one for each optimiser step of an update
     step             one optimiser step on `loss`, in micro-batches whose gradients add up to that of the batch
-    update_targets   moves slower copies towards what was learned, every so many steps
+    update_targets   move the target networks towards the trained ones, every `target_update_interval` steps
 
-Episodes are played by the policy and, for a share epsilon of the tokens, by the reference: random tokens of the whole
-vocabulary hardly ever make sense.
+Exploration is epsilon-greedy, but random tokens are sampled from the reference and not uniformly, because uniform
+tokens rarely make sense.
 """
 
 from __future__ import annotations
@@ -38,52 +38,52 @@ from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
 @dataclass
 class ReplayConfig(RolloutAgentConfig):
-    """Hyperparameters of all agents with a replay memory; `episodes_per_update` are played between two updates."""
+    """Hyperparameters of all agents with a replay buffer."""
 
     episodes_per_update: Count = 64
     """Episodes collected before each update; a multiple of the number of rows of the environment."""
     gradient_steps: Count = 4
-    """Steps of the optimiser in an update."""
+    """Number of optimiser steps in an update."""
     batch_size: Count = 64
-    """Episodes drawn from memory for a step."""
+    """Episodes sampled from the replay buffer for each optimiser step."""
     micro_batch_size: Count | None = None
-    """Of them in one forward pass; gradients add up to those of the batch. None: the whole batch."""
+    """Episodes in one forward pass; the gradients add up to that of the batch. None for the whole batch."""
     buffer_size: Count = 8192
-    """Episodes that are remembered, the newest ones."""
+    """Maximum number of episodes in the replay buffer; new episodes replace the oldest."""
     learning_starts: Annotated[int, at_least(0)] = 256
-    """Episodes that are played before the first step."""
+    """Number of episodes before the first optimiser step."""
     gamma: Share = 1.0
     """Discount."""
     n_steps: Count = 1
-    """Rewards before the target; with more a score at the end reaches earlier tokens sooner."""
+    """Number of rewards before bootstrapping; with more a score at the end reaches earlier tokens sooner."""
     tau: PositiveShare = 1.0
-    """Share of the new weights in the targets when they are updated; 1 copies them."""
+    """Weight of the trained networks in an update of the target networks; 1 copies them."""
     target_update_interval: Count = 16
-    """Steps of the optimiser from one update of the targets to the next."""
+    """Optimiser steps between updates of the target networks."""
     epsilon_start: Share = 1.0
-    """Share of tokens drawn from the reference at first."""
+    """Initial share of tokens that are sampled from the reference."""
     epsilon_end: Share = 0.05
-    """The same from `epsilon_fraction` of the episodes on; in between it falls linearly."""
+    """Final share of tokens that are sampled from the reference."""
     epsilon_fraction: Share = 0.5
-    """Share of the episodes over which epsilon falls."""
+    """Share of the episodes over which epsilon decreases linearly."""
     exploration_temperature: Positive = 1.0
-    """Divides the reference's logits where epsilon draws from it: the more above 1, the nearer to uniform."""
+    """Temperature of the reference in exploration; values above 1 are closer to uniform."""
 
 
 class Behaviour:
-    """Who plays: a policy's distribution, mixed with the reference's; takes the policy's place in `collect`.
+    """The behaviour policy: a mixture of the policy's and the reference's distributions, for `collect`.
 
     Args:
-        policy: whose generator draws.
-        reference: mixed in.
-        epsilon: its share.
-        temperature: divides the reference's logits.
-        greedy: the likeliest token of the policy instead of its distribution.
-        head: output weights other than the policy's own.
+        policy: The policy, whose random generator samples.
+        reference: The reference.
+        epsilon: Weight of the reference.
+        temperature: Temperature of the reference.
+        greedy: Whether to use the policy's most likely token instead of its distribution.
+        head: Output weights in place of the policy's.
     """
 
-    critic = None  # as a policy without one of its own: its values are those of `act`
-    generates_what_act_would = False  # it explores, token by token
+    critic = None  # `collect` takes the values from `act`
+    generates_what_act_would = False  # `collect` must call `act` for every token
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Behaviour:
     def act(
         self, observation: Observation, deterministic: bool = False, action_masks: Any = None, with_value: bool = True
     ) -> Step:
-        """One token for each row, its log-prob under the mixture, and no value."""
+        """Return one token for each row, its log-prob under the mixture, and value 0."""
         logits = self.head(self.policy.next_hidden(observation))  # (B, V)
         probabilities = self.policy.distribution(action_masks).logits(logits).softmax(-1)
         if self.greedy:
@@ -120,66 +120,67 @@ class Behaviour:
 
 
 class ReplayAgent(RolloutAgent):
-    """Base class of agents with a replay memory; arguments as `RolloutAgent`.
+    """Base class of agents with a replay buffer; arguments as `RolloutAgent`.
 
-    An algorithm has `modules` besides the policy, targets that `follow` them, `update` and `loss`.
+    An algorithm implements `modules` (networks besides the policy), `follow` (target networks), `update` and `loss`.
 
     Raises:
-        ValueError: a KL whose coefficient moves, or that is estimated or clamped in a way of its own.
+        ValueError: If the run has several processes, the KL coefficient has a controller, or the KL estimator is not k1
+            or has a clamp.
     """
 
     config: ReplayConfig
     greedy: bool
-    reference_may_move = False  # the replay buffer keeps log-probs of the reference as it was
+    reference_may_move = False  # the replay buffer stores log-probs of the reference
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         if count() > 1:
             raise ValueError(
-                f"{type(self).__name__} remembers its own episodes alone, so it runs in one process: launch one, or "
-                "use an on-policy agent"
+                f"{type(self).__name__} has a replay buffer in one process: launch only one process, or use an "
+                "on-policy agent"
             )
         if not isinstance(self.penalty.controller, FixedKL):
             raise ValueError(
-                f"beta is a part of what {type(self).__name__} learns and remembers, so no controller may move it: "
+                f"the values and the replay buffer of {type(self).__name__} depend on beta, so it must be constant: "
                 "give the environment a number as kl_coef"
             )
         if self.penalty.estimator != "k1" or self.penalty.clamp is not None:
             raise ValueError(
-                f"{type(self).__name__} has the KL in its backups and estimates none: leave kl_estimator='k1' and "
+                f"{type(self).__name__} has the KL in its backups and needs no estimator: use kl_estimator='k1' and "
                 "kl_clamp=None"
             )
         self.memory = ReplayBuffer(self.config.buffer_size)
-        self.steps = 0  # of the optimiser
+        self.steps = 0  # number of optimiser steps
         self.further = self.modules()
-        learned = [weight for weight in self.further.parameters() if weight.requires_grad]
-        if learned:
-            self.optimizer.add_param_group({"params": learned})
+        trained = [weight for weight in self.further.parameters() if weight.requires_grad]
+        if trained:
+            self.optimizer.add_param_group({"params": trained})
 
     @abstractmethod
     def modules(self) -> nn.ModuleDict:
-        """What there is besides the policy: it is saved with the agent, and learned unless it is frozen."""
+        """Return the networks besides the policy; they are saved with the agent, and trained unless they are frozen."""
 
     @abstractmethod
     def follow(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Pairs of a target and the module that it follows."""
+        """Return pairs of a target network and the trained module that it follows."""
 
     @abstractmethod
     def loss(self, batch: ReplayBatch) -> tuple[Tensor, Tensor, TensorMetrics]:
-        """Return the loss of remembered episodes, errors of their tokens `(B, T)`, and metrics to report.
+        """Return the loss of replayed episodes, TD errors of their tokens `(B, T)`, and metrics.
 
         Loss and metrics are means over response tokens.
         """
 
     @property
     def epsilon(self) -> float:
-        """Share of tokens drawn from the reference, as it is now."""
+        """Current share of tokens that are sampled from the reference."""
         config = self.config
         done = self.episodes / max(self.total_episodes * config.epsilon_fraction, 1)
         return config.epsilon_start + (config.epsilon_end - config.epsilon_start) * min(done, 1.0)
 
     def collect(self, head: Any = None) -> Rollout:
-        """One episode in every row; `head` in place of the policy's output weights."""
+        """Collect one episode in every row; `head` replaces the policy's output weights."""
         config = self.config
         exploration = (self.epsilon, config.exploration_temperature)
         actor: Any = Behaviour(self.policy, self.penalty.reference, *exploration, self.greedy, head)
@@ -188,14 +189,14 @@ class ReplayAgent(RolloutAgent):
         return rollout
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """Return the KL estimate k1 of every token to the reference, of whoever played, `(N, T)` nats."""
+        """Return the KL estimate k1 between behaviour policy and reference for every token, `(N, T)` nats."""
         reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
         return torch.where(rollout.response_mask, rollout.log_probs - reference_log_probs, 0.0)
 
     def remember(self, rollout: Rollout, kl: Tensor) -> None:
-        """Put the episodes that have a score into the memory, with the reference's log-probs of their tokens.
+        """Add the episodes that have a score to the replay buffer, with the reference's log-probs of their tokens.
 
-        These are the behaviour's less their difference, k1.
+        They follow from k1 = log pi - log pi_ref, so no other pass of the reference is needed.
         """
         [scored] = to_host(rollout.scored)
         rows = scored.nonzero()[:, 0]
@@ -206,22 +207,22 @@ class ReplayAgent(RolloutAgent):
         self.memory.add(rollout.sequences, rollout.rewards, reference_log_probs, longest)
 
     def samples(self) -> Iterator[ReplayBatch]:
-        """Yield a batch of remembered episodes for each step of an update; none before learning starts."""
+        """Yield a batch of replayed episodes for each step of an update; none before learning starts."""
         if self.memory.added >= self.config.learning_starts:
             for _ in range(self.config.gradient_steps):
                 yield self.memory.sample(self.config.batch_size, self.shuffler)
 
     def step(self, batch: ReplayBatch) -> TensorMetrics:
-        """Make one optimiser step on `loss`; returns its metrics, means over the batch, and the gradient's norm.
+        """Make one optimiser step on `loss`; return its metrics, means over the batch, and the norm of the gradient.
 
         Raises:
-            NonFiniteError: the loss or the norm is NaN or infinite; the weights stay as they were.
+            NonFiniteError: If the loss or the norm is NaN or infinite; the weights are then unchanged.
         """
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
         size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
         metrics: TensorMetrics = {}
-        # Micro-batches: each backward pass adds its share of the batch's gradient.
+        # Gradient accumulation: each micro-batch adds its share of the gradient of the whole batch.
         for start in range(0, self.config.batch_size, size):
             part = batch.part(slice(start, start + size))
             share = part.sequences.response_lengths.sum() / total  # losses are means over tokens
@@ -239,7 +240,7 @@ class ReplayAgent(RolloutAgent):
 
     @torch.no_grad()
     def update_targets(self) -> None:
-        """Move the targets a share tau towards what they follow, after every `target_update_interval`-th step."""
+        """Move the target networks by tau towards the trained ones, after every `target_update_interval`-th step."""
         if self.steps % self.config.target_update_interval:
             return
         for target, followed in self.follow():
@@ -251,22 +252,22 @@ class ReplayAgent(RolloutAgent):
         return {**on_host(mean_over(steps)), "val/epsilon": self.epsilon, "val/memory": float(len(self.memory))}
 
     def training_state(self) -> dict[str, Any]:
-        """Counters, besides what every agent saves."""
+        """Return the counters of this class of agents, for a checkpoint."""
         return {"steps": self.steps, "added": self.memory.added}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `training_state` gave."""
+        """Restore the counters of `training_state`."""
         self.steps, self.memory.added = state["steps"], state["added"]
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Memory, and what is learned or copied besides the policy."""
+        """Return the replay buffer, and the weights of networks besides the policy, for a checkpoint."""
         memory = {f"memory.{name}": values for name, values in self.memory.tensors.items()}
         return {**memory, **dict(self.further.named_parameters(prefix="module"))}
 
     def load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Goes on from what `training_tensors` gave."""
-        kept = {name.removeprefix("memory."): x for name, x in tensors.items() if name.startswith("memory.")}
-        self.memory.tensors = kept
+        """Restore the tensors of `training_tensors`."""
+        saved = {name.removeprefix("memory."): x for name, x in tensors.items() if name.startswith("memory.")}
+        self.memory.tensors = saved
         self.memory.stop, self.memory.decoder_start = self.base_env.stop, self.base_env.decoder_start
         with torch.no_grad():
             for name, weight in self.further.named_parameters(prefix="module"):

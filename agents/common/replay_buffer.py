@@ -1,4 +1,4 @@
-"""ReplayBuffer: the replay memory: whole episodes, whose states share passes."""
+"""ReplayBuffer: a replay buffer of whole episodes, whose states share forward passes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from textgym.models.sequences import HostRows, Sequences
 
 
 class ReplayBatch(NamedTuple):
-    """B episodes drawn from memory.
+    """B episodes sampled from the replay buffer.
 
     Attributes:
-        sequences: prompts and responses.
-        rewards: `(B, T)`, without the KL.
-        reference_log_probs: `(B, T)`, of the actions.
-        weights: `(B,)`, what makes up for episodes that are drawn more often than others, at most 1.
-        indices: `(B,)`, where they are.
+        sequences: Prompts and responses.
+        rewards: `(B, T)`, without the KL penalty.
+        reference_log_probs: `(B, T)`, log-probs of the actions under the reference.
+        weights: `(B,)`, importance-sampling weights of prioritised replay, at most 1.
+        indices: `(B,)`, their indices in the buffer.
     """
 
     sequences: Sequences
@@ -32,7 +32,7 @@ class ReplayBatch(NamedTuple):
     indices: Tensor
 
     def part(self, rows: slice) -> ReplayBatch:
-        """Some of the episodes, as wide as the longest of them."""
+        """Return some of the episodes, with the width of the longest."""
         sequences = self.sequences[rows]
         width = sequences.longest
         columns = (self.rewards[rows, :width], self.reference_log_probs[rows, :width])
@@ -40,17 +40,17 @@ class ReplayBatch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The newest episodes, on the device, and their priorities.
+    """The newest episodes and their priorities, on the device.
 
-    With `alpha` above 0 an episode is drawn with a probability in proportion to priority^alpha, and weighted by
-    (probability times number of episodes)^-beta (Schaul et al., 2016). Episodes and not transitions have priorities,
-    since it is episodes that take passes; an episode's is 0.9 of its largest and 0.1 of its mean error (Kapturowski et
-    al., 2019, R2D2).
+    With `alpha` above 0 the probability of an episode is proportional to priority^alpha, and its weight is
+    (probability * number of episodes)^-beta, divided by the largest weight (Schaul et al., 2016). Episodes and not
+    transitions have priorities, because a forward pass is for a whole episode. The priority of an episode is 0.9 times
+    the largest plus 0.1 times the mean of its absolute TD errors (Kapturowski et al., 2019, R2D2).
 
     Args:
-        capacity: episodes that are kept.
-        alpha: 0 draws all alike.
-        beta: 1 makes up for the priorities in full; it stays as it is, and is not annealed.
+        capacity: Maximum number of episodes.
+        alpha: Exponent of the priorities; 0 samples uniformly.
+        beta: Exponent of the importance-sampling weights; 1 corrects the priorities completely. It is not annealed.
     """
 
     def __init__(self, capacity: int, alpha: float = 0.0, beta: float = 0.6) -> None:
@@ -63,29 +63,29 @@ class ReplayBuffer:
 
     @cached_property
     def host(self) -> HostRows:
-        """What the host knows of all episodes; read once from tensors that were loaded, and kept up from then on."""
+        """Prompts and lengths on the host; copied once from loaded tensors, and updated by `add` afterwards."""
         tensors = self.tensors
         return HostRows.read(Sequences(tensors["input_ids"], tensors["prompt_lengths"], tensors["response_lengths"]))
 
     def add(self, sequences: Sequences, rewards: Tensor, reference_log_probs: Tensor, longest: int) -> None:
-        """Keeps N episodes in place of the oldest ones; new ones are as urgent as the most urgent one.
+        """Add N episodes, which replace the oldest ones and have the largest priority in the buffer.
 
         Args:
-            sequences: the episodes.
+            sequences: The episodes.
             rewards: `(N, T)`.
             reference_log_probs: `(N, T)`.
-            longest: the most tokens that a response can have.
+            longest: Maximum number of tokens of a response.
 
         Raises:
-            ValueError: more episodes than there is room for, or such as the environment wrote in too, whose tokens
-                returns over n steps would count.
+            ValueError: If there are more episodes than the capacity, or the environment inserted tokens into them:
+                n-step returns would count these as steps.
         """
         if sequences.generated is not None:
-            raise ValueError("off-policy agents play no games of several turns yet: use an on-policy one, such as PPO")
+            raise ValueError("off-policy agents do not support games of several turns: use an on-policy agent like PPO")
         if len(sequences) > self.capacity:
             raise ValueError(
-                f"{len(sequences)} episodes do not fit into a memory of {self.capacity}: set buffer_size to at least "
-                "episodes_per_update"
+                f"{len(sequences)} episodes do not fit into a replay buffer of {self.capacity}: set buffer_size to at "
+                "least episodes_per_update"
             )
         columns = {
             "input_ids": sequences.input_ids,
@@ -97,27 +97,27 @@ class ReplayBuffer:
         if not self.tensors:
             self.tensors = {name: x.new_zeros(self.capacity, *x.shape[1:]) for name, x in columns.items()}
             self.tensors["priorities"] = rewards.new_zeros(self.capacity)
-        urgent = self.tensors["priorities"].max() if self.added else 1.0
+        highest = self.tensors["priorities"].max() if self.added else 1.0  # so that new episodes are soon replayed
         self.stop, self.decoder_start = sequences.stop, sequences.decoder_start
         slots = torch.arange(self.added, self.added + len(sequences), device=rewards.device) % self.capacity
-        for kept, new in zip(self.host, sequences.host, strict=True):
-            kept[np.arange(self.added, self.added + len(sequences)) % self.capacity] = new
+        for column, new in zip(self.host, sequences.host, strict=True):
+            column[np.arange(self.added, self.added + len(sequences)) % self.capacity] = new
         for name, values in columns.items():
             self.tensors[name][slots] = values
-        self.tensors["priorities"][slots] = urgent
+        self.tensors["priorities"][slots] = highest
         self.added += len(sequences)
 
     def sample(self, count: int, generator: torch.Generator) -> ReplayBatch:
-        """Draws `count` episodes, with replacement; `generator` is a CPU's."""
+        """Sample `count` episodes with replacement; `generator` must be on the CPU."""
         if self.alpha == 0:
-            drawn, weights = torch.randint(len(self), (count,), generator=generator), torch.ones(count)
+            sampled, weights = torch.randint(len(self), (count,), generator=generator), torch.ones(count)
         else:
             odds = self.tensors["priorities"][: len(self)].cpu() ** self.alpha
-            drawn = torch.multinomial(odds, count, replacement=True, generator=generator)
-            weights = (odds[drawn] / odds.mean()) ** -self.beta
+            sampled = torch.multinomial(odds, count, replacement=True, generator=generator)
+            weights = (odds[sampled] / odds.mean()) ** -self.beta  # odds / mean is probability * number of episodes
             weights = weights / weights.max()
-        indices, weights = to_device(self.tensors["rewards"].device, drawn, weights)
-        host = self.host.take(drawn.numpy())
+        indices, weights = to_device(self.tensors["rewards"].device, sampled, weights)
+        host = self.host.take(sampled.numpy())
         widest, longest = int((host.prompt_lengths + host.response_lengths).max()), int(host.response_lengths.max())
         column = {name: values[indices] for name, values in self.tensors.items()}
         return ReplayBatch(
@@ -136,7 +136,8 @@ class ReplayBuffer:
         )
 
     def reprioritise(self, indices: Tensor, errors: Tensor, mask: Tensor) -> None:
-        """Sets the priorities of episodes from the errors of their tokens, `(B, T)`."""
+        """Update the priorities of episodes from the TD errors of their tokens, `(B, T)`."""
         errors = torch.where(mask, errors.abs(), 0.0)
         mean = errors.sum(1) / mask.sum(1)
+        # Never 0, or an episode without errors could not be sampled again.
         self.tensors["priorities"][indices] = 0.9 * errors.amax(1) + 0.1 * mean + 1e-6
