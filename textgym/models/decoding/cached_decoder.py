@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from textgym.models.architectures.attention import attention_mask, batches_by_length, check_encoder_decoder
-from textgym.models.architectures.positions import check_positions
+from textgym.models.architectures.positions import check_positions, position_limit
 from textgym.models.machine.transfer import to_device, to_host
 
 
@@ -121,6 +121,7 @@ class CachedDecoder:
     def __init__(self, model: Any, num_rows: int, max_tokens: int) -> None:
         self.model, self.num_rows, self.max_tokens = model, num_rows, max_tokens
         self.parameters = list(model.parameters())
+        self.limit = position_limit(model.config)  # read once, for configs are slow to ask
         self.reset()
 
     @property
@@ -182,7 +183,8 @@ class CachedDecoder:
         grown, other, sizes = self._changes(input_ids, lengths, host)
         if sizes.min() < 1:
             raise ValueError("a context is empty: begin it with at least one token")
-        check_positions(self.model.config, int(sizes.max()), "a context")
+        if self.limit is not None and sizes.max() > self.limit:
+            check_positions(self.model.config, int(sizes.max()), "a context")
         if other.any():
             self._encode(input_ids, lengths, self._index(other), int(sizes[other].max()))
         if grown.any():
