@@ -1,6 +1,6 @@
-"""Agents on disk, so that training can go on from them: the policy as its own folder, and the training state.
+"""Save and load agents: the policy as a folder of its own, and the training state.
 
-Weights are in safetensors, the rest in plain values and one file that loads with `weights_only`.
+Weights are in safetensors. The rest is plain values in JSON, and one file that is loaded with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ AGENT = "textgym agent"
 
 
 def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """Writes `policy/`, a plain transformers folder.
+    """Write `policy/`, a transformers folder, in which adapters are merged.
 
-    An adapter is merged there. Beside it are then `base/`, the model below the adapter, `adapter/`, the policy's
-    adapter as peft writes it, and a file with all weights that are not in `base/`.
+    With an adapter there are also `base/`, the model without the adapter; `adapter/`, the adapter in peft's format; and
+    a file with all weights that are not in `base/`.
 
     Returns:
-        What `load_policy` has to be told, as plain values.
+        The argument `saved` of `load_policy`, as plain values.
 
     Raises:
-        NonFiniteError: a weight is NaN or infinite.
+        NonFiniteError: If a weight is NaN or infinite.
     """
     check_weights(policy)
     policy.save_pretrained(folder / "policy", tokenizer)
@@ -67,23 +67,23 @@ def save_policy(policy: ActorCritic, folder: Path, tokenizer: Any) -> dict[str, 
 
 
 def _save_adapters(policy: ActorCritic, folder: Path) -> dict[str, Any]:
-    """Writes what a policy with adapters is made again from; returns which of them are in use."""
+    """Write the files that a policy with adapters is loaded from, and return which adapters are active."""
     critic = policy.critic
     if critic is not None and is_twin(critic, policy.lm):
-        critic = None  # the same weights, and an adapter
-    with torch.random.fork_rng(devices=[]):  # which a new value head would draw from
+        critic = None  # it has the base model's weights, and an adapter, which is saved below
+    with torch.random.fork_rng(devices=[]):  # otherwise the new value head would advance the global generator
         base = ActorCritic(without_adapters(policy.lora), critic, policy.temperature)
     base.save_pretrained(folder / "base")
 
     adapters = Adapters.of(policy.lora)
-    policy.lora.save_pretrained(folder / "adapter", save_embedding_layers=False)  # which are in `base/`
+    policy.lora.save_pretrained(folder / "adapter", save_embedding_layers=False)  # embeddings are in `base/`
     adapters.save(folder / "adapter")
     save_file(tensors_apart(policy, base), folder / TRAINED)
     return {"active_adapters": adapters.active}
 
 
 def tensors_apart(module: nn.Module, of: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights that a module does not share with another one, and its buffers; by their names, each once."""
+    """Return the weights that a module does not share with another one, and its buffers, by name."""
     shared = {id(weight) for weight in of.parameters()}
     saved = module.state_dict()
     apart = {name: weight for name, weight in module.named_parameters() if id(weight) not in shared}
@@ -92,18 +92,18 @@ def tensors_apart(module: nn.Module, of: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: Any = None) -> torch.device:
-    """Return where an agent is loaded: where the caller says, else where its environment is, else where it was saved.
+    """Return the device to load an agent on: the caller's, else the environment's, else the one it was saved on.
 
-    Of several processes each has a device of its own.
+    In a run of several processes it is the device that the launcher assigned to this process.
 
     Args:
-        folder: of the agent.
-        saved: what `save_policy` returned.
-        device: what the caller says.
-        envs: the caller's environment.
+        folder: Folder of the agent.
+        saved: The return value of `save_policy`.
+        device: The caller's choice.
+        envs: The caller's environment.
 
     Raises:
-        ValueError: the caller's device is not on this machine.
+        ValueError: If the caller's device is not on this machine.
     """
     if (own := distributed.device()) is not None:
         return own
@@ -123,12 +123,12 @@ def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: A
 
 
 def load_policy(folder: Path, saved: Any, device: Device) -> ActorCritic:
-    """The policy that `save_policy` wrote, weight for weight.
+    """Load the policy that `save_policy` wrote, with equal weights.
 
     Args:
-        folder: of the agent.
-        saved: what `save_policy` returned.
-        device: where to load it.
+        folder: Folder of the agent.
+        saved: The return value of `save_policy`.
+        device: Device of the policy.
     """
     settings = from_plain(SavedPolicy, saved, f"{folder / 'agent.json'}: policy")
     options: dict[str, Any] = {
@@ -142,7 +142,7 @@ def load_policy(folder: Path, saved: Any, device: Device) -> ActorCritic:
         policy = ActorCritic.from_pretrained(folder / "base", lora=adapters, **options)
         tensors = load_file(folder / TRAINED, device=str(policy.device))
         if unknown := policy.load_state_dict(tensors, strict=False).unexpected_keys:
-            raise DamagedFolderError(f"{folder / TRAINED} has weights that the policy has not: {', '.join(unknown)}")
+            raise DamagedFolderError(f"{folder / TRAINED} has weights that the policy lacks: {', '.join(unknown)}")
     else:
         policy = ActorCritic.from_pretrained(folder / "policy", **options)
     for name, weight in policy.named_parameters():
@@ -151,7 +151,7 @@ def load_policy(folder: Path, saved: Any, device: Device) -> ActorCritic:
 
 
 def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> None:
-    """Writes a plain transformers folder; of a model that shares weights with the policy, a file with the others."""
+    """Write a transformers folder; for a model that shares weights with the policy, a file with the other weights."""
     if not (carries_adapters(model.lm) and is_twin(model.lm, policy.lm)):
         save_plain(merged(model.lm) if carries_adapters(model.lm) else model.lm, folder)
         return
@@ -161,7 +161,7 @@ def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> N
 
 
 def load_frozen_model(path: Path, policy: ActorCritic) -> TokenModel:
-    """The model that `save_frozen_model` wrote, in the precision that it had."""
+    """Load the model that `save_frozen_model` wrote, in its original dtype."""
     if path.suffix != TWIN:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         return freeze(TokenModel(load_causal_lm(path, dtype=config.dtype, device=policy.device), policy.temperature))
@@ -171,7 +171,7 @@ def load_frozen_model(path: Path, policy: ActorCritic) -> TokenModel:
     lm = twin(policy.lm, apart=tensors)
     activate(lm, active)
     if unknown := lm.load_state_dict(tensors, strict=False).unexpected_keys:
-        raise DamagedFolderError(f"{path} has weights that the model has not: {', '.join(unknown)}")
+        raise DamagedFolderError(f"{path} has weights that the model lacks: {', '.join(unknown)}")
     return freeze(TokenModel(lm, policy.temperature))
 
 
@@ -184,21 +184,21 @@ def check_class(manifest: Manifest, kind: type, folder: Path) -> None:
 
 
 def save_agent(agent: Any, folder: Path, overwrite: bool) -> None:
-    """Write a `RolloutAgent`; all processes call it, and the first one writes for all of them."""
+    """Save a `RolloutAgent`; all processes must call this function, and rank 0 writes the files."""
     state = {
         "optimizer": full(agent.optimizer.state_dict()),
         "generators": everyone(
             {
                 "sampler": generator_state(agent.sampler),
                 "shuffler": generator_state(agent.shuffler),
-                "global": global_generators(),  # reward functions may draw from them
+                "global": global_generators(),  # reward functions may use them
             }
         ),
     }
     scorers = everyone(agent.base_env.scorer.state())
     if distributed.rank() == 0:
         _write(agent, folder, state, scorers, overwrite)
-    everyone(None)  # nobody goes on before all of it is there
+    everyone(None)  # a barrier: no process continues before the files exist
 
 
 def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]], overwrite: bool) -> None:
@@ -224,19 +224,27 @@ def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[s
 
 
 def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any = None) -> Any:
-    """Make a `RolloutAgent` of a kind as `save_agent` wrote it; see `RolloutAgent.load`."""
+    """Load the `RolloutAgent` that `save_agent` wrote; see `RolloutAgent.load`.
+
+    Args:
+        kind: Class of the agent.
+        folder: Folder of the agent.
+        envs: The caller's environment, or `None` to make the saved one again.
+        device: The caller's choice of a device.
+        reward: Reward for an environment that is made again.
+    """
     join()
     check_class(checked_manifest(folder, AGENT), kind, folder)
     where = folder / "agent.json"
     saved = from_plain(SavedAgent, read_json(where), str(where))
     config = from_plain(kind.config_class, saved.config, f"{where}: config")
     place = place_of(folder, saved.policy, device, envs)
-    # Tensors of a device that is not here could not be read; loading the optimizer moves its own.
+    # On the CPU, because the device they were saved on may not exist here; `load_optimizer` moves the moments.
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if (processes := len(state["generators"])) != distributed.count():
         raise ValueError(
             f"{folder} was saved by {processes} processes, and this run has {distributed.count()}: launch {processes}, "
-            f"or start anew from the policy in {folder / 'policy'}"
+            f"or start a new run from the policy in {folder / 'policy'}"
         )
     if envs is None:
         envs = _made_again(saved.env, where, place, reward)
@@ -245,7 +253,7 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
     policy = load_policy(folder, saved.policy, place)
     agent = kind(policy, envs, config)
 
-    # What was learned, and the optimiser's moments.
+    # 1. Weights and the optimiser's moments.
     load_optimizer(agent.optimizer, state["optimizer"])
     for part in sorted((folder / FROZEN).glob("*")):
         agent.take_frozen_model(part.stem, load_frozen_model(part, policy))
@@ -253,7 +261,7 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
     if (folder / TENSORS).exists():
         agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))
 
-    # How far the run is.
+    # 2. Counters, the KL controller, the scale of scores, and the environment.
     agent.episodes, agent.updates, agent.total_episodes = saved.progress
     if saved.controller.keys() != vars(agent.penalty.controller).keys():
         raise DamagedFolderError(
@@ -264,7 +272,7 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
     agent.base_env.scorer.load_state(saved.scorers[distributed.rank()])
     agent.base_env.resume(saved.environment)
 
-    # Random generators; the global ones last, since what is made above may draw from them.
+    # 3. Random generators; the global ones last, because the code above may use them.
     generators = state["generators"][distributed.rank()]
     restore_generator(agent.sampler, generators["sampler"])
     restore_generator(agent.shuffler, generators["shuffler"])

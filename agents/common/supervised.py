@@ -1,7 +1,7 @@
-"""SupervisedAgent: what SFT and DPO share: batches of given texts, updates, reports, saving.
+"""SupervisedAgent: base class of SFT and DPO: batches of given texts, updates, metrics, saving.
 
-`transformers.Trainer` makes the updates: schedule, gradient clipping, accumulation, mixed precision, checkpoints. An
-algorithm is on a page of its own in agents/: its items (`__len__`, `collate`, `weight`) and its `loss`.
+`transformers.Trainer` makes the updates: schedule, gradient clipping, accumulation, mixed precision, checkpoints. The
+file of an algorithm has its items (`__len__`, `collate`, `weight`) and its `loss`.
 """
 
 from __future__ import annotations
@@ -56,34 +56,34 @@ class SupervisedConfig:
     """Hyperparameters of all agents that learn from given texts."""
 
     learning_rate: NotNegative = 1e-4
-    """Peak learning rate of AdamW, which has torch's epsilon of 1e-8: warmup keeps the first updates small."""
+    """Peak learning rate of AdamW; epsilon is 1e-8, torch's default, because warm-up keeps the first updates small."""
     epochs: Positive = 1.0
-    """Passes over the data."""
+    """Number of epochs over the data."""
     max_steps: Count | None = None
-    """Updates to make, in place of `epochs`."""
+    """Number of updates; it replaces `epochs`."""
     batch_size: Count = 32
     """Examples, or pairs, in one update, over all processes."""
     micro_batch_size: Count | None = None
-    """Of them in one forward pass; gradients add up to exactly those of the batch. None: the whole batch."""
+    """Examples in one forward pass; the gradients add up to that of the batch. None for the whole batch."""
     warmup: Share = 0.1
-    """Share of the updates over which the learning rate rises."""
+    """Share of the updates over which the learning rate increases linearly."""
     anneal_learning_rate: bool = True
-    """Whether the learning rate then falls linearly to zero."""
+    """Whether the learning rate then decreases linearly to zero."""
     adam_8bit: bool = False
     """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
     max_grad_norm: Positive = 1.0
-    """The gradient of an update is scaled down to this norm."""
+    """Maximum norm of the gradient of an update; larger gradients are scaled down."""
     max_length: Count = 512
-    """Tokens of a text at most, or fewer if the model has fewer places: a prompt that is too long loses its beginning,
-    and a completion its end."""
+    """Maximum number of tokens of a text, or fewer if the model has fewer positions. A prompt that is too long loses
+    its beginning, and a completion its end."""
     append_eos: bool = True
-    """End completions with EOS where it is missing; not wanted of texts that a length limit cut off."""
+    """Append EOS to completions that lack it; use False for texts that a length limit cut off."""
     bf16: bool = False
     """Run the forward passes in bfloat16 (autocast); log-softmax and losses stay in float32."""
     gradient_checkpointing: bool = False
-    """Keep what goes into each layer alone and run it again in the backward pass: less memory, more time."""
+    """Store only the inputs of layers, and recompute the layers in the backward pass: less memory, more time."""
     seed: int = 0
-    """Of the order of the data."""
+    """Seed of the order of the data."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -94,17 +94,19 @@ class SupervisedConfig:
 
 
 class SupervisedAgent(ABC):
-    """Trains the language model of a policy on a fixed set of texts; a critic is left as it is.
+    """Base class of agents that train the language model of a policy on a fixed set of texts, without its critic.
 
     Args:
-        policy: who learns; with LoRA its adapter alone does. A language model or its name becomes an `ActorCritic`.
-        data: what it learns from, see the algorithm.
-        tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
-        config: see the algorithm's config.
+        policy: The policy; with LoRA only its adapter is trained. A language model or its name becomes an
+            `ActorCritic`.
+        data: Training data, see the algorithm.
+        tokenizer: The policy's tokenizer: a name, a path or a tokenizer. `None` for the one that is saved with the
+            policy's weights.
+        config: Config of the algorithm.
 
     Raises:
-        ValueError: no tokenizer was saved beside the policy's weights, or the one given is not the policy's; or see the
-            algorithm's data.
+        ValueError: If no tokenizer is saved with the policy's weights, the given one is not the policy's, or the data
+            are wrong.
     """
 
     config_class: ClassVar[type[SupervisedConfig]]
@@ -123,50 +125,53 @@ class SupervisedAgent(ABC):
 
     @abstractmethod
     def read(self, data: Any) -> None:
-        """Sets `texts`, and whatever else the items are made of."""
+        """Read the data: set `texts`, and other attributes that the items need."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many items there are to learn from."""
+        """Return the number of training items."""
 
     @abstractmethod
     def collate(self, items: Sequence[int]) -> Batch:
-        """A batch of items, with what `batch_of` gives of their texts."""
+        """Return a batch of items, which includes the columns of `batch_of` for their texts."""
 
     @abstractmethod
     def weight(self, batch: Batch) -> Tensor:
-        """How much a batch counts in the mean of several, since losses are means over tokens, or over pairs."""
+        """Return the weight of a batch in the mean of several: its number of tokens or of pairs."""
 
     @abstractmethod
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and metrics to report: means over the batch.
+        """Return the loss, and metrics; both are means over the batch.
 
         Args:
-            log_probs: `(N, T)` of the completion tokens, with gradients, zero in the padding.
-            entropies: `(N, T)`, of the distributions they were scored under.
-            batch: from `collate`.
+            log_probs: `(N, T)`, log-probs of the completion tokens with gradients, zero in the padding.
+            entropies: `(N, T)`, entropies of the distributions of these tokens.
+            batch: A batch from `collate`.
         """
 
     @property
     def max_length(self) -> int:
-        """Tokens that a text may have."""
+        """Maximum number of tokens of a text."""
         limit = position_limit(self.policy.lm.config)
         return self.config.max_length if limit is None else min(self.config.max_length, limit)
 
     @property
     def total_updates(self) -> int:
-        """Updates of the whole training."""
+        """Total number of updates."""
         if self.config.max_steps is not None:
             return self.config.max_steps
         return math.ceil(self.config.epochs * math.ceil(len(self) / self.config.batch_size))
 
     def learn(self, callbacks: Sequence[Callback] = ()) -> Self:
-        """Trains to the end of `epochs` or `max_steps`; returns the agent.
+        """Train to the end of `epochs` or `max_steps`, and return the agent.
 
-        After an early end, or after `load`, it goes on where it stopped. A callback that returns `False` ends it early.
+        After an early end, or after `load`, training continues where it stopped.
+
+        Args:
+            callbacks: Called after every update; one that returns `False` ends the training early.
 
         Raises:
-            MemoryError: a GPU was out of memory; it says what took it, and what to lower.
+            MemoryError: If a GPU is out of memory; the message says what used it, and which settings to lower.
         """
         if self.updates >= self.total_updates:
             return self
@@ -187,11 +192,11 @@ class SupervisedAgent(ABC):
         return self
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
-        """The policy's action, `(B,)` or `()`."""
+        """Return the policy's action, `(B,)` or `()`."""
         return self.policy.predict(observation, deterministic)
 
     def batch_of(self, texts: Sequence[int]) -> Batch:
-        """`input_ids` `(N, W)`, `prompt_lengths` and `response_lengths` `(N,)` of texts by their numbers."""
+        """Return `input_ids` `(N, W)`, `prompt_lengths` and `response_lengths` `(N,)` of texts with these indices."""
         chosen = [self.texts[index] for index in texts]
         return {
             "input_ids": pad_right([[*text.prompt, *text.completion] for text in chosen])[0],
@@ -200,7 +205,7 @@ class SupervisedAgent(ABC):
         }
 
     def sequences(self, texts: Sequence[int]) -> Sequences:
-        """Texts by their numbers, on the policy's device."""
+        """Return the texts with these indices, on the policy's device."""
         batch = self.batch_of(texts)
         sequences = Sequences(
             batch["input_ids"],
@@ -210,18 +215,18 @@ class SupervisedAgent(ABC):
         )
         return sequences.to(self.policy.device)
 
-    # --- saving: weights in safetensors, the trainer's state as it writes checkpoints, read with weights_only ---
+    # --- Saving: weights in safetensors; the trainer's state in transformers' format, loaded with weights_only ---
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Writes all that `load` needs to go on: `policy/`, a transformers folder, and the training state.
+        """Write everything that `load` needs to continue: `policy/`, a transformers folder, and the training state.
 
         Args:
-            folder: where to write; it is empty or not there.
-            overwrite: whether to replace an agent that was saved there before.
+            folder: Folder to write; it must be empty or not exist.
+            overwrite: Whether to replace an agent that was saved in this folder.
 
         Raises:
-            FileExistsError: the folder has files.
-            OSError: the disk is full or the folder not writable.
+            FileExistsError: If the folder has files.
+            OSError: If the disk is full or the folder is not writable.
         """
         meta = {
             "config": dataclasses.asdict(self.config),
@@ -240,17 +245,17 @@ class SupervisedAgent(ABC):
 
     @classmethod
     def load(cls, folder: str | Path, data: Any, device: Device = None) -> Self:
-        """Load an agent as it was saved, ready to `learn` on, which reads the folder again: it has to stay until then.
+        """Load a saved agent, to continue with `learn`, which reads the folder again: do not delete it before that.
 
         Args:
-            folder: what `save` wrote.
-            data: what the agent was made with.
-            device: where to go on, such as `"cuda"` or `"auto"`. `None` is where the agent was saved, if this machine
-                has such a device.
+            folder: Folder that `save` wrote.
+            data: The training data that the agent was made with.
+            device: Device, such as `"cuda"` or `"auto"`. `None` for the device that the agent was saved on, if this
+                machine has it.
 
         Raises:
-            DamagedFolderError: a file is missing or not as it was written, or another class was saved.
-            ValueError: other data than the agent was made with, or `device` is not on this machine.
+            DamagedFolderError: If a file is missing or was changed, or another class was saved.
+            ValueError: If the data are not those that the agent was made with, or the device is not on this machine.
         """
         folder = Path(folder)
         check_class(checked_manifest(folder, AGENT), cls, folder)
@@ -268,28 +273,28 @@ class SupervisedAgent(ABC):
         return agent
 
     def fingerprint(self) -> str:
-        """Of the data, since a run can go on with the same only."""
+        """Return a hash of the data, because a run can only continue with the same data."""
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def training_state(self) -> dict[str, Tensor]:
-        """Arguments that the constructor needs to make the agent again, besides; most need none."""
+        """Return further arguments of the constructor that `load` needs; empty for most agents."""
         return {}
 
     def _write_progress(self, folder: Path) -> None:
         if self.trainer is not None:
             self.trainer.write_progress(folder)
         else:
-            assert self._saved_progress is not None  # somebody made the updates
+            assert self._saved_progress is not None  # there are updates, so the agent was loaded
             shutil.copytree(self._saved_progress, folder, dirs_exist_ok=True)
 
 
 def _tokenizer_for(policy: ActorCritic, given: Any) -> Tokenizer:
-    """The tokenizer given, or the policy's own; never a guess, since other ids train a policy on noise."""
+    """Return the given tokenizer, or the policy's own. It is never guessed: with wrong ids a policy learns noise."""
     tokenizer = tokenizer_of(policy.lm) if given is None else load_tokenizer(given)
     if tokenizer is None:
         source = policy.lm.name_or_path or "a model made in memory"
         raise ValueError(
-            f"no tokenizer is saved beside the policy's weights ({source}): pass the one that it was trained with, "
+            f"no tokenizer is saved with the policy's weights ({source}): pass the one that it was trained with, "
             "tokenizer=..."
         )
     check_tokenizer(tokenizer, policy.lm, policy.vocab_size)

@@ -1,4 +1,4 @@
-"""SupervisedTrainer: `transformers.Trainer` as SFT and DPO use it: quiet, no files, one report an update."""
+"""SupervisedTrainer: `transformers.Trainer` for SFT and DPO, without output and files, with metrics of every update."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .optimizer import adamw, warn_of_lost_updates
 
 
 class Trained(Protocol):
-    """What the trainer needs of an agent; `SupervisedAgent` has it."""
+    """Attributes and methods of an agent that the trainer needs; `SupervisedAgent` has them."""
 
     policy: ActorCritic
     config: Any
@@ -33,22 +33,22 @@ class Trained(Protocol):
     def __len__(self) -> int: ...
 
     def collate(self, items: Sequence[int]) -> dict[str, Tensor]:
-        """A batch of items."""
+        """Return a batch of items."""
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
-        """How much a batch counts in the mean of several."""
+        """Return the weight of a batch in the mean of several."""
 
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and metrics to report."""
+        """Return the loss, and metrics."""
 
 
 class SupervisedTrainer(Trainer):
     """Trains the language model of an agent's policy on the agent's loss.
 
     Args:
-        agent: gives items, batches and the loss.
-        folder: where progress to resume from is read, if there is any; nothing is written.
-        callbacks: called after every update.
+        agent: The agent, with items, batches and the loss.
+        folder: Folder with the progress to resume from, if there is any; the trainer writes nothing into it.
+        callbacks: Called after every update.
     """
 
     def __init__(self, agent: Trained, folder: str, callbacks: Sequence[Callable[..., bool | None]]) -> None:
@@ -78,17 +78,17 @@ class SupervisedTrainer(Trainer):
         super().__init__(
             model=_Scored(agent.policy),
             args=arguments,
-            train_dataset=range(len(agent)),  # the agent knows what the numbers stand for
+            train_dataset=range(len(agent)),  # indices of the agent's items
             data_collator=agent.collate,
             callbacks=[_Report(self, callbacks), FiniteGradients()],
         )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # `compute_loss` gives shares of the batch's mean, not means of their own
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the weight of the whole batch itself
         self.agent = agent
         self.metrics: dict[str, float] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """That of transformers, which would keep the moments of embeddings in 32 bits in spite of `adam_8bit`."""
+        """Make transformers' optimiser, or ours with `adam_8bit`: transformers' keeps 32-bit moments of embeddings."""
         if not self.agent.config.adam_8bit:
             optimizer: torch.optim.Optimizer = super().create_optimizer(model)
             warn_of_lost_updates(optimizer)
@@ -99,21 +99,21 @@ class SupervisedTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Up and then down in straight lines, without the updates at a learning rate of 0 of those of transformers."""
-        rising = math.ceil(self.agent.config.warmup * num_training_steps)
+        """Make a schedule of linear warm-up and decay; unlike transformers', no update has a learning rate of 0."""
+        warmup = math.ceil(self.agent.config.warmup * num_training_steps)
 
         def factor(step: int) -> float:
-            if step < rising:
-                return (step + 1) / rising
-            falling = num_training_steps - rising
-            return (num_training_steps - step) / falling if self.agent.config.anneal_learning_rate and falling else 1.0
+            if step < warmup:
+                return (step + 1) / warmup
+            decay = num_training_steps - warmup
+            return (num_training_steps - step) / decay if self.agent.config.anneal_learning_rate and decay else 1.0
 
         chosen: Any = self.optimizer if optimizer is None else optimizer
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of an update, and what all of them together weigh."""
+        """Return the micro-batches of an update, and their total weight over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         total = torch.stack([self.agent.weight(batch) for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(total).sum()
@@ -125,49 +125,49 @@ class SupervisedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The share of a micro-batch in the mean loss of the update, so that gradients add up."""
+        """Return the share of a micro-batch in the mean loss of the update, so that gradients add up."""
         log_probs, entropies = model(inputs["input_ids"], inputs["prompt_lengths"], inputs["response_lengths"])
         loss, metrics = self.agent.loss(log_probs, entropies, inputs)
         assert num_items_in_batch is not None  # from `get_batch_samples`
         share = self.agent.weight(inputs) / num_items_in_batch
         for name, value in {"loss": loss.detach(), **metrics}.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + float(share * value)
-        return share * loss * self.accelerator.num_processes  # whose gradients are averaged
+        return share * loss * self.accelerator.num_processes  # because gradients are averaged over processes
 
     def write_progress(self, folder: Path) -> None:
-        """The part of a checkpoint that is not the policy's: how far training is, optimiser and schedule."""
+        """Write the trainer's part of a checkpoint: progress, optimiser and schedule."""
         self.state.save_to_json(str(folder / "trainer_state.json"))
         self._save_optimizer_and_scheduler(str(folder))
 
     def _load_from_checkpoint(self, *arguments: Any, **kwargs: Any) -> None:
-        """Loads no weights: the policy has them."""
+        """Load nothing: the policy already has the weights."""
 
 
 class _Scored(nn.Module):
-    """The language model of a policy in the form that `Trainer` trains: sequences in, log-probs out."""
+    """The language model of a policy as a module for `Trainer`: it takes sequences and returns log-probs."""
 
     def __init__(self, policy: ActorCritic) -> None:
         super().__init__()
         self.lm = policy.lm
-        self.__dict__["policy"] = policy  # not a submodule: a critic is not trained
+        self.__dict__["policy"] = policy  # not a submodule, because the critic is not trained
 
     def forward(self, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies `(N, T)`."""
+        """Return log-probs and entropies `(N, T)`."""
         policy: ActorCritic = self.__dict__["policy"]
         start = policy.decoder_start_ids
         return policy.score_sequences(Sequences(input_ids, prompt_lengths, response_lengths, decoder_start=start))
 
 
 class _Report(TrainerCallback):
-    """Tells the agent's callbacks of every update, and stops where one of them says so."""
+    """Calls the agent's callbacks after every update, and stops the training if one of them returns `False`."""
 
     def __init__(self, trainer: SupervisedTrainer, callbacks: Sequence[Callable[..., bool | None]]) -> None:
         self.trainer, self.callbacks = trainer, callbacks
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """After each update, and once more at the end, with a summary that nobody asked for."""
-        state.log_history.clear()  # metrics are the callbacks' to keep
+        """Report an update; transformers also calls this at the end with a summary, which is ignored."""
+        state.log_history.clear()  # callbacks store metrics if they need them
         if "loss" not in logs:
             return
         trainer, now = self.trainer, time.perf_counter()

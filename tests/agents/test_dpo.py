@@ -297,7 +297,7 @@ def test_metrics_are_finite_and_named_as_trl_names_them() -> None:
 def test_tokenizer_and_reference_are_compared_with_the_policy() -> None:
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     policy = ActorCritic.from_pretrained(mock_lm(num_layers=1))
-    with pytest.raises(ValueError, match="no tokenizer is saved beside the policy's weights"):
+    with pytest.raises(ValueError, match="no tokenizer is saved with the policy's weights"):
         DPO(policy, pairs)
     with pytest.raises(ValueError, match=r"the reference .* has 200 tokens, and the tokenizer .* has 258"):
         DPO(policy, pairs, byte_tokenizer(), reference=mock_lm(200, num_layers=1))

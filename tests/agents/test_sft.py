@@ -380,7 +380,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
 def test_the_tokenizer_is_the_policys_own_and_never_a_guess(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}]
     lm = mock_lm(num_layers=1)
-    with pytest.raises(ValueError, match="no tokenizer is saved beside the policy's weights"):
+    with pytest.raises(ValueError, match="no tokenizer is saved with the policy's weights"):
         SFT(ActorCritic.from_pretrained(lm), rows)
     with pytest.raises(ValueError, match=r"the policy .* has 258 tokens, and the tokenizer .* has 2048"):
         SFT(ActorCritic.from_pretrained(lm), rows, "tiny")
