@@ -151,7 +151,7 @@ def test_submitted_responses_must_be_whole() -> None:
     rewards, infos = envs.submit(tokens, lengths)
     assert infos["ended_by_stop"].tolist() == [True, *[False] * (ROWS - 1)]
     assert rewards.tolist() == infos["reward/bonus"].tolist()
-    with pytest.raises(ValueError, match="written once"):
+    with pytest.raises(ValueError, match="submitted only once"):
         envs.submit(tokens, lengths)
     envs = make_envs(stop=["!"])
     with pytest.raises(ValueError, match="no stop strings"):
