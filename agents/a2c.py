@@ -4,8 +4,9 @@
 
     grad J = E[sum_t grad log pi(a_t | s_t) A_t] + c grad H(pi)
 
-A_t is estimated from a learned critic V: the error of one step, r_t + gamma V(s_{t+1}) - V(s_t); that of n steps; or
-GAE, their mean with weights that fall by lambda (Schulman et al., 2016). Fewer steps trust the critic more.
+A_t is estimated with a learned critic V: the TD error of one step, r_t + gamma V(s_{t+1}) - V(s_t); the n-step error;
+or GAE, the mean of the n-step errors for all n with weights proportional to lambda^n (Schulman et al., 2016). Fewer
+steps have less variance and more bias from errors of the critic.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 @dataclass
 class A2CConfig(PolicyGradientConfig):
-    """Hyperparameters of A2C; one step of the optimiser for each rollout."""
+    """Hyperparameters of A2C, which makes one optimiser step for each rollout."""
 
     estimator: Literal["td", "n_step", "gae"] = "gae"
-    """How advantages are estimated."""
+    """Estimator of the advantages."""
     n_steps: Count = 5
-    """Rewards that "n_step" looks ahead before it trusts the critic."""
+    """Number of rewards before bootstrapping, for the estimator "n_step"."""
     lam: Share = 0.95
-    """GAE's lambda."""
+    """lambda of GAE."""
     gamma: Share = 1.0
     """Discount."""
     value_coef: NotNegative = 0.5
     """Weight of the value loss."""
     whiten_advantages: bool = False
-    """Scale advantages to mean 0 and variance 1 over the rollout's real tokens."""
+    """Normalise advantages to mean 0 and variance 1 over the response tokens of the rollout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_epochs != 1 or self.minibatch_size is not None:
             raise ConfigError(
-                "A2C has no importance ratios, so it may use a rollout for one step only: leave num_epochs=1 and "
+                "A2C has no importance ratios, so it can use a rollout for only one step: leave num_epochs=1 and "
                 "minibatch_size=None (micro_batch_size saves memory), or use PPO"
             )
 
@@ -61,13 +62,13 @@ class A2C(PolicyGradientAgent):
     config: A2CConfig
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Make one update (Mnih et al., 2016, algorithm S3, in step) from a rollout and the KL of its tokens."""
+        """Make one update (Mnih et al., 2016, algorithm S3, synchronous) from a rollout and the KL of its tokens."""
         config, mask, values = self.config, rollout.training_mask, rollout.values
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
 
-        # 2. Advantages: what the rewards were more than the critic expected.
+        # 2. Advantages: returns minus the critic's values.
         if config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)
             returns = n_step_returns(rewards, values, mask, config.gamma, config.n_steps)
             advantages = torch.where(mask, returns - values, 0.0)
@@ -80,14 +81,14 @@ class A2C(PolicyGradientAgent):
         # 3. One optimiser step on the whole rollout: without importance ratios a second one would be biased.
         steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
 
-        # 4. Metrics, and how good the critic was before the step.
+        # 4. Metrics, with the explained variance of the critic before the step.
         return self.finish(steps, {"val/explained_variance": explained_variance(values, returns, mask)})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """-log pi A + c_1 / 2 (V - R)^2 - c_2 H, summed over the tokens of an episode, a mean over episodes.
+        """Return -log pi A + c_1 / 2 (V - R)^2 - c_2 H, summed over the tokens of an episode, averaged over episodes.
 
-        A sum over tokens, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the gradient of a long
-        text counts as much as it does in the objective.
+        It is a sum over tokens and not a mean, as in the policy gradient theorem (Sutton et al., 2000), so that long
+        texts have the same weight as in the objective.
         """
         config, mask = self.config, batch.response_mask
         policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
@@ -103,5 +104,5 @@ class A2C(PolicyGradientAgent):
         return loss, metrics
 
     def weight(self, batch: Batch) -> int:
-        """Return its episodes: the loss is a mean over episodes."""
+        """Return the number of episodes, because the loss is a mean over episodes."""
         return len(batch)

@@ -1,14 +1,13 @@
-"""Expert iteration: imitate one's own best texts (Anthony et al., 2017; "RAFT": Dong et al., 2023).
+"""Expert iteration: fine-tune the policy on its own best texts (Anthony et al., 2017; "RAFT": Dong et al., 2023).
 
     textgym train --agent expert-iteration --group-size 8 --output-dir runs/expert
 
-Of k episodes of each prompt the best by score, KL penalty taken off, are kept, and the policy is fine-tuned on them:
+Of k episodes of each prompt those with the highest return (score minus KL penalty) are kept for the loss
 
-    L = -E[log pi(a_t | s_t)] over the tokens of the episodes that were kept
+    L = -E[log pi(a_t | s_t)], over the tokens of the kept episodes
 
-Keeping the best one distils best-of-k; keeping all that score at least `min_score` is rejection-sampling fine-tuning
-(Gulcehre et al., 2023, "ReST"). What is worse than the best teaches nothing, so it is the baseline that whatever learns
-from bad texts too should beat.
+With one kept episode this distils best-of-k. With `min_score` it is rejection-sampling fine-tuning (Gulcehre et al.,
+2023, "ReST"). It does not learn from bad texts, so it is a baseline for algorithms that do.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class ExpertIterationConfig(PromptGroupConfig):
     """Hyperparameters of expert iteration."""
 
     keep: Count = 1
-    """How many episodes of each prompt are imitated, the best ones."""
+    """Number of episodes of each prompt to train on, those with the highest returns."""
     min_score: float | None = None
-    """Of these only such as score at least this, KL penalty taken off; None: whatever they score."""
+    """Minimum return (score minus KL penalty) of an episode to train on; None for no minimum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +57,11 @@ class ExpertIteration(PromptGroupAgent):
         """Make one update (Dong et al., 2023, algorithm 1) from a rollout and the KL of its tokens."""
         config = self.config
 
-        # 1. The return of an episode: its score less the KL penalty of all its tokens.
+        # 1. The return of an episode: its score minus the KL penalty of all its tokens.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
         returns = self.grouped(rewards.sum(1))  # (groups, group_size)
 
-        # 2. Keep the best episodes of each prompt, of which at least two must have a score.
+        # 2. Keep the best episodes of each prompt; at least two of its episodes must have a score.
         comparable = compare_groups(returns, self.grouped(rollout.scored)).comparable
         best = returns.where(comparable, -torch.inf).topk(config.keep, dim=1).indices
         kept = torch.zeros_like(comparable).scatter_(1, best, True) & comparable
@@ -71,18 +70,18 @@ class ExpertIteration(PromptGroupAgent):
         kept = kept.flatten()  # (N,)
         [on_host] = to_host(kept)
 
-        # 3. Imitate them: minibatches of whole episodes, one optimiser step each. All tokens count alike.
+        # 3. Train on them: minibatches of whole episodes, one optimiser step each. All tokens have the same weight.
         steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, torch.ones_like(rewards), rows=on_host.nonzero()[:, 0]):
             steps.append(self.step(minibatch))
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
                 break
 
-        # 4. Metrics, and the share of the episodes that were kept.
+        # 4. Metrics, and the share of kept episodes.
         return self.finish(steps, {"val/kept": overall_mean(kept.float())})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """-log pi, a mean over response tokens, less the entropy bonus."""
+        """Return the mean of -log pi over response tokens, minus the entropy bonus."""
         mask = batch.response_mask
         policy_loss = -masked_mean(new.log_prob, mask)
         entropy = masked_mean(new.entropy, mask)

@@ -2,18 +2,20 @@
 
     textgym train --agent grpo --output-dir runs/grpo
 
-    A_i = (R_i - mean of its prompt's group) / (deviation of the group + 1e-4)
+    A_i = (R_i - mean of its prompt's group) / (standard deviation of the group + 1e-4)
 
-for all tokens of episode i, in PPO's clipped surrogate without a critic. Mean and deviation are those of the episodes
-that have a score. A group whose scores are all alike has an advantage of 0, and learns from the KL and the entropy
-alone, if they are part of the loss; how many are is reported. One with fewer than two scores is left out. `loss_type`
-says what the surrogate is a mean over, `clip_range_high` lets rare tokens rise further (DAPO), `scale="none"` does not
-divide by the deviation (Dr. GRPO), which favours prompts that are nearly solved or nearly hopeless.
+for all tokens of episode i, in PPO's clipped surrogate without a critic. Mean and standard deviation are over the
+episodes that have a score. If all returns of a group are equal, its advantages are 0, and only KL and entropy in the
+loss have a gradient; the share of these groups is a metric. A group with fewer than two scores is left out.
 
-The KL to the reference is paid in the reward, as by every other agent, or with `kl_in="loss"` as a term of the loss. As
-a loss k3 alone has the gradient of KL(pi_ref, pi) where it is on-policy; times the importance ratio it has that of
-KL(pi, pi_ref), which the objective means (`kl_gradient`). Since an episode is part of the mean that it is compared
-with, the gradient of the score is 1 - 1/k of the true one, in groups of k; a KL in the loss weighs that much more.
+`loss_type` selects the average of the loss. `clip_range_high` allows rare tokens to become more likely (DAPO).
+`scale="none"` does not divide by the standard deviation, because this division gives more weight to prompts that are
+almost always or almost never solved (Dr. GRPO).
+
+The KL penalty is part of the reward, as in all other agents, or of the loss with `kl_in="loss"`. As a loss k3 alone has
+the on-policy gradient of KL(pi_ref, pi); k3 times the importance ratio has that of KL(pi, pi_ref), which is the KL of
+the objective (`kl_gradient`). The mean of a group includes the episode itself, so the gradient of the score is 1 - 1/k
+of the true gradient in groups of k, and a KL in the loss has a larger relative weight.
 """
 
 from __future__ import annotations
@@ -40,21 +42,21 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 @dataclass
 class GRPOConfig(PromptGroupConfig):
-    """Hyperparameters of GRPO; the coefficient of the KL to the reference is the environment's."""
+    """Hyperparameters of GRPO. The coefficient of the KL to the reference is an argument of the environment."""
 
     scale: Literal["group", "none"] = "group"
-    """Divide advantages by the deviation of their group, or do not."""
+    """Whether to divide advantages by the standard deviation of their group."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
-    """What the loss is a mean over: "grpo" the tokens of each episode and then episodes, "dr_grpo" episodes times their
-    longest possible length, "dapo" all real tokens of the minibatch, "bnpo" those of each micro-batch."""
+    """Average of the loss: "grpo" over the tokens of each episode and then over episodes, "dr_grpo" over episodes times
+    the maximum length, "dapo" over all response tokens of the minibatch, "bnpo" over those of each micro-batch."""
     clip_range: NotNegative = 0.2
-    """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
+    """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
     clip_range_high: NotNegative | None = None
-    """Another range above 1: DAPO's clip-higher takes 0.28."""
+    """Another clip range above 1; DAPO's clip-higher uses 0.28. None for `clip_range`."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL to the reference is paid."""
+    """Whether the KL penalty is part of the reward or of the loss."""
     kl_gradient: Literal["exact", "k3"] = "exact"
-    """Of a KL in the loss: k3 times the importance ratio, or k3 alone, as first published."""
+    """Gradient of a KL in the loss: "exact" is k3 times the importance ratio; "k3" is k3 alone, as published."""
 
 
 class GRPO(PromptGroupAgent):
@@ -68,28 +70,28 @@ class GRPO(PromptGroupAgent):
         super().__init__(policy, envs, config)
         if self.config.kl_in == "loss" and self.penalty.clamp is not None:
             raise ConfigError(
-                f"kl_clamp={self.penalty.clamp} would leave a KL in the loss without a gradient beyond it: leave "
-                "kl_clamp out, or charge the KL in the reward with kl_in='reward'"
+                f"kl_clamp={self.penalty.clamp} would remove the gradient of a larger KL in the loss: leave "
+                "kl_clamp out, or apply the KL penalty in the reward with kl_in='reward'"
             )
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.training_mask
 
-        # 1. The return of an episode: its score, less the KL penalty of all its tokens unless the loss has it.
+        # 1. The return of an episode: its score, minus the KL penalty of all its tokens unless the loss has it.
         rewards = rollout.rewards  # (N, T)
         if config.kl_in == "reward":
             rewards = self.penalty.charge(rewards, kl)
         groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
 
-        # 2. Advantages: each episode against its group, the same for all its tokens. 1e-4 as in TRL.
+        # 2. Advantages: the return minus the group's mean, the same for all tokens of an episode; 1e-4 as in TRL.
         advantages = groups.differences
         if config.scale == "group":
             advantages = advantages / (groups.standard_deviation + 1e-4)
         advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
 
-        # 3. Groups whose scores are all alike have no advantage, but count in the means of the loss: else the gradient
-        #    of the others would grow with their number. If nothing else in the loss has a gradient, they cost no pass.
+        # 3. Groups of equal returns have advantage 0, but count in the means of the loss: otherwise the gradient of
+        #    the others would grow with their number. If nothing else in the loss has a gradient, they need no pass.
         [comparable, informative] = to_host(
             groups.comparable.flatten(), (groups.informative & groups.comparable).flatten()
         )
@@ -104,11 +106,11 @@ class GRPO(PromptGroupAgent):
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
                 break
 
-        # 5. Metrics, and the share of the groups that taught nothing.
+        # 5. Metrics, and the share of the groups whose returns are equal.
         return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(groups.informative.float())})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """The clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens by `weights`."""
+        """Return the clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens weighted by `weights`."""
         config, mask = self.config, batch.response_mask
         weights = self.weights(batch)  # (N, T)
 
@@ -120,7 +122,7 @@ class GRPO(PromptGroupAgent):
         clipped = ratio.clamp(1 - config.clip_range, 1 + high) * batch.advantages
         policy_loss = (weights * -torch.minimum(plain, clipped)).sum()
 
-        # 2. Entropy bonus, without a gradient where its weight is 0.
+        # 2. Entropy bonus; the entropy has no gradient if its coefficient is 0.
         loss = policy_loss - config.entropy_coef * (weights * new.entropy).sum()
 
         with torch.no_grad():
@@ -140,7 +142,7 @@ class GRPO(PromptGroupAgent):
         return loss, metrics
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """Where the loss has the KL, it needs the reference's log-probs too: one pass gives both."""
+        """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""
         self.reference_log_probs = None
         if self.config.kl_in == "loss" and self.penalty.coef > 0:
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
@@ -149,7 +151,7 @@ class GRPO(PromptGroupAgent):
         return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)
 
     def kl_to_reference(self, log_probs: Tensor, batch: Batch) -> Tensor:
-        """Return k3 of every token `(N, T)` (Schulman, 2020), with the gradient that was asked for."""
+        """Return k3 of every token `(N, T)` (Schulman, 2020), with the gradient that `kl_gradient` selects."""
         assert self.reference_log_probs is not None
         mask = batch.response_mask
         reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
@@ -159,7 +161,7 @@ class GRPO(PromptGroupAgent):
         return kl
 
     def weights(self, batch: Batch) -> Tensor:
-        """Return what each token counts in the loss, `(N, T)`."""
+        """Return the weight of each token in the loss, `(N, T)`."""
         mask, kind = batch.response_mask, self.config.loss_type
         if kind == "grpo":
             return mask / mask.sum(1, keepdim=True) / len(batch)
@@ -168,5 +170,5 @@ class GRPO(PromptGroupAgent):
         return mask / mask.sum()
 
     def weight(self, batch: Batch) -> int:
-        """Return its tokens for "dapo", whose loss is a mean over them, and its episodes for the others."""
+        """Return the number of tokens for "dapo", whose loss is a token mean, and of episodes for the others."""
         return super().weight(batch) if self.config.loss_type == "dapo" else len(batch)

@@ -1,11 +1,11 @@
-"""Natural language policy optimisation: PPO within a mask (Ramamurthy et al., 2022).
+"""Natural language policy optimisation: PPO with a top-p action mask (Ramamurthy et al., 2022).
 
     textgym train --agent nlpo --output-dir runs/nlpo
 
-Tokens are sampled from the nucleus of a masking policy: the fewest tokens that hold the share `top_p` of what the
-policy thought likely `mask_update_interval` updates ago, and at least `min_tokens_to_keep`. So it explores among tokens
-that made sense a while ago, out of a vocabulary most of which never does. Behaviour log-probs, ratios and the KL are
-those of the masked distributions, of policy and reference alike. Everything else is PPO, see ppo.py.
+Tokens are sampled from the nucleus of a masking policy, which is the policy of at most `mask_update_interval` updates
+ago: the smallest set of tokens with total probability `top_p`, and at least `min_tokens_to_keep` tokens. So the policy
+explores only among tokens that were likely. Behaviour log-probs, ratios and the KL are those of the masked
+distributions, for policy and reference. Everything else is PPO, see ppo.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 from .ppo import PPO, PPOConfig
 
 CHUNK = 64
-"""Episodes whose masks are held at once when the KL is measured."""
+"""Number of episodes whose masks are in memory at a time when the KL is measured."""
 
 
 @dataclass
@@ -37,11 +37,11 @@ class NLPOConfig(PPOConfig):
     """Hyperparameters of NLPO."""
 
     top_p: PositiveShare = 0.9
-    """Share of the masking policy's probability that may be chosen from; 1 allows every token, which is PPO."""
+    """Minimum total probability of the allowed tokens under the masking policy; 1 allows every token, which is PPO."""
     min_tokens_to_keep: Count = 1
-    """At least so many tokens may be chosen from."""
+    """Minimum number of allowed tokens."""
     mask_update_interval: Count | None = 20
-    """Updates from one refresh of the masking policy to the next; None keeps the first one."""
+    """Number of updates between refreshes of the masking policy; None keeps the first one."""
 
 
 class NLPO(PPO):
@@ -61,18 +61,18 @@ class NLPO(PPO):
         return collect(self.envs, self.policy, self.episode_options(), action_mask=self.mask)
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
-        """Return the KL of the masked distributions, `(N, T)`: both are scored among the tokens that were allowed."""
+        """Return the KL of the masked distributions of policy and reference, `(N, T)`."""
         if self.penalty.estimator == "full":
-            raise ValueError("NLPO estimates the KL from what was drawn within the mask: use kl_estimator 'k1'")
+            raise ValueError("NLPO estimates the KL from tokens sampled within the mask: use kl_estimator='k1'")
         reference = self.masked_log_probs(self.penalty.reference, rollout)
         return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.response_mask)
 
     def new_log_probs(self, rollout: Rollout) -> Tensor:
-        """Return the log-probs `(N, T)` of a rollout under the policy as it is now, within the mask."""
+        """Return the log-probs `(N, T)` of a rollout under the current policy, within the mask."""
         return self.masked_log_probs(self.policy, rollout)
 
     def masked_log_probs(self, model: TokenModel, rollout: Rollout) -> Tensor:
-        """Return a model's log-probs `(N, T)` of a rollout among the tokens that were allowed."""
+        """Return a model's log-probs `(N, T)` of a rollout, normalised over the allowed tokens."""
         log_probs = torch.zeros_like(rollout.log_probs)
         for rows in torch.arange(len(rollout), device=log_probs.device).split(CHUNK):
             sequences = rollout.sequences[rows]
@@ -81,15 +81,15 @@ class NLPO(PPO):
         return log_probs
 
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
-        """Score a batch with a policy within the mask, with gradients, so that ratios start at 1."""
+        """Evaluate a batch with a policy within the mask, with gradients, so that ratios start at 1."""
         sequences = batch.sequences
-        allowed = self.allowed(sequences)  # in the precision that it was sampled with
+        allowed = self.allowed(sequences)  # outside of autocast, because sampling computed the mask without it
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
             new = policy.evaluate_states(sequences.states(), sequences.actions, allowed)
         return Evaluation(*(sequences.pad(x) for x in new))
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Make one update of PPO, and every so many updates one of the mask (Ramamurthy et al., 2022, algorithm 1)."""
+        """Make one update of PPO, and refresh the mask in intervals (Ramamurthy et al., 2022, algorithm 1)."""
         metrics = super().update(rollout, kl)
         interval = self.config.mask_update_interval
         if interval is not None and (self.updates + 1) % interval == 0:
@@ -97,11 +97,11 @@ class NLPO(PPO):
         return metrics
 
     def frozen_models(self) -> dict[str, TokenModel]:
-        """Return the masking policy, besides what every agent saves."""
+        """Return the frozen models, with the masking policy, for a checkpoint."""
         return {**super().frozen_models(), "mask": self.mask.model}
 
     def take_frozen_model(self, name: str, model: TokenModel) -> None:
-        """Go on with a model that was saved."""
+        """Restore a model of `frozen_models`."""
         if name == "mask":
             self.mask.refresh(model)
         else:
@@ -109,10 +109,10 @@ class NLPO(PPO):
 
     @torch.no_grad()
     def allowed(self, sequences: Sequences) -> Tensor:
-        """Return what could be chosen at each response token, bool `(M, V)`, computed again.
+        """Return the allowed tokens at each response token, bool `(M, V)`, computed again.
 
-        Computed in another order than when it was sampled, a token at the very edge of the mask may fall on either
-        side, so the tokens that were chosen always belong.
+        A packed pass rounds differently from decoding, so a token at the boundary may be in one of the masks and not
+        in the other. Sampled tokens are always allowed.
         """
         masks = self.mask.of_sequences(sequences)
         masks = narrow(sequences.stop.allowed(sequences.steps[1], masks.shape[1]), masks)

@@ -2,17 +2,17 @@
 
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo
 
-`PPO.update` is one update and `PPO.loss` its objective, both in the order of the paper. The loop around them collects
-episodes, measures the KL to the reference, reports and saves (common/rollout_agent.py); minibatches and the optimiser
-step are in common/policy_gradient.py. Every mean is over response tokens.
+`PPO.update` is one update and `PPO.loss` its objective, both in the order of the paper. The loop that collects
+episodes, measures the KL to the reference, reports metrics and saves is in common/rollout_agent.py; minibatches and the
+optimiser step are in common/policy_gradient.py. All means are over response tokens.
 
-With `variant="penalty"` the surrogate is not clipped but has a penalty on KL(old, new), whose coefficient is doubled
-after an update that went too far and halved after one that went too short.
+With `variant="penalty"` the surrogate is not clipped but has a penalty on KL(old, new). Its coefficient is doubled
+after an update with a large KL and halved after one with a small KL.
 
-Advantages, returns and both losses equal those of TRL 1.12, the last with a PPO, wherever the definitions agree. They
-do not in four places. The score is paid on the last token itself, EOS included, and not on the padding after it, which
-that PPO also gives a value to learn. Masks come from lengths. Whitening divides by the number of tokens, not by one
-less. Here the clip range may differ above 1, a dual clip bounds what a ratio loses, and values may go unclipped.
+Advantages, returns and both losses equal those of TRL 1.12, its last version with PPO, except for four differences. The
+score is the reward of the last token, EOS included; TRL adds it to the padding after EOS, and trains the critic there
+too. Masks come from lengths. Whitening divides by the number of tokens, not by this number minus one. There are
+options that TRL lacks: another clip range above 1, a dual clip, and a value loss without clipping.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 @dataclass
 class PPOConfig(PolicyGradientConfig):
-    """Hyperparameters of PPO; the coefficient of the KL to the reference and its estimator are the environment's."""
+    """Hyperparameters of PPO. Coefficient and estimator of the KL to the reference are arguments of the environment."""
 
     num_epochs: Count = 2
-    """Passes over each rollout."""
+    """Number of epochs over each rollout."""
     minibatch_size: Count | None = 32
     """Episodes in a minibatch."""
     gamma: Share = 1.0
-    """Discount; text has no reason to hurry."""
+    """Discount; below 1 it favours short texts."""
     lam: Share = 0.95
-    """GAE's lambda."""
+    """lambda of GAE."""
     variant: Literal["clip", "penalty"] = "clip"
-    """How far an update may go: "clip" ends what a ratio earns, "penalty" makes KL(old, new) cost."""
+    """Limit of an update's size: "clip" clips the probability ratio, "penalty" penalises KL(old, new)."""
     clip_range: NotNegative = 0.2
-    """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
+    """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
     clip_range_high: NotNegative | None = None
-    """Another range above 1, if the upper bound is to differ."""
+    """Another clip range above 1; None for `clip_range`."""
     dual_clip: Annotated[float, above(1)] | None = None
-    """Above 1: where the advantage is negative no ratio loses more than this many times it."""
+    """For negative advantages, bound the objective from below by this factor times the advantage; above 1."""
     clip_range_value: NotNegative | None = 0.2
-    """Values move by at most this much an update before their loss stops falling; None for no limit."""
+    """Clip the change of values in an update to this range in the value loss; None for no clipping."""
     kl_min: NotNegative = 0.003
-    """Of "penalty": below this KL(old, new), in nats a token, its coefficient is halved."""
+    """For "penalty": below this KL(old, new), in nats per token, the coefficient is halved."""
     kl_max: NotNegative = 0.015
-    """Of "penalty": above this KL(old, new), in nats a token, its coefficient is doubled."""
+    """For "penalty": above this KL(old, new), in nats per token, the coefficient is doubled."""
     penalty_coef: NotNegative = 1.0
-    """Of "penalty": its first coefficient."""
+    """For "penalty": the initial coefficient."""
     value_coef: NotNegative = 0.1
     """Weight of the value loss."""
     whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the rollout's real tokens."""
+    """Normalise advantages to mean 0 and variance 1 over the response tokens of the rollout."""
     whiten_rewards: bool = False
-    """Scale token rewards to variance 1, without moving their mean."""
+    """Normalise token rewards to variance 1, without changing their mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,8 +104,8 @@ class PPO(PolicyGradientAgent):
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 
-        # 2. Advantages by GAE (Schulman et al., 2016, equation 16), whitened over response tokens only, since padding
-        #    would shift the mean. Returns, which the critic learns, are of the advantages before whitening.
+        # 2. Advantages by GAE (Schulman et al., 2016, equation 16), whitened over response tokens only, because padding
+        #    would shift the mean. Returns, the critic's targets, are computed from advantages before whitening.
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)  # (N, T)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -114,11 +114,11 @@ class PPO(PolicyGradientAgent):
         steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, advantages, returns):
             steps.append(self.step(minibatch))
-            # Only here does the host wait for the device within an update, so only if it was asked for.
+            # Reading the metric makes the host wait for the device, so it is read only if it is needed.
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
                 break
 
-        # 4. Metrics: means over the steps, and how good the critic was before them.
+        # 4. Metrics: means over the steps, and the explained variance of the critic before them.
         further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)}
         metrics = self.finish(steps, further)
         if config.variant == "penalty":
@@ -126,17 +126,17 @@ class PPO(PolicyGradientAgent):
         return metrics
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """L = L_policy + c_1 L_value - c_2 H (Schulman et al., 2017, equation 9), means over response tokens."""
+        """Return L_policy + c_1 L_value - c_2 H (Schulman et al., 2017, equation 9), means over response tokens."""
         config, mask = self.config, batch.response_mask
 
-        # 1. Importance ratios r = pi / pi_old. Both are the distribution that was sampled from, so r = 1 at first.
-        #    Padding is replaced before any arithmetic: a NaN there would reach the gradient.
+        # 1. Importance ratios r = pi / pi_old. Both are log-probs of the sampled distribution, so r = 1 in the first
+        #    step. Padding is replaced before exp: a NaN there would reach the gradient although it is masked later.
         log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
         ratio = log_ratio.exp()
         advantages = torch.where(mask, batch.advantages, 0.0)
         approx_kl = ratio - 1 - log_ratio  # k3 of KL(old, new), at least 0 for every token
 
-        # 2. Policy: the plain surrogate r A, and what keeps the update from going too far.
+        # 2. Policy loss: the surrogate r A, with a penalty or with clipping.
         plain = ratio * advantages
         clipped = plain
         if config.variant == "penalty":  # r A - beta KL(old, new) (equation 8)
@@ -145,14 +145,14 @@ class PPO(PolicyGradientAgent):
             high = config.clip_range if config.clip_range_high is None else config.clip_range_high
             clipped = ratio.clamp(1 - config.clip_range, 1 + high) * advantages
             objective = torch.minimum(plain, clipped)
-            if config.dual_clip is not None:  # where A < 0 at least c A, however large r is (Ye et al., 2020, eq. 5)
+            if config.dual_clip is not None:  # if A < 0, at least c A for any ratio (Ye et al., 2020, equation 5)
                 objective = torch.where(
                     advantages < 0, torch.maximum(objective, config.dual_clip * advantages), objective
                 )
         policy_loss = masked_mean(-objective, mask)
 
-        # 3. Value: half the squared error, at least that of the value clipped around the old one. Where the clipped
-        #    error is the larger one, moving the value further changes nothing, so its gradient is zero.
+        # 3. Value loss: half the maximum of the squared errors of the value and of the value clipped around the old
+        #    one. If the clipped error is larger and the clip is active, the gradient is zero.
         values, old_values, returns = (torch.where(mask, x, 0.0) for x in (new.value, batch.values, batch.returns))
         error = (values - returns).square()
         clipped_error = error
@@ -161,7 +161,7 @@ class PPO(PolicyGradientAgent):
             clipped_error = (old_values + moved - returns).square()
         value_loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask)
 
-        # 4. Entropy bonus, without a gradient where its weight is 0.
+        # 4. Entropy bonus; the entropy has no gradient if its coefficient is 0.
         entropy = masked_mean(new.entropy, mask)
 
         loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
@@ -178,7 +178,7 @@ class PPO(PolicyGradientAgent):
         return loss, metrics
 
     def adapt_penalty(self, rollout: Rollout) -> Metrics:
-        """Double or halve the penalty's coefficient by how far the update went (Schulman et al., 2017, section 4)."""
+        """Double or halve the penalty's coefficient, depending on KL(old, new) (Schulman et al., 2017, section 4)."""
         log_ratio = self.new_log_probs(rollout) - rollout.log_probs
         distance = float(
             overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.response_mask)
@@ -195,9 +195,9 @@ class PPO(PolicyGradientAgent):
         return self.policy.sequence_log_probs(rollout.sequences)
 
     def training_state(self) -> dict[str, Any]:
-        """Return the coefficient of the penalty, besides what every agent saves."""
+        """Return the coefficient of the penalty, for a checkpoint."""
         return {"penalty_coef": self.penalty_coef}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `training_state` gave."""
+        """Restore the coefficient of `training_state`."""
         self.penalty_coef = state["penalty_coef"]

@@ -4,9 +4,10 @@
 
     grad J = E[sum_t grad log pi(a_t | s_t) (G_t - b_t)]
 
-G_t is the return of the whole episode, or the discounted reward from token t on, which has the same mean gradient and
-less variance: what was paid before a token is not its doing. A baseline b_t that does not depend on a_t changes the
-variance and not the mean: none; the mean of the other episodes' returns; or a learned value of the state.
+G_t is the return of the whole episode, or the discounted sum of the rewards from token t on (reward to go). Both have
+the same expected gradient, and reward to go has less variance, because a token cannot change earlier rewards. A
+baseline b_t that does not depend on a_t changes the variance but not the expectation. There are three: none, the mean
+of the other episodes' returns, and a learned value of the state.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 @dataclass
 class REINFORCEConfig(PolicyGradientConfig):
-    """Hyperparameters of REINFORCE; one step of the optimiser for each rollout."""
+    """Hyperparameters of REINFORCE, which makes one optimiser step for each rollout."""
 
     reward_to_go: bool = True
-    """Credit a token with what is paid from it on; off, with the return of the whole episode."""
+    """Whether the return of a token is the sum of rewards from it on; if not, it is that of the whole episode."""
     gamma: Share = 1.0
-    """Discount of rewards to go."""
+    """Discount of the reward to go."""
     baseline: Literal["none", "mean", "learned"] = "mean"
-    """What is taken off the returns."""
+    """Baseline that is subtracted from the returns."""
     value_coef: NotNegative = 0.5
     """Weight of the value loss, for the learned baseline."""
 
@@ -46,7 +47,7 @@ class REINFORCEConfig(PolicyGradientConfig):
         super().__post_init__()
         if self.num_epochs != 1 or self.minibatch_size is not None:
             raise ConfigError(
-                "REINFORCE has no importance ratios, so it may use a rollout for one step only: leave num_epochs=1 and "
+                "REINFORCE has no importance ratios, so it can use a rollout for only one step: leave num_epochs=1 and "
                 "minibatch_size=None (micro_batch_size saves memory), or use PPO"
             )
 
@@ -64,12 +65,12 @@ class REINFORCE(PolicyGradientAgent):
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
 
-        # 2. Returns: of each token on, or of the whole episode for every token.
+        # 2. Returns: from each token on, or of the whole episode for every token.
         returns = discounted_returns(rewards, mask, config.gamma)
         if not config.reward_to_go:
             returns = torch.where(mask, rewards.sum(1, keepdim=True), 0.0)
 
-        # 3. Advantages: returns less a baseline that the token itself does not move.
+        # 3. Advantages: returns minus a baseline that does not depend on the token.
         learned = config.baseline == "learned"
         baseline = torch.zeros_like(returns)
         if learned:
@@ -86,10 +87,10 @@ class REINFORCE(PolicyGradientAgent):
         return self.finish(steps, further)
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """-log pi (G - b) - c_2 H, summed over the tokens of an episode, a mean over episodes.
+        """Return -log pi (G - b) - c_2 H, summed over the tokens of an episode, averaged over episodes.
 
-        A sum over tokens, as in the policy gradient theorem (Sutton et al., 2000), not a mean: the gradient of a long
-        text counts as much as it does in the objective. A learned baseline adds c_1 / 2 (V - G)^2.
+        It is a sum over tokens and not a mean, as in the policy gradient theorem (Sutton et al., 2000), so that long
+        texts have the same weight as in the objective. A learned baseline adds c_1 / 2 (V - G)^2.
         """
         config, mask = self.config, batch.response_mask
         policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
@@ -103,5 +104,5 @@ class REINFORCE(PolicyGradientAgent):
         return loss, metrics
 
     def weight(self, batch: Batch) -> int:
-        """Return its episodes: the loss is a mean over episodes."""
+        """Return the number of episodes, because the loss is a mean over episodes."""
         return len(batch)

@@ -2,13 +2,13 @@
 
     textgym train --agent rloo --output-dir runs/rloo
 
-The score of an episode, KL penalty taken off, is compared with the mean of the other episodes of its prompt:
+The return of an episode, its score minus the KL penalty, is compared with the mean of the others of its prompt:
 
     A_i = R_i - 1/(k - 1) sum_{j != i} R_j = k/(k - 1) (R_i - mean of the group)
 
-with k the episodes of the group that have a score. It needs no critic and is unbiased. With `normalise="batch"`
-advantages are scaled over the whole rollout as well (Hu, 2025, "REINFORCE++", with its group baseline). An episode is
-one action with one ratio, clipped as in PPO, which has an effect from a second epoch or minibatch on.
+with k the number of episodes of the group that have a score. It needs no critic and is unbiased. With
+`normalise="batch"` advantages are also normalised over the rollout (Hu, 2025, "REINFORCE++", with its group baseline).
+An episode is one action with one ratio, clipped as in PPO; clipping has an effect from the second optimiser step on.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class RLOOConfig(PromptGroupConfig):
     """Hyperparameters of RLOO."""
 
     normalise: Literal["none", "batch"] = "none"
-    """Whether advantages are scaled to mean 0 and variance 1 over the rollout, as in REINFORCE++."""
+    """Whether to normalise advantages to mean 0 and variance 1 over the rollout, as in REINFORCE++."""
     clip_range: NotNegative = 0.2
-    """The ratio earns nothing more beyond 1 - clip_range and 1 + clip_range."""
+    """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
 
 
 class RLOO(PromptGroupAgent):
@@ -51,13 +51,13 @@ class RLOO(PromptGroupAgent):
         """Make one update (Ahmadian et al., 2024, section 3) from a rollout and the KL of its tokens."""
         config = self.config
 
-        # 1. The return of an episode: its score less the KL penalty of all its tokens.
+        # 1. The return of an episode: its score minus the KL penalty of all its tokens.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
         groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
-        comparable = groups.comparable.flatten()  # (N,); an episode that is alone in its group teaches nothing
+        comparable = groups.comparable.flatten()  # (N,); an episode without others in its group has no baseline
         mask = rollout.response_mask & comparable[:, None]
 
-        # 2. Advantages: each episode against the mean of the others of its prompt, the same for all its tokens.
+        # 2. Advantages: the return minus the mean of the others of its prompt, the same for all tokens of an episode.
         advantages = groups.differences * groups.num_scored / (groups.num_scored - 1).clamp(min=1)
         advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
         if config.normalise == "batch":  # REINFORCE++ (Hu, 2025)
@@ -75,7 +75,7 @@ class RLOO(PromptGroupAgent):
         return self.finish(steps)
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """The clipped surrogate with a whole episode as one action, a mean over episodes.
+        """Return the clipped surrogate with a whole episode as one action, averaged over episodes.
 
         L = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)] with r = prod_t pi(a_t | s_t) / pi_old(a_t | s_t), so that one
         text has one ratio (Ahmadian et al., 2024, section 3).
@@ -100,5 +100,5 @@ class RLOO(PromptGroupAgent):
         return policy_loss - config.entropy_coef * entropy, metrics
 
     def weight(self, batch: Batch) -> int:
-        """Return its episodes: the loss is a mean over episodes."""
+        """Return the number of episodes, because the loss is a mean over episodes."""
         return len(batch)
