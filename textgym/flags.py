@@ -20,6 +20,7 @@ from textgym.agents.common.supervised import SupervisedAgent, SupervisedConfig
 from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
+from textgym.settings import Count, NotNegative, Positive, WholeNumber, check_settings
 
 # An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration".
 ALGORITHMS: dict[str, Any] = {
@@ -65,29 +66,29 @@ class Train:
     """Id of the environment; "sft" and "dpo" write samples in it."""
     model: str = "tiny"
     """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
-    total_episodes: int = 4096
+    total_episodes: Count = 4096
     """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
-    num_envs: int = 64
+    num_envs: Count = 64
     """Rows of the environment; of each process's, where there are several."""
     critic: str = "shared"
     """'shared', 'separate', or a model whose trunk the critic starts from."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides the logits, in sampling and training alike."""
-    kl_coef: float | None = None
+    kl_coef: NotNegative | None = None
     """beta; the environment's own if not given."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Steer beta so that the KL comes to this many nats an episode."""
     kl_bounds: tuple[float, float] | None = None
     """Double beta while the KL is above the second of these nats an episode, halve it while it is below the first."""
-    kl_clamp: float | None = None
+    kl_clamp: Positive | None = None
     """The KL estimate of a token is cut to minus this and this."""
     kl_estimator: Estimator = "k1"
     """How the KL is estimated."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """Updates from one checkpoint to the next."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """How many checkpoints stay, the newest ones."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
@@ -101,6 +102,9 @@ class Train:
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
     config: tyro.conf.OmitArgPrefixes[RolloutAgentConfig | SupervisedConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass
@@ -124,6 +128,9 @@ class TrainReward:
     settings: tyro.conf.OmitArgPrefixes[RewardModelConfig] = field(default_factory=RewardModelConfig)
     """Its training."""
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
 
 @dataclass
 class Evaluate:
@@ -135,13 +142,13 @@ class Evaluate:
     """Id of the environment."""
     reference: str = "tiny"
     """What KL and perplexity are measured to, and what the policy is compared with."""
-    prompts: int = 128
+    prompts: Count = 128
     """How many prompts, the environment's first ones."""
-    num_envs: int = 64
+    num_envs: Count = 64
     """Rows of the environment."""
     metrics: tuple[str, ...] = ()
     """Further reward functions to report, as 'module:attribute', such as textgym.rewards.functions:DistinctN."""
-    samples: int = 5
+    samples: WholeNumber = 5
     """How many completions to show."""
     seed: int = 0
     """Of the sampling."""
@@ -151,6 +158,9 @@ class Evaluate:
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:

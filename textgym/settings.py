@@ -168,7 +168,7 @@ def unmet(value: Any, annotation: Any) -> str | None:
     """
     origin, members = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        bare, *checks = members
+        bare, *checks = (member for member in members if member is members[0] or isinstance(member, Check))
         return unmet(value, bare) or next((check.words for check in checks if not check.holds(value)), None)
     if origin in (Union, UnionType):
         expected = [unmet(value, member) for member in members]
@@ -184,15 +184,16 @@ def unmet(value: Any, annotation: Any) -> str | None:
         return None if callable(value) else "a function"
     if annotation in _TYPES:
         return None if _TYPES[annotation].holds(value) else _TYPES[annotation].words
-    if isinstance(annotation, type) and annotation is not Any and not getattr(annotation, "_is_protocol", False):
+    if getattr(annotation, "_is_protocol", False):  # what has methods of its own is trusted to have the right ones
+        return f"a {annotation.__name__}" if isinstance(value, Real | str | bytes | NoneType) else None
+    if isinstance(annotation, type) and annotation is not Any:
         return None if isinstance(value, annotation) else f"a {annotation.__name__}"
     return None
 
 
 def _unmet_by_entries(value: Any, members: tuple[Any, ...]) -> str | None:
     """What a sequence should be; JSON has lists only, so a list stands for a tuple as well."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
     if not isinstance(value, abc.Sequence) or isinstance(value, str | bytes):
         return "a sequence"
     if len(members) > 1 and members[1] is not Ellipsis:  # a tuple of so many

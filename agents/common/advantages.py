@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from textgym.settings import Share, check_arguments
+
 from ..machine.distributed import column_total
 from .means import differs
 
 
+@check_arguments
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: Share, lam: Share, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns (Schulman et al., 2016, equation 16).
 

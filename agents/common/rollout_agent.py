@@ -26,7 +26,7 @@ from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.finite import check_finite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
-from textgym.settings import Count, NotNegative, Positive, check_settings
+from textgym.settings import Count, NotNegative, Positive, WholeNumber, check_arguments, check_settings
 
 from ..machine.circumstances import inputs
 from ..machine.distributed import (
@@ -165,7 +165,8 @@ class RolloutAgent(ABC):
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update from a rollout, and the KL `(N, T)` of its tokens to the reference, in nats."""
 
-    def learn(self, total_episodes: int, callbacks: Sequence[Callback] = ()) -> Self:
+    @check_arguments
+    def learn(self, total_episodes: WholeNumber, callbacks: Sequence[Callback] = ()) -> Self:
         """Trains until `total_episodes` have been collected since the agent was made; returns the agent.
 
         After `load` the same total continues the run where it stopped. A callback that returns `False` ends it early.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Annotated, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from textgym.models.loading import is_trained
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
+from textgym.settings import NotNegative, Positive, above, check_settings
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 ESTIMATORS = get_args(Estimator)
@@ -55,7 +56,10 @@ class KLController(Protocol):
 class FixedKL:
     """A coefficient that stays."""
 
-    coef: float
+    coef: NotNegative
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def update(self, kl: float, num_episodes: int) -> None:
         """Does nothing."""
@@ -69,13 +73,12 @@ class AdaptiveKL:
     coef <- coef * (1 + e * n / horizon).
     """
 
-    target: float
-    horizon: int = 10_000
-    coef: float = 0.1
+    target: Positive
+    horizon: Positive = 10_000
+    coef: NotNegative = 0.1
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.horizon <= 0:
-            raise ValueError(f"target and horizon must be above 0, got {self.target} and {self.horizon}")
+        check_settings(self)
 
     def update(self, kl: float, num_episodes: int) -> None:
         """One step of the controller."""
@@ -92,14 +95,13 @@ class ThresholdKL:
 
     low: float
     high: float
-    factor: float = 2.0
-    coef: float = 0.1
+    factor: Annotated[float, above(1)] = 2.0
+    coef: NotNegative = 0.1
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not 0 < self.low < self.high:
             raise ValueError(f"the bounds must be 0 < low < high, got low={self.low} and high={self.high}")
-        if self.factor <= 1:
-            raise ValueError(f"factor must be above 1, got {self.factor}")
 
     def update(self, kl: float, num_episodes: int) -> None:
         """One step of the controller, however many episodes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 
+LARGEST = float(np.finfo(np.float32).max)
+"""Rewards are float32 to agents, where larger ones are infinite."""
 Value = float | np.ndarray | None
 """A row's score, its token-level rewards, or nothing."""
 
@@ -59,13 +60,15 @@ def _checked_value(name: str, value: Any, finished: Finished, row: int) -> Value
     for entry in entries:
         if not _is_finite(entry):
             where = finished.row(row)
-            return RewardError(f"reward function {name!r} returned {entry!r}, not a finite number, for {where}")
+            return RewardError(
+                f"reward function {name!r} returned {entry!r}, not a finite number of float32, for {where}"
+            )
     return np.asarray(entries, dtype=np.float64) if by_token else float(value)
 
 
 def _is_finite(entry: Any) -> bool:
     try:
-        return isinstance(entry, Real) and math.isfinite(entry)
+        return isinstance(entry, Real) and abs(entry) <= LARGEST
     except OverflowError:  # an integer beyond all floats
         return False
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from textgym.data.importing import import_attribute
+from textgym.errors import ConfigError
 from textgym.models.machine.devices import Device, resolve_device
 from textgym.rewards.engine.calling import (
     FollowsDevice,
@@ -36,6 +37,7 @@ from textgym.rewards.engine.checking import Value, checked
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scaling import RunningScale, Scaling
 from textgym.rewards.models import RewardModel
+from textgym.settings import unmet
 
 __all__ = ["Finished", "OnRewardError", "RewardError", "RewardSpec", "Scorer", "Scores", "load_reward"]
 
@@ -119,6 +121,8 @@ class Scorer:
         self.weights = [1.0] * len(specs) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(specs):
             raise ValueError(f"reward_weights has {len(self.weights)} values for {len(specs)} reward functions")
+        if (expected := unmet(self.weights, list[float])) is not None:
+            raise ConfigError(f"reward_weights must be {expected}, got {self.weights}")
         self.names = _unique_names(self.functions)
         for function in self.functions:
             accepted_keywords(function)  # one without a signature fails here, not after the first episode

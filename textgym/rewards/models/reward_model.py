@@ -21,6 +21,7 @@ from textgym.data.files import atomic_folder
 from textgym.data.manifests import MANIFEST, checked_manifest
 from textgym.data.messages import Messages, Text, check_characters, has_chat_template
 from textgym.data.special_tokens import control_tokens, frame, framed, spells
+from textgym.errors import ConfigError
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
 from textgym.models.loading import ASSETS, disable_dropout, freeze, load_classifier, quiet
 from textgym.models.machine.devices import Device, check_fork, resolve_device
@@ -35,8 +36,8 @@ TINY = ASSETS / "tiny_reward"
 
 
 @dataclass(frozen=True)
-class SavedRewardModel:
-    """What is saved beside the weights: arguments of `RewardModel`."""
+class RewardModelSettings:
+    """The arguments of `RewardModel` that are plain values; all but `batch_size` are saved beside the weights."""
 
     gain: float = 1.0
     bias: float = 0.0
@@ -46,6 +47,7 @@ class SavedRewardModel:
     output: Literal["logit", "probability"] = "logit"
     include_prompt: bool = True
     chat: bool = False
+    batch_size: Count = 64
 
 
 class RewardModel:
@@ -95,15 +97,18 @@ class RewardModel:
     ) -> None:
         if append_eos and tokenizer.eos_token_id is None:
             raise ValueError("the reward model's tokenizer has no EOS token: pass append_eos=False")
-        if output not in ("logit", "probability"):
-            raise ValueError(f"output must be 'logit' or 'probability', got {output!r}")
+        given = {"gain": gain, "bias": bias, "append_eos": append_eos, "max_length": max_length, "label": label}
+        given |= {"output": output, "include_prompt": include_prompt, "chat": chat, "batch_size": batch_size}
+        settings = from_plain(RewardModelSettings, given, "RewardModel")
+        if append_eos and settings.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2, a token and EOS, got {max_length}")
         self.label = _label_index(model, label)
         self.model = freeze(disable_dropout(model))
         self.scorer = LastTokenScorer(self.model)
         self.tokenizer = tokenizer
-        self.gain, self.bias = gain, bias
+        self.gain, self.bias = settings.gain, settings.bias
         self.append_eos = append_eos
-        self.batch_size = batch_size
+        self.batch_size = settings.batch_size
         self.max_length = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
         self.output, self.include_prompt, self.chat = output, include_prompt, chat
         self.shared_ids: bool | None = None
@@ -140,7 +145,7 @@ class RewardModel:
         file = cached_file(path, SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
         plain = score_head(model) is not None and not has_chat_template(tokenizer)
         saved = json.loads(Path(file).read_text()) if file else {"append_eos": plain and bool(tokenizer.eos_token)}
-        from_plain(SavedRewardModel, saved, f"{SETTINGS_FILE} of {path}")
+        from_plain(RewardModelSettings, saved, f"{SETTINGS_FILE} of {path}")
         return cls(model, tokenizer, **{**saved, **settings})
 
     def __call__(
