@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
+from textgym.errors import ConfigError
 from textgym.models.distributions.log_probs import full_kl
 from textgym.models.distributions.masks import ModelMask
 from textgym.models.loading import is_trained
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.settings import NotNegative, Positive, above, check_settings
+from textgym.settings import NotNegative, Positive, above, check_settings, plain
 
 Estimator = Literal["k1", "k2", "k3", "full"]
 ESTIMATORS = get_args(Estimator)
@@ -143,10 +145,11 @@ class KLPenalty:
         self.reference = model.frozen_copy() if is_trained(model) else model  # a policy would take it along
         self.owns_reference = False  # others may share its weights, so nobody may change them
         self.clamp = clamp
-        self.controller: KLController = FixedKL(float(coef)) if isinstance(coef, int | float) else coef
+        beta = plain(coef)
+        if isinstance(beta, Real) and beta < 0:
+            raise ConfigError(f"kl_coef must not be negative, got {beta}: it would reward divergence")
+        self.controller: KLController = FixedKL(beta) if isinstance(beta, Real) else coef  # type: ignore[assignment]
         self.estimator: Estimator = estimator
-        if self.controller.coef < 0:
-            raise ValueError(f"kl_coef must not be negative, got {self.controller.coef}: it would reward divergence")
 
     @property
     def coef(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -58,19 +59,19 @@ def _checked_value(name: str, value: Any, finished: Finished, row: int) -> Value
             "completion_ids, and none for padding"
         )
     for entry in entries:
-        if not _is_finite(entry):
-            where = finished.row(row)
-            return RewardError(
-                f"reward function {name!r} returned {entry!r}, not a finite number of float32, for {where}"
-            )
+        if (problem := _unpayable(entry)) is not None:
+            return RewardError(f"reward function {name!r} returned {entry!r}, {problem}, for {finished.row(row)}")
     return np.asarray(entries, dtype=np.float64) if by_token else float(value)
 
 
-def _is_finite(entry: Any) -> bool:
+def _unpayable(entry: Any) -> str | None:
+    """What is wrong with a value, `None` if nothing is."""
     try:
-        return isinstance(entry, Real) and abs(entry) <= LARGEST
+        if not isinstance(entry, Real) or not math.isfinite(entry):
+            return "not a finite number"
     except OverflowError:  # an integer beyond all floats
-        return False
+        return "not a finite number"
+    return None if abs(entry) <= LARGEST else "beyond the largest number of float32, in which rewards are paid"
 
 
 def _listed(value: Any) -> Any:

@@ -191,6 +191,12 @@ FIRST = r"row 0 \(prompt '2 \+ 2 =', completion ' 4'\)"
 SECOND = r"row 1 \(prompt '3 \+ 4 =', completion ' 8 or'\)"
 
 
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**39])
+def test_rewards_beyond_float32_are_refused_and_not_paid_as_infinite(value: float) -> None:
+    with pytest.raises(RewardError, match="beyond the largest number of float32"):
+        Scorer(lambda completions: [value])(Finished(["a"], ["b"], [[1]], [[2]], {}))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
