@@ -147,7 +147,6 @@ def test_environments_check_coefficients_and_weights() -> None:
     for name, value in (
         *(("kl_coef", value) for value in (math.nan, "much", True)),
         *(("reward_weights", value) for value in ([math.nan], ["1"], 1.0)),
-        ("stop", "word"),
         ("missing_eos_penalty", math.inf),
     ):
         with pytest.raises(ConfigError, match=f"^{name} must be "):

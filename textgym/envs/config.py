@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from gymnasium.vector import AutoresetMode
@@ -80,7 +81,7 @@ class TextConfig:
     """Length limit of a response."""
     min_new_tokens: int = 0
     """Stop tokens are masked until the response has this many tokens."""
-    stop: Sequence[str | int] = ()
+    stop: str | Sequence[str | int] = ()  # a plain string is answered with how to write it
     """Stop strings and stop token ids, in addition to the tokenizer's EOS and those of the model's generation config,
     where the model is known."""
     action_mask: MaskSpec | None = None
@@ -92,7 +93,7 @@ class TextConfig:
     """For encoder-decoder models, the tokens that the decoder starts with, as in `policy.decoder_start_ids`."""
 
     # KL
-    reference: str | nn.Module | None = None
+    reference: str | Path | nn.Module | None = None
     """Reference model of the KL penalty: name, path or model. A model that may be trained is copied; one whose weights
     are frozen is used as it is."""
     kl_coef: float | KLController = 0.0
