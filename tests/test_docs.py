@@ -69,6 +69,13 @@ def test_each_pitfall_names_tests_that_exist() -> None:
     assert {name for names in named for name in names} <= tests
 
 
+def test_every_model_of_the_compatibility_page_is_exact_or_refused_with_a_reason() -> None:
+    models = PAGES["docs/compatibility.md"].split("## Models")[1].split("\n## ")[0]
+    results = [row.split("|")[3].strip() for row in models.splitlines() if row.count("|") == 4][2:]
+    assert len(results) > 20
+    assert all(re.match(r"exact \(\de-0[5-9]\)|refused: \w+ ", result) for result in results)
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "--builder", "html", "--fail-on-warning", "--keep-going", "--quiet"]
