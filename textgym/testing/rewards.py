@@ -48,19 +48,25 @@ def check_reward(
         function.share_ids_with(tokenizer)
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
 
+    changed: list[Finished] = []
+
     def score(finished: Finished) -> list[Value | RewardError]:
         arguments = arguments_for(name, function, finished, Log(name, len(finished)), None)
-        return checked(name, start(name, function, arguments, finished, timeout).wait(), finished)
+        columns = [column for column in arguments.values() if isinstance(column, list)]
+        before = pickle.dumps(columns)
+        values = checked(name, start(name, function, arguments, finished, timeout).wait(), finished)
+        if pickle.dumps(columns) != before:
+            changed.append(finished)
+        return values
 
     for title, texts in _awkward_batches(tokenizer.eos_token).items():
         finished = _finished(texts, columns or {}, tokenizer)
-        before = pickle.dumps(finished)
         try:
             problems += [f"{title}: {error}" for error in score(finished) if isinstance(error, RewardError)][:1]
         except RewardError as error:  # it cannot be called, for example because a column is missing
             return [str(error)]
-        if pickle.dumps(finished) != before:
-            problems.append(f"{title}: it changes its arguments, which other functions read after it")
+        if finished in changed:
+            problems.append(f"{title}: it changes its arguments, which are copies: what it leaves there is lost")
     problems += [] if problems else _inconsistencies(score, columns or {}, tokenizer)
     try:
         pickle.dumps(function)
