@@ -1,22 +1,22 @@
-"""Q-learning, token by token (Mnih et al., 2015), with the improvements that came after.
+"""Token-level Q-learning (Mnih et al., 2015) with later improvements, and with a soft or a greedy backup.
 
     textgym train --agent dqn --output-dir runs/dqn
     textgym train --agent dqn --backup greedy --double --n-steps 4 --prioritised --output-dir runs/greedy
 
     Q(s_t, a_t) <- r_t + gamma V'(s_{t+1})
 
-towards targets V' of a slower copy. With `backup="soft"` V is the value of the objective with its KL,
+with V' from a target network. With `backup="soft"` V is the value of the KL-regularised objective,
 
     V(s) = beta log sum_a pi_ref(a | s) exp(Q(s, a) / beta),    pi(a | s) = pi_ref(a | s) exp((Q(s, a) - V(s)) / beta),
 
-so what is learned is a policy to sample from, and its optimum that of all agents here (Haarnoja et al., 2017; Schulman
-et al., 2017, "Equivalence between policy gradients and soft Q-learning"). With "greedy" V(s) = max_a Q(s, a): one text
-of the highest reward, to be decoded greedily; there a nat of beta pays beta log pi_ref(a | s), as an environment with
-`kl_mode="reference"` does.
+so the result is a policy to sample from, with the same optimum as all other agents here (Haarnoja et al., 2017;
+Schulman et al., 2017, "Equivalence between policy gradients and soft Q-learning"). With "greedy" V(s) = max_a Q(s, a):
+the result is one text with the highest return, which is decoded greedily. There the reward has the term
+beta log pi_ref(a | s), as in an environment with `kl_mode="reference"`.
 
-Both start from the language model, see q_functions.py. `n_steps` rewards come before the target. The greedy backup
-takes them as long as the remembered tokens are the best ones (Watkins, 1989); the soft one takes off
-beta log(pi / pi_ref) of each, and then holds along any text (Nachum et al., 2017, "path consistency").
+Both Q-functions are initialised from the language model, see q_functions.py. Bootstrapping is after `n_steps` rewards.
+The greedy backup bootstraps earlier if a replayed token is not greedy (Watkins, 1989). The soft backup subtracts
+beta log(pi / pi_ref) for each token, and is then valid for any text (Nachum et al., 2017, "path consistency").
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 @dataclass
 class DQNConfig(ReplayConfig):
-    """Hyperparameters of Q-learning; beta is the environment's `kl_coef`."""
+    """Hyperparameters of Q-learning; beta is `kl_coef` of the environment."""
 
     backup: Literal["soft", "greedy"] = "soft"
-    """What a state is worth: the value of the objective with its KL, or the best token's Q."""
+    """Value of a state: "soft" is that of the KL-regularised objective, "greedy" the highest Q-value."""
     prioritised: bool = False
-    """Draw episodes with large errors more often (Schaul et al., 2016), which weights make up for in part."""
+    """Sample episodes with large errors more often (Schaul et al., 2016); weights correct this in part."""
     priority_exponent: NotNegative = 0.6
-    """Of "prioritised": 0 draws all alike."""
+    """For `prioritised`: the exponent of priorities; 0 samples uniformly."""
     q_scale: float = 1.0
-    """Of "greedy": Q-values that a nat of the language model's log-probs is worth at first."""
+    """For "greedy": initial scale of the language model's log-probs in Q, in reward per nat."""
     double: bool = False
-    """Of "greedy": the online network chooses the token that the target network values (van Hasselt et al., 2016)."""
+    """For "greedy": the online network chooses the token, the target network its value (van Hasselt et al., 2016)."""
     dueling: bool = True
-    """Of "greedy": a value of the state and advantages of the tokens, in place of plain outputs (Wang et al., 2016)."""
+    """For "greedy": a value of the state plus advantages of tokens, instead of plain outputs (Wang et al., 2016)."""
     noisy: bool = False
-    """Of "greedy": learned noise on the output weights explores too (Fortunato et al., 2018); alone if epsilon is 0."""
+    """For "greedy": explore by learned noise on the output weights (Fortunato et al., 2018), besides epsilon."""
     n_quantiles: Count = 1
-    """Of "greedy": above 1, so many quantiles of the return are learned (Dabney et al., 2018)."""
+    """For "greedy": number of quantiles of the return (Dabney et al., 2018); 1 for the mean only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.backup == "soft" and (self.double or self.noisy or self.n_quantiles > 1 or not self.dueling):
             raise ConfigError(
-                "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft one chooses no "
-                "best token, explores by its own distribution, and has a value by itself. Set backup='greedy'"
+                "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft backup has no "
+                "greedy token, explores by its own distribution, and always has a value. Set backup='greedy'"
             )
 
 
@@ -76,7 +76,7 @@ class DQN(ReplayAgent):
     """Q-learning over whole episodes of text, with a soft or a greedy backup; arguments as `RolloutAgent`.
 
     Raises:
-        ValueError: the soft backup in an environment without a KL penalty.
+        ValueError: If the backup is soft and the environment has no KL penalty.
     """
 
     config_class: ClassVar[type[RolloutAgentConfig]] = DQNConfig
@@ -91,7 +91,7 @@ class DQN(ReplayAgent):
             self.memory.alpha = self.config.priority_exponent
 
     def modules(self) -> nn.ModuleDict:
-        """Targets, and the heads of a greedy Q."""
+        """Return the target networks, and the heads of a greedy Q."""
         config = self.config
         if config.backup == "soft":
             self.soft, self.soft_target = SoftQ(self.policy), SoftQ(frozen_actor(self.policy))
@@ -102,13 +102,13 @@ class DQN(ReplayAgent):
         return nn.ModuleDict({"heads": heads, "target": self.target.actor, "target_heads": self.target.heads})
 
     def follow(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The targets, and what they follow."""
+        """Return the target networks, and the modules that they follow."""
         if not self.greedy:
             return [(self.soft_target.actor, self.policy)]
         return [(self.target.actor, self.policy), (self.target.heads, self.q.heads)]
 
     def collect(self, head: Any = None) -> Rollout:
-        """One episode in every row, with noise on the weights, drawn once for each, if it explores."""
+        """Collect one episode in every row; noise on the weights is sampled once for each row."""
         if not self.greedy:
             return super().collect()
         self.q.heads.resample(self.shuffler, self.envs.num_envs)
@@ -117,11 +117,11 @@ class DQN(ReplayAgent):
         return rollout
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Make one update (Mnih et al., 2015, algorithm 1) from a rollout, the KL of its tokens, and the memory."""
-        # 1. Remember the new episodes; the KL tells the reference's log-probs of their tokens.
+        """Make one update (Mnih et al., 2015, algorithm 1) from a rollout, the KL of its tokens, and the buffer."""
+        # 1. Add the new episodes to the replay buffer; the reference's log-probs of their tokens follow from the KL.
         self.remember(rollout, kl)
 
-        # 2. Optimiser steps, each on episodes drawn from memory, and now and then an update of the targets.
+        # 2. Optimiser steps on episodes sampled from the buffer, and updates of the target networks in intervals.
         steps: list[TensorMetrics] = []
         for batch in self.samples():
             steps.append(self.step(batch))
@@ -131,13 +131,13 @@ class DQN(ReplayAgent):
         return self.finish(steps)
 
     def loss(self, batch: ReplayBatch) -> tuple[Tensor, Tensor, TensorMetrics]:
-        """The Huber loss of Q to its targets, a mean over response tokens, weighted by episode."""
+        """Return the Huber loss between Q and its targets, a mean over response tokens, weighted by episode."""
         mask = batch.sequences.response_mask
 
-        # 1. Q of the remembered tokens, and r_t + gamma V'(s_{t+1}) of the target networks.
+        # 1. Q of the replayed tokens, and the targets r_t + gamma V'(s_{t+1}) of the target networks.
         q, targets = self._greedy_q_and_targets(batch) if self.greedy else self._soft_q_and_targets(batch)
 
-        # 2. Errors of every quantile to every target; one each without quantiles.
+        # 2. Errors of every quantile to every target quantile; without quantiles there is one of each.
         errors = targets[..., None, :] - q[..., :, None]  # (B, T, K, K')
         huber = F.huber_loss(errors, torch.zeros_like(errors), reduction="none")
         if self.config.n_quantiles > 1:  # quantile regression (Dabney et al., 2018, equation 10)
@@ -145,7 +145,7 @@ class DQN(ReplayAgent):
             middle = (torch.arange(count, device=q.device) + 0.5) / count
             huber = huber * (middle[:, None] - (errors.detach() < 0).float()).abs()
 
-        # 3. A mean over targets, a sum over quantiles, a mean over tokens; weights make up for priorities.
+        # 3. Mean over target quantiles, sum over quantiles, mean over tokens; weights correct the priorities.
         per_token = huber.mean(-1).sum(-1)  # (B, T)
         loss = masked_mean(per_token * batch.weights[:, None], mask)
 
@@ -160,22 +160,22 @@ class DQN(ReplayAgent):
     def _soft_q_and_targets(self, batch: ReplayBatch) -> tuple[Tensor, Tensor]:
         """Return Q and its soft targets (Haarnoja et al., 2017), `(B, T, 1)` each."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
-        value, added = self.soft.of_actions(sequences, batch.reference_log_probs, beta)
+        value, advantage = self.soft.of_actions(sequences, batch.reference_log_probs, beta)
         with torch.no_grad():
-            target_value, paid = self.soft_target.of_actions(sequences, batch.reference_log_probs, beta)
-            # The penalty of the first token is not paid: it is what Q tells tokens apart by.
+            target_value, penalty = self.soft_target.of_actions(sequences, batch.reference_log_probs, beta)
+            # Q(s_t, a_t) does not include the penalty of token t itself, so it is added again.
             returns = n_step_returns(
-                batch.rewards - paid, target_value, sequences.response_mask, config.gamma, config.n_steps
+                batch.rewards - penalty, target_value, sequences.response_mask, config.gamma, config.n_steps
             )
-            targets = returns + paid
-        return (value + added)[..., None], targets[..., None]
+            targets = returns + penalty
+        return (value + advantage)[..., None], targets[..., None]
 
     def _greedy_q_and_targets(self, batch: ReplayBatch) -> tuple[Tensor, Tensor]:
         """Return Q and its greedy targets, `(B, T, K)` each."""
         config, sequences = self.config, batch.sequences
         rewards = self.penalty.charge(batch.rewards, -batch.reference_log_probs)
         self.q.heads.resample(self.shuffler)
-        q = _laid_out(self.q.of_actions(sequences), batch)
+        q = _padded(self.q.of_actions(sequences), batch)
         with torch.no_grad():
             if config.double:
                 actions = self.q.choose(sequences)
@@ -185,13 +185,13 @@ class DQN(ReplayAgent):
             best = sequences.pad(actions == sequences.actions)
             columns = [
                 n_step_returns(rewards, value, sequences.response_mask, config.gamma, config.n_steps, best)
-                for value in _laid_out(values, batch).unbind(-1)
+                for value in _padded(values, batch).unbind(-1)
             ]
         self.q.heads.quieten()
         return q, torch.stack(columns, -1)
 
 
-def _laid_out(flat: Tensor, batch: ReplayBatch) -> Tensor:
-    """Return numbers of single tokens, `(M,)` or `(M, K)`, as `(B, T, K)`."""
+def _padded(flat: Tensor, batch: ReplayBatch) -> Tensor:
+    """Return values of tokens, `(M,)` or `(M, K)`, as `(B, T, K)`, zero in the padding."""
     columns = flat[:, None] if flat.ndim == 1 else flat
     return torch.stack([batch.sequences.pad(column) for column in columns.unbind(1)], -1)

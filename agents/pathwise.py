@@ -1,20 +1,20 @@
-"""Pathwise derivative policy gradient: the actor's output goes into a critic, and is pushed to where that says more.
+"""Pathwise derivative policy gradient: the gradient of a critic flows through the actor's relaxed tokens.
 
     textgym train --agent pathwise --output-dir runs/pathwise
 
     J(theta) = E[sum_a y_a Q(s, a) - beta KL(pi(. | s), pi_ref(. | s))],    y = softmax((log pi(. | s) + g) / tau)
 
-with g standard Gumbel noise: a token has no derivative, so a relaxed one takes its place, a point of the simplex at
-whose corners are the tokens (Jang et al., 2017; Maddison et al., 2017), or with "straight_through" the token itself,
-with the relaxed one's derivative. Q is a network of its own, linear in y, and learned off-policy as in DDPG (Lillicrap
-et al., 2016), from a slower actor pi' and a slower critic Q':
+with standard Gumbel noise g. A token has no derivative, so a relaxed token replaces it: a point of the simplex whose
+corners are the tokens (Jang et al., 2017; Maddison et al., 2017). With "straight_through" it is the token itself in the
+forward pass, with the derivative of the relaxed token. The critic Q is a separate network, linear in y. It is trained
+off-policy as in DDPG (Lillicrap et al., 2016), with target networks pi' and Q':
 
     Q(s_t, a_t) <- r_t + gamma V'(s_{t+1}),    V'(s) = sum_a pi'(a | s) Q'(s, a) - beta KL(pi'(. | s), pi_ref(. | s))
 
-The sums over a are exact, a chunk of states at a time; with `n_steps` above 1 the rewards are those that the remembered
-text had, whoever wrote it. Without a KL penalty the policy goes to the text of the highest reward. The relaxed
-derivative is not quite the true one, so with a penalty the policy comes near the optimum of the other agents, no
-further.
+The sums over a are exact, for one chunk of states at a time. With `n_steps` above 1 the rewards are those of the
+replayed text, without a correction for the policy that generated it. Without a KL penalty the policy converges to the
+text with the highest reward. The derivative of relaxed tokens is biased, so with a penalty the policy comes close to
+the optimum of the other agents but does not reach it.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from .common.rollout_agent import Metrics, RolloutAgentConfig
 
 @dataclass
 class PathwiseConfig(ReplayConfig):
-    """Hyperparameters of the pathwise derivative; beta is the environment's `kl_coef`."""
+    """Hyperparameters of the pathwise derivative; beta is `kl_coef` of the environment."""
 
     relaxation: Literal["straight_through", "gumbel"] = "straight_through"
-    """What the critic is given: a token with the relaxed one's derivative, or the relaxed one."""
+    """Input of the critic: "straight_through" is a token with the relaxed token's derivative, "gumbel" is relaxed."""
     relaxation_temperature: Positive = 1.0
-    """The tau of the relaxation: lower is nearer to a token; higher lets a policy that is sure of itself learn."""
+    """Temperature tau of the relaxation; low values have less bias, high values less vanishing gradients."""
     q_scale: float = 1.0
-    """Q-values that a nat of the language model's log-probs is worth at first."""
+    """Initial scale of the language model's log-probs in Q, in reward per nat."""
 
 
 class Pathwise(ReplayAgent):
     """Pathwise derivative policy gradient; arguments as `RolloutAgent`.
 
-    The critic starts as a copy of the policy's language model.
+    The critic is initialised from the policy's language model.
     """
 
     config_class: ClassVar[type[RolloutAgentConfig]] = PathwiseConfig
@@ -67,22 +67,22 @@ class Pathwise(ReplayAgent):
     greedy = False
 
     def modules(self) -> nn.ModuleDict:
-        """The critic, and the targets."""
+        """Return the critic, and the target networks."""
         critic = ActorCritic(twin(self.policy.trained_model), temperature=self.policy.temperature)
         self.q = GreedyQ(critic, Heads(critic, noisy=False, n_quantiles=1), self.config.q_scale)
         self.target, self.target_q = frozen_actor(self.policy), self.q.frozen_copy()
         return nn.ModuleDict({"critic": critic, "target": self.target, "target_critic": self.target_q.actor})
 
     def follow(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The targets, and what they follow."""
+        """Return the target networks, and the modules that they follow."""
         return [(self.target, self.policy), (self.target_q.actor, self.q.actor)]
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
-        """Make one update (Lillicrap et al., 2016, algorithm 1) from a rollout, its KL, and the memory."""
-        # 1. Remember the new episodes; the KL tells the reference's log-probs of their tokens.
+        """Make one update (Lillicrap et al., 2016, algorithm 1) from a rollout, its KL, and the replay buffer."""
+        # 1. Add the new episodes to the replay buffer; the reference's log-probs of their tokens follow from the KL.
         self.remember(rollout, kl)
 
-        # 2. Optimiser steps of critic and actor, each on episodes drawn from memory; the targets follow.
+        # 2. Optimiser steps of critic and actor on episodes sampled from the buffer, and updates of the targets.
         steps: list[TensorMetrics] = []
         for batch in self.samples():
             steps.append(self.step(batch))
@@ -92,26 +92,26 @@ class Pathwise(ReplayAgent):
         return self.finish(steps)
 
     def loss(self, batch: ReplayBatch) -> tuple[Tensor, Tensor, TensorMetrics]:
-        """The critic's loss and the actor's, means over response tokens; neither moves the other's weights."""
+        """Return the sum of critic and actor loss, means over response tokens; each trains only its own network."""
         config, sequences, beta = self.config, batch.sequences, self.penalty.coef
         mask = sequences.response_mask
 
         # 1. Targets of the critic: r_t + gamma V'(s_{t+1}), V'(s) = sum_a pi'(a | s) Q'(s, a) - beta KL(pi', pi_ref).
         with torch.no_grad():
             reference_hidden = self.penalty.reference.hidden(sequences.states())
-            earned, kl, value = self.values(self.target, self.target_q, sequences, reference_hidden)
-            paid = beta * sequences.pad(kl)
-            # The penalty of the first state is not Q's: it is the same for all its tokens.
-            target_value = sequences.pad(earned + value) - paid
-            returns = n_step_returns(batch.rewards - paid, target_value, mask, config.gamma, config.n_steps)
-            targets = returns + torch.where(mask, paid, 0.0)  # (B, T)
+            advantage, kl, value = self.values(self.target, self.target_q, sequences, reference_hidden)
+            penalty = beta * sequences.pad(kl)
+            # Q(s_t, a_t) does not include the penalty of state t itself, so it is added again.
+            target_value = sequences.pad(advantage + value) - penalty
+            returns = n_step_returns(batch.rewards - penalty, target_value, mask, config.gamma, config.n_steps)
+            targets = returns + torch.where(mask, penalty, 0.0)  # (B, T)
 
-        # 2. Critic: the Huber loss of Q to its targets.
+        # 2. Critic: the Huber loss between Q and its targets.
         q = sequences.pad(self.q.of_actions(sequences))
         errors = (targets - q).detach()
         critic_loss = masked_mean(F.huber_loss(q, targets, reduction="none"), mask)
 
-        # 3. Actor: what a relaxed token earns by Q, less the KL (the module's J).
+        # 3. Actor: Q of the relaxed token minus the KL penalty (J above), without v, which does not depend on it.
         seed = int(torch.randint(2**31, (), generator=self.shuffler))
         relaxed, kl, _ = self.values(self.policy, self.q, sequences, reference_hidden, seed)
         actor_loss = (beta * kl - relaxed).mean()
@@ -126,24 +126,24 @@ class Pathwise(ReplayAgent):
     def values(
         self, actor: TokenModel, q: GreedyQ, sequences: Sequences, reference_hidden: Tensor, seed: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the actor's next token earns in each state by Q, its KL to the reference in nats, and Q's own offset.
+        """Return the advantage of the actor's next token by Q, its KL to the reference in nats, and the value v of Q.
 
         Args:
-            actor: gradients flow into it, and into nothing else.
-            q: says what tokens earn, as advantages over the offset.
-            sequences: of M response tokens.
-            reference_hidden: `(M, d)`, the reference's hidden states.
-            seed: of the relaxation's noise, which the backward pass makes again; `None` takes the mean over the actor's
-                distribution.
+            actor: The actor, the only model with gradients.
+            q: The critic.
+            sequences: Sequences with M response tokens.
+            reference_hidden: Hidden states of the reference, `(M, d)`.
+            seed: Seed of the relaxation's noise, because the backward pass must sample the same noise again; `None` for
+                the expectation over the actor's distribution instead of a relaxed token.
 
         Returns:
-            `(M,)` each.
+            `(M,)` each, before each response token.
         """
         states, stop, reference = sequences.states(), sequences.stop.ids, self.penalty.reference
         hidden = actor.hidden(states)
         with torch.no_grad():
             q_hidden = q.actor.hidden(states)
-            offset = q.values(states, q_hidden)
+            value = q.values(states, q_hidden)
 
         def score(
             hidden: Tensor, q_hidden: Tensor, reference_hidden: Tensor, banned: Tensor | None, index: Tensor
@@ -159,18 +159,18 @@ class Pathwise(ReplayAgent):
             kl = (log_probs.exp() * torch.where(allowed, log_probs - reference_log_probs, 0.0)).sum(-1)
             return (token * advantages).sum(-1), kl
 
-        index = torch.arange(len(hidden))  # tells the chunks apart; on the CPU, where it is read
-        earned, kl = in_chunks(score, actor.vocab_size, hidden, q_hidden, reference_hidden, sequences.banned, index)
-        return earned, kl, offset
+        index = torch.arange(len(hidden))  # for a different seed in each chunk; on the CPU, where it is read
+        advantage, kl = in_chunks(score, actor.vocab_size, hidden, q_hidden, reference_hidden, sequences.banned, index)
+        return advantage, kl, value
 
 
 def relax(log_probs: Tensor, seed: int, config: PathwiseConfig) -> Tensor:
-    """One draw from each distribution `(m, V)` as a point of the simplex, with derivatives."""
+    """Return a relaxed sample of each distribution, `(m, V)` points of the simplex, with derivatives."""
     generator = torch.Generator(log_probs.device).manual_seed(seed)
     uniform = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
-    gumbel = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
+    gumbel = -(-uniform.clamp(1e-20, 1 - 1e-7).log()).log()  # clamped, because log(0) would be infinite
     soft = ((log_probs + gumbel) / config.relaxation_temperature).softmax(-1)
     if config.relaxation == "gumbel":
         return soft
     hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
-    return hard + soft - soft.detach()
+    return hard + soft - soft.detach()  # hard in the forward pass, soft in the backward pass
