@@ -162,7 +162,9 @@ class DPO(SupervisedAgent):
         parts = [split_pair(pair) for pair in preferences]
         sides = [(prompt, text) for prompt, *texts in parts for text in texts]
         bos = self.tokenizer.bos_token_id
-        encoded = encode_completions(sides, self.tokenizer, self.config.append_eos)
+        encoded = encode_completions(
+            sides, self.tokenizer, self.config.append_eos, add_special_tokens=self.config.add_special_tokens
+        )
         return [
             shorten([chosen.prompt, rejected.prompt], [chosen.completion, rejected.completion], self.max_length, bos)
             for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True)

@@ -57,7 +57,12 @@ class SFT(SupervisedAgent):
     def read(self, data: Any) -> None:
         """Examples as ids."""
         bos = self.tokenizer.bos_token_id
-        encoded = encode_completions(load_examples(data), self.tokenizer, self.config.append_eos)
+        encoded = encode_completions(
+            load_examples(data),
+            self.tokenizer,
+            self.config.append_eos,
+            add_special_tokens=self.config.add_special_tokens,
+        )
         self.texts = [shorten([text.prompt], [text.completion], self.max_length, bos)[0] for text in encoded]
 
     def __len__(self) -> int:

@@ -78,6 +78,9 @@ class SupervisedConfig:
     its beginning, and a completion its end."""
     append_eos: bool = True
     """Append EOS to completions that lack it; use False for texts that a length limit cut off."""
+    add_special_tokens: bool = True
+    """Whether strings get the tokenizer's BOS; `False` if they were rendered already, so that control tokens in them
+    count."""
     bf16: bool = False
     """Run the forward passes in bfloat16 (autocast); log-softmax and losses stay in float32."""
     gradient_checkpointing: bool = False

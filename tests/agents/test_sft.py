@@ -334,6 +334,14 @@ def test_formats() -> None:
     assert long == ("<user>2+2<eos>\n<assistant>4<eos>\n<user>sure?<eos>\n<assistant>", "4<eos>")
 
 
+def test_rendered_strings_keep_their_control_tokens() -> None:
+    row = {"prompt": "a<eos>b", "completion": "c"}
+    spelled = make_agent([row]).texts[0]
+    rendered = make_agent([row], add_special_tokens=False).texts[0]
+    assert spelled.prompt == [97, *b"<eos>", 98]
+    assert rendered.prompt == [97, EOS, 98]
+
+
 def test_reads_files(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

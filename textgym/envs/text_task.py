@@ -370,6 +370,8 @@ class TextTask:
         can_end = self.stop_strings.can_complete
         long_enough = self.episodes.host_lengths - self.episodes.host_prompt_lengths > self.episodes.stop.min_new_tokens
         rows = [row for row in np.flatnonzero(playing.numpy() & long_enough).tolist() if can_end(int(tokens[row]))]
+        if not rows:
+            return ends
         turns = zip(rows, self._ids(np.array(rows, dtype=np.int64)), strict=True)
         hits = [row for row, ids in turns if self.stop_strings.found_in(self._turn(row, *ids))]
         by_string = torch.zeros_like(ends.by_stop)
@@ -453,8 +455,11 @@ class TextTask:
 
     def _turn(self, row: int, prompt: list[int], response: list[int]) -> str:
         """The text of the row's turn that is under way or has just ended, without stop tokens; here all of it."""
-        # The decoder of an encoder-decoder model continues its start tokens, and not the encoder's prompt.
-        return self._decode(list(self.episodes.decoder_start) or prompt, response)
+        return self._decode(self._context(prompt), response)
+
+    def _context(self, prompt: list[int]) -> list[int]:
+        """What a response follows: its prompt, or the start tokens of an encoder-decoder model's decoder."""
+        return list(self.decoder_start) or prompt
 
     def _decode(self, context: list[int], ids: list[int]) -> str:
         return decode_continuation(self.tokenizer, context, self._without_stop(ids))
@@ -468,7 +473,7 @@ class TextTask:
         """The tokens of a response's text: those before the stop token or stop string."""
         ids = self._without_stop(response)
         cut = self.stop_strings.texts and not self.answers
-        return ids_of_text(self.tokenizer, prompt, ids, text) if cut else ids
+        return ids_of_text(self.tokenizer, self._context(prompt), ids, text) if cut else ids
 
     def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
         if reference is None:  # an agent that charges the penalty then refers to its policy's own start
