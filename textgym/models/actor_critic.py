@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,7 +26,7 @@ from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.decoding.generation import ResponseGenerators, Responses
 from textgym.models.decoding.sampling import sample
 from textgym.models.distributions.log_probs import StopRule, token_log_probs
-from textgym.models.loading import disable_dropout, load_classifier, quiet, resolve
+from textgym.models.loading import disable_dropout, is_trained, load_classifier, quiet, resolve
 from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
@@ -124,6 +125,12 @@ class ActorCritic(TokenModel):
             raise ConfigError(
                 "lora= adds an adapter, and the model has one already: leave lora=None to train it on, or pass the "
                 "merged model, model.merge_and_unload()"
+            )
+        if lora is None and not is_trained(lm):
+            warnings.warn(
+                "all weights of the model are frozen, as peft leaves them after merge_and_unload(), so agents would "
+                "train the critic alone: call model.requires_grad_(True) first",
+                stacklevel=2,
             )
         folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))
         if folder is not None and (folder / MANIFEST).exists():

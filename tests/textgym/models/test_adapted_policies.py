@@ -235,6 +235,14 @@ def test_a_model_that_is_trained_is_copied_when_it_becomes_a_reference() -> None
     assert TokenModel.load(frozen).lm is frozen
 
 
+def test_a_model_that_peft_left_frozen_is_reported() -> None:
+    plain = trained_peft_model(lora()).merge_and_unload()
+    with pytest.warns(UserWarning, match="all weights of the model are frozen"):
+        ActorCritic.from_pretrained(plain)
+    assert ActorCritic.from_pretrained(plain.requires_grad_(True)).lora is None
+    assert ActorCritic.from_pretrained(plain.requires_grad_(False), lora=lora()).lora is not None
+
+
 def test_what_peft_does_outside_of_the_layers_is_refused() -> None:
     prompt = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="PromptTuningConfig trains a prompt"):
