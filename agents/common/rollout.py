@@ -1,4 +1,4 @@
-"""collect: whole episodes from a TextVectorEnv, as padded tensors that never leave the device."""
+"""Collect whole episodes from a TextVectorEnv, as padded tensors on the device."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ class Rollout:
     """N finished episodes of at most T response tokens.
 
     Attributes:
-        sequences: prompts and responses.
-        log_probs: `(N, T)` behaviour log-probs, of the distribution that was sampled from.
+        sequences: Prompts and responses.
+        log_probs: `(N, T)`, log-probs under the distribution that the tokens were sampled from (behaviour policy).
         values: `(N, T)`, value of the state before each token.
         rewards: `(N, T)`, token-level rewards at their tokens, and the rest of the score at the last token.
-        scores: `(N,)`, what the environment paid: the sum of a row's rewards.
-        raw_scores: `(N,)`, before scaling and clipping; the same where there is none. NaN in rows without a score,
-            which are paid 0.
-        ended_by_stop: bool `(N,)`.
+        scores: `(N,)`, the sum of a row's rewards.
+        raw_scores: `(N,)`, scores before scaling and clipping; NaN in rows without a score, whose rewards are 0.
+        ended_by_stop: Bool `(N,)`.
         components: `(N,)` for each `reward/<name>` (unweighted) and `metric/<name>` (of the batch that the row was
-            scored in); NaN where the function left the row out.
+            scored in); NaN in rows that the function did not score.
     """
 
     sequences: Sequences
@@ -48,7 +47,7 @@ class Rollout:
         return len(self.sequences)
 
     def __getitem__(self, chosen: slice | Tensor) -> Rollout:
-        """Some of the episodes, as wide as the longest of them; indices are on the host."""
+        """Return some of the episodes, with the width of the longest; indices are on the host."""
         rows, host_rows = on_both(chosen, self.scores.device)
         sequences = self.sequences.take(rows, host_rows)
         width = sequences.longest
@@ -65,17 +64,17 @@ class Rollout:
 
     @property
     def response_mask(self) -> Tensor:
-        """Bool `(N, T)`: the real response tokens that the policy wrote."""
+        """Bool `(N, T)`: the tokens that the policy generated, without padding."""
         return self.sequences.response_mask
 
     @property
     def scored(self) -> Tensor:
-        """Bool `(N,)`: the rows that have a score; nothing is learned from the others."""
+        """Bool `(N,)`: the rows that have a score; the others are not trained on."""
         return ~self.raw_scores.isnan()
 
     @property
     def training_mask(self) -> Tensor:
-        """Bool `(N, T)`: the same, of the episodes that have a score."""
+        """Bool `(N, T)`: the response mask of the rows that have a score; False in all others."""
         return self.response_mask & self.scored[:, None]
 
 
@@ -87,15 +86,15 @@ def collect(
     deterministic: bool = False,
     action_mask: ActionMask | None = None,
 ) -> Rollout:
-    """Plays one episode in every row, from `reset` until the last row has ended.
+    """Collect one episode in every row, from `reset` until the last row has ended.
 
     Args:
-        envs: a `TextVectorEnv`, with any wrappers. A row that ended waits for the others, and the decoder does no work
-            for it. Afterwards the environment's settings are as they were.
-        policy: who writes.
-        options: for `reset`, such as `{"prompt_index": ...}`.
-        deterministic: the most likely token each time.
-        action_mask: narrows what may be chosen, and the log-probs with it.
+        envs: A `TextVectorEnv`, perhaps with wrappers. Rows that have ended wait for the others. Afterwards the
+            environment has its old settings.
+        policy: The policy that generates.
+        options: Options of `reset`, such as `{"prompt_index": ...}`.
+        deterministic: Whether to choose the most likely token at every step instead of sampling.
+        action_mask: Further restriction of the actions, which applies to the log-probs too.
     """
     base_env = rollout_env(envs)
     check_one_device(policy=policy.device, environment=base_env.device)
@@ -125,11 +124,11 @@ def _collect(
     assert waiting is not None  # since the reset
     alive = torch.ones(envs.num_envs, dtype=torch.bool, device=base_env.device)
     scores = torch.zeros(envs.num_envs, device=base_env.device)
-    noted: dict[str, np.ndarray] = {
+    outcomes: dict[str, np.ndarray] = {
         "score": np.full(envs.num_envs, np.nan),
         "ended_by_stop": waiting.copy(),
     }
-    # A separate critic reads whole episodes in one pass afterwards; a shared one comes free with every token.
+    # A shared critic computes the value with every token. A separate critic evaluates whole episodes afterwards.
     shared = policy.critic is None
     log_probs, values = [], []
     while not waiting.all():
@@ -140,8 +139,8 @@ def _collect(
             step = policy.act(observation, deterministic, masks, with_value=shared)
         with phase("environment"):
             action = step.action.cpu().numpy() if wrapped else step.action
-            observation, *paid_and_ended, infos = envs.step(action)
-            rewards, terminated, truncated = (torch.as_tensor(x, device=base_env.device) for x in paid_and_ended)
+            observation, *columns, infos = envs.step(action)
+            rewards, terminated, truncated = (torch.as_tensor(x, device=base_env.device) for x in columns)
         waiting = base_env.waiting
         assert waiting is not None
         log_probs.append(step.log_prob)
@@ -151,20 +150,20 @@ def _collect(
         further = [key for key in infos if key.startswith(("reward/", "metric/"))]
         for name in ("score", "ended_by_stop", *further):
             if name in infos:
-                before = noted.get(name, np.full(envs.num_envs, np.nan))
-                noted[name] = np.where(infos[f"_{name}"], infos[name], before)
+                before = outcomes.get(name, np.full(envs.num_envs, np.nan))
+                outcomes[name] = np.where(infos[f"_{name}"], infos[name], before)
     sequences = base_env.sequences()
     mask = sequences.response_mask
-    places = (mask.cumsum(1) - 1).clamp(min=0)  # the policy's k-th token is that of the k-th step
+    step_of_token = (mask.cumsum(1) - 1).clamp(min=0)  # (N, T); tokens of the environment are not steps
 
-    def laid_out(steps: list[Tensor]) -> Tensor:
-        """What was noted at each step `(N,)`, at the token that was written then: `(N, T)`."""
-        return torch.where(mask, torch.stack(steps, 1).gather(1, places), 0.0)
+    def by_token(steps: list[Tensor]) -> Tensor:
+        """Return values of each step `(N,)` at the tokens that these steps generated, `(N, T)`."""
+        return torch.where(mask, torch.stack(steps, 1).gather(1, step_of_token), 0.0)
 
     with phase("critic"):
-        state_values = laid_out(values) if shared else policy.sequence_values(sequences)
-    rollout = _rollout(base_env, sequences, laid_out(log_probs), state_values, scores, noted)
-    # Wrappers, and environments that charge the KL, pay what the reward functions did not give: at the last token too.
+        state_values = by_token(values) if shared else policy.sequence_values(sequences)
+    rollout = _rollout(base_env, sequences, by_token(log_probs), state_values, scores, outcomes)
+    # Rewards that are not from reward functions, such as those of wrappers, are added to the last token.
     last = (sequences.response_lengths - 1)[:, None]
     rollout.rewards.scatter_add_(1, last, (scores - rollout.rewards.sum(1))[:, None])
     return rollout
@@ -178,13 +177,15 @@ def score_whole(
     log_probs: Tensor | None = None,
     values: Tensor | None = None,
 ) -> Rollout:
-    """The rollout of whole responses `(B, T)` of these lengths `(B,)` to the prompts that `envs` was just reset with.
+    """Return the rollout of given responses to the prompts that `envs` was just reset with.
 
     Args:
-        envs: see `TextVectorEnv.submit`.
-        policy: computes the log-probs `(B, T)`, and values `(B, T)`, that are not given, in packed passes.
-        tokens: any number stands after the end of a response, as in what else is given.
-        lengths: tokens of each response, a stop token included.
+        envs: See `TextVectorEnv.submit`.
+        policy: Computes log-probs and values that are not given, by packed passes.
+        tokens: Responses `(B, T)`; positions after their end are ignored, here and in the arguments below.
+        lengths: Number of tokens of each response, with the stop token, `(B,)`.
+        log_probs: `(B, T)`, if they are known.
+        values: `(B, T)`, if they are known.
     """
     base_env = rollout_env(envs)
     with phase("environment"):
@@ -208,12 +209,12 @@ def _rollout(
     log_probs: Tensor,
     values: Tensor,
     scores: Tensor,
-    noted: dict[str, np.ndarray],
+    outcomes: dict[str, np.ndarray],
 ) -> Rollout:
-    """A rollout, with what the host has noted of its episodes, by one copy to the device."""
-    names = [name for name in noted if name.startswith(("reward/", "metric/"))]
-    raw = noted.get("score", np.full(len(scores), np.nan))  # rows without a score have none in their infos
-    columns = [raw.astype(np.float32), noted["ended_by_stop"], *(noted[name] for name in names)]
+    """Make a rollout, and copy the outcomes of its episodes to the device in one transfer."""
+    names = [name for name in outcomes if name.startswith(("reward/", "metric/"))]
+    raw = outcomes.get("score", np.full(len(scores), np.nan))  # infos of rows without a score have none
+    columns = [raw.astype(np.float32), outcomes["ended_by_stop"], *(outcomes[name] for name in names)]
     columns.append(_padded(base_env.token_rewards(), sequences.longest))
     raw_scores, by_stop, *components, rewards = to_device(base_env.device, *map(torch.from_numpy, columns))
     return Rollout(
@@ -229,7 +230,7 @@ def _rollout(
 
 
 def merge(rollouts: list[Rollout]) -> Rollout:
-    """Several rollouts as one, padded to the longest response."""
+    """Concatenate rollouts, padded to the longest response."""
     if len(rollouts) == 1:
         return rollouts[0]
     longest = max(rollout.log_probs.shape[1] for rollout in rollouts)
@@ -252,13 +253,13 @@ def merge(rollouts: list[Rollout]) -> Rollout:
 
 
 def _component(rollout: Rollout, name: str) -> Tensor:
-    """A component's values; NaN if nothing gave it, as a metric that is logged now and then."""
+    """Return a component's values; NaN if the rollout lacks it, such as a metric that is not always logged."""
     unknown = torch.full_like(rollout.scores, torch.nan, dtype=torch.float64)
     return rollout.components.get(name, unknown)
 
 
 def _padded(rows: list[Any], longest: int) -> np.ndarray:
-    """Rewards of each row's tokens as `(N, longest)` float32, zero in the padding."""
+    """Return the rewards of each row's tokens as `(N, longest)` float32, zero in the padding."""
     rewards = np.zeros((len(rows), longest), dtype=np.float32)
     for row, values in enumerate(rows):
         rewards[row, : len(values)] = values

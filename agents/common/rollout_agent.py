@@ -1,7 +1,7 @@
 """RolloutAgent: the learn loop of all agents that learn from rollouts: collect, measure the KL, update, report.
 
-The loop calls the algorithm: each has its own `update`, on a page of its own in agents/. Algorithms that learn from the
-newest rollout alone are in policy_gradient.py, those with a replay memory in replay_agent.py.
+The loop calls `update` of the algorithm, which is in a file of its own in agents/. On-policy algorithms derive from
+policy_gradient.py, and algorithms with a replay buffer from replay_agent.py.
 """
 
 from __future__ import annotations
@@ -59,47 +59,48 @@ class RolloutAgentConfig:
     """Hyperparameters of all agents that learn from rollouts."""
 
     episodes_per_update: Count = 128
-    """Episodes collected before each update, by all processes; a multiple of the rows of their environments."""
+    """Episodes collected before each update, over all processes; a multiple of the total number of rows."""
     learning_rate: NotNegative = 1e-4
     """Peak learning rate of AdamW."""
     anneal_learning_rate: bool = True
-    """Whether the learning rate falls linearly to zero over `total_episodes`."""
+    """Whether the learning rate decreases linearly to zero over `total_episodes`."""
     adam_epsilon: NotNegative = 1e-5
-    """Adam's epsilon; a small one makes the first updates large."""
+    """Adam's epsilon; with a small one the first updates are large."""
     adam_8bit: bool = False
     """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
     max_grad_norm: Positive = 1.0
-    """The gradient of a minibatch is scaled down to this norm."""
+    """Maximum norm of the gradient of a minibatch; larger gradients are scaled down."""
     seed: int = 0
-    """Seeds prompts, sampling and minibatches."""
+    """Seed of prompts, sampling and minibatches."""
     bf16: bool = False
-    """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32. bfloat16
-    keeps 8 bits, so a logit between 8 and 16 is rounded by up to 0.03, and every layer adds its own rounding. On the
-    embedded model a log-prob moves by 0.01 to 0.02 nats on average. On any processor expect less than 0.03 on average,
-    less than 0.15 for 99% of the tokens and less than 0.5 for each; larger logits move in proportion. Ratios before the
-    first step are as far from 1, with a mean of 1.00, and few are outside a clip range of 0.2. The gradient moves by
-    less than 5% of its norm (`python benchmarks/bf16.py`)."""
+    """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32. bfloat16 has
+    8 bits of precision, so the rounding error of a logit between 8 and 16 is up to 0.03, and every layer adds its own.
+    On the embedded model the mean error of a log-prob is 0.01 to 0.02 nats. On any processor expect less than 0.03 on
+    average, less than 0.15 for 99% of the tokens and less than 0.5 for all; errors are proportional to the logits. The
+    ratios in the first step differ from 1 by as much, with a mean of 1.00, and few are outside a clip range of 0.2. The
+    error of the gradient is less than 5% of its norm (`python benchmarks/bf16.py`)."""
     gradient_checkpointing: bool = False
-    """Keep what goes into each layer alone and run it again in the backward pass: less memory, more time."""
+    """Store only the inputs of layers, and recompute the layers in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
 class RolloutAgent(ABC):
-    """Trains a policy in a `TextVectorEnv` by repeating: collect episodes, pay the KL, update.
+    """Base class of agents that train a policy in a `TextVectorEnv`: collect episodes, measure the KL, update, repeat.
 
-    The environment stays as its owner made it: only during a rollout do rows that ended wait for the others, do arrays
-    stay on the device, and does the agent charge the KL. Reset it before you step it by hand.
+    The agent does not change the environment's settings: only during a rollout rows that have ended wait for the
+    others, arrays stay on the device, and the agent applies the KL penalty. Reset the environment before you step it
+    yourself.
 
     Args:
-        policy: what generates and learns; a language model or its name becomes an `ActorCritic` with a shared trunk.
-        envs: a `TextVectorEnv`, from `gym.make_vec`; wrappers are stepped through.
-        config: see the algorithm's config.
+        policy: The policy; a language model or its name becomes an `ActorCritic` with a shared trunk.
+        envs: A `TextVectorEnv` from `gym.make_vec`, perhaps with wrappers.
+        config: Config of the algorithm.
 
     Raises:
-        ConfigError: `envs` is no batch of texts; a `ValueError`.
-        ValueError: the environment was told to pay the KL itself, so that it would be paid twice.
+        ConfigError: If `envs` is not a batch of texts; a `ValueError`.
+        ValueError: If the environment also applies the KL penalty.
     """
 
     config_class: ClassVar[type[RolloutAgentConfig]]
@@ -143,22 +144,22 @@ class RolloutAgent(ABC):
         self.total_episodes = 0
         policy.seed(own_seed(self.config.seed))
         with self.base_env.whole_episodes(wrapped=envs is not self.base_env):
-            envs.reset(seed=self.config.seed)  # one order of prompts, which the processes share
+            envs.reset(seed=self.config.seed)  # the same seed in all processes, so that they share one order of prompts
 
     @property
     def envs(self) -> Any:
         """The environment that the agent was made with.
 
         Raises:
-            AttributeError: another one is assigned, which the agent has neither checked nor seeded.
+            AttributeError: If another one is assigned, because the agent has neither checked nor seeded it.
         """
         return self._envs
 
     @envs.setter
     def envs(self, envs: Any) -> None:
         raise AttributeError(
-            f"a {type(self).__name__} keeps the environment that it was made with: to go on in another, save the agent "
-            f"and use {type(self).__name__}.load(folder, envs=...)"
+            f"a {type(self).__name__} keeps the environment that it was made with: to continue in another, save the "
+            f"agent and use {type(self).__name__}.load(folder, envs=...)"
         )
 
     @abstractmethod
@@ -167,12 +168,16 @@ class RolloutAgent(ABC):
 
     @check_arguments
     def learn(self, total_episodes: WholeNumber, callbacks: Sequence[Callback] = ()) -> Self:
-        """Trains until `total_episodes` have been collected since the agent was made; returns the agent.
+        """Train until `total_episodes` have been collected since the agent was made, and return the agent.
 
-        After `load` the same total continues the run where it stopped. A callback that returns `False` ends it early.
+        After `load` the same total continues the run where it stopped.
+
+        Args:
+            total_episodes: Total number of episodes.
+            callbacks: Called after every update; one that returns `False` ends the training early.
 
         Raises:
-            MemoryError: a GPU was out of memory; it says what took it, and what to lower.
+            MemoryError: If a GPU is out of memory; the message says what used it, and which settings to lower.
         """
         self.total_episodes = total_episodes
         with explained(), memory_explained(self):
@@ -184,24 +189,24 @@ class RolloutAgent(ABC):
         return self
 
     def _iterate(self) -> Metrics:
-        """Make one iteration: one rollout and one update."""
+        """Run one iteration: one rollout and one update."""
         # 1. Collect whole episodes with the current policy.
         started = time.perf_counter()
         self._tell_rewards()
         rollout = self._play()
         collected = time.perf_counter()
 
-        # 2. Measure how far every token is from the reference.
+        # 2. Measure the KL of every token to the reference.
         with phase("reference"):
             kl = self.measure_kl(rollout)
         metrics = episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
 
-        # 3. Update the policy, on the algorithm's own page.
+        # 3. Update the policy, in the file of the algorithm.
         self._anneal()
         with phase("update"):
             metrics |= self.update(rollout, kl)
 
-        # 4. Move the KL's coefficient, and count.
+        # 4. Update the coefficient of the KL penalty, and the counters.
         self.penalty.controller.update(metrics["objective/kl"], self.config.episodes_per_update)
         self.episodes += self.config.episodes_per_update
         self.updates += 1
@@ -218,9 +223,9 @@ class RolloutAgent(ABC):
         scale = self.base_env.scorer.scale
         before = torch.tensor(scale.moments(), dtype=torch.float64, device=device())
         rounds = self.config.episodes_per_update // (self.envs.num_envs * count())
-        self.optimizer.zero_grad(set_to_none=True)  # memory that a rollout can use
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the rollout
         rollout = merge([self.collect() for _ in range(rounds)])
-        if count() > 1 and scale.scaling is not None:  # all processes scale scores by what all have seen
+        if count() > 1 and scale.scaling is not None:  # all processes use the moments of all scores
             scale.take_moments(*(before + total(before.new_tensor(scale.moments()) - before)).tolist())
         return rollout
 
@@ -229,11 +234,11 @@ class RolloutAgent(ABC):
         return collect(self.envs, self.policy, self.episode_options())
 
     def episode_options(self) -> dict[str, Any]:
-        """Return what the environment is reset with before a rollout."""
+        """Return the options of the environment's reset before a rollout."""
         return {"prompt_index": self.next_prompts(self.envs.num_envs)}
 
     def next_prompts(self, number: int) -> np.ndarray:
-        """Return the next prompts `(number,)`; all processes draw in step, each for itself and the others."""
+        """Return the next prompts `(number,)`: all processes take the same prompts in order, and each uses its part."""
         return self.base_env.next_prompts(number * count())[rank() * number :][:number]
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
@@ -245,10 +250,10 @@ class RolloutAgent(ABC):
         return self.policy.predict(observation, deterministic)
 
     def apply_gradients(self) -> Tensor:
-        """Make one optimiser step with the gradient's norm clipped; returns the norm before clipping, on the device.
+        """Make one optimiser step with a clipped gradient norm; return the norm before clipping, on the device.
 
         Raises:
-            NonFiniteError: the norm is NaN or infinite; the weights stay as they were.
+            NonFiniteError: If the norm is NaN or infinite; the weights are then unchanged.
         """
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         add_up_gradients(weights)
@@ -258,12 +263,13 @@ class RolloutAgent(ABC):
         return norm
 
     def _anneal(self) -> None:
+        """Set the learning rate of the next update."""
         left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * left
 
     def _tell_rewards(self) -> None:
-        """Tell reward functions that ask for `trainer_state`, for a curriculum, how far training is."""
+        """Set the progress that reward functions with an argument `trainer_state` get, for example for a curriculum."""
         rounds = math.ceil(self.total_episodes / self.config.episodes_per_update)
         self.base_env.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=rounds)
 
@@ -274,70 +280,70 @@ class RolloutAgent(ABC):
         return self.policy.generator
 
     def training_state(self) -> dict[str, Any]:
-        """Return what an algorithm has to save besides, as plain values; most have nothing."""
+        """Return further state of the algorithm for a checkpoint, as plain values; empty for most algorithms."""
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `training_state` gave."""
+        """Restore the state of `training_state`."""
         assert not state, "an algorithm that saves something loads it"
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Return the same for tensors."""
+        """Return further tensors of the algorithm for a checkpoint; empty for most algorithms."""
         return {}
 
     def load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `training_tensors` gave."""
+        """Restore the tensors of `training_tensors`."""
         assert not tensors, "an algorithm that saves something loads it"
 
     def frozen_models(self) -> dict[str, TokenModel]:
-        """Return the models that are saved with the agent because they are nowhere else to be found."""
+        """Return the frozen models of a checkpoint: those that cannot be loaded from elsewhere."""
         known = self.base_env.reference is not None and not self.penalty.owns_reference
         return {} if known else {"reference": self.penalty.reference}
 
     def take_frozen_model(self, name: str, model: TokenModel) -> None:
-        """Go on with a model that was saved."""
-        assert name == "reference", f"nobody saved a model called {name!r}"
+        """Restore a model of `frozen_models`."""
+        assert name == "reference", f"no agent saves a model named {name!r}"
         self.penalty.reference, self.penalty.owns_reference = model, True
 
     @functools.cached_property
     def inputs(self) -> dict[str, str]:
-        """Return what the run learns from, by hash: a run that goes on with something else says so."""
+        """Hashes of prompts, rewards and reference, to warn if a run is resumed with others."""
         return inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write all that `load` needs to go on: `policy/`, a transformers folder, and the training state.
+        """Write everything that `load` needs to continue: `policy/`, a transformers folder, and the training state.
 
-        All processes of a run call it; the first one writes for all of them.
+        All processes of a run must call it; rank 0 writes the files.
 
         Args:
-            folder: where to write; it is empty or not there.
-            overwrite: whether to replace an agent that was saved there before.
+            folder: Folder to write; it must be empty or not exist.
+            overwrite: Whether to replace an agent that was saved in this folder.
 
         Raises:
-            FileExistsError: the folder has files.
-            OSError: the disk is full or the folder not writable.
+            FileExistsError: If the folder has files.
+            OSError: If the disk is full or the folder is not writable.
         """
         save_agent(self, Path(folder), overwrite)
 
     @classmethod
     def load(cls, folder: str | Path, envs: Any = None, device: Device = None, *, reward: Any = None) -> Self:
-        """Load an agent as it was saved, ready to `learn` on; the global random generators go on from then, too.
+        """Load a saved agent, to continue with `learn`; the global random generators are restored too.
 
-        On another kind of device than the one that saved it, the run goes on with other random numbers, and says so.
+        On another type of device than the saved one the run continues with other random numbers, and a warning says so.
 
         Args:
-            folder: what `save` wrote.
-            envs: the environment to go on in; not needed if `gym.make_vec` made the agent's from plain values.
-            device: where to go on, such as `"cuda"` or `"auto"`. `None` is where `envs` are; without them, where the
-                agent was saved, if this machine has such a device.
-            reward: reward functions of the environment that is made again. Of functions that the folder names,
-                textgym's own alone are called: a folder is data, and loading it runs no code that it names.
+            folder: Folder that `save` wrote.
+            envs: The environment; not needed if `gym.make_vec` made the agent's environment from plain values.
+            device: Device, such as `"cuda"` or `"auto"`. `None` for the device of `envs`; without `envs`, for the
+                device that the agent was saved on, if this machine has it.
+            reward: Reward functions of the environment that is made again. Of the functions that the folder names only
+                textgym's own are called: a folder is data, and loading it does not run code that it names.
 
         Raises:
-            DamagedFolderError: a file is missing or not as it was written, or another class was saved.
-            UntrustedNameError: the folder names an environment or a function that is not textgym's.
-            ValueError: the environment cannot be made again from what was saved; pass it as `envs`. Or the run had
-                another number of processes. Or `device` is not on this machine.
+            DamagedFolderError: If a file is missing or was changed, or another class was saved.
+            UntrustedNameError: If the folder names an environment or a function that is not textgym's.
+            ValueError: If the environment cannot be made again (pass it as `envs`), the run had another number of
+                processes, or the device is not on this machine.
         """
         agent: Self = load_agent(cls, Path(folder), envs, device, reward)
         return agent
