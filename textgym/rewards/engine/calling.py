@@ -145,7 +145,8 @@ def start(
     except Exception as error:
         failure = _failed(name, error, finished)
         return PendingCall(lambda: failure)
-    answer = asyncio.run_coroutine_threadsafe(_in_time(result, timeout), _background_loop(os.getpid()))
+    loop = _background_loop(os.getpid())
+    answer = asyncio.run_coroutine_threadsafe(_in_time(name, result, timeout), loop)
 
     def waited_for() -> Any:
         try:
@@ -153,8 +154,10 @@ def start(
         except (_TooLate, TimeoutError) as error:
             if isinstance(error, TimeoutError) and answer.done():
                 return _failed(name, error, finished)  # the function's own
-            answer.cancel()  # it blocks the loop, or waits past its time
+            answer.cancel()
             late = f"reward function {name!r} did not answer within {timeout:g} s for {len(finished)} rows"
+            if isinstance(error, TimeoutError):  # it did not even hear that its time is up
+                late += f", since {_give_up(loop)!r} blocks the event loop of all async functions (use await in it)"
             return RewardError(f"{late}, the first being {finished.row(0)}: raise reward_timeout?")
         except Exception as error:
             return _failed(name, error, finished)
@@ -170,7 +173,10 @@ class _TooLate(Exception):
     """The time of an async function is up."""
 
 
-async def _in_time(result: Awaitable[Any], timeout: float | None) -> Any:
+async def _in_time(name: str, result: Awaitable[Any], timeout: float | None) -> Any:
+    task = asyncio.current_task()
+    assert task is not None  # this is one
+    task.set_name(name)
     try:
         async with asyncio.timeout(timeout) as limit:
             return await result
@@ -188,6 +194,15 @@ def _background_loop(process: int) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="textgym-rewards", daemon=True).start()
     return loop
+
+
+def _give_up(loop: asyncio.AbstractEventLoop) -> str:
+    """Let later calls have a fresh loop; return the name of the function that blocks this one."""
+    task = asyncio.current_task(loop)
+    if _background_loop(os.getpid()) is loop:
+        _background_loop.cache_clear()
+    loop.call_soon_threadsafe(loop.stop)  # when what blocks it is over
+    return task.get_name() if task is not None else "something"
 
 
 def _failed(name: str, cause: Exception, finished: Finished) -> RewardError:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from textgym.rewards.engine.calling import start
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scaling import RunningScale
 from textgym.rewards.engine.scoring import RewardError, Scorer
@@ -306,6 +307,30 @@ def test_an_async_function_that_blocks_is_given_up(finished: Finished, monkeypat
     assert not went_on.is_set(), "it was waited for"
     given_up.set()
     assert went_on.wait(timeout=100)
+
+
+def test_one_that_blocks_is_named_and_later_calls_have_a_fresh_loop(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("textgym.rewards.engine.calling.GRACE", 0.05)
+    released = threading.Event()
+
+    async def blocks(completions: list[str]) -> list[float]:
+        released.wait(timeout=100)
+        return [0.0, 0.0]
+
+    async def works(completions: list[str]) -> list[float]:
+        return [1.0, 2.0]
+
+    with pytest.raises(
+        RewardError, match=r"'works' did not answer within 0.05 s .*since 'blocks' blocks the event loop"
+    ):
+        # The one that blocks comes first in the loop, the one that suffers is waited for first.
+        start("blocks", blocks, {"completions": ["a", "b"]}, finished, timeout=0.05)
+        checked = start("works", works, {"completions": ["a", "b"]}, finished, timeout=0.05).wait()
+        raise checked
+    assert Scorer(works, timeout=20.0)(finished).score.tolist() == [1.0, 2.0], "while the other still blocks"
+    released.set()
 
 
 def test_an_async_function_that_exits_does_not_take_the_loop_with_it(finished: Finished) -> None:
