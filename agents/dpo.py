@@ -3,11 +3,10 @@
     textgym train --agent dpo --data pairs.jsonl --output-dir runs/dpo
 
 Before training the reference scores all completions, each distinct text once. `DPO.collate` makes a batch of pairs, and
-`DPO.loss` is what an update minimises. The updates, in micro-batches whose gradients add up, are those of
-common/supervised_trainer.py.
+`DPO.loss` is the loss of an update. The updates, with gradient accumulation, are in common/supervised_trainer.py.
 
-If pairs are labelled by Bradley and Terry's model of a reward r, the minimum is pi_ref exp(r / beta) / Z: the same
-optimum that the other agents approach by sampling.
+If the labels are from the Bradley-Terry model of a reward r, the minimum is pi_ref exp(r / beta) / Z, the same optimum
+as that of the other agents.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ class DPOConfig(SupervisedConfig):
     """Hyperparameters of DPO."""
 
     learning_rate: NotNegative = 1e-5
-    """Peak learning rate of AdamW; DPO wants a lower one than supervised fine-tuning."""
+    """Peak learning rate of AdamW; DPO needs a lower one than supervised fine-tuning."""
     beta: Positive = 0.1
-    """How dear a nat of divergence from the reference is: rewards are beta times log-ratios. Of "ipo" its tau."""
+    """Coefficient of the KL penalty: implicit rewards are beta times log-ratios. For "ipo" it is the parameter tau."""
     loss: DPOLoss = "sigmoid"
-    """"sigmoid": DPO's; "hinge": no more than a margin of 1 (Zhao et al., 2023, SLiC); "ipo": a margin of 1 / (2 beta)
-    and not more (Azar et al., 2024)."""
+    """"sigmoid": the loss of DPO; "hinge": zero beyond a margin of 1 (Zhao et al., 2023, SLiC); "ipo": squared distance
+    from a margin of 1 / (2 beta) (Azar et al., 2024)."""
     label_smoothing: Share = 0.0
-    """Of "sigmoid": the share of pairs that are taken to be the wrong way round (conservative DPO)."""
+    """For "sigmoid": assumed share of pairs with wrong labels (conservative DPO)."""
     use_probability: bool = False
-    """Of "sigmoid": train on a pair's `probability`, how likely a rater prefers `chosen`, in place of certainty."""
+    """For "sigmoid": train on each pair's `probability` that a rater prefers `chosen`, instead of 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,16 +60,17 @@ class DPO(SupervisedAgent):
     """Direct preference optimisation on pairs of completions.
 
     Args:
-        policy: who learns.
-        preferences: as `load_preferences` reads them: `chosen` and `rejected`, strings or conversations, after a
-            `prompt`; without one it is what both begin with. EOS is appended to completions that lack it.
-        tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
-        config: beta, loss, learning rate, batches.
-        reference: the policy as it is now, with the adapter that it has, unless a model or its name is given, or
-            the `reference_log_probs` of another agent on the same preferences.
+        policy: The policy.
+        preferences: Rows of `load_preferences`: `chosen` and `rejected`, strings or conversations, with a `prompt`.
+            Without a prompt, it is the common beginning of both. EOS is appended to completions that lack it.
+        tokenizer: The policy's tokenizer: a name, a path or a tokenizer. `None` for the one that is saved with the
+            policy's weights.
+        config: Hyperparameters.
+        reference: A model or its name, or the `reference_log_probs` of another agent on the same preferences. `None`
+            for a copy of the policy, with its adapter, before training.
 
     Raises:
-        ValueError: no preferences, or a pair that is none; or a tokenizer or reference that does not fit the policy.
+        ValueError: If there are no preferences, a row is not a pair, or tokenizer or reference do not fit the policy.
 
     >>> from textgym import ActorCritic
     >>> from textgym.agents import DPO
@@ -94,43 +94,43 @@ class DPO(SupervisedAgent):
         self.reference_log_probs = reference if isinstance(reference, Tensor) else self._score(reference)  # (texts,)
 
     def read(self, data: Any) -> None:
-        """Distinct texts as ids, and `pairs` of their numbers."""
+        """Encode the distinct texts, and set `pairs` to their indices."""
         preferences = load_preferences(data)
         self.probability = _probabilities(preferences, self.config.use_probability)  # (P,)
         encoded = self._encoded(preferences)
         distinct = {json.dumps(text): text for pair in encoded for text in pair}
-        numbers = {key: number for number, key in enumerate(distinct)}
+        indices = {key: index for index, key in enumerate(distinct)}
         self.texts = list(distinct.values())
-        self.pairs = [(numbers[json.dumps(chosen)], numbers[json.dumps(rejected)]) for chosen, rejected in encoded]
+        self.pairs = [(indices[json.dumps(chosen)], indices[json.dumps(rejected)]) for chosen, rejected in encoded]
 
     def __len__(self) -> int:
-        """The number of pairs."""
+        """Return the number of pairs."""
         return len(self.pairs)
 
     def collate(self, items: Sequence[int]) -> Batch:
-        """Pairs by their numbers: each distinct text once, and `chosen` and `rejected` `(P,)` as places among them."""
+        """Return the pairs with these indices: distinct texts, and `chosen` and `rejected` `(P,)`, indices of texts."""
         pairs = [self.pairs[item] for item in items]
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        place = {text: index for index, text in enumerate(texts)}
+        position = {text: index for index, text in enumerate(texts)}
         return {
             **self.batch_of(texts),
             "reference": self.reference_log_probs[texts],  # (N,)
-            "chosen": torch.tensor([place[chosen] for chosen, _ in pairs]),
-            "rejected": torch.tensor([place[rejected] for _, rejected in pairs]),
+            "chosen": torch.tensor([position[chosen] for chosen, _ in pairs]),
+            "rejected": torch.tensor([position[rejected] for _, rejected in pairs]),
             "probability": self.probability[list(items)],  # (P,)
         }
 
     def weight(self, batch: Batch) -> Tensor:
-        """By pairs."""
+        """Return the number of pairs."""
         return torch.tensor(len(batch["chosen"]), device=batch["chosen"].device)
 
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the pairs' implicit rewards, a mean over pairs."""
+        """Return the preference loss of the implicit rewards, a mean over pairs."""
         # 1. The implicit reward of a completion: beta (log pi - log pi_ref), summed over its tokens (section 4).
         sums = log_probs.sum(1)  # (N,)
         log_ratios = sums - batch["reference"]  # (N,)
 
-        # 2. The loss of chosen beside rejected ones; a text of several pairs was scored once.
+        # 2. The loss of each pair; a text in several pairs is evaluated once.
         chosen, rejected = (log_ratios[batch[side]] for side in ("chosen", "rejected"))  # (P,)
         lengths = batch["response_lengths"]
         token_counts = (lengths[batch["chosen"]], lengths[batch["rejected"]])
@@ -149,16 +149,16 @@ class DPO(SupervisedAgent):
         }
 
     def fingerprint(self) -> str:
-        """Of texts and pairs."""
+        """Return a hash of texts and pairs."""
         data = json.dumps([super().fingerprint(), self.pairs, self.probability.tolist()])
         return hashlib.sha256(data.encode()).hexdigest()
 
     def training_state(self) -> dict[str, Tensor]:
-        """The reference's log-probs: the policy that it was is gone."""
+        """Return the reference's log-probs, because the initial policy no longer exists when the agent is loaded."""
         return {"reference": self.reference_log_probs}
 
     def _encoded(self, preferences: list[dict[str, Any]]) -> list[list[Example]]:
-        """Chosen and rejected text of each pair, the prompt as long in one as in the other."""
+        """Return the chosen and the rejected text of each pair, cut so that both have the same prompt."""
         parts = [split_pair(pair) for pair in preferences]
         sides = [(prompt, text) for prompt, *texts in parts for text in texts]
         bos = self.tokenizer.bos_token_id
@@ -171,7 +171,7 @@ class DPO(SupervisedAgent):
         ]
 
     def _score(self, reference: str | nn.Module | None) -> Tensor:
-        """Log-prob of each text under the reference, `(texts,)`, in packed passes; the reference is dropped."""
+        """Return the log-prob of each text under the reference, `(texts,)`, by packed passes."""
         if reference is None:
             model = self.policy.reference()
         else:
@@ -187,22 +187,22 @@ class DPO(SupervisedAgent):
 def preference_loss(
     chosen: Tensor, rejected: Tensor, token_counts: tuple[Tensor, Tensor], probability: Tensor, config: DPOConfig
 ) -> Tensor:
-    """The mean loss of pairs, equal to that of TRL 1.16's DPOTrainer.
+    """Return the mean loss of pairs, equal to that of TRL 1.16's DPOTrainer.
 
     With d = beta (chosen - rejected):
 
     * "sigmoid": -p log sigmoid(d) - (1 - p) log sigmoid(-d), p = 1 for certain labels (Rafailov et al., 2023, eq. 7)
-      and 1 - epsilon under label smoothing, which of TRL's losses "aot" alone does in this way;
+      and 1 - epsilon with label smoothing; of TRL's losses only "aot" has this label smoothing;
     * "hinge": max(0, 1 - d);
     * "ipo": (chosen / n_chosen - rejected / n_rejected - 1 / (2 beta))^2 (Azar et al., 2024, eq. 17), the log-ratios
-      averaged over the n tokens of each text as TRL does, since in sums the margin would be a matter of length.
+      averaged over the n tokens of each text, as in TRL, because sums would make the margin depend on the length.
 
     Args:
         chosen: `(P,)`, log pi - log pi_ref of the chosen completions, summed over their tokens.
-        rejected: `(P,)`, of the rejected ones.
-        token_counts: `(P,)` each, tokens of both.
+        rejected: `(P,)`, the same of the rejected completions.
+        token_counts: `(P,)` each, numbers of tokens of both.
         probability: `(P,)`, p before smoothing.
-        config: loss, beta, label smoothing.
+        config: Loss, beta and label smoothing.
     """
     beta = config.beta
     if config.loss == "hinge":
@@ -216,7 +216,7 @@ def preference_loss(
 
 
 def _probabilities(preferences: list[dict[str, Any]], use: bool) -> Tensor:
-    """How likely a rater prefers the chosen text, `(P,)`; 1 where labels are taken as certain."""
+    """Return the probability that a rater prefers the chosen text, `(P,)`; 1 without `use_probability`."""
     if not use:
         return torch.ones(len(preferences))
     missing = sum(pair.get("probability") is None for pair in preferences)

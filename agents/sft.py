@@ -2,11 +2,11 @@
 
     textgym train --agent sft --data rows.jsonl --output-dir runs/sft
 
-`SFT.collate` makes a batch of prompts with their completions, and `SFT.loss` is what an update minimises. The
-updates, in micro-batches whose gradients add up, are those of common/supervised_trainer.py.
+`SFT.collate` makes a batch of prompts with their completions, and `SFT.loss` is the loss of an update. The updates,
+with gradient accumulation, are in common/supervised_trainer.py.
 
-With transcripts of an environment it clones whoever played them; where the length limit cut them off,
-`append_eos=False` does not teach them to end there.
+With transcripts of an environment it clones the policy that generated them. If the length limit cut them off, use
+`append_eos=False`, or the model learns to end texts there.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class SFT(SupervisedAgent):
     """Supervised fine-tuning on completions.
 
     Args:
-        policy: who learns.
-        examples: rows as `textgym.data.completions.load_examples` reads them: `{"prompt", "completion"}`,
-            `{"messages"}` or `{"text"}`, strings or conversations. EOS is appended to completions that lack it.
-        tokenizer: the policy's: a name, a path or a tokenizer. `None` is the one saved beside the policy's weights.
-        config: learning rate, epochs, batches.
+        policy: The policy.
+        examples: Rows of `textgym.data.completions.load_examples`: `{"prompt", "completion"}`, `{"messages"}` or
+            `{"text"}`, strings or conversations. EOS is appended to completions that lack it.
+        tokenizer: The policy's tokenizer: a name, a path or a tokenizer. `None` for the one that is saved with the
+            policy's weights.
+        config: Hyperparameters.
 
     Raises:
-        ValueError: no examples, or a row that is none; or a tokenizer that is not the policy's.
+        ValueError: If there are no examples, a row is not an example, or the tokenizer is not the policy's.
 
     >>> from textgym import ActorCritic
     >>> from textgym.agents import SFT
@@ -55,7 +56,7 @@ class SFT(SupervisedAgent):
         super().__init__(policy, examples, tokenizer, config)
 
     def read(self, data: Any) -> None:
-        """Examples as ids."""
+        """Encode the examples."""
         bos = self.tokenizer.bos_token_id
         encoded = encode_completions(
             load_examples(data),
@@ -66,19 +67,19 @@ class SFT(SupervisedAgent):
         self.texts = [shorten([text.prompt], [text.completion], self.max_length, bos)[0] for text in encoded]
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
         return len(self.texts)
 
     def collate(self, items: Sequence[int]) -> Batch:
-        """Examples by their numbers."""
+        """Return the examples with these indices."""
         return self.batch_of(items)
 
     def weight(self, batch: Batch) -> Tensor:
-        """By completion tokens."""
+        """Return the number of completion tokens."""
         return batch["response_lengths"].sum()
 
     def loss(self, log_probs: Tensor, entropies: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """-log pi, a mean over the completion tokens of the batch; prompts are read, not learned."""
+        """Return the mean of -log pi over the completion tokens of the batch; prompt tokens have no loss."""
         tokens = batch["response_lengths"].sum()
         loss = -log_probs.sum() / tokens
         return loss, {"entropy": entropies.sum() / tokens}

@@ -1,4 +1,4 @@
-"""Advantage estimates over padded (N, T) episodes. Padding never takes part, whatever stands in it."""
+"""Advantage estimates over padded (N, T) episodes. Padding is excluded, whatever its values are, NaN included."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .means import differs
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: Share, lam: Share, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns (Schulman et al., 2016, equation 16).
+    """Return generalised advantage estimates and returns (Schulman et al., 2016, equation 16).
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1};  R_t = A_t + V(s_t).
 
     Args:
-        rewards: `(N, T)`; the reward of an action stands at the action.
+        rewards: `(N, T)`; the reward of an action is at the index of the action.
         values: `(N, T)`, the value of the state before each action.
-        mask: bool `(N, T)`, the real steps; what the environment wrote in between is stepped over.
-        gamma: discount.
+        mask: Bool `(N, T)`, the steps of the policy. Tokens of the environment between them are skipped.
+        gamma: Discount.
         lam: lambda.
         bootstrap: `(N,)`, value of the state after the last action of a truncated row; 0 if the row terminated.
 
     Returns:
-        advantages and returns, `(N, T)` each, zero in the padding.
+        Advantages and returns, `(N, T)` each, zero in the padding.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     following = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap  # V(s_{t+1})
@@ -46,29 +46,28 @@ def gae(
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1}, `(N, T)`: what is paid from each action on; zero in the padding."""
+    """Return G_t = r_t + gamma G_{t+1}, `(N, T)`, the discounted sum of rewards from each action on."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
 
 def n_step_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, n: int, goes_on: Tensor | None = None
 ) -> Tensor:
-    """Rewards of n steps and then the critic: sum_{i<n} gamma^i r_{t+i} + gamma^n V(s_{t+n}), `(N, T)`.
+    """Return n-step returns sum_{i<n} gamma^i r_{t+i} + gamma^n V(s_{t+n}), `(N, T)`.
 
-    Steps are the agent's own: what the environment wrote in between is stepped over. Past the end of a row there are
-    neither rewards nor a value.
+    Steps are those of the policy: tokens of the environment between them are skipped. After the end of a row rewards
+    and values are zero.
 
     Args:
         rewards: `(N, T)`.
         values: `(N, T)`, the value of the state before each action.
-        mask: bool `(N, T)`, the real steps.
-        gamma: discount.
-        n: steps.
-        goes_on: bool `(N, T)`, the actions that the values would have chosen themselves. At the first other one, the
-            action t itself aside, the critic takes over, so that nothing is learned from what was a mistake (Watkins,
-            1989).
+        mask: Bool `(N, T)`, the steps of the policy.
+        gamma: Discount.
+        n: Number of rewards before bootstrapping.
+        goes_on: Bool `(N, T)`, whether each action is greedy. The sum ends with bootstrapping before the first action
+            after t that is not greedy, because its reward is not that of the greedy policy (Watkins, 1989).
     """
-    own = (~mask).long().argsort(dim=1, stable=True)  # (N, T): the agent's steps in their order, then the others
+    own = (~mask).long().argsort(dim=1, stable=True)  # (N, T): indices of the policy's steps in order, then the others
     rewards, values = (torch.where(mask, x, 0.0).gather(1, own) for x in (rewards, values))
     following = _shifted(values)  # V(s_{t+1})
     returns = rewards + gamma * following
@@ -81,31 +80,31 @@ def n_step_returns(
 
 
 def _shifted(values: Tensor) -> Tensor:
-    """Of each step, the next step's; nothing past the end."""
+    """Return the value of the next step for each step; zero for the last one."""
     return torch.nn.functional.pad(values[:, 1:], (0, 1))
 
 
 def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """At each step the mean over the other rows of all processes that got as far, `(N, T)`; 0 where there is no other.
+    """Return the mean over the other rows of all processes that have a step t, for each t, `(N, T)`; 0 without others.
 
-    A row's own value is left out, so that as a baseline it does not depend on the row's action.
+    The value of the row itself is left out, because a baseline must not depend on the row's action.
     """
-    real = torch.where(mask, values, 0.0).double()  # in which the mean of equal values is exactly their value
+    real = torch.where(mask, values, 0.0).double()  # in float64 the mean of equal float32 values is exactly their value
     count = column_total(mask.sum(0)) - mask.long()
     mean = (column_total(real.sum(0)) - real) / count.clamp(min=1)
     return torch.where(mask, mean, 0.0).to(values.dtype)
 
 
 class GroupComparison(NamedTuple):
-    """How the returns of the episodes of each group differ; G groups of k episodes.
+    """Comparison of the returns within groups of episodes; G groups of k episodes.
 
     Attributes:
-        differences: `(G, k)` float64, of each return from the mean of its group; exactly 0 for episodes without a
-            score, and in groups that teach nothing.
-        standard_deviation: `(G, 1)` float64, of each group, with n - 1.
-        num_scored: `(G, 1)`, the episodes of each group that have a score, n.
-        comparable: bool `(G, k)`, the episodes that have a score, in groups of at least two such.
-        informative: bool `(G, 1)`, the groups that teach something: at least two of their returns differ.
+        differences: `(G, k)` float64, each return minus the mean of its group; exactly 0 for episodes without a score,
+            and in groups of equal returns.
+        standard_deviation: `(G, 1)` float64, sample standard deviation of each group (divisor n - 1).
+        num_scored: `(G, 1)`, n, the number of episodes of each group that have a score.
+        comparable: Bool `(G, k)`, the episodes that have a score in groups with at least two scores.
+        informative: Bool `(G, 1)`, the groups in which at least two returns differ.
     """
 
     differences: Tensor
@@ -116,9 +115,9 @@ class GroupComparison(NamedTuple):
 
 
 def compare_groups(returns: Tensor, scored: Tensor) -> GroupComparison:
-    """Compare the returns `(G, k)` of each group, of those episodes that have a score, bool `(G, k)`."""
+    """Compare the returns `(G, k)` of each group, over the episodes that have a score, bool `(G, k)`."""
     num_scored = scored.sum(1, keepdim=True)
-    returns = torch.where(scored, returns.double(), 0.0)  # in which the mean of equal values is exactly their value
+    returns = torch.where(scored, returns.double(), 0.0)  # float64, so that equal returns equal their mean exactly
     mean = returns.sum(1, keepdim=True) / num_scored.clamp(min=1)
     differences = torch.where(scored, returns - mean, 0.0)
     standard_deviation = (differences.square().sum(1, keepdim=True) / (num_scored - 1).clamp(min=1)).sqrt()
