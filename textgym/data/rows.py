@@ -10,6 +10,8 @@ from typing import Any
 
 from textgym.data.importing import import_attribute
 
+LONGEST_LINE = 10_000_000
+"""Bytes of a line at most; a row of JSON takes a multiple of that in memory."""
 Row = dict[str, Any]
 """A prompt and any other columns."""
 
@@ -64,11 +66,32 @@ def _read_file(path: Path, what: str, accepted: str, suffixes: tuple[str, ...]) 
         raise ValueError(f"cannot read {what} from {str(path)!r}: {accepted}")
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r} with {what}; the working folder is {str(Path.cwd())!r}")
-    with path.open(encoding="utf-8-sig") as file:  # "-sig" because Windows editors put a byte order mark in front
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"line {number} of {str(path)!r}"
-                yield place, _parsed(line, place) if path.suffix == ".jsonl" else line.rstrip("\n")
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            place = f"line {number} of {str(path)!r}"
+            text = _decoded(line, place)
+            if text.strip():
+                yield place, _parsed(text, place) if path.suffix == ".jsonl" else text.rstrip("\r\n")
+
+
+def _lines(file: Any, path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, none longer than `LONGEST_LINE`: a file without line breaks would fill the memory."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"line {number} of {str(path)!r} has more than {LONGEST_LINE:,} bytes: write one row a line, and cut "
+                "longer texts"
+            )
+        yield line
+
+
+def _decoded(line: bytes, place: str) -> str:
+    try:
+        return line.decode("utf-8-sig")  # "-sig" because Windows editors put a byte order mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 ({error}): convert the file, such as with iconv") from error
 
 
 def _parsed(line: str, place: str) -> Any:

@@ -209,3 +209,20 @@ def test_real_snippets() -> None:
     assert all(-4 <= row["rating"] <= 4 for row in rows)
     assert all(row["text"].startswith(row["prompt"][:3]) for row in rows)
     assert load_prompts(rows) == rows
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "one"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*rows.jsonl' is not UTF-8"):
+        load_prompts(tmp_path / "rows.jsonl")
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("textgym.data.rows.LONGEST_LINE", 100)
+    (tmp_path / "rows.txt").write_text("short\n" + "x" * 101 + "\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*rows.txt' has more than 100 bytes"):
+        load_prompts(tmp_path / "rows.txt")
+    (tmp_path / "rows.txt").write_text("short\n" + "x" * 99 + "\n")
+    assert len(load_prompts(tmp_path / "rows.txt")) == 2
