@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from textgym import agents, cli
@@ -320,6 +321,24 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     monkeypatch.chdir(working_folder)
     cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs(), "--resume"])
     assert len((working_folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_number_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PPO.loss
+
+    def loss(self: PPO, *arguments: Any) -> Any:
+        value, metrics = real(self, *arguments)
+        return (value * float("nan") if self.updates == 1 else value), metrics
+
+    monkeypatch.setattr(PPO, "loss", loss)
+    message = error_of("train", "--output-dir", "run", *SMALL, "--checkpoint-every", "1", *env_kwargs())
+    assert "loss" in message
+    newest = Checkpoints("run/checkpoints").newest_whole()
+    assert newest == Path("run/checkpoints/step-000001")
+    weights = load_file(newest / "policy" / "model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
