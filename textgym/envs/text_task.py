@@ -142,7 +142,7 @@ class TextTask:
         check_stop_ids(stop.ids, policy.vocab_size, "the policy")
         self._check_lengths(policy, "the policy")
         if isinstance(policy, ActorCritic) and policy.critic is not None:
-            rows = policy.critic.get_input_embeddings().weight.shape[0]
+            rows = policy.critic.config.get_text_config(decoder=True).vocab_size
             check_tokenizer(self.tokenizer, policy.critic, rows, "the critic")
             self._check_positions(policy.critic.config, "the critic")
         if (policy.vocab_size, stop) != (self.vocab_size, self.stop_rule):
