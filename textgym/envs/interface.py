@@ -1,6 +1,6 @@
-"""What a text environment tells of itself: to wrappers, to agents and to users' own code.
+"""The interface of text environments for wrappers, agents and users' own code.
 
-Nobody outside this folder reads an environment's `task`; these names are what others rely on.
+Code outside of this folder uses these names and not an environment's `task`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TextProperties:
 
     @property
     def device(self) -> torch.device:
-        """Where episodes are."""
+        """The device of the episodes."""
         return self.task.device
 
     @property
@@ -54,7 +54,7 @@ class TextProperties:
 
     @property
     def pad_token_id(self) -> int:
-        """The token in the slots behind a text."""
+        """The token in empty slots."""
         return self.task.episodes.pad_token_id
 
     @property
@@ -64,32 +64,32 @@ class TextProperties:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The most tokens of a prompt."""
+        """Maximum number of tokens of a prompt."""
         return self.max_tokens - self.max_new_tokens
 
     @property
     def max_new_tokens(self) -> int:
-        """The most tokens of a response."""
+        """Maximum number of tokens of a response."""
         return self.task.episodes.max_new_tokens
 
     @property
     def max_tokens(self) -> int:
-        """W, the most tokens of prompt and response together."""
+        """W, the maximum number of tokens of prompt and response together."""
         return self.task.episodes.width
 
     @property
     def stop(self) -> StopRule:
-        """Which tokens end a response, and from when on they may."""
+        """Stop tokens and the minimum length of a response."""
         return self.task.episodes.stop
 
     @property
     def decoder_start(self) -> tuple[int, ...]:
-        """For encoder-decoder models, the token ids that the decoder begins with."""
+        """For encoder-decoder models, the token ids of the decoder before the response."""
         return self.task.episodes.decoder_start
 
     @property
     def action_mask(self) -> ActionMask | None:
-        """What narrows the actions, besides `min_new_tokens`."""
+        """Restriction of the actions, besides `min_new_tokens`."""
         return self.task.action_mask
 
     @property
@@ -99,12 +99,12 @@ class TextProperties:
 
     @property
     def kl_payer(self) -> KLPayer:
-        """Who charges the KL penalty: `"environment"`, `"agent"` or `"nobody"`."""
+        """What applies the KL penalty: `"environment"`, `"agent"`, or `"nobody"` if there is no penalty."""
         return self.task.action_space.kl_payer
 
     @property
     def scorer(self) -> Scorer:
-        """What calls the reward functions."""
+        """The scorer, which calls the reward functions."""
         return self.task.scorer
 
     @property
@@ -119,41 +119,41 @@ class TextProperties:
 
     @property
     def missing_eos_penalty(self) -> float:
-        """What is subtracted from the score of a row that ended at the length limit."""
+        """Number that is subtracted from the score of a row that ended at the length limit."""
         return self.task.missing_eos_penalty
 
     def replace_prompts(self, prompts: list[Row]) -> None:
-        """Let episodes that begin from now on begin with other prompts."""
+        """Use other prompts in all episodes that begin after this call."""
         self.task.take_prompts(prompts)
 
     def current_observation(self) -> Observation:
-        """Return what all rows show now, `(B, W)` tensors on the device."""
+        """Return the current observation of all rows, `(B, W)` tensors on the device."""
         return self.task.episodes.observation()
 
     def allowed_tokens(self) -> Tensor:
-        """Return which tokens are allowed now, bool `(B, V)` on the device."""
+        """Return which tokens are currently allowed, bool `(B, V)` on the device."""
         return self.task.action_masks()
 
 
 class RolloutEnv(Protocol):
-    """What an agent asks of a batch of texts, besides `reset` and `step` of Gymnasium's `VectorEnv`.
+    """Attributes and methods that agents need from an environment, besides those of Gymnasium's `VectorEnv`.
 
-    `TextVectorEnv` has it. An environment of your own that has it too works with every agent of `textgym.agents`.
+    `TextVectorEnv` has them. Your own environment works with all agents of `textgym.agents` if it has them too.
 
     Attributes:
         num_envs: B, the number of rows.
-        waiting: Bool `(B,)`: the rows that ended and were not reset yet; `None` before the first reset.
-        device: Where the episodes are.
+        waiting: Bool `(B,)`: the rows that have ended and were not reset yet; `None` before the first reset.
+        device: The device of the episodes.
         tokenizer: The tokenizer of prompts and completions.
         prompts: The prompts, each with its columns.
-        max_new_tokens: The most tokens of a response.
-        stop: Which tokens end a response, and from when on they may.
-        decoder_start: For encoder-decoder models, the token ids that the decoder begins with.
-        action_mask: What narrows the actions besides `stop`; `None` if nothing does.
+        max_new_tokens: Maximum number of tokens of a response.
+        stop: Stop tokens and the minimum length of a response.
+        decoder_start: For encoder-decoder models, the token ids of the decoder before the response.
+        action_mask: Restriction of the actions besides `stop`; `None` if there is none.
         restricts_actions: Whether any action is ever masked out.
-        scorer: What calls the reward functions.
+        scorer: The scorer, which calls the reward functions.
         reference: The reference model that the environment was made with, if any.
-        takes_whole_responses: Whether `submit` is possible: a response is the policy's tokens and nothing else.
+        takes_whole_responses: Whether `submit` is possible: a response consists only of the policy's tokens.
         transcript: Prompt, completion and columns of each row's last episode.
     """
 
@@ -189,28 +189,28 @@ class RolloutEnv(Protocol):
         """Compare a policy with tokenizer, reference and lengths; see `TextVectorEnv.fit`."""
 
     def agent_penalty(self, start: Callable[[], TokenModel], agent: str) -> KLPenalty:
-        """Return the KL penalty that an agent charges: against the environment's reference, or the policy's start.
+        """Return the KL penalty that an agent applies, to the environment's reference or else to the initial policy.
 
         Args:
-            start: Makes the reference where the environment names none.
-            agent: The agent's name, for the error.
+            start: Function that makes the reference if the environment has none.
+            agent: The agent's name, for the error message.
 
         Raises:
-            ValueError: The environment was told to charge the penalty itself, so it would be charged twice.
+            ValueError: If the environment also applies the penalty.
         """
 
     def whole_episodes(self, wrapped: bool = False) -> AbstractContextManager[None]:
-        """Return a context in which rows that ended wait, arrays are tensors and the agent charges the KL.
+        """Return a context in which ended rows wait, arrays are tensors, and the agent applies the KL penalty.
 
-        For wrappers, many of which know NumPy alone, arrays are NumPy's. Afterwards the environment is as its owner
-        made it; if a rollout was played, it has to be reset.
+        With wrappers arrays are NumPy arrays, because many wrappers do not support tensors. Afterwards the environment
+        has its old settings; reset it after a rollout.
         """
 
     def next_prompts(self, number: int) -> np.ndarray:
         """Return the indices `(number,)` of the next prompts, without replacement until all have been used."""
 
     def allowed_tokens(self) -> Tensor:
-        """Return which tokens are allowed now, bool `(B, V)` on the device."""
+        """Return which tokens are currently allowed, bool `(B, V)` on the device."""
 
     def submit(self, tokens: Tensor, lengths: Tensor) -> tuple[Any, dict[str, Any]]:
         """End the episodes of all rows with whole responses; see `TextVectorEnv.submit`."""
@@ -222,26 +222,26 @@ class RolloutEnv(Protocol):
         """Return the rewards of each row's response tokens, of episodes that have ended."""
 
     def finished(self, rows: np.ndarray) -> Finished:
-        """Return what reward functions are given of rows (indices) that have ended."""
+        """Return the arguments of reward functions for rows (indices) that have ended."""
 
     def progress(self) -> dict[str, Any]:
-        """Return how far the prompts are and the random generator, as plain values for a checkpoint."""
+        """Return the queue of prompts and the random generator, as plain values for a checkpoint."""
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Continue from what `progress` returned."""
+        """Restore the state that `progress` returned."""
 
 
 def rollout_env(envs: Any) -> RolloutEnv:
-    """Return the part of an environment that agents talk to, below its wrappers.
+    """Return the unwrapped environment, which agents use.
 
     Raises:
-        ConfigError: `envs` is not a batch of texts.
+        ConfigError: If `envs` is not a batch of texts.
     """
     base = getattr(envs, "unwrapped", None)
     if isinstance(base, VectorEnv) and hasattr(base, "whole_episodes"):
         return cast(RolloutEnv, base)
     raise ConfigError(
-        f"agents need a batch of texts, and {type(envs).__name__} is none: make one with "
+        f"agents need a batch of texts, and {type(envs).__name__} is not one: make one with "
         "gym.make_vec('textgym/Text-v0', num_envs=16, ...), or see textgym.envs.interface.RolloutEnv for what an "
         "environment of your own must have"
     )

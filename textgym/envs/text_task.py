@@ -1,4 +1,4 @@
-"""TextTask: what an episode is about and what it pays. `TextEnv` and `TextVectorEnv` are two views of it."""
+"""TextTask: prompts, episodes, rewards and KL of a batch of rows, which `TextEnv` and `TextVectorEnv` share."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from textgym.rewards.kl import KLPenalty, warn_of_filter
 
 
 class Policy(Protocol):
-    """What `attach_policy` takes: anything that answers with the log-prob of an action."""
+    """Argument of `attach_policy`: an object with the log-probs of actions."""
 
     def log_prob(self, observation: Observation, action: Any) -> Tensor:
-        """Log-probs `(B,)` of actions `(B,)` in observed states."""
+        """Return the log-probs `(B,)` of actions `(B,)` in the states of an observation."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step of all rows brought.
+    """Result of one step of all rows.
 
     Attributes:
         rewards: `(B,)` float32, on the task's device.
-        ends: which rows ended, and how.
-        ended: host copy of the rows that ended, bool `(B,)`.
-        infos: numpy arrays `(B,)` for each key, set where `ended`, NaN if unknown; empty if no row ended.
+        ends: Rows that ended by a stop token, and by length.
+        ended: Rows that ended, bool `(B,)`, on the host.
+        infos: NumPy arrays `(B,)` by key, set for rows that ended, NaN if unknown; empty if no row ended.
     """
 
     rewards: Tensor
@@ -64,16 +64,16 @@ class StepOutcome:
     infos: dict[str, np.ndarray]
 
     def known(self, key: str) -> np.ndarray:
-        """Bool `(B,)`, the rows that ended and of which this info is known; without a score nobody knows success."""
+        """Return bool `(B,)`: the rows that ended and have this info; success is unknown without a score."""
         known = self.ended & ~np.isnan(self.infos[key])
         return known & self.infos["scored"] if key == "is_success" else known
 
 
 class TextTask:
-    """Prompts, stop rule, reward and KL of B rows, as a config declares them."""
+    """Prompts, stop rule, reward and KL penalty of B rows, by a config."""
 
     answers: ClassVar[bool] = False
-    """Whether an episode has several turns, with replies of the environment in between, see `answer`."""
+    """Whether episodes have several turns with replies of the environment between them, see `answer`."""
 
     def __init__(self, num_rows: int, config: TextConfig) -> None:
         self.device = _device_of(config.device, config.reference)
@@ -127,13 +127,13 @@ class TextTask:
         )
 
     def fit(self, policy: TokenModel) -> None:
-        """Compare the policy with tokenizer, reference and lengths, and take over its vocabulary and its stop tokens.
+        """Compare the policy with tokenizer, reference and lengths, and use its vocabulary and its stop tokens.
 
-        The vocabulary of a model is often padded beyond the tokenizer's, and its generation config may name more stop
-        tokens than the tokenizer has. If something changes, the spaces are made anew and episodes under way end.
+        The vocabulary of a model is often padded beyond the tokenizer's, and its generation config may have more stop
+        tokens than the tokenizer. If something changes, the spaces are made again and current episodes end.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: If they do not fit.
         """
         check_tokenizer(self.tokenizer, policy.lm, policy.vocab_size)
         if self.penalty is not None:
@@ -151,10 +151,10 @@ class TextTask:
             self.action_space = self._make_action_space()
 
     def _known_vocabulary(self) -> tuple[int, tuple[int, ...]]:
-        """V and the stop tokens of the model, where it is known by the reference, or by what the tokenizer lies beside.
+        """Return V and the stop tokens of the model, from the reference or from the model in the tokenizer's folder.
 
         Raises:
-            ValueError: the reference does not fit the tokenizer.
+            ValueError: If the reference does not fit the tokenizer.
         """
         size, ids = known_of_model(self.tokenizer)
         size = max(size, len(self.tokenizer))
@@ -167,12 +167,12 @@ class TextTask:
         return size, ids
 
     def _check_lengths(self, model: TokenModel, name: str) -> None:
-        """Refuse a model that cannot read the longest text of an episode, or not exactly."""
+        """Check that a model supports the longest text of an episode exactly."""
         longest = self._check_positions(model.lm.config, name)
         check_supported(model.lm, model.head, longest)
 
     def _check_positions(self, config: Any, name: str) -> int:
-        """Refuse a model that has too few positions; returns how many an episode may need."""
+        """Check that a model has enough positions, and return the number that an episode may need."""
         prompt, response = int(self.prompt_lengths.max()), self.max_new_tokens
         if start := self.decoder_start:
             texts = {"a prompt": prompt, "a response": len(start) + response}
@@ -183,11 +183,11 @@ class TextTask:
         return max(texts.values())
 
     def attach_policy(self, policy: Policy) -> None:
-        """Hands over the policy whose exact KL the environment pays in `kl_mode="exact"`."""
+        """Set the policy of `kl_mode="exact"`."""
         if isinstance(policy, TokenModel):
             check_tokenizer(self.tokenizer, policy.lm, policy.vocab_size)
         self.policy = policy
-        if self.penalty is not None:  # one temperature on both sides; a policy that has none samples at 1
+        if self.penalty is not None:  # otherwise the KL of equal models would not be 0; policies without one have 1
             self.penalty.reference.temperature = getattr(policy, "temperature", 1.0)
 
     @property
@@ -196,7 +196,7 @@ class TextTask:
         return self.episodes.restricts_actions() or self.action_mask is not None
 
     def action_masks(self) -> Tensor:
-        """Bool `(B, V)`: the actions allowed now. Stop tokens are not while a response is too short to end."""
+        """Return bool `(B, V)`: the actions that are currently allowed, by `min_new_tokens` and the action mask."""
         allowed = self.episodes.action_masks()
         if self.action_mask is None:
             return allowed
@@ -210,14 +210,14 @@ class TextTask:
             row = int((self.episodes.alive & ~mask.any(-1)).nonzero()[0])
             raise ValueError(
                 f"action_mask allows no token in row {row}, after {self.transcript(row)['completion']!r}: let it allow "
-                "at least one wherever an episode goes on"
+                "at least one in every state"
             )
         return narrow(allowed, mask)
 
     def take_prompts(self, rows: list[Row]) -> None:
-        """Episodes that begin from now on begin with these, as `load_prompts` gives them.
+        """Use these rows of `load_prompts` in all episodes that begin after this call.
 
-        Without `max_prompt_tokens`, longer prompts than before widen the observations and end the episodes under way.
+        Without `max_prompt_tokens`, longer prompts than before make observations wider and end the current episodes.
         """
         self.rows = rows
         self.prompt_texts = [self._prompt_text(row["prompt"]) for row in rows]
@@ -229,7 +229,7 @@ class TextTask:
         self.queue: list[int] = []
 
     def _lay_out(self, width: int) -> None:
-        """Makes room for prompts of a width: new episodes and the space of their observations."""
+        """Make episodes for prompts of at most `width` tokens, and the space of their observations."""
         self.width = width
         pad = self.tokenizer.pad_token_id
         self.episodes = Episodes(
@@ -249,45 +249,45 @@ class TextTask:
         self.observation_space = gym.spaces.Dict(spaces)
 
     def _longest_prompt(self) -> int:
-        """How many tokens of a prompt the reference and the tokenizer's model can take, as far as is known."""
+        """Return the maximum length of prompts for the reference and the tokenizer, if they have one."""
         limit = int(self.tokenizer.model_max_length)
         if self.penalty is not None:
             limit = min(limit, position_limit(self.penalty.reference.lm.config) or limit)
         return max(1, limit - (0 if self.decoder_start else self.max_new_tokens))
 
     def forget_prompts(self) -> None:
-        """Begins a new epoch of prompts, as a new seed does."""
+        """Start a new epoch of prompts, after a new seed."""
         self.queue = []
 
     def next_prompts(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """The next prompts, without replacement until all have been seen, then anew: indices `(count,)`."""
+        """Return the indices `(count,)` of the next prompts, without replacement until all have been used."""
         while len(self.queue) < count:
             self.queue += rng.permutation(len(self.rows)).tolist()
-        drawn, self.queue = self.queue[:count], self.queue[count:]
-        return np.asarray(drawn)
+        sampled, self.queue = self.queue[:count], self.queue[count:]
+        return np.asarray(sampled)
 
     def begin(self, rows: np.ndarray, prompts: np.ndarray) -> None:
-        """Starts rows (indices) anew with prompts (indices)."""
+        """Start new episodes in rows (indices) with prompts (indices)."""
         index = self.episodes.begin(rows, self.prompt_ids[prompts], self.prompt_lengths[prompts])
         self.current[rows] = prompts
         self.kl_sum[index] = self.kl_paid[index] = 0.0
 
     def play(self, actions: Tensor) -> StepOutcome:
-        """Appends one token `(B,)` to every row that is alive, and pays for it.
+        """Append one token `(B,)` to every row that is alive, and compute its reward.
 
         Raises:
-            ValueError: an action outside the vocabulary; `kl_mode="exact"` without a policy.
+            ValueError: If an action is outside the vocabulary, or `kl_mode="exact"` has no policy.
         """
         given, actions = actions, actions.clamp(0, self.vocab_size - 1)
         ends = self.episodes.ends(actions)
         outside = (given != actions) & self.episodes.alive
-        outside, by_stop, by_length, alive = to_host(outside, *ends, self.episodes.alive)  # what a step waits for
+        outside, by_stop, by_length, alive = to_host(outside, *ends, self.episodes.alive)  # the host waits here
         if outside.any():
             raise ValueError(
                 f"actions {given.cpu()[outside].tolist()} are outside the vocabulary: use token ids from 0 to "
                 f"{self.vocab_size - 1}"
             )
-        paid = self._pay_kl(actions)
+        kl_reward = self._kl_reward(actions)
         self.episodes.append(actions, ends, alive.numpy())
         if self.stop_strings.texts:
             ends = self._end_by_string(actions, ends)
@@ -296,7 +296,7 @@ class TextTask:
             ends = answered
             by_stop, by_length = to_host(*ends)
         ended = (by_stop | by_length).numpy()
-        rewards = torch.zeros_like(self.kl_paid) if paid is None else paid
+        rewards = torch.zeros_like(self.kl_paid) if kl_reward is None else kl_reward
         infos: dict[str, np.ndarray] = {}
         if ended.any():
             score, infos = self._settle(np.flatnonzero(ended), by_stop.numpy())
@@ -305,44 +305,52 @@ class TextTask:
 
     @property
     def takes_whole_responses(self) -> bool:
-        """Whether a response is the policy's tokens and nothing else until a stop token or the limit ends it.
+        """Whether a response consists only of the policy's tokens, until a stop token or the length limit.
 
-        Not so with stop strings, an `action_mask`, a KL that is paid token by token, or an environment that answers.
+        It is False with stop strings, an `action_mask`, a KL term in each step's reward, or replies of the environment.
         """
         return not (self.stop_strings.texts or self.action_mask or self.kl_mode != "deferred" or self.answers)
 
     def submit(self, tokens: Tensor, lengths: Tensor) -> StepOutcome:
-        """Ends all rows, which have just begun, with whole responses `(B, T)` of these lengths `(B,)`.
+        """End the episodes of all rows, which have just begun, with whole responses.
+
+        Args:
+            tokens: Responses `(B, T)`.
+            lengths: Lengths of the responses, `(B,)`.
 
         Raises:
-            ValueError: something else than the policy's tokens makes up a response, see `takes_whole_responses`.
+            ValueError: If the environment does not support this, see `takes_whole_responses`.
         """
         if not self.takes_whole_responses:
             raise ValueError(
-                "whole responses can be submitted only where kl_mode='deferred' and there are no stop strings, no "
-                "action_mask and no replies of the environment: step through it instead"
+                "whole responses can be submitted only with kl_mode='deferred', without stop strings, without "
+                "action_mask and without replies of the environment: step through it instead"
             )
-        tokens, lengths = tokens.to(self.device), lengths.to(self.device)  # whoever wrote them may be elsewhere
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device)  # an engine may be on another device
         by_stop, ended_by_stop = self.episodes.extend(tokens, lengths)
         score, infos = self._settle(np.arange(len(lengths)), ended_by_stop)
         return StepOutcome(score, Ends(by_stop, ~by_stop), np.ones(len(lengths), dtype=bool), infos)
 
     def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
-        """What the environment has to say to rows whose turn is over, bool `(B,)`; here it is the last one.
+        """Append replies of the environment to rows whose turn ended, and return which episodes ended.
 
-        A subclass that says something sets `answers`.
+        Here there are no replies, and all of these episodes end. A subclass with replies sets `answers`.
+
+        Args:
+            ends: Rows whose turn ended.
+            by_stop: Rows whose turn ended by a stop token or stop string, bool `(B,)` on the host.
         """
         return ends
 
     def transcript(self, row: int) -> dict[str, Any]:
-        """Prompt, completion and columns of a row's last finished episode, or of the one under way."""
+        """Return prompt, completion and columns of a row's last finished episode, or of its current one."""
         if self.transcripts[row] and not bool(self.episodes.alive[row]):
             return self.transcripts[row]
         [(prompt, response)] = self._ids(np.array([row]))
         return self._transcript(row, self._completion(row, prompt, response))
 
-    def _pay_kl(self, actions: Tensor) -> Tensor | None:
-        """The KL term of the reward of each row's next token, `(B,)`; `None` where the environment pays none."""
+    def _kl_reward(self, actions: Tensor) -> Tensor | None:
+        """Return the KL term of the reward of each row's next token, `(B,)`; `None` if the environment has none."""
         if self.kl_mode == "exact" and self.policy is None:
             raise ValueError(
                 "kl_mode='exact' needs the policy's log-probs: call env.unwrapped.attach_policy(policy) first, "
@@ -354,18 +362,19 @@ class TextTask:
         extra = (self.action_masks(),) if self.restricts_actions else ()
         reference = self.penalty.reference.log_prob(observation, actions, *extra).to(self.device)
         alive = self.episodes.alive
-        if self.kl_mode == "reference":  # the other half, log pi, is the entropy in the agent's own loss
+        if self.kl_mode == "reference":  # the other part of the KL, log pi, is the entropy bonus in the agent's loss
             kl = torch.where(alive, -reference, 0.0)
         else:
             assert self.policy is not None
             log_prob = torch.as_tensor(self.policy.log_prob(observation, actions, *extra)).to(self.device).float()
             kl = self.penalty.of_log_probs(log_prob, reference, alive)
             self.kl_sum += kl
-        paid = self.penalty.charge(torch.zeros_like(kl), kl)
-        self.kl_paid += paid
-        return paid
+        kl_reward = self.penalty.charge(torch.zeros_like(kl), kl)
+        self.kl_paid += kl_reward
+        return kl_reward
 
     def _end_by_string(self, actions: Tensor, ends: Ends) -> Ends:
+        """Return the ends with those by stop strings, which only the text of a response shows."""
         playing, tokens = to_host(self.episodes.alive | ends.by_length, actions)
         can_end = self.stop_strings.can_complete
         long_enough = self.episodes.host_lengths - self.episodes.host_prompt_lengths > self.episodes.stop.min_new_tokens
@@ -380,14 +389,14 @@ class TextTask:
         return Ends(ends.by_stop | by_string, ends.by_length & ~by_string)
 
     def _settle(self, rows: np.ndarray, by_stop: np.ndarray) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """Scores the rows that ended, all in one call: the score of every row `(B,)`, and the infos."""
+        """Score all rows that ended in one call, and return the score of every row `(B,)`, and the infos."""
         finished = self.finished(rows)
         with phase("reward"):
             scores = self.scorer(finished)
-        penalty = self.missing_eos_penalty * (scores.scored & ~by_stop[rows])  # a row without a score is paid 0
+        penalty = self.missing_eos_penalty * (scores.scored & ~by_stop[rows])  # the reward without a score is 0
         paid = scores.score - penalty
-        for rewards, due in zip(scores.rewards, penalty, strict=True):
-            rewards[-1] -= due
+        for rewards, row_penalty in zip(scores.rewards, penalty, strict=True):
+            rewards[-1] -= row_penalty
         self._remember(rows, finished, scores)
         [everywhere] = to_device(self.device, torch.from_numpy(_scatter(paid, rows, len(by_stop))).float())
         kl_paid, kl_sum = np.zeros(len(rows)), np.zeros(len(rows))
@@ -403,7 +412,7 @@ class TextTask:
             **{f"reward/{name}": values for name, values in scores.components.items()},
             **{f"metric/{name}": np.full(len(rows), value) for name, value in scores.metrics.items()},
         }
-        if self.kl_mode == "exact":  # only then the policy is known
+        if self.kl_mode == "exact":  # in other modes the environment does not know the policy
             values["kl"] = kl_sum
             if self.penalty is not None:
                 self.penalty.controller.update(float(values["kl"].mean()), len(rows))
@@ -414,7 +423,7 @@ class TextTask:
         return everywhere, {key: _scatter(value, rows, len(by_stop)) for key, value in values.items()}
 
     def finished(self, rows: np.ndarray) -> Finished:
-        """What is scored of rows (indices) that have ended."""
+        """Return the arguments of reward functions for rows (indices) that have ended."""
         columns = [self.rows[index] for index in self.current[rows]]
         names = [name for name in columns[0] if name != "prompt"]
         ids = self._ids(rows)
@@ -433,6 +442,7 @@ class TextTask:
         )
 
     def _remember(self, rows: np.ndarray, finished: Finished, scores: Scores) -> None:
+        """Store transcripts and token rewards of rows that ended."""
         for i, row in enumerate(rows):
             logged = {name: values[i] for name, values in scores.columns.items()}
             self.transcripts[row] = {**logged, **self._transcript(row, content(finished.completions[i]))}
@@ -440,21 +450,21 @@ class TextTask:
 
     def _transcript(self, row: int, completion: str) -> dict[str, Any]:
         index = self.current[row]
-        columns = copy.deepcopy(self.rows[index])  # whoever changes them does not change the next epoch
+        columns = copy.deepcopy(self.rows[index])  # a caller who changes them must not change the prompts
         return {**columns, "prompt": self.prompt_texts[index], "completion": completion}
 
     def _ids(self, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
-        """Prompt and response of rows (indices)."""
+        """Return the ids of prompt and response of rows (indices)."""
         [ids] = to_host(self.episodes.input_ids)
         first, last = self.episodes.host_prompt_lengths, self.episodes.host_lengths
         return [(ids[row, : first[row]].tolist(), ids[row, first[row] : last[row]].tolist()) for row in rows]
 
     def _completion(self, row: int, prompt: list[int], response: list[int]) -> str:
-        """A row's response as text, without the stop token or stop string that ended it."""
+        """Return a row's response as text, without the stop token or stop string that ended it."""
         return self.stop_strings.cut(self._turn(row, prompt, response))
 
     def _turn(self, row: int, prompt: list[int], response: list[int]) -> str:
-        """The text of the row's turn that is under way or has just ended, without stop tokens; here all of it."""
+        """Return the text of the row's current or last turn, without stop tokens; here it is the whole response."""
         return self._decode(self._context(prompt), response)
 
     def _context(self, prompt: list[int]) -> list[int]:
@@ -470,21 +480,21 @@ class TextTask:
         return ids
 
     def _text_ids(self, prompt: list[int], response: list[int], text: str) -> list[int]:
-        """The tokens of a response's text: those before the stop token or stop string."""
+        """Return the tokens of a response's text, that is, before the stop token or stop string."""
         ids = self._without_stop(response)
         cut = self.stop_strings.texts and not self.answers
         return ids_of_text(self.tokenizer, self._context(prompt), ids, text) if cut else ids
 
     def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
-        if reference is None:  # an agent that charges the penalty then refers to its policy's own start
+        if reference is None:  # agents then use their initial policy as the reference
             return None
         return KLPenalty(reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device=self.device)
 
     def check_kl_mode(self) -> None:
-        """Check that the KL penalty can be charged in `kl_mode`; an agent that charges it itself need not ask.
+        """Check that the environment can apply the KL penalty in `kl_mode`; not needed if an agent applies it.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: If it cannot.
         """
         coef, estimator = self.kl_coef, self.kl_estimator
         if self.penalty is None:
@@ -494,19 +504,19 @@ class TextTask:
         allowed = {"reference": ("k1",), "exact": ("k1", "k2", "k3"), "deferred": ("k1", "k2", "k3", "full")}
         if estimator not in allowed[self.kl_mode]:
             raise ValueError(
-                f"kl_estimator={estimator!r} cannot be paid in kl_mode={self.kl_mode!r}, which knows "
-                f"{allowed[self.kl_mode]}; 'deferred' knows them all"
+                f"kl_estimator={estimator!r} is not possible in kl_mode={self.kl_mode!r}, which has "
+                f"{allowed[self.kl_mode]}; kl_mode='deferred' has all estimators"
             )
         if self.kl_mode == "reference" and (self.kl_clamp is not None or not isinstance(coef, int | float)):
             raise ValueError(
-                "kl_mode='reference' does not know the KL, so nothing can be clamped or steered by it: give kl_coef as "
-                "a number and no kl_clamp, or use kl_mode='deferred'"
+                "kl_mode='reference' does not compute the KL, so there can be no kl_clamp and no controller: give "
+                "kl_coef as a number and no kl_clamp, or use kl_mode='deferred'"
             )
         if self.kl_mode != "deferred" and coef != 0:
             warn_of_filter(self.action_mask, estimator)
 
     def _decoder_start(self, given: Sequence[int]) -> tuple[int, ...]:
-        """What the decoder begins with, once it is sure that the reference is of the same kind of model."""
+        """Return the decoder's start tokens, after a check that the reference is of the same kind of model."""
         start = tuple(int(token) for token in given)
         if any(not 0 <= token < self.vocab_size for token in start):
             raise ValueError(f"decoder_start_ids must be token ids from 0 to {self.vocab_size - 1}, got {list(start)}")
@@ -515,7 +525,7 @@ class TextTask:
         return start
 
     def kl_payer(self) -> KLPayer:
-        """Who pays the KL penalty."""
+        """Return what applies the KL penalty."""
         coef = self.kl_coef if isinstance(self.kl_coef, int | float) else self.kl_coef.coef
         if coef == 0:
             return "nobody"
@@ -530,11 +540,11 @@ class TextTask:
             self.tokenizer,
             add_generation_prompt=True,
             add_special_tokens=self.add_special_tokens,
-            add_eos=bool(self.decoder_start),  # an encoder reads its text to the end
+            add_eos=bool(self.decoder_start),  # encoders were trained with EOS after their input
         )
 
     def _padded(self, encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts as right-padded ids `(P, L)`, cut from the left to their width, and their lengths `(P,)`."""
+        """Return prompts as right-padded ids `(P, L)`, cut from the left to the width, and their lengths `(P,)`."""
         prompts = self._cut(encoded)
         lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
         if not lengths.all():
@@ -545,7 +555,7 @@ class TextTask:
         return ids, lengths
 
     def _cut(self, encoded: list[list[int]]) -> list[list[int]]:
-        """Prompts without the beginnings of those that are too long, which a warning counts."""
+        """Return prompts, cut at the beginning if they are too long, with a warning that counts these."""
         lost = [len(ids) - self.width for ids in encoded if len(ids) > self.width]
         if lost:
             warnings.warn(
@@ -558,19 +568,19 @@ class TextTask:
 
 
 def _device_of(device: Device, reference: str | nn.Module | None) -> torch.device:
-    """Where an environment is: where it was told to be, or else where the reference is that it was given."""
+    """Return the device of an environment: the given one, or else that of a reference that is a module."""
     if device is None and isinstance(reference, nn.Module):
         return next(reference.parameters()).device
     return resolve_device(device)
 
 
 def _with_ids(stop: StopRule, ids: Sequence[int]) -> StopRule:
-    """A stop rule with further stop tokens."""
+    """Return a stop rule with further stop tokens."""
     return StopRule(tuple(sorted({*stop.ids, *ids})), stop.min_new_tokens)
 
 
 def _action_mask(given: MaskSpec | None, device: torch.device) -> ActionMask | None:
-    """The mask that narrows actions, with its model, if it has one, on the environment's device."""
+    """Return the mask that restricts actions; its model, if it has one, moves to the environment's device."""
     mask = given if given is None or isinstance(given, ActionMask) else FunctionMask(given)
     if isinstance(mask, ModelMask):
         mask.follow_device(device)
@@ -578,6 +588,7 @@ def _action_mask(given: MaskSpec | None, device: torch.device) -> ActionMask | N
 
 
 def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Return values of some rows as an array of all rows, zero in the others."""
     array = np.zeros(count, dtype=values.dtype)
     array[rows] = values
     return array

@@ -1,4 +1,4 @@
-"""TextVectorEnv: many rows of text, one batch."""
+"""TextVectorEnv: token generation for a batch of rows as a Gymnasium vector environment."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ Array = Any
 
 
 class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
-    """B rows of `TextEnv` in one batch: row i equals a `TextEnv` given the same prompts and actions.
+    """B rows of `TextEnv` in one batch: row i equals a `TextEnv` with the same prompts and actions.
 
-    All rows that end in one step are scored in one call of each reward function. `step` has no Python loop over rows,
-    only over those that end (their final observations) or may hold a stop string. Prompts are drawn without replacement
-    over all rows together. Spaces, rewards, ends and infos are those of `TextEnv`, batched as Gymnasium batches them.
+    All rows that end in one step are scored by one call of each reward function. `step` has no Python loop over rows,
+    except over rows that end (for their final observations) or that may contain a stop string. Prompts are sampled
+    without replacement over all rows together. Spaces, rewards, ends and infos are those of `TextEnv`, batched in
+    Gymnasium's way.
 
     ## Arguments
     The fields of `textgym.envs.config.TextVectorConfig`: those of `TextEnv`, and `num_envs`, `autoreset_mode` and
     `array`.
 
     Raises:
-        ValueError: bad arguments or actions, see `TextEnv`.
-        gymnasium.error.ResetNeeded: `step` before `reset`.
+        ValueError: If arguments or actions are wrong, see `TextEnv`.
+        gymnasium.error.ResetNeeded: If `step` is called before `reset`.
 
     >>> import gymnasium as gym, textgym
     >>> envs = gym.make_vec("textgym/Sentiment-v0", num_envs=2, max_new_tokens=3)
@@ -73,18 +74,18 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         self.info_text = config.info_text
         self.info_action_mask = config.info_action_mask
         self.set_autoreset_mode(config.autoreset_mode)
-        self.waiting: np.ndarray | None = None  # rows that ended and were not reset yet
-        self._checked_kl_mode = config.kl_mode is not None  # if not, whoever resets first settles it
-        self._in_agents_hands = False
+        self.waiting: np.ndarray | None = None  # rows that have ended and were not reset yet
+        self._checked_kl_mode = config.kl_mode is not None  # otherwise checked at the first reset outside of an agent
+        self._in_rollout = False
 
     def fit(self, policy: TokenModel) -> None:
-        """Compare a policy with tokenizer, reference and lengths; take over its vocabulary size and its stop tokens.
+        """Compare a policy with tokenizer, reference and lengths, and use its vocabulary size and its stop tokens.
 
-        Agents call it. Call it yourself, before `reset`, for a model whose vocabulary is padded beyond the tokenizer's
-        or whose generation config has further stop tokens, where the environment has no reference to learn them from.
+        Agents call this method. Call it yourself before `reset` if the environment has no reference, and the model's
+        vocabulary is padded beyond the tokenizer's or its generation config has more stop tokens.
 
         Raises:
-            ValueError: the policy does not fit; the message names both sides.
+            ValueError: If the policy does not fit; the message names both sides.
         """
         self.task.fit(policy)
         self._take_spaces()
@@ -96,7 +97,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     def set_autoreset_mode(self, autoreset_mode: AutoresetMode | str) -> None:
-        """Changes the mode; the next call must be `reset`."""
+        """Change the autoreset mode; the next call must be `reset`."""
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.waiting = None
@@ -104,12 +105,12 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Starts episodes in all rows, or in those of `options["reset_mask"]` (bool `(B,)`).
+        """Start episodes in all rows, or in the rows of `options["reset_mask"]` (bool `(B,)`).
 
-        `options["prompt_index"]` chooses the prompts of the rows that are reset.
+        `options["prompt_index"]` chooses the prompts of these rows.
         """
         check_options(options, ["prompt_index", "reset_mask"])
-        if not (self._checked_kl_mode or self._in_agents_hands):
+        if not (self._checked_kl_mode or self._in_rollout):
             self.task.check_kl_mode()
             self._checked_kl_mode = True
         if seed is not None:
@@ -117,7 +118,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
             self.task.forget_prompts()
         mask = chosen_rows(options, self.num_envs)
         if self.waiting is None:
-            mask[:] = True  # rows that never began would have nothing to show
+            mask[:] = True  # at the first reset all rows need a prompt, or they would have no observation
         rows = np.flatnonzero(mask)
         prompts = prompt_choice(options, len(rows), len(self.task.rows))
         self.task.begin(rows, self.task.next_prompts(len(rows), self.np_random) if prompts is None else prompts)
@@ -125,7 +126,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         return self._shown()[0], self._with_mask({})
 
     def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
-        """Appends one token to every row that is under way."""
+        """Append one token to every row that has not ended."""
         if self.waiting is None:
             raise gym.error.ResetNeeded("there are no episodes under way: call envs.reset() before envs.step(actions)")
         outcome = self.task.play(as_actions(actions, self.num_envs, self.task.device))
@@ -146,19 +147,20 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         return observation, *flags, self._with_mask(infos)
 
     def submit(self, tokens: Tensor, lengths: Tensor) -> tuple[Array, dict[str, Any]]:
-        """Ends the episodes of all rows, which were just reset, with whole responses that were written elsewhere.
+        """End the episodes of all rows, which were just reset, with whole responses.
 
-        The same as stepping through them, but that all are scored in one call; for `kl_mode="deferred"`.
+        The result equals that of stepping through the responses, except that all are scored in one call. It is only for
+        `kl_mode="deferred"`.
 
         Args:
-            tokens: `(B, T)` int64, on any device; any number stands after the end of a response.
-            lengths: `(B,)`, tokens of each response, a stop token included.
+            tokens: `(B, T)` int64, on any device; positions after the end of a response are ignored.
+            lengths: `(B,)`, number of tokens of each response, with the stop token.
 
         Returns:
-            Rewards `(B,)` of the last tokens, and the infos of the rows, as `step` gives them.
+            Rewards `(B,)` of the last tokens, and the infos of the rows as in `step`.
 
         Raises:
-            ValueError: a response that is no whole one, or an environment that has to be stepped through.
+            ValueError: If a response is not complete, or the environment does not support whole responses.
         """
         outcome = self.task.submit(tokens, lengths)
         self.waiting = outcome.ended
@@ -166,98 +168,98 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
 
     @property
     def takes_whole_responses(self) -> bool:
-        """Whether `submit` is possible."""
+        """Whether the environment supports `submit`."""
         return self.task.takes_whole_responses
 
     @contextmanager
     def whole_episodes(self, wrapped: bool = False) -> Iterator[None]:
-        """A context for an agent's rollouts: rows that ended wait, arrays are tensors, and the agent pays the KL.
+        """Return a context for rollouts: ended rows wait, arrays are tensors, and the agent applies the KL penalty.
 
-        For wrappers, many of which know NumPy alone, arrays are NumPy's. Afterwards the environment is as its owner
-        made it, and has to be reset before the next step.
+        With wrappers arrays are NumPy arrays, because many wrappers do not support tensors. Afterwards the environment
+        has its old settings, and must be reset before the next step.
         """
-        if self._in_agents_hands:
+        if self._in_rollout:
             yield
             return
         mode, array, kl_mode = self.autoreset_mode, self.array, self.task.kl_mode
         self.set_autoreset_mode(AutoresetMode.DISABLED)
         self.array = "numpy" if wrapped else "torch"
-        self.task.kl_mode, self._in_agents_hands = "deferred", True
+        self.task.kl_mode, self._in_rollout = "deferred", True
         try:
             yield
         finally:
             self.set_autoreset_mode(mode)
-            self.array, self.task.kl_mode, self._in_agents_hands = array, kl_mode, False
+            self.array, self.task.kl_mode, self._in_rollout = array, kl_mode, False
 
     def agent_penalty(self, start: Callable[[], TokenModel], agent: str) -> KLPenalty:
-        """The KL penalty for an agent to charge, against the environment's reference or else the policy's start.
+        """Return the KL penalty that an agent applies, to the environment's reference or else to the initial policy.
 
         Args:
-            start: makes a reference where the environment names none.
-            agent: whom the error names.
+            start: Function that makes the reference if the environment has none.
+            agent: The agent's name, for the error message.
 
         Raises:
-            ValueError: the environment was told to pay it, so that it would be paid twice.
+            ValueError: If the environment also applies the penalty.
         """
         task = self.task
         if task.kl_mode_given not in (None, "deferred") and task.kl_payer() != "nobody":
             raise ValueError(
-                f"{agent} pays the KL itself, and so does the environment (kl_mode={task.kl_mode_given!r}): make it "
-                "without kl_mode, or with kl_mode='deferred'"
+                f"the KL penalty would be applied twice, by {agent} and by the environment "
+                f"(kl_mode={task.kl_mode_given!r}): make the environment without kl_mode, or with kl_mode='deferred'"
             )
         return task.penalty or KLPenalty(start(), task.kl_coef, task.kl_estimator, task.kl_clamp)
 
     def next_prompts(self, number: int) -> np.ndarray:
-        """Indices `(number,)` of the next prompts, drawn without replacement as `reset` draws them."""
+        """Return the indices `(number,)` of the next prompts, without replacement, as `reset` does."""
         return self.task.next_prompts(number, self.np_random)
 
     def sequences(self) -> Sequences:
-        """All rows as they are now, a copy."""
+        """Return a copy of all rows."""
         return self.task.episodes.sequences()
 
     def token_rewards(self) -> list[np.ndarray]:
-        """The rewards of each row's response tokens, of episodes that have ended."""
+        """Return the rewards of each row's response tokens, for episodes that have ended."""
         return [rewards for rewards in self.task.token_rewards if rewards is not None]
 
     def finished(self, rows: np.ndarray) -> Finished:
-        """What reward functions are given of rows (indices) that have ended."""
+        """Return the arguments of reward functions for rows (indices) that have ended."""
         return self.task.finished(rows)
 
     def progress(self) -> dict[str, Any]:
-        """How far the prompts are, and the random generator, as plain values for a checkpoint."""
+        """Return the queue of prompts and the random generator, as plain values for a checkpoint."""
         return {"prompt_queue": self.task.queue, "np_random": self.np_random.bit_generator.state}
 
     def resume(self, progress: dict[str, Any]) -> None:
-        """Goes on from what `progress` gave."""
+        """Restore the state that `progress` returned."""
         self.task.queue = progress["prompt_queue"]
         self.np_random.bit_generator.state = progress["np_random"]
 
-    def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # a row not rendered is None
-        """Every row's episode so far, see `render_mode`."""
+    def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # None for rows that are not rendered
+        """Render the episode so far of every row, as `render_mode` says."""
         return tuple(render(self.render_mode, transcript, None) for transcript in self.transcript)
 
     def action_masks(self) -> Array:
-        """Bool `(B, V)`: the actions that are allowed now."""
+        """Return bool `(B, V)`: the actions that are currently allowed."""
         return self._out(self.task.action_masks())[0]
 
     def replace_prompts(self, prompts: list[Row]) -> None:
-        """Let episodes that begin from now on begin with other prompts, which may widen the observations."""
+        """Use other prompts in all episodes that begin after this call; observations may become wider."""
         super().replace_prompts(prompts)
         self.single_observation_space = self.task.observation_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     def attach_policy(self, policy: Policy) -> None:
-        """Hands over the policy whose exact KL is paid in `kl_mode="exact"`: `policy.log_prob(observation, action)`."""
+        """Set the policy of `kl_mode="exact"`; it needs `policy.log_prob(observation, action)`."""
         self.task.attach_policy(policy)
 
     @property
     def transcript(self) -> list[dict[str, Any]]:
-        """`prompt`, `completion` and columns of each row's last finished episode, or of its first one under way."""
+        """`prompt`, `completion` and columns of each row's last finished episode, or else of its current episode."""
         finished = self.task.transcripts
         return [finished[row] or self.task.transcript(row) for row in range(self.num_envs)]
 
     def _seed(self, seed: int | Sequence[int]) -> None:
-        """Seed the generator of all rows; with several numbers `np_random_seed` is -1, as of any generator set so."""
+        """Seed the generator of all rows; with several numbers `np_random_seed` is -1, as Gymnasium defines it."""
         if isinstance(seed, int | np.integer):
             self._np_random, self._np_random_seed = np_random(int(seed))
         else:
@@ -269,7 +271,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
             self.task.begin(rows, self.task.next_prompts(len(rows), self.np_random))
 
     def _shown(self, *tensors: Tensor) -> tuple[dict[str, Array], list[Array]]:
-        """The observation and other tensors as they are handed out: NumPy arrays come over in one copy."""
+        """Return the observation and other tensors for the caller; NumPy arrays are copied in one transfer."""
         observation = self.task.episodes.observation()
         if self.array == "torch":
             return observation, list(tensors)
@@ -277,11 +279,11 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         return dict(zip(observation, arrays, strict=False)), arrays[len(observation) :]
 
     def _out(self, *tensors: Tensor) -> list[Array]:
-        """What is handed out, on the device or, by one copy, as NumPy arrays."""
+        """Return tensors for the caller: on the device, or as NumPy arrays after one transfer."""
         return list(tensors) if self.array == "torch" else [tensor.numpy() for tensor in to_host(*tensors)]
 
     def _infos(self, outcome: StepOutcome) -> dict[str, Any]:
-        """What is known of rows that ended, each key with its `_key` mask, as Gymnasium lays infos out."""
+        """Return the infos of rows that have ended, each with a mask `_key`, in Gymnasium's format."""
         known = {key: outcome.known(key) for key in outcome.infos}
         infos: dict[str, Any] = {key: values for key, values in outcome.infos.items() if known[key].any()}
         if infos and self.info_text:

@@ -133,5 +133,7 @@ def test_a_kl_that_the_environment_was_told_to_pay_is_not_paid_twice(mode: str) 
 )
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_is_no_batch_of_texts_is_refused_in_one_line(kind: Any, make: Make) -> None:
-    with pytest.raises(ValueError, match=r"agents need a batch of texts, and \w+ is none: make one with gym.make_vec"):
+    with pytest.raises(
+        ValueError, match=r"agents need a batch of texts, and \w+ is not one: make one with gym.make_vec"
+    ):
         kind(make_policy(), make(), CONFIGS[kind])

@@ -129,7 +129,7 @@ def test_kl_of_a_token_is_clamped(settings: dict[str, Any]) -> None:
 
 def test_what_reference_mode_cannot_do_is_refused(settings: dict[str, Any]) -> None:
     for change in ({"kl_clamp": 1.0}, {"kl_coef": AdaptiveKL(6.0)}):
-        with pytest.raises(ValueError, match="kl_mode='reference' does not know the KL"):
+        with pytest.raises(ValueError, match="kl_mode='reference' does not compute the KL"):
             TextEnv(**{**settings, **change})
 
 
