@@ -105,7 +105,7 @@ def prepare(args: Args, seed: int) -> None:
     with LiveProgress(Console(quiet=True)) as live:
         reward, accuracies = learn_reward(demo, movie_snippets(), live)
     calibrate(reward, ActorCritic.from_pretrained(demo.model), demo)
-    reward.save_pretrained(folder / "reward_model")
+    reward.save_pretrained(folder / "reward_model", overwrite=True)
     (folder / "accuracy.json").write_text(json.dumps(accuracies))
 
 

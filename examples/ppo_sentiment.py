@@ -82,7 +82,7 @@ def main(args: Args) -> None:
     for first, last in zip(before.transcripts[:5], after.transcripts, strict=False):
         print(f"\n{first['prompt']}\n  before:{first['completion']}\n  after: {last['completion']}")
     if args.output_dir is not None:
-        policy.save_pretrained(args.output_dir, envs.unwrapped.tokenizer)
+        policy.save_pretrained(args.output_dir, envs.unwrapped.tokenizer, overwrite=True)
         print(f"\nthe policy is in {args.output_dir}: AutoModelForCausalLM.from_pretrained opens it")
 
 

@@ -56,7 +56,7 @@ def main(args: Args) -> None:
         print(f"{score:+.2f}  This film is {completion}")
 
     if args.output_dir is not None:
-        reward_model.save_pretrained(args.output_dir)
+        reward_model.save_pretrained(args.output_dir, overwrite=True)
         print(f"saved to {args.output_dir}: RewardModel.from_pretrained({str(args.output_dir)!r})")
 
 
