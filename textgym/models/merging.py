@@ -25,7 +25,7 @@ def merged(model: Any, trunk: nn.Module | None = None) -> Any:
         return lm
     if trunk is not None:
         lm.base_model.load_state_dict(trunk.state_dict())
-    tied = lm.config.tie_word_embeddings or share_weights(lm)
+    tied = _says_tied(lm.config) or share_weights(lm)
     untie(lm)  # else the adapter of one module would be added to the weights of the other, too (transformers#45127)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft warns of tied weights
@@ -48,8 +48,9 @@ def untie(lm: nn.Module) -> None:
 
 
 def share_weights(lm: Any) -> bool:
-    """Whether input and output embedding are one weight."""
-    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    """Whether the output embedding's weight is that of another module, too: the input embedding, if there is one."""
+    weight = lm.get_output_embeddings().weight
+    return sum(other is weight for module in lm.modules() for other in module._parameters.values()) > 1
 
 
 def tie_if_equal(lm: Any) -> None:
@@ -69,10 +70,16 @@ def save_plain(lm: Any, folder: str | os.PathLike[str]) -> None:
     """
     lm.save_pretrained(folder)
     tied = share_weights(lm)
-    if tied != lm.config.tie_word_embeddings:
+    if tied != _says_tied(lm.config):
         config = copy.deepcopy(lm.config)
         _say_tied(config, tied)
         config.save_pretrained(folder)
+
+
+def _says_tied(config: Any) -> bool:
+    return bool(
+        getattr(config, "tie_word_embeddings", False)
+    )  # configs of models without an input embedding do not say
 
 
 def _say_tied(config: Any, tied: bool) -> None:

@@ -18,7 +18,7 @@ from textgym.models.adapters import split
 from textgym.models.merging import merged
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.testing import assert_close, mock_lm, mock_seq2seq_lm, terms_of
+from textgym.testing import TableConfig, TableLM, assert_close, mock_lm, mock_seq2seq_lm, terms_of
 
 pytestmark = pytest.mark.numerics
 
@@ -142,6 +142,12 @@ def test_embeddings_read_back_as_they_are_whatever_the_config_said(tied: bool, a
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.tie_word_embeddings is tied
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) is tied
+
+
+def test_a_model_without_input_embedding_is_saved(tmp_path: Path) -> None:
+    policy = ActorCritic.from_pretrained(TableLM(TableConfig(vocab_size=4)), critic="separate")
+    policy.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_a_separate_critic_read_back_has_its_own_adapter(tmp_path: Path) -> None:
