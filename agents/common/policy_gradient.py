@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import ActorCritic, Evaluation
-from textgym.models.machine.finite import check_finite
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.settings import Count, NotNegative
@@ -178,8 +177,7 @@ class PolicyGradientAgent(RolloutAgent):
             for name, value in {**reported, "loss": loss}.items():
                 metrics[name] = metrics.get(name, 0.0) + weight / of_trained * value.detach().double()
         metrics = dict(zip(metrics, total(torch.stack(list(metrics.values()))), strict=True))
-        check_finite("loss", metrics.pop("loss"), f"update {self.updates + 1}")
-        metrics["val/grad_norm"] = self.apply_gradients()
+        metrics["val/grad_norm"] = self.apply_gradients(metrics.pop("loss"))
         return metrics
 
     def finish(self, steps: list[TensorMetrics], further: TensorMetrics | None = None) -> Metrics:

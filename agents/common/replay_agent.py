@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from textgym.models.actor_critic import ActorCritic, PolicyLike, Step
-from textgym.models.machine.finite import check_finite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import Observation, TokenModel
@@ -233,8 +232,7 @@ class ReplayAgent(RolloutAgent):
                 self.memory.reprioritise(part.indices, errors, part.sequences.response_mask)
             for name, value in {**reported, "loss": loss.detach()}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
-        check_finite("loss", metrics.pop("loss"), f"update {self.updates + 1}")
-        metrics["val/grad_norm"] = self.apply_gradients()
+        metrics["val/grad_norm"] = self.apply_gradients(metrics.pop("loss"))
         self.steps += 1
         return metrics
 

@@ -249,16 +249,19 @@ class RolloutAgent(ABC):
         """Return the policy's action, `(B,)` or `()`."""
         return self.policy.predict(observation, deterministic)
 
-    def apply_gradients(self) -> Tensor:
+    def apply_gradients(self, loss: Tensor) -> Tensor:
         """Make one optimiser step with a clipped gradient norm; return the norm before clipping, on the device.
 
+        Args:
+            loss: The loss that the gradients are of.
+
         Raises:
-            NonFiniteError: If the norm is NaN or infinite; the weights are then unchanged.
+            NonFiniteError: If the loss or the norm is NaN or infinite; the weights are then unchanged.
         """
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         add_up_gradients(weights)
         norm: Tensor = full(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
-        check_finite("gradient norm", norm, f"update {self.updates + 1}")
+        check_finite(f"update {self.updates + 1}", {"loss": loss, "gradient norm": norm})
         self.optimizer.step()
         return norm
 

@@ -13,22 +13,24 @@ from transformers import TrainerCallback
 from textgym.errors import NonFiniteError
 
 
-def check_finite(quantity: str, value: Tensor, step: str) -> None:
-    """Check a number that a step rests on.
+def check_finite(step: str, numbers: dict[str, Tensor]) -> None:
+    """Check numbers that a step rests on; the host waits for the device once for all of them.
 
     Args:
-        quantity: What the number is, for the error.
-        value: The number.
         step: Which step it is, for the error.
+        numbers: The numbers by what they are, on one device.
 
     Raises:
-        NonFiniteError: If it is NaN or infinite.
+        NonFiniteError: If one of them is NaN or infinite.
     """
-    if not math.isfinite(number := float(value)):
-        raise NonFiniteError(
-            f"the {quantity} of {step} is {number}: the step was not made, and the weights are as they were before it. "
-            "Look for numbers that are too large among rewards and log-probs, lower learning_rate, or train in float32"
-        )
+    values = torch.stack([number.detach().double() for number in numbers.values()]).tolist()
+    for quantity, value in zip(numbers, values, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {quantity} of {step} is {value}: the step was not made, and the weights are as they were before "
+                "it. Look for numbers that are too large among rewards and log-probs, lower learning_rate, or train in "
+                "float32"
+            )
 
 
 class FiniteGradients(TrainerCallback):
@@ -45,7 +47,7 @@ class FiniteGradients(TrainerCallback):
         assert model is not None
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        check_finite("gradient norm", torch.nn.utils.get_total_norm(own), f"step {state.global_step + 1}")
+        check_finite(f"step {state.global_step + 1}", {"gradient norm": torch.nn.utils.get_total_norm(own)})
 
 
 def check_weights(module: nn.Module) -> None:
