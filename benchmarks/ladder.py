@@ -238,7 +238,7 @@ def draw(figures: dict[str, list[dict[str, Any]]], path: Path) -> None:
     kl = np.linspace(0, axis.get_xlim()[1], 200)
     bottom, top = axis.get_ylim()
     axis.plot(kl, np.sqrt(2 * kl), ":", color="grey", label="sqrt(2 KL), normal scores")
-    axis.set(xlabel="KL to the reference, nats a text", ylabel="gain, deviations of the reference's scores")
+    axis.set(xlabel="KL to the reference, nats per text", ylabel="gain, standard deviations of the reference's scores")
     axis.set_ylim(bottom, top + 0.5)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

@@ -55,12 +55,12 @@ def warn_of_differences(folder: Path, saved: dict[str, Any], policy: ActorCritic
 
 
 def inputs(prompts: list[Any], scorer: Any, reference: torch.nn.Module | None) -> dict[str, str]:
-    """Return hashes of what a run learns from, by name: prompts, reward functions, the reference.
+    """Return hashes of the inputs of a run by name: prompts, reward functions, reference.
 
     Args:
-        prompts: with their columns.
-        scorer: what calls the reward functions.
-        reference: that the environment names; one that is the policy's start is saved with the agent.
+        prompts: The prompts with their columns.
+        scorer: The scorer, which has the reward functions.
+        reference: The environment's reference, if it has one; a copy of the initial policy is saved with the agent.
     """
     rewards = {
         f"reward function {name!r}": _code(function)
@@ -71,12 +71,12 @@ def inputs(prompts: list[Any], scorer: Any, reference: torch.nn.Module | None) -
 
 
 def warn_of_changes(folder: Path, saved: dict[str, str], now: dict[str, str]) -> None:
-    """Warn once, naming them, if a run goes on with other prompts, reward functions or models than before."""
+    """Warn once, naming them, if a run is resumed with other prompts, reward functions or models."""
     changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if changed:
         warnings.warn(
-            f"{folder} was saved with other inputs than those of now, so the run does not go on as it began; changed: "
-            f"{', '.join(changed)}",
+            f"{folder} was saved with other inputs than the current ones, so the run continues with different ones; "
+            f"changed: {', '.join(changed)}",
             stacklevel=3,
         )
 
@@ -86,7 +86,7 @@ def _code(function: Any) -> str:
     is_object = not inspect.isroutine(function)
     try:
         source = inspect.getsource(type(function) if is_object else function)
-    except (OSError, TypeError):  # of the interactive prompt, or compiled
+    except (OSError, TypeError):  # defined in an interactive session, or compiled
         source = getattr(function, "__qualname__", type(function).__qualname__)
     model = getattr(function, "model", None)
     weights = _weights(model) if isinstance(model, torch.nn.Module) else ""
@@ -96,7 +96,7 @@ def _code(function: Any) -> str:
 
 @torch.no_grad()
 def _weights(model: torch.nn.Module) -> str:
-    """Hash the sums of all weights, which is quick and tells models apart."""
+    """Hash the sums of all weights, which is fast and differs between models."""
     sums = [weight.float().sum() for weight in model.parameters() if not weight.is_meta]
     return _digest(json.dumps([f"{value:.4e}" for value in torch.stack(sums).tolist()])) if sums else ""
 

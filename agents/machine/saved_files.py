@@ -1,4 +1,4 @@
-"""What the JSON file of a saved agent may say: every field is known and checked, and none of them names code to run."""
+"""The JSON file of a saved agent: all fields are checked, and loading it never runs code that it names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from textgym.settings import Count, Positive, WholeNumber, from_plain
 OWN_MODULES = ("textgym.rewards.functions", "textgym.data.prompts")
 """Modules whose public functions a saved environment may name."""
 NAME_OF_CODE = re.compile(r"[\w.\-]+:\S+")
-"""Such as "module:attribute" and "module:Environment-v0", which would be imported."""
+"""Names such as "module:attribute" and "module:Environment-v0", whose module would be imported."""
 
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """How a policy is loaded again."""
+    """Settings for loading a policy."""
 
     critic: Literal["shared", "separate"]
     temperature: Positive
@@ -73,7 +73,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a saved folder.
 
     Raises:
-        DamagedFolderError: it is no JSON.
+        DamagedFolderError: If it cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 
 
 def saved_environment(envs: Any) -> dict[str, Any] | None:
-    """Return how an environment can be made again, or `None` if it was made of objects or has wrappers."""
+    """Return the arguments that make an environment again, or `None` if they have objects or there are wrappers."""
     spec = envs.spec
     if spec is None or spec.additional_wrappers:
         return None
@@ -95,15 +95,16 @@ def saved_environment(envs: Any) -> dict[str, Any] | None:
 
 
 def make_environment(saved: Any, where: Path, **own: Any) -> Any:
-    """Make the environment that an agent was saved with, if all that it names is known.
+    """Make the environment that an agent was saved with, if it names only registered ids and textgym's own functions.
 
     Args:
-        saved: What `saved_environment` returned.
-        where: The file, for errors.
-        own: Arguments of the caller's, which go before those that were saved.
+        saved: The return value of `saved_environment`.
+        where: The file, for error messages.
+        own: Arguments of the caller, which replace saved ones.
 
     Raises:
-        UntrustedNameError: the file names an environment that is not registered, or a function that is not textgym's.
+        UntrustedNameError: If the file names an environment that is not registered, or a function that is not
+            textgym's.
     """
     env = from_plain(SavedEnvironment, saved, f"{where}: env")
     if env.id not in gym.registry:
@@ -119,7 +120,7 @@ def make_environment(saved: Any, where: Path, **own: Any) -> Any:
 
 
 def _refuse_foreign_code(argument: str, value: Any, where: Path) -> None:
-    """Refuse arguments that would import what a file names, unless textgym itself has it."""
+    """Raise an error for arguments that name code to import, unless it is textgym's own."""
     if argument == "stop" or (argument == "prompts" and not isinstance(value, str)):
         return  # texts
     if isinstance(value, Mapping):
@@ -135,7 +136,7 @@ def _refuse_foreign_code(argument: str, value: Any, where: Path) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Whether `module:attribute` is a public function of textgym's, and nothing that its module imports."""
+    """Return whether `module:attribute` is a public function of textgym that is defined in this module."""
     module_name, _, attribute = name.partition(":")
     if module_name not in OWN_MODULES or attribute.startswith("_"):
         return False

@@ -486,8 +486,8 @@ def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: l
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: agents.REINFORCEConfig(num_epochs=2), "one step only"),
-        (lambda: agents.A2CConfig(minibatch_size=4), "one step only"),
+        (lambda: agents.REINFORCEConfig(num_epochs=2), "for only one step"),
+        (lambda: agents.A2CConfig(minibatch_size=4), "for only one step"),
         (lambda: agents.A2CConfig(n_steps=0), "n_steps must be at least 1"),
         (lambda: agents.PPOConfig(dual_clip=0.5), "dual_clip must be above 1"),
         (lambda: agents.ExpertIterationConfig(keep=9), "keep must be from 1 to group_size=8"),

@@ -461,7 +461,7 @@ def test_evaluate_prints_the_metrics_of_a_task_with_intervals(capsys: pytest.Cap
         (["--env-kwargs", "[1]"], "textgym: --env-kwargs must be a JSON object of arguments, got [1]"),
         (env_kwargs(colour=1), "got an unexpected keyword argument 'colour'"),
         (env_kwargs(num_envs=1), "got multiple values for argument 'num_envs'"),
-        (env_kwargs(kl_mode="reference"), "make it without kl_mode, or with kl_mode='deferred'"),
+        (env_kwargs(kl_mode="reference"), "make the environment without kl_mode, or with kl_mode='deferred'"),
         (env_kwargs(max_new_tokens=0), "textgym: max_new_tokens must be at least 1, got 0"),
         (env_kwargs(reward="my_rewards:nothing"), "'my_rewards' has no 'nothing'. It has: broken, text_length"),
         (env_kwargs(prompts="no.jsonl"), "there is no file 'no.jsonl' with prompts"),

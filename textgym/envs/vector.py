@@ -58,7 +58,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     ([True, True], [3, 3])
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012  (as Gymnasium declares it; instances replace it, none writes into it)
+    metadata: dict[str, Any] = {  # noqa: RUF012  (as in Gymnasium; instances replace it and never change it)
         "render_modes": list(RENDER_MODES),
         "render_fps": 8,
     }
@@ -128,7 +128,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
         """Append one token to every row that has not ended."""
         if self.waiting is None:
-            raise gym.error.ResetNeeded("there are no episodes under way: call envs.reset() before envs.step(actions)")
+            raise gym.error.ResetNeeded("no episodes have started: call envs.reset() before envs.step(actions)")
         outcome = self.task.play(as_actions(actions, self.num_envs, self.task.device))
         infos = self._infos(outcome)
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:

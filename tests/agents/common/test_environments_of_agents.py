@@ -115,7 +115,7 @@ def test_the_policys_start_is_the_reference_of_an_environment_without_one() -> N
 
 @pytest.mark.parametrize("mode", ["reference", "exact"])
 def test_a_kl_that_the_environment_was_told_to_pay_is_not_paid_twice(mode: str) -> None:
-    with pytest.raises(ValueError, match="make it without kl_mode, or with kl_mode='deferred'"):
+    with pytest.raises(ValueError, match="make the environment without kl_mode, or with kl_mode='deferred'"):
         PPO(make_policy(), make_envs(kl_mode=mode, reference=mock_lm(), kl_coef=0.1), CONFIGS[PPO])
     PPO(make_policy(), make_envs(kl_mode=mode, reference=mock_lm(), kl_coef=0.0), CONFIGS[PPO]).learn(8)
 

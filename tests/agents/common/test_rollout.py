@@ -154,7 +154,7 @@ def test_submitted_responses_must_be_whole() -> None:
     with pytest.raises(ValueError, match="submitted only once"):
         envs.submit(tokens, lengths)
     envs = make_envs(stop=["!"])
-    with pytest.raises(ValueError, match="no stop strings"):
+    with pytest.raises(ValueError, match="without stop strings"):
         envs.submit(tokens, lengths)
 
 

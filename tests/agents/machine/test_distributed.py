@@ -318,7 +318,7 @@ def refused(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("memory", "runs in one process"), ("rows", "multiple of num_envs=16 times 2 processes")],
+    [("memory", "has a replay buffer in one process"), ("rows", "multiple of num_envs=16 times 2 processes")],
 )
 def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> None:
     for error in launched(refused, kind):

@@ -249,7 +249,7 @@ def test_rendering(settings: dict[str, Any], capsys: pytest.CaptureFixture[str])
         ({"reference": "/no/such/model"}, "cannot load a model called"),
         ({"reference": None}, "there is no reference"),
         ({"kl_mode": "sometimes"}, "kl_mode must be 'reference' or 'exact' or 'deferred' or None, got 'sometimes'"),
-        ({"kl_estimator": "k3"}, "'deferred' knows them all"),
+        ({"kl_estimator": "k3"}, "'deferred' has all estimators"),
         ({"kl_coef": -1.0}, "must not be negative"),
         ({"length_limit": "stop"}, "length_limit must be 'terminate' or 'truncate', got 'stop'"),
         ({"stop": "end"}, "write stop="),

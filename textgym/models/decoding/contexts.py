@@ -160,7 +160,7 @@ def _check_tokens(ids: Tensor, mask: Tensor, part: str) -> None:
     # Only on a CPU: on a GPU the host would have to wait for the result in every step.
     if mask.device.type == "cpu" and bool((mask[..., 1:] > mask[..., :-1]).any()):
         raise ValueError(
-            f"{part}input_ids must be padded on the right, but {part}attention_mask goes on after a 0: leave "
+            f"{part}input_ids must be padded on the right, but {part}attention_mask has a 1 after a 0: leave "
             "observations as the environment gives them, unstacked, and set tokenizer.padding_side='right'"
         )
 

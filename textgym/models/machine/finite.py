@@ -1,4 +1,4 @@
-"""No NaN and no infinity reaches the weights: a step of the optimiser is checked before it is made."""
+"""Checks that losses, gradients and weights are finite, before an optimiser step and before saving."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from textgym.errors import NonFiniteError
 
 
 def check_finite(step: str, numbers: dict[str, Tensor]) -> None:
-    """Check numbers that a step rests on; the host waits for the device once for all of them.
+    """Check numbers before an optimiser step; the host waits for the device once for all of them.
 
     Args:
-        step: Which step it is, for the error.
-        numbers: The numbers by what they are, on one device.
+        step: Name of the step, for the error message.
+        numbers: The numbers by name, on one device.
 
     Raises:
         NonFiniteError: If one of them is NaN or infinite.
@@ -34,16 +34,16 @@ def check_finite(step: str, numbers: dict[str, Tensor]) -> None:
 
 
 class FiniteGradients(TrainerCallback):
-    """Refuses a step of a `transformers.Trainer` whose gradient is NaN or infinite.
+    """Callback that stops a `transformers.Trainer` before a step whose gradient is NaN or infinite.
 
     Raises:
-        NonFiniteError: When the step would be made.
+        NonFiniteError: Before the step.
     """
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Check the gradient, which a norm that is not finite has spoilt everywhere."""
+        """Check the norm of the gradient; clipping by an infinite norm would change every entry."""
         assert model is not None
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -59,6 +59,6 @@ def check_weights(module: nn.Module) -> None:
     for name, weight in module.named_parameters():
         if not bool(weight.isfinite().all()):
             raise NonFiniteError(
-                f"the weight {name!r} has a NaN or infinite entry: nothing was saved, and what was saved before is as "
-                "it was. Go on from there with a lower learning_rate"
+                f"the weight {name!r} has a NaN or infinite entry: nothing was saved, and earlier files are unchanged. "
+                "Resume from them with a lower learning_rate"
             )
