@@ -385,7 +385,7 @@ def test_groups_without_spread_keep_their_entropy_and_their_kl(settings: dict[st
 
 def test_a_clamped_kl_is_refused_in_the_loss() -> None:
     """Beyond the bound it would have no gradient."""
-    with pytest.raises(ValueError, match="kl_clamp=2\\.0 would leave a KL in the loss without a gradient"):
+    with pytest.raises(ValueError, match="kl_clamp=2\\.0 would remove the gradient of a larger KL in the loss"):
         make_agent("grpo, KL in loss", make_envs(kl_clamp=2.0))
     make_agent("grpo", make_envs(kl_clamp=2.0))
 

@@ -91,5 +91,5 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(value: float, tmp_pat
     with torch.no_grad():
         next(agent.policy.parameters()).view(-1)[0] = value
     with pytest.raises(NonFiniteError, match="has a NaN or infinite entry: nothing was saved"):
-        agent.save(tmp_path / "agent")
+        agent.save(tmp_path / "agent", overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "agent").rglob("*") if path.is_file()} == saved
