@@ -35,7 +35,7 @@ from rich.text import Text
 
 from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
-from textgym.agents.machine.distributed import device, end_with_a_message, everyone, join, rank
+from textgym.agents.machine.distributed import device, everyone, join, raise_on_termination, rank
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
 from textgym.agents.runs.demo import DemoConfig
@@ -89,7 +89,7 @@ def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
     _check_agent(command)
     join()
-    end_with_a_message()
+    raise_on_termination()
     claim = None
     if rank() == 0:  # the first process writes for all of them
         check_run_folder(command.output_dir, resume=command.resume, overwrite=command.overwrite)

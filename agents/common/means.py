@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..machine.distributed import total
+from ..machine.distributed import sum_over_processes
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """A standard deviation below this share of the mean is rounding of float32: the values are equal."""
@@ -19,7 +19,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def overall_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return `masked_mean` over the entries of all processes of the run; without a mask over all entries."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    return total(torch.where(mask, values, 0.0).sum()) / total(mask.sum()).clamp(min=1)
+    return sum_over_processes(torch.where(mask, values, 0.0).sum()) / sum_over_processes(mask.sum()).clamp(min=1)
 
 
 def per_episode(values: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from textgym.rewards.engine.completions_to_score import RewardError
 from textgym.rewards.engine.scoring import Scorer
 from textgym.rewards.kl import KLPenalty
 
-from ..machine.distributed import everyone, gathered
+from ..machine.distributed import everyone, gather_columns
 from .rollout import Rollout
 
 TensorMetrics = dict[str, Tensor]
@@ -49,7 +49,7 @@ def episode_metrics(rollout: Rollout, kl: Tensor, penalty: KLPenalty, scorer: Sc
     Raises:
         RewardError: If no episode has a score.
     """
-    columns = gathered(
+    columns = gather_columns(
         {
             "kl": kl.sum(1),
             "scored": rollout.scored,

@@ -24,7 +24,7 @@ from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.settings import Count, NotNegative
 
-from ..machine.distributed import evenly, everyone, share_of, total
+from ..machine.distributed import everyone, pad_micro_batches, share_of, sum_over_processes
 from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
@@ -60,7 +60,7 @@ class Batch:
         with_gradient: Bool `(N,)` on the host: the episodes whose loss has a gradient. The others count in the mean but
             need no forward pass. `None` if all have a gradient.
         spare: Whether the episodes have weight 0. They then stand in for a process without episodes, which must take
-            part in collective operations; see `textgym.agents.machine.distributed.evenly`.
+            part in collective operations; see `textgym.agents.machine.distributed.pad_micro_batches`.
     """
 
     sequences: Sequences
@@ -148,7 +148,7 @@ class PolicyGradientAgent(RolloutAgent):
         for _ in range(self.config.num_epochs):
             order = rows[torch.randperm(len(rows), generator=self.shuffler)]
             shuffled = batch[order] if len(order) else batch
-            for chosen, counts in evenly(_slices(len(order), size), spare=slice(0, 1)):
+            for chosen, counts in pad_micro_batches(_slices(len(order), size), spare=slice(0, 1)):
                 yield replace(shuffled[chosen], spare=not counts)
 
     def step(self, batch: Batch) -> TensorMetrics:
@@ -169,14 +169,14 @@ class PolicyGradientAgent(RolloutAgent):
         whole, of_trained = (max(sum(column), 1) for column in zip(*everyone(weights), strict=True))
         metrics: TensorMetrics = {}
         # Gradient accumulation: each micro-batch adds its share of the gradient of the whole batch.
-        for rows, counts in evenly(_slices(len(trained), self.config.micro_batch_size), spare=slice(0, 1)):
+        for rows, counts in pad_micro_batches(_slices(len(trained), self.config.micro_batch_size), spare=slice(0, 1)):
             part = trained if rows.stop - rows.start == len(trained) else trained[rows]
             weight = self.weight(part) if counts and not trained.spare else 0
             loss, reported = self.loss(self.learner(functools.partial(self.evaluate, batch=part)), part)
             (loss * (weight / whole)).backward()
             for name, value in {**reported, "loss": loss}.items():
                 metrics[name] = metrics.get(name, 0.0) + weight / of_trained * value.detach().double()
-        metrics = dict(zip(metrics, total(torch.stack(list(metrics.values()))), strict=True))
+        metrics = dict(zip(metrics, sum_over_processes(torch.stack(list(metrics.values()))), strict=True))
         metrics["val/grad_norm"] = self.apply_gradients(metrics.pop("loss"))
         return metrics
 

@@ -31,17 +31,17 @@ from textgym.settings import Count, NotNegative, Positive, WholeNumber, check_ar
 from ..machine.circumstances import inputs
 from ..machine.distributed import (
     Learner,
-    add_up_gradients,
+    broadcast_weights,
     count,
     device,
     everyone,
-    explained,
-    full,
+    explain_lost_processes,
+    gather_shards,
     join,
-    own_seed,
+    process_seed,
     rank,
-    same_weights,
-    total,
+    sum_gradients,
+    sum_over_processes,
 )
 from ..machine.out_of_memory import memory_explained
 from .metrics import episode_metrics
@@ -125,7 +125,7 @@ class RolloutAgent(ABC):
                 f"episodes_per_update={self.config.episodes_per_update} must be a multiple of "
                 f"num_envs={envs.num_envs}{processes}"
             )
-        same_weights(policy)
+        broadcast_weights(policy)
         if self.config.gradient_checkpointing:
             policy.checkpoint_layers()
         self.learner = Learner(policy)
@@ -138,11 +138,11 @@ class RolloutAgent(ABC):
         self.optimizer = adamw(
             self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
         )
-        self.shuffler = torch.Generator().manual_seed(own_seed(self.config.seed))
+        self.shuffler = torch.Generator().manual_seed(process_seed(self.config.seed))
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
-        policy.seed(own_seed(self.config.seed))
+        policy.seed(process_seed(self.config.seed))
         with self.base_env.whole_episodes(wrapped=envs is not self.base_env):
             envs.reset(seed=self.config.seed)  # the same seed in all processes, so that they share one order of prompts
 
@@ -180,7 +180,7 @@ class RolloutAgent(ABC):
             MemoryError: If a GPU is out of memory; the message says what used it, and which settings to lower.
         """
         self.total_episodes = total_episodes
-        with explained(), memory_explained(self):
+        with explain_lost_processes(), memory_explained(self):
             while self.episodes < total_episodes:
                 metrics = self._iterate()
                 stop = False in [callback(self, metrics) for callback in callbacks]
@@ -226,7 +226,7 @@ class RolloutAgent(ABC):
         self.optimizer.zero_grad(set_to_none=True)  # frees memory for the rollout
         rollout = merge([self.collect() for _ in range(rounds)])
         if count() > 1 and scale.scaling is not None:  # all processes use the moments of all scores
-            scale.take_moments(*(before + total(before.new_tensor(scale.moments()) - before)).tolist())
+            scale.take_moments(*(before + sum_over_processes(before.new_tensor(scale.moments()) - before)).tolist())
         return rollout
 
     def collect(self) -> Rollout:
@@ -259,8 +259,8 @@ class RolloutAgent(ABC):
             NonFiniteError: If the loss or the norm is NaN or infinite; the weights are then unchanged.
         """
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        add_up_gradients(weights)
-        norm: Tensor = full(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
+        sum_gradients(weights)
+        norm: Tensor = gather_shards(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
         check_finite(f"update {self.updates + 1}", {"loss": loss, "gradient norm": norm})
         self.optimizer.step()
         return norm

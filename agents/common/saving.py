@@ -33,7 +33,7 @@ from textgym.settings import from_plain
 
 from ..machine import distributed
 from ..machine.circumstances import machine, warn_of_changes, warn_of_differences
-from ..machine.distributed import everyone, full, join, load_optimizer
+from ..machine.distributed import everyone, gather_shards, join, load_optimizer
 from ..machine.saved_files import SavedAgent, SavedPolicy, make_environment, read_json, saved_environment
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
@@ -186,7 +186,7 @@ def check_class(manifest: Manifest, kind: type, folder: Path) -> None:
 def save_agent(agent: Any, folder: Path, overwrite: bool) -> None:
     """Save a `RolloutAgent`; all processes must call this function, and rank 0 writes the files."""
     state = {
-        "optimizer": full(agent.optimizer.state_dict()),
+        "optimizer": gather_shards(agent.optimizer.state_dict()),
         "generators": everyone(
             {
                 "sampler": generator_state(agent.sampler),

@@ -39,7 +39,7 @@ from textgym.rewards.models.last_token import pad_right
 from textgym.settings import Count, NotNegative, Positive, Share, check_settings, from_plain
 
 from ..machine.circumstances import machine, warn_of_differences
-from ..machine.distributed import explained
+from ..machine.distributed import explain_lost_processes
 from ..machine.out_of_memory import memory_explained
 from ..machine.saved_files import SavedSupervisedAgent, read_json
 from .rollout_agent import Metrics
@@ -181,7 +181,7 @@ class SupervisedAgent(ABC):
         with (
             tempfile.TemporaryDirectory() as folder,
             seeded(self.config.seed),
-            explained(),
+            explain_lost_processes(),
             memory_explained(self),
             on_device(self.policy.device),
         ):

@@ -79,12 +79,12 @@ def share_of(number: int, name: str) -> int:
     return number // count()
 
 
-def own_seed(seed: int) -> int:
+def process_seed(seed: int) -> int:
     """Return a different seed for each process; rank 0 has the seed of the run."""
     return seed + 1_000_003 * rank()  # a prime far larger than the seeds that users try one after another
 
 
-def total(values: Tensor) -> Tensor:
+def sum_over_processes(values: Tensor) -> Tensor:
     """Return the elementwise sum over all processes; the shapes must be equal."""
     if count() == 1:
         return values
@@ -102,7 +102,7 @@ def everyone(value: T) -> list[T]:
     return values
 
 
-def gathered(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """Concatenate columns `(N,)` of all processes on the CPU; NaN for the rows of a process without that column."""
     columns = dict(zip(columns, to_host(*columns.values()), strict=True))
     if count() == 1:
@@ -117,10 +117,10 @@ def column_total(values: Tensor) -> Tensor:
     """Return the sum of `(..., T)` over all processes; T may differ, and the result has the T of this process."""
     width = values.shape[-1]
     widest = max(everyone(width))
-    return total(nn.functional.pad(values, (0, widest - width)))[..., :width]
+    return sum_over_processes(nn.functional.pad(values, (0, widest - width)))[..., :width]
 
 
-def evenly(parts: Sequence[T], spare: T) -> list[tuple[T, bool]]:
+def pad_micro_batches(parts: Sequence[T], spare: T) -> list[tuple[T, bool]]:
     """Pad a list of micro-batches to the length of the longest list of any process.
 
     Forward and backward passes with sharded weights are collective operations, so every process must make the same
@@ -133,7 +133,7 @@ def evenly(parts: Sequence[T], spare: T) -> list[tuple[T, bool]]:
     return [*((part, True) for part in parts), *[(spare, False)] * missing]
 
 
-def same_weights(module: nn.Module) -> None:
+def broadcast_weights(module: nn.Module) -> None:
     """Broadcast the weights of rank 0 to all processes, in place."""
     if count() > 1:
         with torch.no_grad():
@@ -141,28 +141,28 @@ def same_weights(module: nn.Module) -> None:
                 distributed.broadcast(weight, 0)
 
 
-def add_up_gradients(weights: Iterable[Tensor]) -> None:
+def sum_gradients(weights: Iterable[Tensor]) -> None:
     """Replace gradients by their sums over all processes; FSDP has already summed the gradients of sharded weights."""
     if count() == 1:
         return
     gradients = [weight.grad for weight in weights if weight.grad is not None and not isinstance(weight, DTensor)]
     for bucket in _buckets(gradients):
-        summed = total(torch.cat([gradient.flatten() for gradient in bucket]))
+        summed = sum_over_processes(torch.cat([gradient.flatten() for gradient in bucket]))
         for gradient, part in zip(bucket, summed.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def full(values: Any) -> Any:
+def gather_shards(values: Any) -> Any:
     """Gather a tensor that may be sharded, or all tensors in nested dicts and lists."""
     if isinstance(values, dict):
-        return {key: full(value) for key, value in values.items()}
+        return {key: gather_shards(value) for key, value in values.items()}
     if isinstance(values, list):
-        return [full(value) for value in values]
+        return [gather_shards(value) for value in values]
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state that `full(optimizer.state_dict())` returned; each process keeps the shards of its weights."""
+    """Load the state that `gather_shards(optimizer.state_dict())` returned; each process keeps its shards."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
 
     def shard(weight: Tensor, value: Any) -> Any:
@@ -213,7 +213,7 @@ class Learner(nn.Module):
             unsharded: ActorCritic = self.__dict__["unsharded"]
             targets, shards = ([x for x in p.parameters() if x.requires_grad] for p in (unsharded, self.policy))
             for weight, shard in zip(targets, shards, strict=True):
-                weight.copy_(full(shard.detach()))
+                weight.copy_(gather_shards(shard.detach()))
             unsharded.reset_cache()
 
 
@@ -257,7 +257,7 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_lost_processes() -> Iterator[None]:
     """Explain errors of collective operations that fail because another process is gone.
 
     Raises:
@@ -271,7 +271,7 @@ def explained() -> Iterator[None]:
         raise ProcessLostError(_lost_process()) from error
 
 
-def end_with_a_message() -> None:
+def raise_on_termination() -> None:
     """Raise `ProcessLostError` on SIGTERM, which launchers send to the other processes when one has ended."""
     if count() > 1:
         signal.signal(signal.SIGTERM, _terminated)
