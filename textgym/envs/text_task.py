@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
@@ -14,22 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from textgym.data.continuations import decode_continuation, ids_of_text
-from textgym.data.encoding import cut_beginning, encode
-from textgym.data.messages import Text, content, render
+from textgym.data.encoding import encode
+from textgym.data.messages import Text, content
 from textgym.data.prompts import load_prompts
 from textgym.data.rows import Row
-from textgym.envs.config import KLMode, MaskSpec, TextConfig
+from textgym.envs.config import KLMode, TextConfig
 from textgym.envs.episodes import Ends, Episodes
+from textgym.envs.kl_modes import check_kl_mode, kl_payer
+from textgym.envs.model_checks import check_enough_positions, check_lengths, checked_decoder_start, known_vocabulary
+from textgym.envs.prompt_ids import cut_prompts, padded_prompts, prompt_text
 from textgym.envs.spaces import KLPayer, TokenSpace
+from textgym.envs.step_outcome import StepOutcome
 from textgym.envs.stopping import StopStrings, stop_rule
-from textgym.errors import CutPromptsWarning
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import check_encoder_decoder
-from textgym.models.architectures.positions import check_positions, position_limit
-from textgym.models.architectures.support import check_supported
+from textgym.models.architectures.positions import position_limit
 from textgym.models.distributions.log_probs import StopRule
-from textgym.models.distributions.masks import ActionMask, FunctionMask, ModelMask, narrow
-from textgym.models.fitting import check_same_size, check_stop_ids, check_tokenizer, known_of_model, stop_ids
+from textgym.models.distributions.masks import ModelMask, as_action_mask, narrow
+from textgym.models.fitting import check_same_size, check_stop_ids, check_tokenizer, stop_ids
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, resolve_device
 from textgym.models.machine.profiled_phases import phase
@@ -37,7 +38,7 @@ from textgym.models.machine.transfer import to_device, to_host
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scoring import Scorer, Scores
-from textgym.rewards.kl import KLPenalty, warn_of_filter
+from textgym.rewards.kl import KLPenalty
 
 
 class Policy(Protocol):
@@ -45,28 +46,6 @@ class Policy(Protocol):
 
     def log_prob(self, observation: Observation, action: Any) -> Tensor:
         """Return the log-probs `(B,)` of actions `(B,)` in the states of an observation."""
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """Result of one step of all rows.
-
-    Attributes:
-        rewards: `(B,)` float32, on the task's device.
-        ends: Rows that ended by a stop token, and by length.
-        ended: Rows that ended, bool `(B,)`, on the host.
-        infos: NumPy arrays `(B,)` by key, set for rows that ended, NaN if unknown; empty if no row ended.
-    """
-
-    rewards: Tensor
-    ends: Ends
-    ended: np.ndarray
-    infos: dict[str, np.ndarray]
-
-    def known(self, key: str) -> np.ndarray:
-        """Return bool `(B,)`: the rows that ended and have this info; success is unknown without a score."""
-        known = self.ended & ~np.isnan(self.infos[key])
-        return known & self.infos["scored"] if key == "is_success" else known
 
 
 class TextTask:
@@ -95,7 +74,7 @@ class TextTask:
         self.kl_clamp = config.kl_clamp
         self.truncates = config.length_limit == "truncate"
         self.missing_eos_penalty = config.missing_eos_penalty
-        self.action_mask = _action_mask(config.action_mask, self.device)
+        self.action_mask = as_action_mask(config.action_mask, self.device)
         if isinstance(self.action_mask, ModelMask):
             check_tokenizer(
                 self.tokenizer, self.action_mask.model.lm, self.action_mask.model.vocab_size, "the action mask's model"
@@ -103,8 +82,8 @@ class TextTask:
         self.penalty = self._make_penalty(config.reference)
         if config.kl_mode is not None:
             self.check_kl_mode()
-        self.vocab_size, model_stops = self._known_vocabulary()
-        self.decoder_start = self._decoder_start(config.decoder_start_ids)
+        self.vocab_size, model_stops = known_vocabulary(self.tokenizer, self.penalty)
+        self.decoder_start = checked_decoder_start(config.decoder_start_ids, self.vocab_size, self.penalty)
         self.stop_strings = StopStrings(config.stop, self.tokenizer)
         self.stop_rule = _with_ids(stop_rule(config.stop, config.min_new_tokens, self.tokenizer), model_stops)
         self.max_prompt_tokens, self.max_new_tokens = config.max_prompt_tokens, config.max_new_tokens
@@ -119,7 +98,7 @@ class TextTask:
         self.policy: Policy | None = None
         self.action_space = self._make_action_space()
         if self.penalty is not None:
-            self._check_lengths(self.penalty.reference, "the reference")
+            check_lengths(self.penalty.reference, "the reference", *self._longest())
 
     def _make_action_space(self) -> TokenSpace:
         return TokenSpace(
@@ -140,47 +119,19 @@ class TextTask:
             check_same_size(policy, self.penalty.reference)
         stop = _with_ids(self.stop_rule, stop_ids(policy.lm))
         check_stop_ids(stop.ids, policy.vocab_size, "the policy")
-        self._check_lengths(policy, "the policy")
+        check_lengths(policy, "the policy", *self._longest())
         if isinstance(policy, ActorCritic) and policy.critic is not None:
             rows = policy.critic.config.get_text_config(decoder=True).vocab_size
             check_tokenizer(self.tokenizer, policy.critic, rows, "the critic")
-            self._check_positions(policy.critic.config, "the critic")
+            check_enough_positions(policy.critic.config, "the critic", *self._longest())
         if (policy.vocab_size, stop) != (self.vocab_size, self.stop_rule):
             self.vocab_size, self.stop_rule = policy.vocab_size, stop
             self._lay_out(self.width)
             self.action_space = self._make_action_space()
 
-    def _known_vocabulary(self) -> tuple[int, tuple[int, ...]]:
-        """Return V and the stop tokens of the model, from the reference or from the model in the tokenizer's folder.
-
-        Raises:
-            ValueError: If the reference does not fit the tokenizer.
-        """
-        size, ids = known_of_model(self.tokenizer)
-        size = max(size, len(self.tokenizer))
-        if self.penalty is not None:
-            reference = self.penalty.reference
-            check_tokenizer(self.tokenizer, reference.lm, reference.vocab_size, "the reference")
-            size = reference.vocab_size
-            ids = (*ids, *stop_ids(reference.lm))
-        check_stop_ids(ids, size, "the model")
-        return size, ids
-
-    def _check_lengths(self, model: TokenModel, name: str) -> None:
-        """Check that a model supports the longest text of an episode exactly."""
-        longest = self._check_positions(model.lm.config, name)
-        check_supported(model.lm, model.head, longest)
-
-    def _check_positions(self, config: Any, name: str) -> int:
-        """Check that a model has enough positions, and return the number that an episode may need."""
-        prompt, response = int(self.prompt_lengths.max()), self.max_new_tokens
-        if start := self.decoder_start:
-            texts = {"a prompt": prompt, "a response": len(start) + response}
-        else:
-            texts = {"a prompt with its response": prompt + response}
-        for text, tokens in texts.items():
-            check_positions(config, tokens, f"{text} for {name}")
-        return max(texts.values())
+    def _longest(self) -> tuple[int, int, int]:
+        """Return the most tokens of a prompt, of a response, and before it in a decoder."""
+        return int(self.prompt_lengths.max()), self.max_new_tokens, len(self.decoder_start)
 
     def attach_policy(self, policy: Policy) -> None:
         """Set the policy of `kl_mode="exact"`."""
@@ -220,12 +171,14 @@ class TextTask:
         Without `max_prompt_tokens`, longer prompts than before make observations wider and end the current episodes.
         """
         self.rows = rows
-        self.prompt_texts = [self._prompt_text(row["prompt"]) for row in rows]
+        self.prompt_texts = [prompt_text(row["prompt"], self.tokenizer) for row in rows]
         encoded = self._encode_prompts([row["prompt"] for row in rows])
         width = self.max_prompt_tokens or min(max(map(len, encoded)), self._longest_prompt())
         if width > self.width:
             self._lay_out(width)
-        self.prompt_ids, self.prompt_lengths = self._padded(encoded)
+        self.prompt_ids, self.prompt_lengths = padded_prompts(
+            cut_prompts(encoded, self.width, self.tokenizer.bos_token_id, self.max_prompt_tokens), rows
+        )
         self.queue: list[int] = []
 
     def _lay_out(self, width: int) -> None:
@@ -485,7 +438,7 @@ class TextTask:
         cut = self.stop_strings.texts and not self.answers
         return ids_of_text(self.tokenizer, self._context(prompt), ids, text) if cut else ids
 
-    def _make_penalty(self, reference: str | nn.Module | None) -> KLPenalty | None:
+    def _make_penalty(self, reference: str | Path | nn.Module | None) -> KLPenalty | None:
         if reference is None:  # agents then use their initial policy as the reference
             return None
         return KLPenalty(reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device=self.device)
@@ -496,24 +449,12 @@ class TextTask:
         Raises:
             ValueError: If it cannot.
         """
-        coef, estimator = self.kl_coef, self.kl_estimator
-        if self.penalty is None:
-            if self.kl_mode != "deferred" and coef != 0:
-                raise ValueError("kl_coef is set but there is no reference: name one, for example reference='tiny'")
-            return
-        allowed = {"reference": ("k1",), "exact": ("k1", "k2", "k3"), "deferred": ("k1", "k2", "k3", "full")}
-        if estimator not in allowed[self.kl_mode]:
-            raise ValueError(
-                f"kl_estimator={estimator!r} is not possible in kl_mode={self.kl_mode!r}, which has "
-                f"{allowed[self.kl_mode]}; kl_mode='deferred' has all estimators"
-            )
-        if self.kl_mode == "reference" and (self.kl_clamp is not None or not isinstance(coef, int | float)):
-            raise ValueError(
-                "kl_mode='reference' does not compute the KL, so there can be no kl_clamp and no controller: give "
-                "kl_coef as a number and no kl_clamp, or use kl_mode='deferred'"
-            )
-        if self.kl_mode != "deferred" and coef != 0:
-            warn_of_filter(self.action_mask, estimator)
+        settings = self.kl_coef, self.kl_estimator, self.kl_clamp
+        check_kl_mode(self.kl_mode, self.penalty, *settings, self.action_mask)
+
+    def kl_payer(self) -> KLPayer:
+        """Return what applies the KL penalty."""
+        return kl_payer(self.kl_mode, self.kl_coef)
 
     def _decoder_start(self, given: Sequence[int]) -> tuple[int, ...]:
         """Return the decoder's start tokens, after a check that the reference is of the same kind of model."""
@@ -524,16 +465,6 @@ class TextTask:
             check_encoder_decoder(self.penalty.reference.lm, wanted=bool(start))
         return start
 
-    def kl_payer(self) -> KLPayer:
-        """Return what applies the KL penalty."""
-        coef = self.kl_coef if isinstance(self.kl_coef, int | float) else self.kl_coef.coef
-        if coef == 0:
-            return "nobody"
-        return "agent" if self.kl_mode == "deferred" else "environment"
-
-    def _prompt_text(self, prompt: Text) -> str:
-        return prompt if isinstance(prompt, str) else render(prompt, self.tokenizer, add_generation_prompt=True)
-
     def _encode_prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
         return encode(
             prompts,
@@ -543,31 +474,8 @@ class TextTask:
             add_eos=bool(self.decoder_start),  # encoders were trained with EOS after their input
         )
 
-    def _padded(self, encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Return prompts as right-padded ids `(P, L)`, cut from the left to the width, and their lengths `(P,)`."""
-        prompts = self._cut(encoded)
-        lengths = np.array([len(ids) for ids in prompts], dtype=np.int64)
-        if not lengths.all():
-            row = int(np.flatnonzero(lengths == 0)[0])
-            raise ValueError(f"prompt {row} ({self.rows[row]['prompt']!r}) has no tokens: give it some text")
-        ids = np.zeros((len(prompts), lengths.max()), dtype=np.int32)
-        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.concatenate(prompts)
-        return ids, lengths
 
-    def _cut(self, encoded: list[list[int]]) -> list[list[int]]:
-        """Return prompts, cut at the beginning if they are too long, with a warning that counts these."""
-        lost = [len(ids) - self.width for ids in encoded if len(ids) > self.width]
-        if lost:
-            warnings.warn(
-                f"{len(lost)} of {len(encoded)} prompts have more than {self.width} tokens and lose {sum(lost)} tokens "
-                f"at their beginning: raise max_prompt_tokens={self.max_prompt_tokens}, or shorten them",
-                CutPromptsWarning,
-                stacklevel=7,
-            )
-        return [cut_beginning(ids, self.width, self.tokenizer.bos_token_id) for ids in encoded]
-
-
-def _device_of(device: Device, reference: str | nn.Module | None) -> torch.device:
+def _device_of(device: Device, reference: str | Path | nn.Module | None) -> torch.device:
     """Return the device of an environment: the given one, or else that of a reference that is a module."""
     if device is None and isinstance(reference, nn.Module):
         return next(reference.parameters()).device
@@ -577,14 +485,6 @@ def _device_of(device: Device, reference: str | nn.Module | None) -> torch.devic
 def _with_ids(stop: StopRule, ids: Sequence[int]) -> StopRule:
     """Return a stop rule with further stop tokens."""
     return StopRule(tuple(sorted({*stop.ids, *ids})), stop.min_new_tokens)
-
-
-def _action_mask(given: MaskSpec | None, device: torch.device) -> ActionMask | None:
-    """Return the mask that restricts actions; its model, if it has one, moves to the environment's device."""
-    mask = given if given is None or isinstance(given, ActionMask) else FunctionMask(given)
-    if isinstance(mask, ModelMask):
-        mask.follow_device(device)
-    return mask
 
 
 def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

@@ -20,7 +20,8 @@ from textgym.envs.interface import TextProperties
 from textgym.envs.rendering import RENDER_MODES, checked_render_mode, render
 from textgym.envs.reset_options import check_options, chosen_rows, prompt_choice
 from textgym.envs.spaces import as_actions
-from textgym.envs.text_task import Policy, StepOutcome, TextTask
+from textgym.envs.step_outcome import StepOutcome
+from textgym.envs.text_task import Policy, TextTask
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel

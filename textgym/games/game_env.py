@@ -10,6 +10,7 @@ import numpy as np
 
 from textgym.data.continuations import encode_after
 from textgym.envs.episodes import Ends
+from textgym.envs.prompt_ids import cut_prompts
 from textgym.envs.text import TextEnv
 from textgym.envs.text_task import TextTask
 from textgym.envs.vector import TextVectorEnv
@@ -57,7 +58,8 @@ class GameTask(TextTask):
             text, _ = self.games[row].reset(seed=int(index))
             self.rows[index] = {**self.rows[index], "prompt": text}
             self.prompt_texts[index] = text
-            [ids] = self._cut(self._encode_prompts([text]))
+            bos = self.tokenizer.bos_token_id
+            [ids] = cut_prompts(self._encode_prompts([text]), self.width, bos, self.max_prompt_tokens)
             self.prompt_ids[index, : len(ids)], self.prompt_lengths[index] = ids, len(ids)
             self.turn_starts[row], self.turn_rewards[row], self.said[row] = 0, {}, ""
         super().begin(rows, prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeGuard
 
 import torch
@@ -75,7 +76,7 @@ class TokenModel(nn.Module):
 
     @classmethod
     def load(
-        cls, model: str | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None
+        cls, model: str | Path | nn.Module | TokenModel, *, temperature: float = 1.0, device: Device = None
     ) -> TokenModel:
         """Return a frozen model.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Annotated, Literal, Protocol, get_args
 
 import torch
@@ -131,7 +132,7 @@ class KLPenalty:
 
     def __init__(
         self,
-        reference: str | nn.Module | TokenModel,
+        reference: str | Path | nn.Module | TokenModel,
         coef: float | KLController,
         estimator: Estimator = "k1",
         clamp: float | None = None,
@@ -148,7 +149,7 @@ class KLPenalty:
         beta = plain(coef)
         if isinstance(beta, Real) and beta < 0:
             raise ConfigError(f"kl_coef must not be negative, got {beta}: it would reward divergence")
-        self.controller: KLController = FixedKL(beta) if isinstance(beta, Real) else coef  # type: ignore[assignment]
+        self.controller: KLController = FixedKL(float(beta)) if isinstance(beta, Real) else coef  # type: ignore[assignment]
         self.estimator: Estimator = estimator
 
     @property

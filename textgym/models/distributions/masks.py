@@ -149,6 +149,14 @@ class TopKMask(ModelMask):
         return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
+def as_action_mask(given: ActionMask | Callable[[Observation], Any] | None, device: torch.device) -> ActionMask | None:
+    """Return the mask that restricts actions; its model, if it has one, moves to the environment's device."""
+    mask = given if given is None or isinstance(given, ActionMask) else FunctionMask(given)
+    if isinstance(mask, ModelMask):
+        mask.follow_device(device)
+    return mask
+
+
 def narrow(allowed: Tensor, mask: Tensor) -> Tensor:
     """Return the intersection of two masks `(B, V)`; `allowed` in rows where the intersection is empty."""
     both = allowed & mask.to(allowed.device)

@@ -59,8 +59,8 @@ def _checked_value(name: str, value: Any, finished: Finished, row: int) -> Value
             "completion_ids, and none for padding"
         )
     for entry in entries:
-        if (problem := _unpayable(entry)) is not None:
-            return RewardError(f"reward function {name!r} returned {entry!r}, {problem}, for {finished.row(row)}")
+        if (reason := _unpayable(entry)) is not None:
+            return RewardError(f"reward function {name!r} returned {entry!r}, {reason}, for {finished.row(row)}")
     return np.asarray(entries, dtype=np.float64) if by_token else float(value)
 
 
@@ -71,7 +71,7 @@ def _unpayable(entry: Any) -> str | None:
             return "not a finite number"
     except OverflowError:  # an integer beyond all floats
         return "not a finite number"
-    return None if abs(entry) <= LARGEST else "beyond the largest number of float32, in which rewards are paid"
+    return None if abs(float(entry)) <= LARGEST else "beyond the largest number of float32, in which rewards are paid"
 
 
 def _listed(value: Any) -> Any:
