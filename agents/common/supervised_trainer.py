@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.finite import FiniteGradients
+from textgym.models.machine.schedules import Decay, warmup_and_decay
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.models.sequences import Sequences
 from textgym.rewards.models.pairwise import SILENT
@@ -99,17 +99,11 @@ class SupervisedTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make a schedule of linear warm-up and decay; unlike transformers', no update has a learning rate of 0."""
-        warmup = math.ceil(self.agent.config.warmup * num_training_steps)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            decay = num_training_steps - warmup
-            return (num_training_steps - step) / decay if self.agent.config.anneal_learning_rate and decay else 1.0
-
+        """Make a schedule of linear warm-up and linear decay."""
+        config = self.agent.config
         chosen: Any = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+        decay: Decay = "linear" if config.anneal_learning_rate else "none"
+        self.lr_scheduler = warmup_and_decay(chosen, num_training_steps, config.warmup, decay)
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from textgym.data.messages import Text
 from textgym.models.machine.devices import on_device
 from textgym.models.machine.finite import FiniteGradients
+from textgym.models.machine.schedules import warmup_and_decay
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
@@ -140,8 +141,6 @@ def fit(
             output_dir=folder,
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.groups_per_batch,
-            lr_scheduler_type="cosine",
-            warmup_steps=config.warmup,
             max_grad_norm=1.0,
             bf16=config.bf16,
             model_device=str(device),
@@ -191,6 +190,12 @@ class PairwiseTrainer(Trainer):
     def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make a schedule of linear warm-up and cosine decay."""
+        chosen: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = warmup_and_decay(chosen, num_training_steps, self.config.warmup, "cosine")
+        return self.lr_scheduler
 
     def compute_loss(
         self,

@@ -103,6 +103,26 @@ def test_the_seed_decides(mock_folder: Path) -> None:
 
 @pytest.mark.training
 @pytest.mark.slow
+class Weights(TrainerCallback):
+    """Keeps the weights of before and after training."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = {name: x.detach().clone() for name, x in kwargs["model"].named_parameters()}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.updates = state.global_step
+        self.unchanged = {name for name, x in kwargs["model"].named_parameters() if torch.equal(x, self.before[name])}
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+def test_a_run_of_one_update_trains(mock_folder: Path, warmup: float) -> None:
+    pairs, weights = [{"prompt": "a", "chosen": "b", "rejected": "c"}], Weights()
+    config = RewardModelConfig(warmup=warmup)
+    train_reward_model(pairs, base=mock_folder, heldout=pairs, config=config, callbacks=[weights])
+    assert weights.updates == 1
+    assert not weights.unchanged
+
+
 def test_margin_and_centring_act(mock_folder: Path) -> None:
     far = [{**pair, "margin": 10.0} for pair in PAIRS]
 
