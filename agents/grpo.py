@@ -85,18 +85,18 @@ class GRPO(PromptGroupAgent):
         groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
 
         # 2. Advantages: the return minus the group's mean, the same for all tokens of an episode; 1e-4 as in TRL.
-        advantages = groups.differences
+        # Below 1e-6 returns differ by the rounding of the KL alone, which the division by 1e-4 would make a thousandth.
+        informative = groups.informative & (groups.standard_deviation > 1e-6)  # (groups, 1)
+        advantages = torch.where(informative, groups.differences, 0.0)
         if config.scale == "group":
             advantages = advantages / (groups.standard_deviation + 1e-4)
         advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
 
         # 3. Groups of equal returns have advantage 0, but count in the means of the loss: otherwise the gradient of
         #    the others would grow with their number. If nothing else in the loss has a gradient, they need no pass.
-        [comparable, informative] = to_host(
-            groups.comparable.flatten(), (groups.informative & groups.comparable).flatten()
-        )
+        [comparable, different] = to_host(groups.comparable.flatten(), (informative & groups.comparable).flatten())
         alone = self.reference_log_probs is None and config.entropy_coef == 0 and config.loss_type != "bnpo"
-        with_gradient = informative if alone else None
+        with_gradient = different if alone else None
 
         # 4. Minibatches of whole episodes, one optimiser step each.
         steps: list[TensorMetrics] = []
@@ -107,7 +107,7 @@ class GRPO(PromptGroupAgent):
                 break
 
         # 5. Metrics, and the share of the groups whose returns are equal.
-        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(groups.informative.float())})
+        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(informative.float())})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """Return the clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens weighted by `weights`."""

@@ -163,7 +163,7 @@ def unmet(value: Any, annotation: Any) -> str | None:
 
     >>> unmet(2.0, Share), unmet(None, Count | None), unmet("k4", Literal["k1", "k2"])
     ('from 0 to 1', None, "'k1' or 'k2'")
-    >>> unmet([1.0, float("nan")], Sequence[float])
+    >>> unmet([1.0, float("nan")], list[float])
     'a sequence, each a finite number'
     """
     origin, members = get_origin(annotation), get_args(annotation)

@@ -66,7 +66,7 @@ def make_policy(kind: str, moved: bool = True, **changes: Any) -> ActorCritic:
 
 
 def make_envs(kind: str = "shared", **changes: Any) -> Any:
-    reference = None if "lora" in kind else mock_lm(seed=5)  # the policy's own weights without the adapter
+    reference = mock_lm() if "lora" in kind else mock_lm(seed=5)  # the policy without its adapter, or another one
     settings = {**ENV, "reward": vowels, "reference": reference, "kl_mode": "deferred", **changes}
     return gym.make_vec("textgym/Text-v0", num_envs=ROWS, **settings)
 
@@ -133,7 +133,7 @@ def plain_loss(agent: PPO, rollout: Rollout, plainly: Callable[..., Evaluation])
     old, values = new.log_prob.detach(), new.value.detach()
     assert_close(rollout.log_probs, old, terms=FORWARD)
     assert_close(rollout.values, values, terms=FORWARD)
-    with torch.no_grad(), agent.penalty.reference._active():
+    with torch.no_grad():
         rewards = coef * (plainly(agent.penalty.reference, rollout.sequences).log_prob - old)
     assert rewards[mask].abs().max() > 0.01, "a policy that has moved"
     rewards = rewards + rollout.rewards
@@ -311,7 +311,7 @@ def test_tokens_of_the_environment_are_not_trained_on(kind: str, plainly: Any) -
     """The gradient is the plain one of what the policy wrote alone."""
     settings = {name: value for name, value in ENV.items() if name != "prompts"}
     settings |= {"max_new_tokens": 24, "min_new_tokens": 0, "kl_mode": "deferred"}
-    reference = None if "lora" in kind else mock_lm(seed=5)
+    reference = mock_lm() if "lora" in kind else mock_lm(seed=5)
     agent = make_agent(kind, GameVectorEnv(ROWS, Echo, **settings, reference=reference))
     rollouts = rollouts_of(agent)
     assert_gradient_is_plain(agent, plainly)

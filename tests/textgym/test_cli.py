@@ -466,7 +466,6 @@ def test_evaluate_prints_the_metrics_of_a_task_with_intervals(capsys: pytest.Cap
         (env_kwargs(reward="my_rewards:nothing"), "'my_rewards' has no 'nothing'. It has: broken, text_length"),
         (env_kwargs(prompts="no.jsonl"), "there is no file 'no.jsonl' with prompts"),
         (["--num-envs", "7"], "textgym: episodes_per_update=8 must be a multiple of num_envs=7"),
-        (["--temperature", "0"], "textgym: temperature must be above 0"),
         (["--output-dir", "my_rewards.py"], "my_rewards.py"),
         (["--data", "rows.jsonl"], "--agent ppo learns from the episodes it plays and would not read --data"),
     ],
@@ -497,8 +496,21 @@ def test_a_reward_that_breaks_while_training(working_folder: Path) -> None:
     assert (working_folder / "run" / "policy" / "model.safetensors").exists()
 
 
-def test_evaluate_needs_prompts() -> None:
-    assert "choose at least one" in error_of("evaluate", "--policy", "tiny", "--prompts", "0", *env_kwargs())
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--output-dir", "run", "--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["train", "--output-dir", "run", "--gamma", "2"], "gamma must be from 0 to 1, got 2.0"),
+        (["evaluate", "--policy", "tiny", "--prompts", "0"], "prompts must be at least 1, got 0"),
+    ],
+)
+def test_settings_out_of_their_range_are_errors_of_usage(
+    arguments: list[str], message: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (working_folder / "run").exists()
 
 
 @pytest.mark.slow

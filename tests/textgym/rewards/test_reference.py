@@ -102,7 +102,7 @@ def test_it_moves_after_every_so_many_updates() -> None:
     moved = []
     for updates in range(1, 7):
         penalty = KLPenalty(mock_lm(seed=1), 0.1)
-        sync(SimpleNamespace(updates=updates, penalty=penalty, policy=policy), {})
+        sync(SimpleNamespace(updates=updates, penalty=penalty, policy=policy, reference_may_move=True), {})
         moved.append(penalty.owns_reference)
     assert moved == [False, False, True, False, False, True]
 
