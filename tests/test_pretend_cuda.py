@@ -17,7 +17,7 @@ GROUPS = {
     "place": ["test_placement.py", "test_sb3.py", "test_synchronisations.py"],
 }
 """Pairs of about the same length, since to begin a process takes seconds and two workers run the tests."""
-SLOW = ("keep", "place")
+SLOW = ("learn", "keep", "place")
 
 
 @pytest.mark.training

@@ -97,6 +97,7 @@ def gain_of(seed: int, learning_rate: float = 1e-2) -> float:
     return float(np.mean(scores[-2:]) - np.mean(scores[:2]))
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_ppo_improves_a_task() -> None:
     """A false failure has a chance of 3e-5."""

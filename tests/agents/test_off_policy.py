@@ -117,6 +117,7 @@ def test_the_greedy_text_is_the_best(name: str) -> None:
     assert_learns(leads, at_least=1.0 if "pathwise" in name else 0.3, measured=measured)
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_the_soft_policy_is_the_closed_form() -> None:
     optimum = SMALL.optimum(0.3)

@@ -111,6 +111,7 @@ def test_merging_rollouts_with_different_components() -> None:
     assert values[~values.isnan()].unique().tolist() == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", [None, "mock"])
 def test_scaling_and_a_moved_reference_are_resumed(tmp_path: Path, reference: str | None) -> None:
     def agent() -> PPO:

@@ -51,7 +51,7 @@ UNSCORED = [0, 5, 8, 9, 10]  # the third group has one score left
 pytestmark = pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")
 patient = settings(
     deadline=None,
-    max_examples=20,
+    max_examples=10,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -163,6 +163,7 @@ def test_train_leaves_a_run_folder_and_evaluate_reads_it(
     assert lines[-1][:5] == ["The", "first", "half", "hour", "of"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", ["ppo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_encoder_decoder_models_are_trained_and_evaluated(
     agent: str, working_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -297,6 +298,7 @@ def test_ctrl_c_keeps_metrics_policy_and_curves(working_folder: Path, monkeypatc
     assert not list(run.rglob(".*")), "nothing half-written"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
@@ -354,6 +356,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(working_folder: Path, monkeypatch:
     assert Checkpoints("run/checkpoints").newest() == Path("run/checkpoints/step-000000"), "written before any update"
 
 
+@pytest.mark.slow
 def test_files_and_runs_of_others_are_not_touched(working_folder: Path) -> None:
     train = ["train", *SMALL, *env_kwargs(), "--output-dir"]
     (working_folder / "thesis").mkdir()

@@ -176,6 +176,7 @@ def test_narrow_terminals_cut_no_figure() -> None:
     assert "…" not in shown
 
 
+@pytest.mark.slow
 def test_the_trace_does_not_grow_with_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("textgym.agents.runs.profiling.TRACED_CALLS", 2)
     profiled(make_agent(), tmp_path)
@@ -193,6 +194,7 @@ def test_a_profiled_run_learns_the_same(tmp_path: Path) -> None:
     assert_trained_alike(agent.policy.state_dict(), plain.policy.state_dict(), learning_rate)
 
 
+@pytest.mark.slow
 def test_off_policy_agents_have_phases_too(tmp_path: Path) -> None:
     config = DQNConfig(episodes_per_update=ROWS, learning_starts=ROWS, batch_size=ROWS)
     agent = DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(kl_coef=0.1), config)
@@ -218,6 +220,7 @@ def test_a_run_too_short_to_profile(tmp_path: Path) -> None:
         Profiler(tmp_path, make_agent(), 8)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

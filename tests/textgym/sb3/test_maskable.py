@@ -81,6 +81,7 @@ def test_behaviour_log_probs_are_those_of_the_masked_distribution(
     assert model.logger.name_to_value["train/clip_fraction"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "top_p" else pytest.mark.slow) for kind in KINDS[1:]]
 )

@@ -165,6 +165,7 @@ def test_episodes_cut_short_by_a_reset_end_without_an_end(make_env: MakeEnv) -> 
     assert [episode.terminated for episode in buffer.episodes] == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_memory_a_transition(make_env: MakeEnv) -> None:
     env = make_env(4, kl_mode="reference")
     buffer = EpisodeReplayBuffer(10**6, env.observation_space, env.action_space, n_envs=4)

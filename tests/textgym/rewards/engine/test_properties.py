@@ -26,7 +26,7 @@ from textgym.rewards.functions.rules import (
 from textgym.rewards.models.pairwise import pairwise_loss
 
 patient = [HealthCheck.too_slow]  # the machine may be busy
-settings.register_profile("textgym", deadline=None, max_examples=60, derandomize=True, suppress_health_check=patient)
+settings.register_profile("textgym", deadline=None, max_examples=30, derandomize=True, suppress_health_check=patient)
 settings.load_profile("textgym")
 
 FINITE = st.floats(-1e6, 1e6, width=32)
