@@ -55,11 +55,14 @@ class StopStrings:
             self._can_complete[token] = HALF in piece or not self.last_characters.isdisjoint(piece)
         return self._can_complete[token]
 
-    def found_in(self, text: str) -> bool:
-        """Whether a stop string occurs."""
-        return any(stop in text for stop in self.texts)
+    def found_in(self, text: str, early: int = 0) -> bool:
+        """Whether a stop string occurs and does not end in the first `early` characters."""
+        return any(self._find(stop, text, early) >= 0 for stop in self.texts)
 
-    def cut(self, text: str) -> str:
-        """The text before the first stop string."""
-        found = [index for stop in self.texts if (index := text.find(stop)) >= 0]
+    def cut(self, text: str, early: int = 0) -> str:
+        """The text before the first stop string that does not end in the first `early` characters."""
+        found = [index for stop in self.texts if (index := self._find(stop, text, early)) >= 0]
         return text[: min(found)] if found else text
+
+    def _find(self, stop: str, text: str, early: int) -> int:
+        return text.find(stop, max(0, early - len(stop) + 1))

@@ -28,7 +28,6 @@ from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import check_encoder_decoder
 from textgym.models.architectures.positions import position_limit
-from textgym.models.distributions.log_probs import StopRule
 from textgym.models.distributions.masks import ModelMask, as_action_mask, narrow
 from textgym.models.fitting import check_same_size, check_stop_ids, check_tokenizer, stop_ids
 from textgym.models.loading import load_tokenizer
@@ -85,7 +84,7 @@ class TextTask:
         self.vocab_size, model_stops = known_vocabulary(self.tokenizer, self.penalty)
         self.decoder_start = checked_decoder_start(config.decoder_start_ids, self.vocab_size, self.penalty)
         self.stop_strings = StopStrings(config.stop, self.tokenizer)
-        self.stop_rule = _with_ids(stop_rule(config.stop, config.min_new_tokens, self.tokenizer), model_stops)
+        self.stop_rule = stop_rule(config.stop, config.min_new_tokens, self.tokenizer).with_ids(model_stops)
         self.max_prompt_tokens, self.max_new_tokens = config.max_prompt_tokens, config.max_new_tokens
         self.add_special_tokens = config.add_special_tokens
         self.num_rows, self.width = num_rows, 0
@@ -117,7 +116,7 @@ class TextTask:
         check_tokenizer(self.tokenizer, policy.lm, policy.vocab_size)
         if self.penalty is not None:
             check_same_size(policy, self.penalty.reference)
-        stop = _with_ids(self.stop_rule, stop_ids(policy.lm))
+        stop = self.stop_rule.with_ids(stop_ids(policy.lm))
         check_stop_ids(stop.ids, policy.vocab_size, "the policy")
         check_lengths(policy, "the policy", *self._longest())
         if isinstance(policy, ActorCritic) and policy.critic is not None:
@@ -329,13 +328,16 @@ class TextTask:
     def _end_by_string(self, actions: Tensor, ends: Ends) -> Ends:
         """Return the ends with those by stop strings, which only the text of a response shows."""
         playing, tokens = to_host(self.episodes.alive | ends.by_length, actions)
-        can_end = self.stop_strings.can_complete
         long_enough = self.episodes.host_lengths - self.episodes.host_prompt_lengths > self.episodes.stop.min_new_tokens
-        rows = [row for row in np.flatnonzero(playing.numpy() & long_enough).tolist() if can_end(int(tokens[row]))]
+        rows = [
+            row
+            for row in np.flatnonzero(playing.numpy() & long_enough).tolist()
+            if self.stop_strings.can_complete(int(tokens[row]))
+        ]
         if not rows:
             return ends
         turns = zip(rows, self._ids(np.array(rows, dtype=np.int64)), strict=True)
-        hits = [row for row, ids in turns if self.stop_strings.found_in(self._turn(row, *ids))]
+        hits = [row for row, ids in turns if self.stop_strings.found_in(self._turn(row, *ids), self._early(row, *ids))]
         by_string = torch.zeros_like(ends.by_stop)
         by_string[hits] = True
         self.episodes.alive &= ~by_string
@@ -414,7 +416,14 @@ class TextTask:
 
     def _completion(self, row: int, prompt: list[int], response: list[int]) -> str:
         """Return a row's response as text, without the stop token or stop string that ended it."""
-        return self.stop_strings.cut(self._turn(row, prompt, response))
+        return self.stop_strings.cut(self._turn(row, prompt, response), self._early(row, prompt, response))
+
+    def _early(self, row: int, prompt: list[int], response: list[int]) -> int:
+        """Return the length of the text in which no stop string may end: that of the first `min_new_tokens` tokens."""
+        minimum = self.episodes.stop.min_new_tokens
+        if not (minimum and self.stop_strings.texts) or self.answers:
+            return 0
+        return len(self._turn(row, prompt, response[:minimum]))
 
     def _turn(self, row: int, prompt: list[int], response: list[int]) -> str:
         """Return the text of the row's current or last turn, without stop tokens; here it is the whole response."""
@@ -480,11 +489,6 @@ def _device_of(device: Device, reference: str | Path | nn.Module | None) -> torc
     if device is None and isinstance(reference, nn.Module):
         return next(reference.parameters()).device
     return resolve_device(device)
-
-
-def _with_ids(stop: StopRule, ids: Sequence[int]) -> StopRule:
-    """Return a stop rule with further stop tokens."""
-    return StopRule(tuple(sorted({*stop.ids, *ids})), stop.min_new_tokens)
 
 
 def _scatter(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:

@@ -106,6 +106,23 @@ def test_stop_ids_and_stop_strings(settings: dict[str, Any]) -> None:
     assert reward == 3.0
 
 
+def test_a_stop_string_that_is_complete_too_early_is_text(settings: dict[str, Any]) -> None:
+    """Neither does a later token with its last character end the text, nor is the completion cut at it."""
+    settings |= {"stop": ["ab"], "max_new_tokens": 8, "kl_coef": 0.0}
+    for early, text, completion in (
+        (4, "abxyzbqq", "abxyzbqq"),
+        (4, "abxyzab", "abxyz"),
+        (1, "ab", ""),
+        (2, "abab", "ab"),
+        (3, "xxab", "xx"),
+    ):
+        env = TextEnv(**settings, min_new_tokens=early)
+        env.reset(seed=0)
+        ends = [env.step(ord(letter))[2] for letter in text]
+        assert ends == [False] * (len(text) - 1) + [True]
+        assert env.transcript["completion"] == completion
+
+
 def test_rows_end_at_all_stop_tokens_of_the_references_generation_config_and_at_no_others(
     settings: dict[str, Any],
 ) -> None:

@@ -6,7 +6,7 @@ recomputed in the backward pass. Log-softmax is in float32 for every dtype of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,10 @@ class StopRule:
 
     ids: tuple[int, ...] = ()
     min_new_tokens: int = 0
+
+    def with_ids(self, ids: Sequence[int]) -> StopRule:
+        """Return the rule with further stop tokens."""
+        return replace(self, ids=tuple(sorted({*self.ids, *ids})))
 
     def applies(self, step: Tensor) -> Tensor | None:
         """Return whether stop ids are banned at each step; `None` if they are never banned.
