@@ -234,7 +234,7 @@ def test_resume_bit_for_bit(stop: int, tmp_path: Path) -> None:
 @pytest.mark.bit_for_bit
 def test_saving_within_a_callback_and_before_going_on(tmp_path: Path) -> None:
     whole = make_agent().learn([lambda agent, _: agent.save(tmp_path / "mid") if agent.updates == 3 else None])
-    SFT.load(tmp_path / "mid", ROWS).save(tmp_path / "mid")
+    SFT.load(tmp_path / "mid", ROWS).save(tmp_path / "mid", overwrite=True)
     resumed = SFT.load(tmp_path / "mid", ROWS).learn()
     expected = weights_of(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(resumed).items())
