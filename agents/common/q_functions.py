@@ -37,7 +37,7 @@ def frozen_actor(actor: ActorCritic) -> ActorCritic:
     critic = None if actor.critic is None else twin(actor.critic)
     new = ActorCritic(twin(actor.trained_model), critic, actor.temperature)
     new.value_head.load_state_dict(actor.value_head.state_dict())
-    return freeze(new)
+    return actor.take_along(freeze(new))
 
 
 class SoftQ:

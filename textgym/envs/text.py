@@ -46,8 +46,8 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
     The last token (usually a stop token) has the score: the weighted sum of the reward functions, minus
     `missing_eos_penalty` if the row ended at the length limit. Every token has the KL term of `kl_mode`:
 
-    * `"reference"`: `+ kl_coef * log pi_ref(a | s)`. Together with an entropy bonus of coefficient `kl_coef` in the
-      agent's loss this is the KL-regularised return, because -KL = E[log pi_ref] + H(pi).
+    * `"reference"`: `+ kl_coef * log pi_ref(a | s)`. An agent that adds `kl_coef` times the policy's entropy to its
+      *return* maximises the KL-regularised return, because -KL = E[log pi_ref] + H(pi).
     * `"exact"`: `- kl_coef * KL estimate`, after `attach_policy(policy)`.
     * `"deferred"`: nothing; an agent with the behaviour policy's log-probs applies the penalty.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, Self, TypeGuard, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from textgym.models.adapters import frozen_copy, load_lm, without_peft
+from textgym.models.adapters import frozen_copy, is_twin, load_lm, without_peft
 from textgym.models.architectures.attention import States
 from textgym.models.architectures.encoder_decoder import decoder_start_ids
 from textgym.models.architectures.output_head import output_head
@@ -25,6 +26,7 @@ from textgym.models.machine.devices import Device
 from textgym.models.sequences import Sequences
 
 Observation = Mapping[str, Any]
+Model = TypeVar("Model", bound="TokenModel")
 """An environment's observation: `input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch.
 
 For encoder-decoder models these are the prompt, and there are also `decoder_input_ids` and `decoder_attention_mask`.
@@ -58,6 +60,7 @@ class TokenModel(nn.Module):
         self.head = head
         self.vocab_size = self.head.weight.shape[0]
         self._decoder: CachedDecoder | CachedEncoderDecoder | None = None
+        self._twins: WeakSet[TokenModel] = WeakSet()  # frozen copies that share weights with this model
 
     def __getstate__(self) -> dict[str, Any]:
         """Remove transformers' recording hooks, which are closures and cannot be pickled.
@@ -72,7 +75,7 @@ class TokenModel(nn.Module):
                 del module._forward_hooks[key]
             if recording or "_output_capturing_hooks_installed" in vars(module):
                 module._output_capturing_hooks_installed = False
-        return self.__dict__
+        return {**self.__dict__, "_twins": WeakSet()}  # a copy shares no weights with them
 
     @classmethod
     def load(
@@ -98,7 +101,13 @@ class TokenModel(nn.Module):
 
     def frozen_copy(self) -> TokenModel:
         """Return a frozen copy of the model; with an adapter it shares the base model's weights, which never change."""
-        return freeze(TokenModel(frozen_copy(self.lm), self.temperature))
+        return self.take_along(freeze(TokenModel(frozen_copy(self.lm), self.temperature)))
+
+    def take_along(self, copied: Model) -> Model:
+        """Convert a copy together with this model from now on, if it shares weights with it; return the copy."""
+        if is_twin(copied, self):
+            self._twins.add(copied)
+        return copied
 
     @property
     def device(self) -> torch.device:
@@ -106,9 +115,14 @@ class TokenModel(nn.Module):
         return self.head.weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert the weights, for `.to`, `.cuda`, `.cpu` and `.half`, and free the cache of the old weights."""
+        """Convert the weights, for `.to`, `.cuda`, `.cpu` and `.half`, and free the cache of the old weights.
+
+        Frozen copies follow: weights that they share are converted with these, so their own adapters must be, too.
+        """
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.reset_cache()
+        for copied in self._twins:
+            copied._apply(fn, recurse)
         return self
 
     @property
@@ -217,7 +231,8 @@ class TokenModel(nn.Module):
         try:
             new = self.__class__.__new__(self.__class__)
             memo[id(self)] = new
-            new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+            new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_twins"})
+            new._twins = WeakSet()  # those share weights with this model, not with the copy
         finally:
             self._decoder = decoder
         return new

@@ -271,3 +271,19 @@ def test_adapters_that_cannot_be_had_are_explained(tmp_path: Path) -> None:
     model.base_model.disable_adapter_layers()
     with pytest.raises(ConfigError, match="is switched off"):
         split(model)
+
+
+def test_a_frozen_copy_follows_the_policy_that_it_shares_weights_with() -> None:
+    """Shared weights are converted with the policy's, so the copy's own adapter has to be, too."""
+    policy = ActorCritic.from_pretrained(mock_lm(), lora=lora(init_lora_weights=False))
+    observation = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    reference = policy.reference()
+    expected = reference.next_logits(observation)
+
+    copied = copy.deepcopy(policy)
+    policy.to(torch.float64)
+    assert {weight.dtype for weight in reference.parameters()} == {torch.float64}
+    assert_close(reference.next_logits(observation).float(), expected, terms=FORWARD)
+
+    copied.to(torch.bfloat16)  # shares nothing with the reference of what it was copied from
+    assert {weight.dtype for weight in reference.parameters()} == {torch.float64}
