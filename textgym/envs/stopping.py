@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from textgym.data.continuations import HALF, added_text
 from textgym.data.special_tokens import special_tokens
 from textgym.models.distributions.log_probs import StopRule
@@ -46,14 +48,18 @@ class StopStrings:
         self.tokenizer = tokenizer
         self.last_characters = {text[-1] for text in self.texts}
         self.context: list[int] = tokenizer("a", add_special_tokens=False).input_ids if self.texts else []
-        self._can_complete: dict[int, bool] = {}
+        # Whether each token could complete a stop string: 1 or 0, -1 until it is first sampled. It grows as needed.
+        self._completes = np.zeros(0, dtype=np.int8)
 
-    def can_complete(self, token: int) -> bool:
-        """Whether a token could complete a stop string, alone or as the last part of a character."""
-        if token not in self._can_complete:
+    def can_complete(self, tokens: np.ndarray) -> np.ndarray:
+        """Bool, like `tokens`: which could complete a stop string, alone or as the last part of a character."""
+        missing = int(tokens.max()) + 1 - len(self._completes)
+        if missing > 0:
+            self._completes = np.pad(self._completes, (0, missing), constant_values=-1)
+        for token in np.unique(tokens[self._completes[tokens] < 0]).tolist():
             piece = added_text(self.tokenizer, self.context, [token])
-            self._can_complete[token] = HALF in piece or not self.last_characters.isdisjoint(piece)
-        return self._can_complete[token]
+            self._completes[token] = HALF in piece or not self.last_characters.isdisjoint(piece)
+        return self._completes[tokens] == 1
 
     def found_in(self, text: str, early: int = 0) -> bool:
         """Whether a stop string occurs and does not end in the first `early` characters."""

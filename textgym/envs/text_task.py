@@ -327,13 +327,9 @@ class TextTask:
 
     def _end_by_string(self, actions: Tensor, ends: Ends) -> Ends:
         """Return the ends with those by stop strings, which only the text of a response shows."""
-        playing, tokens = to_host(self.episodes.alive | ends.by_length, actions)
+        playing, tokens = (x.numpy() for x in to_host(self.episodes.alive | ends.by_length, actions))
         long_enough = self.episodes.host_lengths - self.episodes.host_prompt_lengths > self.episodes.stop.min_new_tokens
-        rows = [
-            row
-            for row in np.flatnonzero(playing.numpy() & long_enough).tolist()
-            if self.stop_strings.can_complete(int(tokens[row]))
-        ]
+        rows = np.flatnonzero(playing & long_enough & self.stop_strings.can_complete(tokens)).tolist()
         if not rows:
             return ends
         turns = zip(rows, self._ids(np.array(rows, dtype=np.int64)), strict=True)

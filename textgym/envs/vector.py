@@ -219,8 +219,8 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         return self.task.episodes.sequences()
 
     def token_rewards(self) -> list[np.ndarray]:
-        """Return the rewards of each row's response tokens, for episodes that have ended."""
-        return [rewards for rewards in self.task.token_rewards if rewards is not None]
+        """Return the rewards of each row's response tokens, none for a row whose first episode has not ended."""
+        return [np.zeros(0) if rewards is None else rewards for rewards in self.task.token_rewards]
 
     def finished(self, rows: np.ndarray) -> Finished:
         """Return the arguments of reward functions for rows (indices) that have ended."""

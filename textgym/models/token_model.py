@@ -75,7 +75,12 @@ class TokenModel(nn.Module):
                 del module._forward_hooks[key]
             if recording or "_output_capturing_hooks_installed" in vars(module):
                 module._output_capturing_hooks_installed = False
-        return {**self.__dict__, "_twins": WeakSet()}  # a copy shares no weights with them
+        return {name: value for name, value in self.__dict__.items() if name != "_twins"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a model, which shares no weights with frozen copies of the original."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._twins = WeakSet()
 
     @classmethod
     def load(

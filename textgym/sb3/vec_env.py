@@ -92,9 +92,11 @@ class TextVecEnv(VecEnv):
         Raises:
             ValueError: If an algorithm trains and the KL penalty is not applied.
         """
-        algorithm = _learning_algorithm()
-        if algorithm is not None and isinstance(algorithm.action_space, TokenSpace):
-            algorithm.action_space.check_kl_is_paid()
+        space = self.action_space
+        if isinstance(space, TokenSpace) and space.kl_payer == "agent" and not space.agent_pays:
+            algorithm = _learning_algorithm()
+            if algorithm is not None and isinstance(algorithm.action_space, TokenSpace):
+                algorithm.action_space.check_kl_is_paid()
         observation, rewards, terminated, truncated, infos = self.envs.step(self.actions)
         return self._shown(observation), rewards, terminated | truncated, self._row_infos(infos, truncated)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -89,8 +90,10 @@ def test_stop_strings_need_no_time_for_the_vocabulary() -> None:
     strings = StopStrings(["."], Counting())
     assert not decoded
     token = byte_level()(".").input_ids[0]
-    assert [strings.can_complete(token) for _ in range(5)] == [True] * 5
-    assert len(decoded) == 2, "each token is decoded once, after another one"
+    other = byte_level()("a").input_ids[0]
+    for _ in range(3):
+        assert strings.can_complete(np.array([token, other, token])).tolist() == [True, False, True]
+    assert len(decoded) == 4, "each token is decoded once, after another one"
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|im_end|>\n"])

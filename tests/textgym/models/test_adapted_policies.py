@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,10 +281,11 @@ def test_a_frozen_copy_follows_the_policy_that_it_shares_weights_with() -> None:
     reference = policy.reference()
     expected = reference.next_logits(observation)
 
-    copied = copy.deepcopy(policy)
+    copied, restored = copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))
     policy.to(torch.float64)
     assert {weight.dtype for weight in reference.parameters()} == {torch.float64}
     assert_close(reference.next_logits(observation).float(), expected, terms=FORWARD)
 
     copied.to(torch.bfloat16)  # shares nothing with the reference of what it was copied from
+    restored.to(torch.bfloat16)
     assert {weight.dtype for weight in reference.parameters()} == {torch.float64}
