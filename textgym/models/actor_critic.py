@@ -294,7 +294,7 @@ class ActorCritic(TokenModel):
         return super().cache_bytes + sum(x.nbytes for x in (self._critic_decoder, self._generators) if x is not None)
 
     def reference(self) -> TokenModel:
-        """What the policy is now, frozen: a copy, which under an adapter shares the weights that nobody trains."""
+        """Return a frozen copy of the policy as it is now; with an adapter it shares the weights that stay frozen."""
         return self.frozen_copy()
 
     @property

@@ -192,7 +192,7 @@ def without_adapters(model: Any) -> Any:
 
 
 def frozen_copy(lm: Any) -> Any:
-    """A language model as it is now, for good.
+    """Return a frozen copy of a language model.
 
     Under an adapter the copy shares what is frozen, and has an adapter of its own. Without one it shares nothing, since
     layers that are frozen now may be trained later.
