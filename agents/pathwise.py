@@ -68,7 +68,8 @@ class Pathwise(ReplayAgent):
 
     def modules(self) -> nn.ModuleDict:
         """Return the critic, and the target networks."""
-        critic = ActorCritic(twin(self.policy.trained_model), temperature=self.policy.temperature)
+        actor = self.policy
+        critic = actor.take_along(ActorCritic(twin(actor.trained_model), temperature=actor.temperature))
         self.q = GreedyQ(critic, Heads(critic, noisy=False, n_quantiles=1), self.config.q_scale)
         self.target, self.target_q = frozen_actor(self.policy), self.q.frozen_copy()
         return nn.ModuleDict({"critic": critic, "target": self.target, "target_critic": self.target_q.actor})

@@ -172,7 +172,7 @@ def load_frozen_model(path: Path, policy: ActorCritic) -> TokenModel:
     activate(lm, active)
     if unknown := lm.load_state_dict(tensors, strict=False).unexpected_keys:
         raise DamagedFolderError(f"{path} has weights that the model lacks: {', '.join(unknown)}")
-    return freeze(TokenModel(lm, policy.temperature))
+    return policy.take_along(freeze(TokenModel(lm, policy.temperature)))
 
 
 def check_class(manifest: Manifest, kind: type, folder: Path) -> None:

@@ -94,6 +94,32 @@ def test_kl_starts_at_zero_and_resuming_goes_on_exactly(kind: str, tmp_path: Pat
     assert learn(again, 8) == pytest.approx(learn(agent, 8), abs=ROUNDING, nan_ok=True)
 
 
+@pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")
+@pytest.mark.parametrize("reloaded", [False, True])
+@pytest.mark.parametrize(
+    "agent_class",
+    [
+        lambda policy: PPO(policy, make_envs(), PPOConfig(episodes_per_update=4)),
+        lambda policy: NLPO(policy, make_envs(), NLPOConfig(episodes_per_update=4)),
+        lambda policy: DQN(policy, make_envs(), DQNConfig(episodes_per_update=4)),
+        lambda policy: Pathwise(policy, make_envs(), PathwiseConfig(episodes_per_update=4)),
+    ],
+    ids=["ppo", "nlpo", "dqn", "pathwise"],
+)
+def test_models_that_share_the_policys_weights_are_converted_with_it(
+    agent_class: Any, reloaded: bool, tmp_path: Path
+) -> None:
+    agent = agent_class(make_policy())
+    if reloaded:
+        agent.save(tmp_path)
+        agent = type(agent).load(tmp_path, envs=make_envs())
+    agent.policy.to(torch.float64)
+    models = [agent.penalty.reference, *agent.frozen_models().values()]
+    models += [module for module in getattr(agent, "further", torch.nn.Module()).modules() if hasattr(module, "lm")]
+    for model in models:
+        assert {weight.dtype for weight in model.lm.parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_peft_reads_what_an_agent_saved_as_base_and_adapter(kind: str, tmp_path: Path) -> None:
     policy = make_policy(kind)
