@@ -20,7 +20,7 @@ class AnswerEnv(StandInEnv):
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
 
     ## Observation Space
-    As `TextEnv`, `W = 48 + 16`.
+    As `TextEnv`, `W = 64 + 16`.
 
     ## Rewards
     On the last token the F1 of words shared with the answer (`token_f1`), from 0 to 1; on
@@ -57,7 +57,7 @@ class AnswerEnv(StandInEnv):
     stands_for = hub.NARRATIVE_QA
     own: ClassVar[Settings] = {
         "reward": "textgym.rewards.functions:token_f1",
-        "max_prompt_tokens": 48,
+        "max_prompt_tokens": 64,
         "max_new_tokens": 16,
     }
 

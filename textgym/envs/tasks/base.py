@@ -8,6 +8,7 @@ from textgym.data.corpora.hub import Original
 from textgym.data.rows import Row
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.models.loading import load_tokenizer
 from textgym.rewards.engine.scoring import RewardSpec
 
 Settings = dict[str, Any]
@@ -37,7 +38,8 @@ class StandInEnv(TaskEnv):
     """A task whose text is fetched once, in the place of a data set of the hub.
 
     Attributes:
-        own: arguments of `TextEnv`, besides the prompts.
+        own: arguments of `TextEnv`, besides the prompts. The stand-in's rows with more than its `max_prompt_tokens` are
+            left out: the embedded model has no room for them.
         load: the prompts of a split.
         stands_for: the data set of the hub, which `original=True` takes instead.
     """
@@ -50,10 +52,16 @@ class StandInEnv(TaskEnv):
     def settings(cls, *, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
         """The arguments of `TextEnv`."""
         if prompts is None:
-            prompts = cls.stands_for.load(split) if original else cls.load(split)
+            prompts = cls.stands_for.load(split) if original else cls._rows_with_room(split)
         # Weights belong to the rewards that they are given with.
         own = {name: value for name, value in cls.own.items() if name != "reward_weights" or "reward" not in kwargs}
         return {**EMBEDDED, **own, "prompts": prompts, **kwargs}
+
+    @classmethod
+    def _rows_with_room(cls, split: str) -> list[Row]:
+        rows = cls.load(split)
+        prompts = load_tokenizer("tiny")([row["prompt"] for row in rows]).input_ids
+        return [row for row, ids in zip(rows, prompts, strict=True) if len(ids) <= cls.own["max_prompt_tokens"]]
 
 
 class TaskVectorEnv(TextVectorEnv):

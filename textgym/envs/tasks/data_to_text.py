@@ -20,7 +20,7 @@ class DataToTextEnv(StandInEnv):
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
 
     ## Observation Space
-    As `TextEnv`, `W = 64 + 32`.
+    As `TextEnv`, `W = 96 + 32`.
 
     ## Rewards
     On the last token half whether the title is named (`contains_all`) and a half of chrF, from 0 to 1; on
@@ -29,7 +29,7 @@ class DataToTextEnv(StandInEnv):
     Metrics: `contains_all`, `Bleu`, `Chrf`, `Rouge`.
 
     ## Starting State
-    One of the prompts of a split: 7,883, 974 and 1,005 for training, validation and test.
+    One of the prompts of a split: 7,882, 974 and 1,005 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 32 tokens.
@@ -59,7 +59,7 @@ class DataToTextEnv(StandInEnv):
     own: ClassVar[Settings] = {
         "reward": ["textgym.rewards.functions:contains_all", "textgym.rewards.functions:Chrf"],
         "reward_weights": [0.5, 0.005],
-        "max_prompt_tokens": 64,
+        "max_prompt_tokens": 96,
         "max_new_tokens": 32,
     }
 

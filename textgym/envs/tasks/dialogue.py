@@ -21,7 +21,7 @@ class DialogueEnv(StandInEnv):
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
 
     ## Observation Space
-    As `TextEnv`, `W = 64 + 24`.
+    As `TextEnv`, `W = 88 + 24`.
 
     ## Rewards
     On the last token METEOR to the human reply, from 0 to 1; on every token 0.005 times the log-prob under the embedded
@@ -62,7 +62,7 @@ class DialogueEnv(StandInEnv):
     stands_for = hub.DAILY_DIALOG
     own: ClassVar[Settings] = {
         "reward": "textgym.rewards.functions:Meteor",
-        "max_prompt_tokens": 64,
+        "max_prompt_tokens": 88,
         "max_new_tokens": 24,
     }
 

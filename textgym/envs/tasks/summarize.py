@@ -21,7 +21,7 @@ class SummarizeEnv(StandInEnv):
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
 
     ## Observation Space
-    As `TextEnv`, `W = 96 + 16`.
+    As `TextEnv`, `W = 112 + 16`.
 
     ## Rewards
     On the last token ROUGE-L, from 0 to 1; on
@@ -30,7 +30,7 @@ class SummarizeEnv(StandInEnv):
     Metrics: `Rouge` (ROUGE-L), ROUGE-1 and ROUGE-2 (`Rouge_2` and `Rouge_3` in the table), `Meteor`.
 
     ## Starting State
-    One of the prompts of a split: 7,883, 974 and 1,005 for training, validation and test.
+    One of the prompts of a split: 7,855, 971 and 1,002 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 16 tokens.
@@ -54,7 +54,7 @@ class SummarizeEnv(StandInEnv):
     stands_for = hub.CNN_DAILYMAIL
     own: ClassVar[Settings] = {
         "reward": "textgym.rewards.functions:Rouge",
-        "max_prompt_tokens": 96,
+        "max_prompt_tokens": 112,
         "max_new_tokens": 16,
     }
 

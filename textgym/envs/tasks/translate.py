@@ -20,7 +20,7 @@ class TranslateEnv(StandInEnv):
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
 
     ## Observation Space
-    As `TextEnv`, `W = 56 + 32`.
+    As `TextEnv`, `W = 96 + 32`.
 
     ## Rewards
     On the last token chrF, from 0 to 1; on
@@ -54,7 +54,7 @@ class TranslateEnv(StandInEnv):
     own: ClassVar[Settings] = {
         "reward": "textgym.rewards.functions:Chrf",
         "reward_weights": [0.01],
-        "max_prompt_tokens": 56,
+        "max_prompt_tokens": 96,
         "max_new_tokens": 32,
     }
 
