@@ -29,6 +29,9 @@ ROUNDING = tolerance(FORWARD, scale=LOG_PROB)
 ROWS, BETA = 8, 0.3
 KINDS = ["shared", "separate", "lora", "lora, separate"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
+far_kinds = pytest.mark.parametrize(
+    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:-1]), KINDS[-1]]
+)
 unlike_kinds = pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[-1], marks=pytest.mark.slow)])
 ENV: dict[str, Any] = {
     "prompts": ["one", "three", "a longer prompt", "x"],
@@ -168,7 +171,7 @@ def assert_gradient_is_plain(agent: PPO, plainly: Callable[..., Evaluation]) -> 
         assert_close(found[name] / scale, gradient / scale, terms=FORWARD, scale=1.0)
 
 
-@each_kind
+@far_kinds
 def test_the_gradient_of_an_update_is_that_of_the_plain_path(kind: str, plainly: Any, captures: list[Any]) -> None:
     agent = make_agent(kind)
     assert_gradient_is_plain(agent, plainly)
@@ -179,7 +182,7 @@ def test_the_gradient_of_an_update_is_that_of_the_plain_path(kind: str, plainly:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@each_kind
+@far_kinds
 def test_ratio_is_one_before_the_first_update(kind: str, bf16: bool, request: pytest.FixtureRequest) -> None:
     """In bfloat16 it is in the band that PPOConfig.bf16 states."""
     captured = request.getfixturevalue("captures") if kind == "lora, separate" and not bf16 else None

@@ -218,7 +218,7 @@ ESTIMATORS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "grpo, not scaled": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo"}),
     "grpo, KL in loss": (GRPO, {**GROUPS, "scale": "none", "loss_type": "dr_grpo", "kl_in": "loss"}),
 }
-FAST = ("whole episode", "ppo", "rloo", "grpo, KL in loss")
+FAST = ("ppo", "rloo")
 # Dr. GRPO divides by the longest length, and an episode is part of the mean of its group of 4.
 FACTORS = {"grpo, not scaled": 3 * 4 / 3, "grpo, KL in loss": 3.0}
 SHARES = {"grpo, KL in loss": 3 / 4}
@@ -287,6 +287,7 @@ def test_baselines_lower_the_variance(baseline: str) -> None:
 # --- what belongs to one of them ---
 
 
+@pytest.mark.slow
 def test_ppo_penalty_steers_its_coefficient() -> None:
     far = make_agent("ppo, penalty", kl_min=1e-12, kl_max=1e-11)
     history = history_of(far, 96)

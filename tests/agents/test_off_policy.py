@@ -436,6 +436,7 @@ def fall_of_errors(name: str, seed: int, **changes: Any) -> float:
     return float(np.log(np.mean(errors[:3]) / np.mean(errors[-3:])))
 
 
+@pytest.mark.slow
 @pytest.mark.training
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "soft" else pytest.mark.slow) for name in FALLS]

@@ -44,6 +44,8 @@ AGENTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
     "expert iteration": (ExpertIteration, GROUPS),
 }
+FAST = ("reinforce", "a2c", "ppo", "nlpo", "grpo", "rloo", "expert iteration")
+"""One of each class; their variants are slow tests."""
 
 
 def gain_of(name: str, seed: int, learning_rate: float = 0.2) -> float:
@@ -55,7 +57,9 @@ def gain_of(name: str, seed: int, learning_rate: float = 0.2) -> float:
     return TASK.optimum(BETA).gap_closed(TASK.log_probs(policy))
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in AGENTS]
+)
 def test_every_agent_comes_near_the_optimum(name: str) -> None:
     """The lowest mean and the largest deviation of all of them are measured over 8 seeds; the rest have 0.87 to 0.99.
 

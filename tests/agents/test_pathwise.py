@@ -140,6 +140,7 @@ def kl_left(seed: int, **changes: Any) -> float:
     return divergence() / before
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_pathwise_learns_to_pay_less_kl() -> None:
     """A false failure has a chance below 1e-9."""

@@ -115,6 +115,7 @@ def test_without_a_learning_rate_or_with_a_flipped_loss_it_fails(monkeypatch: py
     assert gain_of(0, epochs=8) < 0.0
 
 
+@pytest.mark.slow
 def test_counts_updates_and_epochs() -> None:
     history = history_of(make_agent(epochs=15))
     assert [row["updates"] for row in history] == list(range(1, 61))
@@ -122,6 +123,7 @@ def test_counts_updates_and_epochs() -> None:
     assert {"loss", "entropy", "grad_norm", "learning_rate"} <= set(history[0])
 
 
+@pytest.mark.slow
 @pytest.mark.training
 def test_clones_what_an_agent_did() -> None:
     """Transcripts of an environment, columns and all, are examples.

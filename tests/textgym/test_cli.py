@@ -187,7 +187,9 @@ def test_encoder_decoder_models_are_trained_and_evaluated(
     ("agent", "answers", "metric"),
     [
         ("sft", {"completion": " a joy."}, "entropy"),
-        ("dpo", {"chosen": " a joy.", "rejected": " a bore."}, "rewards/margins"),
+        pytest.param(
+            *("dpo", {"chosen": " a joy.", "rejected": " a bore."}, "rewards/margins"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_offline_agents_leave_the_same_run_folder(
@@ -325,6 +327,7 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     assert len((working_folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_number_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(
     working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

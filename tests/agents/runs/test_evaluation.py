@@ -145,6 +145,7 @@ def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
     assert figures["Rouge"] == pytest.approx(np.mean(Rouge()(samples.completions, references=references)))
 
 
+@pytest.mark.slow
 def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
     """Of a mean they are near the normal ones; a corpus score is within; without spread they have no width."""
 

@@ -150,6 +150,7 @@ def test_activations_are_what_waits_for_the_backward_pass() -> None:
     assert count.peak == 4 * (70 + 70)
 
 
+@pytest.mark.slow
 def test_files_are_written(tmp_path: Path) -> None:
     profiled(make_agent(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.json", "profile.md", "trace.json.gz"]

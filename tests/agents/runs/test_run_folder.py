@@ -77,6 +77,7 @@ def test_tensorboard_events_hold_the_metrics(tmp_path: Path, agent: PPO) -> None
     assert [event.value for event in scores] == pytest.approx([row["objective/scores"] for row in metrics_in(tmp_path)])
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_written(tmp_path: Path, agent: PPO) -> None:
     folder = RunFolder(tmp_path, Settings())
 

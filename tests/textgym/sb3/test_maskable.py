@@ -104,7 +104,9 @@ def test_mean_kl_of_masked_sampling_is_not_negative(
     assert kl.min() < 0  # single episodes may be
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("minimum", "top_p") else pytest.mark.slow) for kind in KINDS]
+)
 def test_one_update_changes_the_parameters_as_the_stock_buffer_does(
     make_env: MakeEnv, lm_folder: str, maskable: Any, kind: str
 ) -> None:

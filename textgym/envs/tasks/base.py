@@ -59,9 +59,14 @@ class StandInEnv(TaskEnv):
 
     @classmethod
     def _rows_with_room(cls, split: str) -> list[Row]:
-        rows = cls.load(split)
-        prompts = load_tokenizer("tiny")([row["prompt"] for row in rows]).input_ids
-        return [row for row, ids in zip(rows, prompts, strict=True) if len(ids) <= cls.own["max_prompt_tokens"]]
+        tokenizer, most = load_tokenizer("tiny"), cls.own["max_prompt_tokens"]
+
+        def fits(prompt: str) -> bool:
+            return (
+                len(prompt.encode()) <= most or len(tokenizer(prompt).input_ids) <= most
+            )  # a token has a byte or more
+
+        return [row for row in cls.load(split) if fits(row["prompt"])]
 
 
 class TaskVectorEnv(TextVectorEnv):

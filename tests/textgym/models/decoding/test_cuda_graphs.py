@@ -126,6 +126,7 @@ def test_changes_between_captured_steps_are_followed(captures: list[Any]) -> Non
         before = after
 
 
+@pytest.mark.slow
 def test_greedy_and_sampled_steps_are_captured_apart(captures: list[Any]) -> None:
     policy = make_policy()
     for deterministic in (False, True, False, True):

@@ -140,6 +140,7 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_the_host_asks_at_most_once_for_ten_tokens(captures: list[Any]) -> None:
     """Where steps are captured: the prompts once, and now and then whether rows have ended."""
     policy = make_policy()

@@ -70,22 +70,23 @@ def test_bleu_chrf_and_ter_equal_sacrebleus_command_line(
     assert function(HYPOTHESES, references=references) == pytest.approx([float(line) for line in lines], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
 @pytest.mark.parametrize("use_stemmer", [False, True])
-def test_rouge_equals_its_command_line(kind: Any, use_stemmer: bool, files: dict[str, str], tmp_path: Path) -> None:
+def test_rouge_equals_its_command_line(use_stemmer: bool, files: dict[str, str], tmp_path: Path) -> None:
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     output = tmp_path / "scores.csv"
     run(
         "rouge_score.rouge",
         f"--target_filepattern={files['references']}",
         f"--prediction_filepattern={files['hypotheses']}",
         f"--output_filename={output}",
-        f"--rouge_types={kind}",
+        f"--rouge_types={','.join(kinds)}",
         f"--use_stemmer={str(use_stemmer).lower()}",
         "--aggregate=false",
     )
     rows = list(csv.DictReader(output.open()))
-    expected = [float(row[f"{kind}-F"]) for row in rows]
-    assert Rouge(kind, use_stemmer)(HYPOTHESES, references=REFERENCES) == pytest.approx(expected, abs=1e-6)
+    for kind in kinds:
+        expected = [float(row[f"{kind}-F"]) for row in rows]
+        assert Rouge(kind, use_stemmer)(HYPOTHESES, references=REFERENCES) == pytest.approx(expected, abs=1e-6)
 
 
 def test_rows_without_references_are_left_out() -> None:
