@@ -16,12 +16,11 @@ from textgym.models.token_model import TokenModel
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scoring import RewardSpec, Scorer
 from textgym.rewards.functions.overlap import CorpusMetric
+from textgym.rewards.intervals import Interval, Statistic, bootstrap
 
 from ..common.rollout import Rollout, collect, merge
 
 Judge = Callable[[list[str], list[str]], list[float]]
-Score = Callable[[np.ndarray], float]
-"""Function from indices of rows, possibly with repetitions, to the value of a metric over these rows."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +119,14 @@ def measure(
 
 
 def score_samples(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, float]:
-    """Return the mean of each reward function over the samples; of `Bleu`, `Chrf` and `Ter` the corpus score."""
-    all_rows = np.arange(len(samples.finished))
-    return {name: score(all_rows) for name, score in _scores_of_rows(samples, metrics).items()}
+    """Return the mean of each reward function over the samples; of `Bleu`, `Chrf` and `Ter` the corpus score.
 
+    Samples for which a function returned `None` are left out of its value.
 
-@dataclass(frozen=True)
-class Interval:
-    """Value of a metric with its 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    Raises:
+        RewardError: If a function returned `None` for all samples.
+    """
+    return {name: metric.value(metric.scored) for name, metric in _metrics_of(samples, metrics).items()}
 
 
 def score_intervals(
@@ -142,16 +134,20 @@ def score_intervals(
 ) -> dict[str, Interval]:
     """Return the metrics of `score_samples` with 95% confidence intervals, by the percentile bootstrap over prompts.
 
-    The prompts are resampled with replacement (Efron and Tibshirani, 1993, chapter 13).
+    Prompts are resampled, and all samples of a prompt come with it; see `textgym.rewards.intervals.bootstrap`. Prompts
+    without a sample that a metric scores are no prompts of that metric.
 
     Args:
         samples: Samples from `generate`.
         metrics: Reward functions.
         resamples: Number of bootstrap samples of the prompts.
         seed: Seed of the bootstrap.
+
+    Raises:
+        RewardError: If a function returned `None` for all samples.
     """
-    scores = _scores_of_rows(samples, metrics)
-    return {name: _bootstrap(score, len(samples.finished), resamples, seed) for name, score in scores.items()}
+    scores = _metrics_of(samples, metrics)
+    return {name: _interval(metric.value, samples, metric.scored, resamples, seed) for name, metric in scores.items()}
 
 
 def score_gains(
@@ -160,7 +156,7 @@ def score_gains(
     """Return the differences of metrics, after minus before, with 95% confidence intervals by the paired bootstrap.
 
     Both samples use the same prompts in each bootstrap sample, so the difficulty of prompts cancels. An interval above
-    0 is an improvement.
+    0 is an improvement. A row that only one of the two has a value for is left out.
 
     Args:
         before: Samples from `generate`.
@@ -171,25 +167,44 @@ def score_gains(
 
     Raises:
         ValueError: If the prompts differ.
+        RewardError: If a function has a value for no row of both.
     """
     if [row.prompts for row in before.finished] != [row.prompts for row in after.finished]:
         raise ValueError("a paired comparison needs samples of the same prompts: pass the same indices to `generate`")
-    old, new = _scores_of_rows(before, metrics), _scores_of_rows(after, metrics)
+    old, new = _metrics_of(before, metrics), _metrics_of(after, metrics)
 
     def gain(name: str, rows: np.ndarray) -> float:
-        return new[name](rows) - old[name](rows)
+        return new[name].value(rows) - old[name].value(rows)
 
-    return {name: _bootstrap(partial(gain, name), len(before.finished), resamples, seed) for name in old}
+    gains = {}
+    for name in old:
+        rows = np.intersect1d(old[name].scored, new[name].scored)
+        _check_scored(name, rows, len(before.finished))
+        gains[name] = _interval(partial(gain, name), before, rows, resamples, seed)
+    return gains
 
 
-def _bootstrap(score: Score, count: int, resamples: int, seed: int) -> Interval:
-    resampled = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    low, high = np.quantile([score(rows) for rows in resampled], [0.025, 0.975])
-    return Interval(score(np.arange(count)), float(low), float(high))
+def _interval(value: Statistic, samples: Samples, rows: np.ndarray, resamples: int, seed: int) -> Interval:
+    """Return the interval of a metric over some rows."""
+    prompts = [repr(samples.finished[row].prompts[0]) for row in rows]  # `repr`, because a conversation has no hash
+    return bootstrap(lambda chosen: value(rows[chosen]), prompts, resamples, seed)
 
 
-def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, Score]:
-    """Return a function from rows to its value for each metric; all rows are scored only once."""
+@dataclass(frozen=True)
+class _Metric:
+    """A metric of samples that are scored already.
+
+    Attributes:
+        value: Function from rows to the value of the metric.
+        scored: Indices of the rows that it has a value for.
+    """
+
+    value: Statistic
+    scored: np.ndarray
+
+
+def _metrics_of(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str, _Metric]:
+    """Return the metrics by name; all rows are scored only once."""
     rows = samples.finished
     finished = Finished(
         [text for row in rows for text in row.prompts],
@@ -204,15 +219,26 @@ def _scores_of_rows(samples: Samples, metrics: Sequence[RewardSpec]) -> dict[str
     completions, references = finished.completions, finished.columns.get("references", [])
 
     def mean(values: np.ndarray, chosen: np.ndarray) -> float:
-        return float(np.nanmean(values[chosen]))
+        return float(values[chosen].mean())
 
     def corpus(metric: CorpusMetric, chosen: np.ndarray) -> float:
         return metric.corpus([completions[row] for row in chosen], [references[row] for row in chosen])
 
-    return {
-        name: partial(corpus, function) if isinstance(function, CorpusMetric) else partial(mean, components[name])
-        for name, function in zip(scorer.names, scorer.functions, strict=True)
-    }
+    results = {}
+    for name, function in zip(scorer.names, scorer.functions, strict=True):
+        scored = np.flatnonzero(~np.isnan(components[name]))
+        _check_scored(name, scored, len(rows))
+        value = partial(corpus, function) if isinstance(function, CorpusMetric) else partial(mean, components[name])
+        results[name] = _Metric(value, scored)
+    return results
+
+
+def _check_scored(name: str, scored: np.ndarray, count: int) -> None:
+    if len(scored) == 0:
+        raise RewardError(
+            f"the metric {name!r} has no value for any of the {count} samples, because its function returned None for "
+            "all of them, as it does for rows without a reference: leave it out, or give the prompts what it reads"
+        )
 
 
 def distinct_2(rollout: Rollout) -> float:

@@ -23,7 +23,8 @@ from textgym.agents.search.best_of_n import best_of_n
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.rewards.functions import Chrf, DistinctN, Rouge
+from textgym.rewards.engine.completions_to_score import RewardError
+from textgym.rewards.functions import Bleu, Chrf, DistinctN, Rouge
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 FORWARD = terms_of(mock_lm())
@@ -155,7 +156,7 @@ def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
     def constant(completions: list[str]) -> list[float]:
         return [2.0] * len(completions)
 
-    prompts = [{"prompt": text, "references": f"{text} is a text"} for text in TEXTS * 12]
+    prompts = [{"prompt": f"{text}{i}", "references": f"{text} is a text"} for i in range(12) for text in TEXTS]
     samples = generate(policy, make_envs(prompts=prompts), range(60), seed=0)
     metrics = [length, constant, Chrf()]
     intervals = score_intervals(samples, metrics, resamples=100)
@@ -168,6 +169,85 @@ def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
     assert exact.high == pytest.approx(lengths.mean() + half, abs=0.2 * half)
     assert str(intervals["constant"]) == "2.000 [2.000, 2.000]"
     assert intervals["Chrf"].low < intervals["Chrf"].value < intervals["Chrf"].high
+
+
+@pytest.mark.parametrize("repeats", [4, 8])
+def test_intervals_resample_prompts_and_not_rows(policy: ActorCritic, repeats: int) -> None:
+    """A metric of the prompt alone has the same interval, however many samples of each prompt there are."""
+
+    def of_prompt(prompts: list[str], completions: list[str]) -> list[float]:
+        return [float(len(prompt)) for prompt in prompts]
+
+    once = generate(policy, make_envs(), range(5), seed=0)
+    often = generate(policy, make_envs(), [*range(5)] * repeats, seed=0)
+    expected = score_intervals(once, [of_prompt])["of_prompt"]
+    assert expected.high - expected.low > 1
+    assert score_intervals(often, [of_prompt])["of_prompt"] == expected
+    texts = [{"prompt": text, "shift": 0.5 * row} for row, text in enumerate(TEXTS * repeats)]
+    repeated = generate(policy, make_envs(prompts=texts), range(5 * repeats), seed=0)
+    assert score_intervals(repeated, [of_prompt])["of_prompt"] == expected, "rows of one prompt, as rows of a data set"
+
+    def nothing(completions: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    gains = score_gains(often, often, [of_prompt, nothing])
+    assert str(gains["of_prompt"]) == str(gains["nothing"]) == "0.000 [0.000, 0.000]"
+
+
+def test_conversations_are_prompts_of_intervals_too(policy: ActorCritic) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompts = [{"prompt": [{"role": "user", "content": text}]} for text in TEXTS]
+
+    def said(prompts: Any, completions: Any) -> list[float]:
+        return [float(len(prompt[0]["content"])) for prompt in prompts]
+
+    envs = make_envs(prompts=prompts, tokenizer=tokenizer, reward=said)
+    once, often = (generate(policy, envs, [*range(5)] * repeats, seed=0) for repeats in (1, 8))
+    assert score_intervals(once, [said]) == score_intervals(often, [said])
+
+
+def test_metrics_leave_out_rows_without_a_value_in_every_resample(policy: ActorCritic) -> None:
+    """One row of five has a reference: resamples without it would have no value at all."""
+    prompts = [{"prompt": text, "references": "a text" if text == "hello" else None} for text in TEXTS]
+    samples = generate(policy, make_envs(prompts=prompts), range(5), seed=0)
+    metrics = [Rouge(), Bleu(), Chrf()]
+    scores, intervals = score_samples(samples, metrics), score_intervals(samples, metrics)
+    completion = samples.completions[3]
+    assert scores["Chrf"] == Chrf().corpus([completion], ["a text"])
+    assert scores["Rouge"] == Rouge()([completion], references=["a text"])[0]
+    for name, interval in intervals.items():
+        assert (interval.low, interval.value, interval.high) == (scores[name],) * 3
+    assert score_gains(samples, samples, metrics)["Bleu"].value == 0
+
+
+def test_gains_are_of_the_rows_that_both_have_a_value_for(policy: ActorCritic) -> None:
+    prompts = [
+        [{"prompt": text, "grade": grade} for text, grade in zip(TEXTS, grades, strict=True)]
+        for grades in ([1, 1, 100, None, None], [2, 3, None, 100, None])
+    ]
+
+    def grade(completions: list[str], grade: list[float | None]) -> list[float | None]:
+        return grade
+
+    before, after = (generate(policy, make_envs(prompts=rows), range(5), seed=0) for rows in prompts)
+    assert score_gains(before, after, [grade])["grade"].value == 1.5
+    other = generate(
+        policy, make_envs(prompts=[{"prompt": t, "grade": None} for t in TEXTS[:3]] + prompts[1][3:]), range(5), seed=0
+    )
+    with pytest.raises(RewardError, match=r"'grade' has no value for any of the 5 samples"):
+        score_gains(before, other, [grade])
+
+
+def test_a_metric_without_any_value_is_an_error_that_names_it(policy: ActorCritic) -> None:
+    prompts = [{"prompt": text, "references": None} for text in TEXTS]
+    samples = generate(policy, make_envs(prompts=prompts), range(5), seed=0)
+    for metric in (Rouge(), Bleu(), "textgym.rewards.functions:token_f1"):
+        for use in (score_samples, score_intervals):
+            with pytest.raises(RewardError, match=r"no value for any of the 5 samples.*leave it out"):
+                use(samples, [metric])
+    with pytest.raises(ValueError, match="none of the 2 rows has one"):
+        Bleu().corpus(["a", "b"], [None, []])
 
 
 def test_gains_are_of_the_same_prompts(policy: ActorCritic) -> None:

@@ -8,14 +8,15 @@ negative weight), and 0 to 1 for ROUGE and METEOR. The BLEU, chrF and TER of a w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from textgym.data.messages import Text, plain
-
-References = Sequence[str | Sequence[str] | None]
+from textgym.rewards.functions.references import References, listed
+from textgym.rewards.functions.words import UnicodeWords, unread_share
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,27 @@ class CorpusMetric:
         texts = plain(completions)
         return [
             float(metric.sentence_score(text.strip(), wanted).score) if wanted else None
-            for text, wanted in zip(texts, _listed(references), strict=True)
+            for text, wanted in zip(texts, listed(references), strict=True)
         ]
 
     def corpus(self, completions: Sequence[Text], references: References) -> float:
-        """Return the score of all completions together, equal to that of sacrebleu's command line."""
+        """Return the score of all completions together, equal to that of sacrebleu's command line.
+
+        Rows without a reference are left out.
+
+        Raises:
+            ValueError: If no row has a reference.
+        """
         rows = [
             (text.strip(), wanted)
-            for text, wanted in zip(plain(completions), _listed(references), strict=True)
+            for text, wanted in zip(plain(completions), listed(references), strict=True)
             if wanted
         ]
+        if not rows:
+            raise ValueError(
+                f"{type(self).__name__} needs references, and none of the {len(completions)} rows has one: fill the "
+                "column 'references', or leave the metric out"
+            )
         # sacrebleu wants one list per alternative, as long as the corpus, with `None` where a text has fewer of them.
         width = max(len(wanted) for _, wanted in rows)
         streams = [[wanted[i] if i < len(wanted) else None for _, wanted in rows] for i in range(width)]
@@ -102,23 +114,44 @@ class Ter(CorpusMetric):
 class Rouge:
     """ROUGE F1 from 0 to 1, by rouge-score: the maximum over the references (extra `metrics`; Lin, 2004).
 
+    rouge-score reads Latin letters without accents and digits, and nothing else. So its value of a Russian or Chinese
+    text is 0 whatever the completion, and as a reward it is a constant; a warning says so. `tokenize="unicode"` reads
+    every script.
+
     Attributes:
         kind: Which ROUGE; `rougeLsum` treats each line as a sentence.
-        use_stemmer: Whether to compare the stems of words.
+        use_stemmer: Whether to compare the stems of words, which is for English.
+        tokenize: `"latin"`, rouge-score's own, or `"unicode"`: words of every script, and single characters where a
+            script has no spaces between words, such as Chinese, Japanese and Thai.
+
+    Raises:
+        ValueError: If both `use_stemmer` and `tokenize="unicode"` are chosen.
 
     >>> round(Rouge("rouge1")(["the cat sat"], references=["the cat ran"])[0], 3)
     0.667
+    >>> Rouge("rouge1", tokenize="unicode")(["кошка спит"], references=["кошка ест"])
+    [0.5]
     """
 
     kind: Literal["rouge1", "rouge2", "rougeL", "rougeLsum"] = "rougeL"
     use_stemmer: bool = False
+    tokenize: Literal["latin", "unicode"] = "latin"
+
+    def __post_init__(self) -> None:
+        if self.tokenize not in ("latin", "unicode"):
+            raise ValueError(f"tokenize must be 'latin' or 'unicode', got {self.tokenize!r}")
+        if self.use_stemmer and self.tokenize == "unicode":
+            raise ValueError("use_stemmer knows English alone: leave it out with tokenize='unicode'")
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Score completions."""
-        scorer = _rouge(self.kind, self.use_stemmer)
+        scorer = _rouge(self.kind, self.use_stemmer, self.tokenize)
+        wanted = listed(references)
+        if self.tokenize == "latin":
+            _warn_of_unread_letters(wanted)
         return [
-            float(scorer.score_multi(wanted, text)[self.kind].fmeasure) if wanted else None
-            for text, wanted in zip(plain(completions), _listed(references), strict=True)
+            float(scorer.score_multi(alternatives, text)[self.kind].fmeasure) if alternatives else None
+            for text, alternatives in zip(plain(completions), wanted, strict=True)
         ]
 
 
@@ -150,7 +183,7 @@ class Meteor:
 
         return [
             score(text, wanted) if wanted else None
-            for text, wanted in zip(plain(completions), _listed(references), strict=True)
+            for text, wanted in zip(plain(completions), listed(references), strict=True)
         ]
 
 
@@ -171,11 +204,6 @@ def _wordnet() -> Any:
     return wordnet
 
 
-def _listed(references: References) -> list[list[str]]:
-    """Return the list of references of each row, which is empty if the column is `None`."""
-    return [[row] if isinstance(row, str) else list(row or ()) for row in references]
-
-
 @lru_cache(maxsize=16)
 def _sacrebleu(name: str, **settings: Any) -> Any:
     try:
@@ -186,9 +214,22 @@ def _sacrebleu(name: str, **settings: Any) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _rouge(kind: str, use_stemmer: bool) -> Any:
+def _rouge(kind: str, use_stemmer: bool, tokenize: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError("Rouge needs rouge-score: pip install 'textgym[metrics]'") from error
-    return RougeScorer([kind], use_stemmer=use_stemmer)
+    return RougeScorer([kind], use_stemmer=use_stemmer, tokenizer=UnicodeWords() if tokenize == "unicode" else None)
+
+
+def _warn_of_unread_letters(references: list[list[str]]) -> None:
+    """Warn if rouge-score does not read most letters of a reference."""
+    for alternatives in references:
+        for text in alternatives:
+            if unread_share(text) > 0.5:
+                warnings.warn(
+                    f"rouge-score reads only Latin letters and digits, and most letters of the reference {text[:40]!r} "
+                    "are others, so that ROUGE is near 0 whatever the completion: use Rouge(tokenize='unicode')",
+                    stacklevel=3,
+                )
+                return

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from textgym.data.messages import Text, plain
-
-NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+from textgym.rewards.functions.numbers import last_number
 
 
 def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
@@ -76,11 +75,11 @@ class RegexMatch:
 class NumericAnswer:
     """Reward of 1 if the last number in the completion equals the column `answer` within a tolerance, else 0.
 
-    `answer` is a number, or a text whose last number counts. Numbers may have thousands separators. `tolerance` is
-    relative, and absolute near 0.
+    `answer` is a number, or a text whose last number counts. Numbers are read as `last_number` says: a fraction such as
+    1/2 is one number, equal to 0.5. `tolerance` is relative, and absolute near 0.
 
-    >>> NumericAnswer()(["3 + 4 = 7.", "about 1,200", "none"], answer=["7", 1200.0, 1])
-    [1.0, 1.0, 0.0]
+    >>> NumericAnswer()(["3 + 4 = 7.", "about 1,200", "0.5", "none"], answer=["7", 1200.0, "1/2", 1])
+    [1.0, 1.0, 1.0, 0.0]
     """
 
     tolerance: float = 1e-6
@@ -178,16 +177,6 @@ class RepetitionPenalty:
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Score completions."""
         return [_distinct(text, self.n) - 1.0 for text in plain(completions)]
-
-
-def last_number(text: str) -> float | None:
-    """Return the last number in a text, or `None` if there is none.
-
-    >>> last_number("from 1,000 to 2.5e3"), last_number("no")
-    (2500.0, None)
-    """
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _share_contained(text: str, words: Sequence[str]) -> float:

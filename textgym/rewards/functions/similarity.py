@@ -13,6 +13,7 @@ from textgym.data.messages import Text, check_characters, plain
 from textgym.models.architectures.attention import batches_by_length
 from textgym.models.loading import load_encoder
 from textgym.models.machine.devices import Device, resolve_device
+from textgym.rewards.functions.references import References, listed
 from textgym.rewards.models.last_token import pad_right
 
 BATCH_SIZE = 64
@@ -44,11 +45,9 @@ class SemanticSimilarity:
         if self.device is None:
             self.where = device
 
-    def __call__(
-        self, completions: Sequence[Text], references: Sequence[str | Sequence[str] | None], **_: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Score completions."""
-        wanted = [[row] if isinstance(row, str) else list(row or ()) for row in references]
+        wanted = listed(references)
         texts = plain(completions)
 
         known = list({*texts, *(reference for row in wanted for reference in row)})  # each text is embedded once

@@ -8,9 +8,11 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -33,6 +35,7 @@ from textgym.rewards.functions import (
     exact_match,
     lexicon_sentiment,
     reasoning_gym_score,
+    token_f1,
 )
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 
@@ -42,13 +45,20 @@ HYPOTHESES = ["the cat sat on the mat", "a quick brown dog jumps", "it is what i
 REFERENCES = ["the cat is on the mat", "the quick brown fox jumps over", "it is what it is .", "nothing in common here"]
 OTHERS = ["there is a cat on a mat", "a quick brown dog leaps", "it was what it was .", "words that differ completely"]
 
+AWKWARD = json.loads((Path(__file__).parent / "awkward_texts.json").read_text())
+"""Empty, repeated, long and foreign texts, each a line, with the F1 that SQuAD 2.0's own script gives them."""
+COMPLETIONS, WANTED, SQUAD_F1 = ([row[name] for row in AWKWARD] for name in ("completion", "reference", "squad_f1"))
+HYPOTHESES += COMPLETIONS
+REFERENCES += WANTED
+OTHERS += [*WANTED[1:], "a cat"]
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
     """Hypotheses and two sets of references, a text a line."""
     texts = {"hypotheses": HYPOTHESES, "references": REFERENCES, "others": OTHERS}
     for name, lines in texts.items():
-        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return {name: str(tmp_path / name) for name in texts}
 
 
@@ -71,6 +81,7 @@ def test_bleu_chrf_and_ter_equal_sacrebleus_command_line(
 
 
 @pytest.mark.parametrize("use_stemmer", [False, True])
+@pytest.mark.filterwarnings("ignore:rouge-score reads only Latin letters")
 def test_rouge_equals_its_command_line(use_stemmer: bool, files: dict[str, str], tmp_path: Path) -> None:
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     output = tmp_path / "scores.csv"
@@ -96,6 +107,59 @@ def test_rows_without_references_are_left_out() -> None:
         assert (second, third) == (None, None)
     assert Bleu().corpus(["a b c d", "x"], ["a b c d", None]) == pytest.approx(100.0)
     assert reasoning_gym_score(["1"], entry=[None]) == [None]
+
+
+def test_a_row_of_another_kind_is_an_error_that_names_it() -> None:
+    for function in (Bleu(), Rouge(), Meteor(), token_f1):
+        for bad in (float("nan"), 3, ["a", 3], {"text": 1}.values()):
+            with pytest.raises(ValueError, match=r"'references' of row 1 has .*give a text"):
+                function(["a", "b"], references=["a", bad])
+
+
+def test_lists_of_references_may_be_padded_and_may_be_arrays() -> None:
+    for function in (Bleu(), Chrf(), Rouge(), Meteor(), token_f1):
+        padded = function(["a cat sat"] * 3, references=[["a cat", None], np.array(["a cat"], dtype=object), [None]])
+        plain = function(["a cat sat"], references=["a cat"])
+        assert padded == [plain[0], plain[0], None]
+
+
+def test_token_f1_is_that_of_squads_script() -> None:
+    assert token_f1(COMPLETIONS, references=WANTED) == pytest.approx(SQUAD_F1, abs=1e-6)
+    # An answer that has no words counts only if there is no other.
+    assert token_f1(["", "", "cat"], references=[["the", "cat"], ["the", ""], ["the", "a cat"]]) == [0.0, 1.0, 1.0]
+    assert token_f1(["", ""], references=[None, []]) == [None, None], "no answer is an empty text, not a missing one"
+
+
+def test_rouge_says_that_it_reads_no_other_scripts() -> None:
+    for reference in ("кошка спит", "我爱北京", "हिन्दी भाषा", "مرحبا"):
+        with pytest.warns(UserWarning, match=r"tokenize='unicode'"):
+            assert Rouge()([reference], references=[reference]) == [0.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Rouge()(["déjà vu", ""], references=[["déjà vu, un café", "123 !?"], ""])
+
+
+def test_rouge_of_other_scripts_counts_their_words() -> None:
+    """By hand: F1 of shared words, or of characters where there are no spaces; English stays as it is."""
+    rouge = Rouge("rouge1", tokenize="unicode")
+    texts = ["кошка спит", "我爱北京", "हिन्दी भाषा", "Déjà VU!", "สวัสดี", "the cat sat", "日本3つ"]
+    references = ["Кошка ест", "我爱上海", "हिन्दी", "déjà bu", "สวัสดี", "the cat ran", "日本4つ"]
+    assert rouge(texts, references=references) == pytest.approx([1 / 2, 1 / 2, 2 / 3, 1 / 2, 1, 2 / 3, 3 / 4])
+    assert Rouge("rougeL", tokenize="unicode")(["спит кошка"], references=["кошка спит"]) == [0.5]
+    english = COMPLETIONS[-8:-6]
+    assert Rouge(tokenize="unicode")(english, references=REFERENCES[:2]) == Rouge()(english, references=REFERENCES[:2])
+    with pytest.raises(ValueError, match="English alone"):
+        Rouge(use_stemmer=True, tokenize="unicode")
+    with pytest.raises(ValueError, match="tokenize must be"):
+        Rouge(tokenize="zh")  # type: ignore[arg-type]
+
+
+def test_meteor_takes_awkward_texts() -> None:
+    scores = Meteor()(COMPLETIONS, references=WANTED)
+    assert all(0 <= score <= 1 for score in scores)
+    same = [score for score, a, b in zip(scores, COMPLETIONS, WANTED, strict=True) if a == b and a]
+    assert min(same) >= 0.5
+    assert scores[:3] == [0.0, 0.0, 0.0], "without words there is nothing to match"
 
 
 def test_rouge_takes_the_best_reference() -> None:

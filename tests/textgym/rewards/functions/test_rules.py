@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scoring import Scorer
 from textgym.rewards.functions import rules
+from textgym.rewards.functions.numbers import last_number
 
 AWKWARD = ["", " ", "naïve 日本 \N{GRINNING FACE}", "a\n\nb\x00", "1e999", "." * 5000]
 ALL: list[Any] = [
@@ -46,13 +48,51 @@ def test_awkward_texts_are_scored(function: Any) -> None:
         ("-3.5 and then -4", -4.0),
         ("$1,234,567.89", 1234567.89),
         ("12,34", 34.0),
+        ("1,2345", 2345.0),
         ("6.02e23 atoms", 6.02e23),
         (".5", 0.5),
         ("none, e, +, .", None),
+        ("1e999", None),
+        # Fractions, however they are written.
+        ("7/2", 3.5),
+        ("about 7 / 2.", 3.5),
+        ("-7/2", -3.5),
+        ("1/-2", -0.5),
+        ("1.5/3", 0.5),
+        (r"$\frac{7}{2}$", 3.5),
+        (r"-\dfrac{1}{2}", -0.5),
+        (r"3\frac{1}{2}", 3.5),
+        ("3 1/2", 3.5),
+        ("-3 1/2", -3.5),
+        ("3 4/2", 2.0),
+        ("3/0", None),
+        # Slashes and minus signs that are something else.
+        ("11/28/2024", 2024.0),
+        ("24 km/h", 24.0),
+        ("10-4", 4.0),
+        ("(2)-4", 4.0),
+        ("1990-95", 95.0),
+        ("x=-4", -4.0),
+        ("\N{MINUS SIGN}4", -4.0),
     ],
 )
 def test_last_number(text: str, number: float | None) -> None:
-    assert rules.last_number(text) == number
+    assert last_number(text) == number
+
+
+def test_numeric_answers_are_equal_as_numbers() -> None:
+    texts = ["7/2", "0.5", "3.5", r"\frac{1}{2}", "1,000", "1/2", "2/4 "]
+    answers = ["1/2", "1/2", "7/2", 0.5, 1000, 2, "0.50"]
+    assert rules.NumericAnswer()(texts, answer=answers) == [0, 1, 1, 1, 1, 0, 1]
+    assert rules.NumericAnswer()(["1e999", "3/0"], answer=["1e998", "4/0"]) == [0, 0], "no numbers"
+
+
+@pytest.mark.parametrize("text", ["1", "1/", "1,", "1 ", "-", "1 1/", r"\frac{", r"\frac{1}", " ", r"\frac "])
+def test_numbers_of_long_texts_are_found_in_no_time(text: str) -> None:
+    """Matched again from every position, these would take minutes."""
+    started = time.process_time()
+    last_number(text * (200_000 // len(text)) + "x")
+    assert time.process_time() - started < 5
 
 
 def test_numeric_answer_has_a_tolerance() -> None:
