@@ -157,3 +157,8 @@ def test_controllers_steer_the_coefficient(controller: Any, factors: list[float]
     agent.save(tmp_path / "agent")
     resumed = PPO.load(tmp_path / "agent", envs=make_agent(kl_coef=controller, reference=mock_lm(seed=3)).envs)
     assert resumed.penalty.coef == agent.penalty.coef
+    for other in (
+        make_agent(kl_coef=controller),
+        PPO(ActorCritic.from_pretrained(mock_lm()), agent.envs, agent.config),
+    ):
+        assert other.penalty.coef == 0.1, "a trial starts where the setting says, in another environment or the same"

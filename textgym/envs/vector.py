@@ -195,6 +195,8 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     def agent_penalty(self, start: Callable[[], TokenModel], agent: str) -> KLPenalty:
         """Return the KL penalty that an agent applies, to the environment's reference or else to the initial policy.
 
+        Its controller starts where that of the environment's `kl_coef` did, whatever earlier agents did in it.
+
         Args:
             start: Function that makes the reference if the environment has none.
             agent: The agent's name, for the error message.
@@ -208,7 +210,8 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
                 f"the KL penalty would be applied twice, by {agent} and by the environment "
                 f"(kl_mode={task.kl_mode_given!r}): make the environment without kl_mode, or with kl_mode='deferred'"
             )
-        return task.penalty or KLPenalty(start(), task.kl_coef, task.kl_estimator, task.kl_clamp)
+        reference = start() if task.penalty is None else task.penalty.reference
+        return KLPenalty(reference, task.kl_coef, task.kl_estimator, task.kl_clamp)
 
     def next_prompts(self, number: int) -> np.ndarray:
         """Return the indices `(number,)` of the next prompts, without replacement, as `reset` does."""

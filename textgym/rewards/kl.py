@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -120,7 +121,7 @@ class KLPenalty:
     Args:
         reference: a model name, a language model, or a `TokenModel`; it stays where it is. Of one that is trained, such
             as the policy, a frozen copy is taken, so that it stays what it is now.
-        coef: beta, or a controller that moves it.
+        coef: beta, or a controller that moves it, of which a copy is taken: each penalty starts where the caller's does.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
         clamp: the KL that a token is charged for is cut to -clamp and clamp nats, so that no single token dominates an
             update; the KL that is measured is not cut.
@@ -149,7 +150,7 @@ class KLPenalty:
         beta = plain(coef)
         if isinstance(beta, Real) and beta < 0:
             raise ConfigError(f"kl_coef must not be negative, got {beta}: it would reward divergence")
-        self.controller: KLController = FixedKL(float(beta)) if isinstance(beta, Real) else coef  # type: ignore[assignment]
+        self.controller: KLController = FixedKL(float(beta)) if isinstance(beta, Real) else copy.deepcopy(coef)  # type: ignore[assignment]
         self.estimator: Estimator = estimator
 
     @property

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.models.distributions.masks import ModelMask
 from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
 from textgym.rewards.reference import SyncReference
+from textgym.sb3.log_names import LogNames
 from textgym.sb3.policies import check_vocabulary, token_space
 from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer, warn_of_discount
 
@@ -24,7 +26,8 @@ class KLCallback(BaseCallback):
     `textgym/score` (of the episodes that have a score), `textgym/unscored` (the share of the others, whose reward is
     0), `textgym/response_tokens`, `textgym/completions` (a few, as text), `textgym/kl_coef`, and the mean of each
     reward function (`textgym/reward/<name>`), of the metrics that functions log (`textgym/metric/<name>`) and of the
-    number of failed functions (`textgym/reward_errors`), if there are any.
+    number of failed functions (`textgym/reward_errors`), if there are any. SB3's tables cut long names, and end with an
+    error if two are then equal; the second of them loses its middle.
 
     Without a reference it only logs, and the KL is that of `EpisodeRolloutBuffer` or of `kl_mode="exact"`. With a
     reference it measures the KL of each token when it is sampled, by cached decoding. With a coefficient it also
@@ -58,6 +61,8 @@ class KLCallback(BaseCallback):
             raise ValueError("kl_estimator='full' needs whole distributions, which SB3 does not pass on: use 'k1'")
         self.reference, self.kl_coef, self.kl_estimator, self.kl_clamp = reference, kl_coef, kl_estimator, kl_clamp
         self.penalty: KLPenalty | None = None
+        self.steered: BaseAlgorithm | None = None  # whose KL the controller of `penalty` has seen
+        self.log_names = LogNames()
         self.pays = kl_coef != 0
         self.num_completions = num_completions
         self.scores: list[float] = []
@@ -74,8 +79,11 @@ class KLCallback(BaseCallback):
             warn_of_discount(self.model.gamma)  # type: ignore[attr-defined]  # every algorithm for tokens has one
         if self.reference is not None:
             device = self.model.device
-            self.penalty = KLPenalty(self.reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device)
-            self._check(self.penalty)
+            penalty = KLPenalty(self.reference, self.kl_coef, self.kl_estimator, self.kl_clamp, device)
+            if self.penalty is not None and self.steered is self.model:  # `learn` goes on with the same algorithm
+                penalty.controller = self.penalty.controller
+            self.penalty, self.steered = penalty, self.model
+            self._check(penalty)
         self._clear()
 
     def _check(self, penalty: KLPenalty) -> None:
@@ -140,7 +148,7 @@ class KLCallback(BaseCallback):
         for name, values in metrics.items():
             known = [value for value in values if not math.isnan(value)]  # without rows that a function did not score
             if known:
-                self.logger.record_mean(f"textgym/{name}", float(np.mean(known)))
+                self.logger.record_mean(f"textgym/{self.log_names.of(name)}", float(np.mean(known)))
         if self.penalty is not None and self.pays and self.episode_kl:
             self.penalty.controller.update(float(np.mean(self.episode_kl)), len(self.episode_kl))
         payer = self.buffer.penalty if isinstance(self.buffer, EpisodeRolloutBuffer) else self.penalty

@@ -119,7 +119,16 @@ class EpisodeReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Add a step of all rows."""
+        """Add a step of all rows.
+
+        Raises:
+            ValueError: If there are not as many rows as the buffer has.
+        """
+        if len(reward) != self.n_envs:
+            raise ValueError(
+                f"the replay buffer has the texts of {self.n_envs} rows, and the environment has {len(reward)}: make "
+                f"the environment with n_envs={self.n_envs}, as when the buffer was saved, or train without it"
+            )
         rows, lengths = np.arange(self.n_envs), obs["attention_mask"].sum(1)
         for row in np.flatnonzero(~self._continues(obs["input_ids"], lengths)):  # its episode was abandoned by a reset
             self._close(row, terminated=False)

@@ -75,7 +75,16 @@ class TextVecEnv(VecEnv):
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> VecEnvObs:
-        """Start an episode in every row, with the seed and options that were set."""
+        """Start an episode in every row, with the seed and options that were set.
+
+        Raises:
+            ValueError: If an algorithm is in the middle of a rollout here.
+        """
+        if _collects_in(self):
+            raise ValueError(
+                "the training environment was reset in the middle of a rollout, as EvalCallback does if it evaluates "
+                "in it: give it an environment of its own, EvalCallback(make_vec_env(...))"
+            )
         observation, _ = self.envs.reset(seed=self._seeds[0], options=self._reset_options_of_all())
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
@@ -200,6 +209,16 @@ def _learning_algorithm() -> BaseAlgorithm | None:
         return None
     algorithm: BaseAlgorithm = caller.f_locals["self"]
     return algorithm
+
+
+def _collects_in(env: TextVecEnv) -> bool:
+    """Return whether a `collect_rollouts` that steps this environment is under way, in the call stack."""
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        if frame.f_code.co_name == "collect_rollouts":
+            stepped: Any = getattr(frame.f_locals.get("self"), "env", None)
+            if isinstance(stepped, VecEnv) and stepped.unwrapped is env:
+                return True
+    return False
 
 
 def _is_number(values: np.ndarray) -> bool:

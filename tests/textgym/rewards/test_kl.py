@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -88,6 +91,21 @@ def test_adaptive_controller() -> None:
     fixed = FixedKL(0.3)
     fixed.update(100.0, 100)
     assert fixed.coef == 0.3
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [AdaptiveKL(target=6.0, horizon=100), ThresholdKL(1.0, 2.0), FixedKL(0.1)],
+    ids=lambda c: type(c).__name__,
+)
+def test_penalties_do_not_share_a_controller(controller: Any) -> None:
+    """Three trials with one setting: each starts where the setting says."""
+    before = copy.deepcopy(controller)
+    for _ in range(3):
+        penalty = KLPenalty(mock_lm(), controller)
+        assert penalty.coef == 0.1
+        penalty.controller.update(100.0, 100)
+    assert controller == before
 
 
 def test_threshold_controller() -> None:

@@ -71,10 +71,42 @@ def test_coefficient_follows_its_controller(
     make_env: MakeEnv, lm_folder: str, make_model: Any, shift_weights: Any
 ) -> None:
     controller = AdaptiveKL(target=1e-6, horizon=100, coef=0.1)
-    model = make_model(make_env(), **STOCK)
-    shift_weights(model)
-    model.learn(48, callback=KLCallback(lm_folder, controller))
-    assert controller.coef > 0.1
+    callback = KLCallback(lm_folder, controller)
+    coefficients = []
+    for steps in (48, 48):  # `learn` again goes on from there
+        model = make_model(make_env(), **STOCK) if not coefficients else model
+        shift_weights(model)
+        model.learn(steps, callback=callback, reset_num_timesteps=not coefficients)
+        assert callback.penalty is not None
+        coefficients.append(callback.penalty.coef)
+    assert 0.1 < coefficients[0] < coefficients[1]
+    make_model(make_env(), **STOCK).learn(0, callback=callback)
+    assert callback.penalty.coef == controller.coef == 0.1, "another model starts where the setting says"
+
+
+def named(name: str) -> Any:
+    def reward(completions: list[str]) -> list[float]:
+        return [float(len(name))] * len(completions)
+
+    reward.__name__ = name
+    return reward
+
+
+def test_functions_whose_names_share_a_long_beginning_are_logged(
+    make_env: MakeEnv, make_model: Any, tmp_path: Path
+) -> None:
+    """SB3's table cuts names to 36 characters, and raises an error if two are then equal."""
+    same = "politeness_of_the_answer_to_the_"
+    names = [f"{same}{end}" for end in ("user_in_english", "user_in_french", "user_in_german", "2_user_in_german")]
+    model = make_model(make_env(reward=[named(name) for name in [*names, "short"]]))
+    model.set_logger(configure(str(tmp_path), ["stdout", "csv", "log"]))
+    model.learn(2 * 48, callback=KLCallback(), log_interval=1)
+    with (tmp_path / "progress.csv").open() as file:
+        row = list(csv.DictReader(file))[-1]
+    means = {key: float(value) for key, value in row.items() if key.startswith("textgym/reward/")}
+    assert sorted(means.values()) == sorted(float(len(name)) for name in [*names, "short"])
+    assert means["textgym/reward/short"] == 5.0
+    assert means[f"textgym/reward/{names[0]}"] == len(names[0])
 
 
 def test_paying_twice_is_refused(make_env: MakeEnv, lm_folder: str, make_model: Any) -> None:

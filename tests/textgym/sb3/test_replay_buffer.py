@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from textgym.models.architectures.attention import PackedStates
-from textgym.sb3 import EpisodeReplayBuffer
+from textgym.sb3 import EpisodeReplayBuffer, TextQPolicy
 from textgym.sb3.replay_buffer import Episode
 
 MakeEnv = Any
@@ -31,6 +33,33 @@ def played(env: Any, buffers: list[Any], steps: int = 40, seed: int = 0) -> None
         for buffer in buffers:
             buffer.add(observation, stored, actions, rewards, dones, infos)
         observation = following
+
+
+def test_a_buffer_of_another_number_of_rows_is_refused(make_env: MakeEnv, lm_folder: str, tmp_path: Path) -> None:
+    """SB3 loads it without a word, and would fail while it adds the first step."""
+
+    def model_of(rows: int) -> DQN:
+        return DQN(
+            TextQPolicy,
+            make_env(rows, kl_mode="reference"),
+            replay_buffer_class=EpisodeReplayBuffer,
+            policy_kwargs={"model": lm_folder},
+            gamma=1.0,
+            learning_starts=1000,
+        )
+
+    first = model_of(4)
+    first.learn(40)
+    first.save_replay_buffer(tmp_path / "buffer.pkl")
+    other = model_of(2)
+    other.load_replay_buffer(tmp_path / "buffer.pkl")
+    with pytest.raises(ValueError, match=r"texts of 4 rows, and the environment has 2: make .*n_envs=4"):
+        other.learn(40)
+    again = model_of(4)
+    again.load_replay_buffer(tmp_path / "buffer.pkl")
+    before = again.replay_buffer.size()
+    again.learn(40)
+    assert again.replay_buffer.size() > before > 0
 
 
 def contexts(states: PackedStates) -> list[tuple[int, ...]]:

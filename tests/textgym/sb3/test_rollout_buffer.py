@@ -157,7 +157,8 @@ def test_coefficient_follows_its_controller(
     shift_weights(model)
     ended = len(collect(model).episode_kl)
     assert ended > 3
-    assert controller.coef == pytest.approx(0.1 * (1 + 0.2 * ended / 100))
+    assert model.rollout_buffer.penalty.coef == pytest.approx(0.1 * (1 + 0.2 * ended / 100))
+    assert controller.coef == 0.1, "the buffer moves a copy"
 
 
 def test_minibatches_hold_every_step_once_and_whole_segments(

@@ -196,6 +196,15 @@ def test_evaluation_needs_nobody_to_pay_the_kl(make_env: MakeEnv, lm_folder: str
     assert np.isfinite(watched.last_mean_reward)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_evaluation_in_the_training_environment_is_refused(make_env: MakeEnv, wrapped: bool) -> None:
+    """It would end the texts of the rollout that is under way, and SB3 says nothing."""
+    env = make_env(kl_coef=0.0)
+    model = PPO("MultiInputPolicy", VecCheckNan(env) if wrapped else env, n_steps=8, batch_size=32, gamma=1.0)
+    with pytest.raises(ValueError, match="an environment of its own, EvalCallback"):
+        model.learn(32, EvalCallback(env, eval_freq=3, verbose=0))
+
+
 @pytest.fixture
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module that registers an id when it is imported."""
