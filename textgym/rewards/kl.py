@@ -121,7 +121,8 @@ class KLPenalty:
     Args:
         reference: a model name, a language model, or a `TokenModel`; it stays where it is. Of one that is trained, such
             as the policy, a frozen copy is taken, so that it stays what it is now.
-        coef: beta, or a controller that moves it, of which a copy is taken: each penalty starts where the caller's does.
+        coef: beta, or a controller that moves it. Of a controller a copy is taken, so that each penalty starts where
+            the caller's does.
         estimator: see `estimate_kl`; `"full"` sums over the whole vocabulary.
         clamp: the KL that a token is charged for is cut to -clamp and clamp nats, so that no single token dominates an
             update; the KL that is measured is not cut.

@@ -72,11 +72,11 @@ def test_coefficient_follows_its_controller(
 ) -> None:
     controller = AdaptiveKL(target=1e-6, horizon=100, coef=0.1)
     callback = KLCallback(lm_folder, controller)
+    model = make_model(make_env(), **STOCK)
+    shift_weights(model)
     coefficients = []
-    for steps in (48, 48):  # `learn` again goes on from there
-        model = make_model(make_env(), **STOCK) if not coefficients else model
-        shift_weights(model)
-        model.learn(steps, callback=callback, reset_num_timesteps=not coefficients)
+    for first in (True, False):  # `learn` again goes on from there
+        model.learn(48, callback=callback, reset_num_timesteps=first)
         assert callback.penalty is not None
         coefficients.append(callback.penalty.coef)
     assert 0.1 < coefficients[0] < coefficients[1]
