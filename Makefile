@@ -19,8 +19,8 @@ demo: $(INSTALLED)  ## train the embedded model on human ratings, and evaluate i
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-test-fast: $(INSTALLED)  ## unit tests without training, for use while you work
-	$(PYTEST) -m "not slow and not training and not gpu"
+test-fast: $(INSTALLED)  ## the tests that take a moment each, for use while you work
+	$(PYTEST) --fast
 
 test: $(INSTALLED)
 	$(PYTEST) --durations 20

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an unknow
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,9 +29,21 @@ from textgym.models.token_model import TokenModel
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collapse when another process runs
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests come first, so that two workers end at about the same time."""
-    items.sort(key=lambda item: "test_scenarios_hold_on_the_pretend_device" not in item.nodeid)
+LONGER_TESTS = Path(__file__).parent / "longer_tests.txt"
+"""Test functions that take more than a moment; `python scripts/longer_tests.py` writes the file."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help=f"leave out the tests that {LONGER_TESTS.name} names")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    longer = set(LONGER_TESTS.read_text().splitlines())
+    left_out = [item for item in items if item.nodeid.split("[")[0] in longer]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item.nodeid.split("[")[0] not in longer]
 
 
 def pytest_collection_finish() -> None:
