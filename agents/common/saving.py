@@ -33,7 +33,7 @@ from textgym.settings import from_plain
 
 from ..machine import distributed
 from ..machine.circumstances import machine, warn_of_changes, warn_of_differences
-from ..machine.distributed import everyone, gather_shards, join, load_optimizer
+from ..machine.distributed import by_first, everyone, gather_shards, join, load_optimizer
 from ..machine.saved_files import SavedAgent, SavedPolicy, make_environment, read_json, saved_environment
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
@@ -196,9 +196,7 @@ def save_agent(agent: Any, folder: Path, overwrite: bool) -> None:
         ),
     }
     scorers = everyone(agent.base_env.scorer.state())
-    if distributed.rank() == 0:
-        _write(agent, folder, state, scorers, overwrite)
-    everyone(None)  # a barrier: no process continues before the files exist
+    by_first(lambda: _write(agent, folder, state, scorers, overwrite))
 
 
 def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[str, Any]], overwrite: bool) -> None:

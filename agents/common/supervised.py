@@ -39,7 +39,7 @@ from textgym.rewards.models.last_token import pad_right
 from textgym.settings import Count, NotNegative, Positive, Share, check_settings, from_plain
 
 from ..machine.circumstances import machine, warn_of_differences
-from ..machine.distributed import explain_lost_processes
+from ..machine.distributed import broadcast_weights, by_first, explain_lost_processes, join
 from ..machine.out_of_memory import memory_explained
 from ..machine.saved_files import SavedSupervisedAgent, read_json
 from .rollout_agent import Metrics
@@ -116,7 +116,9 @@ class SupervisedAgent(ABC):
     texts: list[Example]
 
     def __init__(self, policy: PolicyLike, data: Any, tokenizer: Any = None, config: Any = None) -> None:
+        join()
         policy = as_policy(policy)
+        broadcast_weights(policy)
         self.policy, self.tokenizer = policy, _tokenizer_for(policy, tokenizer)
         self.config = config if config is not None else self.config_class()
         if self.config.gradient_checkpointing:
@@ -223,6 +225,8 @@ class SupervisedAgent(ABC):
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write everything that `load` needs to continue: `policy/`, a transformers folder, and the training state.
 
+        All processes of a run must call it; the first one writes the files.
+
         Args:
             folder: Folder to write; it must be empty or not exist.
             overwrite: Whether to replace an agent that was saved in this folder.
@@ -230,7 +234,16 @@ class SupervisedAgent(ABC):
         Raises:
             FileExistsError: If the folder has files.
             OSError: If the disk is full or the folder is not writable.
+            ValueError: If DeepSpeed has sharded the state of the optimiser.
         """
+        if self.trainer is not None and self.trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed shards the optimiser's state, and save does not gather it: save the policy alone "
+                "(agent.policy.save_pretrained), or train with examples/accelerate/ddp.yaml"
+            )
+        by_first(lambda: self._write(folder, overwrite))
+
+    def _write(self, folder: str | Path, overwrite: bool) -> None:
         meta = {
             "config": dataclasses.asdict(self.config),
             "updates": self.updates,

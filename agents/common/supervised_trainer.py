@@ -15,11 +15,12 @@ from transformers.trainer_callback import PrinterCallback
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.schedules import Decay, warmup_and_decay
+from textgym.models.machine.shared_batches import SharedBatches, SharedLoader
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.models.sequences import Sequences
 from textgym.rewards.models.pairwise import SILENT
 
-from ..machine.distributed import everyone, join, share_of
+from ..machine.distributed import count, everyone, join, rank, sharded_by_fsdp
 from .optimizer import adamw, warn_of_lost_updates
 
 
@@ -53,25 +54,27 @@ class SupervisedTrainer(Trainer):
 
     def __init__(self, agent: Trained, folder: str, callbacks: Sequence[Callable[..., bool | None]]) -> None:
         join()
-        config, own = agent.config, share_of(agent.config.batch_size, "batch_size")
-        micro_batch_size = config.micro_batch_size or own
-        if own % micro_batch_size:
+        if sharded_by_fsdp():
             raise ValueError(
-                f"a process's {own} of batch_size must be a multiple of micro_batch_size={micro_batch_size}"
+                "SFT and DPO do not shard weights by FSDP: use examples/accelerate/ddp.yaml, or deepspeed.yaml, which "
+                "shards gradients and the optimiser's state"
             )
+        config = agent.config
+        self.batches = SharedBatches(
+            len(agent), config.batch_size, config.micro_batch_size, count(), rank(), config.seed
+        )
         arguments = OneDeviceArguments(
             output_dir=folder,
             num_train_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
-            per_device_train_batch_size=micro_batch_size,
-            gradient_accumulation_steps=own // micro_batch_size,
+            per_device_train_batch_size=config.micro_batch_size or config.batch_size,
+            gradient_accumulation_steps=self.batches.parts_per_batch,
             learning_rate=config.learning_rate,
             weight_decay=0.0,
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
             model_device=str(agent.policy.device),
             seed=config.seed,
-            data_seed=config.seed,
             logging_steps=1,
             **SILENT,
         )
@@ -79,13 +82,16 @@ class SupervisedTrainer(Trainer):
             model=_Scored(agent.policy),
             args=arguments,
             train_dataset=range(len(agent)),  # indices of the agent's items
-            data_collator=agent.collate,
             callbacks=[_Report(self, callbacks), FiniteGradients()],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the weight of the whole batch itself
         self.agent = agent
         self.metrics: dict[str, float] = {}
+
+    def get_train_dataloader(self) -> SharedLoader:
+        """Return the micro-batches of this process, each item of the data once an epoch over all processes."""
+        return SharedLoader(self.batches, self.agent.collate)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make transformers' optimiser, or ours with `adam_8bit`: transformers' keeps 32-bit moments of embeddings."""
@@ -109,7 +115,7 @@ class SupervisedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of an update, and their total weight over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        total = torch.stack([self.agent.weight(batch) for batch in batches]).sum().to(device)
+        total = torch.stack([self._weight(batch) for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(total).sum()
 
     def compute_loss(
@@ -123,10 +129,14 @@ class SupervisedTrainer(Trainer):
         log_probs, entropies = model(inputs["input_ids"], inputs["prompt_lengths"], inputs["response_lengths"])
         loss, metrics = self.agent.loss(log_probs, entropies, inputs)
         assert num_items_in_batch is not None  # from `get_batch_samples`
-        share = self.agent.weight(inputs) / num_items_in_batch
+        share = self._weight(inputs) / num_items_in_batch
         for name, value in {"loss": loss.detach(), **metrics}.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + float(share * value)
         return share * loss * self.accelerator.num_processes  # because gradients are averaged over processes
+
+    def _weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the weight of a micro-batch, 0 for one that stands in for an empty one."""
+        return self.agent.weight(batch) * batch["counts"]
 
     def write_progress(self, folder: Path) -> None:
         """Write the trainer's part of a checkpoint: progress, optimiser and schedule."""
@@ -170,7 +180,7 @@ class _Report(TrainerCallback):
             **{name: sum(share[name] for share in shares) for name in trainer.metrics},
             "grad_norm": float(logs["grad_norm"]),
             "learning_rate": float(logs["learning_rate"]),
-            "epoch": float(state.epoch),
+            "epoch": trainer.batches.epochs(state.global_step),
             "updates": state.global_step,
             "time/update_s": now - self.started,
         }

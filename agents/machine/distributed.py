@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -44,6 +45,13 @@ class ProcessLostError(TextgymError, ConnectionError):
 
 def join() -> None:
     """Initialise the process group if a launcher started several processes."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        warnings.warn(
+            f"the launcher asks for mixed_precision={precision}, which agents that collect episodes do not read: set "
+            "bf16=True in the agent's config (--bf16), and mixed_precision: no for the launcher",
+            stacklevel=2,
+        )
     if distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     PartialState(cpu=not torch.accelerator.is_available())
@@ -62,6 +70,11 @@ def rank() -> int:
 def device() -> torch.device | None:
     """Return the device that the launcher assigned to this process; `None` in a single process: the user chooses."""
     return PartialState().device if count() > 1 else None
+
+
+def sharded_by_fsdp() -> bool:
+    """Return whether the launcher asks for FSDP, which takes several processes."""
+    return count() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def share_of(number: int, name: str) -> int:
@@ -100,6 +113,28 @@ def everyone(value: T) -> list[T]:
     values: list[Any] = [None] * count()
     distributed.all_gather_object(values, value)
     return values
+
+
+def by_first(write: Callable[[], None]) -> None:
+    """Let the first process write files: none begins before all are here, and none goes on before the files exist.
+
+    All processes must call it. Without the barrier before it, the first one could replace what another still reads.
+
+    Raises:
+        Exception: The error of the first process; in the others an `OSError` that quotes it, so that none waits.
+    """
+    everyone(None)
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            write()
+        except Exception as caught:
+            error = caught
+    reason = everyone(None if error is None else f"{type(error).__name__}: {error}")[0]
+    if error is not None:
+        raise error
+    if reason is not None:
+        raise OSError(f"process 0, which writes for all, could not: {reason}")
 
 
 def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,7 +224,7 @@ class Learner(nn.Module):
 
     def __init__(self, policy: ActorCritic) -> None:
         super().__init__()
-        self.sharded = count() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+        self.sharded = sharded_by_fsdp()
         if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
             raise ValueError("DeepSpeed works only with SFT and DPO: use FSDP2, examples/accelerate/fsdp2.yaml")
         if self.sharded and os.environ.get("FSDP_VERSION") != "2":

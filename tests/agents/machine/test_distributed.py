@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,26 @@ from accelerate.state import AcceleratorState
 from torch import multiprocessing
 from torch.distributed import TCPStore
 
-from textgym.agents import DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, SFT, ExpertIteration, SFTConfig
+from textgym.agents import (
+    DPO,
+    DQN,
+    GRPO,
+    NLPO,
+    PPO,
+    REINFORCE,
+    RLOO,
+    SFT,
+    DPOConfig,
+    ExpertIteration,
+    SFTConfig,
+)
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.rollout import Rollout
 from textgym.agents.machine.distributed import ProcessLostError, column_total, count, everyone, join, rank
+from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.data import files
+from textgym.data.files import TEMPORARY
+from textgym.data.manifests import checked_manifest
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import checkpointing_layers
 from textgym.rewards.kl import AdaptiveKL
@@ -64,6 +81,7 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "ppo, lora": (PPO, {**PPO_SETTINGS, "gradient_checkpointing": True}),
     "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 0.5}),
 }
+SUPERVISED: dict[str, Any] = {"sft": (SFT, SFTConfig), "dpo": (DPO, DPOConfig)}
 FAST = ("ppo", "grpo")
 """Those that `make test` runs; the others share their update and differ in the loss."""
 
@@ -117,7 +135,7 @@ def learn(agent: PolicyGradientAgent) -> tuple[Weights, list[dict[str, float]]]:
     return weights_of(agent), history
 
 
-def weights_of(agent: PolicyGradientAgent | SFT) -> Weights:
+def weights_of(agent: PolicyGradientAgent | SFT | DPO) -> Weights:
     return {name: weight.detach().numpy().copy() for name, weight in agent.policy.named_parameters()}
 
 
@@ -279,22 +297,175 @@ def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others() -> No
     assert second > 0
 
 
-def learn_from_texts(processes: int) -> tuple[Weights, list[dict[str, float]]]:
-    rows = [{"prompt": f"{i} ", "completion": "ab" * (i % 5) + "."} for i in range(16)]
-    config = SFTConfig(batch_size=8, micro_batch_size=2, learning_rate=1e-3)
-    agent = SFT(ActorCritic.from_pretrained(mock_lm()), rows, byte_tokenizer(), config)
+def texts_for(kind: str, rows: int) -> list[dict[str, str]]:
+    """Texts of different lengths, so that means of means would differ."""
+    texts = ["ab" * (i % 5) + "." for i in range(rows)]
+    if kind == "sft":
+        return [{"prompt": f"{i} ", "completion": text} for i, text in enumerate(texts)]
+    return [{"prompt": f"{i} ", "chosen": text, "rejected": text[::-1] + "?"} for i, text in enumerate(texts)]
+
+
+def supervised_agent(kind: str, rows: int, **settings: Any) -> SFT | DPO:
+    agent, config = SUPERVISED[kind]
+    policy = ActorCritic.from_pretrained(mock_lm())
+    return agent(policy, texts_for(kind, rows), byte_tokenizer(), config(**{"learning_rate": 1e-3, **settings}))
+
+
+def learn_from_texts(
+    kind: str, rows: int, settings: dict[str, Any]
+) -> tuple[Weights, list[dict[str, float]], list[int]]:
+    """Weights, metrics, and the items that this process trained on."""
+    agent = supervised_agent(kind, rows, **settings)
+    collate, seen = agent.collate, []
+
+    def noted(items: Any) -> Any:
+        seen.extend(items)
+        return collate(items)
+
+    agent.collate = noted  # type: ignore[method-assign]
     history: list[dict[str, float]] = []
     agent.learn([lambda _, metrics: history.append(metrics)])
-    assert count() == processes
-    return weights_of(agent), history
+    return weights_of(agent), history, seen
 
 
-def test_two_processes_learn_what_one_learns_from_all_texts() -> None:
-    weights, history = learn_from_texts(1)
-    for others, figures in launched(learn_from_texts, PROCESSES):
+def assert_learns_alike(kind: str, processes: int, rows: int, settings: dict[str, Any]) -> None:
+    weights, history, seen = learn_from_texts(kind, rows, settings)
+    shares = launched(learn_from_texts, kind, rows, settings, processes=processes)
+    for others, figures, _ in shares:
         for name, weight in weights.items():
             assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
-        assert [row["loss"] for row in figures] == pytest.approx([row["loss"] for row in history], rel=1e-4)
+        for metrics, whole in zip(figures, history, strict=True):
+            for name in metrics.keys() - {"time/update_s"}:
+                assert metrics[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
+    if seen:  # each item as often as in one process; the first may stand in for an empty batch, without counting
+        trained = Counter(item for _, _, items in shares for item in items)
+        assert all(trained[item] == number for item, number in Counter(seen).items() if item != 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "rows", "settings"),
+    [
+        ("sft", 2, 5, {"batch_size": 4}),
+        ("dpo", 3, 7, {"batch_size": 5, "micro_batch_size": 1, "epochs": 2.0}),
+    ],
+)
+def test_several_processes_learn_what_one_learns_from_all_texts(
+    kind: str, processes: int, rows: int, settings: dict[str, Any]
+) -> None:
+    """Also where the last batch is not full and cannot be divided; nothing is trained on twice."""
+    assert_learns_alike(kind, processes, rows, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_any_number_of_texts_and_processes_gives_the_weights_of_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    micro = int(rng.integers(1, 4)) if rng.random() < 0.7 else None
+    settings = {
+        "batch_size": int(rng.integers(1, 5)) * (micro or 1),
+        "micro_batch_size": micro,
+        "epochs": float(rng.choice([0.5, 1.0, 1.7, 2.0])),
+        "seed": seed,
+    }
+    assert_learns_alike(str(rng.choice(["sft", "dpo"])), int(rng.choice([2, 3])), int(rng.integers(1, 20)), settings)
+
+
+def interrupted(folder: Path, kind: str) -> Weights:
+    """The first two updates, saved."""
+    agent = supervised_agent(kind, 11, batch_size=3, micro_batch_size=1, epochs=2.0)
+    agent.learn([lambda agent, _: agent.updates < 2])
+    agent.save(folder)
+    return weights_of(agent)
+
+
+def continued(folder: Path, kind: str) -> Weights:
+    return weights_of(SUPERVISED[kind][0].load(folder, texts_for(kind, 11)).learn())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 3), (3, 1), (1, 2)])
+def test_texts_are_learned_from_on_with_another_number_of_processes(
+    tmp_path: Path, kind: str, saved_by: int, loaded_by: int
+) -> None:
+    whole = supervised_agent(kind, 11, batch_size=3, micro_batch_size=1, epochs=2.0).learn()
+    launched(interrupted, tmp_path / "agent", kind, processes=saved_by)
+    for weights in launched(continued, tmp_path / "agent", kind, processes=loaded_by):
+        for name, weight in weights_of(whole).items():
+            assert_close(weights[name], weight, terms=FORWARD, scale=1.0, what=name)
+
+
+class Laggard:
+    """Callback that saves after every update, each process in its own time, and counts what is whole afterwards."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.checkpoints = Checkpoints(folder, every=1, keep=keep)
+        self.rng = np.random.default_rng(rank())
+        self.whole: list[bool] = []
+
+    def lag(self) -> None:
+        time.sleep(float(self.rng.choice([0.0, 0.02, 0.3], p=[0.5, 0.4, 0.1])))
+
+    def __call__(self, agent: Any, metrics: dict[str, float]) -> None:
+        self.lag()
+        self.checkpoints(agent, metrics)
+        newest = self.checkpoints.folder / f"step-{agent.updates:06d}"
+        checked_manifest(newest)  # raises if it is damaged or not there
+        self.whole.append(newest == self.checkpoints.newest())
+        assert not list(self.checkpoints.folder.glob(f"{TEMPORARY}*")) or rank() > 0
+
+
+def save_with_lags(folder: Path, kind: str, saves: int) -> list[bool]:
+    laggard = Laggard(folder, keep=2)
+    write = files.write_manifest
+
+    def slow(*arguments: Any, **settings: Any) -> None:
+        laggard.lag()
+        write(*arguments, **settings)
+
+    files.write_manifest = slow  # the folder has its files and not yet its name
+    if kind in AGENTS:
+        agent: Any = make_agent(kind, EPISODES // count())
+        agent.learn(EPISODES * saves, [laggard])
+    else:
+        supervised_agent(kind, 3 * saves, batch_size=3).learn([laggard])
+    return laggard.whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "saves"),
+    [
+        pytest.param("sft", 3),
+        *(pytest.param(kind, 50, marks=pytest.mark.slow) for kind in ("sft", "dpo", "ppo", "grpo")),
+    ],
+)
+def test_checkpoints_of_lagging_processes_are_written_once_and_none_is_lost(
+    tmp_path: Path, kind: str, saves: int
+) -> None:
+    """Each process wrote its own, and the first one's cleaning removed those of the others before they were whole."""
+    for whole in launched(save_with_lags, tmp_path / "checkpoints", kind, saves):
+        assert whole == [True] * saves
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{saves - 1:06d}", f"step-{saves:06d}"]
+
+
+def save_where_files_are(folder: Path) -> str:
+    agent = supervised_agent("sft", 3)
+    try:
+        agent.save(folder)
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+def test_an_error_of_saving_ends_all_processes(tmp_path: Path) -> None:
+    """Nobody waits for a process that could not write."""
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "notes.txt").write_text("mine")
+    first, second = launched(save_where_files_are, tmp_path / "agent")
+    assert "has files that textgym did not write" in first
+    assert second.startswith("process 0, which writes for all, could not: FileExistsError")
+    assert (tmp_path / "agent" / "notes.txt").read_text() == "mine"
 
 
 def sums_of_different_widths() -> Any:
@@ -310,7 +481,10 @@ def test_columns_of_different_widths_are_summed() -> None:
 
 
 def refused(kind: str) -> None:
-    if kind == "memory":
+    if kind == "fsdp":
+        os.environ.update(SHARDED)
+        supervised_agent("sft", 4).learn()
+    elif kind == "memory":
         DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(8, kl_coef=0.1))
     else:
         make_agent("ppo", 16)
@@ -318,12 +492,22 @@ def refused(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("memory", "has a replay buffer in one process"), ("rows", "multiple of num_envs=16 times 2 processes")],
+    [
+        ("memory", "has a replay buffer in one process"),
+        ("rows", "multiple of num_envs=16 times 2 processes"),
+        ("fsdp", "SFT and DPO do not shard weights by FSDP"),
+    ],
 )
 def test_what_processes_cannot_share_is_an_error(kind: str, message: str) -> None:
     for error in launched(refused, kind):
         assert isinstance(error, ValueError)
         assert message in str(error)
+
+
+def test_the_launchers_mixed_precision_is_not_ignored_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.warns(UserWarning, match=r"mixed_precision=bf16.* set bf16=True"):
+        make_agent("ppo", 8)
 
 
 def train_launched(settings: str, folder: Path, reward: str) -> subprocess.CompletedProcess[str]:
