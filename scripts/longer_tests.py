@@ -2,8 +2,8 @@
 
     python scripts/longer_tests.py
 
-Runs `make test` in one process (about ten minutes) and writes `tests/longer_tests.txt`. It counts CPU seconds, of the
-test and of the processes that it starts, since they depend less than the clock on what else the machine does. A new test
+Runs the tests of `make test` in one process, in about ten minutes, and writes `tests/longer_tests.txt`. It counts CPU
+seconds of a test and of the processes that it starts: they depend less than the clock on what else runs. A new test
 that is not in the file belongs to the fast ones.
 """
 
