@@ -42,6 +42,7 @@ from .common.replay_agent import ReplayAgent, ReplayConfig
 from .common.replay_buffer import ReplayBatch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .machine.distributed import process_seed
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Pathwise(ReplayAgent):
         critic_loss = masked_mean(F.huber_loss(q, targets, reduction="none"), mask)
 
         # 3. Actor: Q of the relaxed token minus the KL penalty (J above), without v, which does not depend on it.
-        seed = int(torch.randint(2**31, (), generator=self.shuffler))
+        seed = process_seed(int(torch.randint(2**31, (), generator=self.shuffler)))
         relaxed, kl, _ = self.values(self.policy, self.q, sequences, reference_hidden, seed)
         actor_loss = (beta * kl - relaxed).mean()
 

@@ -12,19 +12,15 @@ import pytest
 TESTS = Path(__file__).parent
 GROUPS = {
     "learn": ["test_agents.py", "test_two_gpus.py"],
-    "play": ["test_environments.py", "test_policy.py"],
-    "pretend": ["test_pretend_device.py"],
+    "play": ["test_environments.py", "test_policy.py", "test_pretend_device.py"],
     "keep": ["test_command.py", "test_saving.py"],
     "place": ["test_placement.py", "test_sb3.py", "test_synchronisations.py"],
 }
 """Pairs of about the same length, since to begin a process takes seconds and two workers run the tests."""
-SLOW = ("learn", "play", "keep", "place")
 
 
-@pytest.mark.training
-@pytest.mark.parametrize(
-    "group", [pytest.param(group, marks=pytest.mark.slow if group in SLOW else ()) for group in GROUPS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
 def test_scenarios_hold_on_the_pretend_device(group: str) -> None:
     files = [str(TESTS / "on_cuda" / name) for name in GROUPS[group]]
     run = subprocess.run(

@@ -7,12 +7,16 @@ The file of an algorithm has its update, `update` and `loss`, and calls these me
     step             one optimiser step on `loss`, in micro-batches whose gradients add up to that of the batch
     update_targets   move the target networks towards the trained ones, every `target_update_interval` steps
 
+With several processes each collects its part of the episodes, and all have the same replay buffer, with the episodes of
+all of them. They sample the same batches, each learns from its part of a batch, and the gradients are summed.
+
 Exploration is epsilon-greedy, but random tokens are sampled from the reference and not uniformly, because uniform
 tokens rarely make sense.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,9 +32,16 @@ from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 from textgym.settings import Count, Positive, PositiveShare, Share, at_least
 
-from ..machine.distributed import count
+from ..machine.distributed import (
+    broadcast_weights,
+    count,
+    everyone,
+    pad_micro_batches,
+    rank,
+    sum_over_processes,
+)
 from .metrics import TensorMetrics, mean_over, on_host
-from .replay_buffer import ReplayBatch, ReplayBuffer
+from .replay_buffer import ReplayBatch, ReplayBuffer, priorities_of
 from .rollout import Rollout, collect
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
 
@@ -124,20 +135,20 @@ class ReplayAgent(RolloutAgent):
     An algorithm implements `modules` (networks besides the policy), `follow` (target networks), `update` and `loss`.
 
     Raises:
-        ValueError: If the run has several processes, the KL coefficient has a controller, or the KL estimator is not k1
-            or has a clamp.
+        ValueError: If the weights are sharded, the KL coefficient has a controller, or the KL estimator is not k1 or
+            has a clamp.
     """
 
     config: ReplayConfig
     greedy: bool
     reference_may_move = False  # the replay buffer stores log-probs of the reference
+    shuffles_alike = True  # all processes sample the same batches from the replay buffer
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
-        if count() > 1:
+        if self.learner.sharded:
             raise ValueError(
-                f"{type(self).__name__} has a replay buffer in one process: launch only one process, or use an "
-                "on-policy agent"
+                f"{type(self).__name__} does not shard its target networks: launch it with examples/accelerate/ddp.yaml"
             )
         if not isinstance(self.penalty.controller, FixedKL):
             raise ValueError(
@@ -152,6 +163,7 @@ class ReplayAgent(RolloutAgent):
         self.memory = ReplayBuffer(self.config.buffer_size)
         self.steps = 0  # number of optimiser steps
         self.further = self.modules()
+        broadcast_weights(self.further)
         trained = [weight for weight in self.further.parameters() if weight.requires_grad]
         if trained:
             self.optimizer.add_param_group({"params": trained})
@@ -202,8 +214,12 @@ class ReplayAgent(RolloutAgent):
         kl, rollout = kl[rows.to(kl.device)], rollout[rows]
         kl = kl[:, : rollout.log_probs.shape[1]]
         reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
-        longest = self.base_env.max_new_tokens
-        self.memory.add(rollout.sequences, rollout.rewards, reference_log_probs, longest)
+        place = self.policy.device if count() == 1 else torch.device("cpu")  # processes exchange host memory
+        own = rollout.sequences.to(place), rollout.rewards.to(place), reference_log_probs.to(place)
+        for sequences, *columns in everyone(own):
+            if len(sequences):
+                columns = [column.to(self.policy.device) for column in columns]
+                self.memory.add(sequences.to(self.policy.device), *columns, self.base_env.max_new_tokens)
 
     def samples(self) -> Iterator[ReplayBatch]:
         """Yield a batch of replayed episodes for each step of an update; none before learning starts."""
@@ -220,18 +236,28 @@ class ReplayAgent(RolloutAgent):
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
         size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
+        rows = range(rank(), self.config.batch_size, count())  # of this process
+        parts = [
+            slice(r[0], r[-1] + 1, count()) for start in range(0, len(rows), size) if (r := rows[start : start + size])
+        ]
         metrics: TensorMetrics = {}
+        priorities: list[tuple[Tensor, Tensor]] = []
         # Gradient accumulation: each micro-batch adds its share of the gradient of the whole batch.
-        for start in range(0, self.config.batch_size, size):
-            part = batch.part(slice(start, start + size))
-            share = part.sequences.response_lengths.sum() / total  # losses are means over tokens
+        for chosen, counts in pad_micro_batches(parts, spare=slice(0, 1)):
+            part = batch.part(chosen)
+            share = part.sequences.response_lengths.sum() / total * counts  # losses are means over tokens
             with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
                 loss, errors, reported = self.loss(part)
             (share * loss).backward()
-            if self.memory.alpha > 0:
-                self.memory.reprioritise(part.indices, errors, part.sequences.response_mask)
+            if counts and self.memory.alpha > 0:
+                priorities.append((part.indices, priorities_of(errors, part.sequences.response_mask)))
             for name, value in {**reported, "loss": loss.detach()}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
+        if count() > 1:
+            priorities = [(indices.cpu(), values.cpu()) for indices, values in priorities]
+        for indices, values in itertools.chain(*everyone(priorities)):
+            self.memory.reprioritise(indices, values)
+        metrics = dict(zip(metrics, sum_over_processes(torch.stack(list(metrics.values()))), strict=True))
         metrics["val/grad_norm"] = self.apply_gradients(metrics.pop("loss"))
         self.steps += 1
         return metrics

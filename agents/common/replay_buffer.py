@@ -135,9 +135,13 @@ class ReplayBuffer:
             indices,
         )
 
-    def reprioritise(self, indices: Tensor, errors: Tensor, mask: Tensor) -> None:
-        """Update the priorities of episodes from the TD errors of their tokens, `(B, T)`."""
-        errors = torch.where(mask, errors.abs(), 0.0)
-        mean = errors.sum(1) / mask.sum(1)
-        # Never 0, or an episode without errors could not be sampled again.
-        self.tensors["priorities"][indices] = 0.9 * errors.amax(1) + 0.1 * mean + 1e-6
+    def reprioritise(self, indices: Tensor, priorities: Tensor) -> None:
+        """Update the priorities of episodes; see `priorities_of`."""
+        self.tensors["priorities"][indices] = priorities.to(self.tensors["priorities"].device)
+
+
+def priorities_of(errors: Tensor, mask: Tensor) -> Tensor:
+    """Return the priorities `(B,)` of episodes from the TD errors of their tokens, `(B, T)`."""
+    errors = torch.where(mask, errors.abs(), 0.0)
+    mean = errors.sum(1) / mask.sum(1)
+    return 0.9 * errors.amax(1) + 0.1 * mean + 1e-6  # never 0, or an episode could not be sampled again

@@ -106,6 +106,8 @@ class RolloutAgent(ABC):
     config_class: ClassVar[type[RolloutAgentConfig]]
     reference_may_move: ClassVar[bool] = True
     """Whether the reference may change between updates, see `textgym.rewards.reference.SyncReference`."""
+    shuffles_alike: ClassVar[bool] = False
+    """Whether the shufflers of all processes give the same numbers."""
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         policy = as_policy(policy)
@@ -138,11 +140,11 @@ class RolloutAgent(ABC):
         self.optimizer = adamw(
             self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
         )
-        self.shuffler = torch.Generator().manual_seed(process_seed(self.config.seed))
+        self.shuffler = torch.Generator()
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
-        policy.seed(process_seed(self.config.seed))
+        self.seed_process(self.config.seed)
         with self.base_env.whole_episodes(wrapped=envs is not self.base_env):
             envs.reset(seed=self.config.seed)  # the same seed in all processes, so that they share one order of prompts
 
@@ -282,6 +284,11 @@ class RolloutAgent(ABC):
         assert self.policy.generator is not None  # seeded in __init__
         return self.policy.generator
 
+    def seed_process(self, seed: int) -> None:
+        """Seed the generators of this process, the sampler of tokens and the shuffler of minibatches."""
+        self.policy.seed(process_seed(seed))
+        self.shuffler.manual_seed(seed if self.shuffles_alike else process_seed(seed))
+
     def training_state(self) -> dict[str, Any]:
         """Return further state of the algorithm for a checkpoint, as plain values; empty for most algorithms."""
         return {}
@@ -332,7 +339,8 @@ class RolloutAgent(ABC):
     def load(cls, folder: str | Path, envs: Any = None, device: Device = None, *, reward: Any = None) -> Self:
         """Load a saved agent, to continue with `learn`; the global random generators are restored too.
 
-        On another type of device than the saved one the run continues with other random numbers, and a warning says so.
+        On another type of device than the saved one, or with another number of processes, the run continues with other
+        random numbers, and a warning says so.
 
         Args:
             folder: Folder that `save` wrote.
@@ -345,8 +353,8 @@ class RolloutAgent(ABC):
         Raises:
             DamagedFolderError: If a file is missing or was changed, or another class was saved.
             UntrustedNameError: If the folder names an environment or a function that is not textgym's.
-            ValueError: If the environment cannot be made again (pass it as `envs`), the run had another number of
-                processes, or the device is not on this machine.
+            ValueError: If the environment cannot be made again (pass it as `envs`), or the device is not on this
+                machine.
         """
         agent: Self = load_agent(cls, Path(folder), envs, device, reward)
         return agent

@@ -239,11 +239,6 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
     place = place_of(folder, saved.policy, device, envs)
     # On the CPU, because the device they were saved on may not exist here; `load_optimizer` moves the moments.
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if (processes := len(state["generators"])) != distributed.count():
-        raise ValueError(
-            f"{folder} was saved by {processes} processes, and this run has {distributed.count()}: launch {processes}, "
-            f"or start a new run from the policy in {folder / 'policy'}"
-        )
     if envs is None:
         envs = _made_again(saved.env, where, place, reward)
     elif reward is not None:
@@ -267,14 +262,26 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
             f"{type(agent.penalty.controller).__name__} has {sorted(vars(agent.penalty.controller))}"
         )
     vars(agent.penalty.controller).update(saved.controller)
-    agent.base_env.scorer.load_state(saved.scorers[distributed.rank()])
+    known = distributed.rank() < len(saved.scorers)  # else this process is one more than the run had
+    agent.base_env.scorer.load_state(saved.scorers[distributed.rank()] if known else {**saved.scorers[0], "errors": {}})
     agent.base_env.resume(saved.environment)
 
     # 3. Random generators; the global ones last, because the code above may use them.
-    generators = state["generators"][distributed.rank()]
-    restore_generator(agent.sampler, generators["sampler"])
-    restore_generator(agent.shuffler, generators["shuffler"])
-    restore_global_generators(generators["global"])
+    if len(state["generators"]) != distributed.count():
+        warnings.warn(
+            f"{folder} was saved by {len(state['generators'])} processes, and this run has {distributed.count()}: it "
+            "goes on with other random numbers than one that was not interrupted",
+            stacklevel=3,
+        )
+    if known:
+        generators = state["generators"][distributed.rank()]
+        restore_generator(agent.sampler, generators["sampler"])
+        restore_generator(agent.shuffler, generators["shuffler"])
+        restore_global_generators(generators["global"])
+    else:  # numbers that no process of this run has had
+        agent.seed_process(config.seed + agent.updates)
+        if agent.shuffles_alike:
+            restore_generator(agent.shuffler, state["generators"][0]["shuffler"])
     warn_of_differences(folder, saved.machine, policy)
     warn_of_changes(folder, saved.inputs, agent.inputs)
     return agent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from textgym.agents.common.replay_buffer import ReplayBuffer
+from textgym.agents.common.replay_buffer import ReplayBuffer, priorities_of
 from textgym.models.sequences import Sequences
 from textgym.testing import ExactTask
 
@@ -45,7 +45,7 @@ def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
     mask = texts(1, 2).response_mask
     errors = torch.zeros(mask.shape)
     errors[:, 0] = torch.tensor([1.0, -4.0])
-    memory.reprioritise(torch.tensor([0, 1]), errors, mask)
+    memory.reprioritise(torch.tensor([0, 1]), priorities_of(errors, mask))
     priorities = memory.tensors["priorities"][:2]
     lengths = texts(1, 2).response_lengths
     torch.testing.assert_close(priorities, torch.tensor([1.0, 4.0]) * (0.9 + 0.1 / lengths), atol=1e-5, rtol=0)
@@ -61,6 +61,7 @@ def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
 def test_new_episodes_are_urgent() -> None:
     memory = ReplayBuffer(capacity=8, alpha=1.0)
     remember(memory, 1)
-    memory.reprioritise(torch.tensor([0]), 7 * torch.ones(texts(1).response_mask.shape), texts(1).response_mask)
+    mask = texts(1).response_mask
+    memory.reprioritise(torch.tensor([0]), priorities_of(7 * torch.ones(mask.shape), mask))
     remember(memory, 2)
     assert memory.tensors["priorities"][1] == memory.tensors["priorities"][0]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,12 @@ from textgym.agents import (
     SFT,
     DPOConfig,
     ExpertIteration,
+    Pathwise,
+    PathwiseConfig,
     SFTConfig,
 )
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
+from textgym.agents.common.replay_agent import ReplayAgent
 from textgym.agents.common.rollout import Rollout
 from textgym.agents.machine.distributed import ProcessLostError, column_total, count, everyone, join, rank
 from textgym.agents.runs.checkpoints import Checkpoints
@@ -137,6 +141,72 @@ def learn(agent: PolicyGradientAgent) -> tuple[Weights, list[dict[str, float]]]:
 
 def weights_of(agent: PolicyGradientAgent | SFT | DPO) -> Weights:
     return {name: weight.detach().numpy().copy() for name, weight in agent.policy.named_parameters()}
+
+
+REPLAY: dict[str, tuple[type[ReplayAgent], dict[str, Any]]] = {
+    "dqn": (DQN, {"batch_size": 12}),
+    "dqn, greedy": (
+        DQN,
+        {"backup": "greedy", "prioritised": True, "batch_size": 7, "micro_batch_size": 2, "n_quantiles": 3},
+    ),
+}
+
+
+def make_any_agent(name: str, num_envs: int) -> Any:
+    if name not in REPLAY:
+        changes = {"minibatch_size": None, "num_epochs": 1} if name == "ppo" else {}
+        return make_agent(name, num_envs, **changes)
+    kind, settings = REPLAY[name]
+    config = {"episodes_per_update": EPISODES, "learning_starts": EPISODES, "target_update_interval": 3, **settings}
+    config |= {"learning_rate": 1e-3, "adam_epsilon": 1e-3, "gradient_steps": 3}
+    envs = make_envs(num_envs, kl_coef=0.1)
+    return kind(ActorCritic.from_pretrained(mock_lm()), envs, kind.config_class(**config))
+
+
+def learn_replaying_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, list[dict[str, float]], Weights]:
+    """The run of one process, whose rollouts are given, with a share of their rows; and its replay buffer."""
+    agent = make_any_agent(name, EPISODES // count())
+    given = iter(rollouts)
+    agent.collect = lambda *_: next(given)[rows_of_process()]
+    weights, history = learn(agent)
+    return weights, history, {key: values.numpy() for key, values in agent.memory.tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [("dqn", 2), *(pytest.param(name, 4, marks=pytest.mark.slow) for name in REPLAY)],
+)
+def test_processes_replay_what_one_replays_from_all_episodes(name: str, processes: int) -> None:
+    whole, rollouts = make_any_agent(name, EPISODES), []
+    collect = whole.collect
+    whole.collect = lambda *_: rollouts.append(collect()) or rollouts[-1]
+    before = weights_of(whole)
+    expected = learn(whole)
+    assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
+    results = launched(learn_replaying_a_share_of, name, rollouts, processes=processes)
+    assert_same([result[:2] for result in results], expected, by_episodes=False)
+    for _, _, memory in results:
+        for key, values in whole.memory.tensors.items():
+            assert_close(memory[key], values.numpy(), terms=FORWARD, scale=10.0, what=key)
+
+
+def learn_pathwise(folder: Path) -> tuple[Weights, list[float]]:
+    config = PathwiseConfig(episodes_per_update=EPISODES, learning_starts=EPISODES, batch_size=5, learning_rate=1e-3)
+    policy = ActorCritic.from_pretrained(mock_lm())
+    agent = Pathwise(policy, make_envs(EPISODES // count(), kl_coef=0.1), config)
+    weights, history = learn(agent)  # type: ignore[arg-type]
+    agent.save(folder)
+    return weights, [row["val/td_error_avg"] for row in history]
+
+
+@pytest.mark.slow
+def test_processes_learn_pathwise_together(tmp_path: Path) -> None:
+    """Their noise differs, and their weights do not."""
+    (first, errors), (second, same) = launched(learn_pathwise, tmp_path / "agent")
+    for name, weight in first.items():
+        np.testing.assert_array_equal(second[name], weight, err_msg=name)
+    assert errors == same
+    assert errors[-1] > 0
 
 
 def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, list[dict[str, float]]]:
@@ -278,10 +348,53 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
             np.testing.assert_array_equal(resumed[name], weight, err_msg=name)
 
 
-def test_a_run_goes_on_with_as_many_processes_as_it_was_saved_by(tmp_path: Path) -> None:
-    launched(learn_until_killed, tmp_path / "agent", False)
-    with pytest.raises(ValueError, match="saved by 2 processes, and this run has 1"):
-        resume(tmp_path / "agent")
+def rows_of_process() -> slice:
+    return slice(rank() * EPISODES // count(), (rank() + 1) * EPISODES // count())
+
+
+def saved_after_one(name: str, rollouts: list[Rollout], folder: Path) -> None:
+    agent = make_any_agent(name, EPISODES // count())
+    agent.collect = lambda *_: rollouts[0][rows_of_process()]  # type: ignore[method-assign]
+    agent.learn(EPISODES * UPDATES, [lambda agent, _: False])
+    agent.save(folder)
+
+
+def resumed_with_rollouts(name: str, rollouts: list[Rollout], folder: Path) -> tuple[Weights, list[float], str]:
+    """Weights, random numbers to come, and what was said."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        envs = make_any_agent(name, EPISODES // count()).envs
+        agent: Any = type(make_any_agent(name, EPISODES // count())).load(folder, envs=envs)
+    given = iter(rollouts[1:])
+    agent.collect = lambda *_: next(given)[rows_of_process()]
+    drawn = torch.rand(2, generator=agent.sampler).tolist()
+    weights = weights_of(agent.learn(EPISODES * UPDATES))
+    return weights, drawn, " ".join(str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "saved_by", "loaded_by"),
+    [
+        pytest.param(name, *numbers, marks=pytest.mark.slow)
+        for name in ("reinforce", "ppo", "dqn")
+        for numbers in [(2, 1), (1, 2), (4, 2), (2, 4)]
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, name: str, saved_by: int, loaded_by: int
+) -> None:
+    """It learns the same from the same episodes; its own would have other random numbers, and a warning says so."""
+    whole, rollouts = make_any_agent(name, EPISODES), []
+    collect = whole.collect
+    whole.collect = lambda *_: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    expected = weights_of(whole.learn(EPISODES * UPDATES))
+    launched(saved_after_one, name, rollouts, tmp_path / "agent", processes=saved_by)
+    results = launched(resumed_with_rollouts, name, rollouts, tmp_path / "agent", processes=loaded_by)
+    for weights, _, said in results:
+        assert f"was saved by {saved_by} processes, and this run has {loaded_by}" in said
+        for parameter, weight in expected.items():
+            assert_close(weights[parameter], weight, terms=FORWARD, scale=1.0, what=parameter)
+    assert len({tuple(drawn) for _, drawn, _ in results}) == loaded_by, "processes would sample the same texts"
 
 
 def learn_from_few(kind: str) -> float:
@@ -485,6 +598,7 @@ def refused(kind: str) -> None:
         os.environ.update(SHARDED)
         supervised_agent("sft", 4).learn()
     elif kind == "memory":
+        os.environ.update(SHARDED)
         DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(8, kl_coef=0.1))
     else:
         make_agent("ppo", 16)
@@ -493,7 +607,7 @@ def refused(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("memory", "has a replay buffer in one process"),
+        ("memory", "does not shard its target networks"),
         ("rows", "multiple of num_envs=16 times 2 processes"),
         ("fsdp", "SFT and DPO do not shard weights by FSDP"),
     ],

@@ -234,7 +234,7 @@ def surrogate_gradient(policy: ActorCritic, log_probs: Tensor) -> Tensor:
     return torch.cat([gradient.float().flatten() for gradient in found])
 
 
-@pytest.mark.parametrize("name", ["mock", "tiny"])
+@pytest.mark.parametrize("name", ["mock", pytest.param("tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_what_bf16_moves_is_within_the_published_band(name: str, seed: int) -> None:
     policy = ActorCritic.from_pretrained(mock_lm(seed=seed) if name == "mock" else name)

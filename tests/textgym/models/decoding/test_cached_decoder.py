@@ -53,6 +53,10 @@ CONFIGS = {
 }
 
 
+FAST = ("gpt2", "llama", "gemma3", "phi3")
+"""Learned and rotary positions, windows, fused projections; the others are like one of these."""
+
+
 def random_lm(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     lm = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
@@ -67,7 +71,9 @@ def full_logits(lm: torch.nn.Module, row: Tensor) -> Tensor:
     return lm(input_ids=row[None], use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CONFIGS]
+)
 def test_cached_decoding_equals_full_recomputation(name: str) -> None:
     lm = random_lm(name)
     rows, width, steps = 5, 40, 60
