@@ -154,6 +154,12 @@ def test_tables_of_arguments_are_those_of_the_code(monkeypatch: pytest.MonkeyPat
     assert import_module("environment_tables").with_tables(page) == page, "run scripts/environment_tables.py"
 
 
+@pytest.mark.slow
+def test_what_is_read_of_public_data_sets_is_what_the_code_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    assert import_module("data_forms").page() == PAGES["docs/data_forms.md"], "run scripts/data_forms.py"
+
+
 def test_defaults_of_the_sentiment_task_are_those_of_the_code() -> None:
     paragraph = PAGES["docs/environments.md"].split("`textgym/Sentiment-v0` sets ")[1].split("\n\n")[0]
     for name, default in DEFAULTS.items():

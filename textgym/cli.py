@@ -1,4 +1,4 @@
-"""The `textgym` command: demo, train, reward-model, evaluate.
+"""The `textgym` command: demo, train, reward-model, data, evaluate.
 
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
@@ -9,6 +9,7 @@
     textgym train --agent dpo --data pairs.jsonl --model runs/sft/policy --output-dir runs/dpo
     textgym reward-model --output-dir runs/reward
     textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
+    textgym data pairs.jsonl
     textgym evaluate --policy runs/ppo/policy
     accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym.cli train --output-dir runs/ppo
 
@@ -38,6 +39,7 @@ from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import device, everyone, join, raise_on_termination, rank
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
+from textgym.agents.runs.data_report import data_report
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
@@ -49,7 +51,7 @@ from textgym.data.files import atomic_file, check_free
 from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import TextgymError
-from textgym.flags import AGENTS, FREE, OFFLINE, Evaluate, Train, TrainReward, parse
+from textgym.flags import AGENTS, FREE, OFFLINE, Data, Evaluate, Train, TrainReward, parse
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name, use_device
 from textgym.models.machine.seeding import deterministic
@@ -70,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         DemoConfig: run_demo,
         Train: train,
         TrainReward: train_reward,
+        Data: show_data,
         Evaluate: evaluate,
     }
     run = next(run for kind, run in runs.items() if isinstance(command, kind))
@@ -294,6 +297,12 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
     if not heldout:
         raise ValueError("all pairs have one prompt or group, so none can be held out: give more, or --heldout")
     return pairs, heldout, [text_of(pair, side) for pair in pairs[:500] for side in ("chosen", "rejected")]
+
+
+def show_data(command: Data) -> None:
+    """What a model will read of a data set."""
+    for line in data_report(command.file, command.model, command.reader, command.max_length, command.examples):
+        print(line)
 
 
 def evaluate(command: Evaluate) -> None:

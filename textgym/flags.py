@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ from textgym import agents
 from textgym.agents import PPOConfig
 from textgym.agents.common.rollout_agent import RolloutAgent, RolloutAgentConfig
 from textgym.agents.common.supervised import SupervisedAgent, SupervisedConfig
+from textgym.agents.runs.data_report import Reader
 from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
@@ -133,6 +134,26 @@ class TrainReward:
 
 
 @dataclass
+class Data:
+    """Prints what a model will read of a data set: counts, cut tokens, warnings, and a few texts."""
+
+    file: tyro.conf.Positional[str]
+    """A .jsonl file, or 'module:attribute'."""
+    model: str = "tiny"
+    """The model that is to be trained: its tokenizer and its number of positions count."""
+    reader: Reader | None = None
+    """What reads the data; all that can if not given."""
+    max_length: Count = 512
+    """Maximum number of tokens of a text."""
+    examples: WholeNumber = 3
+    """How many rows to show."""
+    deterministic: ClassVar[bool] = False  # nothing here is random
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass
 class Evaluate:
     """Prints what a policy writes and how good it is, beside its reference."""
 
@@ -176,6 +197,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
         Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
         | Annotated[with_settings, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
+        | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
     )
     return tyro.cli(commands, args=words, prog="textgym")

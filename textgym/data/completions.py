@@ -8,8 +8,27 @@ from typing import Any, NamedTuple
 
 from textgym.data.continuations import encode_continuations
 from textgym.data.encoding import cut_beginning
+<<<<<<< HEAD
 from textgym.data.messages import Text, is_messages
 from textgym.data.rows import named, read_rows
+=======
+from textgym.data.faults import (
+    CUT_PROMPT,
+    DUPLICATE,
+    EMPTY_COMPLETION,
+    EMPTY_PROMPT,
+    EQUAL_SIDES,
+    JOINED,
+    NO_END,
+    REPEATED_PROMPT,
+    Faults,
+)
+from textgym.data.forms import OPENERS, split_pair
+from textgym.data.messages import Text, checked_text, is_blank, is_messages, shortened
+from textgym.data.preferences import PlacedPair
+from textgym.data.rows import encode_rows, named, read_rows
+from textgym.errors import DataError
+>>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
 ACCEPTED = (
     "examples are a list of dicts with 'prompt' and 'completion', with 'messages', or with 'text', the path of a "
@@ -46,8 +65,30 @@ def load_examples(examples: Any) -> list[tuple[Text, Text]]:
     return rows
 
 
+<<<<<<< HEAD
 def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     """Return the prompt, the chosen completion and the rejected completion of a preference pair.
+=======
+def read_examples(rows: Sequence[PlacedExample], reading: Reading) -> tuple[list[Example], Faults]:
+    """Return the token ids of examples as SFT learns them, and the faults of their rows."""
+    faults = Faults("examples", len(rows))
+    whole = _encoded([(row.place, row.prompt or "", row.completion) for row in rows], reading)
+    texts = []
+    for row, example in zip(rows, whole, strict=True):
+        [text] = shorten([example.prompt], [example.completion], reading.max_length, reading.tokenizer.bos_token_id)
+        texts.append(text)
+        if row.prompt is not None and is_blank(row.prompt):
+            faults.count(EMPTY_PROMPT, row.place)
+        elif isinstance(row.completion, str) and _repeats(row.completion, row.prompt):
+            faults.count(REPEATED_PROMPT, row.place)
+        if is_blank(row.completion):
+            faults.count(EMPTY_COMPLETION, row.place)
+        if are_joined(row.prompt, row.completion):
+            faults.count(JOINED, row.place)
+        count_cuts(faults, row.place, [example], [text])
+    count_duplicates(faults, [row.place for row in rows], texts)
+    return texts, faults
+>>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
     If the pair has no `prompt`, the prompt is the longest common beginning of both texts, in whole words or messages.
 
@@ -57,6 +98,7 @@ def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     Raises:
         ValueError: If there is no prompt and the texts have no common beginning.
     """
+<<<<<<< HEAD
     chosen, rejected = pair["chosen"], pair["rejected"]
     if pair.get("prompt"):
         return pair["prompt"], chosen, rejected
@@ -76,6 +118,64 @@ def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     if isinstance(chosen, str):
         return "".join(first[:shared]), "".join(first[shared:]), "".join(second[shared:])
     return first[:shared], first[shared:], second[shared:]
+=======
+    faults = Faults("preferences", len(rows))
+    parts = [_parts_of_pair(row) for row in rows]
+    sides = [(row.place, part[0], side) for row, part in zip(rows, parts, strict=True) for side in part[1:]]
+    encoded = _encoded(sides, reading)
+    pairs = []
+    for row, chosen, rejected in zip(rows, encoded[::2], encoded[1::2], strict=True):
+        prompts, completions = [chosen.prompt, rejected.prompt], [chosen.completion, rejected.completion]
+        cut = shorten(prompts, completions, reading.max_length, reading.tokenizer.bos_token_id)
+        pairs.append((cut[0], cut[1]))
+        count_faulty_texts(faults, row)
+        if cut[0] == cut[1]:
+            faults.count(EQUAL_SIDES, row.place)
+        count_cuts(faults, row.place, [chosen, rejected], cut)
+    count_duplicates(faults, [row.place for row in rows], pairs)
+    return pairs, faults
+
+
+def count_faulty_texts(faults: Faults, row: PlacedPair) -> None:
+    """Count a pair with an empty prompt or text, or without white space between them."""
+    prompt = row.pair.get("prompt")
+    if prompt is not None and is_blank(prompt):
+        faults.count(EMPTY_PROMPT, row.place)
+    if any(is_blank(row.pair[side]) for side in ("chosen", "rejected")):
+        faults.count(EMPTY_COMPLETION, row.place)
+    if any(are_joined(prompt, row.pair[side]) for side in ("chosen", "rejected")):
+        faults.count(JOINED, row.place)
+
+
+def are_joined(prompt: Text | None, completion: Text) -> bool:
+    """Return whether a prompt of several words and a completion, read as one string, run into each other.
+
+    >>> are_joined("Is it good?", "Yes."), are_joined("Is it good?", " Yes."), are_joined("2 + 2 =", "4")
+    (True, False, False)
+    """
+    if not isinstance(prompt, str) or not isinstance(completion, str) or len(prompt.split()) < 2:
+        return False
+    # Other scripts than Latin may have no white space.
+    return bool(re.search(r"[A-Za-z0-9.?!]$", prompt)) and bool(re.match(r"[A-Za-z0-9]", completion))
+
+
+def count_cuts(faults: Faults, place: str, whole: Sequence[Example], cut: Sequence[Example]) -> None:
+    """Count a row whose texts lost tokens of their prompt, or the end of their completion."""
+    if any(len(text.prompt) < len(example.prompt) for text, example in zip(cut, whole, strict=True)):
+        faults.count(CUT_PROMPT, place)
+    if any(len(text.completion) < len(example.completion) for text, example in zip(cut, whole, strict=True)):
+        faults.count(NO_END, place)
+
+
+def count_duplicates(faults: Faults, places: Sequence[str], items: Sequence[Any]) -> None:
+    """Count items of token ids that were there before."""
+    seen: set[int] = set()
+    for place, item in zip(places, items, strict=True):
+        key = hash(repr(item))  # the texts themselves would take as much memory again
+        if key in seen:
+            faults.count(DUPLICATE, place)
+        seen.add(key)
+>>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
 
 def encode_completions(

@@ -29,7 +29,7 @@ class DataToTextEnv(StandInEnv):
     Metrics: `contains_all`, `Bleu`, `Chrf`, `Rouge`.
 
     ## Starting State
-    One of the prompts of a split: 7,882, 974 and 1,005 for training, validation and test.
+    One of the prompts of a split: 7,883, 974 and 1,004 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 32 tokens.

@@ -33,7 +33,7 @@ class DialogueEnv(StandInEnv):
     Metrics: `Meteor`, `Bleu`, `Rouge`, `DistinctN` (distinct bigrams of a reply).
 
     ## Starting State
-    One of the prompts of a split: 4,666, 563 and 629 for training, validation and test.
+    One of the prompts of a split: 4,819, 507 and 532 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 24 tokens.

@@ -30,7 +30,7 @@ class SummarizeEnv(StandInEnv):
     Metrics: `Rouge` (ROUGE-L), ROUGE-1 and ROUGE-2 (`Rouge_2` and `Rouge_3` in the table), `Meteor`.
 
     ## Starting State
-    One of the prompts of a split: 7,855, 971 and 1,002 for training, validation and test.
+    One of the prompts of a split: 7,856, 971 and 1,001 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 16 tokens.

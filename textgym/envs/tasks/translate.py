@@ -29,7 +29,7 @@ class TranslateEnv(StandInEnv):
     Metrics: `Bleu`, `Chrf`, `Ter`.
 
     ## Starting State
-    One of the prompts of a split: 1,701, 224 and 202 for training, validation and test.
+    One of the prompts of a split: 1,704, 219 and 204 for training, validation and test.
 
     ## Episode End
     The end-of-text token, or 32 tokens.

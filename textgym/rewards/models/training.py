@@ -14,7 +14,17 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+<<<<<<< HEAD
 from textgym.data.preferences import Pair, load_preferences
+=======
+from textgym.data.completions import count_duplicates, count_faulty_texts
+from textgym.data.faults import CUT_PROMPT, EQUAL_SIDES, OVERLAP, Faults, level_of_caller
+from textgym.data.messages import Text
+from textgym.data.overlap import clusters_of_pairs, contents_of_pair
+from textgym.data.preferences import PlacedPair, numbers_of, placed_preferences, text_of
+from textgym.data.rows import encode_rows
+from textgym.errors import DataWarning
+>>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 from textgym.models.loading import freeze, load_classifier, load_tokenizer
 from textgym.models.machine.devices import Device
 from textgym.models.machine.seeding import seeded
@@ -69,6 +79,7 @@ def train_reward_model(
         return reward_model, pairwise_accuracy(reward_model, heldout) if heldout else math.nan
 
 
+<<<<<<< HEAD
 def split_preferences(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Split pairs into training and held-out pairs by whole groups (or prompts); keep a group for training."""
     groups = _grouped(pairs)
@@ -76,6 +87,30 @@ def split_preferences(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> 
     count = min(math.ceil(fraction * len(groups)), len(groups) - 1)
     train, heldout = ([dict(pair) for group in part for pair in group] for part in (groups[count:], groups[:count]))
     return train, heldout
+=======
+def read_rated_pairs(
+    rows: Sequence[PlacedPair], reward_model: RewardModel, config: RewardModelConfig
+) -> tuple[list[RatedPair], Faults]:
+    """Return the token ids of pairs as a reward model reads them, and the faults of their rows."""
+    faults = Faults("preferences", len(rows))
+    ids = _ids_of_texts(rows, reward_model)
+    margins, probabilities = _columns(rows, config)
+    cluster_of = {row: index for index, rows_ in enumerate(clusters_of_pairs([r.pair for r in rows])) for row in rows_}
+
+    pairs = []
+    for index, row in enumerate(rows):
+        chosen, rejected = (ids[text_key(text_of(row.pair, side))] for side in ("chosen", "rejected"))
+        pairs.append(
+            RatedPair(tuple(chosen.kept), tuple(rejected.kept), margins[index], probabilities[index], cluster_of[index])
+        )
+        count_faulty_texts(faults, row)
+        if chosen.kept == rejected.kept:
+            faults.count(EQUAL_SIDES, row.place)
+        if chosen.lost or rejected.lost:
+            faults.count(CUT_PROMPT, row.place)
+    count_duplicates(faults, [row.place for row in rows], [pair[:2] for pair in pairs])
+    return pairs, faults
+>>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
 
 def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Pair]) -> float:

@@ -1,0 +1,232 @@
+"""The forms of preferences that data sets have, each brought into one: a prompt, and two texts that continue it.
+
+Besides pairs with `chosen` and `rejected`, these are ranked answers (`answers`, as in Nectar), two answers with a label
+(`human_ref_A` and `human_ref_B`, as in SHP), and trees of conversations (`prompt` with `replies`, as in OpenAssistant).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from textgym.data.messages import Messages, Text, checked_text, is_blank, shortened
+from textgym.errors import DataError
+
+Pair = dict[str, Any]
+WORDS = re.compile(r"\s*\S+|\s+$")
+OPENERS = ("system", "developer", "user")
+"""Roles of the first message of a whole conversation; a completion begins with another one."""
+TREE_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def pairs_of_row(row: Any, place: str) -> list[Pair]:
+    """Return the preference pairs of a row: one, or all comparisons of ranked answers.
+
+    Args:
+        row: A row of a data set, in any of the accepted forms.
+        place: Description of the row, for error messages.
+
+    Raises:
+        DataError: If the row has another form, or a value that cannot be.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place} is {shortened(row)}: a preference is a dict with 'chosen' and 'rejected'")
+    given = {key for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= given:
+        return [_pair(row, place)]
+    if {"prompt", "answers"} <= given:
+        return _ranked(row, place)
+    if {"history", "human_ref_A", "human_ref_B", "labels"} <= given:
+        return [_labelled(row, place)]
+    if isinstance(row.get("prompt"), Mapping):
+        return _tree(row["prompt"], place)
+    raise DataError(f"{place} has the keys {sorted(map(str, given))}: it needs 'chosen' and 'rejected'")
+
+
+def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+    """Return the prompt, the chosen completion and the rejected completion of a preference pair.
+
+    If the pair has no `prompt`, the prompt is the longest common beginning of both texts, in whole words or messages.
+
+    >>> split_pair({"chosen": "The film is good.", "rejected": "The film is great."})
+    ('The film is', ' good.', ' great.')
+
+    Raises:
+        DataError: If there is no prompt and the texts have no common beginning.
+    """
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    if pair.get("prompt"):
+        return pair["prompt"], chosen, rejected
+    # Whole words, because half a word would be tokenized differently than the word in the text.
+    first, second = (WORDS.findall(text) if isinstance(text, str) else list(text) for text in (chosen, rejected))
+    shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    shared = min(len(first), len(second)) if shared is None else shared
+    if not shared:
+        raise DataError(
+            f"{shortened(chosen)} and {shortened(rejected)} have no common beginning, so their prompt is unknown: pass "
+            "it as 'prompt'"
+        )
+    if isinstance(chosen, str):
+        return "".join(first[:shared]), "".join(first[shared:]), "".join(second[shared:])
+    return first[:shared], first[shared:], second[shared:]
+
+
+def _pair(row: Mapping[str, Any], place: str) -> Pair:
+    pair = dict(row)
+    for name in ("chosen", "rejected"):
+        pair[name] = checked_text(row[name], name, place)
+    if row.get("prompt") is not None:
+        pair["prompt"] = checked_text(row["prompt"], "prompt", place)
+    _check_numbers(pair, place)
+
+    prompt, texts = pair.get("prompt"), [pair["chosen"], pair["rejected"]]
+    if len({isinstance(text, str) for text in texts}) == 2:
+        if not prompt:
+            raise DataError(
+                f"one text of {place} is a string and the other a conversation: use the same form for both, or pass "
+                "the 'prompt'"
+            )
+        texts = [_said(text) for text in texts]
+        pair["chosen"], pair["rejected"] = texts
+    if isinstance(texts[0], str):
+        separated = _separate_strings(prompt, texts)
+    else:
+        separated = _separate_conversations(prompt, texts, place)
+    if separated is not None:
+        pair["prompt"], pair["chosen"], pair["rejected"] = separated
+    return pair
+
+
+def _separate_strings(prompt: Text | None, texts: Sequence[Any]) -> tuple[Text, Text, Text] | None:
+    """Return prompt and completions if both texts repeat the prompt; one word may be repeated by chance."""
+    if not isinstance(prompt, str) or len(prompt.split()) < 2:
+        return None
+    if not all(text.startswith(prompt) for text in texts) or set(texts) == {prompt}:
+        return None
+    return prompt, texts[0][len(prompt) :], texts[1][len(prompt) :]
+
+
+def _separate_conversations(
+    prompt: Text | None, texts: Sequence[Messages], place: str
+) -> tuple[Text, Text, Text] | None:
+    """Return prompt and completions if the texts are whole conversations, which begin with the prompt."""
+    asked: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+    whole = [text[0]["role"] in OPENERS for text in texts]
+    if asked and not is_blank(asked) and not any(whole):
+        return None
+
+    # The last message of each is never the prompt: if both are equal, so are the completions.
+    longest = min(map(len, texts)) - 1
+    shared = next((i for i in range(longest) if texts[0][i] != texts[1][i]), longest)
+    if not asked or is_blank(asked):
+        return _cut(texts, shared) if shared else None
+    if not all(whole) or not _names(asked, texts[0][:shared]):
+        raise DataError(
+            f"the conversations of {place} begin with {shortened(texts[0][0])} and {shortened(texts[1][0])}, but its "
+            f"'prompt' is {shortened(prompt)}: the common beginning of whole conversations has to have the "
+            "prompt; otherwise 'chosen' and 'rejected' begin with the assistant's message"
+        )
+    return _cut(texts, shared)
+
+
+def _names(asked: Messages, shared: Messages) -> bool:
+    """Return whether a `prompt` means the common beginning: it is one of its questions, or all of it as a string."""
+    prompt, beginning = (
+        [_words(message) for message in messages if message["role"] not in OPENERS[:2]] for messages in (asked, shared)
+    )
+    return bool(beginning) and (
+        " ".join(prompt) in " ".join(beginning) or all(words in " ".join(prompt) for words in beginning)
+    )
+
+
+def _cut(texts: Sequence[Messages], size: int) -> tuple[Text, Text, Text]:
+    return texts[0][:size], texts[0][size:], texts[1][size:]
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    return " ".join(message["content"].split())
+
+
+def _said(text: Text) -> Messages:
+    return [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+
+
+def _check_numbers(pair: Pair, place: str) -> None:
+    for name, low, high, allowed in (
+        ("margin", -math.inf, math.inf, "a finite number"),
+        ("probability", 0.0, 1.0, "a number between 0 and 1"),
+    ):
+        value = pair.get(name)
+        if value is not None and not (_is_number(value) and low <= value <= high):
+            raise DataError(
+                f"{name!r} of {place} is {shortened(value)}: it must be {allowed}, or None if it is unknown"
+            )
+    group = pair.get("group")
+    if group is not None and not (isinstance(group, str) or _is_number(group)):
+        raise DataError(f"'group' of {place} is {shortened(group)}: it must be a string or a number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _ranked(row: Mapping[str, Any], place: str) -> list[Pair]:
+    """Return all comparisons of answers with different ranks; rank 1 is the best."""
+    prompt = checked_text(row["prompt"], "prompt", place)
+    answers = row["answers"]
+    if not isinstance(answers, Sequence) or not all(
+        isinstance(answer, Mapping) and {"answer", "rank"} <= set(answer) for answer in answers
+    ):
+        raise DataError(
+            f"'answers' of {place} is {shortened(answers)}: it must be a list of dicts with 'answer', 'rank'"
+        )
+    texts = [(_rank(answer["rank"], place), checked_text(answer["answer"], "answers", place)) for answer in answers]
+    return [_pair({"prompt": prompt, "chosen": a, "rejected": b}, place) for a, b in _comparisons(texts)]
+
+
+def _labelled(row: Mapping[str, Any], place: str) -> Pair:
+    """Return two answers as a pair; label 1 prefers A."""
+    label = row["labels"]
+    if isinstance(label, bool) or label not in (0, 1):
+        raise DataError(f"'labels' of {place} is {shortened(label)}: it must be 1 if A is preferred, and 0 if B is")
+    prompt = [{"role": "user", "content": checked_text(row["history"], "history", place)}]
+    answers = [_said(checked_text(row[f"human_ref_{side}"], f"human_ref_{side}", place)) for side in "AB"]
+    chosen, rejected = answers if label == 1 else answers[::-1]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _tree(node: Mapping[str, Any], place: str, before: Messages | None = None) -> list[Pair]:
+    """Return all comparisons of ranked replies of a tree of messages; rank 0 is the best."""
+    before = [*(before or []), _message(node, place)]
+    replies = list(node.get("replies") or [])
+    ranked = [
+        (_rank(reply["rank"], place), _message(reply, place))
+        for reply in replies
+        if reply.get("rank") is not None and reply.get("role") == "assistant"
+    ]
+    pairs = [{"prompt": before, "chosen": [a], "rejected": [b]} for a, b in _comparisons(ranked)]
+    return pairs + [pair for reply in replies for pair in _tree(reply, place, before)]
+
+
+def _message(node: Mapping[str, Any], place: str) -> dict[str, Any]:
+    role = node.get("role")
+    if role not in TREE_ROLES:
+        raise DataError(f"a message of {place} has the role {role!r}: use one of {sorted(TREE_ROLES)}")
+    return {"role": TREE_ROLES[role], "content": checked_text(node.get("text"), "text", place)}
+
+
+def _rank(rank: Any, place: str) -> float:
+    if not _is_number(rank):
+        raise DataError(f"a rank of {place} is {shortened(rank)}: it must be a number; the lowest is the best")
+    return float(rank)
+
+
+def _comparisons(ranked: Sequence[tuple[float, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Yield (better, worse) for all answers with different ranks."""
+    for (rank, answer), (other_rank, other) in itertools.combinations(ranked, 2):
+        if rank != other_rank:
+            yield (answer, other) if rank < other_rank else (other, answer)
