@@ -20,12 +20,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from textgym.data.completions import Example, encode_completions, shorten, split_pair
-from textgym.data.preferences import load_preferences
+from textgym.data.completions import read_pairs
+from textgym.data.preferences import numbers_of, placed_preferences
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import PolicyLike
 from textgym.models.fitting import check_tokenizer
 from textgym.models.token_model import TokenModel
+from textgym.rewards.models.accuracy import in_order
 from textgym.rewards.models.pairwise import pairwise_loss
 from textgym.settings import NotNegative, Positive, Share
 
@@ -71,6 +72,7 @@ class DPO(SupervisedAgent):
 
     Raises:
         ValueError: If there are no preferences, a row is not a pair, or tokenizer or reference do not fit the policy.
+        DataError: If too many pairs have a fault, such as two equal sides.
 
     >>> from textgym import ActorCritic
     >>> from textgym.agents import DPO
@@ -95,9 +97,12 @@ class DPO(SupervisedAgent):
 
     def read(self, data: Any) -> None:
         """Encode the distinct texts, and set `pairs` to their indices."""
-        preferences = load_preferences(data)
-        self.probability = _probabilities(preferences, self.config.use_probability)  # (P,)
-        encoded = self._encoded(preferences)
+        rows = placed_preferences(data)
+        graded = self.config.use_probability
+        probabilities = numbers_of(rows, "probability", "use_probability") if graded else [1.0] * len(rows)
+        self.probability = torch.tensor(probabilities)  # (P,)
+        encoded, faults = read_pairs(rows, self.reading)
+        faults.check(self.config.allow_faulty_rows)
         distinct = {json.dumps(text): text for pair in encoded for text in pair}
         indices = {key: index for index, key in enumerate(distinct)}
         self.texts = list(distinct.values())
@@ -143,7 +148,7 @@ class DPO(SupervisedAgent):
             "rewards/chosen": chosen_rewards.mean(),
             "rewards/rejected": rejected_rewards.mean(),
             "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),
+            "rewards/accuracies": in_order(chosen_rewards - rejected_rewards).mean(),
             "logps/chosen": sums.detach()[batch["chosen"]].mean(),
             "logps/rejected": sums.detach()[batch["rejected"]].mean(),
         }
@@ -156,19 +161,6 @@ class DPO(SupervisedAgent):
     def training_state(self) -> dict[str, Tensor]:
         """Return the reference's log-probs, because the initial policy no longer exists when the agent is loaded."""
         return {"reference": self.reference_log_probs}
-
-    def _encoded(self, preferences: list[dict[str, Any]]) -> list[list[Example]]:
-        """Return the chosen and the rejected text of each pair, cut so that both have the same prompt."""
-        parts = [split_pair(pair) for pair in preferences]
-        sides = [(prompt, text) for prompt, *texts in parts for text in texts]
-        bos = self.tokenizer.bos_token_id
-        encoded = encode_completions(
-            sides, self.tokenizer, self.config.append_eos, add_special_tokens=self.config.add_special_tokens
-        )
-        return [
-            shorten([chosen.prompt, rejected.prompt], [chosen.completion, rejected.completion], self.max_length, bos)
-            for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True)
-        ]
 
     def _score(self, reference: str | nn.Module | None) -> Tensor:
         """Return the log-prob of each text under the reference, `(texts,)`, by packed passes."""
@@ -213,15 +205,3 @@ def preference_loss(
     return pairwise_loss(
         beta * chosen, beta * rejected, label_smoothing=config.label_smoothing, probability=probability
     )
-
-
-def _probabilities(preferences: list[dict[str, Any]], use: bool) -> Tensor:
-    """Return the probability that a rater prefers the chosen text, `(P,)`; 1 without `use_probability`."""
-    if not use:
-        return torch.ones(len(preferences))
-    missing = sum(pair.get("probability") is None for pair in preferences)
-    if missing:
-        raise ValueError(
-            f"use_probability needs a 'probability' in every preference; {missing} of {len(preferences)} have none"
-        )
-    return torch.tensor([float(pair["probability"]) for pair in preferences])

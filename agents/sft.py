@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from textgym.data.completions import encode_completions, load_examples, shorten
+from textgym.data.completions import placed_examples, read_examples
 from textgym.models.actor_critic import PolicyLike
 
 from .common.supervised import Batch, SupervisedAgent, SupervisedConfig
@@ -41,6 +41,7 @@ class SFT(SupervisedAgent):
 
     Raises:
         ValueError: If there are no examples, a row is not an example, or the tokenizer is not the policy's.
+        DataError: If too many rows have a fault, such as a cut prompt.
 
     >>> from textgym import ActorCritic
     >>> from textgym.agents import SFT
@@ -57,14 +58,8 @@ class SFT(SupervisedAgent):
 
     def read(self, data: Any) -> None:
         """Encode the examples."""
-        bos = self.tokenizer.bos_token_id
-        encoded = encode_completions(
-            load_examples(data),
-            self.tokenizer,
-            self.config.append_eos,
-            add_special_tokens=self.config.add_special_tokens,
-        )
-        self.texts = [shorten([text.prompt], [text.completion], self.max_length, bos)[0] for text in encoded]
+        self.texts, faults = read_examples(placed_examples(data), self.reading)
+        faults.check(self.config.allow_faulty_rows)
 
     def __len__(self) -> int:
         """Return the number of examples."""

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from textgym.data.corpora.sources import movie_snippets
-from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.preferences import PAIRS_PER_GROUP, heldout_pairs, make_preferences
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import RewardModelConfig, pairwise_accuracy, train_reward_model
 
@@ -31,7 +31,9 @@ class Args:
     """Number of held-out pairs of snippets for the accuracy."""
     output_dir: Path | None = None
     """Folder for the reward model; by default it is not saved."""
-    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
+    reward_model: RewardModelConfig = field(
+        default_factory=lambda: RewardModelConfig(num_layers=2, batch_size=PAIRS_PER_GROUP)
+    )
 
 
 def main(args: Args) -> None:
@@ -47,7 +49,7 @@ def main(args: Args) -> None:
     # 2. Training with the pairwise loss, -log sigmoid(r_chosen - r_rejected) (Stiennon et al., 2020, section 3.4).
     reward_model, accuracy = train_reward_model(preferences, args.base, config=args.reward_model, heldout=heldout)
     lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
-    print(f"held-out pairwise accuracy: reward model {accuracy:.3f}, lexicon {lexicon:.3f}")
+    print(f"held-out pairwise accuracy: reward model {accuracy}\n  of a lexicon: {lexicon}")
 
     # 3. Calibration: scores of texts like those it will score have mean 0 and standard deviation 1 from here on.
     reward_model.calibrate([snippet.text for snippet in train[:500]])

@@ -23,7 +23,7 @@ import tyro
 
 from textgym.agents.runs.evaluation import generate
 from textgym.data.corpora.sources import Snippet, movie_snippets
-from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.preferences import PAIRS_PER_GROUP, heldout_pairs, make_preferences
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
@@ -34,7 +34,9 @@ class Config:
     base: str = "tiny"
     output_dir: Path = Path("textgym/models/assets/tiny_reward")
     calibration_samples: int = 1000
-    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
+    reward_model: RewardModelConfig = field(
+        default_factory=lambda: RewardModelConfig(num_layers=2, batch_size=PAIRS_PER_GROUP)
+    )
 
 
 def main(config: Config) -> None:

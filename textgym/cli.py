@@ -27,6 +27,7 @@ if __name__ == "__main__":  # python -m textgym.cli: before torch is imported
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,14 @@ from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.corpora.sources import movie_snippets
 from textgym.data.files import atomic_file, check_free
-from textgym.data.preferences import heldout_pairs, load_preferences, make_preferences
+from textgym.data.preferences import (
+    PAIRS_PER_GROUP,
+    heldout_pairs,
+    load_preferences,
+    make_preferences,
+    placed_preferences,
+    text_of,
+)
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import TextgymError
 from textgym.flags import AGENTS, FREE, OFFLINE, Data, Evaluate, Train, TrainReward, parse
@@ -58,7 +66,6 @@ from textgym.models.machine.seeding import deterministic
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.models import pairwise_accuracy, train_reward_model
-from textgym.rewards.models.pairwise import text_of
 from textgym.rewards.models.report import PreferenceReport
 from textgym.rewards.models.reward_model import REWARD_MODEL
 from textgym.rewards.models.training import split_preferences
@@ -250,13 +257,16 @@ def train_reward(command: TrainReward) -> None:
     check_free(command.output_dir, REWARD_MODEL, overwrite=command.overwrite)
     live, place = LiveProgress(), _place(command)
     live.console.print(f"device: {device_name(place)}", markup=False)
-    pairs, heldout, calibration = _preferences(command)
+    settings = command.settings
+    if command.preferences is None and settings.batch_size is None:
+        settings = replace(settings, batch_size=PAIRS_PER_GROUP)
+    rows, heldout, calibration = _preferences(command)
     with live:
         live.stage("training the reward model", 1)
         reward, _ = train_reward_model(
-            pairs,
+            rows,
             command.model,
-            config=command.settings,
+            config=settings,
             heldout=heldout,
             callbacks=[TrainingProgress(live)],
             device=place,
@@ -271,9 +281,10 @@ def train_reward(command: TrainReward) -> None:
         report.plot(command.output_dir / "report.png")
     except ImportError as error:
         live.console.print(str(error), markup=False)
-    lexicon = pairwise_accuracy(lexicon_sentiment, heldout) if command.preferences is None else None
-    beside = "" if lexicon is None else f", lexicon {lexicon:.3f}"
-    live.console.print(f"held-out pairwise accuracy: reward model {report.accuracy:.3f}{beside}")
+    live.console.print(f"held-out pairwise accuracy: reward model {report.accuracy}", markup=False)
+    if command.preferences is None:
+        lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
+        live.console.print(f"held-out pairwise accuracy: lexicon {lexicon}", markup=False)
     for bucket in report.by_margin:
         live.console.print(
             f"  margin {bucket.low:.2f} to {bucket.high:.2f}: {bucket.accuracy:.3f} of {bucket.count} pairs"
@@ -289,14 +300,15 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
         train = [s for s in snippets if s.split == "train"]
         heldout = heldout_pairs([s for s in snippets if s.split != "train"])
         return make_preferences(train, seed=command.settings.seed), heldout, [s.text for s in train[:1000]]
-    pairs = load_preferences(command.preferences)
+    rows = placed_preferences(command.preferences)
     if command.heldout is not None:
         heldout = load_preferences(command.heldout)
     else:
-        pairs, heldout = split_preferences(pairs, command.settings.heldout_fraction, command.settings.seed)
+        rows, held = split_preferences(rows, command.settings.heldout_fraction, command.settings.seed)
+        heldout = [row.pair for row in held]
     if not heldout:
-        raise ValueError("all pairs have one prompt or group, so none can be held out: give more, or --heldout")
-    return pairs, heldout, [text_of(pair, side) for pair in pairs[:500] for side in ("chosen", "rejected")]
+        raise ValueError("no pairs are held out: give pairs with several prompts or groups, or --heldout")
+    return rows, heldout, [text_of(row.pair, side) for row in rows[:500] for side in ("chosen", "rejected")]
 
 
 def show_data(command: Data) -> None:

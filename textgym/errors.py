@@ -26,6 +26,14 @@ class CutPromptsWarning(UserWarning):
     """Prompts are longer than `max_prompt_tokens` and lose their beginning."""
 
 
+class DataError(TextgymError, ValueError):
+    """Data cannot be learned from: a row has a wrong form, or too many rows have a fault."""
+
+
+class DataWarning(UserWarning):
+    """Rows of data have faults, or a held-out set is not one."""
+
+
 class DamagedFolderError(TextgymError, ValueError):
     """A saved folder is incomplete, changed, or of another kind or format than is asked for."""
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from textgym.data.completions import Example
+from textgym.data.completions import Example, Reading
 from textgym.data.files import atomic_folder
 from textgym.data.manifests import checked_manifest
 from textgym.errors import ConfigError
@@ -74,8 +74,11 @@ class SupervisedConfig:
     max_grad_norm: Positive = 1.0
     """Maximum norm of the gradient of an update; larger gradients are scaled down."""
     max_length: Count = 512
-    """Maximum number of tokens of a text, or fewer if the model has fewer positions. A prompt that is too long loses
-    its beginning, and a completion its end."""
+    """Maximum number of tokens of a text, or fewer if the model has fewer positions. A text that is too long loses the
+    beginning of its prompt, down to a quarter of this length, and then the end of its completion."""
+    allow_faulty_rows: Share = 0.01
+    """Largest share of rows with a fault, such as a cut prompt, an empty completion or two equal sides; the data are
+    refused if there are more."""
     append_eos: bool = True
     """Append EOS to completions that lack it; use False for texts that a length limit cut off."""
     add_special_tokens: bool = True
@@ -159,6 +162,12 @@ class SupervisedAgent(ABC):
         """Maximum number of tokens of a text."""
         limit = position_limit(self.policy.lm.config)
         return self.config.max_length if limit is None else min(self.config.max_length, limit)
+
+    @property
+    def reading(self) -> Reading:
+        """How the agent reads texts."""
+        config = self.config
+        return Reading(self.tokenizer, self.max_length, config.append_eos, config.add_special_tokens)
 
     @property
     def total_updates(self) -> int:

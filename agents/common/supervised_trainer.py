@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.machine.changes import ChangedWeights
 from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.schedules import Decay, warmup_and_decay
 from textgym.models.machine.shared_batches import SharedBatches, SharedLoader
@@ -82,7 +83,7 @@ class SupervisedTrainer(Trainer):
             model=_Scored(agent.policy),
             args=arguments,
             train_dataset=range(len(agent)),  # indices of the agent's items
-            callbacks=[_Report(self, callbacks), FiniteGradients()],
+            callbacks=[_Report(self, callbacks), FiniteGradients(), ChangedWeights()],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the weight of the whole batch itself

@@ -19,7 +19,7 @@ import gymnasium as gym
 import torch
 
 from textgym.data.corpora.sources import Snippet, movie_snippets
-from textgym.data.preferences import heldout_pairs, make_preferences
+from textgym.data.preferences import PAIRS_PER_GROUP, heldout_pairs, make_preferences
 from textgym.data.prompts import snippet_prompts
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name, resolve_device, use_device
@@ -67,7 +67,9 @@ class DemoConfig:
     """Device: 'cuda', 'cuda:1', 'cpu', or 'auto', which uses a GPU if there is one."""
     deterministic: bool = False
     """Make the run repeatable bit for bit on the same machine: a fixed number of threads and deterministic kernels."""
-    reward_model: RewardModelConfig = field(default_factory=lambda: RewardModelConfig(num_layers=2))
+    reward_model: RewardModelConfig = field(
+        default_factory=lambda: RewardModelConfig(num_layers=2, batch_size=PAIRS_PER_GROUP)
+    )
     """Hyperparameters of the reward model."""
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(learning_rate=3e-4, minibatch_size=64, value_coef=0.5))
     """Hyperparameters of PPO."""
@@ -153,8 +155,8 @@ def learn_reward(
     accuracies = {"reward model": accuracy, "lexicon": pairwise_accuracy(lexicon_sentiment, heldout)}
     live.finish()
     live.console.print(
-        f"held-out pairwise accuracy ({len(heldout)} pairs, rating gap above 1): "
-        + ", ".join(f"{name} {value:.3f}" for name, value in accuracies.items())
+        "held-out pairwise accuracy (rating gap above 1): "
+        + ", ".join(f"{name} {value}" for name, value in accuracies.items())
     )
     return reward, accuracies
 

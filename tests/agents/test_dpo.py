@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from textgym.agents import DPO, DPOConfig
 from textgym.agents.dpo import preference_loss
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.machine.changes import UnchangedWeightsError
 from textgym.models.token_model import TokenModel
 from textgym.testing import (
     ExactTask,
@@ -83,7 +84,8 @@ def test_learns() -> None:
 
 @pytest.mark.slow
 def test_without_a_learning_rate_or_with_a_flipped_loss_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert margin_of(0, learning_rate=0.0) == pytest.approx(0.0, abs=ROUNDING)
+    with pytest.raises(UnchangedWeightsError, match="no weight has changed"):
+        margin_of(0, learning_rate=0.0)
     loss = DPO.loss
 
     def flipped(self: DPO, *arguments: Any) -> Any:
@@ -263,7 +265,7 @@ def test_formats() -> None:
 
 def test_both_texts_of_a_pair_follow_the_same_part_of_a_long_prompt() -> None:
     pair = {"prompt": "0123456789", "chosen": "ab", "rejected": "abcd"}
-    assert texts_of(pair, max_length=8) == [("789", "ab<eos>"), ("789", "abcd<eos>")]
+    assert texts_of(pair, max_length=8, allow_faulty_rows=1.0) == [("789", "ab<eos>"), ("789", "abcd<eos>")]
 
 
 @pytest.mark.parametrize(

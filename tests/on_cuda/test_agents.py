@@ -120,7 +120,7 @@ def test_offline_agents_learn_as_on_a_cpu(
 
 
 def test_a_reward_model_trains_as_on_a_cpu(gpus: Callable[[int], None], same: Callable[..., None]) -> None:
-    config = RewardModelConfig(num_layers=1, groups_per_batch=2, max_length=8)
+    config = RewardModelConfig(num_layers=1, batch_size=2, max_length=8, allow_faulty_rows=1.0)
     ours, _ = train_reward_model(PAIRS, config=config, heldout=PAIRS[:2])
     assert ours.device.type == "cuda"
     scores = ours(["ab"], ["c"])

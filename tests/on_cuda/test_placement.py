@@ -237,7 +237,7 @@ def test_a_reward_model_is_trained_on_one_gpu_of_two(two_gpus: None, device: str
 
     steps = Steps()
     pairs = [{**PAIRS[0], "group": group} for group in range(4)]
-    config = RewardModelConfig(num_layers=1, groups_per_batch=2)
+    config = RewardModelConfig(num_layers=1, batch_size=2)
     model, _ = train_reward_model(pairs, config=config, heldout=[], callbacks=[steps], device=device)
     assert steps.seen == 2
     assert str(model.device) == device

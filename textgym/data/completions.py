@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from textgym.data.continuations import encode_continuations
 from textgym.data.encoding import cut_beginning
-<<<<<<< HEAD
-from textgym.data.messages import Text, is_messages
-from textgym.data.rows import named, read_rows
-=======
 from textgym.data.faults import (
     CUT_PROMPT,
     DUPLICATE,
@@ -28,13 +25,13 @@ from textgym.data.messages import Text, checked_text, is_blank, is_messages, sho
 from textgym.data.preferences import PlacedPair
 from textgym.data.rows import encode_rows, named, read_rows
 from textgym.errors import DataError
->>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
 ACCEPTED = (
     "examples are a list of dicts with 'prompt' and 'completion', with 'messages', or with 'text', the path of a "
     ".jsonl file of such, one split of a `datasets` data set, or 'module:attribute'"
 )
-WORDS = re.compile(r"\s*\S+|\s+$")
+PROMPT_SHARE = 4
+"""A prompt keeps at least this part of `max_length`, a quarter, before a completion is cut."""
 
 
 class Example(NamedTuple):
@@ -42,6 +39,31 @@ class Example(NamedTuple):
 
     prompt: list[int]
     completion: list[int]
+
+
+class PlacedExample(NamedTuple):
+    """Prompt and completion, and the description of their row for messages; the prompt of a `text` row is `None`."""
+
+    place: str
+    prompt: Text | None
+    completion: Text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts become token ids.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        max_length: Maximum number of tokens of prompt and completion.
+        append_eos: Whether completions end with EOS, which is appended if it is missing.
+        add_special_tokens: Whether strings get the tokenizer's BOS; false for strings that were rendered already.
+    """
+
+    tokenizer: Any
+    max_length: int
+    append_eos: bool = True
+    add_special_tokens: bool = True
 
 
 def load_examples(examples: Any) -> list[tuple[Text, Text]]:
@@ -56,19 +78,20 @@ def load_examples(examples: Any) -> list[tuple[Text, Text]]:
     [('2 + 2 =', ' 4'), ('', 'All of it.')]
 
     Raises:
-        ValueError: If the source or one of its rows has another form, or if there are no rows. The message names the
+        DataError: If the source or one of its rows has another form, or if there are no rows. The message names the
             row or the line.
     """
-    rows = [_parts(row, place) for place, row in read_rows(examples, "examples", ACCEPTED)]
+    return [("" if row.prompt is None else row.prompt, row.completion) for row in placed_examples(examples)]
+
+
+def placed_examples(examples: Any) -> list[PlacedExample]:
+    """Load examples as `load_examples` does, with the place of each."""
+    rows = [_placed(row, place) for place, row in read_rows(examples, "examples", ACCEPTED)]
     if not rows:
-        raise ValueError(f"there are no examples in {named(examples)}: give at least one")
+        raise DataError(f"there are no examples in {named(examples)}: give at least one")
     return rows
 
 
-<<<<<<< HEAD
-def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    """Return the prompt, the chosen completion and the rejected completion of a preference pair.
-=======
 def read_examples(rows: Sequence[PlacedExample], reading: Reading) -> tuple[list[Example], Faults]:
     """Return the token ids of examples as SFT learns them, and the faults of their rows."""
     faults = Faults("examples", len(rows))
@@ -88,37 +111,13 @@ def read_examples(rows: Sequence[PlacedExample], reading: Reading) -> tuple[list
         count_cuts(faults, row.place, [example], [text])
     count_duplicates(faults, [row.place for row in rows], texts)
     return texts, faults
->>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
-    If the pair has no `prompt`, the prompt is the longest common beginning of both texts, in whole words or messages.
 
-    >>> split_pair({"chosen": "The film is good.", "rejected": "The film is great."})
-    ('The film is', ' good.', ' great.')
+def read_pairs(rows: Sequence[PlacedPair], reading: Reading) -> tuple[list[tuple[Example, Example]], Faults]:
+    """Return the token ids of the chosen and the rejected text of pairs as DPO learns them, and their faults.
 
-    Raises:
-        ValueError: If there is no prompt and the texts have no common beginning.
+    Both texts of a pair are cut to the same prompt.
     """
-<<<<<<< HEAD
-    chosen, rejected = pair["chosen"], pair["rejected"]
-    if pair.get("prompt"):
-        return pair["prompt"], chosen, rejected
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError(
-            f"one text of a preference is a string and the other a conversation: {chosen!r} and {rejected!r}; use the "
-            "same form for both"
-        )
-    # Whole words, because half a word would be tokenized differently than the word in the text.
-    first, second = (WORDS.findall(text) if isinstance(text, str) else list(text) for text in (chosen, rejected))
-    shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
-    shared = min(len(first), len(second)) if shared is None else shared
-    if not shared:
-        raise ValueError(
-            f"{chosen!r} and {rejected!r} have no common beginning, so their prompt is unknown: pass it as 'prompt'"
-        )
-    if isinstance(chosen, str):
-        return "".join(first[:shared]), "".join(first[shared:]), "".join(second[shared:])
-    return first[:shared], first[shared:], second[shared:]
-=======
     faults = Faults("preferences", len(rows))
     parts = [_parts_of_pair(row) for row in rows]
     sides = [(row.place, part[0], side) for row, part in zip(rows, parts, strict=True) for side in part[1:]]
@@ -175,7 +174,6 @@ def count_duplicates(faults: Faults, places: Sequence[str], items: Sequence[Any]
         if key in seen:
             faults.count(DUPLICATE, place)
         seen.add(key)
->>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
 
 def encode_completions(
@@ -197,10 +195,10 @@ def encode_completions(
             not begin with its rendered prompt.
     """
     eos, name = tokenizer.eos_token_id, tokenizer.eos_token
-    closed = [isinstance(completion, str) and completion.endswith(name) for _, completion in pairs]
+    closed = [isinstance(text, str) and text.endswith(name) for _, text in pairs]
     texts = [
-        (prompt, completion.removesuffix(name) if isinstance(completion, str) else completion)
-        for prompt, completion in pairs
+        (prompt, completion.removesuffix(name) if has_eos else completion)
+        for (prompt, completion), has_eos in zip(pairs, closed, strict=True)
     ]
     encoded = encode_continuations(tokenizer, texts, add_special_tokens=add_special_tokens)
     examples = []
@@ -219,17 +217,36 @@ def shorten(
 ) -> list[Example]:
     """Shorten examples to `max_length` tokens: cut the beginnings of their prompts, then the ends of completions.
 
-    At least one token of a prompt is kept, and BOS if there is room for another. All prompts are cut to one length.
+    A prompt keeps its last quarter of `max_length` tokens, at least one, however long the completions are, and BOS if
+    there is room for another. All prompts are cut to one length.
 
     >>> shorten([[1, 2, 3], [1, 2, 3]], [[4], [5, 6]], max_length=4)
     [Example(prompt=[2, 3], completion=[4]), Example(prompt=[2, 3], completion=[5, 6])]
+    >>> shorten([[1, 2, 3, 4]], [[5] * 100], max_length=8)[0].prompt
+    [3, 4]
     """
-    room = max(1, max_length - max(map(len, completions)))
+    room = max(1, max_length // PROMPT_SHARE, max_length - max(map(len, completions)))
     cut = [cut_beginning(prompt, room, bos) for prompt in prompts]
     return [
         Example(prompt, completion[: max_length - len(prompt)])
         for prompt, completion in zip(cut, completions, strict=True)
     ]
+
+
+def _encoded(rows: Sequence[tuple[str, Text, Text]], reading: Reading) -> list[Example]:
+    """Return the ids of (place, prompt, completion).
+
+    Raises:
+        DataError: If one of them cannot be encoded; the message names its row.
+    """
+    pairs = [(prompt, completion) for _, prompt, completion in rows]
+
+    def encoded(some: Sequence[tuple[Text, Text]]) -> list[Example]:
+        return encode_completions(
+            some, reading.tokenizer, reading.append_eos, add_special_tokens=reading.add_special_tokens
+        )
+
+    return encode_rows(encoded, pairs, [place for place, *_ in rows])
 
 
 def _example(prompt: list[int], completion: list[int], pair: tuple[Text, Text]) -> Example:
@@ -240,34 +257,57 @@ def _example(prompt: list[int], completion: list[int], pair: tuple[Text, Text]) 
     return Example(ids[:size], ids[size:])
 
 
-def _parts(row: Any, place: str) -> tuple[Text, Text]:
+def _parts_of_pair(row: PlacedPair) -> tuple[Text, Text, Text]:
+    try:
+        return split_pair(row.pair)
+    except ValueError as error:
+        raise DataError(f"{row.place}: {error}") from error
+
+
+def _repeats(completion: str, prompt: Text | None) -> bool:
+    """Return whether a completion begins with its prompt; one word may be repeated by chance."""
+    repeated = isinstance(prompt, str) and len(prompt.split()) > 1 and completion.startswith(prompt)
+    return repeated and completion != prompt
+
+
+def _placed(row: Any, place: str) -> PlacedExample:
     if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{place} is {row!r}: an example is a dict with 'prompt' and 'completion', 'messages' or 'text'"
+        raise DataError(
+            f"{place} is {shortened(row)}: an example is a dict with 'prompt' and 'completion', 'messages' or 'text'"
         )
-    if {"prompt", "completion"} <= set(row):
-        prompt, completion = _text(row, "prompt", place), _text(row, "completion", place)
-        return prompt, completion
-    if "messages" in row:
-        return _last_answer(row["messages"], place)
-    if "text" in row:
+    given = {key for key, value in row.items() if value is not None}
+    if {"prompt", "completion"} <= set(row) and ({"prompt", "completion"} <= given or not {"messages", "text"} & given):
+        texts = [checked_text(row[name], name, place) for name in ("prompt", "completion")]
+        return PlacedExample(place, *_separated(texts[0], texts[1], place))
+    if "messages" in given:
+        return PlacedExample(place, *_last_answer(row["messages"], place))
+    if "text" in given:
         if not isinstance(row["text"], str):
-            raise ValueError(f"'text' of {place} is {row['text']!r}: it must be a string")
-        return "", row["text"]
-    raise ValueError(f"{place} has the keys {sorted(row)}: it needs 'prompt' and 'completion', 'messages' or 'text'")
+            raise DataError(f"'text' of {place} is {shortened(row['text'])}: it must be a string")
+        return PlacedExample(place, None, checked_text(row["text"], "text", place))
+    keys = sorted(map(str, given))
+    hint = "; to learn the chosen texts of preferences, name them 'completion'" if "chosen" in given else ""
+    raise DataError(f"{place} has the keys {keys}: it needs 'prompt' and 'completion', 'messages' or 'text'{hint}")
 
 
-def _text(row: Mapping[str, Any], side: str, place: str) -> Text:
-    text = row[side]
-    if not isinstance(text, str) and not is_messages(text):
-        raise ValueError(f"{side!r} of {place} is {text!r}: it must be a text or a list of messages")
-    return text
+def _separated(prompt: Text, completion: Text, place: str) -> tuple[Text, Text]:
+    """Return prompt and completion; a completion that is the whole conversation loses the prompt."""
+    if isinstance(completion, str) or completion[0]["role"] not in OPENERS:
+        return prompt, completion
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if completion[: len(asked)] != asked or len(completion) == len(asked):
+        raise DataError(
+            f"'completion' of {place} begins with {shortened(completion[0])}, and its 'prompt' is {shortened(prompt)}: "
+            "a completion begins with the assistant's message, or repeats the whole prompt"
+        )
+    return asked, completion[len(asked) :]
 
 
 def _last_answer(messages: Any, place: str) -> tuple[Text, Text]:
     if not is_messages(messages) or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"'messages' of {place} is {messages!r}: it must be a list of at least two messages, the last of which is "
-            "the assistant's; it is the completion, and the others are the prompt"
+        raise DataError(
+            f"'messages' of {place} is {shortened(messages)}: it must be a list of at least two messages, the last of "
+            "which is the assistant's; it is the completion, and the others are the prompt"
         )
-    return list(messages[:-1]), list(messages[-1:])
+    messages = checked_text(messages, "messages", place)
+    return messages[:-1], messages[-1:]

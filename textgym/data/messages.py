@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from textgym.data.special_tokens import reads_control_tokens
+from textgym.errors import DataError
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
+LONGEST_SHOWN = 300
+"""Characters of a value in an error message."""
 
 
 def is_messages(text: Any) -> bool:
@@ -21,7 +24,10 @@ def is_messages(text: Any) -> bool:
         isinstance(text, Sequence)
         and not isinstance(text, str)
         and len(text) > 0
-        and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in text)
+        and all(
+            isinstance(message, Mapping) and "role" in message and bool({"content", "tool_calls"} & set(message))
+            for message in text
+        )
     )
 
 
@@ -41,13 +47,96 @@ def check_characters(text: str) -> None:
         ) from error
 
 
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> Messages:
+    """Return messages whose content is a string, without keys that have no value.
+
+    Text in parts is joined. A message that only calls tools has an empty content. Keys whose value is `None` come from
+    data sets that store all messages with the same keys.
+
+    >>> plain_messages([{"role": "user", "content": [{"type": "text", "text": "Hello"}], "tool_calls": None}])
+    [{'role': 'user', 'content': 'Hello'}]
+
+    Raises:
+        DataError: If a content has a part that is not text, or is missing.
+    """
+    return [
+        {key: value for key, value in message.items() if value is not None} | {"content": _plain_content(message)}
+        for message in messages
+    ]
+
+
+def _plain_content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    if isinstance(content, list | tuple) and content:
+        return "".join(_text_of_part(part) for part in content)
+    raise DataError(
+        f"the content of a message of {message.get('role')!r} is {shortened(content)}: it must be a text or a list of "
+        "text parts"
+    )
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise DataError(
+        f"a message has the part {shortened(part)}: models here read only text, {{'type': 'text', 'text': ...}}"
+    )
+
+
+def checked_text(text: Any, name: str, place: str) -> Text:
+    """Return a text of a row, with conversations as `plain_messages`.
+
+    Args:
+        text: The value of the column.
+        name: Name of the column, for error messages.
+        place: Description of the row, for error messages.
+
+    Raises:
+        DataError: If it is neither a text nor a conversation, or has a lone surrogate.
+    """
+    if not isinstance(text, str) and not is_messages(text):
+        raise DataError(
+            f"{name!r} of {place} is {shortened(text)}: it must be a text or a list of messages, each with 'role' and "
+            "'content'"
+        )
+    try:
+        if isinstance(text, str):
+            check_characters(text)
+            return text
+        messages = plain_messages(text)
+        for message in messages:
+            check_characters(message["content"])
+        return messages
+    except ValueError as error:
+        raise DataError(f"{name!r} of {place}: {error}") from error
+
+
+def is_blank(text: Text) -> bool:
+    """Return whether a text says nothing: only white space, and no calls of tools."""
+    if isinstance(text, str):
+        return not text.strip()
+    return not any(message["content"].strip() or message.get("tool_calls") for message in text)
+
+
+def shortened(value: Any) -> str:
+    """Return the `repr` of a value for an error message, without the middle of a long one."""
+    shown = repr(value)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[: LONGEST_SHOWN - 50]} ... {shown[-40:]}"
+
+
 def content(text: Text) -> str:
     """Return a text as a string; for a conversation, the contents of its messages on separate lines.
 
     >>> content("Hello"), content([{"role": "assistant", "content": "Hi."}])
     ('Hello', 'Hi.')
     """
-    return text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text)
+    return text if isinstance(text, str) else "\n".join(_plain_content(message) for message in text)
 
 
 def plain(texts: Sequence[Text]) -> list[str]:
@@ -83,7 +172,7 @@ def apply_template(messages: Messages, tokenizer: Any, add_generation_prompt: bo
     continued = add_generation_prompt and messages[-1]["role"] == "assistant"
     try:
         return tokenizer.apply_chat_template(
-            messages,
+            plain_messages(messages),
             tokenize=tokenize,
             return_dict=False,
             add_generation_prompt=add_generation_prompt and not continued,

@@ -1,35 +1,46 @@
 """Preference pairs: loaded from data, or made from texts that people rated.
 
-A pair is a plain dict in TRL's format. `chosen` and `rejected` are texts or conversations; `prompt` is optional. Other
-optional keys are `margin` (how much better the chosen text is), `probability` (how likely a rater prefers it) and
-`group` (shared by texts that were compared with each other). `textgym.rewards.models.train_reward_model` trains on such
-pairs.
+A pair is a plain dict in TRL's format. `chosen` and `rejected` are texts or conversations that continue the `prompt`;
+without a prompt they are whole texts. Other optional keys are `margin` (how much better the chosen text is),
+`probability` (how likely a rater prefers it) and `group` (shared by texts that were compared with each other).
+`textgym.rewards.models.train_reward_model` trains on such pairs.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from textgym.data.corpora.sources import Snippet
-from textgym.data.messages import is_messages
+from textgym.data.forms import Pair, pairs_of_row
+from textgym.data.messages import Text
 from textgym.data.rows import named, read_rows
+from textgym.errors import DataError
 
-Pair = dict[str, Any]
 ACCEPTED = (
     "preferences are a list of dicts with 'chosen' and 'rejected', the path of a .jsonl file, "
     "one split of a `datasets` data set, or 'module:attribute'"
 )
+PAIRS_PER_GROUP = 1024
+"""Pairs that `make_preferences` makes of a group at most."""
+
+
+class PlacedPair(NamedTuple):
+    """A pair, and the description of its row for messages."""
+
+    place: str
+    pair: Pair
 
 
 def load_preferences(preferences: Any) -> list[Pair]:
-    """Load preference pairs and check that all have `chosen` and `rejected`.
+    """Load preference pairs, each with a separate prompt if its texts are conversations or repeat their `prompt`.
 
     Args:
         preferences: A list of dicts, the path of a `.jsonl` file (one dict per line), a `datasets.Dataset` or any other
-            iterable of mappings with `column_names`, or the `"module:attribute"` of one of these.
+            iterable of mappings with `column_names`, or the `"module:attribute"` of one of these. `docs/data.md` lists
+            the accepted forms of rows.
 
     >>> load_preferences([{"prompt": "Is it good?", "chosen": " Yes.", "rejected": " No."}])
     [{'prompt': 'Is it good?', 'chosen': ' Yes.', 'rejected': ' No.'}]
@@ -38,12 +49,52 @@ def load_preferences(preferences: Any) -> list[Pair]:
         ValueError: If the source or one of its pairs has another form, or if there are no pairs. The message names the
             row or the line.
     """
-    pairs = [_checked(row, place) for place, row in read_rows(preferences, "preferences", ACCEPTED)]
+    return [placed.pair for placed in placed_preferences(preferences)]
+
+
+def placed_preferences(preferences: Any) -> list[PlacedPair]:
+    """Load preference pairs as `load_preferences` does, with the place of each; placed ones keep theirs."""
+    pairs: list[PlacedPair] = []
+    for place, row in read_rows(preferences, "preferences", ACCEPTED):
+        pairs += (
+            [row] if isinstance(row, PlacedPair) else [PlacedPair(place, pair) for pair in pairs_of_row(row, place)]
+        )
     if not pairs:
-        raise ValueError(
+        raise DataError(
             f"there are no preferences in {named(preferences)}: give at least one pair of 'chosen' and 'rejected'"
         )
     return pairs
+
+
+def numbers_of(rows: Sequence[PlacedPair], name: str, setting: str) -> list[float]:
+    """Return a number of each pair, such as its `probability`.
+
+    Args:
+        rows: The pairs.
+        name: The key.
+        setting: The setting that asks for it, for the error message.
+
+    Raises:
+        DataError: If a pair has none.
+    """
+    missing = [row.place for row in rows if row.pair.get(name) is None]
+    if missing:
+        raise DataError(
+            f"{setting} needs a {name!r} in every preference; {len(missing)} of {len(rows)} have none, the first is "
+            f"{missing[0]}"
+        )
+    return [float(row.pair[name]) for row in rows]
+
+
+def text_of(pair: Pair, side: str) -> Text:
+    """Return the whole text or conversation of a pair's `"chosen"` or `"rejected"` side, prompt included."""
+    prompt, text = pair.get("prompt"), pair[side]
+    if isinstance(text, str):
+        if prompt is not None and not isinstance(prompt, str):
+            return [*prompt, {"role": "assistant", "content": text}]
+        return (prompt or "") + text
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt or [])
+    return [*said, *text]
 
 
 def make_preferences(
@@ -51,14 +102,14 @@ def make_preferences(
     *,
     min_gap: float = 1.0,
     group_size: int = 128,
-    pairs_per_group: int = 1024,
+    pairs_per_group: int = PAIRS_PER_GROUP,
     rounds: int = 3,
     seed: int = 0,
 ) -> list[Pair]:
     """Make preference pairs from rated snippets, which are compared within shuffled groups.
 
-    A group of K snippets has up to K(K-1)/2 pairs and is one element of a training batch, so that each text is encoded
-    once for all of its comparisons (Ouyang et al., 2022, section 3.5).
+    A group of K snippets has up to K(K-1)/2 pairs. They are trained on together, in batches of `pairs_per_group`, so
+    that each text is encoded once for all of its comparisons (Ouyang et al., 2022, section 3.5).
 
     Args:
         snippets: The rated texts.
@@ -142,18 +193,3 @@ def _pair(first: Snippet, second: Snippet, group: int) -> Pair:
     if chosen.ratings and rejected.ratings:
         pair["probability"] = preference_probability(chosen.ratings, rejected.ratings)
     return pair
-
-
-def _checked(row: Any, place: str) -> Pair:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{place} is {row!r}: a preference is a dict with 'chosen' and 'rejected'")
-    if "chosen" not in row or "rejected" not in row:
-        raise ValueError(f"{place} has the keys {sorted(row)}: it needs 'chosen' and 'rejected'")
-    for side in ("prompt", "chosen", "rejected"):
-        text = row.get(side)
-        if not (isinstance(text, str) or is_messages(text) or (side == "prompt" and text is None)):
-            raise ValueError(f"{side!r} of {place} is {text!r}: it must be a text or a list of messages")
-    probability = row.get("probability")
-    if probability is not None and not 0 <= float(probability) <= 1:
-        raise ValueError(f"'probability' of {place} is {probability!r}: it must be between 0 and 1")
-    return dict(row)

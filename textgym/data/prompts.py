@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from textgym.data.corpora.sources import movie_snippets
-from textgym.data.messages import is_messages
+from textgym.data.messages import checked_text, is_messages
+from textgym.data.overlap import key_of_text
 from textgym.data.rows import Row, named, read_rows
 
 OPENINGS = Path(__file__).parent / "openings.txt"
@@ -53,7 +54,7 @@ def snippet_prompts(split: str) -> list[Row]:
 
     Returns:
         Rows with `prompt`, `text` (the whole snippet) and `rating` (-4 to 4). Snippets with fewer than 6 words are left
-        out, because half of one is too short to continue from.
+        out, because half of one is too short to continue from, and so are test prompts that other splits have, too.
 
     Raises:
         ValueError: If the split is unknown.
@@ -61,10 +62,16 @@ def snippet_prompts(split: str) -> list[Row]:
     """
     if split not in ("train", "policy", "test"):
         raise ValueError(f"there is no split {split!r}: use 'train', 'policy' or 'test'")
-    return [
-        {"prompt": " ".join(words[: len(words) // 2]), "text": snippet.text, "rating": snippet.rating}
+    halves = [
+        (" ".join(words[: len(words) // 2]), snippet)
         for snippet in movie_snippets()
-        if snippet.split == split and len(words := snippet.text.split()) >= 6
+        if len(words := snippet.text.split()) >= 6
+    ]
+    elsewhere = {key_of_text(half) for half, s in halves if s.split != "test"} if split == "test" else set()
+    return [
+        {"prompt": half, "text": snippet.text, "rating": snippet.rating}
+        for half, snippet in halves
+        if snippet.split == split and key_of_text(half) not in elsewhere
     ]
 
 
@@ -84,7 +91,7 @@ def _checked(row: Any, place: str) -> Row:
         )
     prompt = row["prompt"]
     if is_messages(prompt):
-        return {**row, "prompt": [dict(message) for message in prompt]}
+        return {**row, "prompt": checked_text(prompt, "prompt", place)}
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"the prompt of {place} is {prompt!r}: give it some text, or leave the row out")
     return row

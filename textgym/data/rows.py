@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from textgym.data.importing import import_attribute
+from textgym.errors import ConfigError, DataError
+
+T, E = TypeVar("T"), TypeVar("E")
 
 LONGEST_LINE = 10_000_000
 """Bytes of a line at most; a row of JSON takes a multiple of that in memory."""
@@ -39,6 +42,25 @@ def read_rows(
         yield from ((f"row {index} of the {what}", row) for index, row in enumerate(source))
     else:
         raise ValueError(f"cannot read {what} from {named(source)}: {accepted}")
+
+
+def encode_rows(encode: Callable[[Sequence[T]], list[E]], items: Sequence[T], places: Sequence[str]) -> list[E]:
+    """Return `encode(items)`; if it fails, find the item that it fails for.
+
+    Raises:
+        DataError: If an item cannot be encoded; the message names its row.
+    """
+    try:
+        return encode(items)
+    except ConfigError:
+        raise
+    except ValueError:
+        for item, place in zip(items, places, strict=True):
+            try:
+                encode([item])
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from error
+        raise
 
 
 def named(source: Any) -> str:

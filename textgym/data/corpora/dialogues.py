@@ -10,7 +10,8 @@ import re
 from functools import lru_cache
 
 from textgym.data.corpora.sources import chitchat
-from textgym.data.corpora.splits import check_split, split_of
+from textgym.data.corpora.splits import check_split, splits_of
+from textgym.data.overlap import key_of_text
 from textgym.data.rows import Row
 
 CONTACT = re.compile(r"@|https?://|www\.|\d{3}[-. ]?\d{3,}")
@@ -21,8 +22,8 @@ def reply_prompts(split: str) -> list[Row]:
     """Return rows with `prompt` (two turns on two lines, then `"A:"`) and `references` (the reply).
 
     Args:
-        split: `"train"`, `"validation"` or `"test"`. It depends on the first two turns of the conversation, so that all
-            replies of a conversation are in the same split.
+        split: `"train"`, `"validation"` or `"test"`. All replies of a conversation, and conversations with a prompt in
+            common up to punctuation, are in the same split.
 
     Raises:
         ValueError: If the split is unknown.
@@ -34,7 +35,14 @@ def reply_prompts(split: str) -> list[Row]:
 
 @lru_cache(maxsize=1)
 def _replies() -> list[tuple[str, Row]]:
-    return [(split_of(" ".join(turns[:2])), row) for turns in map(_plain, chitchat()) for row in _replies_of(turns)]
+    """Return all rows with their splits."""
+    beginnings, keys, rows = [], [], []
+    for number, turns in enumerate(map(_plain, chitchat())):
+        for row in _replies_of(turns):
+            beginnings.append(" ".join(turns[:2]))
+            keys.append([number, key_of_text(row["prompt"])])
+            rows.append(row)
+    return list(zip(splits_of(beginnings, keys), rows, strict=True))
 
 
 def _plain(turns: list[str]) -> list[str]:

@@ -1,10 +1,11 @@
-"""Splits by a hash of the text: the same on every machine, and duplicates are always in the same split."""
+"""Splits by a hash of the text: the same on every machine, and rows that belong together are in the same split."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
+from textgym.data.overlap import clusters, key_of_text
 from textgym.data.rows import Row
 
 SPLITS = ("train", "validation", "test")
@@ -20,14 +21,35 @@ def split_of(text: str) -> str:
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
 
 
+def splits_of(texts: Sequence[str], keys: Sequence[Iterable[Hashable]]) -> list[str]:
+    """Return the split of each row: rows that share a key have the split of their first text in alphabetical order.
+
+    Args:
+        texts: What the split of a row depends on.
+        keys: What connects a row with others.
+
+    >>> splits_of(["A film.", "a play"], [["x"], ["x"]])
+    ['test', 'test']
+    """
+    splits = [""] * len(texts)
+    for cluster in clusters(keys):
+        split = split_of(min(texts[row].lower() for row in cluster))
+        for row in cluster:
+            splits[row] = split
+    return splits
+
+
 def in_split(rows: Iterable[Row], split: str, key: str = "prompt") -> list[Row]:
-    """Return the rows whose text in the column `key` is in a split.
+    """Return the rows whose text in the column `key` is in a split; punctuation and case do not matter.
 
     Raises:
         ValueError: If the split is unknown.
     """
     check_split(split)
-    return [row for row in rows if split_of(row[key]) == split]
+    rows = list(rows)
+    texts = [row[key] for row in rows]
+    splits = splits_of(texts, [[key_of_text(text)] for text in texts])
+    return [row for row, its_split in zip(rows, splits, strict=True) if its_split == split]
 
 
 def check_split(split: str) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from textgym.data.messages import Text
+from textgym.models.machine.changes import ChangedWeights
 from textgym.models.machine.devices import on_device
 from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.schedules import warmup_and_decay
@@ -23,9 +23,6 @@ from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
 from textgym.settings import Count, NotNegative, Positive, Share, check_settings
 
-Pair = Mapping[str, Any]
-TEXTS_PER_BATCH = 16
-"""Most texts of one prompt in an element of a batch: as many as raters compare at once."""
 SILENT: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": [],
@@ -50,8 +47,9 @@ class RewardModelConfig:
     """Number of the trunk's lowest layers to keep; the upper layers of small models only help to predict tokens."""
     epochs: Positive = 1.0
     """Passes over the preference pairs."""
-    groups_per_batch: Count = 1
-    """Groups of compared texts in one update."""
+    batch_size: Count | None = None
+    """Pairs in one update; each of their texts is encoded once. Pairs with the same group or prompt follow each other.
+    None: 8, and 1,024 for the pairs that `textgym reward-model` makes from ratings."""
     warmup: Share = 0.1
     """Share of the updates during which the learning rate rises; afterwards it follows a cosine down to 0."""
     weight_decay: NotNegative = 0.1
@@ -68,24 +66,29 @@ class RewardModelConfig:
     """Weight of the squared sum of a pair's scores, which keeps scores near 0 (Eisenstein et al., 2023)."""
     max_length: Count = 512
     """Maximum number of tokens of a text; longer texts lose their beginning."""
+    allow_faulty_rows: Share = 0.01
+    """Largest share of pairs with a fault, such as a cut text or two equal sides; the data are refused if there are
+    more."""
     heldout_fraction: Share = 0.1
-    """Share of the groups held out for the reported accuracy, if no held-out pairs are passed."""
+    """Share of the pairs held out for the reported accuracy, whole prompts and groups, if no held-out pairs are
+    passed."""
     bf16: bool = False
     """Train with bfloat16 autocast, which is faster on hardware with matrix units for it."""
     num_threads: Count = 1
     """Torch threads while training on a CPU. With two, training becomes very slow if another process is running."""
     seed: int = 0
-    """Seed of the reward head and of the order of the groups."""
+    """Seed of the reward head and of the order of the pairs."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def resolved(self, base: object) -> RewardModelConfig:
-        """Return a copy in which learning rates that are not set have the defaults for a trunk."""
+        """Return a copy in which what is not set has the default for a trunk."""
         matrix, other = (0.02, 0.01) if str(base) == "tiny" else (0.0, 2e-5)
         return replace(
             self,
             matrix_learning_rate=matrix if self.matrix_learning_rate is None else self.matrix_learning_rate,
+            batch_size=8 if self.batch_size is None else self.batch_size,
             learning_rate=other if self.learning_rate is None else self.learning_rate,
         )
 
@@ -121,26 +124,28 @@ def pairwise_loss(
 
 def fit(
     scorer: LastTokenScorer,
-    groups: list[list[Pair]],
-    encode: Callable[[Sequence[Text]], list[list[int]]],
+    pairs: Sequence[RatedPair],
     config: RewardModelConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
-    """Train all weights of a scorer on groups of pairs, without output or files.
+    """Train all weights of a scorer on pairs, without output or files.
 
     Args:
         scorer: The scorer; its weights must require gradients.
-        groups: Groups of pairs; each group is one element of a batch.
-        encode: Function from texts to ids, with EOS if the model reads it.
+        pairs: The pairs.
         config: Hyperparameters.
         callbacks: Callbacks of transformers, for progress.
+
+    Raises:
+        UnchangedWeightsError: If no weight changed.
     """
+    assert config.batch_size is not None
     device = scorer.classifier.device
     with tempfile.TemporaryDirectory() as folder, on_device(device):
         arguments = OneDeviceArguments(
             output_dir=folder,
             num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.groups_per_batch,
+            per_device_train_batch_size=config.batch_size,
             max_grad_norm=1.0,
             bf16=config.bf16,
             model_device=str(device),
@@ -152,44 +157,77 @@ def fit(
             config,
             model=scorer,
             args=arguments,
-            train_dataset=groups,
-            data_collator=GroupCollator(groups, encode),
-            callbacks=[*callbacks, FiniteGradients()],
+            train_dataset=list(pairs),
+            data_collator=collate,
+            callbacks=[*callbacks, FiniteGradients(), ChangedWeights()],
             optimizers=(MuonAndAdamW(scorer, config), None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
-def cut_groups(groups: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
-    """Cut groups of one prompt with more than `TEXTS_PER_BATCH` different texts into parts with at most so many.
+class RatedPair(NamedTuple):
+    """Token ids of a preferred and another text, and how sure and how large the preference is."""
 
-    A prompt with hundreds of pairs would otherwise be one huge update. What the pairs themselves call a `group` stays
-    whole.
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float
+    probability: float
+    cluster: int
+
+
+def collate(pairs: Sequence[RatedPair]) -> dict[str, Any]:
+    """Return a batch of pairs in which each text is once.
+
+    Returns:
+        `texts`, padded ids `(N, T)` and lengths `(N,)`, and `(P,)` of each pair: the indices of its texts, `chosen` and
+        `rejected`, its `margin` and its `probability`.
     """
-    parts: list[list[Pair]] = []
-    for group in groups:
-        if group[0].get("group") is not None:
-            parts.append(list(group))
-            continue
-        texts: set[str] = set()
-        parts.append([])
-        for pair in group:
-            both = {text_key(text_of(pair, side)) for side in ("chosen", "rejected")}
-            if parts[-1] and len(texts | both) > TEXTS_PER_BATCH:
-                texts = set()
-                parts.append([])
-            texts |= both
-            parts[-1].append(pair)
-    return parts
+    texts = list(dict.fromkeys(text for pair in pairs for text in (pair.chosen, pair.rejected)))
+    place = {text: index for index, text in enumerate(texts)}
+    return {
+        "texts": pad_right(texts),
+        "chosen": torch.tensor([place[pair.chosen] for pair in pairs]),
+        "rejected": torch.tensor([place[pair.rejected] for pair in pairs]),
+        "margin": torch.tensor([pair.margin for pair in pairs]),
+        "probability": torch.tensor([pair.probability for pair in pairs]),
+    }
+
+
+class ClusterSampler(Sampler[int]):
+    """Order of pairs in which those of a cluster, such as a prompt, follow each other, in a random order of clusters.
+
+    So the texts of a prompt are compared in one batch and encoded once (Ouyang et al., 2022, section 3.5). A cluster
+    larger than a batch is spread over several.
+    """
+
+    def __init__(self, clusters: Sequence[int], seed: int) -> None:
+        self.members: dict[int, list[int]] = {}
+        for index, cluster in enumerate(clusters):
+            self.members.setdefault(cluster, []).append(index)
+        self.size = len(clusters)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        clusters = list(self.members.values())
+        for cluster in torch.randperm(len(clusters), generator=self.generator).tolist():
+            members = clusters[cluster]
+            yield from (members[index] for index in torch.randperm(len(members), generator=self.generator).tolist())
 
 
 class PairwiseTrainer(Trainer):
-    """`transformers.Trainer` with the pairwise loss on batches of `GroupCollator`."""
+    """`transformers.Trainer` with the pairwise loss on batches of `collate`."""
 
     def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        pairs: list[RatedPair] = self.train_dataset  # type: ignore[assignment]
+        return ClusterSampler([pair.cluster for pair in pairs], self.config.seed)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make a schedule of linear warm-up and cosine decay."""
@@ -204,7 +242,7 @@ class PairwiseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch of groups, in which every text is encoded once."""
+        """Return the loss of a batch of pairs, in which every text is encoded once."""
         last, mean = (scores[:, 0] for scores in model(*inputs["texts"]))  # (N,) each
         loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
         return (loss, last) if return_outputs else loss
@@ -220,39 +258,6 @@ class PairwiseTrainer(Trainer):
             config.label_smoothing,
             inputs["probability"] if config.use_probability else None,
         )
-
-
-class GroupCollator:
-    """Collator that puts each text of some groups into a batch once, and the pairs as indices into the texts."""
-
-    def __init__(
-        self,
-        groups: list[list[Pair]],
-        encode: Callable[[Sequence[Text]], list[list[int]]],
-    ) -> None:
-        texts = {
-            text_key(text): text
-            for group in groups
-            for pair in group
-            for text in (text_of(pair, "chosen"), text_of(pair, "rejected"))
-        }
-        self.rows = dict(zip(texts, encode(list(texts.values())), strict=True))
-
-    def __call__(self, groups: list[list[Pair]]) -> dict[str, Any]:
-        """Return `texts` (padded ids `(N, T)` and lengths `(N,)`) and the indices, margins and probabilities `(P,)`."""
-        pairs = [pair for group in groups for pair in group]
-        chosen, rejected = ([text_key(text_of(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
-        texts = list(dict.fromkeys(chosen + rejected))
-        slot = {text: index for index, text in enumerate(texts)}
-        return {
-            "texts": pad_right([self.rows[text] for text in texts]),
-            "chosen": torch.tensor([slot[text] for text in chosen]),
-            "rejected": torch.tensor([slot[text] for text in rejected]),
-            "margin": torch.tensor([float(pair.get("margin") or 0.0) for pair in pairs]),
-            "probability": torch.tensor(
-                [1.0 if (p := pair.get("probability")) is None else float(p) for pair in pairs]
-            ),
-        }
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -282,19 +287,3 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups = [group]  # schedulers set the learning rate in this object's groups, not in the parts'
             part.step()
-
-
-def text_of(pair: Pair, side: str) -> Text:
-    """Return the whole text or conversation of a pair's `"chosen"` or `"rejected"` side, prompt included."""
-    prompt, text = pair.get("prompt"), pair[side]
-    if isinstance(text, str):
-        if prompt is not None and not isinstance(prompt, str):
-            return [*prompt, {"role": "assistant", "content": text}]
-        return (prompt or "") + text
-    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-    return [*said, *text]
-
-
-def text_key(text: Text) -> str:
-    """Return a hashable key that is the same for equal texts only."""
-    return text if isinstance(text, str) else json.dumps(text)

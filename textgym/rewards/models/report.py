@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from textgym.data.files import atomic_file
-from textgym.data.preferences import Pair
+from textgym.data.preferences import Pair, load_preferences
+from textgym.rewards.models.accuracy import Accuracy, accuracy_of, in_order, score_differences
 from textgym.rewards.models.reward_model import RewardModel
-from textgym.rewards.models.training import score_differences
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PreferenceReport:
     """Accuracy of a reward function on preference pairs.
 
     Attributes:
-        accuracy: Accuracy over all pairs.
+        accuracy: Accuracy over all pairs, a float that has the number of pairs and its interval.
         by_margin: Accuracy by the pairs' `margin`, in buckets of equal size; empty if the pairs have no margin.
         by_confidence: Accuracy by confidence, which is the probability `sigmoid(|difference|)` that the model gives to
             its own order, in buckets of width 0.1 from 0.5 to 1. The accuracy of a calibrated model equals its
@@ -47,7 +47,7 @@ class PreferenceReport:
         calibration_error: Mean of `abs(confidence - accuracy)` over the buckets, weighted by their size.
     """
 
-    accuracy: float
+    accuracy: Accuracy
     by_margin: list[Bucket]
     by_confidence: list[Bucket]
     calibration_error: float
@@ -61,10 +61,11 @@ class PreferenceReport:
         """
         if not pairs:
             raise ValueError("there are no pairs to evaluate on: pass at least one")
+        pairs = load_preferences(pairs)
         # The loss was computed on the scores before `calibrate`, so only their differences are log-odds.
         scale = abs(reward.gain) if isinstance(reward, RewardModel) else 1.0
         differences = score_differences(reward, pairs) / scale
-        right = (differences > 0) + 0.5 * (differences == 0)
+        right = in_order(differences)
         confidence = 1 / (1 + np.exp(-np.abs(differences)))
         by_confidence = _buckets(confidence, right, np.linspace(0.5, 1.0, 6))
         margins = [pair.get("margin") for pair in pairs]
@@ -73,11 +74,12 @@ class PreferenceReport:
             values = np.array(margins, dtype=float)
             by_margin = _buckets(values, right, np.quantile(values, np.linspace(0, 1, num_buckets + 1)))
         error = sum(bucket.count * abs(bucket.mean - bucket.accuracy) for bucket in by_confidence) / len(pairs)
-        return cls(float(right.mean()), by_margin, by_confidence, error)
+        return cls(accuracy_of(differences, pairs), by_margin, by_confidence, error)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return asdict(self)
+        interval = [self.accuracy.low, self.accuracy.high]
+        return {**asdict(self), "num_pairs": self.accuracy.num_pairs, "accuracy_interval": interval}
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Plot accuracy by margin and the calibration curve into an image file.

@@ -169,7 +169,10 @@ class RewardModel:
         if self.shared_ids and plain and prompt_ids is not None and said is not None:
             before, _ = frame(self.tokenizer)
             rows = [
-                self._closed(framed([*(prompt if self.include_prompt else ()), *_before(ids, self._eos)], before))
+                self._closed(
+                    framed([*(prompt if self.include_prompt else ()), *_before(ids, self._eos)], before),
+                    self.max_length,
+                )
                 for prompt, ids in zip(prompt_ids, said, strict=True)
             ]
         else:
@@ -234,34 +237,41 @@ class RewardModel:
             scores[[index for batch in batches for index in batch]] = torch.cat(parts).cpu()
         return scores
 
-    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Return the ids of whole texts as the model reads them, limited to `max_length` and with EOS."""
-        if not texts:
-            return []
-        if score_head(self.model) is None and all(isinstance(text, str) for text in texts):
-            return self._encode_for_encoder(list(texts))  # type: ignore[arg-type]  # they are strings
-        rows = zip(texts, encode(texts, self.tokenizer), strict=True)
-        # A chat template may have rendered the last turn's EOS already, possibly with a line break after it.
+    def encode(self, texts: Sequence[Text], max_length: int | None = None) -> list[list[int]]:
+        """Return the ids of whole texts as the model reads them, with EOS.
+
+        Args:
+            texts: Strings and conversations.
+            max_length: Maximum number of tokens; longer texts lose their beginning. None for that of the model.
+        """
+        limit = self.max_length if max_length is None else max_length
+        framed_by_tokenizer = score_head(self.model) is None  # an encoder
+        others = [text for text in texts if not (framed_by_tokenizer and isinstance(text, str))]
+        rows = iter(encode(others, self.tokenizer)) if others else iter(())
         return [
-            cut_beginning(ids, self.max_length, self.tokenizer.bos_token_id)
-            if not isinstance(text, str) and self._eos is not None and self._eos in ids[-2:]
-            else self._closed(ids)
-            for text, ids in rows
+            self._encode_for_encoder(text, limit)
+            if framed_by_tokenizer and isinstance(text, str)
+            else self._limited(text, next(rows), limit)
+            for text in texts
         ]
 
-    def _encode_for_encoder(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts with an encoder's special tokens, such as [CLS] and [SEP]; long texts lose their beginning."""
-        for text in texts:
-            check_characters(text)
+    def _limited(self, text: Text, ids: list[int], limit: int) -> list[int]:
+        """Return the last ids of a text, with one EOS at the end if `append_eos` is set."""
+        # A chat template may have rendered the last turn's EOS already, possibly with a line break after it.
+        if not isinstance(text, str) and self._eos is not None and self._eos in ids[-2:]:
+            return cut_beginning(ids, limit, self.tokenizer.bos_token_id)
+        return self._closed(ids, limit)
+
+    def _encode_for_encoder(self, text: str, limit: int) -> list[int]:
+        """Encode a text with an encoder's special tokens, such as [CLS] and [SEP]; a long one loses its beginning."""
+        check_characters(text)
         controls = control_tokens(self.tokenizer)
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
         try:
-            return [
-                self.tokenizer(
-                    text, truncation=True, max_length=self.max_length, split_special_tokens=spells(text, controls)
-                ).input_ids
-                for text in texts
-            ]
+            ids: list[int] = self.tokenizer(
+                text, truncation=True, max_length=limit, split_special_tokens=spells(text, controls)
+            ).input_ids
+            return ids
         finally:
             self.tokenizer.truncation_side = side
 
@@ -318,11 +328,11 @@ class RewardModel:
     def _eos(self) -> int | None:
         return self.tokenizer.eos_token_id
 
-    def _closed(self, ids: list[int]) -> list[int]:
-        """Return the last `max_length` tokens, with exactly one EOS at the end if `append_eos` is set."""
+    def _closed(self, ids: list[int], limit: int) -> list[int]:
+        """Return the last ids, at most `limit`, with exactly one EOS at the end if `append_eos` is set."""
         ids = ids[:-1] if self.append_eos and ids and ids[-1] == self._eos else ids
         ending = [self._eos] if self.append_eos and self._eos is not None else []
-        closed = cut_beginning(ids, self.max_length - len(ending), self.tokenizer.bos_token_id) + ending
+        closed = cut_beginning(ids, limit - len(ending), self.tokenizer.bos_token_id) + ending
         if not closed:
             raise ValueError("a text is empty, so it has no last token to read a score from: leave it out")
         return closed

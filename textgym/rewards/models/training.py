@@ -1,4 +1,4 @@
-"""Train and evaluate reward models on preference pairs."""
+"""Train reward models on preference pairs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
-<<<<<<< HEAD
-from textgym.data.preferences import Pair, load_preferences
-=======
 from textgym.data.completions import count_duplicates, count_faulty_texts
 from textgym.data.faults import CUT_PROMPT, EQUAL_SIDES, OVERLAP, Faults, level_of_caller
 from textgym.data.messages import Text
@@ -24,13 +21,16 @@ from textgym.data.overlap import clusters_of_pairs, contents_of_pair
 from textgym.data.preferences import PlacedPair, numbers_of, placed_preferences, text_of
 from textgym.data.rows import encode_rows
 from textgym.errors import DataWarning
->>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 from textgym.models.loading import freeze, load_classifier, load_tokenizer
 from textgym.models.machine.devices import Device
 from textgym.models.machine.seeding import seeded
+from textgym.rewards.models.accuracy import Accuracy, pairwise_accuracy
 from textgym.rewards.models.last_token import LastTokenScorer
-from textgym.rewards.models.pairwise import RewardModelConfig, cut_groups, fit
+from textgym.rewards.models.pairwise import RatedPair, RewardModelConfig, fit
 from textgym.rewards.models.reward_model import RewardModel
+
+WITHOUT_LIMIT = 2**31
+"""Tokens that no text has."""
 
 
 def train_reward_model(
@@ -41,53 +41,51 @@ def train_reward_model(
     heldout: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     device: Device = "auto",
-) -> tuple[RewardModel, float]:
+) -> tuple[RewardModel, Accuracy]:
     """Train a reward model on preference pairs with `transformers.Trainer`, without output or files.
 
-    Pairs with the same `group` (or the same `prompt`, if there are no groups) are one element of a batch, in which each
-    text is encoded once, in however many pairs it occurs (Ouyang et al., 2022, section 3.5). A prompt with more than 16
-    different texts makes several elements.
+    Pairs with the same `group` or prompt follow each other, and each text of a batch is encoded once, in however many
+    pairs it occurs (Ouyang et al., 2022, section 3.5).
 
     Args:
         preferences: Any source that `load_preferences` accepts. Pairs have `chosen` and `rejected` (texts or
             conversations) and optionally `prompt` (put before both), `margin`, `probability` and `group`.
         base: The language model or classifier to start from: any name or path that `load_classifier` accepts.
         config: Hyperparameters.
-        heldout: Pairs for evaluation; `None` holds out a share of the groups.
+        heldout: Pairs for evaluation; `None` holds out a share of the pairs, whole prompts and groups.
         callbacks: Callbacks of transformers, for progress.
         device: Device of the training and of the model; `"auto"` is the current GPU if there is one.
 
     Returns:
-        The frozen reward model, and its accuracy on the held-out pairs (NaN if there are none).
+        The frozen reward model, and its accuracy on the held-out pairs, a float that prints its number of pairs and its
+        interval (NaN if there are none).
 
     Raises:
-        ValueError: If there are no pairs, or a pair has no `chosen` or `rejected`.
+        DataError: If there are no pairs, a pair has no `chosen` or `rejected`, or too many pairs have a fault.
+        UnchangedWeightsError: If training changed no weight.
     """
     config = (config or RewardModelConfig()).resolved(base)
-    pairs = load_preferences(preferences)
+    rows = placed_preferences(preferences)
+    _columns(rows, config)  # before the split, so that all rows are counted
     if heldout is None:
-        pairs, heldout = split_preferences(pairs, config.heldout_fraction, config.seed)
-    groups, heldout = cut_groups(_grouped(pairs)), load_preferences(heldout) if heldout else []
+        rows, held = split_preferences(rows, config.heldout_fraction, config.seed)
+    else:
+        held = placed_preferences(heldout) if heldout else []
+        warn_of_overlap(rows, held)
     with seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
         model = load_classifier(base, num_layers=config.num_layers, device=device)
         model.config.pad_token_id = tokenizer.pad_token_id
         reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
+        pairs, faults = read_rated_pairs(rows, reward_model, config)
+        faults.check(config.allow_faulty_rows)
         model.requires_grad_(True)
-        fit(reward_model.scorer, groups, reward_model.encode, config, callbacks)
+        fit(reward_model.scorer, pairs, config, callbacks)
         reward_model.scorer = LastTokenScorer(freeze(model))  # accelerate has wrapped the forward of the old one
-        return reward_model, pairwise_accuracy(reward_model, heldout) if heldout else math.nan
+        heldout_pairs = [row.pair for row in held]
+        return reward_model, pairwise_accuracy(reward_model, heldout_pairs) if held else Accuracy(math.nan)
 
 
-<<<<<<< HEAD
-def split_preferences(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Split pairs into training and held-out pairs by whole groups (or prompts); keep a group for training."""
-    groups = _grouped(pairs)
-    random.Random(seed).shuffle(groups)
-    count = min(math.ceil(fraction * len(groups)), len(groups) - 1)
-    train, heldout = ([dict(pair) for group in part for pair in group] for part in (groups[count:], groups[:count]))
-    return train, heldout
-=======
 def read_rated_pairs(
     rows: Sequence[PlacedPair], reward_model: RewardModel, config: RewardModelConfig
 ) -> tuple[list[RatedPair], Faults]:
@@ -110,32 +108,83 @@ def read_rated_pairs(
             faults.count(CUT_PROMPT, row.place)
     count_duplicates(faults, [row.place for row in rows], [pair[:2] for pair in pairs])
     return pairs, faults
->>>>>>> e6825e7 (textgym data FILE, the page Your data, and what is read of public data sets)
 
 
-def pairwise_accuracy(reward: Callable[..., Any], pairs: Sequence[Pair]) -> float:
-    """Return the share of pairs whose `chosen` text has the higher score; a tie counts as one half."""
-    differences = score_differences(reward, pairs)
-    return float(np.mean((differences > 0) + 0.5 * (differences == 0)))
+def _columns(rows: Sequence[PlacedPair], config: RewardModelConfig) -> tuple[list[float], list[float]]:
+    """Return the margins and probabilities that the loss uses."""
+    margins, probabilities = [0.0] * len(rows), [1.0] * len(rows)
+    if config.use_margin:
+        margins = numbers_of(rows, "margin", "use_margin")
+    if config.use_probability:
+        probabilities = numbers_of(rows, "probability", "use_probability")
+    return margins, probabilities
 
 
-def score_differences(reward: Callable[..., Any], pairs: Sequence[Pair]) -> np.ndarray:
-    """Return the score of `chosen` minus that of `rejected`, `(P,)`; each text is scored once."""
-    keys = [[json.dumps([pair.get("prompt") or "", pair[side]]) for pair in pairs] for side in ("chosen", "rejected")]
-    texts = {key: json.loads(key) for key in dict.fromkeys(keys[0] + keys[1])}
-    completions = [completion for _, completion in texts.values()]
-    # A pair may have no separate prompt; the empty one has the same form as its completion.
-    prompts = [prompt or ("" if isinstance(completion, str) else []) for prompt, completion in texts.values()]
-    score_of = dict(zip(texts, reward(prompts=prompts, completions=completions), strict=True))
-    return np.array([score_of[chosen] - score_of[rejected] for chosen, rejected in zip(*keys, strict=True)])
+class _Ids(NamedTuple):
+    """Token ids that the model reads of a text, and how many it does not read."""
+
+    kept: list[int]
+    lost: int
 
 
-def _grouped(preferences: Sequence[Pair]) -> list[list[Mapping[str, Any]]]:
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for index, pair in enumerate(preferences):
-        same = json.dumps(pair["prompt"]) if pair.get("prompt") else ("pair", index)
-        groups.setdefault(same if pair.get("group") is None else ("group", pair["group"]), []).append(pair)
-    return list(groups.values())
+def _ids_of_texts(rows: Sequence[PlacedPair], reward_model: RewardModel) -> dict[str, _Ids]:
+    """Return the ids of each distinct text by its key."""
+    texts: dict[str, tuple[Text, str]] = {}
+    for row in rows:
+        for text in (text_of(row.pair, "chosen"), text_of(row.pair, "rejected")):
+            texts.setdefault(text_key(text), (text, row.place))
+    places = [place for _, place in texts.values()]
+    kept = encode_rows(reward_model.encode, [text for text, _ in texts.values()], places)
+
+    # Only a text that fills the window may have lost something.
+    found = {}
+    for (key, (text, _)), ids in zip(texts.items(), kept, strict=True):
+        full = len(ids) >= reward_model.max_length
+        found[key] = _Ids(ids, len(reward_model.encode([text], WITHOUT_LIMIT)[0]) - len(ids) if full else 0)
+    return found
+
+
+def text_key(text: Text) -> str:
+    """Return a hashable key that is the same for equal texts only."""
+    return text if isinstance(text, str) else json.dumps(text)
+
+
+def split_preferences(
+    rows: Sequence[PlacedPair], fraction: float, seed: int = 0
+) -> tuple[list[PlacedPair], list[PlacedPair]]:
+    """Split pairs into training and held-out ones; pairs with a group or prompt in common stay together.
+
+    Prompts are compared without case, punctuation and white space. One prompt is always kept for training; a warning
+    says if nothing can be held out.
+    """
+    clusters = clusters_of_pairs([row.pair for row in rows])
+    random.Random(seed).shuffle(clusters)
+    wanted = math.ceil(fraction * len(rows))
+    held: list[int] = []
+    for cluster in clusters[1:]:
+        if len(held) + len(cluster) <= wanted:
+            held += cluster
+    if not held and wanted and len(clusters) > 1:  # all are larger than what is wanted
+        held = min(clusters, key=len)
+    if not held and wanted:
+        warnings.warn(
+            f"all {len(rows)} preferences have one prompt or group in common, so none is held out and the accuracy is "
+            "unknown: pass held-out pairs with other prompts (heldout=, --heldout)",
+            DataWarning,
+            stacklevel=level_of_caller(),
+        )
+    chosen = set(held)
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(held)]
+
+
+def warn_of_overlap(train: Sequence[PlacedPair], heldout: Sequence[PlacedPair]) -> None:
+    """Warn if held-out pairs have a prompt or, without prompts, a text that training pairs have, too."""
+    known = {key for row in train for key in contents_of_pair(row.pair)}
+    faults = Faults("held-out pairs", len(heldout))
+    for row in heldout:
+        if known.intersection(contents_of_pair(row.pair)):
+            faults.count(OVERLAP, row.place)
+    faults.check(allowed=1.0)
 
 
 @contextlib.contextmanager

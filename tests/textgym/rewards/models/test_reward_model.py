@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 from textgym.models.loading import load_classifier
-from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models import RewardModel, pairwise_accuracy, train_reward_model
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 pytestmark = pytest.mark.numerics
@@ -318,21 +317,6 @@ def test_saving_below_a_file_is_a_clear_error(reward_model: RewardModel, tmp_pat
 # Training; the loss and the batches are tested in test_pairwise.py
 
 PAIRS = [{"chosen": f"good {index}", "rejected": f"bad {index}", "group": index // 4} for index in range(16)]
-
-
-def test_groups_are_held_out_whole(mock_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr("textgym.rewards.models.training.fit", lambda scorer, groups, *_: seen.extend(groups))
-    config = RewardModelConfig(heldout_fraction=0.5)
-    train_reward_model(PAIRS, mock_folder, config=config)
-    assert len(seen) == 2
-    assert all(len(group) == 4 for group in seen)
-    seen.clear()
-    pairs = [{"prompt": prompt, "chosen": "a", "rejected": side} for prompt in "pq" for side in "bc"]
-    train_reward_model(pairs, mock_folder, config=config)
-    assert len(seen) == 1, "pairs of one prompt stay together"
-    _, accuracy = train_reward_model(PAIRS[:1], mock_folder)
-    assert math.isnan(accuracy), "one pair is trained on, none is left"
 
 
 def test_bad_preferences_are_clear_errors(mock_folder: Path) -> None:
