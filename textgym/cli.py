@@ -254,6 +254,8 @@ def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device
 
 def train_reward(command: TrainReward) -> None:
     """A reward model, its accuracy on held-out pairs, and a picture of both: `report.json` and `report.png`."""
+    join()
+    raise_on_termination()
     check_free(command.output_dir, REWARD_MODEL, overwrite=command.overwrite)
     live, place = LiveProgress(), _place(command)
     live.console.print(f"device: {device_name(place)}", markup=False)
@@ -271,6 +273,8 @@ def train_reward(command: TrainReward) -> None:
             callbacks=[TrainingProgress(live)],
             device=place,
         )
+        if rank() > 0:  # the first process writes for all of them
+            return
         reward.calibrate(calibration)
         live.finish()
     reward.save_pretrained(command.output_dir, overwrite=command.overwrite)

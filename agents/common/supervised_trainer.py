@@ -16,7 +16,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.changes import ChangedWeights
 from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.schedules import Decay, warmup_and_decay
-from textgym.models.machine.shared_batches import SharedBatches, SharedLoader
+from textgym.models.machine.shared_batches import SharedBatches, SharedLoader, Shuffled
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.models.sequences import Sequences
 from textgym.rewards.models.pairwise import SILENT
@@ -61,9 +61,8 @@ class SupervisedTrainer(Trainer):
                 "shards gradients and the optimiser's state"
             )
         config = agent.config
-        self.batches = SharedBatches(
-            len(agent), config.batch_size, config.micro_batch_size, count(), rank(), config.seed
-        )
+        order = Shuffled(len(agent), config.seed)
+        self.batches = SharedBatches(order, config.batch_size, config.micro_batch_size, count(), rank())
         arguments = OneDeviceArguments(
             output_dir=folder,
             num_train_epochs=config.epochs,

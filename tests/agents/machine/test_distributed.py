@@ -49,6 +49,7 @@ from textgym.data.manifests import checked_manifest
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import checkpointing_layers
 from textgym.rewards.kl import AdaptiveKL
+from textgym.rewards.models import RewardModelConfig, train_reward_model
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
@@ -481,6 +482,34 @@ def test_any_number_of_texts_and_processes_gives_the_weights_of_one(seed: int) -
         "seed": seed,
     }
     assert_learns_alike(str(rng.choice(["sft", "dpo"])), int(rng.choice([2, 3])), int(rng.integers(1, 20)), settings)
+
+
+def learn_preferences(base: Path, rows: int, settings: dict[str, Any]) -> Weights:
+    # Every third pair has the prompt of the one before, so that clusters have different sizes.
+    pairs = [{**row, "prompt": f"{i - (i % 3 == 1)} "} for i, row in enumerate(texts_for("dpo", rows))]
+    config = RewardModelConfig(learning_rate=1e-3, allow_faulty_rows=1.0, **settings)
+    reward_model, _ = train_reward_model(pairs, base, config=config, heldout=[], device="cpu")
+    return {name: weight.numpy().copy() for name, weight in reward_model.scorer.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows", "settings"),
+    [
+        (2, 5, {"batch_size": 3}),
+        pytest.param(3, 7, {"batch_size": 1, "epochs": 2.0}, marks=pytest.mark.slow),
+        pytest.param(3, 19, {"batch_size": 5, "epochs": 2.0, "matrix_learning_rate": 0.01}, marks=pytest.mark.slow),
+        pytest.param(2, 19, {"batch_size": 8, "center_coefficient": 0.1}, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_train_the_reward_model_of_one(
+    tmp_path: Path, processes: int, rows: int, settings: dict[str, Any]
+) -> None:
+    mock_lm().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    weights = learn_preferences(tmp_path, rows, settings)
+    for others in launched(learn_preferences, tmp_path, rows, settings, processes=processes):
+        for name, weight in weights.items():
+            assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
 
 
 def interrupted(folder: Path, kind: str) -> Weights:

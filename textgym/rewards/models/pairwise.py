@@ -18,6 +18,7 @@ from textgym.models.machine.changes import ChangedWeights
 from textgym.models.machine.devices import on_device
 from textgym.models.machine.finite import FiniteGradients
 from textgym.models.machine.schedules import warmup_and_decay
+from textgym.models.machine.shared_batches import SharedBatches, SharedLoader
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
@@ -158,7 +159,6 @@ def fit(
             model=scorer,
             args=arguments,
             train_dataset=list(pairs),
-            data_collator=collate,
             callbacks=[*callbacks, FiniteGradients(), ChangedWeights()],
             optimizers=(MuonAndAdamW(scorer, config), None),
         )
@@ -206,28 +206,44 @@ class ClusterSampler(Sampler[int]):
         for index, cluster in enumerate(clusters):
             self.members.setdefault(cluster, []).append(index)
         self.size = len(clusters)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration has."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        clusters = list(self.members.values())
-        for cluster in torch.randperm(len(clusters), generator=self.generator).tolist():
+        clusters, generator = list(self.members.values()), torch.Generator().manual_seed(self.seed + self.epoch)
+        for cluster in torch.randperm(len(clusters), generator=generator).tolist():
             members = clusters[cluster]
-            yield from (members[index] for index in torch.randperm(len(members), generator=self.generator).tolist())
+            yield from (members[index] for index in torch.randperm(len(members), generator=generator).tolist())
 
 
 class PairwiseTrainer(Trainer):
-    """`transformers.Trainer` with the pairwise loss on batches of `collate`."""
+    """`transformers.Trainer` with the pairwise loss on batches of `collate`, which the processes of a run share."""
 
     def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of all processes itself
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def get_train_dataloader(self) -> SharedLoader:
+        """Return the pairs of this process; each pair is trained on once an epoch, by one process."""
         pairs: list[RatedPair] = self.train_dataset  # type: ignore[assignment]
-        return ClusterSampler([pair.cluster for pair in pairs], self.config.seed)
+        order = ClusterSampler([pair.cluster for pair in pairs], self.config.seed)
+        size, (processes, process) = self.config.batch_size, (self.args.world_size, self.args.process_index)
+        assert size is not None
+        batches = SharedBatches(order, size, None, processes, process)
+        return SharedLoader(batches, lambda items: collate([pairs[item] for item in items]))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batch of an update, and its number of pairs over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.stack([_weight(batch) for batch in batches]).sum().to(device)
+        return batches, self.accelerator.gather(total).sum()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make a schedule of linear warm-up and cosine decay."""
@@ -245,6 +261,9 @@ class PairwiseTrainer(Trainer):
         """Return the loss of a batch of pairs, in which every text is encoded once."""
         last, mean = (scores[:, 0] for scores in model(*inputs["texts"]))  # (N,) each
         loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
+        assert num_items_in_batch is not None  # from `get_batch_samples`
+        share = _weight(inputs) / num_items_in_batch
+        loss = share * loss * self.accelerator.num_processes  # because gradients are averaged over processes
         return (loss, last) if return_outputs else loss
 
     def _loss(self, scores: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -258,6 +277,11 @@ class PairwiseTrainer(Trainer):
             config.label_smoothing,
             inputs["probability"] if config.use_probability else None,
         )
+
+
+def _weight(batch: dict[str, Any]) -> Tensor:
+    """Return the number of pairs of a batch; 0 for one that stands in for an empty one."""
+    return len(batch["chosen"]) * batch["counts"]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
