@@ -193,7 +193,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(micro_batch_size: int
         agent = make_agent(batch_size=12, micro_batch_size=size, epochs=1, learning_rate=0.0, max_grad_norm=1e9)
         gradients: list[Tensor] = []
         history: list[dict[str, float]] = []
-        with watched(gradients):
+        with watched(gradients), pytest.raises(UnchangedWeightsError):  # the same weights for both updates
             agent.learn([lambda _, metrics, history=history: history.append(metrics)])
         taken.append((gradients, [(row["loss"], row["entropy"]) for row in history]))
     assert len(taken[0][0]) == len(taken[1][0]) == 2

@@ -46,11 +46,11 @@ def test_other_encodings_are_refused_with_file_and_line(load: Any, encoding: str
     [
         (load_examples, {"prompt": "a", "completion": "\ud83d"}, "completion"),
         (load_examples, {"text": "\ud83d"}, "text"),
-        (load_examples, {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}]}, "messages"),
+        (load_examples, {"prompt": [{"role": "user", "content": "\ud83d"}], "completion": "a"}, "prompt"),
         (load_preferences, {"prompt": "\ud83d", "chosen": "a", "rejected": "b"}, "prompt"),
         (load_preferences, {"chosen": "a b", "rejected": "a \ud83d"}, "rejected"),
     ],
-)  # fmt: skip
+)
 def test_half_a_character_is_refused_with_file_line_and_column(
     load: Any, row: dict[str, Any], column: str, tmp_path: Path
 ) -> None:
