@@ -188,13 +188,20 @@ def test_import_attribute_tells_a_missing_module_from_a_broken_one() -> None:
 
 
 def test_snippet_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    snippets = [Snippet(f"one two three four five six {i}", float(i)) for i in range(200)] + [Snippet("a b c d e", 1.0)]
+    snippets = [Snippet(f"one two {i} four five six", float(i)) for i in range(200)] + [Snippet("a b c d e", 1.0)]
     monkeypatch.setattr(prompts_module, "movie_snippets", lambda: snippets)
     rows = [row for split in ("train", "policy", "test") for row in snippet_prompts(split)]
     assert sorted(row["rating"] for row in rows) == [float(i) for i in range(200)]
-    assert {row["prompt"] for row in rows} == {"one two three"}
-    assert all(row["text"].startswith("one two three four") for row in rows)
+    assert {row["prompt"] for row in rows} == {f"one two {i}" for i in range(200)}
+    assert all(row["text"] == f"{row['prompt']} four five six" for row in rows)
     assert load_prompts("textgym.data.prompts:policy_snippets") == policy_snippets() == snippet_prompts("policy")
+
+
+def test_snippets_that_begin_alike_are_no_test_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    snippets = [Snippet(f"One, two three {i} five six", float(i)) for i in range(200)]
+    monkeypatch.setattr(prompts_module, "movie_snippets", lambda: snippets)
+    assert snippet_prompts("train")
+    assert snippet_prompts("test") == []
 
 
 def test_snippet_prompts_of_an_unknown_split() -> None:
