@@ -30,7 +30,7 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.kl import estimate_kl
-from textgym.settings import NotNegative
+from textgym.settings import Positive
 
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
@@ -49,9 +49,9 @@ class GRPOConfig(PromptGroupConfig):
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
     """Average of the loss: "grpo" over the tokens of each episode and then over episodes, "dr_grpo" over episodes times
     the maximum length, "dapo" over all response tokens of the minibatch, "bnpo" over those of each micro-batch."""
-    clip_range: NotNegative = 0.2
+    clip_range: Positive = 0.2
     """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
-    clip_range_high: NotNegative | None = None
+    clip_range_high: Positive | None = None
     """Another clip range above 1; DAPO's clip-higher uses 0.28. None for `clip_range`."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is part of the reward or of the loss."""

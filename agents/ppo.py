@@ -25,7 +25,7 @@ from torch import Tensor
 
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
-from textgym.settings import Count, NotNegative, Share, above
+from textgym.settings import Count, NotNegative, Positive, Share, above
 
 from .common.advantages import gae
 from .common.means import explained_variance, masked_mean, overall_mean, whiten
@@ -49,13 +49,13 @@ class PPOConfig(PolicyGradientConfig):
     """lambda of GAE."""
     variant: Literal["clip", "penalty"] = "clip"
     """Limit of an update's size: "clip" clips the probability ratio, "penalty" penalises KL(old, new)."""
-    clip_range: NotNegative = 0.2
+    clip_range: Positive = 0.2
     """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
-    clip_range_high: NotNegative | None = None
+    clip_range_high: Positive | None = None
     """Another clip range above 1; None for `clip_range`."""
     dual_clip: Annotated[float, above(1)] | None = None
     """For negative advantages, bound the objective from below by this factor times the advantage; above 1."""
-    clip_range_value: NotNegative | None = 0.2
+    clip_range_value: Positive | None = 0.2
     """Clip the change of values in an update to this range in the value loss; None for no clipping."""
     kl_min: NotNegative = 0.003
     """For "penalty": below this KL(old, new), in nats per token, the coefficient is halved."""

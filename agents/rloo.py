@@ -21,7 +21,7 @@ from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
-from textgym.settings import NotNegative
+from textgym.settings import Positive
 
 from .common.means import masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
@@ -37,7 +37,7 @@ class RLOOConfig(PromptGroupConfig):
 
     normalise: Literal["none", "batch"] = "none"
     """Whether to normalise advantages to mean 0 and variance 1 over the rollout, as in REINFORCE++."""
-    clip_range: NotNegative = 0.2
+    clip_range: Positive = 0.2
     """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
 
 

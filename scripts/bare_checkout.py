@@ -24,6 +24,7 @@ REQUIRED = {
     "gymnasium": "gymnasium",
     "farama_notifications": "farama-notifications",
     "cloudpickle": "cloudpickle",
+    "psutil": "psutil",
     "stable_baselines3": "stable-baselines3",
     "tyro": "tyro",
     "docstring_parser": "docstring-parser",

@@ -69,6 +69,18 @@ def test_each_pitfall_names_tests_that_exist() -> None:
     assert {name for names in named for name in names} <= tests
 
 
+def test_each_fault_names_tests_that_exist() -> None:
+    files = (ROOT / "tests").glob("**/test_*.py")
+    tests = {name for file in files for name in re.findall(r"^def test_(\w+)", file.read_text("utf-8"), re.MULTILINE)}
+    rows = [row.split("|") for row in PAGES["docs/what_happens_if.md"].splitlines() if row.count("|") == 4]
+    cells = [row[3] for row in rows if row[1].strip(" -") not in ("", "what happens")]
+    assert len(cells) > 20
+    for cell in cells:
+        named = re.findall(r"`([^`]+)`", cell)
+        assert named, "a fault that no test plays"
+        assert all(name in tests or (ROOT / name).is_file() for name in named), named
+
+
 def test_every_model_of_the_compatibility_page_is_exact_or_refused_with_a_reason() -> None:
     models = PAGES["docs/compatibility.md"].split("## Models")[1].split("\n## ")[0]
     results = [row.split("|")[3].strip() for row in models.splitlines() if row.count("|") == 4][2:]

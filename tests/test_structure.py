@@ -16,6 +16,7 @@ MOST = 15
 LAYERS = (
     "errors",
     "settings",
+    "display",
     "data",
     "models",
     "rewards",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from textgym.models.actor_critic import ActorCritic
     from textgym.models.decoding.cached_decoder import CachedDecoder
     from textgym.models.machine.determinism import deterministic_environment
+    from textgym.rewards.isolated import Isolated
     from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
     from textgym.rewards.models import RewardModel, train_reward_model
     from textgym.rewards.reference import SyncReference
@@ -28,6 +29,7 @@ __all__ = [
     "AdaptiveKL",
     "CachedDecoder",
     "FixedKL",
+    "Isolated",
     "KLPenalty",
     "RewardModel",
     "SyncReference",
@@ -44,6 +46,7 @@ _HOMES = {
     "AdaptiveKL": "textgym.rewards.kl",
     "CachedDecoder": "textgym.models.decoding.cached_decoder",
     "FixedKL": "textgym.rewards.kl",
+    "Isolated": "textgym.rewards.isolated",
     "KLPenalty": "textgym.rewards.kl",
     "RewardModel": "textgym.rewards.models",
     "SyncReference": "textgym.rewards.reference",

@@ -57,10 +57,12 @@ from textgym.data.preferences import (
     placed_preferences,
     text_of,
 )
+from textgym.display import printable, rich_text
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import TextgymError
 from textgym.flags import AGENTS, FREE, OFFLINE, Data, Evaluate, Train, TrainReward, parse
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.loading import load_causal_lm
 from textgym.models.machine.devices import device_name, use_device
 from textgym.models.machine.seeding import deterministic
 from textgym.rewards.functions import lexicon_sentiment
@@ -92,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (TextgymError, ValueError, OSError, ImportError, MemoryError, gym.error.Error) as error:
-        sys.exit(f"textgym: {' '.join(str(error).split())}")
+        sys.exit(f"textgym: {printable(' '.join(str(error).split()))}")
 
 
 def train(command: Train) -> None:
@@ -119,9 +121,18 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     checkpoints = Checkpoints(command.output_dir / "checkpoints", command.checkpoint_every, command.keep_checkpoints)
     newest = _newest_checkpoint(command, checkpoints, live)
     policy = ActorCritic.from_pretrained(
-        command.model, critic=command.critic, temperature=command.temperature, device=place
+        command.model,
+        critic=command.critic,
+        temperature=command.temperature,
+        device=place,
+        trust_remote_code=command.trust_remote_code,
     )
-    arguments = {**_kl_arguments(command), **_decoder_start(policy)}
+    arguments = {
+        "tokenizer": command.model,
+        "reference": _reference(command.model, command, place),
+        **_kl_arguments(command),
+        **_decoder_start(policy),
+    }
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
     agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
     interrupts = Interrupts(live.console)
@@ -152,6 +163,7 @@ def _train(command: Train, claim: RunClaim | None) -> None:
         if profiler is not None and profiler.profile is not None:
             live.console.print(*profiler.profile.tables(), sep="\n")
     finally:  # also after Ctrl-C: what was learned is kept
+        envs.close()
         if profiler is not None:
             profiler.close()
         policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer, overwrite=True)
@@ -248,8 +260,8 @@ def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> RolloutAgent 
 
 def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> RolloutAgent | SupervisedAgent:
     if command.agent in OFFLINE:
-        return OFFLINE[command.agent].load(checkpoint, command.data, place)
-    return AGENTS[command.agent].load(checkpoint, envs, place)
+        return OFFLINE[command.agent].load(checkpoint, command.data, place, trust_remote_code=command.trust_remote_code)
+    return AGENTS[command.agent].load(checkpoint, envs, place, trust_remote_code=command.trust_remote_code)
 
 
 def train_reward(command: TrainReward) -> None:
@@ -272,6 +284,7 @@ def train_reward(command: TrainReward) -> None:
             heldout=heldout,
             callbacks=[TrainingProgress(live)],
             device=place,
+            trust_remote_code=command.trust_remote_code,
         )
         if rank() > 0:  # the first process writes for all of them
             return
@@ -294,7 +307,7 @@ def train_reward(command: TrainReward) -> None:
             f"  margin {bucket.low:.2f} to {bucket.high:.2f}: {bucket.accuracy:.3f} of {bucket.count} pairs"
         )
     live.console.print(f"calibration error: {report.calibration_error:.3f}")
-    live.console.print(f"reward model and report: {command.output_dir}")
+    live.console.print(f"reward model and report: {command.output_dir}", markup=False)
 
 
 def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]:
@@ -326,8 +339,15 @@ def evaluate(command: Evaluate) -> None:
     live, place = LiveProgress(), _place(command)
     live.console.print(f"device: {device_name(place)}", markup=False)
     policies = {"reference": command.reference, "policy": command.policy}
-    loaded = {name: ActorCritic.from_pretrained(model, device=place) for name, model in policies.items()}
-    models = {"tokenizer": command.reference, "reference": command.reference, **_decoder_start(loaded["policy"])}
+    loaded = {
+        name: ActorCritic.from_pretrained(model, device=place, trust_remote_code=command.trust_remote_code)
+        for name, model in policies.items()
+    }
+    models = {
+        "tokenizer": command.reference,
+        "reference": _reference(command.reference, command, place),
+        **_decoder_start(loaded["policy"]),
+    }
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.prompts)))
     samples = {name: generate(policy, envs, prompts, command.seed) for name, policy in loaded.items()}
@@ -346,7 +366,8 @@ def evaluate(command: Evaluate) -> None:
         )
     )
     for transcript in samples["policy"].transcripts[: command.samples]:
-        live.console.print(Text.assemble(transcript["prompt"], (transcript["completion"], "bold")))
+        shown = rich_text(transcript["prompt"]), rich_text(transcript["completion"], "bold")
+        live.console.print(Text.assemble(*shown))
 
 
 def _make_envs(env: str, num_envs: int, env_kwargs: str, place: torch.device, **kwargs: Any) -> Any:
@@ -370,8 +391,7 @@ def _make_envs(env: str, num_envs: int, env_kwargs: str, place: torch.device, **
 
 
 def _kl_arguments(command: Train) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"tokenizer": command.model, "reference": command.model}
-    arguments |= {"kl_estimator": command.kl_estimator, "kl_clamp": command.kl_clamp}
+    arguments: dict[str, Any] = {"kl_estimator": command.kl_estimator, "kl_clamp": command.kl_clamp}
     if command.kl_target is not None and command.kl_bounds is not None:
         raise ValueError("--kl-target and --kl-bounds both steer beta: give one of them")
     if command.kl_target is not None:
@@ -383,6 +403,13 @@ def _kl_arguments(command: Train) -> dict[str, Any]:
     return arguments
 
 
+def _reference(model: str, command: Train | Evaluate, place: torch.device) -> Any:
+    """The reference as environments take it: a name, or a model whose own code the user trusts."""
+    if not command.trust_remote_code:
+        return model
+    return load_causal_lm(model, device=place, trust_remote_code=True).requires_grad_(False)
+
+
 def _decoder_start(policy: ActorCritic) -> dict[str, Any]:
     """What the environment is told of an encoder-decoder model; nothing of others."""
     return {"decoder_start_ids": policy.decoder_start_ids} if policy.decoder_start_ids else {}
@@ -390,7 +417,12 @@ def _decoder_start(policy: ActorCritic) -> dict[str, Any]:
 
 def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:
     prompts = range(min(64, len(envs.unwrapped.prompts)))
-    start = ActorCritic.from_pretrained(command.model, temperature=command.temperature, device=policy.device)
+    start = ActorCritic.from_pretrained(
+        command.model,
+        temperature=command.temperature,
+        device=policy.device,
+        trust_remote_code=command.trust_remote_code,
+    )
     before, after = (generate(p, envs, prompts, command.config.seed) for p in (start, policy))
     texts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, texts)

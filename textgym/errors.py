@@ -44,3 +44,7 @@ class RunFolderError(TextgymError, FileExistsError):
 
 class UntrustedNameError(TextgymError, ValueError):
     """A saved folder names code that is not textgym's, which loading does not run."""
+
+
+class IsolatedError(TextgymError, RuntimeError):
+    """A function in a process of its own failed, was late or too large, or ended its process."""

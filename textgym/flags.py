@@ -21,7 +21,7 @@ from textgym.agents.runs.data_report import Reader
 from textgym.agents.runs.demo import DemoConfig
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
-from textgym.settings import Count, NotNegative, Positive, WholeNumber, check_settings
+from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_settings
 
 # An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration".
 ALGORITHMS: dict[str, Any] = {
@@ -49,6 +49,7 @@ FREE = (
     "device",
     "deterministic",
     "overwrite",
+    "trust_remote_code",
 )
 """Settings of `train` that may change when a run goes on."""
 
@@ -99,6 +100,8 @@ class Train:
     """Measure six updates: time, arithmetic and memory by phase, into `profile.md`, `profile.json`, `trace.json.gz`."""
     device: str = "auto"
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model: only with models whose code you have read, or whose source you trust."""
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
     config: tyro.conf.OmitArgPrefixes[RolloutAgentConfig | SupervisedConfig] = field(default_factory=PPOConfig)
@@ -124,6 +127,8 @@ class TrainReward:
     """Replace the reward model that is in `output_dir`; files that textgym did not write stay."""
     device: str = "auto"
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model: only with models whose code you have read, or whose source you trust."""
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
     settings: tyro.conf.OmitArgPrefixes[RewardModelConfig] = field(default_factory=RewardModelConfig)
@@ -171,12 +176,14 @@ class Evaluate:
     """Further reward functions to report, as 'module:attribute', such as textgym.rewards.functions:DistinctN."""
     samples: WholeNumber = 5
     """How many completions to show."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampling."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
     device: str = "auto"
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model: only with models whose code you have read, or whose source you trust."""
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
 

@@ -63,13 +63,21 @@ def at_least(low: float) -> Check:
     return Check(f"at least {low}", lambda value: value >= low)
 
 
+def at_most(high: float) -> Check:
+    """Values that are `high` or less."""
+    return Check(f"at most {high}", lambda value: value <= high)
+
+
 def between(low: float, high: float) -> Check:
     """Values from `low` to `high`, both allowed."""
     return Check(f"from {low} to {high}", lambda value: low <= value <= high)
 
 
-Count = Annotated[int, at_least(1)]
-WholeNumber = Annotated[int, at_least(0)]
+MOST = 2**31 - 1
+Count = Annotated[int, at_least(1), at_most(MOST)]
+WholeNumber = Annotated[int, at_least(0), at_most(MOST)]
+Seed = Annotated[int, between(0, 2**32 - 1)]
+"""What NumPy's and torch's generators can all be seeded with."""
 NotNegative = Annotated[float, at_least(0)]
 Positive = Annotated[float, above(0)]
 Share = Annotated[float, between(0, 1)]
@@ -184,8 +192,8 @@ def unmet(value: Any, annotation: Any) -> str | None:
         return None if callable(value) else "a function"
     if annotation in _TYPES:
         return None if _TYPES[annotation].holds(value) else _TYPES[annotation].words
-    if getattr(annotation, "_is_protocol", False):  # what has methods of its own is trusted to have the right ones
-        return f"a {annotation.__name__}" if isinstance(value, Real | str | bytes | NoneType) else None
+    if getattr(annotation, "_is_protocol", False):
+        return _unmet_protocol(value, annotation)
     if isinstance(annotation, type) and annotation is not Any:
         return None if isinstance(value, annotation) else f"a {annotation.__name__}"
     return None
@@ -204,6 +212,14 @@ def _unmet_by_entries(value: Any, members: tuple[Any, ...]) -> str | None:
         pairs = [(entry, members[0]) for entry in value] if members else []
     expected = [words for entry, member in pairs if (words := unmet(plain(entry), member)) is not None]
     return f"a sequence, each {expected[0]}" if expected else None
+
+
+def _unmet_protocol(value: Any, protocol: type) -> str | None:
+    """What an object should be that lacks attributes or methods of a protocol."""
+    members = [name for name in {**inspect.get_annotations(protocol), **vars(protocol)} if not name.startswith("_")]
+    if not isinstance(value, Real | str | bytes | NoneType) and all(hasattr(value, name) for name in members):
+        return None
+    return f"a {protocol.__name__}" + (f", with {' and '.join(members)}" if members else "")
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -20,11 +20,16 @@ TensorMetrics = dict[str, Tensor]
 
 
 def mean_over(steps: Sequence[TensorMetrics]) -> TensorMetrics:
-    """Return the mean of each metric over the steps of an update; empty if there were no steps."""
+    """Return the mean of each metric over the steps of an update; empty if there were no steps.
+
+    Steps that were skipped, whose gradient norm is NaN, do not count; if all were, the means are NaN.
+    """
     if not steps:
         return {}
-    table = torch.stack([torch.stack([value.double() for value in step.values()]) for step in steps])
-    return dict(zip(steps[0], table.mean(0), strict=True))
+    table = torch.stack([torch.stack([value.double() for value in step.values()]) for step in steps])  # (steps, names)
+    taken = ~torch.stack([step["val/grad_norm"] for step in steps]).isnan()
+    means = torch.where(taken[:, None], table, 0.0).sum(0) / taken.sum()
+    return dict(zip(steps[0], means, strict=True))
 
 
 def on_host(metrics: TensorMetrics) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from torch import Tensor
 
-from textgym.settings import at_least
+from textgym.settings import MOST, at_least, at_most
 
 from .advantages import GroupComparison, compare_groups
 from .policy_gradient import PolicyGradientAgent, PolicyGradientConfig
@@ -18,7 +18,7 @@ from .policy_gradient import PolicyGradientAgent, PolicyGradientConfig
 class PromptGroupConfig(PolicyGradientConfig):
     """Hyperparameters of all agents that compare episodes of one prompt."""
 
-    group_size: Annotated[int, at_least(2)] = 8
+    group_size: Annotated[int, at_least(2), at_most(MOST)] = 8
     """Number of episodes of each prompt; it must divide the number of rows of the environment."""
 
 

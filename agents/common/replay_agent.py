@@ -20,7 +20,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
-from textgym.settings import Count, Positive, PositiveShare, Share, at_least
+from textgym.settings import Count, Positive, PositiveShare, Share, WholeNumber
 
 from ..machine.distributed import (
     broadcast_weights,
@@ -60,7 +60,7 @@ class ReplayConfig(RolloutAgentConfig):
     """Episodes in one forward pass; the gradients add up to that of the batch. None for the whole batch."""
     buffer_size: Count = 8192
     """Maximum number of episodes in the replay buffer; new episodes replace the oldest."""
-    learning_starts: Annotated[int, at_least(0)] = 256
+    learning_starts: WholeNumber = 256
     """Number of episodes before the first optimiser step."""
     gamma: Share = 1.0
     """Discount."""
@@ -253,12 +253,14 @@ class ReplayAgent(RolloutAgent):
                 priorities.append((part.indices, priorities_of(errors, part.sequences.response_mask)))
             for name, value in {**reported, "loss": loss.detach()}.items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
-        if count() > 1:
-            priorities = [(indices.cpu(), values.cpu()) for indices, values in priorities]
-        for indices, values in itertools.chain(*everyone(priorities)):
-            self.memory.reprioritise(indices, values)
         metrics = dict(zip(metrics, sum_over_processes(torch.stack(list(metrics.values()))), strict=True))
-        metrics["val/grad_norm"] = self.apply_gradients(metrics.pop("loss"))
+        norm = self.apply_gradients(metrics.pop("loss"))
+        metrics["val/grad_norm"] = norm
+        if self.memory.alpha > 0 and not bool(norm.isnan()):  # the errors of a skipped step are no priorities
+            if count() > 1:
+                priorities = [(indices.cpu(), values.cpu()) for indices, values in priorities]
+            for indices, values in itertools.chain(*everyone(priorities)):
+                self.memory.reprioritise(indices, values)
         self.steps += 1
         return metrics
 

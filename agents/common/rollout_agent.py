@@ -7,7 +7,6 @@ policy_gradient.py, and algorithms with a replay buffer from replay_agent.py.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from abc import ABC, abstractmethod
@@ -21,12 +20,13 @@ from torch import Tensor
 from transformers import TrainerState
 
 from textgym.envs.interface import rollout_env
+from textgym.errors import NonFiniteError
 from textgym.models.actor_critic import PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
-from textgym.models.machine.finite import check_finite
+from textgym.models.machine.finite import FiniteSteps, OnNonFinite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
-from textgym.settings import Count, NotNegative, Positive, WholeNumber, check_arguments, check_settings
+from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_arguments, check_settings
 
 from ..machine.circumstances import inputs
 from ..machine.distributed import (
@@ -70,7 +70,10 @@ class RolloutAgentConfig:
     """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
     max_grad_norm: Positive = 1.0
     """Maximum norm of the gradient of a minibatch; larger gradients are scaled down."""
-    seed: int = 0
+    on_nonfinite: OnNonFinite = "raise"
+    """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
+    Skipped steps are counted, and more than 10 of the last 100 are an error."""
+    seed: Seed = 0
     """Seed of prompts, sampling and minibatches."""
     bf16: bool = False
     """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32. bfloat16 has
@@ -140,7 +143,10 @@ class RolloutAgent(ABC):
         self.optimizer = adamw(
             self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
         )
+        self.finite_steps = FiniteSteps(self.config.on_nonfinite)
         self.shuffler = torch.Generator()
+        # Now, since reward functions may change what they hold: hashes, to warn if a run is resumed with other inputs.
+        self.inputs = inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference)
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
@@ -202,11 +208,15 @@ class RolloutAgent(ABC):
         with phase("reference"):
             kl = self.measure_kl(rollout)
         metrics = episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
+        self._check_kl(metrics["objective/kl"])
 
         # 3. Update the policy, in the file of the algorithm.
         self._anneal()
         with phase("update"):
             metrics |= self.update(rollout, kl)
+        if self.config.on_nonfinite == "skip":  # figures of an update whose steps were all skipped are NaN
+            metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            metrics["val/skipped_steps"] = self.finite_steps.skipped
 
         # 4. Update the coefficient of the KL penalty, and the counters.
         self.penalty.controller.update(metrics["objective/kl"], self.config.episodes_per_update)
@@ -257,15 +267,32 @@ class RolloutAgent(ABC):
         Args:
             loss: The loss that the gradients are of.
 
+        Returns:
+            The norm; NaN if the step was skipped, see `on_nonfinite`.
+
         Raises:
             NonFiniteError: If the loss or the norm is NaN or infinite; the weights are then unchanged.
         """
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         sum_gradients(weights)
         norm: Tensor = gather_shards(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
-        check_finite(f"update {self.updates + 1}", {"loss": loss, "gradient norm": norm})
+        if not self.finite_steps.allow(f"update {self.updates + 1}", {"loss": loss, "gradient norm": norm}):
+            return torch.full_like(norm, torch.nan)
         self.optimizer.step()
         return norm
+
+    def _check_kl(self, kl: float) -> None:
+        """Check the mean KL of a rollout, which the rewards and the penalty's coefficient depend on.
+
+        Raises:
+            NonFiniteError: If it is NaN or infinite.
+        """
+        if not math.isfinite(kl):
+            raise NonFiniteError(
+                f"the KL to the reference of update {self.updates + 1} is {kl}, and the weights are as they were: look "
+                "for tokens that the reference never allows and for NaN among the reference's weights; kl_clamp bounds "
+                "the KL of a token"
+            )
 
     def _anneal(self) -> None:
         """Set the learning rate of the next update."""
@@ -315,11 +342,6 @@ class RolloutAgent(ABC):
         assert name == "reference", f"no agent saves a model named {name!r}"
         self.penalty.reference, self.penalty.owns_reference = model, True
 
-    @functools.cached_property
-    def inputs(self) -> dict[str, str]:
-        """Hashes of prompts, rewards and reference, to warn if a run is resumed with others."""
-        return inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference)
-
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write everything that `load` needs to continue: `policy/`, a transformers folder, and the training state.
 
@@ -336,7 +358,15 @@ class RolloutAgent(ABC):
         save_agent(self, Path(folder), overwrite)
 
     @classmethod
-    def load(cls, folder: str | Path, envs: Any = None, device: Device = None, *, reward: Any = None) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        envs: Any = None,
+        device: Device = None,
+        *,
+        reward: Any = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
         """Load a saved agent, to continue with `learn`; the global random generators are restored too.
 
         On another type of device than the saved one, or with another number of processes, the run continues with other
@@ -349,6 +379,7 @@ class RolloutAgent(ABC):
                 device that the agent was saved on, if this machine has it.
             reward: Reward functions of the environment that is made again. Of the functions that the folder names only
                 textgym's own are called: a folder is data, and loading it does not run code that it names.
+            trust_remote_code: Whether to run code that comes with the model, as in transformers.
 
         Raises:
             DamagedFolderError: If a file is missing or was changed, or another class was saved.
@@ -356,5 +387,5 @@ class RolloutAgent(ABC):
             ValueError: If the environment cannot be made again (pass it as `envs`), or the device is not on this
                 machine.
         """
-        agent: Self = load_agent(cls, Path(folder), envs, device, reward)
+        agent: Self = load_agent(cls, Path(folder), envs, device, reward, trust_remote_code)
         return agent

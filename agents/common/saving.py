@@ -122,13 +122,14 @@ def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: A
         return place
 
 
-def load_policy(folder: Path, saved: Any, device: Device) -> ActorCritic:
+def load_policy(folder: Path, saved: Any, device: Device, trust_remote_code: bool = False) -> ActorCritic:
     """Load the policy that `save_policy` wrote, with equal weights.
 
     Args:
         folder: Folder of the agent.
         saved: The return value of `save_policy`.
         device: Device of the policy.
+        trust_remote_code: Whether to run code that comes with the model.
     """
     settings = from_plain(SavedPolicy, saved, f"{folder / 'agent.json'}: policy")
     options: dict[str, Any] = {
@@ -136,6 +137,7 @@ def load_policy(folder: Path, saved: Any, device: Device) -> ActorCritic:
         "temperature": settings.temperature,
         "dtype": getattr(torch, settings.dtype),
         "device": device,
+        "trust_remote_code": trust_remote_code,
     }
     if (folder / "adapter").exists():
         adapters = Adapters.load(folder / "adapter", list(settings.active_adapters))
@@ -160,11 +162,13 @@ def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> N
     save_file(tensors_apart(model.lm, policy.lm), folder.with_suffix(TWIN), metadata={"active_adapters": active})
 
 
-def load_frozen_model(path: Path, policy: ActorCritic) -> TokenModel:
+def load_frozen_model(path: Path, policy: ActorCritic, trust_remote_code: bool = False) -> TokenModel:
     """Load the model that `save_frozen_model` wrote, in its original dtype."""
     if path.suffix != TWIN:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        return freeze(TokenModel(load_causal_lm(path, dtype=config.dtype, device=policy.device), policy.temperature))
+        code = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(path, **code)
+        lm = load_causal_lm(path, dtype=config.dtype, device=policy.device, **code)
+        return freeze(TokenModel(lm, policy.temperature))
     with safe_open(path, framework="pt", device=str(policy.device)) as file:
         active = json.loads(file.metadata()["active_adapters"])
     tensors = load_file(path, device=str(policy.device))
@@ -221,7 +225,9 @@ def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[s
         (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
 
-def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any = None) -> Any:
+def load_agent(
+    kind: Any, folder: Path, envs: Any, device: Device, reward: Any = None, trust_remote_code: bool = False
+) -> Any:
     """Load the `RolloutAgent` that `save_agent` wrote; see `RolloutAgent.load`.
 
     Args:
@@ -230,6 +236,7 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
         envs: The caller's environment, or `None` to make the saved one again.
         device: The caller's choice of a device.
         reward: Reward for an environment that is made again.
+        trust_remote_code: Whether to run code that comes with the models.
     """
     join()
     check_class(checked_manifest(folder, AGENT), kind, folder)
@@ -243,13 +250,13 @@ def load_agent(kind: Any, folder: Path, envs: Any, device: Device, reward: Any =
         envs = _made_again(saved.env, where, place, reward)
     elif reward is not None:
         raise ValueError("reward is for an environment that is made again, and envs has its own: give one of them")
-    policy = load_policy(folder, saved.policy, place)
+    policy = load_policy(folder, saved.policy, place, trust_remote_code)
     agent = kind(policy, envs, config)
 
     # 1. Weights and the optimiser's moments.
     load_optimizer(agent.optimizer, state["optimizer"])
     for part in sorted((folder / FROZEN).glob("*")):
-        agent.take_frozen_model(part.stem, load_frozen_model(part, policy))
+        agent.take_frozen_model(part.stem, load_frozen_model(part, policy, trust_remote_code))
     agent.load_training_state(saved.agent)
     if (folder / TENSORS).exists():
         agent.load_training_tensors(load_file(folder / TENSORS, device=str(policy.device)))

@@ -32,11 +32,12 @@ from textgym.models.architectures.positions import position_limit
 from textgym.models.fitting import check_tokenizer, tokenizer_of
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, on_device
+from textgym.models.machine.finite import OnNonFinite
 from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.models.last_token import pad_right
-from textgym.settings import Count, NotNegative, Positive, Share, check_settings, from_plain
+from textgym.settings import Count, NotNegative, Positive, Seed, Share, check_settings, from_plain
 
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import broadcast_weights, by_first, explain_lost_processes, join
@@ -73,6 +74,9 @@ class SupervisedConfig:
     """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
     max_grad_norm: Positive = 1.0
     """Maximum norm of the gradient of an update; larger gradients are scaled down."""
+    on_nonfinite: OnNonFinite = "raise"
+    """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
+    Skipped steps are counted, and more than 10 of the last 100 are an error."""
     max_length: Count = 512
     """Maximum number of tokens of a text, or fewer if the model has fewer positions. A text that is too long loses the
     beginning of its prompt, down to a quarter of this length, and then the end of its completion."""
@@ -88,7 +92,7 @@ class SupervisedConfig:
     """Run the forward passes in bfloat16 (autocast); log-softmax and losses stay in float32."""
     gradient_checkpointing: bool = False
     """Store only the inputs of layers, and recompute the layers in the backward pass: less memory, more time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the data."""
 
     def __post_init__(self) -> None:
@@ -269,7 +273,7 @@ class SupervisedAgent(ABC):
             (temporary / "agent.json").write_text(json.dumps(meta, indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, data: Any, device: Device = None) -> Self:
+    def load(cls, folder: str | Path, data: Any, device: Device = None, *, trust_remote_code: bool = False) -> Self:
         """Load a saved agent, to continue with `learn`, which reads the folder again: do not delete it before that.
 
         Args:
@@ -277,6 +281,7 @@ class SupervisedAgent(ABC):
             data: The training data that the agent was made with.
             device: Device, such as `"cuda"` or `"auto"`. `None` for the device that the agent was saved on, if this
                 machine has it.
+            trust_remote_code: Whether to run code that comes with the model, as in transformers.
 
         Raises:
             DamagedFolderError: If a file is missing or was changed, or another class was saved.
@@ -288,7 +293,7 @@ class SupervisedAgent(ABC):
         saved = from_plain(SavedSupervisedAgent, read_json(where), str(where))
         config = from_plain(cls.config_class, saved.config, f"{where}: config")
         place = place_of(folder, saved.policy, device)
-        policy = load_policy(folder, saved.policy, place)
+        policy = load_policy(folder, saved.policy, place, trust_remote_code)
         state: dict[str, Any] = load_file(folder / "state.safetensors")
         agent = cls(policy, data, folder / "policy", config, **state)
         if agent.fingerprint() != saved.data:

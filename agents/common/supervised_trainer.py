@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,12 +79,14 @@ class SupervisedTrainer(Trainer):
             logging_steps=1,
             **SILENT,
         )
+        gradients = FiniteGradients(config.on_nonfinite)
         super().__init__(
             model=_Scored(agent.policy),
             args=arguments,
             train_dataset=range(len(agent)),  # indices of the agent's items
-            callbacks=[_Report(self, callbacks), FiniteGradients(), ChangedWeights()],
+            callbacks=[_Report(self, callbacks), gradients, ChangedWeights()],
         )
+        self.finite_steps = gradients.steps
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the weight of the whole batch itself
         self.agent = agent
@@ -184,6 +187,9 @@ class _Report(TrainerCallback):
             "updates": state.global_step,
             "time/update_s": now - self.started,
         }
+        if trainer.agent.config.on_nonfinite == "skip":  # the figures of a skipped step are no numbers
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            metrics["val/skipped_steps"] = trainer.finite_steps.skipped
         trainer.metrics, self.started = {}, now
         trainer.agent.updates = state.global_step
         stop = False in [callback(trainer.agent, metrics) for callback in self.callbacks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -82,16 +82,47 @@ def warn_of_changes(folder: Path, saved: dict[str, str], now: dict[str, str]) ->
 
 
 def _code(function: Any) -> str:
-    """Hash the source of a function or of an object's class, and the settings or the weights of the object."""
+    """Hash the source of a function or of an object's class, and what it was made with: settings, closure, weights."""
+    if isinstance(function, functools.partial):
+        return _digest(_code(function.func) + _settings([function.args, function.keywords]))
     is_object = not inspect.isroutine(function)
-    try:
-        source = inspect.getsource(type(function) if is_object else function)
-    except (OSError, TypeError):  # defined in an interactive session, or compiled
-        source = getattr(function, "__qualname__", type(function).__qualname__)
+    source = _source(type(function) if is_object else function)
     model = getattr(function, "model", None)
     weights = _weights(model) if isinstance(model, torch.nn.Module) else ""
-    settings = repr(function) if dataclasses.is_dataclass(function) else ""
-    return _digest(source + settings + weights)
+    own = vars(function) if is_object and hasattr(function, "__dict__") else {}
+    wrapped = _code(function.__wrapped__) if hasattr(function, "__wrapped__") else ""
+    return _digest(source + weights + _settings([own, _made_with(function)]) + wrapped)
+
+
+def _made_with(function: Any) -> list[Any]:
+    """Return the variables of a function's closure, and the defaults of its arguments."""
+    if not inspect.isfunction(function):
+        return []
+    closure = inspect.getclosurevars(function).nonlocals
+    return [closure, function.__defaults__, function.__kwdefaults__]
+
+
+def _settings(values: Any) -> str:
+    """Return plain values as JSON; of other objects only the class is known, and of functions the source."""
+
+    def described(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(map(repr, value))
+        if inspect.isfunction(value):
+            return _source(value)
+        return type(value).__qualname__
+
+    try:
+        return json.dumps(values, default=described, skipkeys=True)
+    except (ValueError, RecursionError):  # values that contain themselves
+        return ""
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # defined in an interactive session, or compiled
+        return str(function.__qualname__)
 
 
 @torch.no_grad()

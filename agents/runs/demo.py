@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -21,13 +21,14 @@ import torch
 from textgym.data.corpora.sources import Snippet, movie_snippets
 from textgym.data.preferences import PAIRS_PER_GROUP, heldout_pairs, make_preferences
 from textgym.data.prompts import snippet_prompts
+from textgym.display import rich_text
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name, resolve_device, use_device
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
-from textgym.settings import Count, NotNegative, Positive, at_least, check_settings
+from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_settings
 
 from ..ppo import PPO, PPOConfig
 from .claims import RunClaim
@@ -55,13 +56,13 @@ class DemoConfig:
     """beta, the coefficient of the KL penalty; the unit of scores is their standard deviation under the reference."""
     kl_target: Positive | None = None
     """Adapt beta to reach this KL, in nats per text; `kl_coef` is then the initial value."""
-    min_new_tokens: Annotated[int, at_least(0)] = 24
+    min_new_tokens: WholeNumber = 24
     """Minimum length of completions in tokens; with 24 every text has 24 tokens, with 0 the policy decides."""
     max_new_tokens: Count = 24
     """Maximum length of completions in tokens."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of a text that did not end within `max_new_tokens`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all random generators."""
     device: str = "auto"
     """Device: 'cuda', 'cuda:1', 'cpu', or 'auto', which uses a GPU if there is one."""
@@ -94,7 +95,7 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
     finally:
         folder.draw_curves()
         folder.close()
-        live.console.print(f"run folder: {config.output_dir}")
+        live.console.print(f"run folder: {config.output_dir}", markup=False)
 
 
 def improve(
@@ -211,11 +212,10 @@ def report(
 def samples_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[str], rows: int = 8) -> Any:
     """Return a table of the first few prompts with their completions before and after."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(title="samples", title_justify="left", show_lines=True)
     for name in ("prompt", "before", "after"):
         table.add_column(name, ratio=1)
     for row in list(zip(prompts, before, after, strict=True))[:rows]:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(rich_text, row))
     return table

@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from textgym.data.files import atomic_file, remove_leftovers
+from textgym.display import markdown_cell, rich_text
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from ..common.supervised import SupervisedAgent
@@ -121,9 +122,10 @@ class RunFolder:
 
     def write_samples(self, columns: dict[str, Sequence[str]], prompts: Sequence[str]) -> None:
         """Write `samples.md`, a table of prompts and completions with one column per policy."""
-        lines = ["| prompt | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
+        titles = " | ".join(markdown_cell(title) for title in columns)
+        lines = [f"| prompt | {titles} |", "| --- " * (1 + len(columns)) + "|"]
         for row, prompt in enumerate(prompts):
-            cells = [_cell(prompt), *(_cell(texts[row]) for texts in columns.values())]
+            cells = [markdown_cell(text) for text in (prompt, *(texts[row] for texts in columns.values()))]
             lines.append("| " + " | ".join(cells) + " |")
         self.write("samples.md", "\n".join(lines) + "\n")
 
@@ -205,13 +207,13 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
 
 def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
     """Return a table of metrics with one column per policy; values are numbers or formatted texts."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=rich_text(title), title_justify="left")
     table.add_column("")
     for label in rows:
-        table.add_column(label, justify="right")
+        table.add_column(rich_text(label), justify="right")
     for name in dict.fromkeys(name for figures in rows.values() for name in figures):
         cells = [_formatted(figures.get(name, "")) for figures in rows.values()]
-        table.add_row(name, *cells)
+        table.add_row(*map(rich_text, (name, *cells)))
     return table
 
 
@@ -228,10 +230,6 @@ def _clock(metrics: Metrics) -> str:
 
 def _note(text: str) -> None:
     Console().print(text, markup=False)  # with markup, [brackets] would be a style
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 class _NoEvents:

@@ -17,6 +17,20 @@ ACCEPTED = (
     "one split of a `datasets` data set, 'module:attribute', or 'openings'"
 )
 
+RESERVED = (
+    "prompts",
+    "completion",
+    "completions",
+    "prompt_ids",
+    "completion_ids",
+    "completions_ids",
+    "text_ids",
+    "log_metric",
+    "log_extra",
+    "trainer_state",
+)
+"""What reward functions and transcripts are handed under these names is of the episode, so no column has one."""
+
 
 def load_prompts(prompts: Any) -> list[Row]:
     """Load rows that all have a `prompt` and the same columns; missing values are `None`.
@@ -36,7 +50,7 @@ def load_prompts(prompts: Any) -> list[Row]:
 
     Raises:
         ValueError: If the source has another form, a file is missing or malformed, there are no rows, or a row has no
-            prompt. The message names the row or the line.
+            prompt or a reserved column. The message names the row or the line.
     """
     source = OPENINGS if isinstance(prompts, str) and prompts == "openings" else prompts
     rows = [_checked(row, place) for place, row in read_rows(source, "prompts", ACCEPTED, (".jsonl", ".txt"))]
@@ -88,6 +102,11 @@ def _checked(row: Any, place: str) -> Row:
     if "prompt" not in row:
         raise ValueError(
             f"{place} has no 'prompt', only {list(row)}: rename the column that holds the text to 'prompt'"
+        )
+    if taken := [name for name in RESERVED if name in row]:
+        raise ValueError(
+            f"{place} has a column {taken[0]!r}, and reward functions get something else under this name: rename the "
+            "column, or leave it out"
         )
     prompt = row["prompt"]
     if is_messages(prompt):

@@ -25,7 +25,7 @@ from textgym.models.token_model import Observation
 from textgym.rewards.engine.scaling import Scaling
 from textgym.rewards.engine.scoring import OnRewardError, RewardSpec
 from textgym.rewards.kl import Estimator, KLController
-from textgym.settings import Count, Positive, check_settings
+from textgym.settings import Count, NotNegative, Positive, Share, WholeNumber, check_settings
 
 KLMode = Literal["reference", "exact", "deferred"]
 NO_STEP_LIMIT = "it would end episodes before they are scored, so leave it out: max_new_tokens limits a response"
@@ -61,7 +61,10 @@ class TextConfig:
     """What to do when a reward function fails: `"raise"` an error; `"penalise"`, which counts as -1 (1 if the weight is
     negative); or `"skip"`, which leaves the row without a score: agents do not learn from it."""
     reward_timeout: Positive | None = None
-    """Seconds that an async function may take for a batch."""
+    """Seconds that a reward function may take for a batch; a late one has failed."""
+    max_reward_failures: Share = 0.1
+    """With `"penalise"` or `"skip"`, the share of recent rows in which a reward function may fail; above it there is an
+    error. `None` as a score is no failure."""
     score_scaling: Scaling | None = None
     """`"running"` subtracts the running mean of scores and divides by their running standard deviation; `"running_std"`
     only divides."""
@@ -79,7 +82,7 @@ class TextConfig:
     tokens in them count."""
     max_new_tokens: Count = 32
     """Length limit of a response."""
-    min_new_tokens: int = 0
+    min_new_tokens: WholeNumber = 0
     """Stop tokens are masked until the response has this many tokens."""
     stop: str | Sequence[str | int] = ()  # a plain string is answered with how to write it
     """Stop strings and stop token ids, in addition to the tokenizer's EOS and those of the model's generation config,
@@ -96,7 +99,7 @@ class TextConfig:
     reference: str | Path | nn.Module | None = None
     """Reference model of the KL penalty: name, path or model. A model that may be trained is copied; one whose weights
     are frozen is used as it is."""
-    kl_coef: float | KLController = 0.0
+    kl_coef: NotNegative | KLController = 0.0
     """Beta, the coefficient of the KL penalty; or a controller such as `AdaptiveKL(target=6)`."""
     kl_estimator: Estimator = "k1"
     """`"k1"`, `"k2"`, `"k3"`, or `"full"` (the sum over the vocabulary); in a reward use `"k1"`."""
@@ -119,7 +122,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens must be from 0 to max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
             )

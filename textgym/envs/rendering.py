@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import warnings
 from typing import Any
+
+from textgym.display import html_text, printable, rich_text
 
 RENDER_MODES = ("ansi", "human", "html")
 
@@ -22,12 +23,13 @@ def render(mode: str | None, transcript: dict[str, Any], score: float | None) ->
     prompt, completion = transcript["prompt"], transcript["completion"]
     note = "" if score is None else f"score {score:+.3f}"
     if mode == "ansi":
-        return f"{prompt}\x1b[1m{completion}\x1b[0m" + (f"\n{note}" if note else "")
+        return f"{printable(prompt)}\x1b[1m{printable(completion)}\x1b[0m" + (f"\n{note}" if note else "")
     if mode == "html":
-        return f"<p>{html.escape(prompt)}<b>{html.escape(completion)}</b></p>" + (f"<p>{note}</p>" if note else "")
+        return f"<p>{html_text(prompt)}<b>{html_text(completion)}</b></p>" + (f"<p>{note}</p>" if note else "")
     if mode == "human":
         from rich import print as rich_print
         from rich.text import Text
 
-        rich_print(Text.assemble(prompt, (completion, "bold"), (f"  [{note}]" if note else "", "dim")))
+        parts = rich_text(prompt), rich_text(completion, "bold"), (f"  [{note}]" if note else "", "dim")
+        rich_print(Text.assemble(*parts))
     return None

@@ -167,6 +167,10 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
         """Render the episode so far, as `render_mode` says."""
         return render(self.render_mode, self.transcript, self._score)
 
+    def close(self) -> None:
+        """End the threads and processes of reward functions."""
+        self.task.scorer.close()
+
     def action_masks(self) -> np.ndarray:
         """Return bool `(V,)`: the actions that are currently allowed."""
         return self.task.action_masks()[0].cpu().numpy()

@@ -62,6 +62,7 @@ class TextTask:
             self.tokenizer,
             on_error=config.on_reward_error,
             timeout=config.reward_timeout,
+            max_failures=config.max_reward_failures,
             scaling=config.score_scaling,
             clip=config.score_clip,
             device=self.device,

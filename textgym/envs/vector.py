@@ -22,6 +22,7 @@ from textgym.envs.reset_options import check_options, chosen_rows, prompt_choice
 from textgym.envs.spaces import as_actions
 from textgym.envs.step_outcome import StepOutcome
 from textgym.envs.text_task import Policy, TextTask
+from textgym.errors import ConfigError
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
@@ -99,7 +100,11 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
 
     def set_autoreset_mode(self, autoreset_mode: AutoresetMode | str) -> None:
         """Change the autoreset mode; the next call must be `reset`."""
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError as error:
+            modes = ", ".join(mode.value for mode in AutoresetMode)
+            raise ConfigError(f"autoreset_mode must be one of {modes}, got {autoreset_mode!r}") from error
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.waiting = None
 
@@ -241,6 +246,10 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # None for rows that are not rendered
         """Render the episode so far of every row, as `render_mode` says."""
         return tuple(render(self.render_mode, transcript, None) for transcript in self.transcript)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the threads and processes of reward functions; `close` calls it."""
+        self.task.scorer.close()
 
     def action_masks(self) -> Array:
         """Return bool `(B, V)`: the actions that are currently allowed."""

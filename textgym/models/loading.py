@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from textgym.data.corpora.sources import cache_dir
 from textgym.data.files import atomic_folder
+from textgym.errors import ConfigError
 from textgym.models.machine.devices import Device, resolve_device
 
 ASSETS = Path(__file__).parent / "assets"
@@ -56,6 +57,8 @@ def load_tokenizer(name: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
     Raises:
         ValueError: unknown name, or a tokenizer without an EOS token, which an episode needs in order to end.
     """
+    if not isinstance(name, str | os.PathLike | Tokenizer):
+        raise ConfigError(f"a tokenizer is a name, a path or a tokenizer of transformers, got {name!r}")
     tokenizer = name if isinstance(name, Tokenizer) else _cached_tokenizer(*place_and_time(name))
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from textgym.data.continuations import encode_continuations
-from textgym.rewards.engine.calling import Log, ReadsIds, arguments_for, start
+from textgym.rewards.engine.calling import Caller, Log, ReadsIds, arguments_for
 from textgym.rewards.engine.checking import Value, checked
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scoring import RewardSpec, load_reward
@@ -31,7 +31,7 @@ def check_reward(
         reward: A function, a `"module:attribute"` string, or a reward model.
         columns: Value of each column that the function reads, the same for all rows.
         tokenizer: Tokenizer of the policy; the default is a byte tokenizer.
-        timeout: Seconds that an async function may take for a batch.
+        timeout: Seconds that the function may take for a batch.
 
     Returns:
         One message per problem; an empty list if there are none.
@@ -48,13 +48,14 @@ def check_reward(
         function.share_ids_with(tokenizer)
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
 
+    caller = Caller(timeout)
     changed: list[Finished] = []
 
     def score(finished: Finished) -> list[Value | RewardError]:
         arguments = arguments_for(name, function, finished, Log(name, len(finished)), None)
         columns = [column for column in arguments.values() if isinstance(column, list)]
         before = pickle.dumps(columns)
-        values = checked(name, start(name, function, arguments, finished, timeout).wait(), finished)
+        values = checked(name, caller.start(name, function, arguments, finished).wait(), finished)
         if pickle.dumps(columns) != before:
             changed.append(finished)
         return values

@@ -128,7 +128,7 @@ def test_environments_come_from_the_registry_alone(plain: Path, env_id: str) -> 
         (lambda saved: saved["env"].update(entry_point="subprocess:getoutput"), "unknown field 'entry_point'"),
         (lambda saved: saved["env"].update(num_envs=-1), "num_envs must be at least 1"),
         (lambda saved: saved["config"].update(minibatchsize=1), "unknown field 'minibatchsize': did you mean"),
-        (lambda saved: saved["config"].update(clip_range=-1.0), "clip_range must be at least 0"),
+        (lambda saved: saved["config"].update(clip_range=-1.0), "clip_range must be above 0"),
         (lambda saved: saved.update(progress=[1, 2]), "progress must be 3 values"),
         (lambda saved: saved.update(progress=[1, -2, 3]), "progress must be"),
         (lambda saved: saved.update(further=1), "unknown field 'further'"),

@@ -138,7 +138,7 @@ def test_samples_escape_what_would_break_the_table(tmp_path: Path) -> None:
         "| prompt | before | after |",
         "| --- | --- | --- |",
         r"| p \| q | a\|b | one two |",
-        "| r | é | [x] |",
+        r"| r | é | \[x\] |",
     ]
 
 

@@ -267,7 +267,7 @@ def test_rendering(settings: dict[str, Any], capsys: pytest.CaptureFixture[str])
         ({"reference": None}, "there is no reference"),
         ({"kl_mode": "sometimes"}, "kl_mode must be 'reference' or 'exact' or 'deferred' or None, got 'sometimes'"),
         ({"kl_estimator": "k3"}, "'deferred' has all estimators"),
-        ({"kl_coef": -1.0}, "must not be negative"),
+        ({"kl_coef": -1.0}, "kl_coef must be at least 0"),
         ({"length_limit": "stop"}, "length_limit must be 'terminate' or 'truncate', got 'stop'"),
         ({"stop": "end"}, "write stop="),
         ({"stop": [999]}, "outside the tokenizer's vocabulary"),

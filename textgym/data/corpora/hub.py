@@ -35,11 +35,12 @@ class Original:
     config: str | None = None
     converted: str | None = None
 
-    def load(self, split: str) -> list[Row]:
+    def load(self, split: str, revision: str | None = None) -> list[Row]:
         """Load rows with `prompt`, `references` and the other columns of the task.
 
         Args:
             split: `"train"`, `"validation"` or `"test"`.
+            revision: Commit of the data set, or of its conversion to parquet; `None` for the newest.
 
         Raises:
             ImportError: If the datasets package is missing; the message says how to install it.
@@ -51,10 +52,11 @@ class Original:
         except ImportError as error:
             raise ImportError(f"{self.path} needs datasets: pip install 'textgym[tasks]'") from error
         if self.converted is None:
-            return self.rows(load_dataset(self.path, self.config, split=split))
+            named = {} if revision is None else {"revision": revision}
+            return self.rows(load_dataset(self.path, self.config, split=split, **named))
         # Without explicit files, `datasets` would take the folder "challenge_test" for a part of the split "test".
         files = {split: f"{self.converted}/{split}/*.parquet"}
-        return self.rows(load_dataset(self.path, data_files=files, split=split, revision=CONVERSIONS))
+        return self.rows(load_dataset(self.path, data_files=files, split=split, revision=revision or CONVERSIONS))
 
 
 def _common_gen(records: Iterable[Record]) -> list[Row]:

@@ -8,6 +8,7 @@ from textgym.data.corpora.hub import Original
 from textgym.data.rows import Row
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
+from textgym.errors import ConfigError
 from textgym.models.loading import load_tokenizer
 from textgym.rewards.engine.scoring import RewardSpec
 
@@ -49,10 +50,20 @@ class StandInEnv(TaskEnv):
     stands_for: ClassVar[Original]
 
     @classmethod
-    def settings(cls, *, split: str = "train", original: bool = False, prompts: Any = None, **kwargs: Any) -> Settings:
-        """The arguments of `TextEnv`."""
+    def settings(
+        cls,
+        *,
+        split: str = "train",
+        original: bool = False,
+        revision: str | None = None,
+        prompts: Any = None,
+        **kwargs: Any,
+    ) -> Settings:
+        """The arguments of `TextEnv`; `revision` names a commit of the original data set."""
+        if revision is not None and not original:
+            raise ConfigError(f"revision={revision!r} is of original=True: stand-ins have a pinned SHA-256")
         if prompts is None:
-            prompts = cls.stands_for.load(split) if original else cls._rows_with_room(split)
+            prompts = cls.stands_for.load(split, revision) if original else cls._rows_with_room(split)
         # Weights belong to the rewards that they are given with.
         own = {name: value for name, value in cls.own.items() if name != "reward_weights" or "reward" not in kwargs}
         return {**EMBEDDED, **own, "prompts": prompts, **kwargs}

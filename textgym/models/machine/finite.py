@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import deque
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,58 @@ def check_finite(step: str, numbers: dict[str, Tensor]) -> None:
             )
 
 
-class FiniteGradients(TrainerCallback):
-    """Callback that stops a `transformers.Trainer` before a step whose gradient is NaN or infinite.
+OnNonFinite = Literal["raise", "skip"]
+MOST_SKIPPED, OF_STEPS = 10, 100
+"""Most steps of the last 100 that may be skipped; more are no accident."""
 
-    Raises:
-        NonFiniteError: Before the step.
+
+class FiniteSteps:
+    """Decides about optimiser steps: one whose numbers are not finite is an error, or is skipped and counted.
+
+    Args:
+        on_nonfinite: `"raise"` or `"skip"`.
+
+    Attributes:
+        skipped: Number of steps that were skipped.
     """
+
+    def __init__(self, on_nonfinite: OnNonFinite) -> None:
+        self.on_nonfinite = on_nonfinite
+        self.skipped = 0
+        self._recent: deque[bool] = deque(maxlen=OF_STEPS)  # whether each was skipped
+
+    def allow(self, step: str, numbers: dict[str, Tensor]) -> bool:
+        """Return whether to make a step; arguments as `check_finite`.
+
+        Raises:
+            NonFiniteError: If a number is not finite, and steps are not to be skipped or too many were.
+        """
+        try:
+            check_finite(step, numbers)
+        except NonFiniteError as error:
+            if self.on_nonfinite == "raise":
+                raise
+            self.skipped += 1
+            self._recent.append(True)
+            if sum(self._recent) > MOST_SKIPPED:
+                raise NonFiniteError(
+                    f"more than {MOST_SKIPPED} of the last {len(self._recent)} steps were skipped under "
+                    f"on_nonfinite='skip', so this is no accident: {error}"
+                ) from error
+            return False
+        self._recent.append(False)
+        return True
+
+
+class FiniteGradients(TrainerCallback):
+    """Callback that keeps a `transformers.Trainer` from steps whose gradient is NaN or infinite.
+
+    Args:
+        on_nonfinite: Whether such a step is an error or is skipped, see `FiniteSteps`.
+    """
+
+    def __init__(self, on_nonfinite: OnNonFinite = "raise") -> None:
+        self.steps = FiniteSteps(on_nonfinite)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -47,7 +94,9 @@ class FiniteGradients(TrainerCallback):
         assert model is not None
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        check_finite(f"step {state.global_step + 1}", {"gradient norm": torch.nn.utils.get_total_norm(own)})
+        norm = torch.nn.utils.get_total_norm(own)
+        if not self.steps.allow(f"step {state.global_step + 1}", {"gradient norm": norm}):
+            model.zero_grad(set_to_none=True)  # optimisers leave weights without a gradient as they are
 
 
 def check_weights(module: nn.Module) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import os
-import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from textgym.rewards.engine.background import TooLate, WorkerThread, shared_loop
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 
 RewardFunction = Callable[..., Any]
@@ -74,8 +73,10 @@ class Log:
         """A column for the table of completions.
 
         Raises:
-            RewardError: another number of values than there are completions.
+            RewardError: another number of values than there are completions, or a name that transcripts have already.
         """
+        if column in ("prompt", "completion"):
+            raise RewardError(f"reward function {self.name!r} gave log_extra the name {column!r}, which is taken")
         if len(values) != self.num_rows:
             raise RewardError(
                 f"reward function {self.name!r} gave log_extra({column!r}) {len(values)} values for {self.num_rows} "
@@ -126,51 +127,84 @@ def arguments_for(name: str, function: RewardFunction, finished: Finished, log: 
     return arguments
 
 
-def start(
-    name: str, function: RewardFunction, arguments: dict[str, Any], finished: Finished, timeout: float | None
-) -> PendingCall:
-    """Calls a function. An async one is under way in the background until its outcome is asked for.
+class Caller:
+    """Calls reward functions, with a time limit for each call; its threads end with `close`, or with the caller.
 
     Args:
-        name: of the function, for errors.
-        function: whom to call.
-        arguments: what with.
-        finished: the rows, for errors.
-        timeout: seconds that an async function has; a plain one cannot be stopped.
+        timeout: Seconds that a function has for a batch; `None` for no limit. With a limit, plain functions run in a
+            thread of their own.
     """
-    try:
-        result = function(**arguments)
-        if not inspect.isawaitable(result):
-            return PendingCall(lambda: result)
-    except Exception as error:
-        failure = _failed(name, error, finished)
-        return PendingCall(lambda: failure)
-    loop = _background_loop(os.getpid())
-    answer = asyncio.run_coroutine_threadsafe(_in_time(name, result, timeout), loop)
 
-    def waited_for() -> Any:
+    def __init__(self, timeout: float | None = None) -> None:
+        self.timeout = timeout
+        self._plain = WorkerThread()
+        weakref.finalize(self, _end_threads, self._plain, id(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Caller, (self.timeout,)  # threads are not copied
+
+    def close(self) -> None:
+        """End the threads; a later call starts new ones."""
+        _end_threads(self._plain, id(self))
+
+    def start(self, name: str, function: RewardFunction, arguments: dict[str, Any], finished: Finished) -> PendingCall:
+        """Call a function. An async one is under way in the background until its outcome is asked for.
+
+        Args:
+            name: Of the function, for errors.
+            function: The function.
+            arguments: Its keywords.
+            finished: The rows, for errors.
+        """
         try:
-            return answer.result(None if timeout is None else timeout + GRACE)
-        except (_TooLate, TimeoutError) as error:
-            if isinstance(error, TimeoutError) and answer.done():
-                return _failed(name, error, finished)  # the function's own
-            answer.cancel()
-            late = f"reward function {name!r} did not answer within {timeout:g} s for {len(finished)} rows"
-            if isinstance(error, TimeoutError):  # it did not even hear that its time is up
-                late += f", since {_give_up(loop)!r} blocks the event loop of all async functions (use await in it)"
-            return RewardError(f"{late}, the first being {finished.row(0)}: raise reward_timeout?")
+            result = self._call(function, arguments)
+            if not inspect.isawaitable(result):
+                return PendingCall(lambda: result)
+        except TooLate:
+            late = self._late(name, finished)
+            return PendingCall(lambda: late)
         except Exception as error:
-            return _failed(name, error, finished)
+            failure = _failed(name, error, finished)
+            return PendingCall(lambda: failure)
+        thread = shared_loop.take(id(self))
+        answer = asyncio.run_coroutine_threadsafe(_in_time(name, result, self.timeout), thread.loop)
 
-    return PendingCall(waited_for, answer.cancel)
+        def waited_for() -> Any:
+            try:
+                return answer.result(None if self.timeout is None else self.timeout + GRACE)
+            except (TooLate, TimeoutError) as error:
+                if isinstance(error, TimeoutError) and answer.done():
+                    return _failed(name, error, finished)  # the function's own
+                answer.cancel()
+                if isinstance(error, TooLate):
+                    return self._late(name, finished)
+                culprit = shared_loop.give_up(thread)  # the function did not even hear that its time is up
+                why = f", since {culprit!r} blocks the event loop of all async functions (use await in it)"
+                return self._late(name, finished, why)
+            except Exception as error:
+                return _failed(name, error, finished)
+
+        return PendingCall(waited_for, answer.cancel)
+
+    def _call(self, function: RewardFunction, arguments: dict[str, Any]) -> Any:
+        if self.timeout is None or inspect.iscoroutinefunction(function):  # which only makes a coroutine
+            return function(**arguments)
+        return self._plain.call(lambda: function(**arguments), self.timeout)
+
+    def _late(self, name: str, finished: Finished, why: str = "") -> RewardError:
+        return RewardError(
+            f"reward function {name!r} did not answer within {self.timeout:g} s for {len(finished)} rows{why}, the "
+            f"first being {finished.row(0)}: raise reward_timeout?"
+        )
 
 
 GRACE = 1.0
 """Seconds beyond its timeout after which an async function that blocks the loop is given up."""
 
 
-class _TooLate(Exception):
-    """The time of an async function is up."""
+def _end_threads(plain: WorkerThread, user: int) -> None:
+    plain.close()
+    shared_loop.release(user)
 
 
 async def _in_time(name: str, result: Awaitable[Any], timeout: float | None) -> Any:
@@ -182,27 +216,10 @@ async def _in_time(name: str, result: Awaitable[Any], timeout: float | None) -> 
             return await result
     except TimeoutError as error:
         if limit.expired():
-            raise _TooLate from error
+            raise TooLate from error
         raise  # the function's own
     except (SystemExit, KeyboardInterrupt) as error:  # it would end the loop that others wait in
         raise RuntimeError(f"{type(error).__name__} in an async reward function") from error
-
-
-@lru_cache(maxsize=1)
-def _background_loop(process: int) -> asyncio.AbstractEventLoop:
-    """One event loop in a thread of its own: notebooks have one running in theirs, and clients outlive a call."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="textgym-rewards", daemon=True).start()
-    return loop
-
-
-def _give_up(loop: asyncio.AbstractEventLoop) -> str:
-    """Let later calls have a fresh loop; return the name of the function that blocks this one."""
-    task = asyncio.current_task(loop)
-    if _background_loop(os.getpid()) is loop:
-        _background_loop.cache_clear()
-    loop.call_soon_threadsafe(loop.stop)  # when what blocks it is over
-    return task.get_name() if task is not None else "something"
 
 
 def _failed(name: str, cause: Exception, finished: Finished) -> RewardError:

@@ -25,17 +25,19 @@ from textgym.data.importing import import_attribute
 from textgym.errors import ConfigError
 from textgym.models.machine.devices import Device, resolve_device
 from textgym.rewards.engine.calling import (
+    Caller,
     FollowsDevice,
     Log,
     ReadsIds,
     RewardFunction,
     accepted_keywords,
     arguments_for,
-    start,
 )
 from textgym.rewards.engine.checking import Value, checked
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
+from textgym.rewards.engine.failures import RecentFailures
 from textgym.rewards.engine.scaling import RunningScale, Scaling
+from textgym.rewards.isolated import Isolated
 from textgym.rewards.models import RewardModel
 from textgym.settings import unmet
 
@@ -85,7 +87,9 @@ class Scorer:
         tokenizer: the policy's; a reward model that shares it is handed ids instead of text.
         on_error: where a function breaks its contract, `"raise"`, or count it, warn once and go on: `"penalise"` takes
             the function's value for -1 (1 where its weight is negative), `"skip"` leaves the row without a score.
-        timeout: seconds that an async function has for a batch; they run beside each other.
+        timeout: seconds that a function has for a batch; async ones run beside each other. With a limit, plain ones
+            run in a thread of their own.
+        max_failures: with `on_error="penalise"` or `"skip"`, the share of recent rows in which functions may fail.
         scaling: see `RunningScale`.
         clip: see `RunningScale`.
         device: where reward models that are given by name are, and the models of functions that name no device.
@@ -106,6 +110,7 @@ class Scorer:
         *,
         on_error: OnRewardError = "raise",
         timeout: float | None = None,
+        max_failures: float = 0.1,
         scaling: Scaling | None = None,
         clip: float | None = None,
         device: Device = None,
@@ -130,7 +135,8 @@ class Scorer:
                 function.share_ids_with(tokenizer)
             if device is not None and isinstance(function, FollowsDevice):
                 function.follow_device(resolve_device(device))
-        self.on_error, self.timeout = on_error, timeout
+        self.on_error, self.caller = on_error, Caller(timeout)
+        self.failures = RecentFailures(max_failures)
         self.scale = RunningScale(scaling, clip)
         self.errors = dict.fromkeys(self.names, 0)
         self.trainer_state: Any = None
@@ -140,7 +146,8 @@ class Scorer:
 
         Raises:
             RewardError: a function cannot be called with what it is offered; or, with `on_error="raise"`, it raised,
-                came too late, or returned the wrong number of values, a NaN, an infinity or a non-number.
+                came too late, or returned the wrong number of values, a NaN, an infinity or a non-number; or too many
+                rows failed lately.
         """
         named = list(zip(self.names, self.functions, strict=True))
         logs = [Log(name, len(finished)) for name in self.names]
@@ -149,7 +156,7 @@ class Scorer:
             for (name, function), log in zip(named, logs, strict=True)
         ]
         outcomes = [
-            start(name, function, given, finished, self.timeout)
+            self.caller.start(name, function, given, finished)
             for (name, function), given in zip(named, arguments, strict=True)
         ]
         total, errors = np.zeros(len(finished)), np.zeros(len(finished), dtype=np.int64)
@@ -175,6 +182,8 @@ class Scorer:
                     rewards[row] += weight * value
                 elif value is not None:
                     rewards[row][-1:] += weight * value  # a slice, since a completion may be empty
+        if self.on_error != "raise":
+            self.failures.count(errors > 0, self.errors)
         scored = answered & ~skipped
         score, factors = np.zeros_like(total), np.zeros_like(total)
         score[scored], factors[scored] = self.scale(total[scored])
@@ -191,6 +200,13 @@ class Scorer:
             {name: float(np.mean(values)) for log in logs for name, values in log.metrics.items()},
             {name: values for log in logs for name, values in log.columns.items()},
         )
+
+    def close(self) -> None:
+        """End the threads and processes of reward functions; a later call starts new ones."""
+        self.caller.close()
+        for function in self.functions:
+            if isinstance(function, Isolated):
+                function.close()
 
     def state(self) -> dict[str, Any]:
         """What an agent saves: the running mean and deviation, and the counters; plain values."""

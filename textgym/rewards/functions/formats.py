@@ -8,7 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from textgym.data.messages import Text, plain
+from textgym.errors import ConfigError
 from textgym.rewards.functions.rules import parse_json
+from textgym.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,13 @@ class JsonSchema:
 
     Raises:
         ImportError: If jsonschema is missing; the message says how to install it.
-        jsonschema.SchemaError: If the schema is invalid.
+        ConfigError: If the schema is invalid.
     """
 
     schema: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self._validator()
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
@@ -35,11 +38,15 @@ class JsonSchema:
 
     def _validator(self) -> Any:
         try:
+            from jsonschema.exceptions import SchemaError
             from jsonschema.validators import validator_for
         except ImportError as error:
             raise ImportError("JsonSchema needs jsonschema: pip install 'textgym[metrics]'") from error
         kind = validator_for(self.schema)
-        kind.check_schema(self.schema)
+        try:
+            kind.check_schema(self.schema)
+        except SchemaError as error:
+            raise ConfigError(f"schema is no JSON schema: {error.message}") from error
         return kind(self.schema)
 
 
@@ -56,13 +63,14 @@ class GrammarMatch:
 
     Raises:
         ImportError: If lark is missing; the message says how to install it.
-        lark.exceptions.GrammarError: If the grammar is invalid.
+        ConfigError: If the grammar is invalid.
     """
 
     grammar: str
     start: str = "start"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         _parser(self.grammar, self.start)
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
@@ -90,6 +98,10 @@ def _is_valid(text: str, validator: Any) -> bool:
 def _parser(grammar: str, start: str) -> Any:
     try:
         from lark import Lark
+        from lark.exceptions import LarkError
     except ImportError as error:
         raise ImportError("GrammarMatch needs lark: pip install 'textgym[metrics]'") from error
-    return Lark(grammar, start=start, parser="earley")  # Earley, because LALR does not parse every context-free grammar
+    try:
+        return Lark(grammar, start=start, parser="earley")  # LALR does not parse every context-free grammar
+    except LarkError as error:
+        raise ConfigError(f"grammar, with start={start!r}, is none in Lark's notation: {error}") from error

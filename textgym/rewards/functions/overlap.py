@@ -17,11 +17,15 @@ from typing import Any, Literal
 from textgym.data.messages import Text, plain
 from textgym.rewards.functions.references import References, listed
 from textgym.rewards.functions.words import UnicodeWords, unread_share
+from textgym.settings import WholeNumber, check_settings
 
 
 @dataclass(frozen=True)
 class CorpusMetric:
     """Base class for the metrics of sacrebleu, which have a score per text and a score per corpus."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Return the sentence score of each completion, or `None` where there is no reference."""
@@ -92,7 +96,7 @@ class Chrf(CorpusMetric):
     77.57
     """
 
-    word_order: int = 0
+    word_order: WholeNumber = 0
 
     def _metric(self, sentence: bool) -> Any:
         return _sacrebleu("CHRF", word_order=self.word_order)
@@ -138,8 +142,7 @@ class Rouge:
     tokenize: Literal["latin", "unicode"] = "latin"
 
     def __post_init__(self) -> None:
-        if self.tokenize not in ("latin", "unicode"):
-            raise ValueError(f"tokenize must be 'latin' or 'unicode', got {self.tokenize!r}")
+        check_settings(self)
         if self.use_stemmer and self.tokenize == "unicode":
             raise ValueError("use_stemmer knows English alone: leave it out with tokenize='unicode'")
 
@@ -167,6 +170,9 @@ class Meteor:
     """
 
     synonyms: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Score completions."""

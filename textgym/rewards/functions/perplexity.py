@@ -19,6 +19,7 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.last_token import pad_right
 from textgym.rewards.models.reward_model import encodes_alike
+from textgym.settings import check_settings
 
 BATCH_SIZE = 64
 
@@ -42,6 +43,7 @@ class Perplexity:
     shared_ids: bool | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.where = resolve_device(self.device)
 
     def follow_device(self, device: torch.device) -> None:

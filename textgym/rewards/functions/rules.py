@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from textgym.data.messages import Text, plain
+from textgym.errors import ConfigError
 from textgym.rewards.functions.numbers import last_number
+from textgym.settings import Count, NotNegative, check_settings
 
 
 def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
@@ -64,6 +66,13 @@ class RegexMatch:
     pattern: str
     full: bool = False
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"pattern must be a regular expression, got {self.pattern!r}: {error}") from error
+
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Score completions."""
         pattern = re.compile(self.pattern, re.DOTALL)
@@ -82,7 +91,10 @@ class NumericAnswer:
     [1.0, 1.0, 1.0, 0.0]
     """
 
-    tolerance: float = 1e-6
+    tolerance: NotNegative = 1e-6
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def __call__(self, completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
         """Score completions."""
@@ -114,11 +126,10 @@ class LengthTarget:
     [0.0, -0.5]
     """
 
-    tokens: int
+    tokens: Count
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        check_settings(self)
 
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """Score completions."""
@@ -135,12 +146,13 @@ class SoftOverlong:
     [0.0, -0.5, -1.0]
     """
 
-    max_tokens: int
-    buffer: int
+    max_tokens: Count
+    buffer: Count
 
     def __post_init__(self) -> None:
-        if not 1 <= self.buffer <= self.max_tokens:
-            raise ValueError(f"buffer must be from 1 to max_tokens={self.max_tokens}, got {self.buffer}")
+        check_settings(self)
+        if self.buffer > self.max_tokens:
+            raise ConfigError(f"buffer must be from 1 to max_tokens={self.max_tokens}, got {self.buffer}")
 
     def __call__(self, *, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         """Score completions."""
@@ -157,7 +169,10 @@ class DistinctN:
     [0.5, 1.0]
     """
 
-    n: int = 2
+    n: Count = 2
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Score completions."""
@@ -172,7 +187,10 @@ class RepetitionPenalty:
     [-0.5, 0.0]
     """
 
-    n: int = 3
+    n: Count = 3
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def __call__(self, completions: Sequence[Text], **_: Any) -> list[float]:
         """Score completions."""

@@ -15,6 +15,7 @@ from textgym.models.loading import load_encoder
 from textgym.models.machine.devices import Device, resolve_device
 from textgym.rewards.functions.references import References, listed
 from textgym.rewards.models.last_token import pad_right
+from textgym.settings import check_settings
 
 BATCH_SIZE = 64
 
@@ -38,6 +39,7 @@ class SemanticSimilarity:
     device: Device = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.where = resolve_device(self.device)
 
     def follow_device(self, device: torch.device) -> None:

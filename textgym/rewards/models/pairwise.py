@@ -16,13 +16,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from textgym.models.machine.changes import ChangedWeights
 from textgym.models.machine.devices import on_device
-from textgym.models.machine.finite import FiniteGradients
+from textgym.models.machine.finite import FiniteGradients, OnNonFinite
 from textgym.models.machine.schedules import warmup_and_decay
 from textgym.models.machine.shared_batches import SharedBatches, SharedLoader
 from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
-from textgym.settings import Count, NotNegative, Positive, Share, check_settings
+from textgym.settings import Count, NotNegative, Positive, Seed, Share, check_settings
 
 SILENT: dict[str, Any] = {
     "save_strategy": "no",
@@ -65,6 +65,9 @@ class RewardModelConfig:
     """Train on a pair's `probability`, which is how likely a rater prefers `chosen`, instead of 1."""
     center_coefficient: NotNegative = 0.0
     """Weight of the squared sum of a pair's scores, which keeps scores near 0 (Eisenstein et al., 2023)."""
+    on_nonfinite: OnNonFinite = "raise"
+    """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
+    Skipped steps are counted, and more than 10 of the last 100 are an error."""
     max_length: Count = 512
     """Maximum number of tokens of a text; longer texts lose their beginning."""
     allow_faulty_rows: Share = 0.01
@@ -77,7 +80,7 @@ class RewardModelConfig:
     """Train with bfloat16 autocast, which is faster on hardware with matrix units for it."""
     num_threads: Count = 1
     """Torch threads while training on a CPU. With two, training becomes very slow if another process is running."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the reward head and of the order of the pairs."""
 
     def __post_init__(self) -> None:
@@ -159,7 +162,7 @@ def fit(
             model=scorer,
             args=arguments,
             train_dataset=list(pairs),
-            callbacks=[*callbacks, FiniteGradients(), ChangedWeights()],
+            callbacks=[*callbacks, FiniteGradients(config.on_nonfinite), ChangedWeights()],
             optimizers=(MuonAndAdamW(scorer, config), None),
         )
         trainer.remove_callback(PrinterCallback)

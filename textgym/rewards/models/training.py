@@ -41,6 +41,7 @@ def train_reward_model(
     heldout: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     device: Device = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[RewardModel, Accuracy]:
     """Train a reward model on preference pairs with `transformers.Trainer`, without output or files.
 
@@ -55,6 +56,7 @@ def train_reward_model(
         heldout: Pairs for evaluation; `None` holds out a share of the pairs, whole prompts and groups.
         callbacks: Callbacks of transformers, for progress.
         device: Device of the training and of the model; `"auto"` is the current GPU if there is one.
+        trust_remote_code: Whether to run code that comes with the base.
 
     Returns:
         The frozen reward model, and its accuracy on the held-out pairs, a float that prints its number of pairs and its
@@ -74,7 +76,7 @@ def train_reward_model(
         warn_of_overlap(rows, held)
     with seeded(config.seed), _torch_threads(config.num_threads):
         tokenizer = load_tokenizer(base)
-        model = load_classifier(base, num_layers=config.num_layers, device=device)
+        model = load_classifier(base, num_layers=config.num_layers, device=device, trust_remote_code=trust_remote_code)
         model.config.pad_token_id = tokenizer.pad_token_id
         reward_model = RewardModel(model, tokenizer, max_length=config.max_length)
         pairs, faults = read_rated_pairs(rows, reward_model, config)

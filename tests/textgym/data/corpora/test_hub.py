@@ -12,6 +12,7 @@ import pytest
 
 from textgym.data.corpora import hub
 from textgym.data.prompts import load_prompts
+from textgym.errors import ConfigError
 
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "COMMON_GEN": [
@@ -94,11 +95,18 @@ def test_data_sets_that_are_scripts_are_read_from_their_conversion(monkeypatch: 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub.CNN_DAILYMAIL.load("test")
     hub.DAILY_DIALOG.load("test")
+    hub.CNN_DAILYMAIL.load("test", "0" * 40)
+    hub.DAILY_DIALOG.load("test", "1" * 40)
     assert asked == [
         ("abisee/cnn_dailymail", "3.0.0", {"split": "test"}),
         (
             "roskoN/dailydialog",
             {"data_files": {"test": "full/test/*.parquet"}, "split": "test", "revision": "refs/convert/parquet"},
+        ),
+        ("abisee/cnn_dailymail", "3.0.0", {"split": "test", "revision": "0" * 40}),
+        (
+            "roskoN/dailydialog",
+            {"data_files": {"test": "full/test/*.parquet"}, "split": "test", "revision": "1" * 40},
         ),
     ]
 
@@ -106,11 +114,16 @@ def test_data_sets_that_are_scripts_are_read_from_their_conversion(monkeypatch: 
 def test_a_task_takes_its_original(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(self: hub.Original, split: str) -> list[dict[str, Any]]:
-        asked.append((self.path, split))
+    def load(self: hub.Original, split: str, revision: str | None) -> list[dict[str, Any]]:
+        asked.append((self.path, split, revision))
         return self.rows(RECORDS["IWSLT"])
 
     monkeypatch.setattr(hub.Original, "load", load)
-    env = gym.make("textgym/Translate-v0", original=True, split="validation")
-    assert asked == [("IWSLT/iwslt2017", "validation")]
+    env = gym.make("textgym/Translate-v0", original=True, split="validation", revision="0" * 40)
+    assert asked == [("IWSLT/iwslt2017", "validation", "0" * 40)]
     assert env.unwrapped.task.rows == ROWS["IWSLT"]
+
+
+def test_a_revision_without_the_original_is_refused() -> None:
+    with pytest.raises(ConfigError, match="revision='main' is of original=True"):
+        gym.make("textgym/Translate-v0", revision="main")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from textgym.rewards.engine.calling import start
+from textgym.rewards.engine.calling import Caller
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scaling import RunningScale
 from textgym.rewards.engine.scoring import RewardError, Scorer
@@ -298,8 +298,10 @@ def test_an_async_function_that_blocks_is_given_up(finished: Finished, monkeypat
     given_up, went_on = threading.Event(), threading.Event()
 
     async def blocks(completions: list[str]) -> list[float]:
-        given_up.wait(timeout=100)
-        went_on.set()
+        try:
+            given_up.wait(timeout=100)
+        finally:  # an exception ends it, since nobody waits for it any more
+            went_on.set()
         return [0.0, 0.0]
 
     with pytest.raises(RewardError, match=r"'blocks' did not answer within 0.05 s"):
@@ -323,8 +325,9 @@ def test_one_that_blocks_is_named_and_later_calls_have_a_fresh_loop(
         return [1.0, 2.0]
 
     # The one that blocks comes first in the loop, the one that suffers is waited for first.
-    start("blocks", blocks, {"completions": ["a", "b"]}, finished, timeout=0.05)
-    error = start("works", works, {"completions": ["a", "b"]}, finished, timeout=0.05).wait()
+    caller = Caller(timeout=0.05)
+    caller.start("blocks", blocks, {"completions": ["a", "b"]}, finished)
+    error = caller.start("works", works, {"completions": ["a", "b"]}, finished).wait()
     assert "'works' did not answer within 0.05 s" in str(error)
     assert "since 'blocks' blocks the event loop" in str(error)
     assert Scorer(works, timeout=20.0)(finished).score.tolist() == [1.0, 2.0], "while the other still blocks"

@@ -1,0 +1,103 @@
+"""Text of models and data is shown as it is, and commands no terminal, page or table."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from textgym.agents.runs.demo import samples_table
+from textgym.agents.runs.run_folder import figures_table
+from textgym.display import html_text, markdown_cell, printable, rich_text
+from textgym.envs.rendering import render
+from textgym.errors import TextgymError
+from textgym.rewards.engine.calling import Log
+from textgym.rewards.engine.completions_to_score import RewardError
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\r[red]x[/red] | `a` <img src=x onerror=alert(1)> ![y](http://z) \ud800"
+
+
+def shown(*things: Any) -> str:
+    console = Console(file=io.StringIO(), width=400, force_terminal=True)
+    console.print(*things)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return re.sub("\x1b\\[[0-9;]*m", "", text)  # rich's own styles
+
+
+@given(st.text(st.characters()))
+def test_nothing_printable_has_a_control_character(text: str) -> None:
+    for char in printable(text):
+        assert char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp")
+        assert unicodedata.bidirectional(char) not in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    printable(text).encode()  # lone surrogates could not be printed
+
+
+def test_what_commands_nothing_stays() -> None:
+    text = "naïve \t日本語\n\U0001f469\u200d\U0001f467 \u0645\u06cc\u200c\u062e [bold] | <b>"
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("mode", ["ansi", "html", "human"])
+def test_renders_command_nothing(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = render(mode, {"prompt": EVIL, "completion": EVIL}, 1.0) or capsys.readouterr().out
+    text = text.replace("\x1b[1m", "").replace("\x1b[0m", "")  # its own
+    assert not set("\x1b\x07\r\u202e\ud800") & set(text)
+    assert "[red]x[/red]" in text
+    if mode == "html":
+        assert "<img" not in text
+
+
+def test_tables_show_markup_as_it_is() -> None:
+    table = figures_table("[red]title[/red]", {"[b]policy": {"reward/[i]": 1.0, "own": "[u]0.5"}})
+    text = shown(table, samples_table([EVIL], [EVIL], ["[/]"]))
+    for part in ("[red]title[/red]", "[b]policy", "reward/[i]", "[u]0.5", "[/]", r"\x1b]0;owned\x07"):
+        assert part in text
+    assert not set("\x1b\x07\r\u202e\ud800") & set(text)
+
+
+def test_a_cell_of_markdown_is_one_cell_of_plain_text() -> None:
+    cell = markdown_cell(EVIL)
+    assert "\n" not in cell
+    for command in ("|", "`", "<", "[", "!"):
+        assert not re.search(rf"(?<!\\){re.escape(command)}", cell), command
+    assert "http://" not in cell
+
+
+def test_html_and_rich_text_are_plain() -> None:
+    assert html_text("<b>&\x00") == "&lt;b&gt;&amp;\\x00"
+    assert rich_text("[red]a\x1b[0m").plain == "[red]a\\x1b[0m"
+
+
+def test_an_error_of_the_command_line_is_printed_without_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from textgym import cli
+
+    def fails(command: Any) -> None:
+        raise TextgymError(f"not this: {EVIL}")
+
+    monkeypatch.setattr(cli, "train", fails)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["train", "--output-dir", str(tmp_path / "run")])
+    assert r"not this: \x1b]0;owned\x07\x1b[2J\u202egnp.exe" in str(raised.value.code)
+
+
+@pytest.mark.parametrize("name", ["completions", "completion", "completion_ids", "prompts", "log_metric", "text_ids"])
+def test_a_column_whose_name_is_taken_is_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b", name: "c"}) + "\n")
+    with pytest.raises(ValueError, match=rf"line 2 of .*prompts.jsonl' has a column '{name}'.*rename the column"):
+        gym.make("textgym:textgym/Text-v0", prompts=str(file), tokenizer="tiny", reward=len)
+    with pytest.raises(RewardError, match="which is taken"):
+        Log("judge", 1).extra("completion", ["a"])
