@@ -125,7 +125,8 @@ def _read_by_sft(source: str, model: str, max_length: int) -> Texts:
     texts, faults = read_examples(rows, Reading(tokenizer, max_length))
     whole, _ = read_examples(rows, Reading(tokenizer, WITHOUT_LIMIT))
     shown = [
-        {"prompt": tokenizer.decode(text.prompt), "completion": tokenizer.decode(text.completion)} for text in texts
+        {"prompt": shown_text(tokenizer, text.prompt), "completion": shown_text(tokenizer, text.completion)}
+        for text in texts
     ]
     return Texts("examples", _places(rows), shown, _lengths(texts), _lengths(whole), faults)
 
@@ -136,9 +137,9 @@ def _read_by_dpo(source: str, model: str, max_length: int) -> Texts:
     whole, _ = read_pairs(rows, Reading(tokenizer, WITHOUT_LIMIT))
     shown = [
         {
-            "prompt": tokenizer.decode(chosen.prompt),
-            "chosen": tokenizer.decode(chosen.completion),
-            "rejected": tokenizer.decode(rejected.completion),
+            "prompt": shown_text(tokenizer, chosen.prompt),
+            "chosen": shown_text(tokenizer, chosen.completion),
+            "rejected": shown_text(tokenizer, rejected.completion),
         }
         for chosen, rejected in pairs
     ]
@@ -150,12 +151,20 @@ def _read_by_reward_model(source: str, model: str, max_length: int) -> Texts:
     rows = placed_preferences(source)
     reward_model = RewardModel(load_classifier(model, num_layers=1), load_tokenizer(model), max_length=max_length)
     pairs, faults = read_rated_pairs(rows, reward_model, RewardModelConfig())
-    decode = reward_model.tokenizer.decode
-    shown = [{"chosen": decode(list(pair.chosen)), "rejected": decode(list(pair.rejected))} for pair in pairs]
+    tokenizer = reward_model.tokenizer
+    shown = [
+        {"chosen": shown_text(tokenizer, pair.chosen), "rejected": shown_text(tokenizer, pair.rejected)}
+        for pair in pairs
+    ]
     lengths = [len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
     texts = [text_of(row.pair, side) for row in rows for side in ("chosen", "rejected")]
     whole_lengths = [len(ids) for ids in reward_model.encode(texts, WITHOUT_LIMIT)]
     return Texts("preferences", _places(rows), shown, lengths, whole_lengths, faults)
+
+
+def shown_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of ids, with special tokens."""
+    return str(tokenizer.decode(list(ids)))
 
 
 def _places(rows: Sequence[PlacedExample] | Sequence[PlacedPair]) -> list[str]:

@@ -27,7 +27,7 @@ from textgym.models.machine.devices import device_name, resolve_device, use_devi
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL
-from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
+from textgym.rewards.models import Accuracy, RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_settings
 
 from ..ppo import PPO, PPOConfig
@@ -99,7 +99,7 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
 
 
 def improve(
-    config: DemoConfig, reward: RewardModel, accuracies: dict[str, float], folder: RunFolder, live: LiveProgress
+    config: DemoConfig, reward: RewardModel, accuracies: dict[str, Accuracy], folder: RunFolder, live: LiveProgress
 ) -> dict[str, dict[str, float]]:
     """Evaluate, train and evaluate again; write policy, samples and metrics."""
     policy, reference = start(config, reward, folder.folder / "reward_model")
@@ -140,7 +140,7 @@ def with_critic(config: DemoConfig, reward: RewardModel, reward_folder: Path) ->
 
 def learn_reward(
     config: DemoConfig, snippets: Sequence[Snippet], live: LiveProgress
-) -> tuple[RewardModel, dict[str, float]]:
+) -> tuple[RewardModel, dict[str, Accuracy]]:
     """Train a reward model on the train snippets; return it and the held-out accuracy of itself and of the lexicon."""
     live.stage("training the reward model", 1)
     pairs = make_preferences([s for s in snippets if s.split == "train"], seed=config.seed)
@@ -193,7 +193,7 @@ def calibrate(reward: RewardModel, reference: ActorCritic, config: DemoConfig) -
 
 def report(
     metrics: dict[str, dict[str, float]],
-    accuracies: dict[str, float],
+    accuracies: dict[str, Accuracy],
     before: Samples,
     after: Samples,
     folder: RunFolder,

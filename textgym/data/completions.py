@@ -197,8 +197,8 @@ def encode_completions(
     eos, name = tokenizer.eos_token_id, tokenizer.eos_token
     closed = [isinstance(text, str) and text.endswith(name) for _, text in pairs]
     texts = [
-        (prompt, completion.removesuffix(name) if has_eos else completion)
-        for (prompt, completion), has_eos in zip(pairs, closed, strict=True)
+        (prompt, completion.removesuffix(name) if isinstance(completion, str) else completion)
+        for prompt, completion in pairs
     ]
     encoded = encode_continuations(tokenizer, texts, add_special_tokens=add_special_tokens)
     examples = []

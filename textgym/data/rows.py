@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from textgym.data.importing import import_attribute
 from textgym.errors import ConfigError, DataError
 
-T, E = TypeVar("T"), TypeVar("E")
+T = TypeVar("T")
+E = TypeVar("E")
 
 LONGEST_LINE = 10_000_000
 """Bytes of a line at most; a row of JSON takes a multiple of that in memory."""

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from textgym.data.forms import Pair
 from textgym.data.overlap import contents_of_pair
-from textgym.data.preferences import Pair, load_preferences
+from textgym.data.preferences import load_preferences
 
 Z = 1.959964
 """Quantile of the normal distribution for a 95% interval."""
