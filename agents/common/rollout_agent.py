@@ -26,6 +26,7 @@ from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.finite import FiniteSteps, OnNonFinite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
+from textgym.rewards.kl import AdaptiveKL
 from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_arguments, check_settings
 
 from ..machine.circumstances import inputs
@@ -188,6 +189,8 @@ class RolloutAgent(ABC):
             MemoryError: If a GPU is out of memory; the message says what used it, and which settings to lower.
         """
         self.total_episodes = total_episodes
+        if isinstance(self.penalty.controller, AdaptiveKL):
+            self.penalty.controller.run = max(total_episodes, 1)
         with explain_lost_processes(), memory_explained(self):
             while self.episodes < total_episodes:
                 metrics = self._iterate()

@@ -173,7 +173,7 @@ def make_envs(config: DemoConfig, reward: Any, prompts: Any) -> Any:
         tokenizer=config.model,
         reward=reward,
         reference=config.model,
-        kl_coef=AdaptiveKL(config.kl_target, 1000, config.kl_coef) if config.kl_target else config.kl_coef,
+        kl_coef=AdaptiveKL(config.kl_target, coef=config.kl_coef) if config.kl_target else config.kl_coef,
         kl_mode="deferred",
         max_new_tokens=config.max_new_tokens,
         min_new_tokens=config.min_new_tokens,

@@ -146,8 +146,9 @@ def test_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> None:
         (ThresholdKL(low=1e-9, high=1e-8, factor=3.0, coef=0.1), [3.0, 9.0]),
         (ThresholdKL(low=1e8, high=1e9, factor=2.0, coef=0.1), [0.5, 0.25]),
         (AdaptiveKL(target=1e-9, horizon=160, coef=0.1), [1.02, 1.02**2]),
+        (AdaptiveKL(target=1e-9, coef=0.1), [math.e, math.e**2]),
     ],
-    ids=["above", "below", "adaptive"],
+    ids=["above", "below", "adaptive", "in proportion to the run"],
 )
 def test_controllers_steer_the_coefficient(controller: Any, factors: list[float], tmp_path: Path) -> None:
     agent = make_agent(kl_coef=controller, reference=mock_lm(seed=3))
@@ -156,7 +157,7 @@ def test_controllers_steer_the_coefficient(controller: Any, factors: list[float]
     assert agent.penalty.coef == pytest.approx(0.1 * factors[1])
     agent.save(tmp_path / "agent")
     resumed = PPO.load(tmp_path / "agent", envs=make_agent(kl_coef=controller, reference=mock_lm(seed=3)).envs)
-    assert resumed.penalty.coef == agent.penalty.coef
+    assert resumed.penalty.controller == agent.penalty.controller
     for other in (
         make_agent(kl_coef=controller),
         PPO(ActorCritic.from_pretrained(mock_lm()), agent.envs, agent.config),

@@ -25,7 +25,7 @@ from textgym.models.decoding.contexts import read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.decoding.generation import ResponseGenerators, Responses
 from textgym.models.decoding.sampling import sample
-from textgym.models.distributions.log_probs import StopRule, token_log_probs
+from textgym.models.distributions.log_probs import StopRule, full_kl, token_log_probs
 from textgym.models.loading import disable_dropout, is_trained, load_classifier, quiet, resolve
 from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
@@ -49,12 +49,14 @@ class Evaluation(NamedTuple):
     """Whole sequences under the policy: `log_prob`, `value`, `entropy`, `(N, T)` each, zero in the padding.
 
     Entry t belongs to response token t: its log-prob, the value of the state before it, the entropy it was drawn from.
-    Of single states instead of sequences, each is `(M,)`.
+    Of single states instead of sequences, each is `(M,)`. `kl` is the exact KL of each state to a reference, if one was
+    given.
     """
 
     log_prob: Tensor
     value: Tensor
     entropy: Tensor
+    kl: Tensor | None = None
 
 
 class ActorCritic(TokenModel):
@@ -225,8 +227,17 @@ class ActorCritic(TokenModel):
                 return self.value_head(self._critic_hidden(hidden).float())[:, 0]
         return self.state_values(contexts.states())
 
-    def evaluate(self, sequences: Sequences, entropy_gradient: bool = False) -> Evaluation:
-        """Log-probs, values and entropies of whole sequences in one packed pass, with gradients."""
+    def evaluate(
+        self, sequences: Sequences, entropy_gradient: bool = False, reference: TokenModel | None = None
+    ) -> Evaluation:
+        """Log-probs, values and entropies of whole sequences in one packed pass, with gradients.
+
+        Args:
+            sequences: whole sequences.
+            entropy_gradient: whether gradients flow through the entropies.
+            reference: the exact KL to it of the distribution in every state is evaluated too, with gradients of the
+                policy alone; a sum over the vocabulary, and one pass of the reference.
+        """
         if torch.is_grad_enabled():
             self.reset_cache()  # an update follows; some fused optimisers change weights without a trace
         states = sequences.states()
@@ -240,7 +251,15 @@ class ActorCritic(TokenModel):
             entropy_gradient=entropy_gradient,
         )
         value = self.state_values(states, hidden)
-        return Evaluation(sequences.pad(log_prob), sequences.pad(value), sequences.pad(entropy))
+        kl = None if reference is None else sequences.pad(self._kl_to(reference, sequences, hidden))
+        return Evaluation(sequences.pad(log_prob), sequences.pad(value), sequences.pad(entropy), kl)
+
+    def _kl_to(self, reference: TokenModel, sequences: Sequences, hidden: Tensor) -> Tensor:
+        """The exact KL `(M,)` of the distributions in the states before each response token."""
+        with torch.no_grad():
+            reference_hidden = reference.hidden(sequences.states())
+        distribution = self.distribution_of(sequences)
+        return full_kl(hidden, self.head, reference_hidden, reference.head, self.vocab_size, distribution)
 
     def evaluate_states(self, states: States, actions: Tensor, action_masks: Tensor | None = None) -> Evaluation:
         """Log-probs, values and entropies `(M,)` of one action in each state, with gradients through all three.

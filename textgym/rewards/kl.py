@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, get_args
@@ -47,6 +48,49 @@ def estimate_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estim
     raise ValueError(f"cannot estimate {estimator!r} from the log-probs of the drawn tokens; use 'k1', 'k2' or 'k3'")
 
 
+def kl_to_go(kl: Tensor) -> Tensor:
+    """Return the KL of the states after each token, `(N, T)`: the sum of what stands to the right of it.
+
+    Args:
+        kl: `(N, T)`, the KL of the state before each token; zero in the padding.
+    """
+    return kl.flip(1).cumsum(1).flip(1) - kl
+
+
+def compared_with_others(to_go: Tensor, mask: Tensor) -> Tensor:
+    """Return the KL to go minus its mean over the other texts that have the same token, `(..., N, T)`.
+
+    What other texts do does not depend on the token, so this baseline changes no expectation, and the variance is
+    lower. A token that no other text has is compared with 0.
+
+    Args:
+        to_go: `(..., N, T)`, of N texts, best of one prompt.
+        mask: Bool `(..., N, T)`, the tokens.
+    """
+    to_go = torch.where(mask, to_go, 0.0)
+    others = (mask.sum(-2, keepdim=True) - 1).clamp(min=1)
+    return torch.where(mask, to_go - (to_go.sum(-2, keepdim=True) - to_go) / others, 0.0)
+
+
+def sequence_kl(kl: Tensor, log_ratio: Tensor, to_go: Tensor) -> Tensor:
+    """Return what a loss adds up over tokens, `(N, T)`, to have the gradient of the KL of whole sequences.
+
+    The KL of sequences is E[sum_t KL_t] over texts of the policy, with KL_t that of the distributions in the state
+    before token t. Its gradient has two parts, since the policy also decides which states come:
+
+        E[ sum_t grad KL_t + sum_t grad log pi(a_t | s_t) sum_{u > t} KL_u ]
+
+    A KL of tokens in the loss, such as k3 times the importance ratio, has the first part alone. Here KL_t is a sum over
+    the vocabulary, which has no sampling noise, and the second part has the KL of later states alone.
+
+    Args:
+        kl: KL_t of the current policy, with gradients.
+        log_ratio: log-probs of the tokens minus those at rollout time, with gradients.
+        to_go: `kl_to_go` of the KL at rollout time, perhaps `compared_with_others`.
+    """
+    return kl + log_ratio.exp() * to_go
+
+
 class KLController(Protocol):
     """A penalty coefficient that may follow the measured KL."""
 
@@ -71,23 +115,55 @@ class FixedKL:
 
 @dataclass
 class AdaptiveKL:
-    """A coefficient that steers the KL to `target` nats an episode (Ziegler et al., 2019, section 2.2).
+    """A coefficient that steers the KL to `target` nats an episode.
 
-    e = clip(KL / target - 1, -0.2, 0.2), and after n episodes, of which at most a horizon counts,
-    coef <- coef * (1 + e * n / horizon).
+    With a `horizon` it is the controller of Ziegler et al. (2019, section 2.2): e = clip(KL / target - 1, -0.2, 0.2),
+    and after n episodes, of which at most a horizon counts,
+
+        coef <- coef * (1 + e * n / horizon).
+
+    It needs runs of many horizons: within one horizon the coefficient changes by 20% at most. A short horizon does not
+    help. A policy needs many updates until its KL has followed the coefficient, so the coefficient falls too far while
+    the KL is still rising, and the KL overshoots.
+
+    Without a horizon the controller is in proportion to the run of R episodes, and steers what the KL will be if it
+    changes as it does now, a quarter of the run later (a proportional-derivative controller):
+
+        e = clip((KL + slope * R / 4) / target - 1, -1, 1),    coef <- coef * exp(e * min(n / (R / 16), 1)).
+
+    The slope, in nats an episode for each episode of training, is a moving average over R / 16 episodes.
+
+    Attributes:
+        target: Nats an episode.
+        horizon: Episodes; `None` for the controller in proportion to the run.
+        coef: The coefficient, at first and then as it is.
+        run: R. textgym's agents set it to the `total_episodes` of `learn`.
+        last: The KL of the last update.
+        slope: The slope of the KL.
     """
 
     target: Positive
-    horizon: Positive = 10_000
+    horizon: Positive | None = None
     coef: NotNegative = 0.1
+    run: Positive = field(default=4096, init=False)
+    last: float | None = field(default=None, init=False)
+    slope: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def update(self, kl: float, num_episodes: int) -> None:
         """One step of the controller."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * min(num_episodes / self.horizon, 1.0)
+        if self.horizon is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * min(num_episodes / self.horizon, 1.0)
+            return
+        if self.last is not None:
+            weight = 1 - math.exp(-num_episodes / (self.run / 16))
+            self.slope += weight * ((kl - self.last) / num_episodes - self.slope)
+        self.last = kl
+        error = min(max((kl + self.slope * self.run / 4) / self.target - 1, -1.0), 1.0)
+        self.coef *= math.exp(error * min(num_episodes / (self.run / 16), 1.0))
 
 
 @dataclass

@@ -5,14 +5,25 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.log_probs import StopRule
 from textgym.models.sequences import Sequences
-from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL, estimate_kl
-from textgym.testing import assert_close, mock_lm, terms_of
+from textgym.models.token_model import TokenModel
+from textgym.rewards.kl import (
+    AdaptiveKL,
+    FixedKL,
+    KLPenalty,
+    ThresholdKL,
+    compared_with_others,
+    estimate_kl,
+    kl_to_go,
+    sequence_kl,
+)
+from textgym.testing import ExactTask, assert_close, mock_lm, terms_of
 
 pytestmark = pytest.mark.numerics
 
@@ -91,6 +102,104 @@ def test_adaptive_controller() -> None:
     fixed = FixedKL(0.3)
     fixed.update(100.0, 100)
     assert fixed.coef == 0.3
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.5, 3.0])
+def test_the_sequence_kl_is_unbiased_and_varies_less_than_k1_in_the_reward(noise: float) -> None:
+    """Over all texts of a task: its mean gradient is that of KL(pi, pi_ref), which the KL of tokens alone misses."""
+    task = ExactTask(vocab_size=4, horizon=3)
+    policy, reference = ActorCritic(task.language_model()), TokenModel(task.language_model())
+    with torch.no_grad():
+        for weight in policy.lm.parameters():
+            weight += noise * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    sequences = task.sequences(task.texts)
+    new, reference_log_probs = policy.evaluate(sequences, reference=reference), reference.sequence_log_probs(sequences)
+    assert new.kl is not None
+    log_probs = new.log_prob.sum(1)  # (K,)
+    probabilities = log_probs.detach().exp()
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        parts = torch.autograd.grad(loss, list(policy.lm.parameters()), retain_graph=True, allow_unused=True)
+        return torch.cat([part.flatten() for part in parts if part is not None])
+
+    def mean_and_deviation(losses: torch.Tensor) -> tuple[torch.Tensor, float]:
+        each = torch.stack([gradient(loss) for loss in losses])  # (K, weights)
+        mean = probabilities @ each
+        return mean, float((probabilities @ (each - mean).square().sum(1)).sqrt())
+
+    exact = gradient((log_probs.exp() * (log_probs - reference_log_probs.sum(1))).sum())
+    k1 = (new.log_prob - reference_log_probs).detach()
+    k1_mean, k1_deviation = mean_and_deviation((new.log_prob * (k1 + kl_to_go(k1))).sum(1))
+    ratio, to_go = new.log_prob - new.log_prob.detach(), kl_to_go(new.kl.detach())
+    plain_mean, _ = mean_and_deviation(sequence_kl(new.kl, ratio, to_go).sum(1))
+    # What `compared_with_others` subtracts, for infinitely many others.
+    mask = sequences.response_mask
+    others = (probabilities[:, None] * to_go).sum(0) / (probabilities[:, None] * mask).sum(0)
+    mean, deviation = mean_and_deviation(sequence_kl(new.kl, ratio, to_go - others * mask).sum(1))
+    tokens_mean, _ = mean_and_deviation(new.kl.sum(1))
+    k3_mean, _ = mean_and_deviation((ratio.exp() * estimate_kl(new.log_prob, reference_log_probs, "k3")).sum(1))
+
+    size = float(exact.norm())
+    for unbiased in (mean, plain_mean):
+        assert_close(unbiased, exact, terms=len(task.texts), scale=10 * size)
+    assert_close(k1_mean, exact, terms=len(task.texts), scale=10 * size)
+    assert deviation < 0.5 * k1_deviation
+    for biased in (tokens_mean, k3_mean):
+        assert float((biased - exact).norm()) > 0.1 * size
+    assert_close(tokens_mean, k3_mean, terms=len(task.texts), scale=10 * size)
+
+
+def test_a_comparison_with_other_texts_has_no_bias() -> None:
+    """Over all pairs of texts: the mean gradient with the baseline is that without it."""
+    task = ExactTask(vocab_size=4, horizon=2)
+    policy, reference = ActorCritic(task.language_model()), TokenModel(mock_lm(4, seed=5))
+    sequences = task.sequences(task.texts)
+    new, mask = policy.evaluate(sequences, reference=reference), sequences.response_mask
+    assert new.kl is not None
+    probabilities, to_go = new.log_prob.detach().sum(1).exp(), kl_to_go(new.kl.detach())
+    pairs = [(i, j) for i in range(len(task.texts)) for j in range(len(task.texts))]
+    centred = torch.stack([compared_with_others(to_go[[i, j]], mask[[i, j]])[0] for i, j in pairs])  # of the first
+    weights = torch.tensor([float(probabilities[i] * probabilities[j]) for i, j in pairs])
+    first = new.log_prob[[i for i, _ in pairs]]
+    gradients = [
+        torch.autograd.grad(loss, policy.lm.parameters(), retain_graph=True)[0]
+        for loss in ((weights[:, None] * first * centred).sum(), (probabilities[:, None] * new.log_prob * to_go).sum())
+    ]
+    assert gradients[1].abs().max() > 0.01
+    assert_close(gradients[0], gradients[1], terms=len(pairs), scale=1.0)
+    assert compared_with_others(torch.tensor([[3.0]]), torch.tensor([[True]])).tolist() == [[3.0]]
+
+
+def test_kl_to_go_is_that_of_later_states() -> None:
+    kl = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 0.0]])
+    assert kl_to_go(kl).tolist() == [[6.0, 4.0, 0.0], [2.0, 0.0, 0.0]]
+
+
+def followed(controller: AdaptiveKL, run: int, num_updates: int, strength: float) -> list[float]:
+    """The KL of a policy that learns more and more from its rewards, and is pulled back by the coefficient."""
+    kl, measured = 0.0, []
+    rng = np.random.default_rng(0)
+    for update in range(num_updates):
+        done = update / num_updates
+        measured.append(kl * (1 + 0.05 * rng.normal()))
+        controller.update(measured[-1], run // num_updates)
+        for _ in range(4):  # the learning rate falls to 0
+            kl += (1 - done) * (0.35 + 4.2 * done - strength * controller.coef * kl) * 8 / num_updates
+    return measured
+
+
+@pytest.mark.parametrize("run", [1024, 4096, 200_000])
+@pytest.mark.parametrize("num_updates", [16, 32, 128])
+@pytest.mark.parametrize("strength", [5.0, 11.0])
+@pytest.mark.parametrize("target", [2.0, 6.0])
+def test_a_controller_in_proportion_to_the_run_reaches_its_target(
+    run: int, num_updates: int, strength: float, target: float
+) -> None:
+    """Whatever its length, and however strongly the coefficient acts."""
+    controller = AdaptiveKL(target)
+    controller.run = run
+    later = followed(controller, run, num_updates, strength)[num_updates // 2 :]
+    assert np.mean(later) == pytest.approx(target, rel=0.2)
 
 
 @pytest.mark.parametrize(
