@@ -18,6 +18,7 @@ LAYERS = (
     "settings",
     "display",
     "data",
+    "viewer",
     "models",
     "rewards",
     "envs",

@@ -46,6 +46,7 @@ from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.interrupts import Interrupts
 from textgym.agents.runs.profiling import Profiler
+from textgym.agents.runs.records import Recorder
 from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
 from textgym.data.corpora.sources import movie_snippets
 from textgym.data.files import atomic_file, check_free
@@ -148,6 +149,8 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     folder = RunFolder(command.output_dir, command, agent.updates, claim)
     checkpoints.clean()
     callbacks: list[Any] = [live] if profiler is None else [live, profiler]
+    if command.record_every and isinstance(agent, RolloutAgent):
+        callbacks.append(Recorder(command.output_dir, agent, command.record_every))
     try:
         with live:
             live.stage(

@@ -45,6 +45,7 @@ FREE = (
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
+    "record_every",
     "profile",
     "device",
     "deterministic",
@@ -92,6 +93,8 @@ class Train:
     """Updates from one checkpoint to the next."""
     keep_checkpoints: Count = 2
     """How many checkpoints stay, the newest ones."""
+    record_every: WholeNumber = 10
+    """Updates from one record of tokens for `textgym view` to the next; 0 for none."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
     overwrite: bool = False

@@ -102,6 +102,10 @@ class PolicyGradientAgent(RolloutAgent):
     """Base class of policy-gradient agents, which implement `update` and `loss`; arguments as `RolloutAgent`."""
 
     config: PolicyGradientConfig
+    advantages: Tensor | None = None
+    """`(N, T)`, of the last update, for callbacks that show them."""
+    returns: Tensor | None = None
+    """`(N, T)`, targets of the critic in the last update; `None` for algorithms without one."""
 
     @abstractmethod
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
@@ -138,6 +142,7 @@ class PolicyGradientAgent(RolloutAgent):
             rows: Indices of the episodes to train on, on the host; `None` for all that have a score.
             with_gradient: See `Batch`.
         """
+        self.advantages, self.returns = advantages, returns
         returns = torch.zeros_like(advantages) if returns is None else returns
         indices = torch.arange(len(rollout), device=advantages.device)
         batch = Batch(rollout.sequences, rollout.log_probs, rollout.values, advantages, returns, indices, with_gradient)

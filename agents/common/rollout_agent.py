@@ -53,6 +53,8 @@ from .saving import load_agent, save_agent
 Metrics = dict[str, float]
 Callback = Callable[["RolloutAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
+RolloutCallback = Callable[["RolloutAgent", Rollout, Tensor], None]
+"""Called after every rollout, before the update, with the rollout and the KL `(N, T)` of its tokens."""
 
 
 @dataclasses.dataclass
@@ -148,6 +150,7 @@ class RolloutAgent(ABC):
         self.shuffler = torch.Generator()
         # Now, since reward functions may change what they hold: hashes, to warn if a run is resumed with other inputs.
         self.inputs = inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference)
+        self.rollout_callbacks: list[RolloutCallback] = []
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
@@ -212,6 +215,8 @@ class RolloutAgent(ABC):
             kl = self.measure_kl(rollout)
         metrics = episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
         self._check_kl(metrics["objective/kl"])
+        for callback in self.rollout_callbacks:
+            callback(self, rollout, kl)
 
         # 3. Update the policy, in the file of the algorithm.
         self._anneal()

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from textgym.data.files import atomic_file, remove_folder
 from textgym.data.manifests import FORMAT, MANIFEST, owned
 from textgym.errors import RunFolderError
+from textgym.viewer.records import PATTERN as RECORDS
 
 RUN, LOCK = "run.json", "run.lock"
 FILES = (
@@ -133,11 +134,11 @@ def _has_begun(folder: Path) -> bool:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS)):
+    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS), *folder.glob(RECORDS)):
         path.unlink(missing_ok=True)
     for saved in folder.glob("checkpoints/*"):
         remove_saved(saved)
-    for saved in (folder / "policy", folder / "reward_model"):
+    for saved in (folder / "policy", folder / "reward_model", folder / "viewer"):
         if not _foreign_files(saved):  # else saving the next one replaces textgym's files alone
             remove_saved(saved)
     (folder / RUN).unlink(missing_ok=True)

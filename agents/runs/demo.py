@@ -33,6 +33,7 @@ from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, ch
 from ..ppo import PPO, PPOConfig
 from .claims import RunClaim
 from .evaluation import Samples, generate, measure
+from .records import Recorder
 from .run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
 
 
@@ -108,7 +109,7 @@ def improve(
     before = generate(policy, test, range(config.eval_prompts), config.seed)
     agent = PPO(policy, make_envs(config, reward, snippet_prompts("policy")), config.ppo)
     live.stage("PPO", config.total_episodes)
-    agent.learn(config.total_episodes, [folder, live])
+    agent.learn(config.total_episodes, [folder, live, Recorder(folder.folder, agent)])
     live.stage("evaluating after")
     after = generate(policy, test, range(config.eval_prompts), config.seed)
     live.finish()

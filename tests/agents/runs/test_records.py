@@ -1,0 +1,213 @@
+"""Recorder: the numbers in a record are those of the run, and the run is the same without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+
+from textgym.agents import A2C, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents.common.rollout import Rollout
+from textgym.agents.common.rollout_agent import RolloutAgent
+from textgym.agents.runs.records import Recorder, chosen_rows
+from textgym.models.actor_critic import ActorCritic
+from textgym.testing import byte_tokenizer, mock_lm
+from textgym.viewer.records import read_record, records_of
+
+PROMPTS = ["one", "two", "six", "ten"]
+
+
+def length_or_nothing(completions: list[str]) -> list[float | None]:
+    return [None if len(text) == 2 else float(len(text)) for text in completions]
+
+
+def make(algorithm: Any = PPO, reward: Any = length_or_nothing, **settings: Any) -> Any:
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=4,
+        prompts=PROMPTS,
+        tokenizer=byte_tokenizer(),
+        reward=reward,
+        kl_coef=0.1,
+        max_new_tokens=4,
+        min_new_tokens=1,
+    )
+    config = algorithm.config_class(episodes_per_update=4, learning_rate=1e-2, **settings)
+    return algorithm(ActorCritic.from_pretrained(mock_lm(), temperature=0.7), envs, config)
+
+
+def recorded(tmp_path: Path, agent: Any, updates: int = 2, **arguments: Any) -> list[dict[str, Any]]:
+    agent.learn(4 * updates, [Recorder(tmp_path, agent, **arguments)])
+    return [read_record(path) for path in records_of(tmp_path)]
+
+
+def test_the_first_every_nth_and_the_last_update_are_recorded(tmp_path: Path) -> None:
+    records = recorded(tmp_path, make(minibatch_size=4), updates=8, every=3)
+    assert [record["update"] for record in records] == [1, 3, 6, 8]
+    assert [record["episodes"] for record in records] == [4, 12, 24, 32]
+
+
+def test_numbers_of_tokens_are_those_of_the_rollout(tmp_path: Path) -> None:
+    agent = make(minibatch_size=4)
+    seen: list[tuple[Rollout, Any]] = []
+    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append((rollout, kl)))
+    [record] = recorded(tmp_path, agent, updates=1)
+    [(rollout, kl)] = seen
+    order = [PROMPTS.index(record["prompts"][i]) for i in record["rows"]["prompt"]]
+    assert sorted(order) == [0, 1, 2, 3]
+
+    mask, numbers = rollout.response_mask, record["numbers"]
+    expected = {
+        "log_prob": rollout.log_probs,
+        "kl": kl,
+        "value": rollout.values,
+        "advantage": agent.advantages,
+        "return": agent.returns,
+    }
+    for name, values in expected.items():
+        assert numbers[name] == pytest.approx(values[mask].tolist(), abs=0.0051), name
+    assert record["tokens"]["reward"] == pytest.approx(rollout.rewards[mask].tolist(), abs=0.0051)
+    assert record["rows"]["length"] == rollout.sequences.response_lengths.tolist()
+    scores = [None if score != score else score for score in rollout.raw_scores.tolist()]
+    assert record["rows"]["score"] == record["rows"]["reward/length_or_nothing"] == scores
+    assert record["rows"]["stopped"] == rollout.ended_by_stop.bool().tolist()
+
+    pieces = [record["pieces"][i] for i in record["tokens"]["piece"]]
+    ids = [
+        row[start : start + length].tolist()
+        for row, start, length in zip(
+            rollout.sequences.input_ids,
+            rollout.sequences.prompt_lengths,
+            rollout.sequences.response_lengths,
+            strict=True,
+        )
+    ]
+    tokenizer = byte_tokenizer()
+    for piece, token in zip(pieces, sum(ids, []), strict=True):
+        assert piece in (tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token))
+
+
+def test_alternatives_and_entropy_are_those_of_the_sampling_policy(
+    tmp_path: Path, plainly: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make(minibatch_size=4)
+    looked: list[tuple[Any, Any]] = []
+
+    def look(agent: RolloutAgent, rollout: Rollout, kl: Any) -> None:
+        looked.append((rollout.sequences, plainly(agent.policy, rollout.sequences)))
+
+    agent.rollout_callbacks.append(look)
+    [record] = recorded(tmp_path, agent, updates=1)
+    [(sequences, expected)] = looked
+    mask = sequences.response_mask
+    assert record["numbers"]["entropy"] == pytest.approx(expected.entropy[mask].tolist(), abs=0.0051)
+
+    each, policy = record["each"], record["alternatives"]["policy"]
+    assert each == 5
+    for i, (piece, log_prob) in enumerate(
+        zip(record["tokens"]["piece"], expected.log_prob[mask].exp().tolist(), strict=True)
+    ):
+        percents = policy["percent"][each * i : each * i + each]
+        assert percents == sorted(percents, reverse=True)
+        pieces = policy["piece"][each * i : each * i + each]
+        if piece in pieces:
+            assert percents[pieces.index(piece)] == pytest.approx(100 * log_prob, abs=0.51)
+    # Before the first update the policy is the reference.
+    assert record["alternatives"]["reference"]["percent"] == policy["percent"]
+
+
+def test_ratios_are_of_the_policy_after_the_update_and_clipped_where_the_gradient_is_gone(tmp_path: Path) -> None:
+    agent = make(minibatch_size=4, clip_range=0.01)
+    seen: list[Rollout] = []
+    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
+    [record] = recorded(tmp_path, agent, updates=1)
+    [rollout] = seen
+    mask = rollout.response_mask
+    new = agent.policy.sequence_log_probs(rollout.sequences)
+    ratio = (new - rollout.log_probs)[mask].exp()
+    assert record["numbers"]["ratio"] == pytest.approx(ratio.tolist(), abs=0.0051)
+    advantages = agent.advantages[mask]
+    clipped = (advantages > 0) & (ratio > 1.01) | (advantages < 0) & (ratio < 0.99)
+    assert record["numbers"]["clipped"] == clipped.float().tolist()
+    assert clipped.any()
+    assert not clipped.all()
+    assert record["clip"] == [0.99, 1.01]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "columns"),
+    [
+        (A2C, {"value", "return", "advantage", "ratio"}),
+        (GRPO, {"advantage", "ratio", "clipped"}),
+        (RLOO, {"advantage", "ratio"}),
+        (REINFORCE, {"advantage", "ratio"}),
+        (NLPO, {"value", "return", "advantage", "ratio", "clipped"}),
+        (ExpertIteration, {"advantage", "ratio"}),
+        (DQN, set()),
+    ],
+)
+def test_every_algorithm_records_the_columns_that_it_has(tmp_path: Path, algorithm: Any, columns: set[str]) -> None:
+    groups = {"group_size": 2} if algorithm in (GRPO, RLOO, ExpertIteration) else {}
+    record = recorded(tmp_path, make(algorithm, reward=lambda completions: [1.0] * len(completions), **groups))[-1]
+    assert record["numbers"].keys() == columns | {"log_prob", "kl", "entropy"}
+    assert record["alternatives"].keys() == {"policy", "reference"}
+
+
+def test_alternatives_of_nlpo_are_within_its_mask(tmp_path: Path) -> None:
+    record = recorded(tmp_path, make(NLPO, top_p=0.3, minibatch_size=4), updates=1)[0]
+    each, policy = record["each"], record["alternatives"]["policy"]
+    sampled = [round(100 * torch.tensor(x).exp().item()) for x in record["numbers"]["log_prob"]]
+    for i, (piece, percent) in enumerate(zip(record["tokens"]["piece"], sampled, strict=True)):
+        pieces = policy["piece"][each * i : each * i + each]
+        if piece in pieces:
+            assert policy["percent"][each * i + pieces.index(piece)] == pytest.approx(percent, abs=1.1)
+
+
+def test_a_run_is_the_same_with_and_without_records(tmp_path: Path) -> None:
+    runs = []
+    for recording in (True, False):
+        agent = make(minibatch_size=4)
+        metrics: list[dict[str, float]] = []
+        agent.learn(
+            12, [*([Recorder(tmp_path, agent, every=1)] if recording else []), lambda _, row: metrics.append(row)]
+        )
+        runs.append([{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics])
+    assert runs[0] == runs[1]
+
+
+def test_a_resumed_run_replaces_the_records_after_its_checkpoint(tmp_path: Path) -> None:
+    agent = make(minibatch_size=4)
+    recorded(tmp_path, agent, updates=4, every=1)
+    agent.updates = 2
+    again = Recorder(tmp_path, agent)
+    assert [read_record(path)["update"] for path in records_of(tmp_path)] == [1, 2]
+    assert again.seen <= set(PROMPTS)
+    assert again.seen
+
+
+def test_a_damaged_record_does_not_stop_a_resumed_run(tmp_path: Path) -> None:
+    agent = make(minibatch_size=4)
+    recorded(tmp_path, agent, updates=1)
+    records_of(tmp_path)[0].write_bytes(b"half")
+    assert Recorder(tmp_path, agent).seen == set()
+
+
+def test_a_full_disk_is_warned_of_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("textgym.agents.runs.records.write_record", full)
+    agent = make(minibatch_size=4)
+    with pytest.warns(UserWarning, match="update 1 is not recorded .*No space left"):
+        recorded(tmp_path, agent, updates=1)
+    assert agent.updates == 1
+
+
+def test_prompts_that_were_seen_come_first_and_their_rows_stay_together() -> None:
+    prompts = ["a", "b", "a", "c", "b", "a"]
+    assert chosen_rows(prompts, set(), 3) == [0, 2, 5]
+    assert chosen_rows(prompts, {"c", "b"}, 4) == [1, 4, 3, 0]
+    assert chosen_rows(prompts, set(), 64) == [0, 2, 5, 1, 4, 3]

@@ -1,0 +1,1 @@
+from textgym.viewer.records import Record
