@@ -90,65 +90,29 @@ class Recorder:
         return str(self.pieces.tokenizer.decode(np.frombuffer(ids, dtype=np.int64).tolist(), skip_special_tokens=False))
 
     def _record(self, agent: RolloutAgent, metrics: Metrics, before: Before) -> Record:
-        rollout = before.rollout
         columns = {**before.numbers, **after_update(agent, before)}  # (n, T) each
         if "val/explained_variance" not in metrics:  # there is no critic, so values and returns mean nothing
             columns = {name: values for name, values in columns.items() if name not in ("value", "return")}
-        names = list(columns)
-        sequences = rollout.sequences
-        real = torch.arange(rollout.rewards.shape[1], device=rollout.rewards.device)
-        is_real = real < sequences.response_lengths[:, None]  # (n, T), with tokens of the environment
-        ids, lengths, mask, is_real, rewards, scores, stopped, *rest = to_host(
-            sequences.input_ids,
-            sequences.response_lengths,
-            rollout.response_mask,
-            is_real,
-            rollout.rewards,
-            rollout.raw_scores,
-            rollout.ended_by_stop,
-            *columns.values(),
-            *rollout.components.values(),
-            *before.alternatives.values(),
-        )
-        number = len(names)
-        components = dict(zip(rollout.components, rest[number:], strict=False))
-        alternatives = dict(zip(before.alternatives, rest[number + len(components) :], strict=True))
-
+        host = HostRollout.read(before.rollout, {**columns, **before.alternatives})
         pieces = self.pieces.local()
-        starts = sequences.host.prompt_lengths
-        responses = [
-            ids[row, start : start + length].tolist()
-            for row, (start, length) in enumerate(zip(starts, lengths.tolist(), strict=True))
-        ]
         prompts = list(dict.fromkeys(before.prompts))
-        tokens: dict[str, Any] = {
-            "piece": [pieces.index(token) for response in responses for token in response],
-            "reward": rewards[is_real].tolist(),
+
+        tokens = {
+            "piece": [pieces.index(token) for response in host.responses for token in response],
+            "reward": host.rewards[host.is_real].tolist(),
         }
-        if not bool(mask[is_real].all()):
-            tokens["mine"] = mask[is_real].int().tolist()
-        rows: dict[str, Any] = {
-            "prompt": [prompts.index(prompt) for prompt in before.prompts],
-            "length": lengths.tolist(),
-            "score": rounded(scores.tolist()),
-            "stopped": stopped.bool().tolist(),
-        }
-        rows |= {name: rounded(values.tolist()) for name, values in components.items() if name[:7] == "reward/"}
-        numbers = {name: values[mask].tolist() for name, values in zip(names, rest, strict=False)}
-        likely = {
-            model: {
-                "piece": [pieces.index(token) for token in alternatives[f"{model}_tokens"].flatten().tolist()],
-                "percent": (100 * alternatives[f"{model}_probabilities"]).round().int().flatten().tolist(),
+        if not bool(host.mask[host.is_real].all()):
+            tokens["mine"] = host.mask[host.is_real].int().tolist()
+
+        def alternatives_of(model: str) -> dict[str, Any]:
+            ids, probabilities = host.further[f"{model}_tokens"], host.further[f"{model}_probabilities"]
+            return {
+                "piece": [pieces.index(token) for token in ids.flatten().tolist()],
+                "percent": (100 * probabilities).round().int().flatten().tolist(),
             }
-            for model in ("policy", "reference")
-            if f"{model}_tokens" in alternatives
-        }
-        each = len(alternatives["reference_tokens"][0])
-        texts = {}
-        for row, (start, response) in enumerate(zip(starts, responses, strict=True)):
-            text = decode_continuation(self.pieces.tokenizer, ids[row, :start].tolist(), response)
-            if text != "".join(self.pieces[token] for token in response):
-                texts[str(row)] = text
+
+        models = [model for model in ("policy", "reference") if f"{model}_tokens" in before.alternatives]
+        alternatives = {model: alternatives_of(model) for model in models}
         return {
             "format": FORMAT,
             "textgym": importlib.metadata.version("textgym"),
@@ -160,13 +124,73 @@ class Recorder:
             "num_rows": before.num_rows,
             "pieces": pieces.texts,
             "prompts": prompts,
-            "rows": rows,
-            "texts": texts,
+            "rows": {"prompt": [prompts.index(prompt) for prompt in before.prompts], **host.outcomes},
+            "texts": self._texts(host),
             "tokens": tokens,
-            "numbers": numbers,
-            "each": each,
-            "alternatives": likely,
+            "numbers": {name: host.further[name][host.mask].tolist() for name in columns},
+            "each": before.alternatives["reference_tokens"].shape[1],
+            "alternatives": alternatives,
         }
+
+    def _texts(self, host: HostRollout) -> dict[str, str]:
+        """Return the texts of responses that are not those of their pieces, such as those with half characters."""
+        texts = {}
+        for row, (prompt, response) in enumerate(zip(host.prompts, host.responses, strict=True)):
+            text = decode_continuation(self.pieces.tokenizer, prompt, response)
+            if text != "".join(self.pieces[token] for token in response):
+                texts[str(row)] = text
+        return texts
+
+
+@dataclass(frozen=True)
+class HostRollout:
+    """Episodes on the host.
+
+    Attributes:
+        prompts: Ids of each prompt.
+        responses: Ids of each response, with the tokens of the environment.
+        mask: Bool `(n, T)`, the tokens that the policy generated.
+        is_real: Bool `(n, T)`, those and the tokens of the environment.
+        rewards: `(n, T)`.
+        outcomes: Columns of the record's rows.
+        further: Other tensors by name.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    mask: Tensor
+    is_real: Tensor
+    rewards: Tensor
+    outcomes: dict[str, list[Any]]
+    further: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, rollout: Rollout, further: dict[str, Tensor]) -> HostRollout:
+        """Copy episodes and further tensors from the device, in one transfer."""
+        sequences = rollout.sequences
+        components = {name: x for name, x in rollout.components.items() if name.startswith("reward/")}
+        ids, lengths, mask, rewards, scores, stopped, *rest = to_host(
+            sequences.input_ids,
+            sequences.response_lengths,
+            rollout.response_mask,
+            rollout.rewards,
+            rollout.raw_scores,
+            rollout.ended_by_stop.bool(),
+            *components.values(),
+            *further.values(),
+        )
+        starts, ends = sequences.host.prompt_lengths, sequences.host.prompt_lengths + lengths.numpy()
+        outcomes = {"length": lengths.tolist(), "score": rounded(scores.tolist()), "stopped": stopped.tolist()}
+        outcomes |= {name: rounded(x.tolist()) for name, x in zip(components, rest, strict=False)}
+        return cls(
+            [row[:start].tolist() for row, start in zip(ids, starts, strict=True)],
+            [row[start:end].tolist() for row, start, end in zip(ids, starts, ends, strict=True)],
+            mask,
+            torch.arange(mask.shape[1]) < lengths[:, None],
+            rewards,
+            outcomes,
+            dict(zip(further, rest[len(components) :], strict=True)),
+        )
 
 
 @dataclass(frozen=True)
@@ -174,8 +198,9 @@ class Before:
     """What is known of the recorded rows before the update.
 
     Attributes:
-        rollout: Their episodes, with prompts as texts in `prompts`.
+        rollout: Their episodes.
         rows: Their indices in the rollout, on the host.
+        prompts: Texts of their prompts.
         num_rows: Number of rows of the rollout.
         numbers: `(n, T)` by name.
         alternatives: `(M, 5)` by name: the most likely tokens of policy and reference, and their probabilities.
@@ -212,9 +237,8 @@ class Before:
             _, entropies, probabilities, tokens = most_likely(agent.policy, sequences, allowed)
             numbers["entropy"] = sequences.pad(entropies)
             alternatives |= {"policy_tokens": tokens, "policy_probabilities": probabilities}
-        return cls(
-            part, rows, prompts, len(rollout), numbers, alternatives, agent.penalty.coef, clip_bounds(agent.config)
-        )
+        clip = clip_bounds(agent.config)
+        return cls(part, rows, prompts, len(rollout), numbers, alternatives, agent.penalty.coef, clip)
 
 
 @torch.no_grad()
@@ -271,7 +295,7 @@ def most_likely(model: TokenModel, sequences: Sequences, allowed: Tensor | None)
 
 
 def clip_bounds(config: Any) -> tuple[float, float] | None:
-    """Return the lowest and the highest ratio that an algorithm does not clip; `None` if it clips no ratios of tokens."""
+    """Return the lowest and the highest ratio of a token that the loss does not clip; `None` if it clips none."""
     if not isinstance(config, PPOConfig | GRPOConfig) or getattr(config, "variant", "clip") != "clip":
         return None
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high

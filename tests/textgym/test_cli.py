@@ -37,7 +37,7 @@ def broken(completions):
 """
 RUN_FILES = {
     *("run.json", "run.lock", "config.json", "metrics.jsonl", "tensorboard"),
-    *("checkpoints", "curves.png", "samples.md", "policy"),
+    *("checkpoints", "curves.png", "records", "samples.md", "policy"),
 }
 SMALL = ["--total-episodes", "24", "--num-envs", "4", "--episodes-per-update", "8", "--minibatch-size", "8"]
 

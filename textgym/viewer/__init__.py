@@ -1,1 +1,0 @@
-from textgym.viewer.records import Record

@@ -37,7 +37,7 @@ def unpack(packed: Packed) -> list[int | None]:
 
 
 def pack_numbers(values: Column) -> dict[str, Any]:
-    """Return numbers as multiples of a power of ten that is small beside them; those that are not finite are missing."""
+    """Return numbers as multiples of a power of ten that is small beside them, without those that are not finite."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     unit = _unit(finite)
     return {
@@ -56,9 +56,9 @@ def pack_alternatives(alternatives: dict[str, Any], each: int) -> dict[str, Any]
     """Return alternatives of policy and reference; those of the reference refer to the policy's, which are similar.
 
     Args:
-        alternatives: For `policy` and `reference`, columns `piece` and `percent` with `each` entries a token. A piece of
-            the reference that the policy has as its i-th is i, another one is `each` more than its index; the percents
-            of common ones are differences.
+        alternatives: For `policy` and `reference`, columns `piece` and `percent` with `each` entries a token. A piece
+            of the reference that the policy has as its i-th is i, another one is `each` more than its index; the
+            percents of common ones are differences.
         each: Number of alternatives of a token.
     """
     packed = {model: {name: pack(column) for name, column in own.items()} for model, own in alternatives.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_numbers_of_tokens_are_those_of_the_rollout(tmp_path: Path) -> None:
         )
     ]
     tokenizer = byte_tokenizer()
-    for piece, token in zip(pieces, sum(ids, []), strict=True):
+    for piece, token in zip(pieces, itertools.chain(*ids), strict=True):
         assert piece in (tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token))
 
 
@@ -167,15 +168,15 @@ def test_alternatives_of_nlpo_are_within_its_mask(tmp_path: Path) -> None:
 
 
 def test_a_run_is_the_same_with_and_without_records(tmp_path: Path) -> None:
-    runs = []
-    for recording in (True, False):
+    def run(recording: bool) -> list[dict[str, float]]:
         agent = make(minibatch_size=4)
         metrics: list[dict[str, float]] = []
-        agent.learn(
-            12, [*([Recorder(tmp_path, agent, every=1)] if recording else []), lambda _, row: metrics.append(row)]
-        )
-        runs.append([{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics])
-    assert runs[0] == runs[1]
+        recorder = [Recorder(tmp_path, agent, every=1)] if recording else []
+        agent.learn(12, [*recorder, lambda _, row: metrics.append(row)])
+        return [{name: x for name, x in row.items() if not name.startswith("time/")} for row in metrics]
+
+    assert run(recording=True) == run(recording=False)
+    assert len(records_of(tmp_path)) == 3
 
 
 def test_a_resumed_run_replaces_the_records_after_its_checkpoint(tmp_path: Path) -> None:
