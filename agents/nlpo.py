@@ -86,7 +86,7 @@ class NLPO(PPO):
         allowed = self.allowed(sequences)  # outside of autocast, because sampling computed the mask without it
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
             new = policy.evaluate_states(sequences.states(), sequences.actions, allowed)
-        return Evaluation(*(sequences.pad(x) for x in new))
+        return Evaluation(*(sequences.pad(x) for x in new[:3]))
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update of PPO, and refresh the mask in intervals (Ramamurthy et al., 2022, algorithm 1)."""
