@@ -21,16 +21,17 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.settings import Count, NotNegative, Share
 
-from .common.advantages import gae, n_step_returns
+from .common.advantages import discounted_returns, gae, n_step_returns
 from .common.means import explained_variance, masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
-from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
+from .common.policy_gradient import Batch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .critics.critic_agent import CriticAgent, CriticConfig
 
 
 @dataclass
-class A2CConfig(PolicyGradientConfig):
+class A2CConfig(CriticConfig):
     """Hyperparameters of A2C, which makes one optimiser step for each rollout."""
 
     estimator: Literal["td", "n_step", "gae"] = "gae"
@@ -55,7 +56,7 @@ class A2CConfig(PolicyGradientConfig):
             )
 
 
-class A2C(PolicyGradientAgent):
+class A2C(CriticAgent):
     """Synchronous advantage actor-critic; arguments as `RolloutAgent`."""
 
     config_class: ClassVar[type[RolloutAgentConfig]] = A2CConfig
@@ -63,12 +64,16 @@ class A2C(PolicyGradientAgent):
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Mnih et al., 2016, algorithm S3, synchronous) from a rollout and the KL of its tokens."""
-        config, mask, values = self.config, rollout.training_mask, rollout.values
+        config, mask = self.config, rollout.training_mask
 
         # 1. Rewards: the KL penalty on every token, the score on the last one.
         rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
 
-        # 2. Advantages: returns minus the critic's values.
+        # 2. The scale of the values, fitted before they are used (van Hasselt et al., 2016).
+        rollout = self.fit_scale(rollout, discounted_returns(rewards, mask, config.gamma))
+        values = rollout.values
+
+        # 3. Advantages: returns minus the critic's values.
         if config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)
             returns = n_step_returns(rewards, values, mask, config.gamma, config.n_steps)
             advantages = torch.where(mask, returns - values, 0.0)
@@ -78,24 +83,30 @@ class A2C(PolicyGradientAgent):
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
 
-        # 3. One optimiser step on the whole rollout: without importance ratios a second one would be biased.
+        # 4. One optimiser step on the whole rollout: without importance ratios a second one would be biased.
         steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
 
-        # 4. Metrics, with the explained variance of the critic before the step.
+        # 5. Metrics, with the explained variance of the critic before the step.
         return self.finish(steps, {"val/explained_variance": explained_variance(values, returns, mask)})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """Return -log pi A + c_1 / 2 (V - R)^2 - c_2 H, summed over the tokens of an episode, averaged over episodes.
+        """Return -log pi A + c_1 / 2 (V - R)^2 / d - c_2 H, summed over tokens, averaged over episodes.
+
+        The value loss is divided by the standard deviation d of the returns (`value_std`), and by d^2 if advantages are
+        whitened. So it has the unit of the policy's loss, and the share of each in the gradient of a shared trunk does
+        not depend on the unit of the rewards.
 
         It is a sum over tokens and not a mean, as in the policy gradient theorem (Sutton et al., 2000), so that long
         texts have the same weight as in the objective.
         """
         config, mask = self.config, batch.response_mask
         policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
-        value_loss = 0.5 * per_episode((new.value - batch.returns).square(), mask)
+        error = torch.where(mask, new.value - batch.returns, 0.0) / self.value_std
+        value_loss = 0.5 * per_episode(error.square(), mask)
         entropy = per_episode(new.entropy, mask)
 
-        loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
+        unit = 1.0 if config.whiten_advantages else self.value_std  # of the advantages
+        loss = policy_loss + config.value_coef * unit * value_loss - config.entropy_coef * entropy
         metrics = {
             "loss/policy_avg": policy_loss,
             "loss/value_avg": value_loss,

@@ -123,7 +123,7 @@ class GRPO(PromptGroupAgent):
         policy_loss = (weights * -torch.minimum(plain, clipped)).sum()
 
         # 2. Entropy bonus; the entropy has no gradient if its coefficient is 0.
-        loss = policy_loss - config.entropy_coef * (weights * new.entropy).sum()
+        loss = policy_loss - config.entropy_coef * (weights * torch.where(mask, new.entropy, 0.0)).sum()
 
         with torch.no_grad():
             metrics = {

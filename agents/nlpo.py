@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.distributions.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
@@ -52,6 +53,11 @@ class NLPO(PPO):
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
+        if self.penalty.estimator == "full":
+            raise ConfigError(
+                "kl_estimator='full' is over all tokens, and NLPO estimates the KL from tokens that it samples within "
+                "the mask: use kl_estimator='k1'"
+            )
         self.mask = TopPMask(self.policy.frozen_copy(), self.config.top_p, self.config.min_tokens_to_keep)
         if self.penalty.coef > 0 and self.config.top_p < 1:
             warn_of_filter(self.mask, self.penalty.estimator)
@@ -62,8 +68,6 @@ class NLPO(PPO):
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL of the masked distributions of policy and reference, `(N, T)`."""
-        if self.penalty.estimator == "full":
-            raise ValueError("NLPO estimates the KL from tokens sampled within the mask: use kl_estimator='k1'")
         reference = self.masked_log_probs(self.penalty.reference, rollout)
         return self.penalty.of_log_probs(rollout.log_probs, reference, rollout.response_mask)
 

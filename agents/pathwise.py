@@ -66,6 +66,7 @@ class Pathwise(ReplayAgent):
     config_class: ClassVar[type[RolloutAgentConfig]] = PathwiseConfig
     config: PathwiseConfig
     greedy = False
+    has_separate_critic = True
 
     def modules(self) -> nn.ModuleDict:
         """Return the critic, and the target networks."""

@@ -9,10 +9,11 @@ optimiser step are in common/policy_gradient.py. All means are over response tok
 With `variant="penalty"` the surrogate is not clipped but has a penalty on KL(old, new). Its coefficient is doubled
 after an update with a large KL and halved after one with a small KL.
 
-Advantages, returns and both losses equal those of TRL 1.12, its last version with PPO, except for four differences. The
-score is the reward of the last token, EOS included; TRL adds it to the padding after EOS, and trains the critic there
-too. Masks come from lengths. Whitening divides by the number of tokens, not by this number minus one. There are
-options that TRL lacks: another clip range above 1, a dual clip, and a value loss without clipping.
+With `normalise_values=False`, advantages, returns and both losses equal those of TRL 1.12, its last version with PPO,
+except for four differences. The score is the reward of the last token, EOS included; TRL adds it to the padding after
+EOS, and trains the critic there too. Masks come from lengths. Whitening divides by the number of tokens, not by this
+number minus one. There are options that TRL lacks: another clip range above 1, a dual clip, a value loss without
+clipping, and another lambda for the critic's targets.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.settings import Count, NotNegative, Positive, Share, above
 
-from .common.advantages import gae
+from .common.advantages import discounted_returns, gae
 from .common.means import explained_variance, masked_mean, overall_mean, whiten
 from .common.metrics import TensorMetrics
-from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
+from .common.policy_gradient import Batch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .critics.critic_agent import CriticAgent, CriticConfig
 
 
 @dataclass
-class PPOConfig(PolicyGradientConfig):
+class PPOConfig(CriticConfig):
     """Hyperparameters of PPO. Coefficient and estimator of the KL to the reference are arguments of the environment."""
 
     num_epochs: Count = 2
@@ -47,6 +49,8 @@ class PPOConfig(PolicyGradientConfig):
     """Discount; below 1 it favours short texts."""
     lam: Share = 0.95
     """lambda of GAE."""
+    critic_lam: Share | None = None
+    """lambda of the critic's targets: 1 for Monte-Carlo returns, 0 for one-step TD targets; None for `lam`."""
     variant: Literal["clip", "penalty"] = "clip"
     """Limit of an update's size: "clip" clips the probability ratio, "penalty" penalises KL(old, new)."""
     clip_range: Positive = 0.2
@@ -56,7 +60,8 @@ class PPOConfig(PolicyGradientConfig):
     dual_clip: Annotated[float, above(1)] | None = None
     """For negative advantages, bound the objective from below by this factor times the advantage; above 1."""
     clip_range_value: Positive | None = 0.2
-    """Clip the change of values in an update to this range in the value loss; None for no clipping."""
+    """Clip the change of values in an update to this range in the value loss, in standard deviations of the returns
+    with `normalise_values`; None for no clipping."""
     kl_min: NotNegative = 0.003
     """For "penalty": below this KL(old, new), in nats per token, the coefficient is halved."""
     kl_max: NotNegative = 0.015
@@ -76,7 +81,7 @@ class PPOConfig(PolicyGradientConfig):
             raise ConfigError(f"kl_min must be below kl_max={self.kl_max}, got {self.kl_min}")
 
 
-class PPO(PolicyGradientAgent):
+class PPO(CriticAgent):
     """PPO over whole episodes of text; arguments as `RolloutAgent`.
 
     >>> import gymnasium as gym
@@ -104,13 +109,19 @@ class PPO(PolicyGradientAgent):
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 
-        # 2. Advantages by GAE (Schulman et al., 2016, equation 16), whitened over response tokens only, because padding
-        #    would shift the mean. Returns, the critic's targets, are computed from advantages before whitening.
+        # 2. The scale of the values, fitted before they are used (van Hasselt et al., 2016).
+        rollout = self.fit_scale(rollout, discounted_returns(rewards, mask, config.gamma))
+
+        # 3. Advantages by GAE (Schulman et al., 2016, equation 16), whitened over response tokens only, because padding
+        #    would shift the mean. Returns, the critic's targets, are computed from advantages before whitening. They
+        #    may have another lambda (Yuan et al., 2025, "VC-PPO", section 4.2).
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)  # (N, T)
+        if config.critic_lam is not None:
+            _, returns = gae(rewards, rollout.values, mask, config.gamma, config.critic_lam)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
 
-        # 3. Several epochs of minibatches of whole episodes, one optimiser step each.
+        # 4. Several epochs of minibatches of whole episodes, one optimiser step each.
         steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, advantages, returns):
             steps.append(self.step(minibatch))
@@ -118,7 +129,7 @@ class PPO(PolicyGradientAgent):
             if config.target_kl is not None and float(steps[-1]["policy/approxkl_avg"]) > 1.5 * config.target_kl:
                 break
 
-        # 4. Metrics: means over the steps, and the explained variance of the critic before them.
+        # 5. Metrics: means over the steps, and the explained variance of the critic before them.
         further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)}
         metrics = self.finish(steps, further)
         if config.variant == "penalty":
@@ -152,8 +163,10 @@ class PPO(PolicyGradientAgent):
         policy_loss = masked_mean(-objective, mask)
 
         # 3. Value loss: half the maximum of the squared errors of the value and of the value clipped around the old
-        #    one. If the clipped error is larger and the clip is active, the gradient is zero.
-        values, old_values, returns = (torch.where(mask, x, 0.0) for x in (new.value, batch.values, batch.returns))
+        #    one, in units of `value_std`. If the clipped error is larger and the clip is active, the gradient is zero.
+        values, old_values, returns = (
+            torch.where(mask, x, 0.0) / self.value_std for x in (new.value, batch.values, batch.returns)
+        )
         error = (values - returns).square()
         clipped_error = error
         if config.clip_range_value is not None:
@@ -164,7 +177,8 @@ class PPO(PolicyGradientAgent):
         # 4. Entropy bonus; the entropy has no gradient if its coefficient is 0.
         entropy = masked_mean(new.entropy, mask)
 
-        loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
+        unit = 1.0 if config.whiten_advantages else self.value_std  # of the advantages
+        loss = policy_loss + config.value_coef * unit * value_loss - config.entropy_coef * entropy
         with torch.no_grad():
             metrics = {
                 "policy/approxkl_avg": masked_mean(approx_kl, mask),

@@ -25,13 +25,14 @@ from textgym.settings import NotNegative, Share
 from .common.advantages import discounted_returns, leave_one_out_mean
 from .common.means import explained_variance, masked_mean, per_episode
 from .common.metrics import TensorMetrics
-from .common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
+from .common.policy_gradient import Batch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .critics.critic_agent import SEPARATE, CriticAgent, CriticConfig
 
 
 @dataclass
-class REINFORCEConfig(PolicyGradientConfig):
+class REINFORCEConfig(CriticConfig):
     """Hyperparameters of REINFORCE, which makes one optimiser step for each rollout."""
 
     reward_to_go: bool = True
@@ -50,9 +51,15 @@ class REINFORCEConfig(PolicyGradientConfig):
                 "REINFORCE has no importance ratios, so it can use a rollout for only one step: leave num_epochs=1 and "
                 "minibatch_size=None (micro_batch_size saves memory), or use PPO"
             )
+        given = [name for name in SEPARATE if getattr(self, name) is not None]
+        if given and self.baseline != "learned":
+            raise ConfigError(
+                f"{given[0]}={getattr(self, given[0])} is for a critic, which baseline={self.baseline!r} has none of: "
+                "set baseline='learned'"
+            )
 
 
-class REINFORCE(PolicyGradientAgent):
+class REINFORCE(CriticAgent):
     """REINFORCE with or without a baseline; arguments as `RolloutAgent`."""
 
     config_class: ClassVar[type[RolloutAgentConfig]] = REINFORCEConfig
@@ -73,7 +80,8 @@ class REINFORCE(PolicyGradientAgent):
         # 3. Advantages: returns minus a baseline that does not depend on the token.
         learned = config.baseline == "learned"
         baseline = torch.zeros_like(returns)
-        if learned:
+        if learned:  # on a scale that is fitted first (van Hasselt et al., 2016)
+            rollout = self.fit_scale(rollout, returns)
             baseline = rollout.values
         elif config.baseline == "mean":
             baseline = leave_one_out_mean(returns, mask)
@@ -90,7 +98,8 @@ class REINFORCE(PolicyGradientAgent):
         """Return -log pi (G - b) - c_2 H, summed over the tokens of an episode, averaged over episodes.
 
         It is a sum over tokens and not a mean, as in the policy gradient theorem (Sutton et al., 2000), so that long
-        texts have the same weight as in the objective. A learned baseline adds c_1 / 2 (V - G)^2.
+        texts have the same weight as in the objective. A learned baseline adds c_1 / 2 (V - G)^2 / d, with the standard
+        deviation d of the returns (`value_std`), which has the unit of the policy's loss.
         """
         config, mask = self.config, batch.response_mask
         policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
@@ -98,8 +107,9 @@ class REINFORCE(PolicyGradientAgent):
         loss = policy_loss - config.entropy_coef * entropy
         metrics = {"loss/policy_avg": policy_loss, "policy/entropy_avg": masked_mean(new.entropy, mask)}
         if config.baseline == "learned":
-            value_loss = 0.5 * per_episode((new.value - batch.returns).square(), mask)
-            loss = loss + config.value_coef * value_loss
+            error = torch.where(mask, new.value - batch.returns, 0.0) / self.value_std
+            value_loss = 0.5 * per_episode(error.square(), mask)
+            loss = loss + config.value_coef * self.value_std * value_loss
             metrics["loss/value_avg"] = value_loss
         return loss, metrics
 

@@ -103,6 +103,24 @@ def check_settings(config: Any) -> None:
         object.__setattr__(config, field.name, value)  # configs may be frozen
 
 
+def refuse_together(config: Any, pairs: dict[tuple[str, str], str]) -> None:
+    """Refuse a config in which two fields that exclude each other both differ from their defaults.
+
+    Args:
+        config: The config.
+        pairs: Pairs of fields, and why they exclude each other.
+
+    Raises:
+        ConfigError: If both fields of a pair are set; it names both.
+    """
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    for pair, reason in pairs.items():
+        values = {name: getattr(config, name) for name in pair}
+        if all(value != default[name] for name, value in values.items()):
+            both = " and ".join(f"{name}={value!r}" for name, value in values.items())
+            raise ConfigError(f"{both} exclude each other: {reason}")
+
+
 def check_arguments(function: Callable[P, Result]) -> Callable[P, Result]:
     """Check the arguments of every call of a function, or of an `__init__`, as `check_settings` checks fields."""
     signature = inspect.signature(function)

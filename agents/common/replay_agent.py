@@ -20,7 +20,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,8 @@ class ReplayAgent(RolloutAgent):
     greedy: bool
     reference_may_move = False  # the replay buffer stores log-probs of the reference
     shuffles_alike = True  # all processes sample the same batches from the replay buffer
+    has_separate_critic: ClassVar[bool] = False
+    """Whether the further networks learn from a loss of their own, so that their gradient is clipped by itself."""
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
@@ -166,7 +168,9 @@ class ReplayAgent(RolloutAgent):
         broadcast_weights(self.further)
         trained = [weight for weight in self.further.parameters() if weight.requires_grad]
         if trained:
-            self.optimizer.add_param_group({"params": trained})
+            part = "critic" if self.has_separate_critic else "policy"
+            own = {"lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}
+            self.optimizer.add_param_group({"params": trained, "part": part, **own})
 
     @abstractmethod
     def modules(self) -> nn.ModuleDict:

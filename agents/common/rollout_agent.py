@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from textgym.envs.interface import rollout_env
@@ -27,7 +27,7 @@ from textgym.models.machine.finite import FiniteSteps, OnNonFinite
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import AdaptiveKL
-from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_arguments, check_settings
+from textgym.settings import Count, Seed, WholeNumber, check_arguments
 
 from ..machine.circumstances import inputs
 from ..machine.distributed import (
@@ -46,7 +46,7 @@ from ..machine.distributed import (
 )
 from ..machine.out_of_memory import memory_explained
 from .metrics import episode_metrics
-from .optimizer import adamw
+from .optimizer import OptimizerConfig, PartSettings, make_optimizer
 from .rollout import Rollout, collect, merge
 from .saving import load_agent, save_agent
 
@@ -58,21 +58,11 @@ RolloutCallback = Callable[["RolloutAgent", Rollout, Tensor], None]
 
 
 @dataclasses.dataclass
-class RolloutAgentConfig:
+class RolloutAgentConfig(OptimizerConfig):
     """Hyperparameters of all agents that learn from rollouts."""
 
     episodes_per_update: Count = 128
     """Episodes collected before each update, over all processes; a multiple of the total number of rows."""
-    learning_rate: NotNegative = 1e-4
-    """Peak learning rate of AdamW."""
-    anneal_learning_rate: bool = True
-    """Whether the learning rate decreases linearly to zero over `total_episodes`."""
-    adam_epsilon: NotNegative = 1e-5
-    """Adam's epsilon; with a small one the first updates are large."""
-    adam_8bit: bool = False
-    """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
-    max_grad_norm: Positive = 1.0
-    """Maximum norm of the gradient of a minibatch; larger gradients are scaled down."""
     on_nonfinite: OnNonFinite = "raise"
     """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
     Skipped steps are counted, and more than 10 of the last 100 are an error."""
@@ -87,9 +77,6 @@ class RolloutAgentConfig:
     error of the gradient is less than 5% of its norm (`python benchmarks/bf16.py`)."""
     gradient_checkpointing: bool = False
     """Store only the inputs of layers, and recompute the layers in the backward pass: less memory, more time."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 class RolloutAgent(ABC):
@@ -143,9 +130,8 @@ class RolloutAgent(ABC):
         reference = self.penalty.reference
         check_one_device(policy=policy.device, environment=self.base_env.device, reference=reference.device)
         reference.temperature = policy.temperature
-        self.optimizer = adamw(
-            self.learner.parameters(), self.config.learning_rate, self.config.adam_epsilon, self.config.adam_8bit
-        )
+        parts = self.parts()
+        self.optimizer = make_optimizer(parts, {part: self.part_settings(part) for part in parts}, self.config)
         self.finite_steps = FiniteSteps(self.config.on_nonfinite)
         self.shuffler = torch.Generator()
         # Now, since reward functions may change what they hold: hashes, to warn if a run is resumed with other inputs.
@@ -219,7 +205,7 @@ class RolloutAgent(ABC):
             callback(self, rollout, kl)
 
         # 3. Update the policy, in the file of the algorithm.
-        self._anneal()
+        self._schedule()
         with phase("update"):
             metrics |= self.update(rollout, kl)
         if self.config.on_nonfinite == "skip":  # figures of an update whose steps were all skipped are NaN
@@ -265,12 +251,23 @@ class RolloutAgent(ABC):
         """Return the KL estimate of every token to the reference, `(N, T)` nats."""
         return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the weights that the optimiser trains, by part; each part has its own settings and gradient norm."""
+        return {"policy": list(self.learner.parameters())}
+
+    def part_settings(self, part: str) -> PartSettings:
+        """Return the settings of a part of the weights."""
+        return PartSettings(self.config.learning_rate, self.config.weight_decay, self.config.max_grad_norm)
+
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:
         """Return the policy's action, `(B,)` or `()`."""
         return self.policy.predict(observation, deterministic)
 
     def apply_gradients(self, loss: Tensor) -> Tensor:
-        """Make one optimiser step with a clipped gradient norm; return the norm before clipping, on the device.
+        """Make one optimiser step; return the norm of the whole gradient before clipping, on the device.
+
+        The norm of each part of the weights is clipped by itself: a large value loss must not scale down the gradient
+        of the policy.
 
         Args:
             loss: The loss that the gradients are of.
@@ -281,9 +278,14 @@ class RolloutAgent(ABC):
         Raises:
             NonFiniteError: If the loss or the norm is NaN or infinite; the weights are then unchanged.
         """
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        sum_gradients(weights)
-        norm: Tensor = gather_shards(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
+        groups = self.optimizer.param_groups
+        sum_gradients([weight for group in groups for weight in group["params"]])
+        norms: list[Tensor] = []
+        for part in dict.fromkeys(group["part"] for group in groups):
+            weights = [weight for group in groups if group["part"] == part for weight in group["params"]]
+            limit = self.part_settings(part).max_grad_norm
+            norms.append(gather_shards(torch.nn.utils.clip_grad_norm_(weights, limit)))
+        norm = torch.stack(norms).norm()
         if not self.finite_steps.allow(f"update {self.updates + 1}", {"loss": loss, "gradient norm": norm}):
             return torch.full_like(norm, torch.nan)
         self.optimizer.step()
@@ -302,11 +304,12 @@ class RolloutAgent(ABC):
                 "the KL of a token"
             )
 
-    def _anneal(self) -> None:
-        """Set the learning rate of the next update."""
-        left = 1 - self.episodes / self.total_episodes if self.config.anneal_learning_rate else 1.0
+    def _schedule(self) -> None:
+        """Set the learning rates of the next update."""
+        num_updates = self.total_episodes / self.config.episodes_per_update
+        factor = self.config.learning_rate_factor(self.updates, num_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * left
+            group["lr"] = self.part_settings(group["part"]).learning_rate * factor
 
     def _tell_rewards(self) -> None:
         """Set the progress that reward functions with an argument `trainer_state` get, for example for a curriculum."""

@@ -251,6 +251,16 @@ class Learner(nn.Module):
                 weight.copy_(gather_shards(shard.detach()))
             unsharded.reset_cache()
 
+    @torch.no_grad()
+    def take_value_head(self) -> None:
+        """Copy the value head of the unsharded policy, whose scale has changed, to the sharded copy."""
+        if self.sharded:
+            head, copied = self.__dict__["unsharded"].value_head, self.policy.value_head
+            for weight, shard in zip(head.parameters(), copied.parameters(), strict=True):
+                shard.copy_(distribute_tensor(weight.detach(), shard.device_mesh, shard.placements))
+            for moment, other in zip(head.buffers(), copied.buffers(), strict=True):
+                other.copy_(moment)
+
 
 def _copied(policy: ActorCritic) -> ActorCritic:
     """Return a copy of the policy that shares no weights between actor and critic, which FSDP would shard twice."""

@@ -475,6 +475,19 @@ def test_nlpo_chooses_within_the_mask() -> None:
     assert (rollout.log_probs >= free - ROUNDING).all(), "the mass outside the mask is shared by what is inside"
 
 
+def test_nlpo_refuses_a_kl_over_the_whole_vocabulary_when_it_is_made() -> None:
+    """Samples from within the mask say nothing of the tokens outside."""
+    with pytest.raises(ValueError, match=r"kl_estimator='full'.*within the mask.*use kl_estimator='k1'"):
+        make_agent("nlpo", make_envs(kl_estimator="full"))
+
+
+def test_nlpo_is_silent_of_k1_where_there_is_no_penalty() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", CutPromptsWarning)  # one prompt is too long on purpose
+        make_agent("nlpo", make_envs(kl_coef=0.0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("interval", "fresh"), [(2, [False, True, False, True]), (None, [False] * 4)])
 def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: list[bool]) -> None:

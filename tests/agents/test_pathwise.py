@@ -151,3 +151,15 @@ def test_pathwise_learns_to_pay_less_kl() -> None:
 @pytest.mark.slow
 def test_pathwise_without_a_learning_rate_pays_the_same_kl() -> None:
     assert kl_left(0, learning_rate=0.0) == 1.0
+
+
+def test_no_gradient_flows_through_the_critics_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the target networks could be trained."""
+    agent = make_agent(make_envs(0.3))
+    for network in (agent.target, agent.target_q.actor, agent.target_q.heads, agent.penalty.reference):
+        network.requires_grad_(True)
+    agent.loss(batch_of(agent, 60, 80))[0].backward()
+    for network in (agent.target, agent.target_q.actor, agent.target_q.heads, agent.penalty.reference):
+        assert all(weight.grad is None for weight in network.parameters())
+    assert any(weight.grad is not None for weight in agent.q.actor.parameters())
+    assert any(weight.grad is not None for weight in agent.policy.parameters())

@@ -56,3 +56,21 @@ def test_grpo(case: dict[str, Any], batch: Batch) -> None:
 
 def test_rloo(batch: Batch) -> None:
     assert loss_of(RLOO, RLOOConfig(), batch) == pytest.approx(TRL["rloo"], abs=tolerance(NEW.numel()))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "share"), [("grpo", 1.0), ("dapo", 1.0), ("bnpo", 1.0), ("dr_grpo", (3 + 5 + 1 + 4) / (4 * 6))]
+)
+def test_the_entropy_bonus_of_grpo_is_averaged_as_its_loss(loss_type: str, share: float, batch: Batch) -> None:
+    """Entropies of 1 nat; junk in the padding reaches neither the loss nor its gradient."""
+    losses = []
+    for coef in (0.0, 0.3):
+        agent: Any = GRPO.__new__(GRPO)
+        agent.config = GRPOConfig(loss_type=loss_type, entropy_coef=coef)
+        agent.base_env = SimpleNamespace(max_new_tokens=TRL["longest"])
+        mask = batch.response_mask
+        new = torch.where(mask, NEW, torch.nan).requires_grad_()
+        entropy = torch.where(mask, 1.0, torch.nan)
+        losses.append(agent.loss(Evaluation(new, torch.zeros_like(NEW), entropy), batch)[0])
+        assert torch.autograd.grad(losses[-1], new)[0].isfinite().all()
+    assert (losses[0] - losses[1]).item() == pytest.approx(0.3 * share, abs=tolerance(NEW.numel()))

@@ -76,7 +76,7 @@ def figures_of(mask: Tensor, **columns: Tensor) -> dict[str, float]:
     old = [columns.get(name, empty) for name in ("log_probs", "values", "advantages", "returns")]
     batch = Batch(SimpleNamespace(response_mask=mask), *old, torch.arange(len(mask)))  # type: ignore[arg-type]
     agent = PPO.__new__(PPO)  # the loss needs no policy and no environment
-    agent.config = PPOConfig()
+    agent.config = PPOConfig(normalise_values=False)
     return {name: float(figure) for name, figure in agent.loss(new, batch)[1].items()}
 
 

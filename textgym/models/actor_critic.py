@@ -31,8 +31,11 @@ from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel, fits
+from textgym.models.value_head import ValueHead
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
+SCALE = {"value_head.mean", "value_head.std", "value_head.fits"}
+"""Names of the moments that values are scaled by."""
 POLICY = "textgym policy"
 """Kind of the folders in their manifest."""
 
@@ -81,9 +84,7 @@ class ActorCritic(TokenModel):
         self.__dict__["lora"] = adapter  # not a submodule: its weights are those of `lm`
         self.critic = critic
         trunk = lm if critic is None else critic
-        self.value_head = nn.Linear(trunk.config.hidden_size, 1, device=self.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = ValueHead(trunk.config.hidden_size, self.device)
         self.generator: torch.Generator | None = torch.Generator(self.device)
         self._critic_decoder: CachedDecoder | CachedEncoderDecoder | None = None
         self._generators = ResponseGenerators()
@@ -164,7 +165,6 @@ class ActorCritic(TokenModel):
         The value head stays float32, as it is made.
         """
         super()._apply(fn, recurse)
-        self.value_head._apply(Tensor.float)
         self._generators = ResponseGenerators()
         if self.generator is not None and self.generator.device != self.device:
             seed = seed_of(self.generator.get_state())
@@ -380,6 +380,8 @@ class ActorCritic(TokenModel):
         if json.loads((folder / CRITIC_CONFIG).read_text())["separate"] == (critic == "separate"):
             weights = load_file(folder / CRITIC_FILE, device=str(self.device))
             expected = {name for name in self.state_dict() if name.startswith(("value_head.", "critic."))}
+            if not weights.keys() & SCALE:  # textgym 0.1 saved values without a scale
+                expected -= SCALE
             if different := sorted(expected ^ set(weights)):
                 raise DamagedFolderError(
                     f"{folder / CRITIC_FILE} has not the weights of this critic; they differ in {', '.join(different)}"

@@ -15,6 +15,11 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
 
+def checksums(completion_ids: list[list[int]]) -> list[float]:
+    """Scores that differ, so that there is something to learn."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
 def learn(agent: str, dtype: torch.dtype) -> None:
     policy = ActorCritic.from_pretrained(mock_lm(num_layers=1), dtype=dtype)
     if agent == "sft":
@@ -22,9 +27,7 @@ def learn(agent: str, dtype: torch.dtype) -> None:
         SFT(policy, rows, byte_tokenizer(), SFTConfig(batch_size=4, max_steps=2, learning_rate=1e-5)).learn()
         return
     settings: dict[str, Any] = {"prompts": ["abc"], "tokenizer": byte_tokenizer(), "max_new_tokens": 4}
-    envs = gym.make_vec(
-        "textgym/Text-v0", 4, reward=lambda completions: [*map(float, map(len, completions))], **settings
-    )
+    envs = gym.make_vec("textgym/Text-v0", 4, reward=checksums, **settings)
     PPO(policy, envs, PPOConfig(episodes_per_update=4, learning_rate=1e-5)).learn(8)
 
 

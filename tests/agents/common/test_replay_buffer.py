@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from textgym.agents import DQNConfig
 from textgym.agents.common.replay_buffer import ReplayBuffer, priorities_of
 from textgym.models.sequences import Sequences
 from textgym.testing import ExactTask
@@ -65,3 +66,19 @@ def test_new_episodes_are_urgent() -> None:
     memory.reprioritise(torch.tensor([0]), priorities_of(7 * torch.ones(mask.shape), mask))
     remember(memory, 2)
     assert memory.tensors["priorities"][1] == memory.tensors["priorities"][0]
+
+
+def test_without_priorities_episodes_are_sampled_uniformly_whatever_their_errors() -> None:
+    """That is the default of the buffer and of DQN."""
+    assert not DQNConfig().prioritised
+    buffer = ReplayBuffer(4)
+    assert buffer.alpha == 0.0
+    lengths = torch.tensor([2, 2, 2, 2])
+    sequences = Sequences(torch.zeros(4, 3, dtype=torch.long), torch.ones_like(lengths), lengths)
+    buffer.add(sequences, torch.zeros(4, 2), torch.zeros(4, 2), 2)
+    errors = torch.tensor([[1e3, 1e3], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    buffer.reprioritise(torch.arange(4), priorities_of(errors, torch.ones(4, 2).bool()))
+    batch = buffer.sample(4000, torch.Generator().manual_seed(0))
+    assert torch.equal(batch.weights, torch.ones(4000))
+    counts = torch.bincount(batch.indices, minlength=4)
+    assert (counts - 1000).abs().max() < 140  # five standard deviations, 27 each

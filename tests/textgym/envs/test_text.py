@@ -164,6 +164,16 @@ def test_min_new_tokens_masks_the_stop_tokens(settings: dict[str, Any]) -> None:
     assert env.step(EOS)[2]
 
 
+def test_one_new_token_at_least(settings: dict[str, Any]) -> None:
+    """The first token is no stop token, and the second may be one."""
+    env = TextEnv(**{**settings, "min_new_tokens": 1})
+    env.reset(seed=0)
+    assert not env.action_masks()[EOS]
+    assert not env.step(97)[2]
+    assert env.action_masks().all()
+    assert env.step(EOS)[2]
+
+
 def test_reference_mode_pays_the_log_prob_of_the_reference(settings: dict[str, Any]) -> None:
     env = TextEnv(**settings)
     env.reset(options={"prompt_index": 2})

@@ -265,3 +265,18 @@ def test_bad_arguments() -> None:
         KLPenalty(mock_lm(), -0.1)
     with pytest.raises(ValueError, match="must be above 0"):
         AdaptiveKL(target=0.0)
+
+
+def test_the_kl_of_padding_is_zero_whatever_is_in_it() -> None:
+    penalty = KLPenalty(mock_lm(), 0.1)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    junk = torch.tensor([[-1.0, -2.0, torch.nan], [-3.0, torch.inf, 7.0]])
+    kl = penalty.of_log_probs(junk, torch.zeros(2, 3), mask)
+    assert kl.tolist() == [[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("horizon", [0, 0.0, -1, float("nan"), float("inf")])
+def test_a_horizon_without_episodes_is_refused(horizon: float) -> None:
+    """Dividing by it would end the run, or turn the penalty into a reward."""
+    with pytest.raises(ValueError, match="horizon must be"):
+        AdaptiveKL(target=6.0, horizon=horizon)

@@ -187,3 +187,34 @@ def test_the_mean_score_is_over_the_episodes_that_have_one(make_env: MakeEnv, ma
     rows = logged(make_model(make_env(reward=none_or_one)), tmp_path, KLCallback())
     assert {row["textgym/score"] for row in rows if row["textgym/score"]} == {"-1.0"}
     assert any(0.0 < float(row["textgym/unscored"]) < 1.0 for row in rows)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_each_rollout_counts_its_own_episodes(
+    make_env: MakeEnv, make_model: Any, shift_weights: Any, stock: bool
+) -> None:
+    """Figures of a rollout are over the episodes that ended in it, and not over those of earlier rollouts too."""
+    counted: list[int] = []
+    ended: list[int] = []
+
+    class Counted(KLCallback):
+        def _on_training_start(self) -> None:
+            super()._on_training_start()
+            ended.append(0)
+
+        def _on_step(self) -> bool:
+            ended[-1] += int(self.locals["dones"].sum())
+            return super()._on_step()
+
+        def _on_rollout_end(self) -> None:
+            kl = self.episode_kl if stock else self.buffer.episode_kl
+            assert len(kl) == len(self.scores) == len(self.lengths) == len(self.unscored)
+            counted.append(len(self.scores))
+            super()._on_rollout_end()
+            ended.append(0)
+
+    model = make_model(make_env(), **(STOCK if stock else {}))
+    shift_weights(model)
+    model.learn(3 * 48, callback=Counted(mock_lm(), 0.1) if stock else Counted())
+    assert counted == ended[:-1]
+    assert min(counted) > 0

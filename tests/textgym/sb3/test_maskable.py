@@ -233,3 +233,14 @@ def test_kl_callback_masks_the_reference_too(
         model.collect_rollouts(env, callback, model.rollout_buffer, 12)
         rewards.append(model.rollout_buffer.rewards)
     assert_close(rewards[0], rewards[1], terms=FORWARD, scale=LOG_PROB)
+
+
+def test_policies_sample_by_default(make_env: Any, lm_folder: str) -> None:
+    env = make_env(16)
+    model = MaskablePPO(MaskableTextActorCriticPolicy, env, policy_kwargs={"model": lm_folder}, gamma=1.0, seed=0)
+    observation = {name: torch.as_tensor(column) for name, column in env.reset().items()}
+    with torch.no_grad():
+        likeliest, _, _ = model.policy.forward(observation, deterministic=True)
+        assert torch.equal(model.policy._predict(observation, deterministic=True), likeliest)
+        for chosen in (model.policy.forward(observation)[0], model.policy._predict(observation)):
+            assert (chosen != likeliest).sum() > 8, "258 tokens of about the same probability"

@@ -287,3 +287,15 @@ def test_stop_tokens_of_the_model_that_the_environment_does_not_know_are_refused
     env = make_env(tokenizer=str(tmp_path), **settings)
     assert {200, 256} <= set(env.action_space.stop.ids)
     make_model(env, policy_kwargs={"model": str(tmp_path)}, rollout_buffer_kwargs=None)
+
+
+def test_policies_sample_by_default(make_env: MakeEnv, make_model: Any) -> None:
+    """As SB3's rollouts and `predict` do; the most likely token is asked for by `deterministic=True`."""
+    env = make_env(16)
+    policy = make_model(env).policy
+    observation = {name: torch.as_tensor(column) for name, column in env.reset().items()}
+    with torch.no_grad():
+        likeliest, _, _ = policy.forward(observation, deterministic=True)
+        assert torch.equal(policy._predict(observation, deterministic=True), likeliest)
+        for chosen in (policy.forward(observation)[0], policy._predict(observation)):
+            assert (chosen != likeliest).sum() > 8, "258 tokens of about the same probability"

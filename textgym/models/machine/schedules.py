@@ -1,4 +1,4 @@
-"""Learning-rate schedules of SFT, DPO and reward models: linear warm-up, then decay."""
+"""Learning-rate schedules: linear warm-up, then decay."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch.optim.lr_scheduler import LambdaLR
 Decay = Literal["linear", "cosine", "none"]
 
 
-def warmup_and_decay(optimizer: Optimizer, num_updates: int, warmup: float, decay: Decay) -> LambdaLR:
-    """Return a schedule in which no update has a learning rate of 0.
+def learning_rate_factor(update: int, num_updates: float, warmup: float, decay: Decay) -> float:
+    """Return what the peak learning rate is multiplied by in an update; no update has a learning rate of 0.
 
     The warm-up of transformers starts at 0, so its first update is lost, which may be the only one.
 
     Args:
-        optimizer: The optimiser.
+        update: The update, from 0.
         num_updates: Number of updates, n.
         warmup: Share of them in which the learning rate rises.
         decay: How it falls afterwards, towards 0 at update n, which is not made.
     """
     rising = math.ceil(warmup * num_updates)
+    if update < rising:
+        return (update + 1) / rising
+    if update >= num_updates:  # after the last update, transformers asks for one more
+        return 0.0 if decay != "none" else 1.0
+    done = (update - rising) / (num_updates - rising)
+    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "none": 1.0}[decay]
 
-    def factor(update: int) -> float:
-        if update < rising:
-            return (update + 1) / rising
-        if update >= num_updates:  # after the last update, transformers asks for one more
-            return 0.0 if decay != "none" else 1.0
-        done = (update - rising) / (num_updates - rising)
-        return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "none": 1.0}[decay]
 
-    return LambdaLR(optimizer, factor)
+def warmup_and_decay(optimizer: Optimizer, num_updates: int, warmup: float, decay: Decay) -> LambdaLR:
+    """Return a scheduler of `learning_rate_factor`."""
+    return LambdaLR(optimizer, lambda update: learning_rate_factor(update, num_updates, warmup, decay))

@@ -1,0 +1,126 @@
+"""CriticAgent: base class of policy-gradient algorithms with a critic: its scale, its optimiser settings, its start.
+
+Values are learned on a running scale of the returns, so the unit of the rewards makes no difference: the critic's loss
+and its clip range are in standard deviations of the returns. A separate critic is a part of the optimiser of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from textgym.errors import ConfigError, NonFiniteError
+from textgym.settings import Count, NotNegative, Positive
+
+from ..common.means import overall_mean
+from ..common.metrics import TensorMetrics
+from ..common.optimizer import PartSettings
+from ..common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
+from ..common.rollout import Rollout
+
+SEPARATE = ("critic_learning_rate", "critic_weight_decay", "critic_max_grad_norm", "freezing_actor_steps")
+
+
+@dataclass
+class CriticConfig(PolicyGradientConfig):
+    """Hyperparameters of all policy-gradient agents with a critic."""
+
+    normalise_values: bool = True
+    """Learn values on a running scale of the returns (PopArt), so that the unit of the rewards makes no difference; the
+    value loss and its clip range are then in standard deviations of the returns."""
+    critic_learning_rate: NotNegative | None = None
+    """Peak learning rate of a separate critic; None for `learning_rate`."""
+    critic_weight_decay: NotNegative | None = None
+    """Weight decay of a separate critic; None for `weight_decay`."""
+    critic_max_grad_norm: Positive | None = None
+    """Maximum norm of the gradient of a separate critic, which is clipped by itself; None for `max_grad_norm`."""
+    freezing_actor_steps: Count | None = None
+    """Number of updates at the start in which only a separate critic is trained, so that the first steps of the policy
+    follow a critic that has seen some returns; None for none."""
+
+
+class CriticAgent(PolicyGradientAgent):
+    """Base class of policy-gradient agents with a critic; arguments as `RolloutAgent`.
+
+    Attributes:
+        value_std: Unit of the value loss: the running standard deviation of the returns, or 1.
+
+    Raises:
+        ConfigError: If the config has settings of a separate critic, and the policy's critic is shared.
+    """
+
+    config: CriticConfig
+    value_std: Tensor | float = 1.0
+    head_before: dict[str, Tensor] | None = None  # the value head, until the first step of an update is made
+
+    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        given = [name for name in SEPARATE if getattr(self.config, name) is not None]
+        if given and self.policy.critic is None:
+            raise ConfigError(
+                f"{given[0]}={getattr(self.config, given[0])} is for a separate critic, and this policy's critic "
+                "shares its trunk: make the policy with ActorCritic.from_pretrained(..., critic='separate')"
+            )
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the weights of the policy and of the critic; they are one part if the critic shares the trunk."""
+        trained = self.learner.policy
+        if trained.critic is None:
+            return super().parts()
+        critic = [*trained.critic.parameters(), *trained.value_head.parameters()]
+        of_critic = {id(weight) for weight in critic}
+        policy = [weight for weight in self.learner.parameters() if id(weight) not in of_critic]
+        return {"policy": policy, "critic": critic}
+
+    def part_settings(self, part: str) -> PartSettings:
+        """Return the settings of the policy, or those of a separate critic, which default to the policy's."""
+        shared, config = super().part_settings(part), self.config
+        if part != "critic":
+            return shared
+        own = (config.critic_learning_rate, config.critic_weight_decay, config.critic_max_grad_norm)
+        return PartSettings(*(other if value is None else value for value, other in zip(own, shared, strict=True)))
+
+    def fit_scale(self, rollout: Rollout, returns: Tensor) -> Rollout:
+        """Fit the scale of the values to the returns of a rollout, before its advantages are estimated.
+
+        Args:
+            rollout: The rollout.
+            returns: `(N, T)`, the returns of the episodes, which do not depend on the critic.
+
+        Returns:
+            The rollout, with the values that the critic has on the new scale: the same as before, or their mean if the
+            critic has learned nothing yet.
+        """
+        if not self.config.normalise_values:
+            return rollout
+        mask, head = rollout.training_mask, self.policy.value_head
+        mean = overall_mean(returns.double(), mask)
+        variance = overall_mean((returns - mean).square(), mask)
+
+        self.head_before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+        new = head.fit(mean, variance)
+        self.learner.take_value_head()
+        self.value_std = head.std
+        return replace(rollout, values=torch.where(rollout.response_mask & new, head.mean, rollout.values))
+
+    def step(self, batch: Batch) -> TensorMetrics:
+        """Make one optimiser step; if the first one of an update is refused, the scale is as before the update, too."""
+        try:
+            metrics = super().step(batch)
+        except NonFiniteError:
+            if self.head_before is not None:
+                self.policy.value_head.load_state_dict(self.head_before)
+                self.learner.take_value_head()
+            raise
+        self.head_before = None
+        return metrics
+
+    def apply_gradients(self, loss: Tensor) -> Tensor:
+        """Make one optimiser step; see `RolloutAgent`. The policy has no gradient while the critic is trained alone."""
+        if self.updates < (self.config.freezing_actor_steps or 0):
+            for weight in self.parts()["policy"]:
+                weight.grad = None
+        return super().apply_gradients(loss)
