@@ -27,7 +27,7 @@ from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .critics.critic_agent import CriticAgent, CriticConfig
+from .objectives.critic_agent import CriticAgent, CriticConfig
 
 
 @dataclass
@@ -66,8 +66,8 @@ class A2C(CriticAgent):
         """Make one update (Mnih et al., 2016, algorithm S3, synchronous) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.training_mask
 
-        # 1. Rewards: the KL penalty on every token, the score on the last one.
-        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
+        # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one.
+        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
 
         # 2. The scale of the values, fitted before they are used (van Hasselt et al., 2016).
         rollout = self.fit_scale(rollout, discounted_returns(rewards, mask, config.gamma))

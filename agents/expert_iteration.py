@@ -27,9 +27,9 @@ from .common.advantages import compare_groups
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
-from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .objectives.prompt_groups import PromptGroupAgent, PromptGroupConfig
 
 
 @dataclass
@@ -57,8 +57,8 @@ class ExpertIteration(PromptGroupAgent):
         """Make one update (Dong et al., 2023, algorithm 1) from a rollout and the KL of its tokens."""
         config = self.config
 
-        # 1. The return of an episode: its score minus the KL penalty of all its tokens.
-        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
+        # 1. The return of an episode: its score minus the KL penalty of all its tokens and the costs of constraints.
+        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
         returns = self.grouped(rewards.sum(1))  # (groups, group_size)
 
         # 2. Keep the best episodes of each prompt; at least two of its episodes must have a score.

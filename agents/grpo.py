@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (Shao et al., 2024) and its descendants Dr. GRPO, DAPO and BNPO.
+"""Group relative policy optimisation (Shao et al., 2024) and its descendants.
 
     textgym train --agent grpo --output-dir runs/grpo
 
@@ -8,9 +8,17 @@ for all tokens of episode i, in PPO's clipped surrogate without a critic. Mean a
 episodes that have a score. If all returns of a group are equal, its advantages are 0, and only KL and entropy in the
 loss have a gradient; the share of these groups is a metric. A group with fewer than two scores is left out.
 
-`loss_type` selects the average of the loss. `clip_range_high` allows rare tokens to become more likely (DAPO).
+| method | settings |
+| --- | --- |
+| GRPO (Shao et al., 2024) | `loss_type="grpo"` |
+| Dr. GRPO (Liu et al., 2025) | `loss_type="dr_grpo"`, `scale="none"` |
+| DAPO (Yu et al., 2025) | `clip_range_high=0.28`, `dynamic_sampling`, `overlong_buffer` |
+| GSPO (Zheng et al., 2025) | `ratio="sequence"`, `loss_type="grpo"`, `clip_range=3e-4`, `clip_range_high=4e-4` |
+| CISPO (MiniMax, 2025) | `surrogate="cispo"` |
+| GDPO (Liu et al., 2026) | `scale="each"` |
+
 `scale="none"` does not divide by the standard deviation, because this division gives more weight to prompts that are
-almost always or almost never solved (Dr. GRPO).
+almost always or almost never solved.
 
 The KL penalty is part of the reward, as in all other agents, or of the loss with `kl_in="loss"`. As a loss k3 alone has
 the on-policy gradient of KL(pi_ref, pi); k3 times the importance ratio has that of KL(pi, pi_ref), which is the KL of
@@ -30,22 +38,24 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.kl import estimate_kl
-from textgym.settings import Positive
+from textgym.settings import Count, NotNegative, Positive, PositiveShare, refuse_together
 
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
-from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
-from .common.rollout import Rollout
+from .common.rollout import Rollout, merge
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .machine.distributed import everyone, sum_over_processes
+from .objectives.prompt_groups import PromptGroupAgent, PromptGroupConfig
 
 
 @dataclass
 class GRPOConfig(PromptGroupConfig):
     """Hyperparameters of GRPO. The coefficient of the KL to the reference is an argument of the environment."""
 
-    scale: Literal["group", "none"] = "group"
-    """Whether to divide advantages by the standard deviation of their group."""
+    scale: Literal["group", "none", "each"] = "group"
+    """Unit of the advantages: "group" divides by the standard deviation of the group's returns, "none" does not divide,
+    "each" divides each reward function by its own before they are added."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
     """Average of the loss: "grpo" over the tokens of each episode and then over episodes, "dr_grpo" over episodes times
     the maximum length, "dapo" over all response tokens of the minibatch, "bnpo" over those of each micro-batch."""
@@ -53,10 +63,39 @@ class GRPOConfig(PromptGroupConfig):
     """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
     clip_range_high: Positive | None = None
     """Another clip range above 1; DAPO's clip-higher uses 0.28. None for `clip_range`."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio: of each token, or one for all tokens of an episode, the geometric mean of their ratios."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """"clip" is PPO's; "cispo" clips the weight of each token's gradient from above and drops no token."""
+    entropy_share: PositiveShare = 1.0
+    """Share of the response tokens of a rollout that the policy loss is of, those with the highest entropy."""
+    overlong_buffer: Count | None = None
+    """Number of tokens before the maximum length in which the score falls linearly by `overlong_penalty`."""
+    overlong_penalty: NotNegative = 1.0
+    """What a response of the maximum length pays with `overlong_buffer`."""
+    dynamic_sampling: Count | None = None
+    """Maximum number of further rounds of episodes to collect in place of groups whose scores are all equal."""
+    importance_cap: Positive | None = None
+    """Compute the log-probs of a rollout again, and correct for the sampler's by importance weights up to this; for
+    engines whose log-probs are not those of the trainer."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is part of the reward or of the loss."""
     kl_gradient: Literal["exact", "k3"] = "exact"
     """Gradient of a KL in the loss: "exact" is k3 times the importance ratio; "k3" is k3 alone, as published."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_together(
+            self,
+            {
+                ("surrogate", "ratio"): "CISPO weights each token by its own ratio",
+                ("surrogate", "clip_range"): "CISPO clips from above alone: set clip_range_high",
+            },
+        )
+        if self.overlong_penalty != 1.0 and self.overlong_buffer is None:
+            raise ConfigError(
+                f"overlong_penalty={self.overlong_penalty} needs overlong_buffer, the tokens in which it grows"
+            )
 
 
 class GRPO(PromptGroupAgent):
@@ -73,16 +112,23 @@ class GRPO(PromptGroupAgent):
                 f"kl_clamp={self.penalty.clamp} would remove the gradient of a larger KL in the loss: leave "
                 "kl_clamp out, or apply the KL penalty in the reward with kl_in='reward'"
             )
+        if self.config.scale == "each" and self.config.kl_in == "reward" and self.penalty.coef > 0:
+            raise ConfigError(
+                "scale='each' is of reward functions, and the KL in the reward is none of them: set kl_in='loss', or "
+                "kl_coef=0 in the environment"
+            )
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.training_mask
 
-        # 1. The return of an episode: its score, minus the KL penalty of all its tokens unless the loss has it.
-        rewards = rollout.rewards  # (N, T)
+        # 1. The return of an episode: its score and the costs of constraints and length, minus the KL penalty of all
+        #    its tokens unless the loss has it.
+        rewards = self.constraints.charge(rollout)  # (N, T)
         if config.kl_in == "reward":
             rewards = self.penalty.charge(rewards, kl)
-        groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
+        returns = rewards.double().sum(1) - self.overlong(rollout.sequences.response_lengths)  # (N,)
+        groups = self.compared(returns, rollout.scored)  # (groups, group_size)
 
         # 2. Advantages: the return minus the group's mean, the same for all tokens of an episode; 1e-4 as in TRL.
         # Below 1e-6 returns differ by the rounding of the KL alone, which the division by 1e-4 would make a thousandth.
@@ -90,11 +136,18 @@ class GRPO(PromptGroupAgent):
         advantages = torch.where(informative, groups.differences, 0.0)
         if config.scale == "group":
             advantages = advantages / (groups.standard_deviation + 1e-4)
+        if config.scale == "each":
+            advantages = self.of_each_reward(rollout, groups.comparable)
         advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
+        corrections: TensorMetrics = {}
+        if config.importance_cap is not None:
+            rollout, advantages, corrections = self.corrected(rollout, advantages, config.importance_cap)
+        if config.entropy_share < 1:
+            advantages = torch.where(self.high_entropy(rollout), advantages, 0.0)
 
-        # 3. Groups of equal returns have advantage 0, but count in the means of the loss: otherwise the gradient of
-        #    the others would grow with their number. If nothing else in the loss has a gradient, they need no pass.
-        [comparable, different] = to_host(groups.comparable.flatten(), (informative & groups.comparable).flatten())
+        # 3. Episodes with advantage 0 count in the means of the loss: otherwise the gradient of the others would grow
+        #    with their number. If nothing else in the loss has a gradient, they need no pass.
+        [comparable, different] = to_host(groups.comparable.flatten(), (advantages != 0).any(1))
         alone = self.reference_log_probs is None and config.entropy_coef == 0 and config.loss_type != "bnpo"
         with_gradient = different if alone else None
 
@@ -107,39 +160,113 @@ class GRPO(PromptGroupAgent):
                 break
 
         # 5. Metrics, and the share of the groups whose returns are equal.
-        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(informative.float())})
+        return self.finish(steps, {"frac_reward_zero_std": 1 - overall_mean(informative.float()), **corrections})
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """Return the clipped surrogate (Shao et al., 2024, equation 3), a sum over tokens weighted by `weights`."""
         config, mask = self.config, batch.response_mask
         weights = self.weights(batch)  # (N, T)
 
-        # 1. PPO's clipped surrogate; DAPO's clip-higher has another bound above 1 (Yu et al., 2025, section 3.1).
+        # 1. The importance ratio of each token, or the geometric mean of an episode's (Zheng et al., 2025, equation 7).
         log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
         ratio = log_ratio.exp()
+        if config.ratio == "sequence":
+            mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            ratio = torch.where(mask, mean.exp(), 1.0)
+
+        # 2. PPO's clipped surrogate; DAPO's clip-higher has another bound above 1 (Yu et al., 2025, section 3.1).
+        #    CISPO is the policy gradient of every token, times its clipped ratio (MiniMax, 2025, equation 4).
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         plain = ratio * batch.advantages
-        clipped = ratio.clamp(1 - config.clip_range, 1 + high) * batch.advantages
-        policy_loss = (weights * -torch.minimum(plain, clipped)).sum()
+        if config.surrogate == "cispo":
+            clipped = ratio.clamp(max=1 + high) * batch.advantages
+            objective = clipped.detach() * torch.where(mask, new.log_prob, 0.0)
+        else:
+            clipped = ratio.clamp(1 - config.clip_range, 1 + high) * batch.advantages
+            objective = torch.minimum(plain, clipped)
+        policy_loss = (weights * -objective).sum()
 
-        # 2. Entropy bonus; the entropy has no gradient if its coefficient is 0.
+        # 3. Entropy bonus; the entropy has no gradient if its coefficient is 0.
         loss = policy_loss - config.entropy_coef * (weights * torch.where(mask, new.entropy, 0.0)).sum()
 
         with torch.no_grad():
             metrics = {
-                "policy/approxkl_avg": masked_mean(ratio - 1 - log_ratio, mask),
+                "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
                 "policy/clipfrac_avg": masked_mean((clipped < plain).float(), mask),
                 "loss/policy_avg": policy_loss,
                 "val/ratio": masked_mean(ratio, mask),
                 "policy/entropy_avg": masked_mean(new.entropy, mask),
             }
 
-        # 3. The KL to the reference, if it is part of the loss and not of the reward.
+        # 4. The KL to the reference, if it is part of the loss and not of the reward.
         if self.reference_log_probs is not None:
             kl = self.kl_to_reference(new.log_prob, batch)  # (N, T)
             loss = loss + self.penalty.coef * (weights * kl).sum()
             metrics["loss/kl_avg"] = (weights * kl).sum()
         return loss, metrics
+
+    def collect(self) -> Rollout:
+        """Collect one episode in every row; replace groups whose scores are all equal (Yu et al., 2025, section 3.2).
+
+        They have no gradient, so without them every update learns from the same number of groups. If the last round
+        has too few others, some stay.
+        """
+        rollout = super().collect()
+        for _ in range(self.config.dynamic_sampling or 0):
+            flat = self.flat_groups(rollout)
+            if not any(everyone(bool(flat.any()))):  # all processes collect the same number of rounds
+                break
+            further = super().collect()
+            rows = torch.arange(2 * len(rollout)).view(-1, self.config.group_size)  # of both rollouts
+            first, second = rows[: len(flat)], rows[len(flat) :]
+            order = torch.cat([first[~flat], second[~self.flat_groups(further)], first[flat]])
+            rollout = merge([rollout, further])[order[: len(flat)].flatten()]
+        return rollout
+
+    def flat_groups(self, rollout: Rollout) -> Tensor:
+        """Return the groups whose scores are all equal, bool `(groups,)` on the host."""
+        [informative] = to_host(self.compared(rollout.scores, rollout.scored).informative[:, 0])
+        return ~informative
+
+    def overlong(self, lengths: Tensor) -> Tensor:
+        """Return what responses of these lengths `(N,)` pay in the last tokens before the maximum length, `(N,)`.
+
+        With a buffer of B tokens and the maximum length L it is the penalty times (length - (L - B)) / B, at least 0
+        (Yu et al., 2025, equation 13).
+        """
+        buffer = self.config.overlong_buffer
+        if buffer is None:
+            return torch.zeros_like(lengths, dtype=torch.float64)
+        beyond = (lengths - (self.base_env.max_new_tokens - buffer)).clamp(min=0)
+        return self.config.overlong_penalty * beyond.double() / buffer
+
+    def of_each_reward(self, rollout: Rollout, comparable: Tensor) -> Tensor:
+        """Return advantages `(groups, group_size)` in which each reward function has its own unit (Liu et al., 2026).
+
+        A_i = sum_k w_k (r_ik - mean of the group) / (standard deviation of the group + 1e-4) for reward functions k,
+        then normalised over the rollout. A function that did not score a row has no part in its advantage.
+        """
+        total = torch.zeros(comparable.shape, dtype=torch.float64, device=comparable.device)
+        for name, weight in zip(self.base_env.scorer.names, self.base_env.scorer.weights, strict=True):
+            column = rollout.components[f"reward/{name}"]  # (N,)
+            groups = self.compared(column, ~column.isnan())
+            total += weight * groups.differences / (groups.standard_deviation + 1e-4)
+        count = sum_over_processes(comparable.sum())
+        difference = torch.where(comparable, total - overall_mean(total, comparable), 0.0)
+        variance = overall_mean(difference.square(), comparable) * count / (count - 1).clamp(min=1)
+        return difference / (variance.sqrt() + 1e-4)
+
+    @torch.no_grad()
+    def high_entropy(self, rollout: Rollout) -> Tensor:
+        """Return the tokens that `entropy_share` keeps, bool `(N, T)` (Wang et al., 2025, equation 5).
+
+        Entropies are those of the policy that sampled, so every minibatch has the same threshold.
+        """
+        mask = rollout.training_mask
+        _, entropy = self.policy.score_sequences(rollout.sequences)  # (N, T)
+        known = torch.cat(everyone(entropy[mask].cpu()))
+        threshold = known.quantile(1 - self.config.entropy_share).to(entropy.device)
+        return mask & (entropy >= threshold)
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
-from textgym.settings import Count, NotNegative, Positive, Share, above
+from textgym.settings import Check, Count, NotNegative, Positive, Share, above
 
 from .common.advantages import discounted_returns, gae
 from .common.means import explained_variance, masked_mean, overall_mean, whiten
@@ -34,7 +34,9 @@ from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .critics.critic_agent import CriticAgent, CriticConfig
+from .machine.distributed import count
+from .objectives.critic_agent import CriticAgent, CriticConfig
+from .objectives.pretraining import PretrainingTexts, negative_log_likelihood
 
 
 @dataclass
@@ -74,11 +76,25 @@ class PPOConfig(CriticConfig):
     """Normalise advantages to mean 0 and variance 1 over the response tokens of the rollout."""
     whiten_rewards: bool = False
     """Normalise token rewards to variance 1, without changing their mean."""
+    ptx_data: Annotated[str, Check("the path of a .jsonl file", lambda path: path.endswith(".jsonl"))] | None = None
+    """Pretraining texts whose likelihood is part of the loss (PPO-ptx); a .jsonl file of rows with "text", or with
+    "prompt" and "completion"."""
+    ptx_coef: Positive = 1.0
+    """Weight of the mean negative log-likelihood of `ptx_data`, in nats per token."""
+    ptx_batch_size: Count = 8
+    """Texts of `ptx_data` in an optimiser step, in each process."""
+    ptx_max_length: Count = 512
+    """Maximum number of tokens of a text of `ptx_data`."""
+    importance_cap: Positive | None = None
+    """Compute the log-probs of a rollout again, and correct for the sampler's by importance weights up to this; for
+    engines whose log-probs are not those of the trainer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.kl_min < self.kl_max:
             raise ConfigError(f"kl_min must be below kl_max={self.kl_max}, got {self.kl_min}")
+        if self.ptx_coef != 1.0 and self.ptx_data is None:
+            raise ConfigError(f"ptx_coef={self.ptx_coef} is the weight of ptx_data: give a .jsonl file of texts")
 
 
 class PPO(CriticAgent):
@@ -99,13 +115,18 @@ class PPO(CriticAgent):
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         self.penalty_coef = self.config.penalty_coef
+        self.pretraining: PretrainingTexts | None = None
+        if self.config.ptx_data is not None:
+            tokenizer, longest = self.base_env.tokenizer, self.config.ptx_max_length
+            self.pretraining = PretrainingTexts(self.config.ptx_data, tokenizer, self.policy, longest)
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update of PPO (Schulman et al., 2017, algorithm 1) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.training_mask
 
-        # 1. Rewards: the KL penalty on every token, the score on the last one (Ziegler et al., 2019, equation 2).
-        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
+        # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one (Ziegler et
+        #    al., 2019, equation 2).
+        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 
@@ -120,6 +141,9 @@ class PPO(CriticAgent):
             _, returns = gae(rewards, rollout.values, mask, config.gamma, config.critic_lam)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
+        corrections: TensorMetrics = {}
+        if config.importance_cap is not None:
+            rollout, advantages, corrections = self.corrected(rollout, advantages, config.importance_cap)
 
         # 4. Several epochs of minibatches of whole episodes, one optimiser step each.
         steps: list[TensorMetrics] = []
@@ -131,7 +155,7 @@ class PPO(CriticAgent):
 
         # 5. Metrics: means over the steps, and the explained variance of the critic before them.
         further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)}
-        metrics = self.finish(steps, further)
+        metrics = self.finish(steps, {**further, **corrections})
         if config.variant == "penalty":
             metrics |= self.adapt_penalty(rollout)
         return metrics
@@ -191,6 +215,21 @@ class PPO(CriticAgent):
             }
         return loss, metrics
 
+    def step(self, batch: Batch) -> TensorMetrics:
+        """Make one optimiser step; see `PolicyGradientAgent`. With `ptx_data`, `loss/ptx_avg` is the loss of texts."""
+        metrics = super().step(batch)
+        return metrics if self.pretraining is None else {**metrics, "loss/ptx_avg": self.ptx_loss}
+
+    def apply_gradients(self, loss: Tensor) -> Tensor:
+        """Add the gradient of -c E[log pi(x)] over pretraining texts (Ouyang et al., 2022, equation 2), then step."""
+        if self.pretraining is not None:
+            texts = self.pretraining.sample(self.config.ptx_batch_size, self.shuffler)
+            likelihood_loss = self.learner(lambda policy: negative_log_likelihood(policy, texts))
+            (self.config.ptx_coef / count() * likelihood_loss).backward()  # gradients are summed over processes
+            self.ptx_loss = likelihood_loss.detach()
+            loss = loss + self.ptx_loss
+        return super().apply_gradients(loss)
+
     def adapt_penalty(self, rollout: Rollout) -> Metrics:
         """Double or halve the penalty's coefficient, depending on KL(old, new) (Schulman et al., 2017, section 4)."""
         log_ratio = self.new_log_probs(rollout) - rollout.log_probs
@@ -204,14 +243,11 @@ class PPO(CriticAgent):
             self.penalty_coef /= 2
         return metrics
 
-    def new_log_probs(self, rollout: Rollout) -> Tensor:
-        """Return the log-probs `(N, T)` of a rollout under the policy as it is now."""
-        return self.policy.sequence_log_probs(rollout.sequences)
-
     def training_state(self) -> dict[str, Any]:
         """Return the coefficient of the penalty, for a checkpoint."""
-        return {"penalty_coef": self.penalty_coef}
+        return {**super().training_state(), "penalty_coef": self.penalty_coef}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore the coefficient of `training_state`."""
+        super().load_training_state(state)
         self.penalty_coef = state["penalty_coef"]

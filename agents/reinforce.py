@@ -28,7 +28,7 @@ from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .critics.critic_agent import SEPARATE, CriticAgent, CriticConfig
+from .objectives.critic_agent import SEPARATE, CriticAgent, CriticConfig
 
 
 @dataclass
@@ -69,8 +69,8 @@ class REINFORCE(CriticAgent):
         """Make one update (Williams, 1992) from a rollout and the KL of its tokens."""
         config, mask = self.config, rollout.training_mask
 
-        # 1. Rewards: the KL penalty on every token, the score on the last one.
-        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
+        # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one.
+        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
 
         # 2. Returns: from each token on, or of the whole episode for every token.
         returns = discounted_returns(rewards, mask, config.gamma)

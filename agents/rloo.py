@@ -26,9 +26,9 @@ from textgym.settings import Positive
 from .common.means import masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
-from .common.prompt_groups import PromptGroupAgent, PromptGroupConfig
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .objectives.prompt_groups import PromptGroupAgent, PromptGroupConfig
 
 
 @dataclass
@@ -51,8 +51,8 @@ class RLOO(PromptGroupAgent):
         """Make one update (Ahmadian et al., 2024, section 3) from a rollout and the KL of its tokens."""
         config = self.config
 
-        # 1. The return of an episode: its score minus the KL penalty of all its tokens.
-        rewards = self.penalty.charge(rollout.rewards, kl)  # (N, T)
+        # 1. The return of an episode: its score minus the KL penalty of all its tokens and the costs of constraints.
+        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
         groups = self.compared(rewards.double().sum(1), rollout.scored)  # (groups, group_size)
         comparable = groups.comparable.flatten()  # (N,); an episode without others in its group has no baseline
         mask = rollout.response_mask & comparable[:, None]

@@ -8,6 +8,7 @@ TRL is not a dependency, so its numbers are stored in tests/agents/trl_group_los
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections import defaultdict
@@ -87,6 +88,22 @@ def main(args: Args) -> None:
             trainer = stub(tokens, loss_type=loss_type, beta=beta, args=settings, epsilon_high=0.28)
             loss = float(GRPOTrainer._compute_loss(trainer, None, inputs(tokens)))
             cases.append({"loss_type": loss_type, "beta": beta, "exact": unbiased, "loss": loss})
+    # GSPO, CISPO, and a loss of the tokens with high entropy alone, with the gradients of the log-probs.
+    entropies = torch.rand(4, WIDTH, generator=rng)
+    variants = []
+    for name, settings in (
+        ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_high": 0.28}),
+        ("cispo", {"loss_type": "cispo", "epsilon_high": 1.28}),
+        ("entropy", {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.4}),
+    ):
+        moving = tokens["new"].clone().requires_grad_()
+        trainer = stub(tokens, beta=0.0, **settings)
+        trainer._get_per_token_logps_and_entropies = lambda *_, new=moving, **__: (new, entropies, None)
+        trainer.get_high_entropy_mask = functools.partial(GRPOTrainer.get_high_entropy_mask, trainer)
+        trainer.accelerator.pad_across_processes = lambda x, **_: x
+        loss = GRPOTrainer._compute_loss(trainer, None, inputs(tokens))
+        (gradient,) = torch.autograd.grad(loss, moving)
+        variants.append({"name": name, "loss": float(loss), "gradient": gradient.tolist()})
     rloo = float(RLOOTrainer._compute_loss(stub(tokens, epsilon_high=0.2), None, inputs(tokens)))
     record = {
         "trl": trl.__version__,
@@ -94,10 +111,12 @@ def main(args: Args) -> None:
         "longest": LONGEST,
         **{name: values.tolist() for name, values in tokens.items()},
         "grpo": cases,
+        "entropies": entropies.tolist(),
+        "variants": variants,
         "rloo": rloo,
     }
     OUTPUT.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{len(cases) + 1} losses of TRL {trl.__version__}: {OUTPUT}")
+    print(f"{len(cases) + len(variants) + 1} losses of TRL {trl.__version__}: {OUTPUT}")
 
 
 if __name__ == "__main__":

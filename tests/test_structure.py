@@ -30,7 +30,7 @@ LAYERS = (
     "__main__",
 )
 # In agents/ the algorithms are the files at the top.
-AGENT_LAYERS = ("machine", "common", "critics", "engines", "", "runs", "search")
+AGENT_LAYERS = ("machine", "common", "objectives", "engines", "", "runs", "search")
 # Pairs (module, imported module) that point up until they are designed anew.
 KNOWN: set[tuple[str, str]] = set()
 

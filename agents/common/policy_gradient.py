@@ -14,17 +14,22 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from textgym.models.actor_critic import ActorCritic, Evaluation
+from textgym.errors import ConfigError
+from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
-from textgym.settings import Count, NotNegative
+from textgym.models.token_model import TokenModel
+from textgym.settings import Count, NotNegative, Positive, between, unmet
 
 from ..machine.distributed import everyone, pad_micro_batches, share_of, sum_over_processes
+from .constraints import Constraints
+from .means import overall_mean
 from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
@@ -44,6 +49,25 @@ class PolicyGradientConfig(RolloutAgentConfig):
     """Weight of the entropy bonus."""
     target_kl: NotNegative | None = None
     """End the epochs of an update when the approximate KL to the old policy, per token, exceeds 1.5 times this."""
+    constraints: dict[str, float] = field(default_factory=dict)
+    """Upper limits on the means of reward functions, by name; each has a Lagrange multiplier that takes the function's
+    value off the reward, and that grows while the mean is above the limit."""
+    constraint_learning_rate: Positive = 0.01
+    """Step size of the multipliers."""
+    ema_decay: Annotated[float, between(0, 1)] | None = None
+    """Keep an average of the policy's weights, `agent.averaged`, in which each update has the weight 1 - `ema_decay`;
+    None for no average."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, limit in self.constraints.items():
+            if (expected := unmet(limit, float)) is not None:
+                raise ConfigError(f"constraints must be limits by name; that of {name!r} must be {expected}: {limit!r}")
+        if self.constraint_learning_rate != 0.01 and not self.constraints:
+            raise ConfigError(
+                f"constraint_learning_rate={self.constraint_learning_rate} is for constraints={self.constraints}: "
+                "name a reward function and its limit"
+            )
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,12 @@ class PolicyGradientAgent(RolloutAgent):
     """`(N, T)`, of the last update, for callbacks that show them."""
     returns: Tensor | None = None
     """`(N, T)`, targets of the critic in the last update; `None` for algorithms without one."""
+
+    def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        limits = self.config.constraints
+        self.constraints = Constraints(limits, self.config.constraint_learning_rate, self.base_env.scorer.names)
+        self.averaged = None if self.config.ema_decay is None else self.policy.frozen_copy()
 
     @abstractmethod
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
@@ -193,7 +223,63 @@ class PolicyGradientAgent(RolloutAgent):
             further: Metrics of the update.
         """
         self.learner.refresh()
-        return on_host(mean_over(steps) | (further or {}))
+        self._average()
+        return on_host(mean_over(steps) | self.constraints.metrics | (further or {}))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average of the weights towards the policy (Polyak and Juditsky, 1992, with exponential weights)."""
+        if self.averaged is not None and self.config.ema_decay is not None:
+            for mean, weight in zip(self.averaged.lm.parameters(), self.policy.lm.parameters(), strict=True):
+                if mean is not weight:  # weights that are never trained are shared
+                    mean.lerp_(weight, 1 - self.config.ema_decay)
+            self.averaged.reset_cache()
+
+    def new_log_probs(self, rollout: Rollout) -> Tensor:
+        """Return the log-probs `(N, T)` of a rollout under the policy as it is now."""
+        return self.policy.sequence_log_probs(rollout.sequences)
+
+    def corrected(self, rollout: Rollout, advantages: Tensor, cap: float) -> tuple[Rollout, Tensor, TensorMetrics]:
+        """Correct for a sampler whose log-probs are not those of the trainer (Yao et al., 2025).
+
+        Responses of another engine or of an older policy were sampled from mu and not from pi_old. The ratio of the
+        surrogate is then to pi_old, and each token has the truncated importance weight
+        w = min(pi_old(a | s) / mu(a | s), C), which multiplies the advantage.
+
+        Args:
+            rollout: Episodes with the sampler's log-probs.
+            advantages: `(N, T)`.
+            cap: C.
+
+        Returns:
+            The rollout with the trainer's log-probs, the weighted advantages, and the mean difference of log-probs.
+        """
+        mask = rollout.response_mask
+        log_probs = torch.where(mask, self.new_log_probs(rollout), 0.0)  # log pi_old, (N, T)
+        difference = torch.where(mask, log_probs - rollout.log_probs, 0.0)
+        weights = difference.exp().clamp(max=cap)
+        metrics = {"sampling/logp_difference": overall_mean(difference.abs(), mask)}
+        return replace(rollout, log_probs=log_probs), advantages * weights, metrics
+
+    def training_state(self) -> dict[str, Any]:
+        """Return the multipliers of the constraints, for a checkpoint."""
+        return {"multipliers": self.constraints.multipliers}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore the multipliers of `training_state`."""
+        self.constraints.multipliers = state["multipliers"]
+
+    def frozen_models(self) -> dict[str, TokenModel]:
+        """Return the frozen models, with the average of the policy, for a checkpoint."""
+        averaged = {} if self.averaged is None else {"averaged": self.averaged}
+        return {**super().frozen_models(), **averaged}
+
+    def take_frozen_model(self, name: str, model: TokenModel) -> None:
+        """Restore a model of `frozen_models`."""
+        if name == "averaged":
+            self.averaged = model
+        else:
+            super().take_frozen_model(name, model)
 
 
 def _slices(count: int, size: int | None) -> list[slice]:

@@ -12,7 +12,7 @@ import torch
 from textgym import agents
 from textgym.agents import A2C, NLPO, PPO, REINFORCE
 from textgym.agents.common.rollout import collect
-from textgym.agents.critics.critic_agent import CriticAgent
+from textgym.agents.objectives.critic_agent import CriticAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask, assert_trained_alike, byte_tokenizer, mock_lm
 

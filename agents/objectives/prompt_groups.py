@@ -10,8 +10,8 @@ from torch import Tensor
 
 from textgym.settings import MOST, at_least, at_most
 
-from .advantages import GroupComparison, compare_groups
-from .policy_gradient import PolicyGradientAgent, PolicyGradientConfig
+from ..common.advantages import GroupComparison, compare_groups
+from ..common.policy_gradient import PolicyGradientAgent, PolicyGradientConfig
 
 
 @dataclass

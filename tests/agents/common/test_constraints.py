@@ -1,0 +1,162 @@
+"""Constraints by Lagrange multipliers, and the average of the policy's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+
+from textgym.agents import A2C, GRPO, PPO, REINFORCE, RLOO, ExpertIteration, PPOConfig
+from textgym.agents.common.policy_gradient import PolicyGradientAgent
+from textgym.models.actor_critic import ActorCritic
+from textgym.testing import ExactTask, assert_close, byte_tokenizer, mock_lm
+
+AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
+    "ppo": (PPO, {"minibatch_size": 16}),
+    "a2c": (A2C, {}),
+    "reinforce": (REINFORCE, {}),
+    "rloo": (RLOO, {"group_size": 4}),
+    "grpo": (GRPO, {"group_size": 4}),
+    "expert iteration": (ExpertIteration, {"group_size": 4}),
+}
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def length(completion_ids: list[list[int]]) -> list[float | None]:
+    """Of all responses but those of three tokens."""
+    return [float(len(ids)) if len(ids) != 3 else None for ids in completion_ids]
+
+
+def make_envs() -> Any:
+    return gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=16,
+        prompts=["one", "x"],
+        tokenizer=byte_tokenizer(),
+        reward=[vowels, length],
+        reward_weights=[1.0, 0.0],
+        stop=list(range(0, 256, 8)),  # so that lengths differ
+        kl_coef=0.0,
+        max_new_tokens=6,
+    )
+
+
+def make_agent(name: str = "ppo", **changes: Any) -> Any:
+    kind, settings = AGENTS[name]
+    config = {"episodes_per_update": 16, "learning_rate": 0.0, **settings, **changes}
+    return kind(ActorCritic.from_pretrained(mock_lm()), make_envs(), kind.config_class(**config))
+
+
+def test_a_multiplier_grows_above_the_limit_and_never_falls_below_zero() -> None:
+    history: list[dict[str, float]] = []
+    agent = make_agent(constraints={"length": 3.0}, constraint_learning_rate=0.1)
+    agent.learn(64, [lambda _, metrics: history.append(metrics)])
+    expected = 0.0
+    for metrics in history:
+        expected = max(0.0, expected + 0.1 * (metrics["constraint/length/mean"] - 3.0))
+        assert metrics["constraint/length/multiplier"] == pytest.approx(expected)
+        assert metrics["constraint/length/mean"] == pytest.approx(metrics["rewards/length/mean"])
+    assert expected > 0.0
+    loose = make_agent(constraints={"length": 100.0}, constraint_learning_rate=0.1)
+    loose.learn(32)
+    assert loose.constraints.multipliers == {"length": 0.0}
+
+
+def test_the_last_token_pays_the_cost_and_a_row_without_one_pays_nothing() -> None:
+    agent = make_agent(constraints={"length": 2.0}, constraint_learning_rate=0.5)
+    rollout = agent.collect()
+    before = rollout.rewards.clone()
+    paid = before - agent.constraints.charge(rollout)
+    multiplier = agent.constraints.multipliers["length"]
+    lengths = rollout.sequences.response_lengths
+    assert multiplier > 0
+    assert (lengths == 3).any()
+    expected = torch.zeros_like(paid)
+    expected.scatter_(1, lengths[:, None] - 1, torch.where(lengths != 3, multiplier * lengths, 0.0)[:, None])
+    assert_close(paid, expected, terms=4, scale=10.0)
+    assert torch.equal(rollout.rewards, before), "the rollout is not changed"
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_agent_pays_the_costs(name: str) -> None:
+    """A step differs from that of the same agent without constraints."""
+    weights = []
+    for constraints in ({}, {"length": 0.0}):
+        agent = make_agent(name, constraints=constraints, learning_rate=1e-2, optimizer="SGD")
+        if constraints:
+            agent.constraints.multipliers["length"] = 5.0
+        weights.append(torch.cat([weight.detach().flatten() for weight in agent.learn(16).policy.lm.parameters()]))
+    assert not torch.equal(*weights)
+
+
+def test_a_limit_on_an_unknown_function_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a limit on 'lenght', and the environment's reward functions are \['vowels'"):
+        make_agent(constraints={"lenght": 3.0})
+    with pytest.raises(ValueError, match=r"constraint_learning_rate=0.5 is for constraints"):
+        PPOConfig(constraint_learning_rate=0.5)
+    for limit in (float("nan"), "3", True):
+        with pytest.raises(ValueError, match="constraints must be limits by name; that of 'length' must be a finite"):
+            PPOConfig(constraints={"length": limit})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("name", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_multipliers_and_averages_are_saved(name: str, tmp_path: Path) -> None:
+    changes = {"constraints": {"length": 2.0}, "constraint_learning_rate": 0.5, "ema_decay": 0.5, "learning_rate": 1e-2}
+    agent = make_agent(name, **changes).learn(32)
+    agent.save(tmp_path / "agent")
+    loaded = type(agent).load(tmp_path / "agent", envs=make_envs())
+    assert loaded.constraints.multipliers == agent.constraints.multipliers != {"length": 0.0}
+    for mean, expected in zip(loaded.averaged.lm.parameters(), agent.averaged.lm.parameters(), strict=True):
+        assert torch.equal(mean, expected)
+    assert not torch.equal(next(loaded.averaged.lm.parameters()), next(loaded.policy.lm.parameters()))
+
+
+def test_the_average_gives_each_update_its_weight() -> None:
+    agent = make_agent(ema_decay=0.75, learning_rate=1e-2)
+    weights = [next(agent.policy.lm.parameters()).detach().clone()]
+    agent.learn(48, [lambda agent, _: weights.append(next(agent.policy.lm.parameters()).detach().clone())])
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    mean = next(agent.averaged.lm.parameters())
+    assert_close(mean, expected, terms=4)
+    assert not mean.requires_grad
+    assert make_agent().averaged is None
+
+
+@pytest.mark.slow
+@pytest.mark.training
+def test_a_constraint_holds_after_training() -> None:
+    """A cost that is the reward itself, so that the policy wants all of it: its mean ends near the limit, not above."""
+    task = ExactTask(vocab_size=5, horizon=2, seed=1)
+
+    def cost(completion_ids: list[list[int]]) -> list[float]:
+        return task.score(completion_ids)
+
+    means = []
+    for constraints in ({}, {"cost": 0.3}):
+        arguments = task.env_kwargs(0.05)
+        arguments |= {"reward": [task.score, cost], "reward_weights": [1.0, 0.0]}
+        envs = gym.make_vec("textgym/Text-v0", num_envs=128, **arguments)
+        policy = ActorCritic.from_pretrained(task.language_model(), critic="separate")
+        config = PPOConfig(
+            episodes_per_update=128,
+            minibatch_size=64,
+            learning_rate=0.1,
+            anneal_learning_rate=False,
+            constraints=constraints,
+            **({"constraint_learning_rate": 0.1} if constraints else {}),
+        )
+        history: list[float] = []
+        PPO(policy, envs, config).learn(
+            128 * 60, [lambda _, m, history=history: history.append(m["rewards/cost/mean"])]
+        )
+        means.append(sum(history[-20:]) / 20)
+    assert means[0] > 0.6
+    assert means[1] == pytest.approx(0.3, abs=0.1)
