@@ -37,7 +37,6 @@ from torch import Tensor
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
-from textgym.rewards.kl import estimate_kl
 from textgym.settings import Count, NotNegative, Positive, PositiveShare, refuse_together
 
 from .common.means import masked_mean, overall_mean
@@ -103,15 +102,11 @@ class GRPO(PromptGroupAgent):
 
     config_class: ClassVar[type[RolloutAgentConfig]] = GRPOConfig
     config: GRPOConfig
-    reference_log_probs: Tensor | None = None  # (N, T) of the rollout, if the loss has the KL
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
-        if self.config.kl_in == "loss" and self.penalty.clamp is not None:
-            raise ConfigError(
-                f"kl_clamp={self.penalty.clamp} would remove the gradient of a larger KL in the loss: leave "
-                "kl_clamp out, or apply the KL penalty in the reward with kl_in='reward'"
-            )
+        if self.config.kl_in == "loss":
+            self.refuse_clamp()
         if self.config.scale == "each" and self.config.kl_in == "reward" and self.penalty.coef > 0:
             raise ConfigError(
                 "scale='each' is of reward functions, and the KL in the reward is none of them: set kl_in='loss', or "
@@ -200,7 +195,7 @@ class GRPO(PromptGroupAgent):
 
         # 4. The KL to the reference, if it is part of the loss and not of the reward.
         if self.reference_log_probs is not None:
-            kl = self.kl_to_reference(new.log_prob, batch)  # (N, T)
+            kl = self.kl_to_reference(new.log_prob, batch, exact=config.kl_gradient == "exact")  # (N, T)
             loss = loss + self.penalty.coef * (weights * kl).sum()
             metrics["loss/kl_avg"] = (weights * kl).sum()
         return loss, metrics
@@ -270,22 +265,7 @@ class GRPO(PromptGroupAgent):
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""
-        self.reference_log_probs = None
-        if self.config.kl_in == "loss" and self.penalty.coef > 0:
-            self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
-        if self.reference_log_probs is None or self.penalty.estimator == "full":
-            return super().measure_kl(rollout)
-        return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)
-
-    def kl_to_reference(self, log_probs: Tensor, batch: Batch) -> Tensor:
-        """Return k3 of every token `(N, T)` (Schulman, 2020), with the gradient that `kl_gradient` selects."""
-        assert self.reference_log_probs is not None
-        mask = batch.response_mask
-        reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
-        kl = estimate_kl(torch.where(mask, log_probs, 0.0), torch.where(mask, reference, 0.0), "k3")
-        if self.config.kl_gradient == "exact":
-            kl = torch.where(mask, log_probs - batch.log_probs, 0.0).exp() * kl
-        return kl
+        return self.measure_kl_for_loss(rollout) if self.config.kl_in == "loss" else super().measure_kl(rollout)
 
     def weights(self, batch: Batch) -> Tensor:
         """Return the weight of each token in the loss, `(N, T)`."""

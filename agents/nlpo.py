@@ -44,6 +44,11 @@ class NLPOConfig(PPOConfig):
     mask_update_interval: Count | None = 20
     """Number of updates between refreshes of the masking policy; None keeps the first one."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_in == "loss":
+            raise ConfigError("kl_in='loss' and NLPO's mask exclude each other: leave kl_in='reward', or use PPO")
+
 
 class NLPO(PPO):
     """PPO within the nucleus of a masking policy; arguments as `RolloutAgent`."""

@@ -76,6 +76,9 @@ class PPOConfig(CriticConfig):
     """Normalise advantages to mean 0 and variance 1 over the response tokens of the rollout."""
     whiten_rewards: bool = False
     """Normalise token rewards to variance 1, without changing their mean."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether the KL penalty is part of the reward or of the loss. In the loss it is the KL of each token's state: no
+    token pays for what follows it, and beta is relative to advantages of variance 1 if they are whitened."""
     ptx_data: Annotated[str, Check("the path of a .jsonl file", lambda path: path.endswith(".jsonl"))] | None = None
     """Pretraining texts whose likelihood is part of the loss (PPO-ptx); a .jsonl file of rows with "text", or with
     "prompt" and "completion"."""
@@ -115,6 +118,8 @@ class PPO(CriticAgent):
     def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
         self.penalty_coef = self.config.penalty_coef
+        if self.config.kl_in == "loss":
+            self.refuse_clamp()
         self.pretraining: PretrainingTexts | None = None
         if self.config.ptx_data is not None:
             tokenizer, longest = self.base_env.tokenizer, self.config.ptx_max_length
@@ -126,7 +131,9 @@ class PPO(CriticAgent):
 
         # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one (Ziegler et
         #    al., 2019, equation 2).
-        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
+        rewards = self.constraints.charge(rollout)  # (N, T)
+        if config.kl_in == "reward":
+            rewards = self.penalty.charge(rewards, kl)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 
@@ -204,7 +211,7 @@ class PPO(CriticAgent):
         unit = 1.0 if config.whiten_advantages else self.value_std  # of the advantages
         loss = policy_loss + config.value_coef * unit * value_loss - config.entropy_coef * entropy
         with torch.no_grad():
-            metrics = {
+            metrics: TensorMetrics = {
                 "policy/approxkl_avg": masked_mean(approx_kl, mask),
                 "policy/clipfrac_avg": masked_mean((clipped < plain).float(), mask),
                 "loss/policy_avg": policy_loss,
@@ -213,7 +220,17 @@ class PPO(CriticAgent):
                 "val/ratio": masked_mean(ratio, mask),
                 "policy/entropy_avg": entropy,
             }
+
+        # 5. The KL to the reference, if it is part of the loss and not of the reward.
+        if self.reference_log_probs is not None:
+            kl = masked_mean(self.kl_to_reference(new.log_prob, batch, exact=True), mask)
+            loss = loss + self.penalty.coef * kl
+            metrics["loss/kl_avg"] = kl.detach()
         return loss, metrics
+
+    def measure_kl(self, rollout: Rollout) -> Tensor:
+        """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""
+        return self.measure_kl_for_loss(rollout) if self.config.kl_in == "loss" else super().measure_kl(rollout)
 
     def step(self, batch: Batch) -> TensorMetrics:
         """Make one optimiser step; see `PolicyGradientAgent`. With `ptx_data`, `loss/ptx_avg` is the loss of texts."""

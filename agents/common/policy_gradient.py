@@ -25,6 +25,7 @@ from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.models.token_model import TokenModel
+from textgym.rewards.kl import estimate_kl
 from textgym.settings import Count, NotNegative, Positive, between, unmet
 
 from ..machine.distributed import everyone, pad_micro_batches, share_of, sum_over_processes
@@ -130,6 +131,7 @@ class PolicyGradientAgent(RolloutAgent):
     """`(N, T)`, of the last update, for callbacks that show them."""
     returns: Tensor | None = None
     """`(N, T)`, targets of the critic in the last update; `None` for algorithms without one."""
+    reference_log_probs: Tensor | None = None  # (N, T) of the rollout, if the loss has the KL
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
@@ -260,6 +262,37 @@ class PolicyGradientAgent(RolloutAgent):
         weights = difference.exp().clamp(max=cap)
         metrics = {"sampling/logp_difference": overall_mean(difference.abs(), mask)}
         return replace(rollout, log_probs=log_probs), advantages * weights, metrics
+
+    def refuse_clamp(self) -> None:
+        """Raise an error if the KL penalty has a clamp, for a KL that is part of the loss."""
+        if self.penalty.clamp is not None:
+            raise ConfigError(
+                f"kl_clamp={self.penalty.clamp} would remove the gradient of a larger KL in the loss: leave "
+                "kl_clamp out, or apply the KL penalty in the reward with kl_in='reward'"
+            )
+
+    def measure_kl_for_loss(self, rollout: Rollout) -> Tensor:
+        """Return the KL estimate of every token, and store the reference's log-probs for `kl_to_reference`."""
+        self.reference_log_probs = None
+        if self.penalty.coef > 0:
+            self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
+        if self.reference_log_probs is None or self.penalty.estimator == "full":
+            return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
+        return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)
+
+    def kl_to_reference(self, log_probs: Tensor, batch: Batch, exact: bool) -> Tensor:
+        """Return k3 of every token `(N, T)` (Schulman, 2020) with gradients.
+
+        Args:
+            log_probs: `(N, T)`, those of the current policy.
+            batch: The same tokens at rollout time.
+            exact: Whether k3 is multiplied by the importance ratio, so that its gradient is that of KL(pi, pi_ref).
+        """
+        assert self.reference_log_probs is not None
+        mask = batch.response_mask
+        reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
+        kl = estimate_kl(torch.where(mask, log_probs, 0.0), torch.where(mask, reference, 0.0), "k3")
+        return torch.where(mask, log_probs - batch.log_probs, 0.0).exp() * kl if exact else kl
 
     def training_state(self) -> dict[str, Any]:
         """Return the multipliers of the constraints, for a checkpoint."""

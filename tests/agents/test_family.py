@@ -43,6 +43,7 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "a2c, n steps": (A2C, {"estimator": "n_step", "n_steps": 2}),
     "ppo": (PPO, {"minibatch_size": 8}),
     "ppo, penalty": (PPO, {"minibatch_size": 8, "variant": "penalty"}),
+    "ppo, KL in loss": (PPO, {"minibatch_size": 8, "kl_in": "loss"}),
     "nlpo": (NLPO, {"minibatch_size": 8, "mask_update_interval": 2}),
     "grpo": (GRPO, GROUPS),
     "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "loss_type": "grpo"}),
@@ -388,8 +389,9 @@ def test_groups_without_spread_keep_their_entropy_and_their_kl(settings: dict[st
 
 def test_a_clamped_kl_is_refused_in_the_loss() -> None:
     """Beyond the bound it would have no gradient."""
-    with pytest.raises(ValueError, match="kl_clamp=2\\.0 would remove the gradient of a larger KL in the loss"):
-        make_agent("grpo, KL in loss", make_envs(kl_clamp=2.0))
+    for name in ("grpo, KL in loss", "ppo, KL in loss"):
+        with pytest.raises(ValueError, match="kl_clamp=2\\.0 would remove the gradient of a larger KL in the loss"):
+            make_agent(name, make_envs(kl_clamp=2.0))
     make_agent("grpo", make_envs(kl_clamp=2.0))
 
 
@@ -511,6 +513,7 @@ def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: l
         (lambda: agents.PPOConfig(dual_clip=0.5), "dual_clip must be above 1"),
         (lambda: agents.ExpertIterationConfig(keep=9), "keep must be from 1 to group_size=8"),
         (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "kl_min must be below kl_max=0.01, got 0.1"),
+        (lambda: agents.NLPOConfig(kl_in="loss"), "kl_in='loss' and NLPO's mask exclude each other"),
         (lambda: agents.NLPOConfig(mask_update_interval=0), "mask_update_interval must be at least 1"),
         (lambda: make_agent("grpo", group_size=5), "divide num_envs=16"),
         (lambda: make_agent("rloo", group_size=1), "at least 2"),

@@ -189,3 +189,21 @@ def test_nan_in_the_padding_of_the_other_losses() -> None:
         gradient = torch.autograd.grad(loss, log_probs)[0]
         assert gradient.isfinite().all()
         assert gradient[0, 1] == 0
+
+
+def test_kl_in_the_loss_by_hand() -> None:
+    """Two tokens of which one is padding: beta times the ratio times k3, and its gradient is that of KL(pi, pi_ref)."""
+    mask = torch.tensor([[True, False]])
+    new = torch.tensor([[-1.0, torch.nan]], requires_grad=True)
+    old, reference = torch.tensor([[-1.2, 3.0]]), torch.tensor([[-0.5, torch.nan]])
+    agent: Any = PPO.__new__(PPO)
+    agent.config = PPOConfig(value_coef=0.0, kl_in="loss")
+    agent.penalty, agent.reference_log_probs = SimpleNamespace(coef=0.3), reference
+    zeros = torch.zeros(1, 2)
+    batch = Batch(SimpleNamespace(response_mask=mask), old, zeros, zeros, zeros, torch.arange(1))  # type: ignore[arg-type]
+    loss, figures = agent.loss(Evaluation(new, zeros, zeros), batch)
+    expected = math.exp(0.2) * (math.exp(0.5) - 1 - 0.5)
+    assert figures["loss/kl_avg"].item() == pytest.approx(expected)
+    assert loss.item() == pytest.approx(0.3 * expected)
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert gradient.tolist() == [[pytest.approx(0.3 * math.exp(0.2) * -0.5), 0.0]]  # the ratio times log pi / pi_ref
