@@ -63,6 +63,8 @@ METHODS = {
     "ppo-penalty": Method(PPO, {**PPO_SETTINGS, "variant": "penalty"}),
     "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}, learning_rate=0.02),
     "grpo": Method(GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
+    "gspo": Method(GRPO, {**GROUPS, "ratio": "sequence", "loss_type": "grpo", "scale": "none"}),
+    "cispo": Method(GRPO, {**GROUPS, "surrogate": "cispo", "loss_type": "dr_grpo", "scale": "none"}),
     "rloo": Method(RLOO, {**GROUPS, "group_size": 16}),
     "reinforce": Method(REINFORCE, {"baseline": "learned"}, rows=64),
     "a2c": Method(A2C, {}, rows=64),

@@ -60,9 +60,26 @@ def test_python_blocks_run_as_pasted(name: str, block: str, tmp_path: Path, monk
     exec(compile(block, name, "exec"), {"__name__": "__main__"})
 
 
-def test_each_pitfall_names_tests_that_exist() -> None:
+def names_of_tests() -> set[str]:
     files = (ROOT / "tests").glob("**/test_*.py")
-    tests = {name for file in files for name in re.findall(r"^def test_(\w+)", file.read_text("utf-8"), re.MULTILINE)}
+    return {name for file in files for name in re.findall(r"^def test_(\w+)", file.read_text("utf-8"), re.MULTILINE)}
+
+
+def test_each_method_names_a_function_and_tests_that_exist() -> None:
+    tests = names_of_tests()
+    rows = [row.split("|") for row in PAGES["docs/methods.md"].splitlines() if row.count("|") == 5]
+    rows = [row for row in rows if row[1].strip(" -") not in ("", "method")]
+    assert len(rows) > 30
+    for row in rows:
+        (path, function) = re.fullmatch(r" `(\S+):(\w+)` ", row[3]).groups()  # type: ignore[union-attr]
+        assert re.search(rf"^ *def {function}\(", (ROOT / path).read_text("utf-8"), re.MULTILINE), row[3]
+        named = set(re.findall(r"`(\w+)`", row[4]))
+        assert named, f"nothing proves {row[1]}"
+        assert named <= tests, named - tests
+
+
+def test_each_pitfall_names_tests_that_exist() -> None:
+    tests = names_of_tests()
     rows = [row.split("|") for row in PAGES["docs/pitfalls.md"].splitlines() if row.count("|") == 5]
     named = [re.findall(r"`(\w+)`", row[4]) for row in rows if row[1].strip(" -") not in ("", "pitfall")]
     assert all(named), "a pitfall that nothing guards against"

@@ -71,6 +71,7 @@ def test_new_episodes_are_urgent() -> None:
 def test_without_priorities_episodes_are_sampled_uniformly_whatever_their_errors() -> None:
     """That is the default of the buffer and of DQN."""
     assert not DQNConfig().prioritised
+    assert DQNConfig().priority_exponent == 0.6, "the exponent of Schaul et al. (2016), with prioritised=True"
     buffer = ReplayBuffer(4)
     assert buffer.alpha == 0.0
     lengths = torch.tensor([2, 2, 2, 2])
