@@ -9,6 +9,8 @@ The policy is trained on r - sum_k lambda_k c_k, and the multiplier of a cost th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ class Constraints:
         ConfigError: If the environment has no reward function of that name.
     """
 
-    def __init__(self, limits: dict[str, float], learning_rate: float, known: tuple[str, ...]) -> None:
+    def __init__(self, limits: dict[str, float], learning_rate: float, known: Sequence[str]) -> None:
         for name in limits:
             if name not in known:
                 raise ConfigError(

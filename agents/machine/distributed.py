@@ -256,7 +256,8 @@ class Learner(nn.Module):
         """Copy the value head of the unsharded policy, whose scale has changed, to the sharded copy."""
         if self.sharded:
             head, copied = self.__dict__["unsharded"].value_head, self.policy.value_head
-            for weight, shard in zip(head.parameters(), copied.parameters(), strict=True):
+            shards: Any = copied.parameters()
+            for weight, shard in zip(head.parameters(), shards, strict=True):
                 shard.copy_(distribute_tensor(weight.detach(), shard.device_mesh, shard.placements))
             for moment, other in zip(head.buffers(), copied.buffers(), strict=True):
                 other.copy_(moment)

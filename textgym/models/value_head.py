@@ -83,5 +83,5 @@ class ValueHead(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to another device; another dtype, such as that of the model around it, would round the moments."""
-        moved: Any = super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-        return moved
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
