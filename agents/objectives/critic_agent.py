@@ -108,15 +108,22 @@ class CriticAgent(PolicyGradientAgent):
 
     def step(self, batch: Batch) -> TensorMetrics:
         """Make one optimiser step; if the first one of an update is refused, the scale is as before the update, too."""
+        skipped = self.finite_steps.skipped
         try:
             metrics = super().step(batch)
         except NonFiniteError:
-            if self.head_before is not None:
-                self.policy.value_head.load_state_dict(self.head_before)
-                self.learner.take_value_head()
+            self._restore_head()
             raise
+        if self.finite_steps.skipped > skipped:
+            self._restore_head()
         self.head_before = None
         return metrics
+
+    def _restore_head(self) -> None:
+        """Restore the value head of before the update, unless a step was made since."""
+        if self.head_before is not None:
+            self.policy.value_head.load_state_dict(self.head_before)
+            self.learner.take_value_head()
 
     def apply_gradients(self, loss: Tensor) -> Tensor:
         """Make one optimiser step; see `RolloutAgent`. The policy has no gradient while the critic is trained alone."""

@@ -57,6 +57,9 @@ class ValueHead(nn.Linear):
         # 1. Moments: all updates have equal weight at first, and 1 / MOST_FITS is the least weight of the newest.
         rate = 1 / (self.fits.double() + 1).clamp(max=MOST_FITS)
         old_mean, old_std = self.mean.double(), self.std.double()
+        finite = mean.isfinite() & variance.isfinite()  # otherwise the loss is not, either, and its step is refused
+        mean = torch.where(finite, mean, old_mean)
+        variance = torch.where(finite, variance, old_std.square())
         difference = mean - old_mean
         new_mean = old_mean + rate * difference
         spread = ((1 - rate) * old_std.square() + rate * variance + rate * (1 - rate) * difference.square()).sqrt()

@@ -61,6 +61,17 @@ def test_moments_are_those_of_all_returns_at_first_and_follow_them_later() -> No
     assert head.std.item() == pytest.approx(2.0, rel=0.01)
 
 
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_returns_that_are_not_finite_leave_the_scale_alone(junk: float) -> None:
+    head = trained_head()
+    head.fit(*moments(10.0, 5.0))
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items() if name != "fits"}
+    head.fit(*moments(junk, 5.0))
+    head.fit(*moments(0.0, junk))
+    for name, tensor in before.items():
+        assert_close(head.state_dict()[name], tensor)
+
+
 def test_equal_returns_have_no_scale() -> None:
     """Their standard deviation is rounding; the first returns that differ set the scale alone."""
     head = ValueHead(4)
