@@ -125,7 +125,7 @@ def test_textgym_commands_parse() -> None:
     assert len(complete) >= 4
     for words in complete:
         cli.parse(words)
-    subcommands = {"demo", "train", "reward-model", "evaluate"}
+    subcommands = {"demo", "train", "reward-model", "data", "evaluate"}
     assert {words[0] for words in named} == subcommands
 
 
