@@ -60,6 +60,7 @@ def changed(rows: list[dict[str, Any]], row: int, **change: Any) -> list[dict[st
         (dpo, changed(PAIRS, 4, prompt="so " * 40), {"max_length": 60}, "1 of 10 preferences lose the beginning of"),
         (dpo, changed(PAIRS, 4, rejected="so " * 40), {"max_length": 60}, "1 of 10 preferences lose their end token"),
         (dpo, changed(PAIRS, 4, chosen=" "), {}, "1 of 10 preferences have an empty completion"),
+        (dpo, changed(PAIRS, 4, chosen="Film 4 is good"), {}, "1 of 10 preferences repeat their prompt in the com"),
     ],
 )
 def test_faults_are_counted_refused_and_allowed(make: Any, rows: Any, settings: dict[str, Any], message: str) -> None:

@@ -102,7 +102,7 @@ def read_examples(rows: Sequence[PlacedExample], reading: Reading) -> tuple[list
         texts.append(text)
         if row.prompt is not None and is_blank(row.prompt):
             faults.count(EMPTY_PROMPT, row.place)
-        elif isinstance(row.completion, str) and _repeats(row.completion, row.prompt):
+        elif _repeats(row.completion, row.prompt):
             faults.count(REPEATED_PROMPT, row.place)
         if is_blank(row.completion):
             faults.count(EMPTY_COMPLETION, row.place)
@@ -136,13 +136,15 @@ def read_pairs(rows: Sequence[PlacedPair], reading: Reading) -> tuple[list[tuple
 
 
 def count_faulty_texts(faults: Faults, row: PlacedPair) -> None:
-    """Count a pair with an empty prompt or text, or without white space between them."""
-    prompt = row.pair.get("prompt")
+    """Count a pair with an empty prompt or text, one that repeats the prompt, or no white space between them."""
+    prompt, texts = row.pair.get("prompt"), [row.pair["chosen"], row.pair["rejected"]]
     if prompt is not None and is_blank(prompt):
         faults.count(EMPTY_PROMPT, row.place)
-    if any(is_blank(row.pair[side]) for side in ("chosen", "rejected")):
+    if any(is_blank(text) for text in texts):
         faults.count(EMPTY_COMPLETION, row.place)
-    if any(are_joined(prompt, row.pair[side]) for side in ("chosen", "rejected")):
+    if any(_repeats(text, prompt) for text in texts):
+        faults.count(REPEATED_PROMPT, row.place)
+    if any(are_joined(prompt, text) for text in texts):
         faults.count(JOINED, row.place)
 
 
@@ -264,10 +266,11 @@ def _parts_of_pair(row: PlacedPair) -> tuple[Text, Text, Text]:
         raise DataError(f"{row.place}: {error}") from error
 
 
-def _repeats(completion: str, prompt: Text | None) -> bool:
+def _repeats(completion: Text, prompt: Text | None) -> bool:
     """Return whether a completion begins with its prompt; one word may be repeated by chance."""
-    repeated = isinstance(prompt, str) and len(prompt.split()) > 1 and completion.startswith(prompt)
-    return repeated and completion != prompt
+    if not isinstance(prompt, str) or not isinstance(completion, str) or len(prompt.split()) < 2:
+        return False
+    return completion.startswith(prompt) and completion != prompt
 
 
 def _placed(row: Any, place: str) -> PlacedExample:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from textgym.data.messages import Text, content
@@ -17,6 +18,7 @@ END = re.compile(r"[:?!.\n](?=\s|$)")
 """Where a prompt may end: texts without a separate prompt often begin their answers with the same words."""
 
 
+@lru_cache(maxsize=2**14)  # a text may be in many pairs
 def key_of_text(text: str) -> str:
     """Return the words of a text in lower case; texts that differ only in punctuation have the same key.
 
