@@ -165,9 +165,8 @@ def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> N
 def load_frozen_model(path: Path, policy: ActorCritic, trust_remote_code: bool = False) -> TokenModel:
     """Load the model that `save_frozen_model` wrote, in its original dtype."""
     if path.suffix != TWIN:
-        code = {"trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(path, **code)
-        lm = load_causal_lm(path, dtype=config.dtype, device=policy.device, **code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        lm = load_causal_lm(path, dtype=config.dtype, device=policy.device, trust_remote_code=trust_remote_code)
         return freeze(TokenModel(lm, policy.temperature))
     with safe_open(path, framework="pt", device=str(policy.device)) as file:
         active = json.loads(file.metadata()["active_adapters"])
