@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from textgym.data.files import atomic_file, remove_leftovers
 from textgym.display import markdown_cell, rich_text
+from textgym.errors import DamagedFolderError
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from ..common.supervised import SupervisedAgent
@@ -69,9 +71,8 @@ class RunFolder:
         remove_leftovers(self.folder)
         self.write_json("config.json", dataclasses.asdict(config))
         path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
-        lines = path.read_text().splitlines()[:updates] if updates else []  # one per update; the last may be incomplete
-        self.history: list[Metrics] = [json.loads(line) for line in lines]
-        self.write(path.name, "".join(f"{line}\n" for line in lines))
+        self.history = _read_metrics(path, updates) if updates else []
+        self.write(path.name, "".join(json.dumps(row) + "\n" for row in self.history))
         self.metrics = path.open("a")
         if not updates:
             for file in self.folder.glob(EVENTS):  # of updates that a checkpoint did not keep
@@ -198,11 +199,34 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
         config: A dataclass; the fields of its field `config` are compared as if they were its own.
         free: Names of fields that may differ.
     """
-    was = json.loads((folder / "config.json").read_text())
+    path = folder / "config.json"
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedFolderError(
+            f"{path} cannot be read, so it is unknown with which settings the run began ({error}): put a copy of it "
+            "there, or continue from a checkpoint in Python"
+        ) from error
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     was, now = ({**settings.pop("config", {}), **settings} for settings in (was, now))
     names = [name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]
+
+
+def _read_metrics(path: Path, updates: int) -> list[Metrics]:
+    """Return the metrics of the first updates, one line each; with a warning, those that can be read."""
+    rows = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines[:updates]:  # later ones are of updates that no checkpoint kept, and the last may be cut
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    if len(rows) < updates:
+        warnings.warn(
+            f"{path} has the metrics of {len(rows)} of {updates} updates; those of the others are lost", stacklevel=3
+        )
+    return rows
 
 
 def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:

@@ -104,14 +104,17 @@ def checked_manifest(folder: Path, kind: str | None = None) -> Manifest:
 def _check_file(folder: Path, name: str, expected: Any) -> None:
     path = folder / name
     if not path.is_file():
-        raise DamagedFolderError(f"{path} is missing: use another copy of the folder")
+        raise DamagedFolderError(f"{path} is missing, and {MANIFEST} names it: use another copy of the folder")
     size = path.stat().st_size
     if size != expected["size"]:
         raise DamagedFolderError(
-            f"{path} has {size} bytes instead of {expected['size']}: it was cut or replaced; use another copy"
+            f"{path} has {size} bytes instead of the {expected['size']} in {MANIFEST}: it was cut or replaced; use "
+            "another copy"
         )
     if _measured(path) != expected:
-        raise DamagedFolderError(f"{path} is not as it was written (its SHA-256 differs): use another copy")
+        raise DamagedFolderError(
+            f"{path} is not as it was written (its SHA-256 differs from that in {MANIFEST}): use another copy"
+        )
 
 
 def _measured(path: Path) -> dict[str, Any]:
