@@ -20,10 +20,12 @@ loss have a gradient; the share of these groups is a metric. A group with fewer 
 `scale="none"` does not divide by the standard deviation, because this division gives more weight to prompts that are
 almost always or almost never solved.
 
-The KL penalty is part of the reward, as in all other agents, or of the loss with `kl_in="loss"`. As a loss k3 alone has
-the on-policy gradient of KL(pi_ref, pi); k3 times the importance ratio has that of KL(pi, pi_ref), which is the KL of
-the objective (`kl_gradient`). The mean of a group includes the episode itself, so the gradient of the score is 1 - 1/k
-of the true gradient in groups of k, and a KL in the loss has a larger relative weight.
+The KL penalty is part of the reward, as in all other agents, or of the loss with `kl_in="loss"`. The KL of the
+objective is that of whole texts, E[sum_t KL(pi(. | s_t), pi_ref(. | s_t))], and its gradient has a part for the states
+that a token leads to. Of the choices of `kl_gradient`, "sequence" has all of it. "token" has the gradient of each
+state's KL(pi, pi_ref) without that part, and "k3" that of each state's KL(pi_ref, pi). The mean of a group includes the
+episode itself, so the gradient of the score is 1 - 1/k of the true gradient in groups of k, and a KL in the loss has a
+larger relative weight.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from textgym.settings import Count, NotNegative, Positive, PositiveShare, refuse
 
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
-from .common.policy_gradient import Batch
+from .common.policy_gradient import Batch, KLInLoss
 from .common.rollout import Rollout, merge
 from .common.rollout_agent import Metrics, RolloutAgentConfig
 from .machine.distributed import everyone, sum_over_processes
@@ -79,8 +81,9 @@ class GRPOConfig(PromptGroupConfig):
     engines whose log-probs are not those of the trainer."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is part of the reward or of the loss."""
-    kl_gradient: Literal["exact", "k3"] = "exact"
-    """Gradient of a KL in the loss: "exact" is k3 times the importance ratio; "k3" is k3 alone, as published."""
+    kl_gradient: KLInLoss = "token"
+    """Gradient of a KL in the loss: "token" is that of the KL of each state, k3 times the importance ratio; "sequence"
+    is that of the KL of whole texts; "k3" is that of k3 alone, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,7 +198,7 @@ class GRPO(PromptGroupAgent):
 
         # 4. The KL to the reference, if it is part of the loss and not of the reward.
         if self.reference_log_probs is not None:
-            kl = self.kl_to_reference(new.log_prob, batch, exact=config.kl_gradient == "exact")  # (N, T)
+            kl = self.kl_to_reference(new, batch, config.kl_gradient)  # (N, T)
             loss = loss + self.penalty.coef * (weights * kl).sum()
             metrics["loss/kl_avg"] = (weights * kl).sum()
         return loss, metrics
@@ -265,7 +268,9 @@ class GRPO(PromptGroupAgent):
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""
-        return self.measure_kl_for_loss(rollout) if self.config.kl_in == "loss" else super().measure_kl(rollout)
+        if self.config.kl_in == "reward":
+            return super().measure_kl(rollout)
+        return self.measure_kl_for_loss(rollout, self.config.kl_gradient, self.config.group_size)
 
     def weights(self, batch: Batch) -> Tensor:
         """Return the weight of each token in the loss, `(N, T)`."""

@@ -31,7 +31,7 @@ from textgym.settings import Check, Count, NotNegative, Positive, Share, above
 from .common.advantages import discounted_returns, gae
 from .common.means import explained_variance, masked_mean, overall_mean, whiten
 from .common.metrics import TensorMetrics
-from .common.policy_gradient import Batch
+from .common.policy_gradient import Batch, KLInLoss
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics, RolloutAgentConfig
 from .machine.distributed import count
@@ -77,8 +77,11 @@ class PPOConfig(CriticConfig):
     whiten_rewards: bool = False
     """Normalise token rewards to variance 1, without changing their mean."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Whether the KL penalty is part of the reward or of the loss. In the loss it is the KL of each token's state: no
-    token pays for what follows it, and beta is relative to advantages of variance 1 if they are whitened."""
+    """Whether the KL penalty is part of the reward or of the loss. In the loss beta is relative to advantages of
+    variance 1 if they are whitened."""
+    kl_gradient: KLInLoss = "token"
+    """Gradient of a KL in the loss: "token" is that of the KL of each state, and no token pays for what follows it;
+    "sequence" is that of the KL of whole texts; "k3" is that of k3 alone."""
     ptx_data: Annotated[str, Check("the path of a .jsonl file", lambda path: path.endswith(".jsonl"))] | None = None
     """Pretraining texts whose likelihood is part of the loss (PPO-ptx); a .jsonl file of rows with "text", or with
     "prompt" and "completion"."""
@@ -223,14 +226,16 @@ class PPO(CriticAgent):
 
         # 5. The KL to the reference, if it is part of the loss and not of the reward.
         if self.reference_log_probs is not None:
-            kl = masked_mean(self.kl_to_reference(new.log_prob, batch, exact=True), mask)
+            kl = masked_mean(self.kl_to_reference(new, batch, config.kl_gradient), mask)
             loss = loss + self.penalty.coef * kl
             metrics["loss/kl_avg"] = kl.detach()
         return loss, metrics
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""
-        return self.measure_kl_for_loss(rollout) if self.config.kl_in == "loss" else super().measure_kl(rollout)
+        if self.config.kl_in == "reward":
+            return super().measure_kl(rollout)
+        return self.measure_kl_for_loss(rollout, self.config.kl_gradient)
 
     def step(self, batch: Batch) -> TensorMetrics:
         """Make one optimiser step; see `PolicyGradientAgent`. With `ptx_data`, `loss/ptx_avg` is the loss of texts."""

@@ -15,7 +15,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.models.token_model import TokenModel
-from textgym.rewards.kl import estimate_kl
+from textgym.rewards.kl import compared_with_others, estimate_kl, kl_to_go, sequence_kl
 from textgym.settings import Count, NotNegative, Positive, between, unmet
 
 from ..machine.distributed import everyone, pad_micro_batches, share_of, sum_over_processes
@@ -34,6 +34,12 @@ from .means import overall_mean
 from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
+
+KLInLoss = Literal["token", "sequence", "k3"]
+"""Gradient of a KL to the reference that is part of the loss: "token" is k3 times the importance ratio, whose gradient
+is that of the KL of each token's state, while tokens do not pay for the KL of later states; "sequence" has the gradient
+of the KL of whole texts (`textgym.rewards.kl.sequence_kl`), by sums over the vocabulary and one more pass of the
+reference; "k3" is k3 alone, whose gradient is that of KL(pi_ref, pi)."""
 
 
 @dataclass
@@ -132,6 +138,7 @@ class PolicyGradientAgent(RolloutAgent):
     returns: Tensor | None = None
     """`(N, T)`, targets of the critic in the last update; `None` for algorithms without one."""
     reference_log_probs: Tensor | None = None  # (N, T) of the rollout, if the loss has the KL
+    later_kl: Tensor | None = None  # (N, T) of the rollout, if the loss has the KL of whole texts
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
@@ -155,7 +162,8 @@ class PolicyGradientAgent(RolloutAgent):
     def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
         """Evaluate a batch with a policy, with gradients."""
         with torch.autocast(batch.advantages.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return policy.evaluate(batch.sequences, entropy_gradient=self.config.entropy_coef != 0)
+            reference = None if self.later_kl is None else self.penalty.reference
+            return policy.evaluate(batch.sequences, self.config.entropy_coef != 0, reference)
 
     def minibatches(
         self,
@@ -271,28 +279,44 @@ class PolicyGradientAgent(RolloutAgent):
                 "kl_clamp out, or apply the KL penalty in the reward with kl_in='reward'"
             )
 
-    def measure_kl_for_loss(self, rollout: Rollout) -> Tensor:
-        """Return the KL estimate of every token, and store the reference's log-probs for `kl_to_reference`."""
-        self.reference_log_probs = None
+    def measure_kl_for_loss(self, rollout: Rollout, kind: KLInLoss, group_size: int | None = None) -> Tensor:
+        """Return the KL estimate of every token, and store what `kl_to_reference` needs.
+
+        Args:
+            rollout: The episodes.
+            kind: See `KLInLoss`.
+            group_size: Number of episodes of each prompt; `None` compares all episodes of this process.
+        """
+        self.reference_log_probs = self.later_kl = None
         if self.penalty.coef > 0:
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
+            if kind == "sequence":
+                to_go = kl_to_go(self.penalty.exact(self.policy, rollout.sequences))  # (N, T)
+                groups = (-1, group_size or len(rollout), to_go.shape[1])
+                mask = rollout.response_mask.reshape(groups)
+                self.later_kl = compared_with_others(to_go.reshape(groups), mask).view_as(to_go)
         if self.reference_log_probs is None or self.penalty.estimator == "full":
             return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
         return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)
 
-    def kl_to_reference(self, log_probs: Tensor, batch: Batch, exact: bool) -> Tensor:
-        """Return k3 of every token `(N, T)` (Schulman, 2020) with gradients.
+    def kl_to_reference(self, new: Evaluation, batch: Batch, kind: KLInLoss) -> Tensor:
+        """Return the KL of every token `(N, T)` with gradients, for the loss.
 
         Args:
-            log_probs: `(N, T)`, those of the current policy.
+            new: Evaluation by the current policy.
             batch: The same tokens at rollout time.
-            exact: Whether k3 is multiplied by the importance ratio, so that its gradient is that of KL(pi, pi_ref).
+            kind: See `KLInLoss`.
         """
         assert self.reference_log_probs is not None
         mask = batch.response_mask
+        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)
+        if kind == "sequence":
+            assert self.later_kl is not None
+            assert new.kl is not None
+            return sequence_kl(new.kl, log_ratio, self.later_kl[batch.indices, : mask.shape[1]])
         reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
-        kl = estimate_kl(torch.where(mask, log_probs, 0.0), torch.where(mask, reference, 0.0), "k3")
-        return torch.where(mask, log_probs - batch.log_probs, 0.0).exp() * kl if exact else kl
+        kl = estimate_kl(torch.where(mask, new.log_prob, 0.0), torch.where(mask, reference, 0.0), "k3")
+        return log_ratio.exp() * kl if kind == "token" else kl
 
     def training_state(self) -> dict[str, Any]:
         """Return the multipliers of the constraints, for a checkpoint."""

@@ -46,7 +46,7 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "ppo, KL in loss": (PPO, {"minibatch_size": 8, "kl_in": "loss"}),
     "nlpo": (NLPO, {"minibatch_size": 8, "mask_update_interval": 2}),
     "grpo": (GRPO, GROUPS),
-    "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "loss_type": "grpo"}),
+    "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "kl_gradient": "sequence", "loss_type": "grpo"}),
     "rloo": (RLOO, GROUPS),
     "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
     "expert iteration": (ExpertIteration, GROUPS),
@@ -385,6 +385,52 @@ def test_groups_without_spread_keep_their_entropy_and_their_kl(settings: dict[st
     start = {name: weight.clone() for name, weight in agent.policy.lm.named_parameters()}
     assert history_of(agent, 32)[0]["frac_reward_zero_std"] == 1.0
     assert any(not torch.equal(weight, start[name]) for name, weight in agent.policy.lm.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_the_kl_of_texts_in_the_loss_is_the_formula_by_hand(kind: Any) -> None:
+    """The exact KL of each state, and each token's log-prob times the KL that follows, less that of the other texts."""
+    settings: dict[str, Any] = {"kl_in": "loss", "kl_gradient": "sequence", "episodes_per_update": 16}
+    settings |= (
+        {**GROUPS, "loss_type": "dapo"}
+        if kind is GRPO
+        else {"value_coef": 0.0, "num_epochs": 1, "minibatch_size": None}
+    )
+    envs = make_envs(reward=lambda completions: [1.0] * len(completions), kl_coef=0.1)
+    agent = kind(ActorCritic.from_pretrained(mock_lm(seed=2), critic="separate"), envs, kind.config_class(**settings))
+    rollout = agent.collect()
+    agent.measure_kl(rollout)
+    size = 4 if kind is GRPO else 16
+
+    later, states = torch.zeros(rollout.log_probs.shape), []  # KL after each token; KL of each state
+    log_probs = []
+    for row, ids in enumerate(rollout.sequences.input_ids):
+        first = int(rollout.sequences.prompt_lengths[row])
+        length = int(rollout.sequences.response_lengths[row])
+        p, q = (
+            lm(input_ids=ids[None, : first + length]).logits[0, first - 1 : -1].log_softmax(-1)
+            for lm in (agent.policy.lm, agent.penalty.reference.lm)
+        )
+        kl = (p.exp() * (p - q.detach())).sum(-1)
+        later[row, :length] = kl.detach().sum() - kl.detach().cumsum(0)
+        states.append(kl)
+        log_probs.append(p.gather(1, ids[first : first + length, None])[:, 0])
+    total = torch.zeros(())
+    for row, (kl, log_prob) in enumerate(zip(states, log_probs, strict=True)):
+        others = [other for other in range(row // size * size, row // size * size + size) if other != row]
+        for step in range(len(kl)):
+            same = [float(later[other, step]) for other in others if len(states[other]) > step]
+            baseline = sum(same) / len(same) if same else 0.0
+            total = total + kl[step] + log_prob[step] * (later[row, step] - baseline)
+    expected = torch.autograd.grad(0.1 * total / sum(map(len, states)), list(agent.policy.lm.parameters()))
+
+    [batch] = agent.minibatches(rollout, torch.zeros_like(rollout.log_probs))
+    loss, metrics = agent.loss(agent.evaluate(agent.policy, batch), batch)
+    gradients = torch.autograd.grad(loss, list(agent.policy.lm.parameters()))
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    for gradient, by_hand in zip(gradients, expected, strict=True):
+        assert_close(gradient, by_hand, terms=FORWARD, scale=10 * largest)
+    assert metrics["loss/kl_avg"] > 0
 
 
 def test_a_clamped_kl_is_refused_in_the_loss() -> None:

@@ -40,6 +40,10 @@ AGENTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "nlpo": (NLPO, {**PPO_SETTINGS, "mask_update_interval": 2}),
     "grpo": (GRPO, GROUPS),
     "grpo, KL in loss": (GRPO, {**GROUPS, "kl_in": "loss", "loss_type": "grpo"}),
+    "grpo, KL of texts in loss": (
+        GRPO,
+        {**GROUPS, "kl_in": "loss", "kl_gradient": "sequence", "scale": "none", "loss_type": "dr_grpo"},
+    ),
     "rloo": (RLOO, GROUPS),
     "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
     "expert iteration": (ExpertIteration, GROUPS),

@@ -250,6 +250,15 @@ class KLPenalty:
         if self.estimator != "full":
             reference_log_probs = self.reference.sequence_log_probs(sequences.to(self.reference.device))
             return self.of_log_probs(log_probs, reference_log_probs, sequences.response_mask)
+        return self.exact(policy, sequences)
+
+    @torch.no_grad()
+    def exact(self, policy: TokenModel, sequences: Sequences) -> Tensor:
+        """The KL of the distributions in the state before every response token, `(N, T)` nats, without sampling noise.
+
+        Raises:
+            ValueError: the reference is on another device than the policy.
+        """
         check_one_device(policy=policy.device, reference=self.reference.device)
         states = sequences.states()
         flat = full_kl(
