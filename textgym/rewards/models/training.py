@@ -108,7 +108,9 @@ def read_rated_pairs(
             faults.count(EQUAL_SIDES, row.place)
         if chosen.lost or rejected.lost:
             faults.count(CUT_PROMPT, row.place)
-    count_duplicates(faults, [row.place for row in rows], [pair[:2] for pair in pairs])
+    # The same comparison in another group is meant: `make_preferences` puts each text into several groups.
+    items = [(pair.chosen, pair.rejected, row.pair.get("group")) for pair, row in zip(pairs, rows, strict=True)]
+    count_duplicates(faults, [row.place for row in rows], items)
     return pairs, faults
 
 
