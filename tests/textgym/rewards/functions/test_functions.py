@@ -37,6 +37,7 @@ from textgym.rewards.functions import (
     reasoning_gym_score,
     token_f1,
 )
+from textgym.rewards.functions.similarity import Pooling
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
@@ -217,6 +218,33 @@ def test_semantic_similarity(encoder: str) -> None:
     alone, padded = similarity.embed(["a cat"])[0], similarity.embed(["a cat", "a cats"])[0]
     assert_close(alone, padded, terms=FORWARD, scale=1.0)
     similarity(["x" * 1000], references=["y"])
+
+
+def test_an_encoder_is_read_as_its_own_files_say(encoder: str) -> None:
+    """As sentence-transformers does: texts are cut after fewer tokens than fit, and the first token may count alone."""
+    long, start = "a cat sat on the mat", "a cat s"
+    folder = Path(encoder)
+    plain = SemanticSimilarity(encoder).embed([long, start])
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": len(start)}))
+    Pooling.of.cache_clear()
+    cut = SemanticSimilarity(encoder).embed([long, start])
+    assert_close(cut[0], plain[1], terms=FORWARD, scale=1.0)
+    assert_close(cut[1], plain[1], terms=FORWARD, scale=1.0)
+    assert (plain[0] - plain[1]).abs().max() > 0.01
+
+    (folder / "1_Pooling").mkdir()
+    for modes, first in (({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, True), ({}, False)):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
+        Pooling.of.cache_clear()
+        embedding = SemanticSimilarity(encoder).embed([start])[0]
+        ids = torch.tensor([load_tokenizer(encoder)(start).input_ids])
+        hidden = BertModel.from_pretrained(encoder)(ids).last_hidden_state[0].detach()
+        expected = hidden[0] if first else hidden.mean(0)
+        assert_close(embedding, expected / expected.norm(), terms=FORWARD, scale=1.0)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    Pooling.of.cache_clear()
+    with pytest.raises(ValueError, match="a mean or a first token"):
+        SemanticSimilarity(encoder).embed([start])
 
 
 def test_minilm_knows_meanings() -> None:
