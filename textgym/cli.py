@@ -334,7 +334,7 @@ def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]
 def show_data(command: Data) -> None:
     """What a model will read of a data set."""
     for line in data_report(command.file, command.model, command.reader, command.max_length, command.examples):
-        print(line)
+        print(printable(line))
 
 
 def evaluate(command: Evaluate) -> None:

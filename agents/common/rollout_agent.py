@@ -29,7 +29,7 @@ from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import AdaptiveKL
 from textgym.settings import Count, Seed, WholeNumber, check_arguments
 
-from ..machine.circumstances import inputs
+from ..machine.circumstances import inputs, settings_of
 from ..machine.distributed import (
     Learner,
     broadcast_weights,
@@ -135,7 +135,10 @@ class RolloutAgent(ABC):
         self.finite_steps = FiniteSteps(self.config.on_nonfinite)
         self.shuffler = torch.Generator()
         # Now, since reward functions may change what they hold: hashes, to warn if a run is resumed with other inputs.
-        self.inputs = inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference)
+        self.inputs = {
+            **inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference),
+            **settings_of(self.base_env, self.penalty),
+        }
         self.rollout_callbacks: list[RolloutCallback] = []
         self.episodes = 0
         self.updates = 0

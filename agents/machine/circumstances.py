@@ -70,9 +70,35 @@ def inputs(prompts: list[Any], scorer: Any, reference: torch.nn.Module | None) -
     return {"prompts": _digest(json.dumps(prompts, default=str)), **rewards, **models}
 
 
+def settings_of(env: Any, penalty: Any) -> dict[str, str]:
+    """Return the settings of a run that its environment was made with and that change what is learned, as JSON."""
+    scorer = env.scorer
+    settings = {
+        "max_new_tokens": env.max_new_tokens,
+        "min_new_tokens": env.stop.min_new_tokens,
+        "stop tokens": sorted(env.stop.ids),
+        "reward_weights": scorer.weights,
+        "on_reward_error": scorer.on_error,
+        "score_scaling": scorer.scale.scaling,
+        "score_clip": scorer.scale.clip,
+        "kl_coef": penalty.coef,
+        "kl_estimator": penalty.estimator,
+        "kl_clamp": penalty.clamp,
+    }
+    return {f"{SETTING}{name}": json.dumps(value) for name, value in settings.items()}
+
+
+SETTING = "setting "
+"""Prefix of inputs whose values are shown if they change; those of the others are hashes."""
+
+
 def warn_of_changes(folder: Path, saved: dict[str, str], now: dict[str, str]) -> None:
     """Warn once, naming them, if a run is resumed with other prompts, reward functions or models."""
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    changed = [
+        f"{name} was {saved.get(name)} and is {now.get(name)}" if name.startswith(SETTING) else name
+        for name in {**saved, **now}
+        if saved.get(name) != now.get(name)
+    ]
     if changed:
         warnings.warn(
             f"{folder} was saved with other inputs than the current ones, so the run continues with different ones; "

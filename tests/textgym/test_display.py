@@ -93,6 +93,20 @@ def test_an_error_of_the_command_line_is_printed_without_commands(
     assert r"not this: \x1b]0;owned\x07\x1b[2J\u202egnp.exe" in str(raised.value.code)
 
 
+def test_a_report_of_data_is_printed_without_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from textgym import cli
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rows = [{"prompt": f"{number}\x1b[2J", "completion": f"{number} \u202etxt"} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli.main(["data", str(tmp_path / "rows.jsonl")])
+    said = capsys.readouterr().out
+    assert "[2J" in said
+    assert not set("\x1b\u202e") & set(said)
+
+
 @pytest.mark.parametrize("name", ["completions", "completion", "completion_ids", "prompts", "log_metric", "text_ids"])
 def test_a_column_whose_name_is_taken_is_refused(name: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"

@@ -276,6 +276,8 @@ def test_what_changed_since_is_reported(tmp_path: Path) -> None:
     PPO.load(tmp_path / "agent", make_envs())  # pytest turns warnings into errors
     with pytest.warns(UserWarning, match=r"saved with other inputs .*changed: prompts, .*text_length.*other_length"):
         PPO.load(tmp_path / "agent", make_envs(prompts=["three"], reward=other_length))
+    with pytest.warns(UserWarning, match=r"changed: setting max_new_tokens was 3 and is 4, setting kl_clamp was null"):
+        PPO.load(tmp_path / "agent", make_envs(max_new_tokens=4, kl_clamp=1.0))
 
 
 def test_overwriting_an_agent_has_to_be_asked_for(tmp_path: Path) -> None:
