@@ -449,7 +449,8 @@ def assert_learns_alike(kind: str, processes: int, rows: int, settings: dict[str
         for name, weight in weights.items():
             assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
         for metrics, whole in zip(figures, history, strict=True):
-            for name in metrics.keys() - {"time/update_s"}:
+            # Accuracies are signs of differences, which at first are nothing but rounding.
+            for name in metrics.keys() - {"time/update_s", "rewards/accuracies"}:
                 assert metrics[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
     if seen:  # each item as often as in one process; the first may stand in for an empty batch, without counting
         trained = Counter(item for _, _, items in shares for item in items)
