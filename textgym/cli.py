@@ -61,7 +61,7 @@ from textgym.data.preferences import (
 from textgym.display import printable, rich_text
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import TextgymError
-from textgym.flags import AGENTS, FREE, OFFLINE, Data, Evaluate, Train, TrainReward, parse
+from textgym.flags import AGENTS, FREE, OFFLINE, Data, Evaluate, Train, TrainReward, View, parse
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import load_causal_lm
 from textgym.models.machine.devices import device_name, use_device
@@ -72,6 +72,7 @@ from textgym.rewards.models import pairwise_accuracy, train_reward_model
 from textgym.rewards.models.report import PreferenceReport
 from textgym.rewards.models.reward_model import REWARD_MODEL
 from textgym.rewards.models.training import split_preferences
+from textgym.viewer.page import write_page
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         TrainReward: train_reward,
         Data: show_data,
         Evaluate: evaluate,
+        View: view,
     }
     run = next(run for kind, run in runs.items() if isinstance(command, kind))
     try:
@@ -335,6 +337,12 @@ def show_data(command: Data) -> None:
     """What a model will read of a data set."""
     for line in data_report(command.file, command.model, command.reader, command.max_length, command.examples):
         print(printable(line))
+
+
+def view(command: View) -> None:
+    """Write the page of one or several runs."""
+    page = write_page(command.runs, command.output_dir, command.single_file)
+    print(f"open {page} in a browser")
 
 
 def evaluate(command: Evaluate) -> None:

@@ -19,6 +19,7 @@ from textgym.agents.common.rollout_agent import RolloutAgent, RolloutAgentConfig
 from textgym.agents.common.supervised import SupervisedAgent, SupervisedConfig
 from textgym.agents.runs.data_report import Reader
 from textgym.agents.runs.demo import DemoConfig
+from textgym.errors import ConfigError
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
 from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_settings
@@ -194,6 +195,24 @@ class Evaluate:
         check_settings(self)
 
 
+@dataclass
+class View:
+    """Writes a page that shows runs: curves, responses, and the numbers of every token."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; several are shown over each other."""
+    output_dir: Path | None = None
+    """Where the page is written; `viewer` in the first run folder if not given."""
+    single_file: bool = False
+    """Put everything into one `index.html`, for small runs."""
+    deterministic: ClassVar[bool] = False  # nothing here is random
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.runs:
+            raise ConfigError("textgym view needs a run folder: textgym view runs/ppo")
+
+
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The command that a command line asks for; the flags of `train` are those of the agent that it names."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -208,6 +227,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
         | Annotated[with_settings, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
         | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
+        | Annotated[View, tyro.conf.subcommand("view", prefix_name=False)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
     )
     return tyro.cli(commands, args=words, prog="textgym")

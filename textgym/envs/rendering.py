@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from textgym.display import html_text, printable, rich_text
+from textgym.display import printable, rich_text
+from textgym.viewer.tokens import token_html
 
 RENDER_MODES = ("ansi", "human", "html")
 
@@ -25,7 +26,7 @@ def render(mode: str | None, transcript: dict[str, Any], score: float | None) ->
     if mode == "ansi":
         return f"{printable(prompt)}\x1b[1m{printable(completion)}\x1b[0m" + (f"\n{note}" if note else "")
     if mode == "html":
-        return f"<p>{html_text(prompt)}<b>{html_text(completion)}</b></p>" + (f"<p>{note}</p>" if note else "")
+        return token_html([completion], prompt=prompt, note=note)
     if mode == "human":
         from rich import print as rich_print
         from rich.text import Text

@@ -251,7 +251,7 @@ def test_same_seed_same_episodes_and_global_generators_untouched(settings: dict[
 
 
 def test_rendering(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    for mode, expected in (("ansi", "\x1b[1mx\x1b[0m"), ("html", "<b>x</b>")):
+    for mode, expected in (("ansi", "\x1b[1mx\x1b[0m"), ("html", ">x</span>")):
         env = TextEnv(**settings, render_mode=mode)
         env.reset(seed=0)
         env.step(ord("x"))
