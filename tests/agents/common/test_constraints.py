@@ -133,7 +133,7 @@ def test_the_average_gives_each_update_its_weight() -> None:
 @pytest.mark.slow
 @pytest.mark.training
 def test_a_constraint_holds_after_training() -> None:
-    """A cost that is the reward itself, so that the policy wants all of it: its mean ends near the limit, not above."""
+    """A cost that is the reward itself, so that the policy wants all of it: its mean is below the limit in the end."""
     task = ExactTask(vocab_size=5, horizon=2, seed=1)
 
     def cost(completion_ids: list[list[int]]) -> list[float]:
@@ -159,4 +159,4 @@ def test_a_constraint_holds_after_training() -> None:
         )
         means.append(sum(history[-20:]) / 20)
     assert means[0] > 0.6
-    assert means[1] == pytest.approx(0.3, abs=0.1)
+    assert means[1] < 0.35
