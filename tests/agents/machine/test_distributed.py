@@ -80,6 +80,18 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "ppo, penalty": (PPO, {**PPO_SETTINGS, "variant": "penalty"}),
     "grpo": (GRPO, {"group_size": 4, "num_epochs": 2}),
     "grpo, mean over episodes": (GRPO, {"group_size": 4, "kl_in": "loss", "loss_type": "grpo"}),
+    "grpo, constrained": (
+        GRPO,
+        {
+            "group_size": 4,
+            "kl_in": "loss",
+            "scale": "each",
+            "entropy_share": 0.5,
+            "importance_cap": 2.0,
+            "constraints": {"vowels": 0.1},
+            "ema_decay": 0.5,
+        },
+    ),
     "rloo": (RLOO, {"group_size": 4, "normalise": "batch"}),
     "reinforce": (REINFORCE, {}),
     "nlpo": (NLPO, {**PPO_SETTINGS, "top_p": 0.8, "mask_update_interval": 2}),
