@@ -22,7 +22,8 @@ from textgym.display import html_text, markdown_cell, printable, rich_text
 from textgym.envs.rendering import render
 from textgym.errors import TextgymError
 from textgym.rewards.engine.calling import Log
-from textgym.rewards.engine.completions_to_score import RewardError
+from textgym.rewards.engine.completions_to_score import Finished, RewardError
+from textgym.rewards.engine.scoring import Scorer
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\r[red]x[/red] | `a` <img src=x onerror=alert(1)> ![y](http://z) \ud800"
 
@@ -105,6 +106,19 @@ def test_a_report_of_data_is_printed_without_commands(
     said = capsys.readouterr().out
     assert "[2J" in said
     assert not set("\x1b\u202e") & set(said)
+
+
+def test_an_error_of_a_reward_is_without_commands_and_short() -> None:
+    def judge(completions: list[str]) -> list[float]:
+        raise ValueError(f"cannot read {completions[0]}")
+
+    long = Finished(["p" * 10**6], [EVIL], [[1]], [[2]], {})
+    with pytest.raises(RewardError) as raised:
+        Scorer(judge)(long)
+    said = str(raised.value)
+    assert r"raised ValueError: cannot read \x1b]0;owned\x07" in said
+    assert not set("\x1b\x07\r\u202e\ud800") & set(said)
+    assert len(said) < 5000
 
 
 @pytest.mark.parametrize("name", ["completions", "completion", "completion_ids", "prompts", "log_metric", "text_ids"])

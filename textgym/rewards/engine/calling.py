@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from textgym.display import printable
 from textgym.rewards.engine.background import TooLate, WorkerThread, shared_loop
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 
@@ -226,8 +227,8 @@ def _failed(name: str, cause: Exception, finished: Finished) -> RewardError:
     error = cause
     if not isinstance(error, RewardError):
         error = RewardError(
-            f"reward function {name!r} raised {type(cause).__name__}: {cause} while scoring {len(finished)} rows, "
-            f"the first being {finished.row(0)}"
+            f"reward function {name!r} raised {type(cause).__name__}: {printable(str(cause))} while scoring "
+            f"{len(finished)} rows, the first being {finished.row(0)}"
         )
         error.__cause__ = cause
     return error

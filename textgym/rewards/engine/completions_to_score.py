@@ -8,6 +8,9 @@ from typing import Any
 from textgym.data.messages import Text
 from textgym.errors import TextgymError
 
+LONGEST_SHOWN = 2000
+"""Characters of a text in an error."""
+
 
 class RewardError(TextgymError, ValueError):
     """A reward function broke its contract; the message names the function, the row and its text."""
@@ -39,5 +42,10 @@ class Finished:
         return len(self.prompts)
 
     def row(self, index: int) -> str:
-        """A row in the words of an error."""
-        return f"row {index} (prompt {self.prompts[index]!r}, completion {self.completions[index]!r})"
+        """A row in the words of an error; of long texts the beginning and the end."""
+        return f"row {index} (prompt {_shown(self.prompts[index])}, completion {_shown(self.completions[index])})"
+
+
+def _shown(text: Text) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[: LONGEST_SHOWN // 2]} ... {shown[-LONGEST_SHOWN // 2 :]}"

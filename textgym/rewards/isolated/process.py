@@ -21,6 +21,7 @@ from typing import Annotated, Any, BinaryIO, cast
 import cloudpickle
 import psutil
 
+from textgym.display import printable
 from textgym.errors import IsolatedError
 from textgym.rewards.isolated import worker
 from textgym.settings import Check, Positive, check_arguments
@@ -85,7 +86,7 @@ class Isolated:
                 self.close()
                 raise
         if "error" in answer:
-            raise IsolatedError(answer["error"])
+            raise IsolatedError(printable(str(answer["error"])))
         for keyword, name, value in answer["logged"]:
             loggers[keyword](name, value)
         return answer["values"]
