@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def read_examples(rows: Sequence[PlacedExample], reading: Reading) -> tuple[list
         if are_joined(row.prompt, row.completion):
             faults.count(JOINED, row.place)
         count_cuts(faults, row.place, [example], [text])
-    count_duplicates(faults, [row.place for row in rows], texts)
+    count_duplicates(faults, [row.place for row in rows], map(_frozen, texts))
     return texts, faults
 
 
@@ -131,8 +131,12 @@ def read_pairs(rows: Sequence[PlacedPair], reading: Reading) -> tuple[list[tuple
         if cut[0] == cut[1]:
             faults.count(EQUAL_SIDES, row.place)
         count_cuts(faults, row.place, [chosen, rejected], cut)
-    count_duplicates(faults, [row.place for row in rows], pairs)
+    count_duplicates(faults, [row.place for row in rows], [(_frozen(one), _frozen(other)) for one, other in pairs])
     return pairs, faults
+
+
+def _frozen(example: Example) -> Hashable:
+    return tuple(example.prompt), tuple(example.completion)
 
 
 def count_faulty_texts(faults: Faults, row: PlacedPair) -> None:
@@ -168,11 +172,11 @@ def count_cuts(faults: Faults, place: str, whole: Sequence[Example], cut: Sequen
         faults.count(NO_END, place)
 
 
-def count_duplicates(faults: Faults, places: Sequence[str], items: Sequence[Any]) -> None:
+def count_duplicates(faults: Faults, places: Sequence[str], items: Iterable[Hashable]) -> None:
     """Count items of token ids that were there before."""
     seen: set[int] = set()
     for place, item in zip(places, items, strict=True):
-        key = hash(repr(item))  # the texts themselves would take as much memory again
+        key = hash(item)  # the items themselves would take as much memory again
         if key in seen:
             faults.count(DUPLICATE, place)
         seen.add(key)

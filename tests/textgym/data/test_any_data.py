@@ -189,7 +189,7 @@ def test_cut_texts_are_counted_row_by_row(data: tuple[list[Row], list[tuple[str,
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(preferences(), st.sampled_from([{}, {"use_probability": True}]))
+@given(data=preferences(), choice=st.sampled_from([{}, {"use_probability": True}]))
 def test_training_on_any_data_gives_finite_weights_or_names_what_is_wrong(
     data: tuple[list[Row], list[tuple[str, str]]], choice: dict[str, bool], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -100,9 +100,7 @@ def read_rated_pairs(
     pairs = []
     for index, row in enumerate(rows):
         chosen, rejected = (ids[text_key(text_of(row.pair, side))] for side in ("chosen", "rejected"))
-        pairs.append(
-            RatedPair(tuple(chosen.kept), tuple(rejected.kept), margins[index], probabilities[index], cluster_of[index])
-        )
+        pairs.append(RatedPair(chosen.kept, rejected.kept, margins[index], probabilities[index], cluster_of[index]))
         count_faulty_texts(faults, row)
         if chosen.kept == rejected.kept:
             faults.count(EQUAL_SIDES, row.place)
@@ -127,7 +125,7 @@ def _columns(rows: Sequence[PlacedPair], config: RewardModelConfig) -> tuple[lis
 class _Ids(NamedTuple):
     """Token ids that the model reads of a text, and how many it does not read."""
 
-    kept: list[int]
+    kept: tuple[int, ...]
     lost: int
 
 
@@ -144,7 +142,7 @@ def _ids_of_texts(rows: Sequence[PlacedPair], reward_model: RewardModel) -> dict
     found = {}
     for (key, (text, _)), ids in zip(texts.items(), kept, strict=True):
         full = len(ids) >= reward_model.max_length
-        found[key] = _Ids(ids, len(reward_model.encode([text], WITHOUT_LIMIT)[0]) - len(ids) if full else 0)
+        found[key] = _Ids(tuple(ids), len(reward_model.encode([text], WITHOUT_LIMIT)[0]) - len(ids) if full else 0)
     return found
 
 
