@@ -220,10 +220,10 @@ class ReplayAgent(RolloutAgent):
         reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
         place = self.policy.device if count() == 1 else torch.device("cpu")  # processes exchange host memory
         own = rollout.sequences.to(place), rollout.rewards.to(place), reference_log_probs.to(place)
-        for sequences, *columns in everyone(own):
+        here, longest = self.policy.device, self.base_env.max_new_tokens
+        for sequences, rewards, references in everyone(own):
             if len(sequences):
-                columns = [column.to(self.policy.device) for column in columns]
-                self.memory.add(sequences.to(self.policy.device), *columns, self.base_env.max_new_tokens)
+                self.memory.add(sequences.to(here), rewards.to(here), references.to(here), longest)
 
     def samples(self) -> Iterator[ReplayBatch]:
         """Yield a batch of replayed episodes for each step of an update; none before learning starts."""
