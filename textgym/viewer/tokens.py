@@ -53,9 +53,9 @@ def token_html(
         **(alternatives or {}),
         **({} if mask is None else {"mask": mask}),
     }
-    for name, column in columns.items():
+    for title, column in columns.items():
         if len(column) != len(tokens):
-            raise ConfigError(f"{name!r} has {len(column)} entries for {len(tokens)} tokens: give one a token")
+            raise ConfigError(f"{title!r} has {len(column)} entries for {len(tokens)} tokens: give one a token")
     if color is not None and color not in numbers:
         raise ConfigError(f"color={color!r} is none of the numbers {list(numbers)}")
     name = color or next(iter(numbers), None)

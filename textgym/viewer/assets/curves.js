@@ -82,8 +82,8 @@
     const last = runs.map((run) => number(run.metrics.columns[name]?.findLast((value) => value !== null)));
     const figure = element(
       "figure",
-      { "data-metric": name, role: "group", "aria-label": `Curve of ${name}, last value ${last.join(" and ")}` },
-      element("figcaption", {}, name),
+      { "data-metric": name, role: "group", "aria-label": `Curve of ${visible(name)}, last value ${last.join(" and ")}` },
+      element("figcaption", {}, visible(name)),
       holder,
     );
     holder.draw = () => draw(holder, name, runs);
