@@ -5,7 +5,7 @@
 
 `score` is the reward model's score. `return` is the sum of the environment's rewards: the score plus 0.05 log pi_ref of
 each token, the reference's part of the KL penalty. All rows are evaluated by `textgym.testing.play` with 256 episodes
-on the 200 training prompts in order, repeated as needed; the standard error is over these episodes. Each row is one run
+on the 200 training prompts in order, repeated as needed; the standard error is over prompts. Each row is one run
 with one seed. Policies are sampled from, and DQN is greedy. Libraries that are not installed are marked as absent.
 """
 
@@ -88,7 +88,8 @@ def run(row: Row, config: Config) -> list[str]:
     args, start = example.Args(**settings), time.process_time()
     before, after = example.main(args)
     minutes = (time.process_time() - start) / 60
-    figures = [mean_and_error(values) for values in (before.scores, after.scores, before.returns, after.returns)]
+    values = (before.scores, after.scores, before.returns, after.returns)
+    figures = [mean_and_error(each, before.prompts) for each in values]
     return [library, row.algorithm, row.environment, f"{args.total_timesteps:,}", *figures, f"{minutes:.1f}"]
 
 
@@ -102,7 +103,7 @@ def likeliest(config: Config) -> list[str]:
         "0",
         str(played),
         "",
-        mean_and_error(played.returns),
+        mean_and_error(played.returns, played.prompts),
         "",
         "0.0",
     ]

@@ -15,21 +15,34 @@ class Played:
     """Results of N episodes of an agent.
 
     Attributes:
-        scores: `(N,)` scores of the reward functions, without the KL penalty.
+        scores: `(N,)` scores of the reward functions, without the KL penalty; NaN in episodes without a score.
         returns: `(N,)` sums of the rewards, which include the KL term according to `kl_mode`.
+        prompts: `(N,)` indices of the prompts; `None` if each episode has a prompt of its own.
     """
 
     scores: np.ndarray
     returns: np.ndarray
+    prompts: np.ndarray | None = None
 
     def __str__(self) -> str:
         """Return the mean score and its standard error."""
-        return mean_and_error(self.scores)
+        return mean_and_error(self.scores, self.prompts)
 
 
-def mean_and_error(values: np.ndarray) -> str:
-    """Format the mean of values `(N,)` and its standard error, with two decimals."""
-    return f"{values.mean():+.2f} ± {values.std(ddof=1) / np.sqrt(len(values)):.2f}"
+def mean_and_error(values: np.ndarray, prompts: np.ndarray | None = None) -> str:
+    """Format the mean of values and its standard error, with two decimals; values that are NaN are left out.
+
+    Args:
+        values: `(N,)`.
+        prompts: `(N,)`, the prompt of each value. Values of one prompt resemble each other, so the error is that of
+            clusters (Liang and Zeger, 1986), unless there is only one prompt. `None` for independent values.
+    """
+    known = ~np.isnan(values)
+    prompts = np.arange(len(values)) if prompts is None or len(np.unique(prompts[known])) == 1 else prompts
+    values, prompts = values[known], np.unique(prompts[known], return_inverse=True)[1]
+    sums = np.bincount(prompts, values - values.mean())  # of each prompt's deviations
+    error = np.sqrt(np.square(sums).sum() * len(sums) / (len(sums) - 1)) / len(values)
+    return f"{values.mean():+.2f} ± {error:.2f}"
 
 
 def play(env_id: str, act: Callable[[Any], Any], episodes: int = 256, **env_kwargs: Any) -> Played:
@@ -54,7 +67,7 @@ def play(env_id: str, act: Callable[[Any], Any], episodes: int = 256, **env_kwar
     envs: Any = gym.make_vec(env_id, num_envs=episodes, autoreset_mode="Disabled", **env_kwargs)
     prompts = np.arange(episodes) % len(envs.unwrapped.prompts)
     observations, _ = envs.reset(seed=0, options={"prompt_index": prompts})
-    scores, returns, playing = np.zeros(episodes), np.zeros(episodes), np.ones(episodes, dtype=bool)
+    scores, returns, playing = np.full(episodes, np.nan), np.zeros(episodes), np.ones(episodes, dtype=bool)
     while playing.any():
         observations, rewards, terminated, truncated, infos = envs.step(np.asarray(act(observations)))
         returns += rewards
@@ -62,4 +75,4 @@ def play(env_id: str, act: Callable[[Any], Any], episodes: int = 256, **env_kwar
             scores[infos["_score"]] = infos["score"][infos["_score"]]
         playing &= ~(terminated | truncated)
     envs.close()
-    return Played(scores, returns)
+    return Played(scores, returns, prompts)
