@@ -50,7 +50,7 @@ from textgym.agents import (
 )
 from textgym.agents.runs.demo import DemoConfig, calibrate, learn_reward, make_envs, with_critic
 from textgym.agents.runs.evaluation import Samples, generate, measure
-from textgym.agents.runs.run_folder import LiveProgress
+from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.search.best_of_n import best_of_n
 from textgym.data.corpora.sources import movie_snippets
 from textgym.data.prompts import snippet_prompts

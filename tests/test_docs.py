@@ -119,13 +119,16 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_textgym_commands_parse() -> None:
+def test_textgym_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "ppo").mkdir(parents=True)
+    (tmp_path / "runs" / "ppo" / "config.json").write_text('{"env": "textgym/Sentiment-v0"}')  # of the run they name
     named = [words[1:] for words in commands() if words[0] == "textgym"]
     complete = [words for words in named if len(words) > 1 and words[-1] != "--help"]
     assert len(complete) >= 4
     for words in complete:
         cli.parse(words)
-    subcommands = {"demo", "train", "reward-model", "data", "evaluate"}
+    subcommands = {"demo", "train", "resume", "reward-model", "data", "evaluate", "chat", "list", "compare"}
     assert {words[0] for words in named} == subcommands
 
 

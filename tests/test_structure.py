@@ -25,6 +25,7 @@ LAYERS = (
     "sb3 wrappers",
     "games testing registration",
     "agents",
+    "saved_flags",
     "flags",
     "cli",
     "__main__",

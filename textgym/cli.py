@@ -1,8 +1,9 @@
-"""The `textgym` command: demo, train, reward-model, data, evaluate.
+"""The `textgym` command: demo, train, resume, reward-model, data, evaluate, chat, list, compare.
 
     textgym demo
     textgym train --env textgym/Sentiment-v0 --model tiny --total-episodes 4096 --output-dir runs/ppo --seed 1
-    textgym train --output-dir runs/ppo --resume
+    textgym resume runs/ppo --total-episodes 8192
+    textgym train --config runs/ppo/config.json --output-dir runs/again --seed 2
     textgym train --output-dir runs/ppo --profile
     textgym train --agent grpo --group-size 8 --output-dir runs/grpo
     textgym train --agent sft --data rows.jsonl --output-dir runs/sft
@@ -10,7 +11,10 @@
     textgym reward-model --output-dir runs/reward
     textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
     textgym data pairs.jsonl
-    textgym evaluate --policy runs/ppo/policy
+    textgym evaluate runs/ppo
+    textgym chat runs/ppo
+    textgym list runs
+    textgym compare runs/ppo runs/grpo
     accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym.cli train --output-dir runs/ppo
 
 It sits on top of both packages, so it and its flags alone in `textgym` may import `textgym.agents`.
@@ -26,28 +30,35 @@ if __name__ == "__main__":  # python -m textgym.cli: before torch is imported
     prepare_environment(sys.argv[1:])
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
+from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import device, everyone, join, raise_on_termination, rank
+from textgym.agents.runs.chat import chat
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
 from textgym.agents.runs.data_report import data_report
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
+from textgym.agents.runs.heldout import HeldOut, comparison, heldout_envs
+from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of, runs_in
 from textgym.agents.runs.interrupts import Interrupts
+from textgym.agents.runs.overview import overview
 from textgym.agents.runs.profiling import Profiler
+from textgym.agents.runs.progress import LiveProgress, TrainingProgress
 from textgym.agents.runs.records import Recorder
-from textgym.agents.runs.run_folder import LiveProgress, RunFolder, TrainingProgress, changed_settings, figures_table
+from textgym.agents.runs.run_folder import RunFolder, changed_settings, figures_table
 from textgym.data.corpora.sources import movie_snippets
 from textgym.data.files import atomic_file, check_free
 from textgym.data.preferences import (
@@ -61,7 +72,20 @@ from textgym.data.preferences import (
 from textgym.display import printable, rich_text
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import TextgymError
-from textgym.flags import AGENTS, FREE, OFFLINE, Data, Evaluate, Train, TrainReward, View, parse
+from textgym.flags import (
+    AGENTS,
+    FREE,
+    OFFLINE,
+    Chat,
+    Compare,
+    Data,
+    Evaluate,
+    ListRuns,
+    Train,
+    TrainReward,
+    View,
+    parse,
+)
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import load_causal_lm
 from textgym.models.machine.devices import device_name, use_device
@@ -78,7 +102,6 @@ from textgym.viewer.page import write_page
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
     sys.path.append(str(Path.cwd()))  # for "module:attribute" of a file beside the user; last, so it hides no module
-    command = parse(arguments)
     runs: dict[type, Callable[[Any], Any]] = {
         DemoConfig: run_demo,
         Train: train,
@@ -86,9 +109,13 @@ def main(arguments: list[str] | None = None) -> None:
         Data: show_data,
         Evaluate: evaluate,
         View: view,
+        Chat: answer,
+        ListRuns: list_runs,
+        Compare: compare,
     }
-    run = next(run for kind, run in runs.items() if isinstance(command, kind))
     try:
+        command = parse(arguments)
+        run = next(run for kind, run in runs.items() if isinstance(command, kind))
         if command.deterministic:
             deterministic()
         else:
@@ -117,10 +144,10 @@ def train(command: Train) -> None:
 
 
 def _train(command: Train, claim: RunClaim | None) -> None:
-    live = LiveProgress()
+    live = LiveProgress(quiet=command.quiet)
     place = _place(command)
     if rank() == 0:
-        live.console.print(f"device: {device_name(place)}", markup=False)
+        live.say(f"device: {device_name(place)}")
     checkpoints = Checkpoints(command.output_dir / "checkpoints", command.checkpoint_every, command.keep_checkpoints)
     newest = _newest_checkpoint(command, checkpoints, live)
     policy = ActorCritic.from_pretrained(
@@ -137,6 +164,7 @@ def _train(command: Train, claim: RunClaim | None) -> None:
         **_decoder_start(policy),
     }
     envs = _make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
+    heldout = None if command.agent in OFFLINE else heldout_envs(envs, command.eval_prompts * bool(command.eval_every))
     agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
     interrupts = Interrupts(live.console)
     if rank() > 0:
@@ -150,9 +178,15 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     claim = claim or RunClaim(command.output_dir, overwrite=command.overwrite)
     folder = RunFolder(command.output_dir, command, agent.updates, claim)
     checkpoints.clean()
-    callbacks: list[Any] = [live] if profiler is None else [live, profiler]
+    evaluation = None
+    if isinstance(agent, RolloutAgent):
+        every, seed = command.eval_every or 1, command.config.seed
+        evaluation = HeldOut(heldout, agent.penalty.reference, every, seed, command.eval_prompts)
+    for title, text in {**overview(agent, command.total_episodes), "folder": str(command.output_dir)}.items():
+        live.say(f"{title + ':':<12} {text}")
+    shown: list[Any] = [live] if profiler is None else [live, profiler]
     if command.record_every and isinstance(agent, RolloutAgent):
-        callbacks.append(Recorder(command.output_dir, agent, command.record_every))
+        shown.append(Recorder(command.output_dir, agent, command.record_every))
     try:
         with live:
             live.stage(
@@ -160,11 +194,14 @@ def _train(command: Train, claim: RunClaim | None) -> None:
                 command.total_episodes if isinstance(agent, RolloutAgent) else agent.total_updates,
             )
             # Metrics first: what a checkpoint goes on from is reported.
-            _learn(agent, command, checkpoints, callbacks, interrupts, resumed=newest is not None, folder=folder)
+            first = [evaluation, folder] if evaluation is not None and command.eval_every else [folder]
+            _learn(agent, command, checkpoints, shown, interrupts, resumed=newest is not None, first=first)
             if interrupts.received is None:
                 live.stage("writing samples")
-                _write_samples(policy, envs, folder, command)
+                table = _write_samples(policy, envs, folder, command, evaluation)
             live.finish()
+        if interrupts.received is None:
+            live.say(table, always=True)
         if profiler is not None and profiler.profile is not None:
             live.console.print(*profiler.profile.tables(), sep="\n")
     finally:  # also after Ctrl-C: what was learned is kept
@@ -174,15 +211,20 @@ def _train(command: Train, claim: RunClaim | None) -> None:
         policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer, overwrite=True)
         folder.draw_curves()
         folder.close()
-        live.console.print(f"run folder: {command.output_dir}", markup=False)
+        live.say(f"run folder: {command.output_dir}", always=True)
     if interrupts.received is not None:
-        live.console.print(
-            f"stopped after update {agent.updates}: the same command with --resume goes on from there", markup=False
+        live.say(
+            f"stopped after update {agent.updates}: `textgym resume {command.output_dir}` goes on from there",
+            always=True,
         )
         sys.exit(128 + interrupts.received)
+    live.say(
+        f"go on: textgym evaluate {command.output_dir} | textgym chat {command.output_dir} | "
+        f"textgym resume {command.output_dir} --total-episodes {2 * command.total_episodes}"
+    )
 
 
-def _place(command: Train | TrainReward | Evaluate) -> torch.device:
+def _place(command: Train | TrainReward | Evaluate | Chat) -> torch.device:
     """The device that a command asks for, made the current one; of several processes each has one of its own.
 
     Raises:
@@ -206,12 +248,12 @@ def _learn(
     callbacks: list[Any],
     interrupts: Interrupts,
     resumed: bool,
-    folder: RunFolder | None = None,
+    first: Sequence[Any] = (),
 ) -> None:
     """Train, with a checkpoint before the first update, at intervals, and after an interrupt."""
     if not resumed:
         checkpoints.save(agent)
-    callbacks = [*([] if folder is None else [folder]), checkpoints, *callbacks, interrupts]
+    callbacks = [*first, checkpoints, *callbacks, interrupts]
     with interrupts:
         if isinstance(agent, RolloutAgent):
             agent.learn(command.total_episodes, callbacks)
@@ -248,7 +290,7 @@ def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgr
     # The first process looks, since it renames damaged ones; the others go where it goes.
     newest = everyone(checkpoints.newest_whole() if rank() == 0 else None)[0]
     if newest is None:
-        live.console.print(f"{command.output_dir} has no checkpoint to resume from: beginning anew", markup=False)
+        live.say(f"{command.output_dir} has no checkpoint to resume from: beginning anew")
     elif changed := changed_settings(command.output_dir, command, FREE):
         raise ValueError(
             f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "
@@ -426,17 +468,50 @@ def _decoder_start(policy: ActorCritic) -> dict[str, Any]:
     return {"decoder_start_ids": policy.decoder_start_ids} if policy.decoder_start_ids else {}
 
 
-def _write_samples(policy: ActorCritic, envs: Any, folder: RunFolder, command: Train) -> None:
-    prompts = range(min(64, len(envs.unwrapped.prompts)))
+def _write_samples(
+    policy: ActorCritic, envs: Any, folder: RunFolder, command: Train, evaluation: HeldOut | None
+) -> Table:
+    """Write texts of the policy and of its start, and return a table of their figures."""
     start = ActorCritic.from_pretrained(
         command.model,
         temperature=command.temperature,
         device=policy.device,
         trust_remote_code=command.trust_remote_code,
     )
-    before, after = (generate(p, envs, prompts, command.config.seed) for p in (start, policy))
+    if evaluation is None:
+        evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
+    before, after = evaluation.samples(start), evaluation.samples(policy)
     texts = [transcript["prompt"] for transcript in before.transcripts]
     folder.write_samples({"before": before.completions, "after": after.completions}, texts)
+    judge = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
+    columns = comparison(before, after, evaluation.reference, judge)
+    folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
+    title = f"{len(texts)} completions of {len(set(texts))} prompts; differences with 95% intervals over prompts"
+    return figures_table(title, columns)
+
+
+def answer(command: Chat) -> None:
+    """Completions of what is typed, until the end of the input."""
+    place = _place(command)
+    policy = ActorCritic.from_pretrained(command.policy, device=place)
+    reference = ActorCritic.from_pretrained(command.reference, device=place)
+    models = {"tokenizer": command.reference, "reference": command.reference, **_decoder_start(policy)}
+    envs = _make_envs(command.env, 1, command.env_kwargs, place, on_reward_error="skip", **models)
+    print("Type a prompt and press Enter. Ctrl-D ends it.", flush=True)
+    chat(policy, envs, reference, sys.stdin, lambda text: print(text, flush=True), command.seed)
+
+
+def list_runs(command: ListRuns) -> None:
+    """A table of the runs in a folder."""
+    Console().print(list_of(runs_in(command.folder)))
+
+
+def compare(command: Compare) -> None:
+    """A table and a picture of several runs."""
+    runs = [Run.read(folder) for folder in command.runs]
+    Console().print(compared(runs))
+    draw_over_each_other(runs, command.output)
+    print(f"curves: {command.output}")
 
 
 if __name__ == "__main__":

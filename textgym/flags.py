@@ -22,6 +22,7 @@ from textgym.agents.runs.demo import DemoConfig
 from textgym.errors import ConfigError
 from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
+from textgym.saved_flags import expand
 from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_settings
 
 # An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration".
@@ -52,6 +53,10 @@ FREE = (
     "deterministic",
     "overwrite",
     "trust_remote_code",
+    "quiet",
+    "total_episodes",
+    "epochs",
+    "max_steps",
 )
 """Settings of `train` that may change when a run goes on."""
 
@@ -108,6 +113,12 @@ class Train:
     """Run code that comes with a model: only with models whose code you have read, or whose source you trust."""
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
+    eval_every: WholeNumber = 10
+    """Updates from one evaluation on held-out prompts to the next, and one at the end; 0 for none at all."""
+    eval_prompts: Count = 64
+    """How many prompts are kept from training for the evaluation, at most a tenth of them."""
+    quiet: bool = False
+    """Show nothing but errors and the table at the end."""
     config: tyro.conf.OmitArgPrefixes[RolloutAgentConfig | SupervisedConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
@@ -163,6 +174,53 @@ class Data:
 
 
 @dataclass
+class Chat:
+    """Reads prompts, a line each, and shows what a policy writes, with its score."""
+
+    policy: str
+    """A policy folder, or any model name; `textgym chat runs/x` fills in all of these."""
+    env: str = "textgym/Sentiment-v0"
+    """Id of the environment, which scores the completions."""
+    reference: str = "tiny"
+    """What the KL is measured to."""
+    seed: Seed = 0
+    """Of the first completion."""
+    env_kwargs: str = "{}"
+    """Further arguments of the environment, as JSON."""
+    device: str = "auto"
+    """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    deterministic: bool = False
+    """Repeat the same answers bit for bit on the same machine."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass
+class ListRuns:
+    """Lists the runs in a folder and below it: agent, environment, state, updates, score and KL."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs")
+    """The folder."""
+    deterministic: ClassVar[bool] = False  # nothing here is random
+
+
+@dataclass
+class Compare:
+    """Prints the metrics of several runs beside each other, with intervals, and draws their curves over each other."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The folders of the runs."""
+    output: Path = Path("comparison.png")
+    """The picture of the curves."""
+    deterministic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("textgym compare needs the folders of the runs: textgym compare runs/a runs/b")
+
+
+@dataclass
 class Evaluate:
     """Prints what a policy writes and how good it is, beside its reference."""
 
@@ -215,7 +273,7 @@ class View:
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The command that a command line asks for; the flags of `train` are those of the agent that it names."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = expand(list(sys.argv[1:] if arguments is None else arguments))
     named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
     named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
     config = ALGORITHMS.get(named[-1] if named else "ppo", agents.PPO).config_class  # tyro complains of an unknown one
@@ -229,5 +287,8 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
         | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
         | Annotated[View, tyro.conf.subcommand("view", prefix_name=False)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+        | Annotated[Chat, tyro.conf.subcommand("chat", prefix_name=False)]
+        | Annotated[ListRuns, tyro.conf.subcommand("list", prefix_name=False)]
+        | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
     )
     return tyro.cli(commands, args=words, prog="textgym")

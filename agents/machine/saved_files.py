@@ -115,23 +115,36 @@ def make_environment(saved: Any, where: Path, **own: Any) -> Any:
     kwargs = {**env.kwargs, **own}
     for argument, value in env.kwargs.items():
         if argument not in own:
-            _refuse_foreign_code(argument, value, where)
+            reward = f"load(folder, {argument}=...) for a reward"
+            refuse_foreign_code(
+                argument, value, where, f"pass it yourself, {reward}, or the environment, load(folder, envs)"
+            )
     return gym.make_vec(env.id, num_envs=env.num_envs, **kwargs)
 
 
-def _refuse_foreign_code(argument: str, value: Any, where: Path) -> None:
-    """Raise an error for arguments that name code to import, unless it is textgym's own."""
+def refuse_foreign_code(argument: str, value: Any, where: Path, remedy: str) -> None:
+    """Raise an error for an argument of an environment that names code to import, unless it is textgym's own.
+
+    Args:
+        argument: Its name.
+        value: Its value, as read from a file.
+        where: The file, for the error message.
+        remedy: What to do, for the error message.
+
+    Raises:
+        UntrustedNameError: If it names a function that is not textgym's.
+    """
     if argument == "stop" or (argument == "prompts" and not isinstance(value, str)):
         return  # texts
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
         for entry in value:
-            _refuse_foreign_code(argument, entry, where)
+            refuse_foreign_code(argument, entry, where, remedy)
     elif isinstance(value, str) and NAME_OF_CODE.fullmatch(value) and not _is_own(value):
         raise UntrustedNameError(
             f"{where} names {value!r} as {argument}, and loading a folder runs no code that it names except textgym's "
-            f"own: pass it yourself, load(folder, {argument}=...) for a reward, or the environment, load(folder, envs)"
+            f"own: {remedy}"
         )
 
 

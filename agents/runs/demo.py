@@ -33,8 +33,9 @@ from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, ch
 from ..ppo import PPO, PPOConfig
 from .claims import RunClaim
 from .evaluation import Samples, generate, measure
+from .progress import LiveProgress, TrainingProgress
 from .records import Recorder
-from .run_folder import LiveProgress, RunFolder, TrainingProgress, figures_table
+from .run_folder import RunFolder, figures_table
 
 
 @dataclass

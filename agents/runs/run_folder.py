@@ -1,4 +1,4 @@
-"""The folder of a run (config, metrics, TensorBoard events, curves, samples) and its live progress display."""
+"""The folder of a run: config, metrics, TensorBoard events, curves, samples."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import TrainerCallback
 
 from textgym.data.files import atomic_file, remove_leftovers
 from textgym.display import markdown_cell, rich_text
 from textgym.errors import DamagedFolderError
 
-from ..common.rollout_agent import Metrics, RolloutAgent
-from ..common.supervised import SupervisedAgent
+from ..common.rollout_agent import Metrics
 from .claims import EVENTS, RunClaim
+from .progress import Agent, clock
 
 CURVES = {
     "score": "objective/scores",
@@ -39,16 +37,6 @@ CURVES = {
     "learning rate": "learning_rate",
 }
 """Titles and metrics of the curves; metrics that the agent does not report are left out."""
-
-NOTES = {
-    "objective/scores": "score {:+.2f}",
-    "objective/kl": "KL {:.1f}",
-    "val/response_tokens": "tokens {:.1f}",
-    "loss": "loss {:.3f}",
-    "rewards/accuracies": "ranked right {:.2f}",
-}
-"""Metrics that are shown beside the progress bar."""
-Agent = RolloutAgent | SupervisedAgent
 
 
 class RunFolder:
@@ -85,7 +73,7 @@ class RunFolder:
         self.metrics.write(json.dumps(metrics) + "\n")
         self.metrics.flush()
         for name, value in metrics.items():
-            self.events.add_scalar(name, value, int(metrics[_clock(metrics)]))
+            self.events.add_scalar(name, value, int(metrics[clock(metrics)]))
         self.events.flush()
 
     def write(self, name: str, text: str) -> None:
@@ -106,7 +94,7 @@ class RunFolder:
         except ImportError:
             _note("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
             return
-        clock = _clock(self.history[0])
+        counted = clock(self.history[0])
         curves = {title: key for title, key in CURVES.items() if any(key in row for row in self.history)}
         rows = math.ceil(len(curves) / 3)
         # Without pyplot, which would change a notebook's backend.
@@ -114,9 +102,9 @@ class RunFolder:
         for place, (title, key) in enumerate(curves.items(), start=1):
             axis = figure.add_subplot(rows, 3, place)
             seen = [row for row in self.history if key in row]
-            axis.plot([row[clock] for row in seen], [row[key] for row in seen], linewidth=1.5)
+            axis.plot([row[counted] for row in seen], [row[key] for row in seen], linewidth=1.5)
             axis.set_title(title, fontsize=10)
-            axis.set_xlabel(clock, fontsize=9)
+            axis.set_xlabel(counted, fontsize=9)
             axis.grid(alpha=0.3)
         with atomic_file(self.folder / "curves.png") as temporary:
             figure.savefig(temporary, dpi=110)
@@ -135,60 +123,6 @@ class RunFolder:
         self.metrics.close()
         self.events.close()
         self.claim.release()
-
-
-class LiveProgress:
-    """Callback of agents that shows stage, progress, remaining time and the main metrics on one line."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-        )
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def stage(self, description: str, total: float | None = None) -> None:
-        """Begin the next stage, of `total` steps if known."""
-        self.finish()
-        self.task = self.progress.add_task(description, total=total, note="")
-
-    def advance(self, completed: float, note: str = "") -> None:
-        """Set the number of completed steps of the current stage."""
-        self.progress.update(self.task, completed=completed, note=note)
-
-    def finish(self) -> None:
-        """Complete the current stage."""
-        for task in self.progress.tasks:
-            if not task.finished:
-                self.progress.update(task.id, total=task.total or 1, completed=task.total or 1)
-
-    def __call__(self, agent: Agent, metrics: Metrics) -> None:
-        """Show the metrics of an update."""
-        note = "  ".join(form.format(metrics[key]) for key, form in NOTES.items() if key in metrics)
-        self.advance(metrics[_clock(metrics)], note)
-
-
-class TrainingProgress(TrainerCallback):
-    """Callback of `transformers.Trainer` that shows its progress in the current stage of `LiveProgress`."""
-
-    def __init__(self, live: LiveProgress) -> None:
-        self.live = live
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the progress; the trainer calls this after each update."""
-        loss = [row["loss"] for row in state.log_history if "loss" in row][-1:]
-        self.live.advance(state.global_step / state.max_steps, f"loss {loss[0]:.3f}" if loss else "")
 
 
 def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str]:
@@ -247,11 +181,6 @@ def _formatted(figure: float | str) -> str:
     return f"{round(figure, 3) + 0.0:.3f}"  # adding 0.0 turns -0.0 into 0.0
 
 
-def _clock(metrics: Metrics) -> str:
-    """Return the metric that counts an agent's progress; SFT and DPO have no episodes."""
-    return "episodes" if "episodes" in metrics else "updates"
-
-
 def _note(text: str) -> None:
     Console().print(text, markup=False)  # with markup, [brackets] would be a style
 
@@ -276,4 +205,4 @@ def _summary_writer(folder: Path, last: Metrics | None) -> Any:
     except ImportError:
         _note("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
         return _NoEvents()
-    return SummaryWriter(str(folder), purge_step=None if last is None else int(last[_clock(last)]) + 1)
+    return SummaryWriter(str(folder), purge_step=None if last is None else int(last[clock(last)]) + 1)

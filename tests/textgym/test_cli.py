@@ -21,7 +21,7 @@ from textgym import agents, cli
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.demo import DemoConfig
-from textgym.agents.runs.run_folder import LiveProgress
+from textgym.agents.runs.progress import LiveProgress
 from textgym.data.corpora.sources import Snippet
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
@@ -37,7 +37,7 @@ def broken(completions):
 """
 RUN_FILES = {
     *("run.json", "run.lock", "config.json", "metrics.jsonl", "tensorboard"),
-    *("checkpoints", "curves.png", "records", "samples.md", "policy"),
+    *("checkpoints", "curves.png", "records", "samples.md", "evaluation.json", "policy"),
 }
 SMALL = ["--total-episodes", "24", "--num-envs", "4", "--episodes-per-update", "8", "--minibatch-size", "8"]
 
@@ -521,10 +521,45 @@ def test_settings_out_of_their_range_are_errors_of_usage(
 
 @pytest.mark.slow
 def test_the_installed_command(working_folder: Path) -> None:
-    """In a process of its own: where it computes, exit code 1, one line on stderr, no traceback."""
+    """In a process of its own: where it computes, exit code 1, what it loads and one error on stderr, no traceback."""
     command = [str(Path(sys.executable).with_name("textgym")), "train", "--output-dir", "run", "--env-kwargs", "{"]
     result = subprocess.run(command, cwd=working_folder, capture_output=True, text=True)
     assert result.returncode == 1
     assert re.fullmatch(r"device: .+\n", result.stdout)
-    (line,) = result.stderr.splitlines()
+    loading, line = result.stderr.splitlines()
+    assert loading == "textgym: loading torch and transformers"
     assert line.startswith("textgym: --env-kwargs is not JSON")
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_longer_listed_evaluated_and_talked_to(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs(), "--eval-every", "1"])
+    shown = capsys.readouterr().out
+    for title in (
+        "policy:",
+        "critic:",
+        "reference:",
+        "reward:",
+        "prompts:",
+        "responses:",
+        "training:",
+        "seed:",
+        "folder:",
+    ):
+        assert f"\n{title}" in shown
+    assert "difference" in shown
+    assert "textgym resume run" in shown
+    assert "loading a folder runs no code" in error_of("resume", "run", "--total-episodes", "40")
+    cli.main(["resume", "run", "--total-episodes", "40", "--trust-names"])
+    metrics = [json.loads(line) for line in (working_folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in metrics] == [8, 16, 24, 32, 40]
+    assert all("eval/score" in row for row in metrics)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", ["A film\n"])
+    for words in (["list", "."], ["evaluate", "run", "--trust-names"], ["chat", "run", "--trust-names"]):
+        cli.main(words)
+    shown = capsys.readouterr().out
+    assert "finished" in shown
+    assert "[score +" in shown

@@ -233,18 +233,20 @@ def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, 
 
 def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
     """What `work` gives, or raises, in each of several processes."""
-    # At a port that nobody else can take. The plain server: with libuv's, a test once hung while two processes met, for
-    # a reason that was not found.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
-    meeting = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    meeting["USE_LIBUV"] = "0"
-    shared = {"WORLD_SIZE": str(processes), **meeting, **environment}
-    answers: Any = FORK.SimpleQueue()
+    answers, meeting = FORK.SimpleQueue(), FORK.SimpleQueue()
+    shared = {"WORLD_SIZE": str(processes), **environment}
     started = [
-        FORK.Process(target=_run, args=(answers, number, shared, work, arguments)) for number in range(processes)
+        FORK.Process(target=_run, args=(answers, meeting, number, shared, work, arguments))
+        for number in range(processes)
     ]
     for process in started:
         process.start()
+    # The server takes a port that nobody else can take. It begins after the forks: while it accepts a connection it
+    # holds a lock of the C library's resolver, and a process forked at that moment would wait for that lock for ever.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for _ in started:
+        meeting.put(address)
     results: dict[int, Any] = {}
     while len(results) < processes:
         alive = any(process.is_alive() for process in started)  # asked first: the last words are heard in any case
@@ -260,7 +262,10 @@ def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESS
     return [results.get(number) for number in range(processes)]
 
 
-def _run(answers: Any, number: int, shared: dict[str, str], work: Callable[..., Any], arguments: Any) -> None:
+def _run(
+    answers: Any, meeting: Any, number: int, shared: dict[str, str], work: Callable[..., Any], arguments: Any
+) -> None:
+    shared = {**shared, **meeting.get()}
     os.environ.update(shared, RANK=str(number), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=shared["WORLD_SIZE"])
     AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of an earlier test has said it is alone
     try:

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from textgym import cli
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.checkpoints import Checkpoints
-from textgym.agents.runs.run_folder import LiveProgress
+from textgym.agents.runs.progress import LiveProgress
 from textgym.data.files import TEMPORARY
 from textgym.errors import DamagedFolderError
 from textgym.models.actor_critic import ActorCritic

@@ -15,7 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from textgym.agents import PPO, PPOConfig
-from textgym.agents.runs.run_folder import LiveProgress, RunFolder, figures_table
+from textgym.agents.runs.run_folder import RunFolder, figures_table
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
@@ -167,19 +167,6 @@ def test_runs_without_the_extras(
     folder.close()
     assert len(metrics_in(tmp_path)) == 1
     assert f"pip install {pip_line}" in " ".join(capsys.readouterr().out.split())
-
-
-def test_live_progress_shows_stage_and_figures(agent: PPO) -> None:
-    output = io.StringIO()
-    console = Console(file=output, force_terminal=True, width=80, color_system=None)
-    with LiveProgress(console) as live:
-        live.stage("PPO", 8)
-        agent.learn(8, [live])
-        live.finish()
-    last = output.getvalue().rsplit("PPO", 1)[1]
-    assert "KL " in last
-    assert "tokens " in last
-    assert "…" not in last, "it fits on one line of a terminal"
 
 
 def test_table_of_figures_fits_a_terminal() -> None:

@@ -1,0 +1,177 @@
+"""Runs of the past: a list of those in a folder, and several beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.table import Table
+from rich.text import Text
+
+from textgym.data.files import atomic_file
+from textgym.errors import RunFolderError
+from textgym.rewards.intervals import bootstrap
+
+from ..common.rollout_agent import Metrics
+from .claims import LOCK, RUN
+from .progress import clock
+from .run_folder import CURVES
+
+END = 0.2
+"""The last fifth of a run's updates is compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says of its run.
+
+    Attributes:
+        folder: The folder.
+        settings: Those of the command.
+        history: Metrics of each update.
+        running: Whether a process is writing there now.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    history: list[Metrics]
+    running: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run folder, also while its run is writing: a line that is not whole yet is left out.
+
+        Raises:
+            RunFolderError: It is no run folder.
+        """
+        if not (folder / RUN).exists():
+            raise RunFolderError(f"{folder} holds no run of textgym's: it has no {RUN}")
+        return cls(folder, _settings(folder), _history(folder), _is_running(folder))
+
+    @property
+    def state(self) -> str:
+        """`"running"`, `"finished"`, or `"stopped"`, which can be resumed."""
+        if self.running:
+            return "running"
+        done = (self.folder / "samples.md").exists()
+        return "finished" if done else "stopped"
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """Return the runs in a folder and the folders below it, sorted by name.
+
+    Raises:
+        RunFolderError: There are none.
+    """
+    found = [Run.read(path.parent) for path in sorted(folder.rglob(RUN))]
+    if not found:
+        raise RunFolderError(
+            f"there are no runs in {folder}: `textgym train --output-dir {folder / 'first'}` begins one"
+        )
+    return found
+
+
+def list_of(runs: Sequence[Run]) -> Table:
+    """Return a table of runs: what each trained, how far it is, and its last score and KL."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "agent", "environment", "model", "state", "updates", "score", "KL"):
+        table.add_column(title, justify="right" if title in ("updates", "score", "KL") else "left")
+    for run in runs:
+        last = run.history[-1] if run.history else {}
+        figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
+        names = [str(run.settings.get(key, "")) for key in ("agent", "env", "model")]
+        table.add_row(*map(Text, [str(run.folder), *names, run.state, str(len(run.history)), *figures]))
+    return table
+
+
+def compared(runs: Sequence[Run]) -> Table:
+    """Return a table of the last fifth of each run's updates: means with 95% intervals, by the bootstrap over updates.
+
+    Raises:
+        RunFolderError: A run has no metrics.
+    """
+    for run in runs:
+        if not run.history:
+            raise RunFolderError(f"{run.folder} has no metrics: its run did not reach the end of its first update")
+    table = Table(title=f"mean over the last {END:.0%} of the updates, with 95% intervals", title_justify="left")
+    table.add_column("")
+    for run in runs:
+        table.add_column(Text(str(run.folder)), justify="right")
+    for title, key in {**CURVES, "held-out score": "eval/score"}.items():
+        cells = [_at_the_end(run, key) for run in runs]
+        if any(cells):
+            table.add_row(title, *cells)
+    return table
+
+
+def draw_over_each_other(runs: Sequence[Run], file: Path) -> None:
+    """Plot the curves of several runs over each other, as a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("curves are drawn by matplotlib: pip install 'textgym[plots]'") from error
+    curves = {title: key for title, key in CURVES.items() if any(key in row for run in runs for row in run.history)}
+    figure = Figure(figsize=(13, 3.25 * -(-len(curves) // 3)), layout="constrained")
+    for place, (title, key) in enumerate(curves.items(), start=1):
+        axis = figure.add_subplot(-(-len(curves) // 3), 3, place)
+        for run in runs:
+            rows = [row for row in run.history if key in row]
+            axis.plot(
+                [row[clock(row)] for row in rows], [row[key] for row in rows], label=str(run.folder), linewidth=1.5
+            )
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _at_the_end(run: Run, key: str) -> str:
+    values = np.array([row[key] for row in run.history if key in row])
+    if not len(values):
+        return ""
+    last = values[-max(1, round(END * len(values))) :]
+    return str(bootstrap(lambda rows: float(last[rows].mean()), range(len(last))))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _history(folder: Path) -> list[Metrics]:
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the run is writing it, or was killed while it did
+    return rows
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a process holds the run's lock, which death releases, too."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False

@@ -1,0 +1,87 @@
+"""overview: what a run is about to do, one line each: models, reward, prompts, responses, length, place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from textgym.models.token_model import TokenModel
+
+from ..common.rollout_agent import RolloutAgent
+from ..common.supervised import SupervisedAgent
+from ..machine.distributed import count
+
+
+def overview(agent: RolloutAgent | SupervisedAgent, total_episodes: int = 0) -> dict[str, str]:
+    """Return what a run is about to do, as titles and texts in the order in which to show them.
+
+    Args:
+        agent: The agent, before its first update or resumed.
+        total_episodes: Episodes of the whole run; SFT and DPO do not play any.
+    """
+    policy = agent.policy
+    parts = {"agent": type(agent).__name__, "policy": f"{policy.lm.config.model_type}, {_size_of(policy.lm)}"}
+    parts["critic"] = "in the policy's trunk" if policy.critic is None else f"separate, {_size_of(policy.critic)}"
+    if isinstance(agent, RolloutAgent):
+        parts |= _played(agent, total_episodes)
+    else:
+        parts["critic"] += ", not trained"
+        parts["data"] = f"{len(agent):,} rows"
+        parts["training"] = f"{agent.total_updates:,} updates of {agent.config.batch_size} rows"
+    threads = torch.get_num_threads()
+    processes = f", {count()} processes" if count() > 1 else ""
+    parts["numbers"] = f"{_dtype(policy.lm)}, {threads} thread(s){processes}"
+    parts["seed"] = str(agent.config.seed)
+    if agent.updates:
+        parts["resumed"] = f"after update {agent.updates}"
+    return parts
+
+
+def _played(agent: RolloutAgent, total_episodes: int) -> dict[str, str]:
+    env, config = agent.base_env, agent.config
+    scorer, controller = env.scorer, agent.penalty.controller
+    rewards = [
+        name if weight == 1 else f"{weight:g} x {name}"
+        for name, weight in zip(scorer.names, scorer.weights, strict=True)
+    ]
+    stops = [repr(env.tokenizer.decode([token])) for token in env.stop.ids]
+    updates = math.ceil(total_episodes / config.episodes_per_update)
+    return {
+        "reference": _reference(agent),
+        "KL penalty": f"beta {agent.penalty.coef:g} ({type(controller).__name__}), estimator {agent.penalty.estimator}",
+        "reward": ", ".join(rewards),
+        "prompts": f"{len(env.prompts):,}",
+        "responses": f"up to {env.max_new_tokens} tokens, end at {', '.join(stops) or 'that length alone'}",
+        "training": f"{updates * config.episodes_per_update:,} episodes: {updates:,} updates of "
+        f"{config.episodes_per_update} episodes, {agent.envs.num_envs} at a time",
+    }
+
+
+def _reference(agent: RolloutAgent) -> str:
+    """Say what the reference is, and how much memory it costs beside the policy."""
+    reference = agent.penalty.reference
+    mine = {weight.data_ptr() for weight in agent.policy.parameters()}
+    own = [weight for weight in reference.parameters() if weight.data_ptr() not in mine]
+    if not own:
+        return "shares all weights with the policy"
+    size = sum(weight.numel() * weight.element_size() for weight in own)
+    shared = "" if len(own) == len(list(reference.parameters())) else ", shares the others with the policy"
+    return f"frozen, {_millions(sum(weight.numel() for weight in own))} of its own ({size / 2**20:,.0f} MiB){shared}"
+
+
+def _size_of(model: nn.Module | TokenModel) -> str:
+    weights = list(model.parameters())
+    total = sum(weight.numel() for weight in weights)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    return f"{_millions(total)}, {'all' if trained == total else _millions(trained)} trained"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f}M parameters" if number < 1e9 else f"{number / 1e9:,.2f}B parameters"
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")

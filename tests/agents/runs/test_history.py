@@ -1,0 +1,65 @@
+"""Lists and comparisons of runs, finished, stopped, running and half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from textgym.agents.runs.claims import RunClaim
+from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of, runs_in
+from textgym.errors import RunFolderError
+
+
+def write_run(folder: Path, scores: list[float], agent: str = "ppo", end: str = "") -> Path:
+    RunClaim(folder).release()
+    (folder / "config.json").write_text(json.dumps({"agent": agent, "env": "textgym/Copy-v0", "model": "tiny"}))
+    rows = [{"episodes": 8 * (i + 1), "objective/scores": s, "objective/kl": 0.1} for i, s in enumerate(scores)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return folder
+
+
+def text_of(table: object) -> str:
+    output = io.StringIO()
+    Console(file=output, width=200).print(table)
+    return output.getvalue()
+
+
+def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
+    finished = write_run(tmp_path / "a", [0.0, 1.0])
+    (finished / "samples.md").write_text("")
+    write_run(tmp_path / "deep" / "b", [0.5], agent="[red]grpo", end='{"episodes": 16, "objec')
+    running = write_run(tmp_path / "c", [])
+    claim = RunClaim(running, resume=True)
+    lines = text_of(list_of(runs_in(tmp_path))).splitlines()
+    claim.release()
+    assert [line.split()[0] for line in lines[1:]] == [str(tmp_path / name) for name in ("a", "c", "deep/b")]
+    assert lines[1].split()[1:] == ["ppo", "textgym/Copy-v0", "tiny", "finished", "2", "1.000", "0.100"]
+    assert lines[2].split()[-2:] == ["running", "0"]
+    assert lines[3].split()[1:] == ["[red]grpo", "textgym/Copy-v0", "tiny", "stopped", "1", "0.500", "0.100"]
+
+
+def test_folders_without_runs_are_said(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="there are no runs in"):
+        runs_in(tmp_path)
+    with pytest.raises(RunFolderError, match="holds no run of textgym's"):
+        Run.read(tmp_path)
+    with pytest.raises(RunFolderError, match="has no metrics"):
+        compared([Run.read(write_run(tmp_path / "a", []))])
+
+
+def test_runs_are_compared_at_their_ends(tmp_path: Path) -> None:
+    low, high = (
+        Run.read(write_run(tmp_path / name, [9.0] * 8 + end))
+        for name, end in (("low", [0.0, 0.5]), ("high", [2.0, 2.0]))
+    )
+    lines = text_of(compared([low, high])).splitlines()
+    score = next(line for line in lines if line.startswith("│ score"))
+    assert "0.250 [0.000, 0.500]" in score
+    assert "2.000 [2.000, 2.000]" in score
+    assert not any("loss" in line for line in lines), "what no run reports is left out"
+    draw_over_each_other([low, high], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
