@@ -92,7 +92,7 @@ def _flag(flag: str, value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         yield from (flag, *map(str, value))
     elif isinstance(value, dict):
-        yield from (flag, json.dumps(value))
+        yield from (flag, *(str(word) for pair in value.items() for word in pair))
     else:
         yield from (flag, str(value))
 

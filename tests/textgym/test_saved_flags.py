@@ -25,7 +25,12 @@ def run_of(folder: Path, command: Train) -> Path:
 @pytest.mark.parametrize(
     ("agent", "config"),
     [
-        ("ppo", PPOConfig(seed=4, bf16=True, whiten_advantages=False, target_kl=None, learning_rate=3e-5)),
+        (
+            "ppo",
+            PPOConfig(
+                seed=4, bf16=True, whiten_advantages=False, optimizer_options={"weight_decay": 0.1}, learning_rate=3e-5
+            ),
+        ),
         ("grpo", GRPOConfig(group_size=4, episodes_per_update=64)),
     ],
 )
@@ -123,5 +128,5 @@ def test_other_command_lines_stay_as_they_are() -> None:
 
 
 def test_flags_of_every_kind() -> None:
-    settings = {"a_b": 1.5, "c": False, "d": None, "e": [1, 2], "f": {"g": 1}}
-    assert flags_of(settings) == ["--a-b", "1.5", "--no-c", "--d", "None", "--e", "1", "2", "--f", '{"g": 1}']
+    settings = {"a_b": 1.5, "c": False, "d": None, "e": [1, 2], "f": {"g": 1.5, "h": 2}}
+    assert flags_of(settings) == ["--a-b", "1.5", "--no-c", "--d", "None", "--e", "1", "2", "--f", "g", "1.5", "h", "2"]
