@@ -61,7 +61,7 @@ def update_of(path: Path) -> int:
 def write_record(run: Path, record: Record) -> Path:
     """Write a record into a run folder, whole or not at all; the same record is always the same bytes."""
     path = record_path(run, record["update"])
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     packed = {
         **record,
         "tokens": {
