@@ -18,6 +18,10 @@ class NonFiniteError(TextgymError, FloatingPointError):
     """A number that training rests on is NaN or infinite."""
 
 
+class UnchangedWeightsError(TextgymError, RuntimeError):
+    """Training ended, and all weights are as they were."""
+
+
 class UnknownArgumentError(TextgymError, TypeError):
     """An environment is given an argument that it does not have."""
 

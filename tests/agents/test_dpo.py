@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from textgym.agents import DPO, DPOConfig
 from textgym.agents.dpo import preference_loss
+from textgym.errors import UnchangedWeightsError
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.machine.changes import UnchangedWeightsError
 from textgym.models.token_model import TokenModel
 from textgym.testing import (
     ExactTask,

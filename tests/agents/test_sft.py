@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM
 from textgym.agents import SFT, SFTConfig
 from textgym.agents.machine.memory_by_role import SavedForBackward
 from textgym.agents.runs.evaluation import generate
-from textgym.errors import NonFiniteError
+from textgym.errors import NonFiniteError, UnchangedWeightsError
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.machine.changes import UnchangedWeightsError
 from textgym.models.sequences import Sequences
 from textgym.testing import (
     Measured,

@@ -142,6 +142,8 @@ def test_dpo_and_reward_models_read_what_is_meant(data: tuple[list[Row], list[tu
     assert [tuple(decoded([*text.prompt, *text.completion]) for text in pair) for pair in pairs] == meant
     rated, others = read_rated_pairs(placed, scorer(), RewardModelConfig())
     assert [(decoded(pair.chosen), decoded(pair.rejected)) for pair in rated] == meant
+    in_use = [scorer().text(row.pair["prompt"], row.pair["chosen"]) for row in placed]
+    assert scorer().encode(in_use) == [list(pair.chosen) for pair in rated], "as it reads completions later"
     assert set(faults.places) | set(others.places) <= {"are duplicates"}
     assert repr(rows) == repr(before), "the caller's rows are left as they are"
 

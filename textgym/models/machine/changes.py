@@ -9,11 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from textgym.errors import TextgymError
-
-
-class UnchangedWeightsError(TextgymError, RuntimeError):
-    """Training ended, and all weights are as they were."""
+from textgym.errors import UnchangedWeightsError
 
 
 class ChangedWeights(TrainerCallback):

@@ -15,8 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from textgym.errors import NonFiniteError
-from textgym.models.machine.changes import UnchangedWeightsError
+from textgym.errors import NonFiniteError, UnchangedWeightsError
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
 from textgym.rewards.models.pairwise import ClusterSampler, MuonAndAdamW, RatedPair, collate, pairwise_loss
 from textgym.testing import Measured, assert_close, assert_learns, byte_tokenizer, mock_lm, terms_of
