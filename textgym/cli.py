@@ -51,8 +51,8 @@ from textgym.agents.runs.data_report import data_report
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.demo import run as run_demo
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
-from textgym.agents.runs.heldout import HeldOut, comparison, heldout_envs
-from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of, runs_in
+from textgym.agents.runs.heldout import HeldOut, heldout_envs
+from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of
 from textgym.agents.runs.interrupts import Interrupts
 from textgym.agents.runs.overview import overview
 from textgym.agents.runs.profiling import Profiler
@@ -480,14 +480,8 @@ def _write_samples(
     )
     if evaluation is None:
         evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
-    before, after = evaluation.samples(start), evaluation.samples(policy)
-    texts = [transcript["prompt"] for transcript in before.transcripts]
-    folder.write_samples({"before": before.completions, "after": after.completions}, texts)
     judge = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
-    columns = comparison(before, after, evaluation.reference, judge)
-    folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
-    title = f"{len(texts)} completions of {len(set(texts))} prompts; differences with 95% intervals over prompts"
-    return figures_table(title, columns)
+    return evaluation.before_and_after(start, policy, folder, judge)
 
 
 def answer(command: Chat) -> None:
@@ -498,12 +492,12 @@ def answer(command: Chat) -> None:
     models = {"tokenizer": command.reference, "reference": command.reference, **_decoder_start(policy)}
     envs = _make_envs(command.env, 1, command.env_kwargs, place, on_reward_error="skip", **models)
     print("Type a prompt and press Enter. Ctrl-D ends it.", flush=True)
-    chat(policy, envs, reference, sys.stdin, lambda text: print(text, flush=True), command.seed)
+    chat(policy, envs, reference, sys.stdin, lambda text: print(printable(text), flush=True), command.seed)
 
 
 def list_runs(command: ListRuns) -> None:
     """A table of the runs in a folder."""
-    Console().print(list_of(runs_in(command.folder)))
+    Console().print(list_of(command.folder))
 
 
 def compare(command: Compare) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from rich.table import Table
 
 from textgym.data.overlap import key_of_prompt
 from textgym.data.rows import Row
@@ -18,6 +19,7 @@ from textgym.settings import Count, check_arguments
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from .evaluation import Judge, Samples, distinct_2, generate
+from .run_folder import RunFolder, figures_table
 
 SHARE = 10
 """At most one prompt in ten is held out."""
@@ -101,6 +103,18 @@ class HeldOut:
         samples = self.samples(policy)
         means = {name: float(np.nanmean(values)) for name, values in figures(samples, self.reference).items()}
         return {**means, "distinct_2": distinct_2(samples.rollout)}
+
+    def before_and_after(
+        self, start: ActorCritic, policy: ActorCritic, folder: RunFolder, judge: Judge | None = None
+    ) -> Table:
+        """Write completions of a policy and of its start, and their figures; return a table of the figures."""
+        before, after = self.samples(start), self.samples(policy)
+        texts = [transcript["prompt"] for transcript in before.transcripts]
+        folder.write_samples({"before": before.completions, "after": after.completions}, texts)
+        columns = comparison(before, after, self.reference, judge)
+        folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
+        title = f"{len(texts)} completions of {len(set(texts))} prompts; differences with 95% intervals over prompts"
+        return figures_table(title, columns)
 
 
 def figures(samples: Samples, reference: TokenModel, judge: Judge | None = None) -> dict[str, np.ndarray]:

@@ -76,12 +76,12 @@ def runs_in(folder: Path) -> list[Run]:
     return found
 
 
-def list_of(runs: Sequence[Run]) -> Table:
-    """Return a table of runs: what each trained, how far it is, and its last score and KL."""
+def list_of(folder: Path) -> Table:
+    """Return a table of the runs in a folder: what each trained, how far it is, and its last score and KL."""
     table = Table(box=None, pad_edge=False)
     for title in ("run", "agent", "environment", "model", "state", "updates", "score", "KL"):
         table.add_column(title, justify="right" if title in ("updates", "score", "KL") else "left")
-    for run in runs:
+    for run in runs_in(folder):
         last = run.history[-1] if run.history else {}
         figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
         names = [str(run.settings.get(key, "")) for key in ("agent", "env", "model")]

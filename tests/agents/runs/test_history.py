@@ -34,7 +34,7 @@ def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
     write_run(tmp_path / "deep" / "b", [0.5], agent="[red]grpo", end='{"episodes": 16, "objec')
     running = write_run(tmp_path / "c", [])
     claim = RunClaim(running, resume=True)
-    lines = text_of(list_of(runs_in(tmp_path))).splitlines()
+    lines = text_of(list_of(tmp_path)).splitlines()
     claim.release()
     assert [line.split()[0] for line in lines[1:]] == [str(tmp_path / name) for name in ("a", "c", "deep/b")]
     assert lines[1].split()[1:] == ["ppo", "textgym/Copy-v0", "tiny", "finished", "2", "1.000", "0.100"]
