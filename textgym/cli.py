@@ -84,6 +84,7 @@ from textgym.flags import (
     Train,
     TrainReward,
     View,
+    check_agent,
     parse,
 )
 from textgym.models.actor_critic import ActorCritic
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
-    _check_agent(command)
+    check_agent(command)
     join()
     raise_on_termination()
     claim = None
@@ -261,26 +262,6 @@ def _learn(
             agent.learn(callbacks)
         if any(everyone(interrupts.received is not None)):
             checkpoints.save(agent)
-
-
-def _check_agent(command: Train) -> None:
-    """Offline agents need data, and the others would not read them; what is said of episodes is not for the former."""
-    if command.agent in OFFLINE and command.data is None:
-        rows = "'prompt' and 'completion'" if command.agent == "sft" else "'prompt', 'chosen' and 'rejected'"
-        raise ValueError(f"--agent {command.agent} learns from data: give --data FILE.jsonl, with {rows} a line")
-    if command.agent in OFFLINE and command.profile:
-        raise ValueError(f"--profile looks at the phases of agents that play episodes, not at {command.agent!r}")
-    steered = (command.kl_coef, command.kl_target, command.kl_bounds, command.kl_clamp)
-    if command.agent in OFFLINE and any(value is not None for value in steered):
-        raise ValueError(
-            f"--agent {command.agent} plays no episodes and pays no KL: leave --kl-coef, --kl-target, --kl-bounds and "
-            "--kl-clamp out (DPO's beta is --beta)"
-        )
-    if command.agent not in OFFLINE and command.data is not None:
-        raise ValueError(
-            f"--agent {command.agent} learns from the episodes it plays and would not read --data: leave it out, give "
-            'prompts as --env-kwargs \'{"prompts": "FILE.jsonl"}\', or use --agent sft or dpo'
-        )
 
 
 def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from rich.table import Table
-from rich.text import Text
 
 from textgym.data.files import atomic_file
+from textgym.display import rich_text
 from textgym.errors import RunFolderError
 from textgym.rewards.intervals import bootstrap
 
@@ -85,7 +85,7 @@ def list_of(folder: Path) -> Table:
         last = run.history[-1] if run.history else {}
         figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
         names = [str(run.settings.get(key, "")) for key in ("agent", "env", "model")]
-        table.add_row(*map(Text, [str(run.folder), *names, run.state, str(len(run.history)), *figures]))
+        table.add_row(*map(rich_text, [str(run.folder), *names, run.state, str(len(run.history)), *figures]))
     return table
 
 
@@ -101,7 +101,7 @@ def compared(runs: Sequence[Run]) -> Table:
     table = Table(title=f"mean over the last {END:.0%} of the updates, with 95% intervals", title_justify="left")
     table.add_column("")
     for run in runs:
-        table.add_column(Text(str(run.folder)), justify="right")
+        table.add_column(rich_text(str(run.folder)), justify="right")
     for title, key in {**CURVES, "held-out score": "eval/score"}.items():
         cells = [_at_the_end(run, key) for run in runs]
         if any(cells):
