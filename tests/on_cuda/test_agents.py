@@ -38,7 +38,7 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "A2C": (A2C, {}),
     "REINFORCE": (REINFORCE, {"baseline": "learned"}),
     "RLOO": (RLOO, {"group_size": 2, "normalise": "batch"}),
-    "GRPO": (GRPO, {"group_size": 2, "kl_in": "loss"}),
+    "GRPO": (GRPO, {"group_size": 2, "kl_in": "loss", "kl_gradient": "sequence"}),
     "NLPO": (NLPO, {"mask_update_interval": 1, "num_epochs": 1}),
     "expert iteration": (ExpertIteration, {"group_size": 2}),
     "DQN": (DQN, {**WARM, "micro_batch_size": 2}),
