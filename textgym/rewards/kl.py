@@ -137,7 +137,7 @@ class AdaptiveKL:
         target: Nats an episode.
         horizon: Episodes; `None` for the controller in proportion to the run.
         coef: The coefficient, at first and then as it is.
-        run: R. textgym's agents set it to the `total_episodes` of `learn`.
+        run: R, 4,096 at first. textgym's agents set it to the `total_episodes` of `learn`; for others assign it.
         last: The KL of the last update.
         slope: The slope of the KL.
     """
