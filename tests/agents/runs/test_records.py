@@ -13,11 +13,15 @@ import torch
 from textgym.agents import A2C, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
 from textgym.agents.common.rollout import Rollout
 from textgym.agents.common.rollout_agent import RolloutAgent
-from textgym.agents.runs.records import Recorder, chosen_rows
+from textgym.agents.runs.records import Pieces, Recorder, chosen_rows
+from textgym.data.continuations import decode_continuation
+from textgym.games.game_env import GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
-from textgym.testing import byte_tokenizer, mock_lm
+from textgym.testing import byte_tokenizer, mock_lm, mock_seq2seq_lm
 from textgym.viewer.records import read_record, records_of
+from textgym.viewer.rows import rows_of
 
+EOS = 256
 PROMPTS = ["one", "two", "six", "ten"]
 
 
@@ -46,9 +50,9 @@ def recorded(tmp_path: Path, agent: Any, updates: int = 2, **arguments: Any) -> 
 
 
 def test_the_first_every_nth_and_the_last_update_are_recorded(tmp_path: Path) -> None:
-    records = recorded(tmp_path, make(minibatch_size=4), updates=8, every=3)
-    assert [record["update"] for record in records] == [1, 3, 6, 8]
-    assert [record["episodes"] for record in records] == [4, 12, 24, 32]
+    records = recorded(tmp_path, make(minibatch_size=4), updates=5, every=2)
+    assert [record["update"] for record in records] == [1, 2, 4, 5]
+    assert [record["episodes"] for record in records] == [4, 8, 16, 20]
 
 
 def test_numbers_of_tokens_are_those_of_the_rollout(tmp_path: Path) -> None:
@@ -138,15 +142,16 @@ def test_ratios_are_of_the_policy_after_the_update_and_clipped_where_the_gradien
     assert record["clip"] == [0.99, 1.01]
 
 
+@pytest.mark.filterwarnings("ignore:sampling is filtered")
 @pytest.mark.parametrize(
     ("algorithm", "columns"),
     [
-        (A2C, {"value", "return", "advantage", "ratio"}),
+        pytest.param(A2C, {"value", "return", "advantage", "ratio"}, marks=pytest.mark.slow),
         (GRPO, {"advantage", "ratio", "clipped"}),
-        (RLOO, {"advantage", "ratio"}),
-        (REINFORCE, {"advantage", "ratio"}),
+        pytest.param(RLOO, {"advantage", "ratio"}, marks=pytest.mark.slow),
+        pytest.param(REINFORCE, {"advantage", "ratio"}, marks=pytest.mark.slow),
         (NLPO, {"value", "return", "advantage", "ratio", "clipped"}),
-        (ExpertIteration, {"advantage", "ratio"}),
+        pytest.param(ExpertIteration, {"advantage", "ratio"}, marks=pytest.mark.slow),
         (DQN, set()),
     ],
 )
@@ -157,6 +162,7 @@ def test_every_algorithm_records_the_columns_that_it_has(tmp_path: Path, algorit
     assert record["alternatives"].keys() == {"policy", "reference"}
 
 
+@pytest.mark.filterwarnings("ignore:sampling is filtered")
 def test_alternatives_of_nlpo_are_within_its_mask(tmp_path: Path) -> None:
     record = recorded(tmp_path, make(NLPO, top_p=0.3, minibatch_size=4), updates=1)[0]
     each, policy = record["each"], record["alternatives"]["policy"]
@@ -181,7 +187,7 @@ def test_a_run_is_the_same_with_and_without_records(tmp_path: Path) -> None:
 
 def test_a_resumed_run_replaces_the_records_after_its_checkpoint(tmp_path: Path) -> None:
     agent = make(minibatch_size=4)
-    recorded(tmp_path, agent, updates=4, every=1)
+    recorded(tmp_path, agent, updates=3, every=1)
     agent.updates = 2
     again = Recorder(tmp_path, agent)
     assert [read_record(path)["update"] for path in records_of(tmp_path)] == [1, 2]
@@ -212,3 +218,98 @@ def test_prompts_that_were_seen_come_first_and_their_rows_stay_together() -> Non
     assert chosen_rows(prompts, set(), 3) == [0, 2, 5]
     assert chosen_rows(prompts, {"c", "b"}, 4) == [1, 4, 3, 0]
     assert chosen_rows(prompts, set(), 64) == [0, 2, 5, 1, 4, 3]
+
+
+class Parrot:
+    """Two turns; the environment repeats what it hears."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.turn = 0
+        return f"{seed}?", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        return "ab", 1.0, False, self.turn == 2, {}
+
+
+def test_tokens_of_a_game_are_told_from_those_of_the_policy(tmp_path: Path) -> None:
+    stop = list(range(128))  # half of all tokens end a turn
+    envs = GameVectorEnv(4, Parrot, byte_tokenizer(), max_prompt_tokens=6, max_new_tokens=12, stop=stop)
+    agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPO.config_class(episodes_per_update=4, minibatch_size=4))
+    seen: list[Rollout] = []
+    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
+    [record] = recorded(tmp_path, agent, updates=1)
+    [rollout] = seen
+    mask, lengths = rollout.response_mask, rollout.sequences.response_lengths
+    real = torch.arange(mask.shape[1]) < lengths[:, None]
+    assert record["tokens"]["mine"] == mask[real].int().tolist()
+    assert 0 in record["tokens"]["mine"]
+    assert len(record["numbers"]["log_prob"]) == sum(record["tokens"]["mine"])
+    assert record["numbers"]["log_prob"] == pytest.approx(rollout.log_probs[mask].tolist(), abs=0.0051)
+    rows = rows_of(record)
+    assert [len(row.pieces) for row in rows] == lengths.tolist()
+    assert [len(row.numbers["kl"]) for row in rows] == mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "estimator", ["k3", pytest.param("k2", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
+def test_the_reference_is_recorded_where_it_does_not_follow_from_the_kl(tmp_path: Path, estimator: str) -> None:
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=4,
+        prompts=PROMPTS,
+        tokenizer=byte_tokenizer(),
+        reward=length_or_nothing,
+        reference=mock_lm(seed=1),
+        kl_coef=0.1,
+        kl_estimator=estimator,
+        max_new_tokens=4,
+    )
+    agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPO.config_class(episodes_per_update=4, minibatch_size=4))
+    seen: list[Rollout] = []
+    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
+    [record] = recorded(tmp_path, agent, updates=1)
+    mask = seen[0].response_mask
+    expected = agent.penalty.reference.sequence_log_probs(seen[0].sequences)[mask]
+    assert record["numbers"]["reference_log_prob"] == pytest.approx(expected.tolist(), abs=0.0051)
+
+
+def test_encoder_decoder_models_are_recorded(tmp_path: Path) -> None:
+    policy = ActorCritic.from_pretrained(mock_seq2seq_lm())
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=4,
+        prompts=PROMPTS,
+        tokenizer=byte_tokenizer(),
+        reward=length_or_nothing,
+        kl_coef=0.1,
+        max_new_tokens=4,
+        decoder_start_ids=policy.decoder_start_ids,
+    )
+    agent = PPO(policy, envs, PPO.config_class(episodes_per_update=4, minibatch_size=4))
+    [record] = recorded(tmp_path, agent, updates=1)
+    assert sorted(record["prompts"]) == sorted(PROMPTS)
+    assert len(record["numbers"]["ratio"]) == sum(record["rows"]["length"])
+
+
+def test_texts_of_rows_are_those_of_their_tokens_in_context(tmp_path: Path) -> None:
+    """Random bytes are rarely whole characters, so most texts are not those of their pieces."""
+    agent, tokenizer = make(minibatch_size=4), byte_tokenizer()
+    seen: list[Rollout] = []
+    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
+    [record] = recorded(tmp_path, agent, updates=1)
+    sequences = seen[0].sequences
+    for row, ids, start, length in zip(
+        rows_of(record), sequences.input_ids, sequences.prompt_lengths, sequences.response_lengths, strict=True
+    ):
+        response = ids[start : start + length].tolist()
+        assert row.text == decode_continuation(tokenizer, ids[:start].tolist(), response)
+    assert record["texts"]
+
+
+def test_pieces_of_tokens() -> None:
+    pieces = Pieces(byte_tokenizer())
+    assert pieces[ord("x")] == "x"
+    assert pieces[EOS] == "<eos>"
+    assert pieces[10**6] == "<1000000>"

@@ -21,7 +21,7 @@ from textgym.viewer.packing import (
 WHOLE = st.none() | st.integers(-(10**9), 10**9) | st.integers(-LARGEST, LARGEST)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(WHOLE))
 def test_whole_numbers_come_back(values: list[int | None]) -> None:
     assert unpack(json.loads(json.dumps(pack(values)))) == values
@@ -34,7 +34,7 @@ def test_no_character_needs_an_escape_or_is_a_surrogate() -> None:
     assert packed.encode("utf-8").decode("utf-8") == packed
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.floats(width=32), min_size=1))
 def test_numbers_come_back_rounded_beside_their_size(values: list[float]) -> None:
     found = unpack_numbers(json.loads(json.dumps(pack_numbers(values))))
@@ -49,7 +49,7 @@ def test_numbers_come_back_rounded_beside_their_size(values: list[float]) -> Non
         assert abs(back - value) <= max(rms / 60, largest / 4000) * 1.001 + 1e-300
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-300, 300), min_size=1))
 def test_numbers_of_usual_size_have_two_decimals(values: list[float]) -> None:
     found = unpack_numbers(pack_numbers(values))
@@ -64,7 +64,7 @@ def test_numbers_of_usual_size_have_two_decimals(values: list[float]) -> None:
 ENTRY = st.tuples(st.integers(0, 20), st.integers(0, 100))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.lists(ENTRY, min_size=3, max_size=3), st.lists(ENTRY, min_size=3, max_size=3))))
 def test_alternatives_come_back(tokens: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]) -> None:
     alternatives = {

@@ -48,7 +48,7 @@ def test_texts_are_escaped_wherever_they_stand() -> None:
     page.encode("utf-8")
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.text(), max_size=5), st.text())
 def test_any_text_is_the_same_text(tokens: list[str], prompt: str) -> None:
     elements = Elements(token_html(tokens, prompt=prompt))

@@ -4,9 +4,10 @@
 (() => {
   const { element, number, visible } = textgym;
   const FIRST = [
-    "objective/scores", "objective/kl", "objective/rlhf_reward", "val/response_tokens", "policy/entropy_avg",
+    "objective/scores", "eval/score", "objective/kl", "objective/rlhf_reward", "val/response_tokens", "policy/entropy_avg",
     "val/explained_variance", "policy/approxkl_avg", "policy/clipfrac_avg", "objective/kl_coef", "loss/value_avg",
   ];
+  const SPARSE = 30; // values of a curve that are drawn as points, too
   let drawn = []; // plots on the page
 
   const styleOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -53,7 +54,7 @@
       stroke: textgym.runColour(i),
       width: 1.5,
       spanGaps: true,
-      points: { show: data[0].length < 3 },
+      points: { show: run.metrics.columns[name].filter((value) => value !== null).length < SPARSE },
       value: (_, value) => number(value),
     }));
     if (budget) {
