@@ -60,7 +60,8 @@ ZERO = NEGATIVE | {
     *("heldout_fraction", "kl_coef", "kl_min", "label_smoothing", "lam", "learning_rate", "learning_starts", "low"),
     *("matrix_learning_rate", "max_reward_failures", "mean_coefficient", "min_new_tokens", "penalty_coef"),
     *("priority_exponent", "samples", "seed", "target_kl", "tolerance", "value_coef", "warmup", "weight_decay"),
-    *("allow_faulty_rows", "word_order"),
+    *("allow_faulty_rows", "critic_lam", "critic_learning_rate", "critic_weight_decay", "ema_decay", "examples"),
+    *("eval_every", "record_every", "word_order"),
 }
 """Numbers that may be 0."""
 
@@ -126,6 +127,7 @@ def user_dataclasses() -> dict[str, tuple[type, dict[str, Any]]]:
         TextVectorConfig: {**env, "num_envs": 2},
         flags.Train: {"output_dir": Path("run")},
         flags.TrainReward: {"output_dir": Path("run")},
+        flags.Data: {"file": "rows.jsonl"},
         flags.Evaluate: {"policy": "tiny"},
         FixedKL: {"coef": 0.1},
         AdaptiveKL: {"target": 6.0},
