@@ -5,8 +5,9 @@
 
 Faults are drawn by a seed from all places in the folders where an operator, a comparison, a condition or a constant can
 be another one. Each is planted alone, in a copy of the repository. Its tests are those that import the module, then
-those that import a module that imports it, and so on; they stop at the first failure. A fault that no test notices is
-printed as a diff: either a test is missing, or the fault changes nothing, which a person has to decide.
+those that import a module that imports it, and so on; they must pass without the fault, which is tried first, and they
+stop at the first failure. A fault that no test notices is printed: either a test is missing, or the fault changes
+nothing, which a person has to decide.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 @dataclass
 class Args:
     folders: tuple[str, ...] = ("agents", "textgym/rewards", "textgym/envs")
-    """Folders to plant faults in."""
+    """Folders or files to plant faults in."""
     tests: tuple[str, ...] = ("tests/agents", "tests/textgym")
     """Folders or files of tests that may run."""
     faults: int = 300
@@ -160,11 +161,11 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def tests_of(path: str, args: Args) -> list[str]:
+def tests_of(path: str, args: Args) -> tuple[str, ...]:
     """Return the test files that reach a module, those with the shortest way first."""
     sources = [file for folder in ("agents", "textgym") for file in sorted((ROOT / folder).rglob("*.py"))]
     imports = {module_of(file): imports_of(file) for file in sources if file.name != "__init__.py"}
-    tests = [file for name in args.tests for file in _test_files(ROOT / name)]
+    tests = [file for name in args.tests for file in _files(ROOT / name, "test_*.py")]
     reached = {module_of(ROOT / path)}
     chosen: list[str] = []
     for _ in range(args.depth):
@@ -174,29 +175,30 @@ def tests_of(path: str, args: Args) -> list[str]:
             if (name := file.relative_to(ROOT).as_posix()) not in chosen and imports_of(file) & reached
         ]
         reached |= {module for module, imported in imports.items() if imported & reached}
-    return chosen
+    return tuple(chosen)
 
 
-def _test_files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(path.rglob("test_*.py"))
+def _files(path: Path, pattern: str) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob(pattern))
 
 
-def outcome_of(fault: Fault, copy: Path, args: Args) -> str:
-    """Plant a fault in a copy of the repository, run its tests, and return "noticed", "hung" or "missed"."""
-    tests = tests_of(fault.path, args)
-    if not tests:
-        return "untested"
-    original = (copy / fault.path).read_text(encoding="utf-8")
-    (copy / fault.path).write_text(fault.source, encoding="utf-8")
+def passes(tests: tuple[str, ...], copy: Path, timeout: float | None = None) -> bool:
+    """Run tests in a copy of the repository until the first failure, and return whether all passed."""
     environment = {**os.environ, "PYTHONPATH": f"{copy}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=copy, env=environment, timeout=timeout, capture_output=True).returncode == 0
+
+
+def outcome_of(fault: Fault, tests: tuple[str, ...], copy: Path, timeout: float) -> str:
+    """Plant a fault in a copy of the repository, run its tests, and return "noticed", "hung" or "missed"."""
+    original = (copy / fault.path).read_text(encoding="utf-8")
+    (copy / fault.path).write_text(fault.source, encoding="utf-8")
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, timeout=args.timeout, capture_output=True)
+        return "missed" if passes(tests, copy, timeout) else "noticed"
     except subprocess.TimeoutExpired:
         return "hung"
     finally:
         (copy / fault.path).write_text(original, encoding="utf-8")
-    return "missed" if done.returncode == 0 else "noticed"
 
 
 def copied(folder: Path) -> Path:
@@ -208,15 +210,20 @@ def copied(folder: Path) -> Path:
 
 
 def main(args: Args) -> None:
-    files = [file for folder in args.folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    files = [file for folder in args.folders for file in _files(ROOT / folder, "*.py")]
     everywhere = [fault for file in files for fault in faults_of(file)]
     chosen = random.Random(args.seed).sample(everywhere, min(args.faults, len(everywhere)))
     outcomes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
+        sound: set[tuple[str, ...]] = set()  # sets of tests that pass without a fault
         for index, fault in enumerate(chosen):
+            tests = tests_of(fault.path, args)
+            if tests and tests not in sound and not passes(tests, copy):
+                raise SystemExit(f"these tests fail without a fault, so they say nothing: {' '.join(tests)}")
+            sound.add(tests)
             started = time.monotonic()
-            outcomes.append(outcome_of(fault, copy, args))
+            outcomes.append(outcome_of(fault, tests, copy, args.timeout) if tests else "untested")
             seconds = time.monotonic() - started
             print(f"{index + 1:4} {outcomes[-1]:8} {fault.path}:{fault.line}, {seconds:.0f} s", flush=True)
             if outcomes[-1] in ("missed", "untested"):
