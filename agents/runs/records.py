@@ -255,12 +255,15 @@ def after_update(agent: RolloutAgent, before: Before) -> dict[str, Tensor]:
     rows = before.rows.to(agent.advantages.device)
     advantages = agent.advantages[rows, :width]
     returns = torch.zeros_like(advantages) if agent.returns is None else agent.returns[rows, :width]
+    columns = {"advantage": advantages}
+    if agent.returns is not None:
+        columns["return"] = returns
+    if isinstance(agent, NLPO) and agent.updates % (agent.config.mask_update_interval or agent.updates + 1) == 0:
+        return columns  # the mask is another one now, and ratios would be of other distributions
     batch = Batch(sequences, part.log_probs, part.values, advantages, returns, rows)
     log_ratio = agent.evaluate(agent.policy, batch).log_prob - part.log_probs
     ratio = torch.where(part.response_mask, log_ratio, 0.0).exp()
-    columns = {"advantage": advantages, "ratio": ratio}
-    if agent.returns is not None:
-        columns["return"] = returns
+    columns["ratio"] = ratio
     if before.clip is not None:
         low, high = before.clip
         columns["clipped"] = ((advantages > 0) & (ratio > high) | (advantages < 0) & (ratio < low)).float()

@@ -6,14 +6,15 @@ import base64
 import gzip
 import html
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from textgym.data.files import atomic_folder
-from textgym.viewer.records import records_of, update_of
+from textgym.viewer.records import record_path
 from textgym.viewer.runs import read_run
 
 KIND = "textgym viewer"
@@ -39,16 +40,13 @@ def write_page(runs: Sequence[str | Path], output: str | Path | None = None, sin
     """
     folders = [Path(run) for run in runs]
     folder = folders[0] / "viewer" if output is None else Path(output)
-    index = {"textgym": version("textgym"), "runs": [read_run(run) for run in folders]}
-    scripts = {"data/index.js": _call("index", _compressed(index))}
-    for number, run in enumerate(folders):
-        readable = {entry["update"] for entry in index["runs"][number]["records"]}
-        for path in records_of(run):
-            if update_of(path) in readable:
-                key = f"{number}/{update_of(path)}"
-                scripts[f"data/run{number}-update{update_of(path)}.js"] = _call("record", path.read_bytes(), key)
-    title = ", ".join(run["name"] for run in index["runs"])
+    found = [read_run(run) for run in folders]
+    if len({run["name"] for run in found}) < len(found):
+        for run, path in zip(found, folders, strict=True):
+            run["name"] = str(path)
+    title = ", ".join(run["name"] for run in found)
     with atomic_folder(folder, KIND, "textgym view", overwrite=True) as temporary:
+        scripts = _data(folders, found)
         if single_file:
             (temporary / "index.html").write_text(_single_file(title, scripts), encoding="utf-8")
         else:
@@ -56,31 +54,46 @@ def write_page(runs: Sequence[str | Path], output: str | Path | None = None, sin
     return folder / "index.html"
 
 
-def _write_files(folder: Path, title: str, scripts: dict[str, str]) -> None:
+def _data(folders: Sequence[Path], runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of each script with data, one at a time, since records may be large together."""
+    yield "data/index.js", _call("index", _compressed({"textgym": version("textgym"), "runs": runs}))
+    for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
+        for entry in run["records"]:
+            update = entry["update"]
+            data = record_path(folder, update).read_bytes()
+            yield f"data/run{number}-update{update}.js", _call("record", data, f"{number}/{update}")
+
+
+def _write_files(folder: Path, title: str, scripts: Iterator[tuple[str, str]]) -> None:
     (folder / "data").mkdir()
     (folder / "assets").mkdir()
     for name in (*STYLES, *SCRIPTS, "uPlot.LICENSE"):
         (folder / "assets" / name).write_text(_asset(name), encoding="utf-8")
-    for name, text in scripts.items():
+    for name, text in scripts:
         (folder / name).write_text(text, encoding="ascii")
     styles = [f'<link rel="stylesheet" href="assets/{name}">' for name in STYLES]
     loaded = [f'<script src="{name}"></script>' for name in (*(f"assets/{name}" for name in SCRIPTS), "data/index.js")]
     (folder / "index.html").write_text(_page(title, styles, loaded), encoding="utf-8")
 
 
-def _single_file(title: str, scripts: dict[str, str]) -> str:
-    if (size := sum(map(len, scripts.values()))) > LARGEST_SINGLE_FILE:
-        raise ValueError(
-            f"the records are {size / 1e6:.0f} MB, too much for browsers in a single file: leave --single-file out"
-        )
+def _single_file(title: str, scripts: Iterator[tuple[str, str]]) -> str:
+    texts, size = [], 0
+    for _, text in scripts:
+        texts.append(text)
+        size += len(text)
+        if size > LARGEST_SINGLE_FILE:
+            raise ValueError(
+                f"the records are more than {LARGEST_SINGLE_FILE / 1e6:.0f} MB, too much for browsers in a single "
+                "file: leave --single-file out"
+            )
     styles = [f"<style>{_asset(name)}</style>" for name in STYLES]
-    loaded = [f"<script>{text}</script>" for text in (*map(_asset, SCRIPTS), *scripts.values())]
-    return _page(title, styles, loaded)
+    return _page(title, styles, [f"<script>{text}</script>" for text in (*map(_asset, SCRIPTS), *texts)])
 
 
 def _page(title: str, styles: list[str], scripts: list[str]) -> str:
-    page = _asset("index.html").replace("{title}", html.escape(title)).replace("{styles}", "\n".join(styles))
-    return page.replace("{scripts}", "\n".join(scripts))
+    parts = {"{title}": html.escape(title), "{styles}": "\n".join(styles), "{scripts}": "\n".join(scripts)}
+    # In one pass, since a title may spell the name of another part.
+    return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], _asset("index.html"))
 
 
 def _asset(name: str) -> str:

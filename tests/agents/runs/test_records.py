@@ -13,11 +13,13 @@ import torch
 from textgym.agents import A2C, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
 from textgym.agents.common.rollout import Rollout
 from textgym.agents.common.rollout_agent import RolloutAgent
+from textgym.agents.runs.claims import RunClaim
 from textgym.agents.runs.records import Pieces, Recorder, chosen_rows
 from textgym.data.continuations import decode_continuation
 from textgym.games.game_env import GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm, mock_seq2seq_lm
+from textgym.viewer import write_page
 from textgym.viewer.records import read_record, records_of
 from textgym.viewer.rows import rows_of
 
@@ -173,6 +175,14 @@ def test_alternatives_of_nlpo_are_within_its_mask(tmp_path: Path) -> None:
             assert policy["percent"][each * i + pieces.index(piece)] == pytest.approx(percent, abs=1.1)
 
 
+@pytest.mark.filterwarnings("ignore:sampling is filtered")
+def test_nlpo_has_no_ratios_when_its_mask_is_another_one(tmp_path: Path) -> None:
+    agent = make(NLPO, top_p=0.9, mask_update_interval=2, minibatch_size=4)
+    records = recorded(tmp_path, agent, updates=3, every=1)
+    assert ["ratio" in record["numbers"] for record in records] == [True, False, True]
+    assert all("advantage" in record["numbers"] for record in records)
+
+
 def test_a_run_is_the_same_with_and_without_records(tmp_path: Path) -> None:
     def run(recording: bool) -> list[dict[str, float]]:
         agent = make(minibatch_size=4)
@@ -313,3 +323,17 @@ def test_pieces_of_tokens() -> None:
     assert pieces[ord("x")] == "x"
     assert pieces[EOS] == "<eos>"
     assert pieces[10**6] == "<1000000>"
+
+
+def test_overwriting_a_run_removes_its_records_and_its_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunClaim(run).release()
+    agent = make(minibatch_size=4)
+    recorded(run, agent, updates=1)
+    page = write_page([run])
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "notes.txt").write_text("mine")
+    RunClaim(run, overwrite=True).release()
+    assert records_of(run) == []
+    assert not page.exists()
+    assert (run / "notes.txt").read_text() == "mine"

@@ -121,6 +121,20 @@ def test_a_single_file_holds_everything(tmp_path: Path) -> None:
     assert " src=" not in text.replace("script.src", "")
 
 
+def test_a_single_file_that_browsers_cannot_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textgym.viewer.page.LARGEST_SINGLE_FILE", 1000)
+    with pytest.raises(ValueError, match="leave --single-file out"):
+        write_page([make_run(tmp_path / "run")], tmp_path / "page", single_file=True)
+    assert not (tmp_path / "page").exists()
+
+
+def test_runs_of_one_name_are_told_apart_and_a_name_is_no_template(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name / "{scripts}") for name in ("a", "b")]
+    page = write_page(runs, tmp_path / "page")
+    assert [run["name"] for run in index_of(page)["runs"]] == [str(run) for run in runs]
+    assert page.read_text().count("data/index.js") == 1
+
+
 def test_rows_of_a_record_are_cut_at_their_lengths() -> None:
     first, second = rows_of(record())
     assert (first.text, first.prompt, first.outcomes["score"]) == (" good fun", "A film", 1.25)
