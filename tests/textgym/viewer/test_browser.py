@@ -6,6 +6,8 @@ Needs Chromium (`apt-get install chromium`) and playwright (`pip install playwri
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from textgym.viewer import write_page
-from textgym.viewer.records import FORMAT, Record, write_record
+from textgym.viewer.records import FORMAT, Record, read_record, record_path, write_record
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -287,3 +289,32 @@ def test_a_run_without_records_shows_its_curves(tab: Any, tmp_path: Path) -> Non
     opened(tab, write_page([make_run(tmp_path / "run", records=())]))
     tab.wait_for_selector("figure canvas")
     assert tab.locator("#tabs a").count() == 1
+
+
+def test_the_page_reads_the_numbers_that_were_written(tab: Any, tmp_path: Path) -> None:
+    """Of all sizes, those that are not finite, and more pieces than a packed column can name."""
+    generator = random.Random(0)
+    made = record(1)
+    count = len(made["numbers"]["kl"])
+    for power, name in enumerate(made["numbers"], start=-3):
+        made["numbers"][name] = [generator.gauss(0, 10.0**power) for _ in range(count)]
+    made["numbers"]["kl"][:3] = [math.nan, math.inf, -1e30]
+    made["pieces"] = [f"p{i}" for i in range(60_000)]
+    made["tokens"]["piece"] = [generator.randrange(60_000) for _ in made["tokens"]["piece"]]
+    for columns in made["alternatives"].values():
+        columns["piece"] = [generator.randrange(5) for _ in columns["piece"]]
+        columns["percent"] = [generator.randrange(101) for _ in columns["percent"]]
+    run = make_run(tmp_path / "run", records=(made,))
+    expected = read_record(record_path(run, 1))
+
+    opened(tab, write_page([run]))
+    read = tab.evaluate(
+        "textgym.load(0, 1).then(({ tokens, numbers, alternatives }) => ({ tokens, numbers, alternatives }))"
+    )
+    assert read["tokens"] == expected["tokens"]
+    assert read["alternatives"] == expected["alternatives"]
+    assert read["numbers"]["reference_log_prob"][:2] == [None, None], "it follows from a KL that is not finite"
+    assert read["numbers"].keys() == {*expected["numbers"], "reference_log_prob"}
+    for name, column in expected["numbers"].items():
+        for value, written in zip(read["numbers"][name], column, strict=True):
+            assert value == (None if written is None else pytest.approx(written, rel=1e-9)), name

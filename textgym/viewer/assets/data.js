@@ -72,7 +72,8 @@ const textgym = {};
     const tokens = mapped(record.tokens, (column, name) => (name === "reward" ? unpackNumbers(column) : unpack(column)));
     const numbers = mapped(record.numbers, unpackNumbers);
     if (!numbers.reference_log_prob) {
-      numbers.reference_log_prob = numbers.log_prob.map((value, i) => value - numbers.kl[i]); // the KL is k1
+      const { kl } = numbers; // k1, the difference of the log-probs
+      numbers.reference_log_prob = numbers.log_prob.map((value, i) => (value === null || kl[i] === null ? null : value - kl[i]));
     }
     const sum = (column, from, to) => column.slice(from, to).reduce((total, value) => total + (value ?? 0), 0);
     const mean = (column, from, to) => (column && to > from ? sum(column, from, to) / (to - from) : null);
