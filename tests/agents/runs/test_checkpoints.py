@@ -292,7 +292,7 @@ def test_checkpoints_are_not_written_over_and_settings_must_be_the_same(working_
     run(*train("sft", "run"))
     with pytest.raises(SystemExit, match=r"run holds a run already: go on with it \(--resume\)"):
         run(*train("sft", "run"))
-    with pytest.raises(SystemExit, match=r"other settings, .*: max_steps was 8 and is 9; seed was 0 and is 1$"):
+    with pytest.raises(SystemExit, match=r"other settings, .*: seed was 0 and is 1$"):
         run(*train("sft", "run", "--resume", "--max-steps", "9", "--seed", "1"))
     rows = [*ROWS, {"prompt": "more", "completion": " rows"}]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

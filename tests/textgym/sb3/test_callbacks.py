@@ -150,7 +150,7 @@ def test_what_reward_functions_give_and_log_is_logged(make_env: MakeEnv, make_mo
         log_metric("accuracy", 0.5)
         return [None, *[2.0] * len(completions)][: len(completions)]
 
-    env = make_env(reward=[logs, broken], on_reward_error="skip")
+    env = make_env(reward=[logs, broken], on_reward_error="skip", max_reward_failures=1.0)
     with pytest.warns(UserWarning, match="'broken' raised"):
         rows = logged(make_model(env), tmp_path, KLCallback())
     assert {row["textgym/unscored"] for row in rows} == {"1.0"}
