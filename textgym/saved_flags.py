@@ -43,7 +43,7 @@ def expand(words: list[str]) -> list[str]:
     if words[:1] in (["evaluate"], ["chat"]) and words[1:2] and not words[1].startswith("-"):
         folder = _folder_after(words[0], words)
         settings = read_settings(folder / CONFIG, trusted)
-        chosen = {name: settings[name] for name in ("env", "env_kwargs", "device") if name in settings}
+        chosen: dict[str, Any] = {name: settings[name] for name in ("env", "env_kwargs", "device") if name in settings}
         chosen |= {"policy": str(folder / "policy"), "reference": settings.get("model")}
         return [words[0], *flags_of(chosen), *words[2:]]
     if words[:1] == ["train"] and "--config" in words[:-1]:
