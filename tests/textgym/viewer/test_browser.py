@@ -226,7 +226,7 @@ def test_responses_to_one_prompt_are_shown_over_the_run(tab: Any, tmp_path: Path
     opened(tab, write_page([make_run(tmp_path / "run")]), "#/run/0/update/3/row/0")
     tab.click("text=This prompt over the run")
     tab.wait_for_selector("h2:has-text('One prompt')")
-    assert tab.locator("li.card").count() == 6
+    tab.wait_for_function("document.querySelectorAll('li.card').length === 6")
     assert tab.locator("li.card a").first.inner_text() == "update 1, row 1"
 
 

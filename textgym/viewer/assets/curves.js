@@ -98,7 +98,6 @@
   }
 
   textgym.curves = (runs) => {
-    drawn = [];
     const observer = new IntersectionObserver((entries) => {
       for (const { isIntersecting, target } of entries) {
         if (!isIntersecting) continue;
@@ -146,9 +145,13 @@
   };
 
   textgym.redraw = () => {
-    for (const [plot, holder] of drawn) {
-      if (holder.isConnected) plot.setSize({ width: holder.clientWidth, height: plot.height });
-    }
+    for (const [plot, holder] of drawn) plot.setSize({ width: holder.clientWidth, height: plot.height });
+  };
+
+  // Plots of earlier views listen to events until they are destroyed.
+  textgym.forgetPlots = () => {
+    drawn.filter(([, holder]) => !holder.isConnected).forEach(([plot]) => plot.destroy());
+    drawn = drawn.filter(([, holder]) => holder.isConnected);
   };
   textgym.keep = (plot, holder) => drawn.push([plot, holder]);
 })();

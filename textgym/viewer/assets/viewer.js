@@ -86,18 +86,21 @@
     ], draw];
   }
 
-  async function promptView(run, place) {
+  function promptView(run, place) {
     const history = index.runs[run].histories[place];
     if (!history) throw new Error("The run has no such prompt.");
     const updates = [...new Set(history.places.map(([update]) => update))];
-    const sections = [];
-    for (const update of updates) { // one at a time: records are large, and few stay in memory
-      const record = await textgym.load(run, update);
-      const cards = history.places.filter(([own]) => own === update).map(([, row]) =>
-        textgym.rowCard(record.rows[row], address(run, update, row), `update ${update}, row ${row + 1}`));
-      sections.push(element("ul", { class: "cards" }, cards));
-    }
-    return [element("h2", {}, "One prompt over the run"), element("p", { class: "prompt response" }, visible(history.prompt)), ...sections];
+    const holder = element("div", { "aria-live": "polite" });
+    const fill = async () => {
+      for (const update of updates) { // one at a time: records are large, and few stay in memory
+        const record = await textgym.load(run, update);
+        if (!holder.isConnected) return;
+        const cards = history.places.filter(([own]) => own === update).map(([, row]) =>
+          textgym.rowCard(record.rows[row], address(run, update, row), `update ${update}, row ${row + 1}`));
+        holder.append(element("ul", { class: "cards" }, cards));
+      }
+    };
+    return [[element("h2", {}, "One prompt over the run"), element("p", { class: "prompt response" }, visible(history.prompt)), holder], fill];
   }
 
   function parse() {
@@ -113,18 +116,20 @@
       if (!index.runs[wanted.run]) throw new Error("There is no such run.");
       Object.assign(state, { run: wanted.run, update: wanted.update, row: wanted.row });
       let content, draw = null;
-      if (wanted.prompt !== null) content = await promptView(wanted.run, wanted.prompt);
+      if (wanted.prompt !== null) [content, draw] = promptView(wanted.run, wanted.prompt);
       else if (wanted.update === null) content = overview();
       else if (wanted.row === null) content = await updateView(wanted.run, wanted.update);
       else [content, draw] = await rowView(wanted.run, wanted.update, wanted.row);
       if (turn !== shown) return;
       main.replaceChildren(...content.filter((part) => part !== null));
-      draw?.();
+      textgym.forgetPlots();
+      header();
+      window.scrollTo(0, 0);
+      await draw?.();
     } catch (error) {
       if (turn === shown) main.replaceChildren(element("p", { class: "warning", role: "alert" }, error.message));
+      header();
     }
-    header();
-    window.scrollTo(0, 0);
   }
 
   function header() {
