@@ -478,7 +478,7 @@ def assert_learns_alike(kind: str, processes: int, rows: int, settings: dict[str
     ("kind", "processes", "rows", "settings"),
     [
         ("sft", 2, 5, {"batch_size": 4}),
-        ("dpo", 3, 7, {"batch_size": 5, "micro_batch_size": 1, "epochs": 2.0}),
+        pytest.param("dpo", 3, 7, {"batch_size": 5, "micro_batch_size": 1, "epochs": 2.0}, marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_learn_what_one_learns_from_all_texts(

@@ -171,7 +171,7 @@ def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
     assert intervals["Chrf"].low < intervals["Chrf"].value < intervals["Chrf"].high
 
 
-@pytest.mark.parametrize("repeats", [4, 8])
+@pytest.mark.parametrize("repeats", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_intervals_resample_prompts_and_not_rows(policy: ActorCritic, repeats: int) -> None:
     """A metric of the prompt alone has the same interval, however many samples of each prompt there are."""
 

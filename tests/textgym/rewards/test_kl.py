@@ -104,7 +104,9 @@ def test_adaptive_controller() -> None:
     assert fixed.coef == 0.3
 
 
-@pytest.mark.parametrize("noise", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "noise", [pytest.param(0.5, marks=pytest.mark.slow), 1.5, pytest.param(3.0, marks=pytest.mark.slow)]
+)
 def test_the_sequence_kl_is_unbiased_and_varies_less_than_k1_in_the_reward(noise: float) -> None:
     """Over all texts of a task: its mean gradient is that of KL(pi, pi_ref), which the KL of tokens alone misses."""
     task = ExactTask(vocab_size=4, horizon=3)

@@ -49,16 +49,16 @@ def test_a_buffer_of_another_number_of_rows_is_refused(make_env: MakeEnv, lm_fol
         )
 
     first = model_of(4)
-    first.learn(40)
+    first.learn(24)
     first.save_replay_buffer(tmp_path / "buffer.pkl")
     other = model_of(2)
     other.load_replay_buffer(tmp_path / "buffer.pkl")
     with pytest.raises(ValueError, match=r"texts of 4 rows, and the environment has 2: make .*n_envs=4"):
-        other.learn(40)
+        other.learn(24)
     again = model_of(4)
     again.load_replay_buffer(tmp_path / "buffer.pkl")
     before = again.replay_buffer.size()
-    again.learn(40)
+    again.learn(24)
     assert again.replay_buffer.size() > before > 0
 
 
