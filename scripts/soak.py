@@ -78,8 +78,12 @@ def state() -> tuple[float, int, int]:
     return process.memory_info().rss / 2**20, process.num_threads(), process.num_fds()
 
 
-def rows(seconds: float) -> Iterator[str]:
-    """Play a thousand rows for so many seconds; yield what is counted."""
+Progress = Iterator[tuple[float, str]]
+"""The share of a part that is done, and what is counted."""
+
+
+def rows(seconds: float) -> Progress:
+    """Play a thousand rows for so many seconds."""
     server = Server()
 
     async def asks(completions: list[str]) -> list[float]:
@@ -107,49 +111,39 @@ def rows(seconds: float) -> Iterator[str]:
         envs.step(envs.action_space.sample())
         steps += 1
         failures = envs.unwrapped.scorer.errors["asks"]
-        yield f"{steps:,} steps, {failures:,} rows failed, {server.deaths} deaths of the server"
+        done = (time.monotonic() - started) / seconds
+        yield done, f"{steps:,} steps, {failures:,} rows failed, {server.deaths} deaths of the server"
     envs.close()
     server.close()
     if server.deaths > 1:
         assert failures, "the server died, and nothing failed"
 
 
-def resets(number: int) -> Iterator[str]:
-    """Reset one environment again and again; yield what is counted."""
+def resets(number: int) -> Progress:
+    """Reset one environment again and again."""
     env = gym.make("textgym:textgym/Text-v0", prompts=["a", "b"], tokenizer=byte_tokenizer(), reward=plain)
     for count in range(1, number + 1):
         env.reset(seed=count if count % 10 == 0 else None)
         env.step(env.action_space.sample())
-        yield f"{count:,} resets"
+        yield count / number, f"{count:,} resets"
     env.close()
 
 
-def watched(name: str, parts: Iterator[str], share: float) -> bool:
-    """Run a part, print ten lines, and return whether nothing grew after the first.
-
-    Args:
-        name: Of the part.
-        parts: What is done, step by step.
-        share: Seconds between two lines.
-    """
+def watched(name: str, part: Progress) -> bool:
+    """Run a part, print a line at every tenth of it, and return whether nothing grew after the first."""
     lines: list[tuple[float, int, int]] = []
-    due = time.monotonic() + share
     print(
         f"\n{name}\n\n| minutes | MB | threads | file descriptors | |\n| ---: | ---: | ---: | ---: | --- |", flush=True
     )
     started = time.monotonic()
-    counted = ""
-    for counted in parts:
-        if time.monotonic() >= due:
-            due += share
+    for done, counted in part:
+        if done >= (len(lines) + 1) / 10:
             lines.append(state())
             memory, threads, files = lines[-1]
             minutes = (time.monotonic() - started) / 60
             print(f"| {minutes:.1f} | {memory:.0f} | {threads} | {files} | {counted} |", flush=True)
     memory, threads, files = state()
-    print(f"| closed | {memory:.0f} | {threads} | {files} | {counted} |", flush=True)
-    if len(lines) < 2:
-        return True
+    print(f"| closed | {memory:.0f} | {threads} | {files} | |", flush=True)
     first, last = lines[0], lines[-1]
     return last[0] <= GROWTH * first[0] and last[1] <= first[1] + 1 and last[2] <= first[2] + 2
 
@@ -160,9 +154,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--resets", type=int, default=100_000)
     arguments = parser.parse_args()
-    seconds = 60 * arguments.minutes
-    flat = watched(f"A thousand rows for {arguments.minutes:g} minutes", rows(seconds), seconds / 10)
-    flat &= watched(f"{arguments.resets:,} resets", resets(arguments.resets), max(arguments.resets * 1e-3 / 10, 0.1))
+    flat = watched(f"A thousand rows for {arguments.minutes:g} minutes", rows(60 * arguments.minutes))
+    flat &= watched(f"{arguments.resets:,} resets", resets(arguments.resets))
     print("\nflat" if flat else "\nsomething grew")
     sys.exit(not flat)
 
