@@ -239,10 +239,10 @@ def test_the_share_of_tokens_with_high_entropy_is_trained_on() -> None:
     [
         {"ratio": "sequence", "loss_type": "grpo"},
         {"surrogate": "cispo"},
-        {"scale": "each"},
-        {"entropy_share": 0.5, "entropy_coef": 0.01},
+        pytest.param({"scale": "each"}, marks=pytest.mark.slow),
+        pytest.param({"entropy_share": 0.5, "entropy_coef": 0.01}, marks=pytest.mark.slow),
         {"overlong_buffer": 2, "dynamic_sampling": 2, "clip_range_high": 0.28},
-        {"importance_cap": 2.0},
+        pytest.param({"importance_cap": 2.0}, marks=pytest.mark.slow),
     ],
     ids=lambda settings: ", ".join(settings),
 )

@@ -83,7 +83,9 @@ def test_the_last_token_pays_the_cost_and_a_row_without_one_pays_nothing() -> No
     assert torch.equal(rollout.rewards, before), "the rollout is not changed"
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("ppo", "grpo") else pytest.mark.slow) for name in AGENTS]
+)
 def test_every_agent_pays_the_costs(name: str) -> None:
     """A step differs from that of the same agent without constraints."""
     weights = []

@@ -79,7 +79,8 @@ def test_texts_are_read_with_the_policys_tokenizer_and_end_with_eos(texts: str) 
     assert max(len(text.prompt) + len(text.completion) for text in short.pretraining.texts) == 6
 
 
-@pytest.mark.parametrize("kind", [PPO, pytest.param(NLPO, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [PPO, NLPO])
 def test_the_policy_keeps_the_likelihood_of_the_texts(kind: Any, texts: str) -> None:
     history: list[dict[str, float]] = []
     agent = make_agent(kind, ptx_data=texts, ptx_coef=10.0, learning_rate=1e-2, anneal_learning_rate=False)
@@ -87,6 +88,7 @@ def test_the_policy_keeps_the_likelihood_of_the_texts(kind: Any, texts: str) -> 
     assert history[-1]["loss/ptx_avg"] < 0.7 * history[0]["loss/ptx_avg"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_texts(texts: str, tmp_path: Path) -> None:
     agent = make_agent(ptx_data=texts).learn(8)
     agent.save(tmp_path / "agent")
