@@ -46,7 +46,6 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.training
 @pytest.mark.parametrize(
     ("name", "block"),
     [

@@ -54,7 +54,6 @@ def test_header_names_the_command_and_every_setting_has_a_default(name: str) -> 
     assert module.Args() == module.Args()
 
 
-@pytest.mark.training
 def test_gym_make(capsys: pytest.CaptureFixture[str]) -> None:
     output = output_of("gym_make", capsys, episodes=2, num_envs=3)
     assert "textgym/Sentiment-v0: Discrete(2048), observations of 72 slots" in output
@@ -62,7 +61,6 @@ def test_gym_make(capsys: pytest.CaptureFixture[str]) -> None:
     assert "episodes in 3 rows: mean score " in output
 
 
-@pytest.mark.training
 def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
     output = output_of("custom_reward", capsys, total_episodes=16, num_envs=4, max_new_tokens=4, samples=2)
     assert [line.split()[1] for line in output.splitlines() if line.startswith("episode")] == ["8", "16"]
@@ -97,7 +95,6 @@ def test_reward_hacking(
     assert (working_folder / "out" / "curves.png").exists()
 
 
-@pytest.mark.training
 def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"total_episodes": 16, "num_envs": 8, "max_new_tokens": 4, "eval_prompts": 12}
     output = output_of("ppo_sentiment", capsys, output_dir=working_folder / "policy", **settings)
@@ -109,7 +106,6 @@ def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # MaskablePPO says what its KL is
-@pytest.mark.training
 @pytest.mark.parametrize(
     "name",
     [
@@ -145,7 +141,6 @@ def test_sb3(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-@pytest.mark.training
 @pytest.mark.filterwarnings("ignore")  # theirs
 def test_other_libraries(name: str, settings: dict[str, Any]) -> None:
     """Each trains and says what it scored before and after."""
@@ -163,7 +158,6 @@ def test_an_example_of_another_library_has_at_most_60_lines(name: str) -> None:
     assert not any("fmt: skip" in line for line in lines)
 
 
-@pytest.mark.training
 def test_train_reward_model(
     working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,6 @@ def margin_of(seed: int, **config: Any) -> float:
     return float(np.mean([row["rewards/margins"] for row in last]))
 
 
-@pytest.mark.training
 def test_learns() -> None:
     """A false failure has a chance of 1e-7."""
     margins = [margin_of(seed) for seed in range(2)]

@@ -98,7 +98,6 @@ def gain_of(seed: int, learning_rate: float = 1e-2) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_ppo_improves_a_task() -> None:
     """A false failure has a chance of 3e-5."""
     gains = [gain_of(seed) for seed in range(2)]
@@ -133,7 +132,6 @@ def test_other_agents_run(agent: Any, config: Any) -> None:
     assert not torch.equal(policy.lm.shared.weight, before)
 
 
-@pytest.mark.training
 @pytest.mark.slow
 def test_dpo_learns_preferences_after_the_start_tokens() -> None:
     """Margins of the last epoch, which has each pair once: 0 for a policy that does not move."""
@@ -149,7 +147,6 @@ def test_dpo_learns_preferences_after_the_start_tokens() -> None:
     assert_learns(margins, at_least=1.0, measured=Measured(mean=3.21, standard_deviation=0.05, runs=6))
 
 
-@pytest.mark.training
 def test_sft_learns_completions_after_the_start_tokens() -> None:
     """All rows are one batch, so a seed changes the order of its sums and no more.
 

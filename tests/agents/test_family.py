@@ -248,7 +248,6 @@ def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | N
     return np.array(taken) * scale
 
 
-@pytest.mark.training
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ESTIMATORS]
 )
@@ -278,7 +277,6 @@ def spread(name: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 @pytest.mark.parametrize("baseline", ["mean baseline", "rloo", "learned baseline"])
 def test_baselines_lower_the_variance(baseline: str) -> None:
     """Measured ratios are 0.06 to 0.08; their logarithms differ by 0.1 between samples, so 0.4 is 15 deviations off."""
@@ -298,7 +296,6 @@ def test_ppo_penalty_steers_its_coefficient() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_a_dear_penalty_keeps_the_policy_near_the_old_one() -> None:
     """By the logarithm of how much nearer it stays: 0 if the penalty did nothing."""
     nearer = []

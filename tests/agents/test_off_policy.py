@@ -108,7 +108,6 @@ def usually(*names: str) -> list[Any]:
     return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in GREEDY_LEADS]
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("name", usually("greedy"))
 def test_the_greedy_text_is_the_best(name: str) -> None:
     """Q-values that are right lead by 0.65 nats, a policy by as much as it was trained."""
@@ -118,7 +117,6 @@ def test_the_greedy_text_is_the_best(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_the_soft_policy_is_the_closed_form() -> None:
     optimum = SMALL.optimum(0.3)
     gaps, nearness = [], []
@@ -437,7 +435,6 @@ def fall_of_errors(name: str, seed: int, **changes: Any) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "soft" else pytest.mark.slow) for name in FALLS]
 )

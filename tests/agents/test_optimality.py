@@ -21,7 +21,6 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask, Measured, assert_learns, tolerance
 
 pytestmark = [
-    pytest.mark.training,
     pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning"),  # tested in test_family.py
 ]
 

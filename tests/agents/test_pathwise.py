@@ -141,7 +141,6 @@ def kl_left(seed: int, **changes: Any) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_pathwise_learns_to_pay_less_kl() -> None:
     """A false failure has a chance below 1e-9."""
     gains = [1 - kl_left(seed) for seed in range(2)]

@@ -66,7 +66,6 @@ def gain_of(critic: str, seed: int, learning_rate: float = 3e-3, **changes: Any)
     return TASK.optimum(0.3).gap_closed(TASK.log_probs(policy))
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("critic", ["shared", pytest.param("separate", marks=pytest.mark.slow)])
 def test_learns(critic: str) -> None:
     """A transformer; test_optimality.py has tables and the other agents. A false failure has a chance of 1e-7."""

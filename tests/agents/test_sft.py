@@ -94,7 +94,6 @@ def gain_of(seed: int, **config: Any) -> float:
     return 1 - float(agent.policy.sequence_log_probs(everything).sum()) / before
 
 
-@pytest.mark.training
 @pytest.mark.parametrize("bf16", [False, True])
 def test_learns(bf16: bool) -> None:
     """A false failure has a chance of 1e-7; both arithmetics gain the same."""
@@ -125,7 +124,6 @@ def test_counts_updates_and_epochs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_clones_what_an_agent_did() -> None:
     """Transcripts of an environment, columns and all, are examples.
 

@@ -33,7 +33,6 @@ def gain_of(seed: int, learning_rate: float = 3e-3) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_ppo_improves_the_metric_of_a_toy_over_the_untrained_policy() -> None:
     """A false failure has a chance of 5e-5."""
     gains = [gain_of(seed) for seed in range(3)]

@@ -133,7 +133,6 @@ def test_the_average_gives_each_update_its_weight() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_a_constraint_holds_after_training() -> None:
     """A cost that is the reward itself, so that the policy wants all of it: its mean is below the limit in the end."""
     task = ExactTask(vocab_size=5, horizon=2, seed=1)

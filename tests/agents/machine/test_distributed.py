@@ -61,7 +61,6 @@ BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce"}
 """Whose figures weigh parts of a batch by episodes, as their losses do, so that means over tokens are not exact."""
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-pytestmark = pytest.mark.training
 PARALLEL = pytest.mark.parametrize(
     "environment",
     [pytest.param({}, id="data parallel"), pytest.param(SHARDED, id="fsdp2", marks=pytest.mark.slow)],

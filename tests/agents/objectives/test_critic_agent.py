@@ -87,7 +87,6 @@ def test_the_unit_of_the_rewards_makes_no_difference(name: str, critic: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.training
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_the_learning_curve_is_the_same_in_another_unit(critic: str) -> None:
     task = ExactTask(vocab_size=5, horizon=2, model="transformer", seed=1)

@@ -241,7 +241,6 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.bit_for_bit
-@pytest.mark.training
 @pytest.mark.parametrize(
     "agent", [pytest.param(name, marks=() if name in ("ppo", "dqn") else pytest.mark.slow) for name in SETTINGS]
 )
@@ -270,7 +269,6 @@ def test_a_run_that_broke_off_ends_as_the_undisturbed_one(
     assert [event.step for event in events.Scalars(metric)] == [int(row[clock]) for row in metrics_in(part)]
 
 
-@pytest.mark.training
 @pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(working_folder: Path) -> None:
     run(*train("ppo", "run"))
@@ -279,7 +277,6 @@ def test_resuming_a_finished_run_changes_nothing(working_folder: Path) -> None:
     assert_same(working_folder / "run", working_folder / "before")
 
 
-@pytest.mark.training
 @pytest.mark.slow
 def test_resuming_without_a_checkpoint_begins_anew(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(*train("ppo", "run", "--resume"))
@@ -287,7 +284,6 @@ def test_resuming_without_a_checkpoint_begins_anew(working_folder: Path, capsys:
     assert len(metrics_in(working_folder / "run")) == 8
 
 
-@pytest.mark.training
 def test_checkpoints_are_not_written_over_and_settings_must_be_the_same(working_folder: Path) -> None:
     run(*train("sft", "run"))
     with pytest.raises(SystemExit, match=r"run holds a run already: go on with it \(--resume\)"):

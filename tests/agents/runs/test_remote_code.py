@@ -26,7 +26,6 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 @pytest.mark.slow
-@pytest.mark.training
 def test_code_of_a_model_runs_only_with_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -41,7 +41,6 @@ def gaps(model: RewardModel) -> tuple[float, float]:
     return float(trained.min()), float(other.min())
 
 
-@pytest.mark.training
 def test_it_learns_what_was_preferred(mock_folder: Path) -> None:
     """A head that was not trained is random, and its gaps differ by about 1.3 from seed to seed."""
     models = [train_reward_model(PAIRS, mock_folder, config=replace(FAST, seed=seed))[0] for seed in range(3)]
@@ -118,7 +117,6 @@ def test_a_run_of_one_update_trains(mock_folder: Path, warmup: float) -> None:
     assert not weights.unchanged
 
 
-@pytest.mark.training
 @pytest.mark.slow
 def test_margin_and_centring_act(mock_folder: Path) -> None:
     far = [{**pair, "margin": 10.0} for pair in PAIRS]
@@ -238,7 +236,6 @@ def test_label_smoothing_and_graded_preferences_by_hand() -> None:
     assert abs(difference.grad.item()) < 1e-6
 
 
-@pytest.mark.training
 @pytest.mark.slow
 def test_graded_preferences_are_learned_as_such(mock_folder: Path) -> None:
     """Raters who are split leave the scores close; with certainty the same pairs are driven apart.
