@@ -134,8 +134,9 @@ def test_shared_weights_count_once() -> None:
     agent.penalty.reference = agent.policy.reference()
     agent.penalty.reference.lm = agent.policy.lm
     roles = bytes_by_role(agent)
+    scale = sum(buffer.nbytes for buffer in agent.policy.value_head.buffers())
     assert roles["reference"] == 0
-    assert roles["critic"] == 4 * (HIDDEN + 1)
+    assert roles["critic"] == 4 * (HIDDEN + 1) + scale
 
 
 def test_activations_are_what_waits_for_the_backward_pass() -> None:

@@ -81,7 +81,7 @@ def gradients(policy: ActorCritic, *evaluations: Evaluation) -> dict[str, Tensor
     for evaluation in evaluations:
         rows = evaluation.log_prob.shape
         weights = (torch.linspace(start, end, rows.numel()).view(rows) for start, end in ((-1, 2), (1, -1), (2, 0)))
-        sum((weight * column).sum() for weight, column in zip(weights, evaluation, strict=True)).backward()
+        sum((weight * column).sum() for weight, column in zip(weights, evaluation[:3], strict=True)).backward()
     return {name: x.grad.clone() for name, x in policy.named_parameters() if x.grad is not None}
 
 
@@ -108,7 +108,7 @@ def test_passes_over_whole_sequences_are_the_plain_path(
         fast.checkpoint_layers()
     actual = [fast.evaluate(sequences[rows], entropy_gradient=True) for rows in parts]
     for mine, other in zip(actual, expected, strict=True):
-        for name in Evaluation._fields:
+        for name in ("log_prob", "value", "entropy"):
             assert_rounded(getattr(mine, name), getattr(other, name), name)
     mine, other = gradients(fast, *actual), gradients(plain, *expected)
     assert mine.keys() == other.keys()

@@ -120,5 +120,5 @@ def wants_more(completions: list[str], grade: list[float]) -> list[float]:
     ],
 )
 def test_what_it_finds(function: Any, problem: str) -> None:
-    found = check_reward(function, timeout=0.05)
+    found = check_reward(function, timeout=0.05 if function is sleeps else 60.0)
     assert any(problem in line for line in found), found
