@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-MOMENT = 0.15  # CPU seconds
+MOMENT = 0.06  # CPU seconds
 FILE = Path(__file__).parents[1] / "tests" / "longer_tests.txt"
 
 
