@@ -219,10 +219,9 @@ def _train(command: Train, claim: RunClaim | None) -> None:
             always=True,
         )
         sys.exit(128 + interrupts.received)
-    live.say(
-        f"go on: textgym evaluate {command.output_dir} | textgym chat {command.output_dir} | "
-        f"textgym resume {command.output_dir} --total-episodes {2 * command.total_episodes}"
-    )
+    run = command.output_dir
+    longer = f"textgym resume {run} --total-episodes {2 * command.total_episodes}"
+    live.say(f"go on: textgym view {run} | textgym evaluate {run} | textgym chat {run} | {longer}")
 
 
 def _place(command: Train | TrainReward | Evaluate | Chat) -> torch.device:

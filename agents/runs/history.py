@@ -80,7 +80,7 @@ def list_of(folder: Path) -> Table:
     """Return a table of the runs in a folder: what each trained, how far it is, and its last score and KL."""
     table = Table(box=None, pad_edge=False)
     for title in ("run", "agent", "environment", "model", "state", "updates", "score", "KL"):
-        table.add_column(title, justify="right" if title in ("updates", "score", "KL") else "left")
+        table.add_column(title, justify="right" if title in ("updates", "score", "KL") else "left", overflow="fold")
     for run in runs_in(folder):
         last = run.history[-1] if run.history else {}
         figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
@@ -99,9 +99,9 @@ def compared(runs: Sequence[Run]) -> Table:
         if not run.history:
             raise RunFolderError(f"{run.folder} has no metrics: its run did not reach the end of its first update")
     table = Table(title=f"mean over the last {END:.0%} of the updates, with 95% intervals", title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for run in runs:
-        table.add_column(rich_text(str(run.folder)), justify="right")
+        table.add_column(rich_text(str(run.folder)), justify="right", overflow="fold")
     for title, key in {**CURVES, "held-out score": "eval/score"}.items():
         cells = [_at_the_end(run, key) for run in runs]
         if any(cells):

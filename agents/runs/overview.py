@@ -55,7 +55,7 @@ def _played(agent: RolloutAgent, total_episodes: int) -> dict[str, str]:
         "reward": ", ".join(rewards),
         "prompts": f"{len(env.prompts):,}",
         "responses": f"up to {env.max_new_tokens} tokens, end at {', '.join(stops) or 'that length alone'}",
-        "training": f"{updates * config.episodes_per_update:,} episodes: {updates:,} updates of "
+        "training": f"{updates * config.episodes_per_update:,} episodes: {updates:,} update(s) of "
         f"{config.episodes_per_update} episodes, {agent.envs.num_envs} at a time",
     }
 

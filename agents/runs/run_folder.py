@@ -166,9 +166,9 @@ def _read_metrics(path: Path, updates: int) -> list[Metrics]:
 def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
     """Return a table of metrics with one column per policy; values are numbers or formatted texts."""
     table = Table(title=rich_text(title), title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for label in rows:
-        table.add_column(rich_text(label), justify="right")
+        table.add_column(rich_text(label), justify="right", overflow="fold")
     for name in dict.fromkeys(name for figures in rows.values() for name in figures):
         cells = [_formatted(figures.get(name, "")) for figures in rows.values()]
         table.add_row(*map(rich_text, (name, *cells)))
