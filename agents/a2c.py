@@ -22,7 +22,7 @@ from textgym.models.actor_critic import Evaluation
 from textgym.settings import Count, NotNegative, Share
 
 from .common.advantages import discounted_returns, gae, n_step_returns
-from .common.means import explained_variance, masked_mean, per_episode, whiten
+from .common.means import masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
@@ -87,7 +87,7 @@ class A2C(CriticAgent):
         steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
 
         # 5. Metrics, with the explained variance of the critic before the step.
-        return self.finish(steps, {"val/explained_variance": explained_variance(values, returns, mask)})
+        return self.finish(steps, self.explained(rollout, returns))
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
         """Return -log pi A + c_1 / 2 (V - R)^2 / d - c_2 H, summed over tokens, averaged over episodes.

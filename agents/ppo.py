@@ -29,7 +29,7 @@ from textgym.models.actor_critic import Evaluation
 from textgym.settings import Check, Count, NotNegative, Positive, Share, above
 
 from .common.advantages import discounted_returns, gae
-from .common.means import explained_variance, masked_mean, overall_mean, whiten
+from .common.means import masked_mean, overall_mean, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch, KLInLoss
 from .common.rollout import Rollout
@@ -164,7 +164,7 @@ class PPO(CriticAgent):
                 break
 
         # 5. Metrics: means over the steps, and the explained variance of the critic before them.
-        further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)}
+        further = self.explained(rollout, returns)
         metrics = self.finish(steps, {**further, **corrections})
         if config.variant == "penalty":
             metrics |= self.adapt_penalty(rollout)

@@ -23,7 +23,7 @@ from textgym.models.actor_critic import Evaluation
 from textgym.settings import NotNegative, Share
 
 from .common.advantages import discounted_returns, leave_one_out_mean
-from .common.means import explained_variance, masked_mean, per_episode
+from .common.means import masked_mean, per_episode
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
@@ -91,7 +91,7 @@ class REINFORCE(CriticAgent):
         steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
 
         # 5. Metrics.
-        further = {"val/explained_variance": explained_variance(rollout.values, returns, mask)} if learned else {}
+        further = self.explained(rollout, returns) if learned else {}
         return self.finish(steps, further)
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:

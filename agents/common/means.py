@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..machine.distributed import sum_over_processes
+from textgym.models.machine.transfer import to_device
+
+from ..machine.distributed import everyone, rank, sum_over_processes
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """A standard deviation below this share of the mean is rounding of float32: the values are equal."""
@@ -57,3 +62,52 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     variance = overall_mean((exact - mean).square(), mask)
     constant = (error == 0).double()
     return torch.where(differs(variance.sqrt(), mean), 1 - error / variance, constant)
+
+
+def explained_variance_within_prompts(
+    values: Tensor, returns: Tensor, mask: Tensor, prompts: Sequence[bytes]
+) -> Tensor:
+    """Return the share of the variance around each prompt's mean return that the values explain; at most 1.
+
+    A critic that only knows which prompts are easy has a high `explained_variance` and 0 here. Returns and errors are
+    compared with their own means over the tokens of all rows with the same prompt, so an offset of a prompt changes
+    nothing. It is below 0 if the critic's differences between and within responses to a prompt are worse than none.
+
+    Prompts with a single row are left out, because their mean would be that of one response.
+
+    Args:
+        values: `(N, T)`.
+        returns: `(N, T)`.
+        mask: Bool `(N, T)`, the tokens that count; rows without any do not count as rows of their prompt.
+        prompts: `(N,)`, token ids of each row's prompt.
+
+    Returns:
+        The share; NaN if no prompt has two rows, or if the returns of each prompt are equal.
+    """
+    groups, number = _same_prompts(prompts)
+    [groups] = to_device(mask.device, groups)
+
+    def sums(columns: Tensor) -> Tensor:
+        """Return the sums over the rows of each prompt, in all processes."""
+        zeros = torch.zeros(number, dtype=torch.double, device=mask.device)
+        return sum_over_processes(zeros.index_add(0, groups, columns.double()))  # (prompts,)
+
+    mask = mask & (sums(mask.any(1)) > 1)[groups][:, None]
+    tokens = sums(mask.sum(1)).clamp(min=1)
+
+    def spread(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of squares around the mean of each prompt, and whether it is more than rounding."""
+        numbers = torch.where(mask, numbers.double(), 0.0)
+        means = sums(numbers.sum(1)) / tokens
+        squares = sums(torch.where(mask, numbers - means[groups][:, None], 0.0).square().sum(1))
+        return squares.sum(), differs((squares / tokens).sqrt(), means).any()
+
+    (variance, is_different), (error, _) = spread(returns), spread(returns.double() - values)
+    return torch.where(is_different, 1 - error / variance, torch.nan)
+
+
+def _same_prompts(prompts: Sequence[bytes]) -> tuple[Tensor, int]:
+    """Return the index of each row's prompt `(N,)`, and the number of different prompts of all processes."""
+    parts = everyone(list(prompts))
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(itertools.chain(*parts)))}
+    return torch.tensor([places[prompt] for prompt in parts[rank()]], dtype=torch.long), len(places)

@@ -6,6 +6,7 @@ and its clip range are in standard deviations of the returns. A separate critic 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from textgym.errors import ConfigError, NonFiniteError
 from textgym.settings import Count, NotNegative, Positive
 
-from ..common.means import overall_mean
+from ..common.means import explained_variance, explained_variance_within_prompts, overall_mean
 from ..common.metrics import TensorMetrics
 from ..common.optimizer import PartSettings
 from ..common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
 from ..common.rollout import Rollout
+from ..common.rollout_agent import Metrics
 
 SEPARATE = ("critic_learning_rate", "critic_weight_decay", "critic_max_grad_norm", "freezing_actor_steps")
+WITHIN_PROMPTS = "val/explained_variance_within_prompts"
 
 
 @dataclass
@@ -105,6 +108,26 @@ class CriticAgent(PolicyGradientAgent):
         self.learner.take_value_head()
         self.value_std = head.std
         return replace(rollout, values=torch.where(rollout.response_mask & new, head.mean, rollout.values))
+
+    def explained(self, rollout: Rollout, returns: Tensor) -> TensorMetrics:
+        """Return the shares of the variance of the returns that the critic explained before the update.
+
+        Args:
+            rollout: The rollout, with the critic's values.
+            returns: `(N, T)`, targets of the critic.
+        """
+        values, mask, prompts = rollout.values, rollout.training_mask, rollout.sequences.host.prompts
+        return {
+            "val/explained_variance": explained_variance(values, returns, mask),
+            WITHIN_PROMPTS: explained_variance_within_prompts(values, returns, mask, prompts),
+        }
+
+    def finish(self, steps: list[TensorMetrics], further: TensorMetrics | None = None) -> Metrics:
+        """Return the metrics of an update, see `PolicyGradientAgent`, without those that are not defined for it."""
+        metrics = super().finish(steps, further)
+        if math.isnan(metrics.get(WITHIN_PROMPTS, 0.0)):  # no prompt has two rows, or there is nothing to explain
+            del metrics[WITHIN_PROMPTS]
+        return metrics
 
     def step(self, batch: Batch) -> TensorMetrics:
         """Make one optimiser step; if the first one of an update is refused, the scale is as before the update, too."""

@@ -22,6 +22,7 @@ SHOWN = {
     "tokens": ("val/response_tokens", "{:.1f}"),
     "entropy": ("policy/entropy_avg", "{:.2f}"),
     "expl. var.": ("val/explained_variance", "{:.2f}"),
+    "within prompts": ("val/explained_variance_within_prompts", "{:.2f}"),
     "held-out score": ("eval/score", "{:+.3f}"),
     "loss": ("loss", "{:.4f}"),
     "margin": ("rewards/margins", "{:+.3f}"),

@@ -28,6 +28,7 @@ CURVES = {
     "entropy (nats a token)": "policy/entropy_avg",
     "approximate KL of an update": "policy/approxkl_avg",
     "explained variance of the critic": "val/explained_variance",
+    "explained variance within prompts": "val/explained_variance_within_prompts",
     "loss": "loss",
     "entropy": "entropy",
     "margin of the implicit rewards": "rewards/margins",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.testing import ExactTask, assert_trained_alike, byte_tokenizer, mock_lm
 
 LEARNING_RATE = 3e-3
+PROMPTS = ["one", "three", "x"]
 AGENTS: dict[str, tuple[type[CriticAgent], dict[str, Any]]] = {
     "ppo": (PPO, {"minibatch_size": 8}),
     "a2c": (A2C, {"adam_epsilon": 1e-12}),  # in units of the gradient, which is in units of reward
@@ -32,13 +35,18 @@ def vowels(completions: list[str]) -> list[float]:
 
 
 def make_agent(
-    name: str = "ppo", critic: str = "separate", scale: float = 1.0, shift: float = 0.0, **changes: Any
+    name: str = "ppo",
+    critic: str = "separate",
+    scale: float = 1.0,
+    shift: float = 0.0,
+    prompts: Sequence[str] = PROMPTS,
+    **changes: Any,
 ) -> Any:
     """An agent whose rewards are in another unit: `scale` times the usual ones, plus `shift`."""
     envs = gym.make_vec(
         "textgym/Text-v0",
         num_envs=16,
-        prompts=["one", "three", "x"],
+        prompts=prompts,
         tokenizer=byte_tokenizer(),
         reward=lambda completions: [scale * score + shift for score in vowels(completions)],
         stop=list(range(0, 256, 8)),  # so that lengths differ
@@ -214,3 +222,19 @@ def test_targets_of_the_critic_have_a_lambda_of_their_own(lam: float | None, exp
     row = next(int(row) for row in rows if rollout.sequences.response_lengths[row] == 3)
     assert seen[1][row, :3].tolist() == pytest.approx(expected)
     assert seen[0][row, :3].tolist() == pytest.approx([1.0 + 0.8 * (2.0 + 0.8 * -1.0), 2.0 + 0.8 * -1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    "name", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a2c", "reinforce"))]
+)
+def test_explained_variance_within_prompts_is_reported_if_prompts_have_several_rows(name: str) -> None:
+    """Sixteen rows of three prompts; then one row each of sixteen prompts, in which the metric has no meaning."""
+    reported: list[dict[str, float]] = []
+    make_agent(name).learn(16, [lambda agent, metrics: reported.append(metrics)])
+    make_agent(name, prompts=[f"prompt {i}" for i in range(16)]).learn(
+        16, [lambda agent, metrics: reported.append(metrics)]
+    )
+    several, single = reported
+    assert several["val/explained_variance_within_prompts"] <= 1
+    assert "val/explained_variance_within_prompts" not in single
+    assert math.isfinite(single["val/explained_variance"])

@@ -5,7 +5,8 @@
   const { element, number, visible } = textgym;
   const FIRST = [
     "objective/scores", "eval/score", "objective/kl", "objective/rlhf_reward", "val/response_tokens", "policy/entropy_avg",
-    "val/explained_variance", "policy/approxkl_avg", "policy/clipfrac_avg", "objective/kl_coef", "loss/value_avg",
+    "val/explained_variance", "val/explained_variance_within_prompts", "policy/approxkl_avg",
+    "policy/clipfrac_avg", "objective/kl_coef", "loss/value_avg",
   ];
   const SPARSE = 30; // values of a curve that are drawn as points, too
   let drawn = []; // plots on the page
