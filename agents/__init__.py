@@ -8,6 +8,7 @@ from .dqn import DQN as DQN, DQNConfig as DQNConfig
 from .expert_iteration import ExpertIteration as ExpertIteration, ExpertIterationConfig as ExpertIterationConfig
 from .grpo import GRPO as GRPO, GRPOConfig as GRPOConfig
 from .nlpo import NLPO as NLPO, NLPOConfig as NLPOConfig
+from .online_dpo import OnlineDPO as OnlineDPO, OnlineDPOConfig as OnlineDPOConfig
 from .pathwise import Pathwise as Pathwise, PathwiseConfig as PathwiseConfig
 from .ppo import PPO as PPO, PPOConfig as PPOConfig
 from .reinforce import REINFORCE as REINFORCE, REINFORCEConfig as REINFORCEConfig

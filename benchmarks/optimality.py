@@ -33,7 +33,20 @@ import torch
 import tyro
 
 from textgym import sb3
-from textgym.agents import A2C, DPO, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, DPOConfig, ExpertIteration, Pathwise
+from textgym.agents import (
+    A2C,
+    DPO,
+    DQN,
+    GRPO,
+    NLPO,
+    PPO,
+    REINFORCE,
+    RLOO,
+    DPOConfig,
+    ExpertIteration,
+    OnlineDPO,
+    Pathwise,
+)
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import quiet
 from textgym.testing import ExactTask
@@ -70,6 +83,7 @@ METHODS = {
     "a2c": Method(A2C, {}, rows=64),
     "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
     "expert-iteration": Method(ExpertIteration, GROUPS),
+    "online-dpo": Method(OnlineDPO, {**GROUPS, "group_size": 2, "use_probability": True}),
     "dpo": Method(DPO, learning_rate=0.3),
     "sb3-ppo": Method("PPO"),
     "sb3-a2c": Method("A2C"),

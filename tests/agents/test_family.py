@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from textgym import agents
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, OnlineDPO
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.rollout import collect, merge
 from textgym.errors import CutPromptsWarning
@@ -50,6 +50,7 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "rloo": (RLOO, GROUPS),
     "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
     "expert iteration": (ExpertIteration, GROUPS),
+    "online dpo": (OnlineDPO, {**GROUPS, "minibatch_size": 4}),
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, OnlineDPO
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.rollout import Rollout
 from textgym.models.actor_critic import ActorCritic
@@ -46,8 +46,9 @@ AGENTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "rloo": (RLOO, GROUPS),
     "rloo, batch": (RLOO, {**GROUPS, "normalise": "batch"}),
     "expert iteration": (ExpertIteration, GROUPS),
+    "online dpo": (OnlineDPO, {"group_size": 2, "use_probability": True}),
 }
-FAST = ("reinforce", "a2c", "ppo", "nlpo", "grpo", "rloo", "expert iteration")
+FAST = ("reinforce", "a2c", "ppo", "nlpo", "grpo", "rloo", "expert iteration", "online dpo")
 """One of each class; their variants are slow tests."""
 
 
@@ -107,10 +108,11 @@ LONG_PPO = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
         (NLPO, {**LONG_PPO, "top_p": 1.0}, 256, 0.97),
         (GRPO, {**LONG_GROUPS, "loss_type": "dr_grpo", "scale": "none"}, 256, 0.99),
         (RLOO, LONG_GROUPS, 256, 0.99),
+        (OnlineDPO, {**LONG_GROUPS, "group_size": 2, "use_probability": True}, 256, 0.97),
         (REINFORCE, {"baseline": "learned"}, 64, 0.97),
         (A2C, {}, 64, 0.97),
     ],
-    ids=["ppo", "ppo-penalty", "nlpo", "grpo", "rloo", "reinforce", "a2c"],
+    ids=["ppo", "ppo-penalty", "nlpo", "grpo", "rloo", "online-dpo", "reinforce", "a2c"],
 )
 def test_the_learned_policy_is_the_closed_form(kind: Any, settings: dict[str, Any], rows: int, bar: float) -> None:
     optimum = LONG.optimum(beta=1.0)

@@ -32,6 +32,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "ExpertIteration": GROUPS,
     "GRPO": {**GROUPS, "kl_in": "loss"},
     "NLPO": {"minibatch_size": 8},
+    "OnlineDPO": GROUPS,
     "PPO": {"minibatch_size": 8},
     "Pathwise": {"batch_size": 8, "gradient_steps": 1, "learning_starts": 1},
     "REINFORCE": {},

@@ -21,6 +21,7 @@ from textgym.agents import (
     RLOO,
     SFT,
     ExpertIteration,
+    OnlineDPO,
     Pathwise,
 )
 from textgym.agents.engines.engine import collect_from
@@ -41,6 +42,7 @@ AGENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "GRPO": (GRPO, {"group_size": 2, "kl_in": "loss", "kl_gradient": "sequence"}),
     "NLPO": (NLPO, {"mask_update_interval": 1, "num_epochs": 1}),
     "expert iteration": (ExpertIteration, {"group_size": 2}),
+    "online DPO": (OnlineDPO, {"group_size": 2}),
     "DQN": (DQN, {**WARM, "micro_batch_size": 2}),
     "DQN with everything": (
         DQN,

@@ -34,6 +34,7 @@ from textgym.agents import (
     SFT,
     DPOConfig,
     ExpertIteration,
+    OnlineDPO,
     Pathwise,
     PathwiseConfig,
     SFTConfig,
@@ -96,6 +97,7 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "nlpo": (NLPO, {**PPO_SETTINGS, "top_p": 0.8, "mask_update_interval": 2}),
     "ppo, lora": (PPO, {**PPO_SETTINGS, "gradient_checkpointing": True}),
     "expert iteration": (ExpertIteration, {"group_size": 4, "keep": 2, "min_score": 0.5}),
+    "online dpo": (OnlineDPO, {"group_size": 4, "num_epochs": 2, "micro_batch_size": 1}),
 }
 SUPERVISED: dict[str, Any] = {"sft": (SFT, SFTConfig), "dpo": (DPO, DPOConfig)}
 FAST = ("ppo", "grpo")
@@ -421,8 +423,9 @@ def learn_from_few(kind: str) -> float:
     return learn(agent)[1][-1]["val/grad_norm"]
 
 
-def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others() -> None:
-    first, second = launched(learn_from_few, "expert iteration", **SHARDED)
+@pytest.mark.parametrize("kind", ["expert iteration", pytest.param("online dpo", marks=pytest.mark.slow)])
+def test_a_process_with_nothing_to_learn_from_keeps_step_with_the_others(kind: str) -> None:
+    first, second = launched(learn_from_few, kind, **SHARDED)
     assert first == pytest.approx(second)
     assert second > 0
 
