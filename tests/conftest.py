@@ -31,13 +31,22 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collap
 
 LONGER_TESTS = Path(__file__).parent / "longer_tests.txt"
 """Test functions that take more than a moment; `python scripts/longer_tests.py` writes the file."""
+MORE_CASES = Path(__file__).parent / "more_cases.txt"
+"""Cases of parametrized tests that are slow tests, since others of the same function take a second already."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help=f"leave out the tests that {LONGER_TESTS.name} names")
+    parser.addoption("--all-cases", action="store_true", help=f"the cases that {MORE_CASES.name} names are not slow")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-cases"):
+        more_cases = set(MORE_CASES.read_text().splitlines())
+        for item in items:
+            if item.nodeid in more_cases:
+                item.add_marker(pytest.mark.slow)
     if not config.getoption("--fast"):
         return
     longer = set(LONGER_TESTS.read_text().splitlines())

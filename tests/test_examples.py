@@ -105,6 +105,7 @@ def test_ppo_sentiment(working_folder: Path, capsys: pytest.CaptureFixture[str])
     assert AutoModelForCausalLM.from_pretrained(working_folder / "policy").config.vocab_size == 2048
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")  # MaskablePPO says what its KL is
 @pytest.mark.parametrize(
     "name",

@@ -108,6 +108,7 @@ def usually(*names: str) -> list[Any]:
     return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in GREEDY_LEADS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", usually("greedy"))
 def test_the_greedy_text_is_the_best(name: str) -> None:
     """Q-values that are right lead by 0.65 nats, a policy by as much as it was trained."""

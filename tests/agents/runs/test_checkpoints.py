@@ -141,6 +141,7 @@ def killed_at(event: int, checkpoints: Checkpoints, agent: PPO) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 15], ids=["each", "each fifteenth"])
 def test_killed_before_any_of_its_writes_the_newest_checkpoint_is_whole(tmp_path: Path, stride: int) -> None:

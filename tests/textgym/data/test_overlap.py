@@ -58,6 +58,7 @@ def test_rows_with_one_key_are_in_one_split_and_others_stay_where_they_were() ->
     assert alone == [split_of(text) for text in texts]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_no_test_prompt_of_the_snippets_is_in_another_split() -> None:
     from textgym.data.prompts import snippet_prompts

@@ -193,6 +193,7 @@ def test_schedules_limits_and_loggers(make_env: MakeEnv, lm_folder: str, tmp_pat
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_callbacks(make_env: MakeEnv, lm_folder: str, tmp_path: Path, make_model: Any) -> None:
     model = make_model(make_env())
     callbacks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from textgym.data.corpora.hub import Original
@@ -69,15 +70,15 @@ class StandInEnv(TaskEnv):
         return {**EMBEDDED, **own, "prompts": prompts, **kwargs}
 
     @classmethod
-    def _rows_with_room(cls, split: str) -> list[Row]:
+    @lru_cache(maxsize=16)  # the splits of all tasks: environments are often made again
+    def _rows_with_room(cls, split: str) -> tuple[Row, ...]:
         tokenizer, most = load_tokenizer("tiny"), cls.own["max_prompt_tokens"]
 
         def fits(prompt: str) -> bool:
-            return (
-                len(prompt.encode()) <= most or len(tokenizer(prompt).input_ids) <= most
-            )  # a token has a byte or more
+            # A token has a byte or more.
+            return len(prompt.encode()) <= most or len(tokenizer(prompt).input_ids) <= most
 
-        return [row for row in cls.load(split) if fits(row["prompt"])]
+        return tuple(row for row in cls.load(split) if fits(row["prompt"]))
 
 
 class TaskVectorEnv(TextVectorEnv):

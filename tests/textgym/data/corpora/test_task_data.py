@@ -54,6 +54,7 @@ def test_without_apt_the_error_says_where_to_put_the_file(tmp_path: Path, monkey
     assert str(tmp_path / "downloads" / concepts.WORDNET.filename) in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(("load", "archives", "sizes"), LOADERS, ids=lambda value: getattr(value, "__name__", ""))
 def test_fetched_text_is_what_the_docs_say(
