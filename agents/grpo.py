@@ -221,11 +221,6 @@ class GRPO(PromptGroupAgent):
             rollout = merge([rollout, further])[order[: len(flat)].flatten()]
         return rollout
 
-    def flat_groups(self, rollout: Rollout) -> Tensor:
-        """Return the groups whose scores are all equal, bool `(groups,)` on the host."""
-        [informative] = to_host(self.compared(rollout.scores, rollout.scored).informative[:, 0])
-        return ~informative
-
     def overlong(self, lengths: Tensor) -> Tensor:
         """Return what responses of these lengths `(N,)` pay in the last tokens before the maximum length, `(N,)`.
 

@@ -50,11 +50,12 @@ from textgym.agents.runs.claims import RunClaim, check_run_folder
 from textgym.agents.runs.data_report import data_report
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.demo import run as run_demo
+from textgym.agents.runs.display.overview import overview
+from textgym.agents.runs.display.warning_signs import WarningSigns
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.heldout import HeldOut, heldout_envs
 from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of
 from textgym.agents.runs.interrupts import Interrupts
-from textgym.agents.runs.overview import overview
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.progress import LiveProgress, TrainingProgress
 from textgym.agents.runs.records import Recorder
@@ -186,6 +187,8 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     for title, text in {**overview(agent, command.total_episodes), "folder": str(command.output_dir)}.items():
         live.say(f"{title + ':':<12} {text}")
     shown: list[Any] = [live] if profiler is None else [live, profiler]
+    if isinstance(agent, RolloutAgent):
+        shown.append(WarningSigns(agent, lambda text: live.say(f"warning: {text}"), folder.history))
     if command.record_every and isinstance(agent, RolloutAgent):
         shown.append(Recorder(command.output_dir, agent, command.record_every))
     try:

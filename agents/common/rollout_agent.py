@@ -202,7 +202,7 @@ class RolloutAgent(ABC):
         # 2. Measure the KL of every token to the reference.
         with phase("reference"):
             kl = self.measure_kl(rollout)
-        metrics = episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
+        metrics = self.rollout_metrics(rollout, kl)
         self._check_kl(metrics["objective/kl"])
         for callback in self.rollout_callbacks:
             callback(self, rollout, kl)
@@ -253,6 +253,10 @@ class RolloutAgent(ABC):
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token to the reference, `(N, T)` nats."""
         return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
+
+    def rollout_metrics(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Return the metrics of a rollout, before the update."""
+        return episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the weights that the optimiser trains, by part; each part has its own settings and gradient norm."""

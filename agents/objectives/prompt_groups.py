@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from textgym.models.machine.transfer import to_host
 from textgym.settings import MOST, at_least, at_most
 
 from ..common.advantages import GroupComparison, compare_groups
 from ..common.policy_gradient import PolicyGradientAgent, PolicyGradientConfig
+from ..common.rollout import Rollout
+from ..common.rollout_agent import Metrics
+from ..machine.distributed import everyone
 
 
 @dataclass
@@ -47,6 +52,16 @@ class PromptGroupAgent(PolicyGradientAgent):
     def compared(self, returns: Tensor, scored: Tensor) -> GroupComparison:
         """Compare the returns `(N,)` within each group, over the episodes that have a score, bool `(N,)`."""
         return compare_groups(self.grouped(returns), self.grouped(scored))
+
+    def flat_groups(self, rollout: Rollout) -> Tensor:
+        """Return the groups whose scores are all equal, bool `(groups,)` on the host."""
+        [informative] = to_host(self.compared(rollout.scores, rollout.scored).informative[:, 0])
+        return ~informative
+
+    def rollout_metrics(self, rollout: Rollout, kl: Tensor) -> Metrics:
+        """Return the metrics of a rollout, and the share of its groups whose scores are all equal."""
+        parts = everyone(self.flat_groups(rollout))
+        return {**super().rollout_metrics(rollout, kl), "val/equal_scores": float(torch.cat(parts).float().mean())}
 
     def grouped(self, values: Tensor) -> Tensor:
         """Return values of episodes `(N,)` as `(groups, group_size)`."""

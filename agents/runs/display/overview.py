@@ -10,9 +10,9 @@ from torch import nn
 
 from textgym.models.token_model import TokenModel
 
-from ..common.rollout_agent import RolloutAgent
-from ..common.supervised import SupervisedAgent
-from ..machine.distributed import count
+from ...common.rollout_agent import RolloutAgent
+from ...common.supervised import SupervisedAgent
+from ...machine.distributed import count
 
 
 def overview(agent: RolloutAgent | SupervisedAgent, total_episodes: int = 0) -> dict[str, str]:
