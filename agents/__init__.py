@@ -2,17 +2,80 @@
 
 from __future__ import annotations
 
-from .a2c import A2C as A2C, A2CConfig as A2CConfig
-from .dpo import DPO as DPO, DPOConfig as DPOConfig
-from .dqn import DQN as DQN, DQNConfig as DQNConfig
-from .expert_iteration import ExpertIteration as ExpertIteration, ExpertIterationConfig as ExpertIterationConfig
-from .grpo import GRPO as GRPO, GRPOConfig as GRPOConfig
-from .nlpo import NLPO as NLPO, NLPOConfig as NLPOConfig
-from .online_dpo import OnlineDPO as OnlineDPO, OnlineDPOConfig as OnlineDPOConfig
-from .pathwise import Pathwise as Pathwise, PathwiseConfig as PathwiseConfig
-from .ppo import PPO as PPO, PPOConfig as PPOConfig
-from .reinforce import REINFORCE as REINFORCE, REINFORCEConfig as REINFORCEConfig
-from .rloo import RLOO as RLOO, RLOOConfig as RLOOConfig
-from .sft import SFT as SFT, SFTConfig as SFTConfig
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [name for name, value in tuple(vars().items()) if isinstance(value, type)]
+from .configs.a2c import A2CConfig
+from .configs.dpo import DPOConfig, OnlineDPOConfig
+from .configs.dqn import DQNConfig
+from .configs.expert_iteration import ExpertIterationConfig
+from .configs.grpo import GRPOConfig
+from .configs.pathwise import PathwiseConfig
+from .configs.ppo import NLPOConfig, PPOConfig
+from .configs.reinforce import REINFORCEConfig
+from .configs.rloo import RLOOConfig
+from .configs.supervised import SFTConfig
+
+if TYPE_CHECKING:
+    from .a2c import A2C
+    from .dpo import DPO
+    from .dqn import DQN
+    from .expert_iteration import ExpertIteration
+    from .grpo import GRPO
+    from .nlpo import NLPO
+    from .online_dpo import OnlineDPO
+    from .pathwise import Pathwise
+    from .ppo import PPO
+    from .reinforce import REINFORCE
+    from .rloo import RLOO
+    from .sft import SFT
+
+# An algorithm `X` with its `XConfig` is a choice of `textgym train --agent`.
+__all__ = [
+    "A2C",
+    "DPO",
+    "DQN",
+    "GRPO",
+    "NLPO",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
+    "SFT",
+    "A2CConfig",
+    "DPOConfig",
+    "DQNConfig",
+    "ExpertIteration",
+    "ExpertIterationConfig",
+    "GRPOConfig",
+    "NLPOConfig",
+    "OnlineDPO",
+    "OnlineDPOConfig",
+    "PPOConfig",
+    "Pathwise",
+    "PathwiseConfig",
+    "REINFORCEConfig",
+    "RLOOConfig",
+    "SFTConfig",
+]
+
+# Algorithms are loaded on first use, since they need torch and the command line's help does not.
+_HOMES = {
+    "A2C": "a2c",
+    "DPO": "dpo",
+    "DQN": "dqn",
+    "ExpertIteration": "expert_iteration",
+    "GRPO": "grpo",
+    "NLPO": "nlpo",
+    "OnlineDPO": "online_dpo",
+    "PPO": "ppo",
+    "Pathwise": "pathwise",
+    "REINFORCE": "reinforce",
+    "RLOO": "rloo",
+    "SFT": "sft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,49 +11,22 @@ steps have less variance and more bias from errors of the critic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
-from textgym.settings import Count, NotNegative, Share
 
 from .common.advantages import discounted_returns, gae, n_step_returns
 from .common.means import masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .objectives.critic_agent import CriticAgent, CriticConfig
-
-
-@dataclass
-class A2CConfig(CriticConfig):
-    """Hyperparameters of A2C, which makes one optimiser step for each rollout."""
-
-    estimator: Literal["td", "n_step", "gae"] = "gae"
-    """Estimator of the advantages."""
-    n_steps: Count = 5
-    """Number of rewards before bootstrapping, for the estimator "n_step"."""
-    lam: Share = 0.95
-    """lambda of GAE."""
-    gamma: Share = 1.0
-    """Discount."""
-    value_coef: NotNegative = 0.5
-    """Weight of the value loss."""
-    whiten_advantages: bool = False
-    """Normalise advantages to mean 0 and variance 1 over the response tokens of the rollout."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_epochs != 1 or self.minibatch_size is not None:
-            raise ConfigError(
-                "A2C has no importance ratios, so it can use a rollout for only one step: leave num_epochs=1 and "
-                "minibatch_size=None (micro_batch_size saves memory), or use PPO"
-            )
+from .common.rollout_agent import Metrics
+from .configs.a2c import A2CConfig
+from .configs.rollout import RolloutAgentConfig
+from .objectives.critic_agent import CriticAgent
 
 
 class A2C(CriticAgent):

@@ -14,47 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from textgym.data.completions import read_pairs
 from textgym.data.preferences import numbers_of, placed_preferences
-from textgym.errors import ConfigError
 from textgym.models.actor_critic import PolicyLike
 from textgym.models.fitting import check_tokenizer
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models.accuracy import in_order
 from textgym.rewards.models.pairwise import pairwise_loss
-from textgym.settings import NotNegative, Positive, Share
 
-from .common.supervised import Batch, SupervisedAgent, SupervisedConfig
-
-DPOLoss = Literal["sigmoid", "hinge", "ipo"]
-
-
-@dataclass
-class DPOConfig(SupervisedConfig):
-    """Hyperparameters of DPO."""
-
-    learning_rate: NotNegative = 1e-5
-    """Peak learning rate of AdamW; DPO needs a lower one than supervised fine-tuning."""
-    beta: Positive = 0.1
-    """Coefficient of the KL penalty: implicit rewards are beta times log-ratios. For "ipo" it is the parameter tau."""
-    loss: DPOLoss = "sigmoid"
-    """"sigmoid": the loss of DPO; "hinge": zero beyond a margin of 1 (Zhao et al., 2023, SLiC); "ipo": squared distance
-    from a margin of 1 / (2 beta) (Azar et al., 2024)."""
-    label_smoothing: Share = 0.0
-    """For "sigmoid": assumed share of pairs with wrong labels (conservative DPO)."""
-    use_probability: bool = False
-    """For "sigmoid": train on each pair's `probability` that a rater prefers `chosen`, instead of 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss != "sigmoid" and (self.label_smoothing or self.use_probability):
-            raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
+from .common.supervised import Batch, SupervisedAgent
+from .configs.dpo import DPOConfig
+from .configs.supervised import SupervisedConfig
 
 
 class DPO(SupervisedAgent):

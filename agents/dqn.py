@@ -21,55 +21,24 @@ beta log(pi / pi_ref) for each token, and is then valid for any text (Nachum et 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from textgym.errors import ConfigError
 from textgym.models.actor_critic import PolicyLike
-from textgym.settings import Count, NotNegative
 
 from .common.advantages import n_step_returns
 from .common.means import masked_mean
 from .common.metrics import TensorMetrics
 from .common.q_functions import GreedyQ, Heads, SoftQ, frozen_actor
-from .common.replay_agent import ReplayAgent, ReplayConfig
+from .common.replay_agent import ReplayAgent
 from .common.replay_buffer import ReplayBatch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-
-
-@dataclass
-class DQNConfig(ReplayConfig):
-    """Hyperparameters of Q-learning; beta is `kl_coef` of the environment."""
-
-    backup: Literal["soft", "greedy"] = "soft"
-    """Value of a state: "soft" is that of the KL-regularised objective, "greedy" the highest Q-value."""
-    prioritised: bool = False
-    """Sample episodes with large errors more often (Schaul et al., 2016); weights correct this in part."""
-    priority_exponent: NotNegative = 0.6
-    """For `prioritised`: the exponent of priorities; 0 samples uniformly."""
-    q_scale: float = 1.0
-    """For "greedy": initial scale of the language model's log-probs in Q, in reward per nat."""
-    double: bool = False
-    """For "greedy": the online network chooses the token, the target network its value (van Hasselt et al., 2016)."""
-    dueling: bool = True
-    """For "greedy": a value of the state plus advantages of tokens, instead of plain outputs (Wang et al., 2016)."""
-    noisy: bool = False
-    """For "greedy": explore by learned noise on the output weights (Fortunato et al., 2018), besides epsilon."""
-    n_quantiles: Count = 1
-    """For "greedy": number of quantiles of the return (Dabney et al., 2018); 1 for the mean only."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.backup == "soft" and (self.double or self.noisy or self.n_quantiles > 1 or not self.dueling):
-            raise ConfigError(
-                "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft backup has no "
-                "greedy token, explores by its own distribution, and always has a value. Set backup='greedy'"
-            )
+from .common.rollout_agent import Metrics
+from .configs.dqn import DQNConfig
+from .configs.rollout import RolloutAgentConfig
 
 
 class DQN(ReplayAgent):

@@ -12,39 +12,23 @@ With one kept episode this distils best-of-k. With `min_score` it is rejection-s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
-from textgym.settings import Count
 
 from .common.advantages import compare_groups
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .objectives.prompt_groups import PromptGroupAgent, PromptGroupConfig
-
-
-@dataclass
-class ExpertIterationConfig(PromptGroupConfig):
-    """Hyperparameters of expert iteration."""
-
-    keep: Count = 1
-    """Number of episodes of each prompt to train on, those with the highest returns."""
-    min_score: float | None = None
-    """Minimum return (score minus KL penalty) of an episode to train on; None for no minimum."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep > self.group_size:
-            raise ConfigError(f"keep must be from 1 to group_size={self.group_size}, got {self.keep}")
+from .common.rollout_agent import Metrics
+from .configs.expert_iteration import ExpertIterationConfig
+from .configs.rollout import RolloutAgentConfig
+from .objectives.prompt_groups import PromptGroupAgent
 
 
 class ExpertIteration(PromptGroupAgent):

@@ -10,7 +10,6 @@ distributions, for policy and reference. Everything else is PPO, see ppo.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,32 +21,16 @@ from textgym.models.distributions.masks import TopPMask, narrow
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import warn_of_filter
-from textgym.settings import Count, PositiveShare
 
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout, collect
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .ppo import PPO, PPOConfig
+from .common.rollout_agent import Metrics
+from .configs.ppo import NLPOConfig
+from .configs.rollout import RolloutAgentConfig
+from .ppo import PPO
 
 CHUNK = 64
 """Number of episodes whose masks are in memory at a time when the KL is measured."""
-
-
-@dataclass
-class NLPOConfig(PPOConfig):
-    """Hyperparameters of NLPO."""
-
-    top_p: PositiveShare = 0.9
-    """Minimum total probability of the allowed tokens under the masking policy; 1 allows every token, which is PPO."""
-    min_tokens_to_keep: Count = 1
-    """Minimum number of allowed tokens."""
-    mask_update_interval: Count | None = 20
-    """Number of updates between refreshes of the masking policy; None keeps the first one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kl_in == "loss":
-            raise ConfigError("kl_in='loss' and NLPO's mask exclude each other: leave kl_in='reward', or use PPO")
 
 
 class NLPO(PPO):

@@ -13,7 +13,6 @@ out. Beta is the environment's `kl_coef`: the loss has the KL penalty, so the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,38 +22,16 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.models.accuracy import in_order
-from textgym.settings import Count, Share
 
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .dpo import DPOConfig, DPOLoss, preference_loss
-from .objectives.prompt_groups import PromptGroupAgent, PromptGroupConfig
-
-
-@dataclass
-class OnlineDPOConfig(PromptGroupConfig):
-    """Hyperparameters of online DPO."""
-
-    minibatch_size: Count | None = None
-    """Pairs in a minibatch, over all processes; None for all pairs of the rollout."""
-    micro_batch_size: Count | None = None
-    """Pairs in one forward pass; the gradients add up to that of the minibatch. None for the whole minibatch."""
-    loss: DPOLoss = "sigmoid"
-    """The loss of a pair, as in DPO: "sigmoid", "hinge" or "ipo"."""
-    label_smoothing: Share = 0.0
-    """For "sigmoid": assumed share of pairs with wrong labels (conservative DPO)."""
-    use_probability: bool = False
-    """For "sigmoid": train on the probability of each label by the model of Bradley and Terry (1952), which is the
-    sigmoid of the difference of scores, instead of 1. The optimum is then pi_ref exp(score / beta) / Z, as of other
-    agents."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss != "sigmoid" and (self.label_smoothing or self.use_probability):
-            raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
+from .common.rollout_agent import Metrics
+from .configs.dpo import DPOConfig, OnlineDPOConfig
+from .configs.rollout import RolloutAgentConfig
+from .dpo import preference_loss
+from .objectives.prompt_groups import PromptGroupAgent
 
 
 class OnlineDPO(PromptGroupAgent):

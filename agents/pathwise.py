@@ -19,8 +19,7 @@ the optimum of the other agents but does not reach it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,29 +31,18 @@ from textgym.models.distributions.log_probs import in_chunks
 from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.settings import Positive
 
 from .common.advantages import n_step_returns
 from .common.means import masked_mean
 from .common.metrics import TensorMetrics
 from .common.q_functions import GreedyQ, Heads, frozen_actor
-from .common.replay_agent import ReplayAgent, ReplayConfig
+from .common.replay_agent import ReplayAgent
 from .common.replay_buffer import ReplayBatch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
+from .common.rollout_agent import Metrics
+from .configs.pathwise import PathwiseConfig
+from .configs.rollout import RolloutAgentConfig
 from .machine.distributed import process_seed
-
-
-@dataclass
-class PathwiseConfig(ReplayConfig):
-    """Hyperparameters of the pathwise derivative; beta is `kl_coef` of the environment."""
-
-    relaxation: Literal["straight_through", "gumbel"] = "straight_through"
-    """Input of the critic: "straight_through" is a token with the relaxed token's derivative, "gumbel" is relaxed."""
-    relaxation_temperature: Positive = 1.0
-    """Temperature tau of the relaxation; low values have less bias, high values less vanishing gradients."""
-    q_scale: float = 1.0
-    """Initial scale of the language model's log-probs in Q, in reward per nat."""
 
 
 class Pathwise(ReplayAgent):

@@ -12,51 +12,22 @@ of the other episodes' returns, and a learned value of the state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation
-from textgym.settings import NotNegative, Share
 
 from .common.advantages import discounted_returns, leave_one_out_mean
 from .common.means import masked_mean, per_episode
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .objectives.critic_agent import SEPARATE, CriticAgent, CriticConfig
-
-
-@dataclass
-class REINFORCEConfig(CriticConfig):
-    """Hyperparameters of REINFORCE, which makes one optimiser step for each rollout."""
-
-    reward_to_go: bool = True
-    """Whether the return of a token is the sum of rewards from it on; if not, it is that of the whole episode."""
-    gamma: Share = 1.0
-    """Discount of the reward to go."""
-    baseline: Literal["none", "mean", "learned"] = "mean"
-    """Baseline that is subtracted from the returns."""
-    value_coef: NotNegative = 0.5
-    """Weight of the value loss, for the learned baseline."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_epochs != 1 or self.minibatch_size is not None:
-            raise ConfigError(
-                "REINFORCE has no importance ratios, so it can use a rollout for only one step: leave num_epochs=1 and "
-                "minibatch_size=None (micro_batch_size saves memory), or use PPO"
-            )
-        given = [name for name in SEPARATE if getattr(self, name) is not None]
-        if given and self.baseline != "learned":
-            raise ConfigError(
-                f"{given[0]}={getattr(self, given[0])} is for a critic, which baseline={self.baseline!r} has none of: "
-                "set baseline='learned'"
-            )
+from .common.rollout_agent import Metrics
+from .configs.reinforce import REINFORCEConfig
+from .configs.rollout import RolloutAgentConfig
+from .objectives.critic_agent import CriticAgent
 
 
 class REINFORCE(CriticAgent):

@@ -13,32 +13,22 @@ An episode is one action with one ratio, clipped as in PPO; clipping has an effe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
-from textgym.settings import Positive
 
 from .common.means import masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
-from .common.rollout_agent import Metrics, RolloutAgentConfig
-from .objectives.prompt_groups import PromptGroupAgent, PromptGroupConfig
-
-
-@dataclass
-class RLOOConfig(PromptGroupConfig):
-    """Hyperparameters of RLOO."""
-
-    normalise: Literal["none", "batch"] = "none"
-    """Whether to normalise advantages to mean 0 and variance 1 over the rollout, as in REINFORCE++."""
-    clip_range: Positive = 0.2
-    """Clip the ratio to [1 - clip_range, 1 + clip_range]."""
+from .common.rollout_agent import Metrics
+from .configs.rloo import RLOOConfig
+from .configs.rollout import RolloutAgentConfig
+from .objectives.prompt_groups import PromptGroupAgent
 
 
 class RLOO(PromptGroupAgent):

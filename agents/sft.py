@@ -12,7 +12,6 @@ With transcripts of an environment it clones the policy that generated them. If 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,12 +19,8 @@ from torch import Tensor
 from textgym.data.completions import placed_examples, read_examples
 from textgym.models.actor_critic import PolicyLike
 
-from .common.supervised import Batch, SupervisedAgent, SupervisedConfig
-
-
-@dataclass
-class SFTConfig(SupervisedConfig):
-    """Hyperparameters of supervised fine-tuning."""
+from .common.supervised import Batch, SupervisedAgent
+from .configs.supervised import SFTConfig, SupervisedConfig
 
 
 class SFT(SupervisedAgent):

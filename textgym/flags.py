@@ -20,10 +20,9 @@ from textgym.agents.common.supervised import SupervisedAgent, SupervisedConfig
 from textgym.agents.runs.data_report import Reader
 from textgym.agents.runs.demo import DemoConfig
 from textgym.errors import ConfigError
-from textgym.rewards.kl import Estimator
 from textgym.rewards.models import RewardModelConfig
 from textgym.saved_flags import expand
-from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, check_settings
+from textgym.settings import Count, Estimator, NotNegative, Positive, Seed, WholeNumber, check_settings
 
 # An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration".
 ALGORITHMS: dict[str, Any] = {

@@ -5,67 +5,15 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from textgym.models.machine.schedules import learning_rate_factor
-from textgym.settings import Check, NotNegative, Positive, Share, check_settings, refuse_together
+from ..configs.rollout import OptimizerConfig
 
 MIN_CHANGED = 0.9
 """Minimum share of the weights with a gradient that a step should change."""
-
-
-def _is_optimizer(name: str) -> bool:
-    found = getattr(torch.optim, name, None)
-    # LBFGS evaluates the loss several times in a step.
-    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
-
-
-OptimizerName = Annotated[str, Check("the name of a class of torch.optim, other than LBFGS", _is_optimizer)]
-
-
-@dataclass
-class OptimizerConfig:
-    """Hyperparameters of the optimiser of all agents that learn from rollouts."""
-
-    learning_rate: NotNegative = 1e-4
-    """Peak learning rate."""
-    warmup: Share = 0.0
-    """Share of the updates in which the learning rate rises linearly to its peak."""
-    anneal_learning_rate: bool = True
-    """Whether the learning rate decreases to zero over `total_episodes`, after the warm-up."""
-    annealing: Literal["linear", "cosine"] = "linear"
-    """How the learning rate decreases."""
-    optimizer: OptimizerName = "AdamW"
-    """Class of torch.optim, such as "AdamW", "Adam", "SGD" or "RMSprop"."""
-    optimizer_options: dict[str, float] = field(default_factory=dict)
-    """Further arguments of the optimiser's class, such as momentum."""
-    weight_decay: NotNegative = 0.0
-    """Weight decay."""
-    adam_epsilon: NotNegative = 1e-5
-    """Epsilon of Adam and its variants; with a small one the first updates are large."""
-    adam_8bit: bool = False
-    """Keep AdamW's two moments in 8 bits each instead of 32; needs bitsandbytes."""
-    max_grad_norm: Positive = 1.0
-    """Maximum norm of the gradient of a minibatch; larger gradients are scaled down."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        refuse_together(
-            self,
-            {
-                ("adam_8bit", "optimizer"): "only AdamW has moments in 8 bits",
-                ("anneal_learning_rate", "annealing"): "a constant learning rate does not decrease",
-            },
-        )
-
-    def learning_rate_factor(self, update: int, num_updates: float) -> float:
-        """Return what the peak learning rate is multiplied by in an update, from 0, of so many."""
-        decay = self.annealing if self.anneal_learning_rate else "none"
-        return learning_rate_factor(update, num_updates, self.warmup, decay)
 
 
 class PartSettings(NamedTuple):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,55 +26,14 @@ from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences, on_both
 from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import compared_with_others, estimate_kl, kl_to_go, sequence_kl
-from textgym.settings import Count, NotNegative, Positive, between, unmet
 
+from ..configs.policy_gradient import KLInLoss, PolicyGradientConfig
 from ..machine.distributed import everyone, pad_micro_batches, share_of, sum_over_processes
 from .constraints import Constraints
 from .means import overall_mean
 from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
-from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
-
-KLInLoss = Literal["token", "sequence", "k3"]
-"""Gradient of a KL to the reference that is part of the loss: "token" is k3 times the importance ratio, whose gradient
-is that of the KL of each token's state, while tokens do not pay for the KL of later states; "sequence" has the gradient
-of the KL of whole texts (`textgym.rewards.kl.sequence_kl`), by sums over the vocabulary and one more pass of the
-reference; "k3" is k3 alone, whose gradient is that of KL(pi_ref, pi)."""
-
-
-@dataclass
-class PolicyGradientConfig(RolloutAgentConfig):
-    """Hyperparameters of all policy-gradient agents. KL coefficient and estimator are arguments of the environment."""
-
-    num_epochs: Count = 1
-    """Number of epochs over each rollout."""
-    minibatch_size: Count | None = None
-    """Episodes in a minibatch, over all processes; None for all episodes of the rollout."""
-    micro_batch_size: Count | None = None
-    """Episodes in one forward pass; the gradients add up to that of the minibatch. None for the whole minibatch."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    target_kl: NotNegative | None = None
-    """End the epochs of an update when the approximate KL to the old policy, per token, exceeds 1.5 times this."""
-    constraints: dict[str, float] = field(default_factory=dict)
-    """Upper limits on the means of reward functions, by name; each has a Lagrange multiplier that takes the function's
-    value off the reward, and that grows while the mean is above the limit."""
-    constraint_learning_rate: Positive = 0.01
-    """Step size of the multipliers."""
-    ema_decay: Annotated[float, between(0, 1)] | None = None
-    """Keep an average of the policy's weights, `agent.averaged`, in which each update has the weight 1 - `ema_decay`;
-    None for no average."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, limit in self.constraints.items():
-            if (expected := unmet(limit, float)) is not None:
-                raise ConfigError(f"constraints must be limits by name; that of {name!r} must be {expected}: {limit!r}")
-        if self.constraint_learning_rate != 0.01 and not self.constraints:
-            raise ConfigError(
-                f"constraint_learning_rate={self.constraint_learning_rate} is for constraints={self.constraints}: "
-                "name a reward function and its limit"
-            )
+from .rollout_agent import Metrics, RolloutAgent
 
 
 @dataclass(frozen=True)

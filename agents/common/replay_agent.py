@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +30,8 @@ from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
-from textgym.settings import Count, Positive, PositiveShare, Share, WholeNumber
 
+from ..configs.replay import ReplayConfig
 from ..machine.distributed import (
     broadcast_weights,
     count,
@@ -43,41 +43,7 @@ from ..machine.distributed import (
 from .metrics import TensorMetrics, mean_over, on_host
 from .replay_buffer import ReplayBatch, ReplayBuffer, priorities_of
 from .rollout import Rollout, collect
-from .rollout_agent import Metrics, RolloutAgent, RolloutAgentConfig
-
-
-@dataclass
-class ReplayConfig(RolloutAgentConfig):
-    """Hyperparameters of all agents with a replay buffer."""
-
-    episodes_per_update: Count = 64
-    """Episodes collected before each update; a multiple of the number of rows of the environment."""
-    gradient_steps: Count = 4
-    """Number of optimiser steps in an update."""
-    batch_size: Count = 64
-    """Episodes sampled from the replay buffer for each optimiser step."""
-    micro_batch_size: Count | None = None
-    """Episodes in one forward pass; the gradients add up to that of the batch. None for the whole batch."""
-    buffer_size: Count = 8192
-    """Maximum number of episodes in the replay buffer; new episodes replace the oldest."""
-    learning_starts: WholeNumber = 256
-    """Number of episodes before the first optimiser step."""
-    gamma: Share = 1.0
-    """Discount."""
-    n_steps: Count = 1
-    """Number of rewards before bootstrapping; with more a score at the end reaches earlier tokens sooner."""
-    tau: PositiveShare = 1.0
-    """Weight of the trained networks in an update of the target networks; 1 copies them."""
-    target_update_interval: Count = 16
-    """Optimiser steps between updates of the target networks."""
-    epsilon_start: Share = 1.0
-    """Initial share of tokens that are sampled from the reference."""
-    epsilon_end: Share = 0.05
-    """Final share of tokens that are sampled from the reference."""
-    epsilon_fraction: Share = 0.5
-    """Share of the episodes over which epsilon decreases linearly."""
-    exploration_temperature: Positive = 1.0
-    """Temperature of the reference in exploration; values above 1 are closer to uniform."""
+from .rollout_agent import Metrics, RolloutAgent
 
 
 class Behaviour:

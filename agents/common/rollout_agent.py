@@ -6,7 +6,6 @@ policy_gradient.py, and algorithms with a replay buffer from replay_agent.py.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
@@ -23,12 +22,13 @@ from textgym.envs.interface import rollout_env
 from textgym.errors import NonFiniteError
 from textgym.models.actor_critic import PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
-from textgym.models.machine.finite import FiniteSteps, OnNonFinite
+from textgym.models.machine.finite import FiniteSteps
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import AdaptiveKL
-from textgym.settings import Count, Seed, WholeNumber, check_arguments
+from textgym.settings import WholeNumber, check_arguments
 
+from ..configs.rollout import RolloutAgentConfig
 from ..machine.circumstances import inputs, settings_of
 from ..machine.distributed import (
     Learner,
@@ -46,7 +46,7 @@ from ..machine.distributed import (
 )
 from ..machine.out_of_memory import memory_explained
 from .metrics import episode_metrics
-from .optimizer import OptimizerConfig, PartSettings, make_optimizer
+from .optimizer import PartSettings, make_optimizer
 from .rollout import Rollout, collect, merge
 from .saving import load_agent, save_agent
 
@@ -55,28 +55,6 @@ Callback = Callable[["RolloutAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
 RolloutCallback = Callable[["RolloutAgent", Rollout, Tensor], None]
 """Called after every rollout, before the update, with the rollout and the KL `(N, T)` of its tokens."""
-
-
-@dataclasses.dataclass
-class RolloutAgentConfig(OptimizerConfig):
-    """Hyperparameters of all agents that learn from rollouts."""
-
-    episodes_per_update: Count = 128
-    """Episodes collected before each update, over all processes; a multiple of the total number of rows."""
-    on_nonfinite: OnNonFinite = "raise"
-    """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
-    Skipped steps are counted, and more than 10 of the last 100 are an error."""
-    seed: Seed = 0
-    """Seed of prompts, sampling and minibatches."""
-    bf16: bool = False
-    """Run the forward passes of the update in bfloat16 (autocast); log-softmax and losses stay in float32. bfloat16 has
-    8 bits of precision, so the rounding error of a logit between 8 and 16 is up to 0.03, and every layer adds its own.
-    On the embedded model the mean error of a log-prob is 0.01 to 0.02 nats. On any processor expect less than 0.03 on
-    average, less than 0.15 for 99% of the tokens and less than 0.5 for all; errors are proportional to the logits. The
-    ratios in the first step differ from 1 by as much, with a mean of 1.00, and few are outside a clip range of 0.2. The
-    error of the gradient is less than 5% of its norm (`python benchmarks/bf16.py`)."""
-    gradient_checkpointing: bool = False
-    """Store only the inputs of layers, and recompute the layers in the backward pass: less memory, more time."""
 
 
 class RolloutAgent(ABC):

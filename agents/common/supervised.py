@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -26,19 +25,18 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from textgym.data.completions import Example, Reading
 from textgym.data.files import atomic_folder
 from textgym.data.manifests import checked_manifest
-from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
 from textgym.models.architectures.positions import position_limit
 from textgym.models.fitting import check_tokenizer, tokenizer_of
 from textgym.models.loading import load_tokenizer
 from textgym.models.machine.devices import Device, on_device
-from textgym.models.machine.finite import OnNonFinite
 from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.models.last_token import pad_right
-from textgym.settings import Count, NotNegative, Positive, Seed, Share, check_settings, from_plain
+from textgym.settings import from_plain
 
+from ..configs.supervised import SupervisedConfig
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import broadcast_weights, by_first, explain_lost_processes, join
 from ..machine.out_of_memory import memory_explained
@@ -50,57 +48,6 @@ from .supervised_trainer import SupervisedTrainer
 Callback = Callable[["SupervisedAgent", Metrics], bool | None]
 """Called after every update with its metrics; returns `False` to stop."""
 Batch = dict[str, Tensor]
-
-
-@dataclass
-class SupervisedConfig:
-    """Hyperparameters of all agents that learn from given texts."""
-
-    learning_rate: NotNegative = 1e-4
-    """Peak learning rate of AdamW; epsilon is 1e-8, torch's default, because warm-up keeps the first updates small."""
-    epochs: Positive = 1.0
-    """Number of epochs over the data."""
-    max_steps: Count | None = None
-    """Number of updates; it replaces `epochs`."""
-    batch_size: Count = 32
-    """Examples, or pairs, in one update, over all processes."""
-    micro_batch_size: Count | None = None
-    """Examples in one forward pass; the gradients add up to that of the batch. None for the whole batch."""
-    warmup: Share = 0.1
-    """Share of the updates over which the learning rate increases linearly."""
-    anneal_learning_rate: bool = True
-    """Whether the learning rate then decreases linearly to zero."""
-    adam_8bit: bool = False
-    """Keep Adam's two moments in 8 bits each instead of 32; needs bitsandbytes."""
-    max_grad_norm: Positive = 1.0
-    """Maximum norm of the gradient of an update; larger gradients are scaled down."""
-    on_nonfinite: OnNonFinite = "raise"
-    """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
-    Skipped steps are counted, and more than 10 of the last 100 are an error."""
-    max_length: Count = 512
-    """Maximum number of tokens of a text, or fewer if the model has fewer positions. A text that is too long loses the
-    beginning of its prompt, down to a quarter of this length, and then the end of its completion."""
-    allow_faulty_rows: Share = 0.01
-    """Largest share of rows with a fault, such as a cut prompt, an empty completion or two equal sides; the data are
-    refused if there are more."""
-    append_eos: bool = True
-    """Append EOS to completions that lack it; use False for texts that a length limit cut off."""
-    add_special_tokens: bool = True
-    """Whether strings get the tokenizer's BOS; `False` if they were rendered already, so that control tokens in them
-    count."""
-    bf16: bool = False
-    """Run the forward passes in bfloat16 (autocast); log-softmax and losses stay in float32."""
-    gradient_checkpointing: bool = False
-    """Store only the inputs of layers, and recompute the layers in the backward pass: less memory, more time."""
-    seed: Seed = 0
-    """Seed of the order of the data."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ConfigError(
-                f"batch_size={self.batch_size} must be a multiple of micro_batch_size={self.micro_batch_size}"
-            )
 
 
 class SupervisedAgent(ABC):

@@ -7,42 +7,23 @@ and its clip range are in standard deviations of the returns. A separate critic 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from textgym.errors import ConfigError, NonFiniteError
-from textgym.settings import Count, NotNegative, Positive
 
 from ..common.means import explained_variance, explained_variance_within_prompts, overall_mean
 from ..common.metrics import TensorMetrics
 from ..common.optimizer import PartSettings
-from ..common.policy_gradient import Batch, PolicyGradientAgent, PolicyGradientConfig
+from ..common.policy_gradient import Batch, PolicyGradientAgent
 from ..common.rollout import Rollout
 from ..common.rollout_agent import Metrics
+from ..configs.policy_gradient import SEPARATE, CriticConfig
 
-SEPARATE = ("critic_learning_rate", "critic_weight_decay", "critic_max_grad_norm", "freezing_actor_steps")
 WITHIN_PROMPTS = "val/explained_variance_within_prompts"
-
-
-@dataclass
-class CriticConfig(PolicyGradientConfig):
-    """Hyperparameters of all policy-gradient agents with a critic."""
-
-    normalise_values: bool = True
-    """Learn values on a running scale of the returns (PopArt), so that the unit of the rewards makes no difference; the
-    value loss and its clip range are then in standard deviations of the returns."""
-    critic_learning_rate: NotNegative | None = None
-    """Peak learning rate of a separate critic; None for `learning_rate`."""
-    critic_weight_decay: NotNegative | None = None
-    """Weight decay of a separate critic; None for `weight_decay`."""
-    critic_max_grad_norm: Positive | None = None
-    """Maximum norm of the gradient of a separate critic, which is clipped by itself; None for `max_grad_norm`."""
-    freezing_actor_steps: Count | None = None
-    """Number of updates at the start in which only a separate critic is trained, so that the first steps of the policy
-    follow a critic that has seen some returns; None for none."""
 
 
 class CriticAgent(PolicyGradientAgent):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from textgym.models.machine.transfer import to_host
-from textgym.settings import MOST, at_least, at_most
 
 from ..common.advantages import GroupComparison, compare_groups
-from ..common.policy_gradient import PolicyGradientAgent, PolicyGradientConfig
+from ..common.policy_gradient import PolicyGradientAgent
 from ..common.rollout import Rollout
 from ..common.rollout_agent import Metrics
+from ..configs.policy_gradient import PromptGroupConfig
 from ..machine.distributed import everyone
-
-
-@dataclass
-class PromptGroupConfig(PolicyGradientConfig):
-    """Hyperparameters of all agents that compare episodes of one prompt."""
-
-    group_size: Annotated[int, at_least(2), at_most(MOST)] = 8
-    """Number of episodes of each prompt; it must divide the number of rows of the environment."""
 
 
 class PromptGroupAgent(PolicyGradientAgent):

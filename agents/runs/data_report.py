@@ -20,7 +20,7 @@ from textgym.data.rows import read_rows
 from textgym.errors import DataError
 from textgym.models.architectures.positions import position_limit
 from textgym.models.loading import load_classifier, load_tokenizer, resolve
-from textgym.rewards.models.pairwise import RewardModelConfig
+from textgym.rewards.models.config import RewardModelConfig
 from textgym.rewards.models.reward_model import RewardModel
 from textgym.rewards.models.training import WITHOUT_LIMIT, read_rated_pairs
 

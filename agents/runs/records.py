@@ -30,9 +30,9 @@ from ..common.policy_gradient import Batch, PolicyGradientAgent
 from ..common.replay_agent import ReplayAgent
 from ..common.rollout import Rollout
 from ..common.rollout_agent import Metrics, RolloutAgent
-from ..grpo import GRPOConfig
+from ..configs.grpo import GRPOConfig
+from ..configs.ppo import PPOConfig
 from ..nlpo import NLPO
-from ..ppo import PPOConfig
 
 ALTERNATIVES = 5
 

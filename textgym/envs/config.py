@@ -24,8 +24,8 @@ from textgym.models.machine.devices import Device
 from textgym.models.token_model import Observation
 from textgym.rewards.engine.scaling import Scaling
 from textgym.rewards.engine.scoring import OnRewardError, RewardSpec
-from textgym.rewards.kl import Estimator, KLController
-from textgym.settings import Count, NotNegative, Positive, Share, WholeNumber, check_settings
+from textgym.rewards.kl import KLController
+from textgym.settings import Count, Estimator, NotNegative, Positive, Share, WholeNumber, check_settings
 
 KLMode = Literal["reference", "exact", "deferred"]
 NO_STEP_LIMIT = "it would end episodes before they are scored, so leave it out: max_new_tokens limits a response"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from textgym.envs.config import KLMode
 from textgym.envs.spaces import KLPayer
 from textgym.models.distributions.masks import ActionMask
-from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
+from textgym.rewards.kl import KLController, KLPenalty, warn_of_filter
+from textgym.settings import Estimator
 
 ESTIMATORS: dict[KLMode, tuple[Estimator, ...]] = {
     "reference": ("k1",),

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, get_args
+from typing import Annotated, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,8 @@ from textgym.models.loading import is_trained
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.settings import NotNegative, Positive, above, check_settings, plain
+from textgym.settings import Estimator, NotNegative, Positive, above, check_settings, plain
 
-Estimator = Literal["k1", "k2", "k3", "full"]
 ESTIMATORS = get_args(Estimator)
 
 

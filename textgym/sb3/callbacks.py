@@ -12,11 +12,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.models.distributions.masks import ModelMask
-from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
+from textgym.rewards.kl import KLController, KLPenalty, warn_of_filter
 from textgym.rewards.reference import SyncReference
 from textgym.sb3.log_names import LogNames
 from textgym.sb3.policies import check_vocabulary, token_space
 from textgym.sb3.rollout_buffer import EpisodeRolloutBuffer, warn_of_discount
+from textgym.settings import Estimator
 
 
 class KLCallback(BaseCallback):

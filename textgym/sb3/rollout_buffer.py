@@ -17,8 +17,9 @@ from torch import Tensor
 
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
-from textgym.rewards.kl import Estimator, KLController, KLPenalty, warn_of_filter
+from textgym.rewards.kl import KLController, KLPenalty, warn_of_filter
 from textgym.sb3.policies import check_name, check_vocabulary, token_space
+from textgym.settings import Estimator
 
 CHUNK_TOKENS = 4096
 """Number of tokens whose KL is computed in one pass."""

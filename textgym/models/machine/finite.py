@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from textgym.errors import NonFiniteError
+from textgym.settings import OnNonFinite
 
 
 def check_finite(step: str, numbers: dict[str, Tensor]) -> None:
@@ -34,7 +35,6 @@ def check_finite(step: str, numbers: dict[str, Tensor]) -> None:
             )
 
 
-OnNonFinite = Literal["raise", "skip"]
 MOST_SKIPPED, OF_STEPS = 10, 100
 """Most steps of the last 100 that may be skipped; more are no accident."""
 

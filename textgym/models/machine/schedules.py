@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
 
 Decay = Literal["linear", "cosine", "none"]
 
@@ -33,4 +34,6 @@ def learning_rate_factor(update: int, num_updates: float, warmup: float, decay: 
 
 def warmup_and_decay(optimizer: Optimizer, num_updates: int, warmup: float, decay: Decay) -> LambdaLR:
     """Return a scheduler of `learning_rate_factor`."""
+    from torch.optim.lr_scheduler import LambdaLR  # here, so that configs are read without torch
+
     return LambdaLR(optimizer, lambda update: learning_rate_factor(update, num_updates, warmup, decay))

@@ -25,8 +25,9 @@ from textgym.models.loading import freeze, load_classifier, load_tokenizer
 from textgym.models.machine.devices import Device
 from textgym.models.machine.seeding import seeded
 from textgym.rewards.models.accuracy import Accuracy, pairwise_accuracy
+from textgym.rewards.models.config import RewardModelConfig
 from textgym.rewards.models.last_token import LastTokenScorer
-from textgym.rewards.models.pairwise import RatedPair, RewardModelConfig, fit
+from textgym.rewards.models.pairwise import RatedPair, fit
 from textgym.rewards.models.reward_model import RewardModel
 
 WITHOUT_LIMIT = 2**31

@@ -1,0 +1,41 @@
+"""Hyperparameters of Q-learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from textgym.errors import ConfigError
+from textgym.settings import Count, NotNegative
+
+from .replay import ReplayConfig
+
+
+@dataclass
+class DQNConfig(ReplayConfig):
+    """Hyperparameters of Q-learning; beta is `kl_coef` of the environment."""
+
+    backup: Literal["soft", "greedy"] = "soft"
+    """Value of a state: "soft" is that of the KL-regularised objective, "greedy" the highest Q-value."""
+    prioritised: bool = False
+    """Sample episodes with large errors more often (Schaul et al., 2016); weights correct this in part."""
+    priority_exponent: NotNegative = 0.6
+    """For `prioritised`: the exponent of priorities; 0 samples uniformly."""
+    q_scale: float = 1.0
+    """For "greedy": initial scale of the language model's log-probs in Q, in reward per nat."""
+    double: bool = False
+    """For "greedy": the online network chooses the token, the target network its value (van Hasselt et al., 2016)."""
+    dueling: bool = True
+    """For "greedy": a value of the state plus advantages of tokens, instead of plain outputs (Wang et al., 2016)."""
+    noisy: bool = False
+    """For "greedy": explore by learned noise on the output weights (Fortunato et al., 2018), besides epsilon."""
+    n_quantiles: Count = 1
+    """For "greedy": number of quantiles of the return (Dabney et al., 2018); 1 for the mean only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backup == "soft" and (self.double or self.noisy or self.n_quantiles > 1 or not self.dueling):
+            raise ConfigError(
+                "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft backup has no "
+                "greedy token, explores by its own distribution, and always has a value. Set backup='greedy'"
+            )
