@@ -25,13 +25,14 @@ LAYERS = (
     "sb3 wrappers",
     "games testing registration",
     "agents",
-    "saved_flags",
+    "saved_flags help",
     "flags",
+    "commands",
     "cli",
     "__main__",
 )
 # In agents/ the algorithms are the files at the top.
-AGENT_LAYERS = ("machine", "common", "objectives", "engines", "", "runs", "search")
+AGENT_LAYERS = ("configs", "machine", "common", "objectives", "engines", "", "runs", "search")
 # Pairs (module, imported module) that point up until they are designed anew.
 KNOWN: set[tuple[str, str]] = set()
 

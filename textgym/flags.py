@@ -9,33 +9,42 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
 from textgym import agents
 from textgym.agents import PPOConfig
-from textgym.agents.common.rollout_agent import RolloutAgent, RolloutAgentConfig
-from textgym.agents.common.supervised import SupervisedAgent, SupervisedConfig
-from textgym.agents.runs.data_report import Reader
-from textgym.agents.runs.demo import DemoConfig
+from textgym.agents.configs.demo import DemoConfig
+from textgym.agents.configs.rollout import RolloutAgentConfig
+from textgym.agents.configs.supervised import SupervisedConfig
 from textgym.errors import ConfigError
-from textgym.rewards.models import RewardModelConfig
+from textgym.help import asks_for_help, print_command, print_commands
+from textgym.rewards.models.config import RewardModelConfig
 from textgym.saved_flags import expand
-from textgym.settings import Count, Estimator, NotNegative, Positive, Seed, WholeNumber, check_settings
+from textgym.settings import (
+    Count,
+    Estimator,
+    NotNegative,
+    Positive,
+    Reader,
+    Seed,
+    WholeNumber,
+    check_settings,
+    nearest,
+)
 
-# An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration".
-ALGORITHMS: dict[str, Any] = {
-    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): algorithm
-    for name, algorithm in vars(agents).items()
-    if isinstance(algorithm, type) and not dataclasses.is_dataclass(algorithm)
+# An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration". Its class is
+# loaded when it trains, since that needs torch; its config is read here.
+ALGORITHMS: dict[str, str] = {
+    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): name for name in agents.__all__ if not name.endswith("Config")
 }
-AGENTS: dict[str, type[RolloutAgent]] = {
-    name: algorithm for name, algorithm in ALGORITHMS.items() if issubclass(algorithm, RolloutAgent)
+CONFIGS: dict[str, type[RolloutAgentConfig] | type[SupervisedConfig]] = {
+    name: getattr(agents, f"{algorithm}Config") for name, algorithm in ALGORITHMS.items()
 }
-OFFLINE: dict[str, type[SupervisedAgent]] = {
-    name: algorithm for name, algorithm in ALGORITHMS.items() if issubclass(algorithm, SupervisedAgent)
-}
+AGENTS = tuple(name for name, config in CONFIGS.items() if issubclass(config, RolloutAgentConfig))
+"""Agents that learn from episodes."""
+OFFLINE = tuple(name for name, config in CONFIGS.items() if issubclass(config, SupervisedConfig))
 """Agents that learn from data instead of episodes."""
 if TYPE_CHECKING:
     AgentName = str
@@ -58,6 +67,31 @@ FREE = (
     "max_steps",
 )
 """Settings of `train` that may change when a run goes on."""
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "what is trained": (
+        "agent",
+        "model",
+        "critic",
+        "temperature",
+        "env",
+        "env_kwargs",
+        "data",
+        "total_episodes",
+        "num_envs",
+    ),
+    "the KL penalty": ("kl_coef", "kl_target", "kl_bounds", "kl_clamp", "kl_estimator"),
+    "the run folder": (
+        "output_dir",
+        "resume",
+        "overwrite",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "record_every",
+        "eval_every",
+        "eval_prompts",
+    ),
+}
+"""Headings of the help of `train`; settings without one stand under "other options"."""
 
 
 @dataclass
@@ -290,24 +324,50 @@ class View:
             raise ConfigError("textgym view needs a run folder: textgym view runs/ppo")
 
 
+COMMANDS: dict[str, type[Any]] = {
+    "demo": DemoConfig,
+    "train": Train,
+    "resume": Train,
+    "reward-model": TrainReward,
+    "data": Data,
+    "view": View,
+    "evaluate": Evaluate,
+    "chat": Chat,
+    "list": ListRuns,
+    "compare": Compare,
+}
+
+
 def parse(arguments: Sequence[str] | None = None) -> Any:
-    """The command that a command line asks for; the flags of `train` are those of the agent that it names."""
-    words = expand(list(sys.argv[1:] if arguments is None else arguments))
+    """The command that a command line asks for; the flags of `train` are those of the agent that it names.
+
+    Raises:
+        SystemExit: help was asked for and shown, or a flag is wrong and tyro said so.
+        ConfigError: there is no such command.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print_commands(COMMANDS)
+        sys.exit(0 if words else 2)
+    if words[0] not in COMMANDS:
+        raise ConfigError(f"there is no command {words[0]!r}: {nearest(words[0], COMMANDS)}")
+    if asks_for_help(words):
+        kind = _with_settings(words)
+        print_command(words[0], kind, SECTIONS if issubclass(kind, Train) else {})
+        sys.exit(0)
+    words = expand(words)
+    return tyro.cli(_with_settings(words), args=words[1:], prog=f"textgym {words[0]}")
+
+
+def _with_settings(words: Sequence[str]) -> Any:
+    """Return the class of a command; that of `train` with the settings of the agent that the command line names."""
+    kind = COMMANDS[words[0]]
+    if kind is not Train:
+        return kind
     named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
     named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
-    config = ALGORITHMS.get(named[-1] if named else "ppo", agents.PPO).config_class  # tyro complains of an unknown one
+    config = CONFIGS.get(named[-1] if named else "ppo", PPOConfig)  # tyro complains of an unknown one
     settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
-    with_settings: Any = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
+    with_settings = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
     with_settings.__doc__ = Train.__doc__
-    commands = (
-        Annotated[DemoConfig, tyro.conf.subcommand("demo", prefix_name=False)]
-        | Annotated[with_settings, tyro.conf.subcommand("train", prefix_name=False)]
-        | Annotated[TrainReward, tyro.conf.subcommand("reward-model", prefix_name=False)]
-        | Annotated[Data, tyro.conf.subcommand("data", prefix_name=False)]
-        | Annotated[View, tyro.conf.subcommand("view", prefix_name=False)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
-        | Annotated[Chat, tyro.conf.subcommand("chat", prefix_name=False)]
-        | Annotated[ListRuns, tyro.conf.subcommand("list", prefix_name=False)]
-        | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
-    )
-    return tyro.cli(commands, args=words, prog="textgym")
+    return with_settings

@@ -82,6 +82,8 @@ NotNegative = Annotated[float, at_least(0)]
 Positive = Annotated[float, above(0)]
 Share = Annotated[float, between(0, 1)]
 PositiveShare = Annotated[Share, above(0)]
+Reader = Literal["sft", "dpo", "reward-model"]
+"""What reads a data set."""
 Estimator = Literal["k1", "k2", "k3", "full"]
 """How the KL is estimated, see `textgym.rewards.kl.estimate_kl`."""
 OnNonFinite = Literal["raise", "skip"]

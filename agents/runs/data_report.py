@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -23,10 +23,9 @@ from textgym.models.loading import load_classifier, load_tokenizer, resolve
 from textgym.rewards.models.config import RewardModelConfig
 from textgym.rewards.models.reward_model import RewardModel
 from textgym.rewards.models.training import WITHOUT_LIMIT, read_rated_pairs
+from textgym.settings import Reader
 
 ACCEPTED = "data are a .jsonl file, or 'module:attribute'"
-
-Reader = Literal["sft", "dpo", "reward-model"]
 
 
 @dataclass

@@ -17,11 +17,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from textgym import agents, cli
+from textgym import agents, cli, flags
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.progress import LiveProgress
+from textgym.commands import evaluate as evaluation
+from textgym.commands import models
+from textgym.commands.models import place_of
+from textgym.commands.train import kl_arguments
 from textgym.data.corpora.sources import Snippet
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
@@ -57,7 +61,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def parsed(arguments: str) -> Any:
-    return cli.parse(arguments.split())
+    return flags.parse(arguments.split())
 
 
 def error_of(*arguments: str) -> str:
@@ -77,7 +81,7 @@ def test_flags_of_train() -> None:
         "--kl-coef 0.1 --kl-target 6 --kl-estimator full --temperature 0.7 --bf16 --target-kl 0.02 "
         "--no-whiten-advantages"
     )
-    assert isinstance(command, cli.Train)
+    assert isinstance(command, flags.Train)
     assert (command.env, command.model, command.total_episodes) == ("textgym/Text-v0", "smollm2", 10)
     assert (command.output_dir, command.critic, command.temperature) == (Path("out"), "separate", 0.7)
     assert (command.kl_coef, command.kl_target, command.kl_estimator) == (0.1, 6.0, "full")
@@ -86,17 +90,17 @@ def test_flags_of_train() -> None:
 
 def test_flags_of_the_others() -> None:
     reward = parsed("reward-model --output-dir out --model tiny --epochs 1 --seed 2")
-    assert reward == cli.TrainReward(Path("out"), settings=RewardModelConfig(epochs=1.0, seed=2))
+    assert reward == flags.TrainReward(Path("out"), settings=RewardModelConfig(epochs=1.0, seed=2))
     evaluate = parsed("evaluate --policy out/policy --prompts 8 --seed 1")
-    assert evaluate == cli.Evaluate("out/policy", prompts=8, seed=1)
+    assert evaluate == flags.Evaluate("out/policy", prompts=8, seed=1)
     demo = parsed("demo --output-dir out --seed 4")
     assert isinstance(demo, DemoConfig)
     assert (demo.output_dir, demo.ppo.seed, demo.reward_model.seed) == (Path("out"), 4, 4)
 
 
-@pytest.mark.parametrize("name", [*cli.AGENTS, *cli.OFFLINE])
+@pytest.mark.parametrize("name", flags.CONFIGS)
 def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {**cli.AGENTS, **cli.OFFLINE}[name].config_class
+    config = flags.CONFIGS[name]
     command = parsed(f"train --agent {name} --output-dir out --learning-rate 0.5")
     assert command.agent == name
     assert command.config == config(learning_rate=0.5)
@@ -107,10 +111,9 @@ def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[s
 
 
 def test_all_agents_can_be_named() -> None:
-    names = get_args(get_type_hints(cli.Train)["agent"])
-    assert set(names) == {*cli.AGENTS, *cli.OFFLINE}
-    known = {kind.__name__ for kind in (*cli.AGENTS.values(), *cli.OFFLINE.values())}
-    assert known == {name for name in agents.__all__ if not name.endswith("Config")}
+    names = get_args(get_type_hints(flags.Train)["agent"])
+    assert set(names) == {*flags.AGENTS, *flags.OFFLINE}
+    assert set(flags.ALGORITHMS.values()) == {name for name in agents.__all__ if not name.endswith("Config")}
 
 
 def test_unknown_agents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,12 +124,12 @@ def test_unknown_agents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flags_that_steer_the_kl() -> None:
     command = parsed("train --output-dir out --kl-bounds 2 6 --kl-coef 0.3 --kl-clamp 5")
-    arguments = cli._kl_arguments(command)
+    arguments = kl_arguments(command)
     assert arguments["kl_coef"] == ThresholdKL(2.0, 6.0, coef=0.3)
     assert arguments["kl_clamp"] == 5.0
-    assert cli._kl_arguments(parsed("train --output-dir out --kl-target 6"))["kl_coef"] == AdaptiveKL(6.0, coef=0.1)
+    assert kl_arguments(parsed("train --output-dir out --kl-target 6"))["kl_coef"] == AdaptiveKL(6.0, coef=0.1)
     with pytest.raises(ValueError, match="both steer beta"):
-        cli._kl_arguments(parsed("train --output-dir out --kl-bounds 2 6 --kl-target 6"))
+        kl_arguments(parsed("train --output-dir out --kl-bounds 2 6 --kl-target 6"))
 
 
 def test_every_field_of_ppo_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,24 +265,24 @@ def test_a_device_among_the_arguments_of_the_environment_is_refused_with_what_to
 
 
 def test_a_launcher_has_given_each_process_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "device", lambda: torch.device("cpu"))
-    assert cli._place(parsed("train --output-dir out")) == torch.device("cpu")
+    monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))
+    assert place_of(parsed("train --output-dir out")) == torch.device("cpu")
     with pytest.raises(ValueError, match="the launcher gives this process cpu, and --device asks for cuda"):
-        cli._place(parsed("train --output-dir out --device cuda"))
+        place_of(parsed("train --output-dir out --device cuda"))
 
 
 def test_evaluate_shows_brackets_as_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are text, not markup of the terminal's: `[/x]` would be an error, `[x]` would vanish."""
-    generate = cli.generate
+    generate = evaluation.generate
 
     def with_brackets(*arguments: Any) -> Any:
         samples = generate(*arguments)
         samples.transcripts[0]["completion"] = " a [b] c [/b]"
         return samples
 
-    monkeypatch.setattr(cli, "generate", with_brackets)
+    monkeypatch.setattr(evaluation, "generate", with_brackets)
     cli.main(["evaluate", "--policy", "tiny", "--prompts", "1", "--num-envs", "1", *env_kwargs()])
     assert "a [b] c [/b]" in capsys.readouterr().out
 
@@ -364,8 +367,8 @@ def test_files_and_runs_of_others_are_not_touched(working_folder: Path) -> None:
     train = ["train", *SMALL, *env_kwargs(), "--output-dir"]
     (working_folder / "thesis").mkdir()
     (working_folder / "thesis" / "samples.md").write_text("mine")
-    for flags in ([], ["--overwrite"], ["--resume"]):
-        assert "thesis has files and no run.json" in error_of(*train, "thesis", *flags)
+    for further in ([], ["--overwrite"], ["--resume"]):
+        assert "thesis has files and no run.json" in error_of(*train, "thesis", *further)
     assert [path.name for path in (working_folder / "thesis").iterdir()] == ["samples.md"]
     cli.main([*train, "run"])
     (working_folder / "run" / "notes.txt").write_text("mine")

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from textgym import cli
+from textgym import cli, flags
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.progress import LiveProgress
@@ -185,7 +185,7 @@ SETTINGS: dict[str, list[str]] = {
 def train(agent: str, run: str, *further: str) -> list[str]:
     """The command line of a short run of 8 updates."""
     settings = ["--total-episodes", "64", "--episodes-per-update", "8", "--env", "textgym/Text-v0", "--num-envs", "8"]
-    if agent in cli.OFFLINE:
+    if agent in flags.OFFLINE:
         settings = ["--max-steps", "8", "--batch-size", "4", "--env", "textgym/Text-v0", "--num-envs", "8"]
     env = {
         "prompts": ["one", "two", "three"],
@@ -265,8 +265,8 @@ def test_a_run_that_broke_off_ends_as_the_undisturbed_one(
     run(*train(agent, "part", "--resume"))
     assert_same(part, working_folder / "whole")
     events = EventAccumulator(str(part / "tensorboard")).Reload()
-    clock = "updates" if agent in cli.OFFLINE else "episodes"
-    metric = "loss" if agent in cli.OFFLINE else "objective/scores"
+    clock = "updates" if agent in flags.OFFLINE else "episodes"
+    metric = "loss" if agent in flags.OFFLINE else "objective/scores"
     assert [event.step for event in events.Scalars(metric)] == [int(row[clock]) for row in metrics_in(part)]
 
 
@@ -302,7 +302,7 @@ def test_checkpoints_are_not_written_over_and_settings_must_be_the_same(working_
 ZYGOTE = """
 import json, os, sys
 import matplotlib.figure, torch.utils.tensorboard  # what a run imports by and by
-from textgym import cli
+from textgym import cli, flags
 
 print("ready", flush=True)
 for line in sys.stdin:

@@ -1,0 +1,66 @@
+"""textgym evaluate and chat: what a policy writes, and how good it is."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.text import Text
+
+from textgym.agents.runs.chat import chat
+from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
+from textgym.agents.runs.progress import LiveProgress
+from textgym.agents.runs.run_folder import figures_table
+from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
+from textgym.display import printable, rich_text
+from textgym.envs.tasks.base import TaskVectorEnv
+from textgym.flags import Chat, Evaluate
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.machine.devices import device_name
+from textgym.rewards.functions import lexicon_sentiment
+
+
+def evaluate(command: Evaluate) -> None:
+    """Figures and samples of a policy and its reference on the same prompts and seeds; a task's own have intervals."""
+    live, place = LiveProgress(), place_of(command)
+    live.console.print(f"device: {device_name(place)}", markup=False)
+    policies = {"reference": command.reference, "policy": command.policy}
+    loaded = {
+        name: ActorCritic.from_pretrained(model, device=place, trust_remote_code=command.trust_remote_code)
+        for name, model in policies.items()
+    }
+    models = {
+        "tokenizer": command.reference,
+        "reference": reference_of(command.reference, command, place),
+        **decoder_start(loaded["policy"]),
+    }
+    envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
+    prompts = range(min(command.prompts, len(envs.unwrapped.prompts)))
+    samples = {name: generate(policy, envs, prompts, command.seed) for name, policy in loaded.items()}
+    scorer = envs.unwrapped.reference
+    judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
+    own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
+
+    def figures(chosen: Samples) -> dict[str, float | str]:
+        intervals = {name: str(interval) for name, interval in score_intervals(chosen, own).items()} if own else {}
+        return {**measure(chosen, scorer, judge, command.metrics), **intervals}
+
+    live.console.print(
+        figures_table(
+            f"{len(prompts)} prompts",
+            {name: figures(chosen) for name, chosen in samples.items()},
+        )
+    )
+    for transcript in samples["policy"].transcripts[: command.samples]:
+        shown = rich_text(transcript["prompt"]), rich_text(transcript["completion"], "bold")
+        live.console.print(Text.assemble(*shown))
+
+
+def answer(command: Chat) -> None:
+    """Completions of what is typed, until the end of the input."""
+    place = place_of(command)
+    policy = ActorCritic.from_pretrained(command.policy, device=place)
+    reference = ActorCritic.from_pretrained(command.reference, device=place)
+    models = {"tokenizer": command.reference, "reference": command.reference, **decoder_start(policy)}
+    envs = make_envs(command.env, 1, command.env_kwargs, place, on_reward_error="skip", **models)
+    print("Type a prompt and press Enter. Ctrl-D ends it.", flush=True)
+    chat(policy, envs, reference, sys.stdin, lambda text: print(printable(text), flush=True), command.seed)

@@ -1,0 +1,214 @@
+"""textgym train and resume."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from textgym import agents
+from textgym.agents.common.rollout_agent import RolloutAgent
+from textgym.agents.common.supervised import SupervisedAgent
+from textgym.agents.machine.distributed import everyone, join, raise_on_termination, rank
+from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.agents.runs.claims import RunClaim, check_run_folder
+from textgym.agents.runs.display.overview import overview
+from textgym.agents.runs.display.warning_signs import WarningSigns
+from textgym.agents.runs.heldout import HeldOut, heldout_envs
+from textgym.agents.runs.interrupts import Interrupts
+from textgym.agents.runs.profiling import Profiler
+from textgym.agents.runs.progress import LiveProgress
+from textgym.agents.runs.records import Recorder
+from textgym.agents.runs.run_folder import RunFolder, changed_settings
+from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
+from textgym.flags import ALGORITHMS, FREE, OFFLINE, Train, check_agent
+from textgym.models.actor_critic import ActorCritic
+from textgym.models.machine.devices import device_name
+from textgym.rewards.functions import lexicon_sentiment
+from textgym.rewards.kl import AdaptiveKL, ThresholdKL
+
+
+def train(command: Train) -> None:
+    """An agent on an environment by its id, or on data."""
+    check_agent(command)
+    join()
+    raise_on_termination()
+    claim = None
+    if rank() == 0:  # the first process writes for all of them
+        check_run_folder(command.output_dir, resume=command.resume, overwrite=command.overwrite)
+        claim = RunClaim(command.output_dir, resume=True) if command.resume else None
+    try:
+        _train(command, claim)
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _train(command: Train, claim: RunClaim | None) -> None:
+    live = LiveProgress(quiet=command.quiet)
+    place = place_of(command)
+    if rank() == 0:
+        live.say(f"device: {device_name(place)}")
+    checkpoints = Checkpoints(command.output_dir / "checkpoints", command.checkpoint_every, command.keep_checkpoints)
+    newest = _newest_checkpoint(command, checkpoints, live)
+    policy = ActorCritic.from_pretrained(
+        command.model,
+        critic=command.critic,
+        temperature=command.temperature,
+        device=place,
+        trust_remote_code=command.trust_remote_code,
+    )
+    arguments = {
+        "tokenizer": command.model,
+        "reference": reference_of(command.model, command, place),
+        **kl_arguments(command),
+        **decoder_start(policy),
+    }
+    envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
+    heldout = None if command.agent in OFFLINE else heldout_envs(envs, command.eval_prompts * bool(command.eval_every))
+    agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
+    interrupts = Interrupts(live.console)
+    if rank() > 0:
+        _learn(agent, command, checkpoints, [], interrupts, resumed=newest is not None)
+        return
+    policy = agent.policy
+    profiler = None
+    if command.profile and isinstance(agent, RolloutAgent):
+        profiler = Profiler(command.output_dir, agent, command.total_episodes)
+    # What was wrong with the command is known by now, so a mistake neither leaves a folder nor deletes an old run.
+    claim = claim or RunClaim(command.output_dir, overwrite=command.overwrite)
+    folder = RunFolder(command.output_dir, command, agent.updates, claim)
+    checkpoints.clean()
+    evaluation = None
+    if isinstance(agent, RolloutAgent):
+        every, seed = command.eval_every or 1, command.config.seed
+        evaluation = HeldOut(heldout, agent.penalty.reference, every, seed, command.eval_prompts)
+    for title, text in {**overview(agent, command.total_episodes), "folder": str(command.output_dir)}.items():
+        live.say(f"{title + ':':<12} {text}")
+    shown: list[Any] = [live] if profiler is None else [live, profiler]
+    if isinstance(agent, RolloutAgent):
+        shown.append(WarningSigns(agent, lambda text: live.say(f"warning: {text}"), folder.history))
+    if command.record_every and isinstance(agent, RolloutAgent):
+        shown.append(Recorder(command.output_dir, agent, command.record_every))
+    try:
+        with live:
+            live.stage(
+                type(agent).__name__,
+                command.total_episodes if isinstance(agent, RolloutAgent) else agent.total_updates,
+            )
+            # Metrics first: what a checkpoint goes on from is reported.
+            first = [evaluation, folder] if evaluation is not None and command.eval_every else [folder]
+            _learn(agent, command, checkpoints, shown, interrupts, resumed=newest is not None, first=first)
+            if interrupts.received is None:
+                live.stage("writing samples")
+                table = _write_samples(policy, envs, folder, command, evaluation)
+            live.finish()
+        if interrupts.received is None:
+            live.say(table, always=True)
+        if profiler is not None and profiler.profile is not None:
+            live.console.print(*profiler.profile.tables(), sep="\n")
+    finally:  # also after Ctrl-C: what was learned is kept
+        envs.close()
+        if profiler is not None:
+            profiler.close()
+        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer, overwrite=True)
+        folder.draw_curves()
+        folder.close()
+        live.say(f"run folder: {command.output_dir}", always=True)
+    if interrupts.received is not None:
+        live.say(
+            f"stopped after update {agent.updates}: `textgym resume {command.output_dir}` goes on from there",
+            always=True,
+        )
+        sys.exit(128 + interrupts.received)
+    run = command.output_dir
+    longer = f"textgym resume {run} --total-episodes {2 * command.total_episodes}"
+    live.say(f"go on: textgym view {run} | textgym evaluate {run} | textgym chat {run} | {longer}")
+
+
+def _learn(
+    agent: RolloutAgent | SupervisedAgent,
+    command: Train,
+    checkpoints: Checkpoints,
+    callbacks: list[Any],
+    interrupts: Interrupts,
+    resumed: bool,
+    first: Sequence[Any] = (),
+) -> None:
+    """Train, with a checkpoint before the first update, at intervals, and after an interrupt."""
+    if not resumed:
+        checkpoints.save(agent)
+    callbacks = [*first, checkpoints, *callbacks, interrupts]
+    with interrupts:
+        if isinstance(agent, RolloutAgent):
+            agent.learn(command.total_episodes, callbacks)
+        else:
+            agent.learn(callbacks)
+        if any(everyone(interrupts.received is not None)):
+            checkpoints.save(agent)
+
+
+def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:
+    """Where a run goes on from, `None` at its beginning."""
+    if not command.resume:
+        return None
+    # The first process looks, since it renames damaged ones; the others go where it goes.
+    newest = everyone(checkpoints.newest_whole() if rank() == 0 else None)[0]
+    if newest is None:
+        live.say(f"{command.output_dir} has no checkpoint to resume from: beginning anew")
+    elif changed := changed_settings(command.output_dir, command, FREE):
+        raise ValueError(
+            f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "
+            f"{'; '.join(changed)}"
+        )
+    return newest
+
+
+def _make_agent(command: Train, policy: ActorCritic, envs: Any) -> RolloutAgent | SupervisedAgent:
+    if command.agent in OFFLINE:
+        return _algorithm(command)(policy, command.data, command.model, command.config)
+    return _algorithm(command)(policy, envs, command.config)
+
+
+def _load_agent(command: Train, envs: Any, checkpoint: Path, place: torch.device) -> RolloutAgent | SupervisedAgent:
+    if command.agent in OFFLINE:
+        return _algorithm(command).load(checkpoint, command.data, place, trust_remote_code=command.trust_remote_code)
+    return _algorithm(command).load(checkpoint, envs, place, trust_remote_code=command.trust_remote_code)
+
+
+def kl_arguments(command: Train) -> dict[str, Any]:
+    """The arguments of the environment that the KL flags stand for."""
+    arguments: dict[str, Any] = {"kl_estimator": command.kl_estimator, "kl_clamp": command.kl_clamp}
+    if command.kl_target is not None and command.kl_bounds is not None:
+        raise ValueError("--kl-target and --kl-bounds both steer beta: give one of them")
+    if command.kl_target is not None:
+        arguments["kl_coef"] = AdaptiveKL(command.kl_target, coef=command.kl_coef or 0.1)
+    elif command.kl_bounds is not None:
+        arguments["kl_coef"] = ThresholdKL(*command.kl_bounds, coef=command.kl_coef or 0.1)
+    elif command.kl_coef is not None:
+        arguments["kl_coef"] = command.kl_coef
+    return arguments
+
+
+def _write_samples(
+    policy: ActorCritic, envs: Any, folder: RunFolder, command: Train, evaluation: HeldOut | None
+) -> Table:
+    """Write texts of the policy and of its start, and return a table of their figures."""
+    start = ActorCritic.from_pretrained(
+        command.model,
+        temperature=command.temperature,
+        device=policy.device,
+        trust_remote_code=command.trust_remote_code,
+    )
+    if evaluation is None:
+        evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
+    judge = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
+    return evaluation.before_and_after(start, policy, folder, judge)
+
+
+def _algorithm(command: Train) -> Any:
+    return getattr(agents, ALGORITHMS[command.agent])
