@@ -5,9 +5,9 @@
 Runs the tests in one process, in about ten minutes, and writes two files:
 
 - `tests/longer_tests.txt`: functions that take longer than a moment. `make test-fast` leaves them out.
-- `tests/more_cases.txt`: of a parametrized function in `tests/textgym` or `tests/agents`, the cases after the first ones
-  that take a second together. They are slow tests, so `make test` has some cases of everything, and `make test-slow`
-  the rest. Examples, docstrings and documentation (in `tests`) always run.
+- `tests/more_cases.txt`: of a function with many cases in `tests/textgym` or `tests/agents`, all but the first that
+  take a second together. They are slow tests, so `make test` has some cases of everything, and `make test-slow` the
+  rest. Examples, docstrings and documentation (in `tests`) always run.
 
 It counts CPU seconds of a test and of the processes that it starts: they depend less than the clock on what else runs.
 A new test that is in neither file runs always.
