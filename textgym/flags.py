@@ -16,6 +16,7 @@ import tyro
 from textgym import agents
 from textgym.agents import PPOConfig
 from textgym.agents.configs.demo import DemoConfig
+from textgym.agents.configs.policy_gradient import CriticConfig
 from textgym.agents.configs.rollout import RolloutAgentConfig
 from textgym.agents.configs.supervised import SupervisedConfig
 from textgym.errors import ConfigError
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     AgentName = str
 else:
     AgentName = Literal[tuple(ALGORITHMS)]
+CRITIC_STEPS = 3.0
+"""Learning rate of a separate critic beside the policy's: with the same one it hardly learns in a few thousand episodes
+(`python benchmarks/defaults.py`)."""
 FREE = (
     "output_dir",
     "resume",
@@ -112,8 +116,9 @@ class Train:
     """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
     num_envs: Count = 64
     """Rows of the environment; of each process's, where there are several."""
-    critic: str = "shared"
-    """'shared', 'separate', or a model whose trunk the critic starts from."""
+    critic: str = "auto"
+    """'shared', 'separate', a model whose trunk the critic starts from, or 'auto': for agents that learn values
+    'separate' with three times the policy's learning rate, and 'shared' for the others."""
     temperature: Positive = 1.0
     """Divides the logits, in sampling and training alike."""
     kl_coef: NotNegative | None = None
@@ -157,6 +162,19 @@ class Train:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+def with_critic(command: Train) -> Train:
+    """Return the command with a critic that suits the agent in place of "auto", so that `config.json` says which."""
+    if command.critic != "auto":
+        return command
+    config = command.config
+    # REINFORCE has a critic only as its learned baseline.
+    if not isinstance(config, CriticConfig) or getattr(config, "baseline", "learned") != "learned":
+        return dataclasses.replace(command, critic="shared")
+    if config.critic_learning_rate is None:
+        config = dataclasses.replace(config, critic_learning_rate=CRITIC_STEPS * config.learning_rate)
+    return dataclasses.replace(command, critic="separate", config=config)
 
 
 def check_agent(command: Train) -> None:

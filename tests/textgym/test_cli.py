@@ -88,6 +88,27 @@ def test_flags_of_train() -> None:
     assert command.config == PPOConfig(seed=3, bf16=True, target_kl=0.02, whiten_advantages=False)
 
 
+@pytest.mark.parametrize(
+    ("line", "critic", "rate"),
+    [
+        ("--agent ppo --learning-rate 0.5", "separate", 1.5),
+        ("--agent a2c --learning-rate 0.5 --critic-learning-rate 0.25", "separate", 0.25),
+        ("--agent reinforce --baseline learned --learning-rate 0.5", "separate", 1.5),
+        ("--agent reinforce", "shared", None),  # its baseline is the mean of the others
+        ("--agent ppo --critic shared", "shared", None),
+        ("--agent ppo --critic separate", "separate", None),
+        ("--agent grpo", "shared", None),
+        ("--agent dqn", "shared", None),
+        ("--agent sft --data rows.jsonl", "shared", None),
+    ],
+)
+def test_agents_that_learn_values_have_a_separate_critic_by_default(line: str, critic: str, rate: float | None) -> None:
+    command = flags.with_critic(parsed(f"train --output-dir out {line}"))
+    assert command.critic == critic
+    assert getattr(command.config, "critic_learning_rate", None) == rate
+    assert flags.with_critic(command) == command
+
+
 def test_flags_of_the_others() -> None:
     reward = parsed("reward-model --output-dir out --model tiny --epochs 1 --seed 2")
     assert reward == flags.TrainReward(Path("out"), settings=RewardModelConfig(epochs=1.0, seed=2))

@@ -25,7 +25,7 @@ from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.records import Recorder
 from textgym.agents.runs.run_folder import RunFolder, changed_settings
 from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
-from textgym.flags import ALGORITHMS, FREE, OFFLINE, Train, check_agent
+from textgym.flags import ALGORITHMS, FREE, OFFLINE, Train, check_agent, with_critic
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name
 from textgym.rewards.functions import lexicon_sentiment
@@ -35,6 +35,7 @@ from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 def train(command: Train) -> None:
     """An agent on an environment by its id, or on data."""
     check_agent(command)
+    command = with_critic(command)
     join()
     raise_on_termination()
     claim = None
