@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from rich.console import Console, Group
 from rich.table import Table
 
 from textgym.data.files import atomic_file
@@ -22,6 +23,7 @@ from .claims import LOCK, RUN
 from .progress import clock
 from .run_folder import CURVES
 
+LONGEST_LINE = 10_000
 END = 0.2
 """The last fifth of a run's updates is compared."""
 
@@ -76,17 +78,36 @@ def runs_in(folder: Path) -> list[Run]:
     return found
 
 
-def list_of(folder: Path) -> Table:
-    """Return a table of the runs in a folder: what each trained, how far it is, and its last score and KL."""
+def list_of(folder: Path, width: int) -> Table | Group:
+    """Return the runs in a folder: what each trained, how far it is, and its last score and KL.
+
+    Args:
+        folder: The folder.
+        width: Characters of a line. It is a table if that has room for it, and otherwise a few lines for each run.
+    """
+    titles = ("run", "agent", "environment", "model", "state", "updates", "score", "KL")
+    rows = [_about(run) for run in runs_in(folder)]
     table = Table(box=None, pad_edge=False)
-    for title in ("run", "agent", "environment", "model", "state", "updates", "score", "KL"):
+    for title in titles:
         table.add_column(title, justify="right" if title in ("updates", "score", "KL") else "left", overflow="fold")
-    for run in runs_in(folder):
-        last = run.history[-1] if run.history else {}
-        figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
-        names = [str(run.settings.get(key, "")) for key in ("agent", "env", "model")]
-        table.add_row(*map(rich_text, [str(run.folder), *names, run.state, str(len(run.history)), *figures]))
-    return table
+    for row in rows:
+        table.add_row(*map(rich_text, row))
+    if Console(width=LONGEST_LINE).measure(table).maximum <= width:
+        return table
+    lines = []
+    for run, agent, environment, model, state, updates, score, kl in rows:
+        lines += [run, f"  {agent}, {environment}, {model}", f"  {state}, {updates} updates"]
+        if score:
+            lines.append(f"  score {score}, KL {kl}")
+    return Group(*(rich_text(line) for line in lines))
+
+
+def _about(run: Run) -> list[str]:
+    """Return the cells of a run in the list."""
+    last = run.history[-1] if run.history else {}
+    figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
+    names = [str(run.settings.get(key, "")) for key in ("agent", "env", "model")]
+    return [str(run.folder), *names, run.state, str(len(run.history)), *figures]
 
 
 def compared(runs: Sequence[Run]) -> Table:

@@ -25,7 +25,8 @@ def view(command: View) -> None:
 
 def list_runs(command: ListRuns) -> None:
     """A table of the runs in a folder."""
-    Console().print(list_of(command.folder))
+    console = Console()
+    console.print(list_of(command.folder, console.width))
 
 
 def compare(command: Compare) -> None:

@@ -22,9 +22,9 @@ def write_run(folder: Path, scores: list[float], agent: str = "ppo", end: str = 
     return folder
 
 
-def text_of(table: object) -> str:
+def text_of(table: object, width: int = 200) -> str:
     output = io.StringIO()
-    Console(file=output, width=200).print(table)
+    Console(file=output, width=width).print(table)
     return output.getvalue()
 
 
@@ -34,12 +34,28 @@ def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
     write_run(tmp_path / "deep" / "b", [0.5], agent="[red]grpo", end='{"episodes": 16, "objec')
     running = write_run(tmp_path / "c", [])
     claim = RunClaim(running, resume=True)
-    lines = text_of(list_of(tmp_path)).splitlines()
+    lines = text_of(list_of(tmp_path, 200)).splitlines()
     claim.release()
     assert [line.split()[0] for line in lines[1:]] == [str(tmp_path / name) for name in ("a", "c", "deep/b")]
     assert lines[1].split()[1:] == ["ppo", "textgym/Copy-v0", "tiny", "finished", "2", "1.000", "0.100"]
     assert lines[2].split()[-2:] == ["running", "0"]
     assert lines[3].split()[1:] == ["[red]grpo", "textgym/Copy-v0", "tiny", "stopped", "1", "0.500", "0.100"]
+
+
+def test_a_narrow_terminal_lists_each_run_in_lines_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/first"), [0.0, 1.0])
+    write_run(Path("runs/second"), [])
+    lines = text_of(list_of(Path("runs"), 40), 40).splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "runs/first",
+        "  ppo, textgym/Copy-v0, tiny",
+        "  stopped, 2 updates",
+        "  score 1.000, KL 0.100",
+        "runs/second",
+        "  ppo, textgym/Copy-v0, tiny",
+        "  stopped, 0 updates",
+    ]
 
 
 def test_folders_without_runs_are_said(tmp_path: Path) -> None:
