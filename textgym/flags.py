@@ -206,9 +206,10 @@ class TrainReward:
     model: str = "tiny"
     """The trunk it starts from: 'tiny', 'smollm2', a hub id or a path."""
     preferences: Path | None = None
-    """A .jsonl file of pairs with 'chosen' and 'rejected'; made from human ratings of movie snippets if not given."""
+    """A .jsonl file of pairs with 'chosen' and 'rejected', or of rankings with 'completions' and 'ranks' or 'ratings';
+    made from human ratings of movie snippets if not given."""
     heldout: Path | None = None
-    """A .jsonl file of pairs to measure on; a share of `preferences` if not given."""
+    """A .jsonl file of such to measure on; a share of `preferences` if not given."""
     overwrite: bool = False
     """Replace the reward model that is in `output_dir`; files that textgym did not write stay."""
     device: str = "auto"

@@ -21,8 +21,9 @@ from textgym.errors import DataError
 from textgym.models.architectures.positions import position_limit
 from textgym.models.loading import load_classifier, load_tokenizer, resolve
 from textgym.rewards.models.config import RewardModelConfig
+from textgym.rewards.models.reading import WITHOUT_LIMIT
 from textgym.rewards.models.reward_model import RewardModel
-from textgym.rewards.models.training import WITHOUT_LIMIT, read_rated_pairs
+from textgym.rewards.models.training import read_rated_pairs
 from textgym.settings import Reader
 
 ACCEPTED = "data are a .jsonl file, or 'module:attribute'"

@@ -433,7 +433,7 @@ def test_reward_model_is_trained_and_saved(
 ) -> None:
     snippets = [Snippet(f"{word} film {i}", rating) for i in range(30) for word, rating in (("good", 3), ("bad", -3))]
     assert {snippet.split for snippet in snippets} == {"train", "policy", "test"}
-    monkeypatch.setattr(cli, "movie_snippets", lambda: snippets)
+    monkeypatch.setattr("textgym.commands.reward_model.movie_snippets", lambda: snippets)
     cli.main(["reward-model", "--output-dir", "reward", "--epochs", "3"])
     assert "held-out pairwise accuracy: reward model " in capsys.readouterr().out
     model = RewardModel.from_pretrained(working_folder / "reward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,21 +12,15 @@ from textgym.agents.runs.progress import LiveProgress, TrainingProgress
 from textgym.commands.models import place_of
 from textgym.data.corpora.sources import movie_snippets
 from textgym.data.files import atomic_file, check_free
-from textgym.data.preferences import (
-    PAIRS_PER_GROUP,
-    heldout_pairs,
-    load_preferences,
-    make_preferences,
-    placed_preferences,
-    text_of,
-)
+from textgym.data.preferences import PAIRS_PER_GROUP, heldout_pairs, make_preferences
 from textgym.flags import TrainReward
 from textgym.models.machine.devices import device_name
 from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import pairwise_accuracy, train_reward_model
+from textgym.rewards.models.rankings import make_rankings
 from textgym.rewards.models.report import PreferenceReport
 from textgym.rewards.models.reward_model import REWARD_MODEL
-from textgym.rewards.models.training import split_preferences
+from textgym.rewards.models.training import read_and_split
 
 
 def train_reward(command: TrainReward) -> None:
@@ -37,7 +32,7 @@ def train_reward(command: TrainReward) -> None:
     live.console.print(f"device: {device_name(place)}", markup=False)
     settings = command.settings
     if command.preferences is None and settings.batch_size is None:
-        settings = replace(settings, batch_size=PAIRS_PER_GROUP)
+        settings = replace(settings, batch_size=PAIRS_PER_GROUP if settings.loss == "pairwise" else 16)
     rows, heldout, calibration = _preferences(command)
     with live:
         live.stage("training the reward model", 1)
@@ -52,7 +47,8 @@ def train_reward(command: TrainReward) -> None:
         )
         if rank() > 0:  # the first process writes for all of them
             return
-        reward.calibrate(calibration)
+        if settings.loss != "regression":  # whose scores are in the unit of the ratings
+            reward.calibrate(calibration)
         live.finish()
     reward.save_pretrained(command.output_dir, overwrite=command.overwrite)
     report = PreferenceReport.of(reward, heldout)
@@ -62,31 +58,24 @@ def train_reward(command: TrainReward) -> None:
         report.plot(command.output_dir / "report.png")
     except ImportError as error:
         live.console.print(str(error), markup=False)
-    live.console.print(f"held-out pairwise accuracy: reward model {report.accuracy}", markup=False)
+    for line in report.lines():
+        live.console.print(line, markup=False)
     if command.preferences is None:
         lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
         live.console.print(f"held-out pairwise accuracy: lexicon {lexicon}", markup=False)
-    for bucket in report.by_margin:
-        live.console.print(
-            f"  margin {bucket.low:.2f} to {bucket.high:.2f}: {bucket.accuracy:.3f} of {bucket.count} pairs"
-        )
-    live.console.print(f"calibration error: {report.calibration_error:.3f}")
     live.console.print(f"reward model and report: {command.output_dir}", markup=False)
 
 
 def _preferences(command: TrainReward) -> tuple[list[Any], list[Any], list[Any]]:
-    """Pairs to train on, pairs to measure on, and texts to calibrate on."""
+    """Pairs or rankings to train on, pairs to measure on, and texts to calibrate on."""
+    settings = command.settings
     if command.preferences is None:
         snippets = movie_snippets()
         train = [s for s in snippets if s.split == "train"]
         heldout = heldout_pairs([s for s in snippets if s.split != "train"])
-        return make_preferences(train, seed=command.settings.seed), heldout, [s.text for s in train[:1000]]
-    rows = placed_preferences(command.preferences)
-    if command.heldout is not None:
-        heldout = load_preferences(command.heldout)
-    else:
-        rows, held = split_preferences(rows, command.settings.heldout_fraction, command.settings.seed)
-        heldout = [row.pair for row in held]
+        make: Callable[..., list[Any]] = make_preferences if settings.loss == "pairwise" else make_rankings
+        return make(train, seed=settings.seed), heldout, [s.text for s in train[:1000]]
+    rows, heldout = read_and_split(command.preferences, command.heldout, settings)
     if not heldout:
         raise ValueError("no pairs are held out: give pairs with several prompts or groups, or --heldout")
-    return rows, heldout, [text_of(row.pair, side) for row in rows[:500] for side in ("chosen", "rejected")]
+    return rows, heldout, [text for row in rows[:500] for text in row.texts]

@@ -11,6 +11,7 @@ from textgym.errors import DataError, DataWarning
 CUT_PROMPT = "lose the beginning of their prompt"
 NO_END = "lose their end token"
 EQUAL_SIDES = "have two sides that are equal to the model"
+NOT_RANKED = "have no two texts with different values"
 EMPTY_PROMPT = "have an empty prompt"
 EMPTY_COMPLETION = "have an empty completion"
 REPEATED_PROMPT = "repeat their prompt in the completion"
@@ -22,6 +23,7 @@ REMEDIES = {
     CUT_PROMPT: "raise max_length, or shorten them",
     NO_END: "raise max_length, or shorten them",
     EQUAL_SIDES: "such pairs teach nothing: leave them out, or raise max_length if it cuts them",
+    NOT_RANKED: "they are left out",
     EMPTY_PROMPT: "leave the rows out; texts without a prompt have no column 'prompt' (for SFT {'text': ...})",
     EMPTY_COMPLETION: "leave the rows out",
     REPEATED_PROMPT: "pass whole texts as {'text': ...}, or the completion alone",
@@ -29,9 +31,9 @@ REMEDIES = {
     DUPLICATE: "each counts as often as it is there",
     OVERLAP: "their accuracy is not that on new prompts",
 }
-TOLERATED = (DUPLICATE, JOINED, OVERLAP)
-"""Faults that are never refused: rows are repeated to give them weight, words may go on in the completion, and an
-accuracy may be asked for on any pairs."""
+TOLERATED = (DUPLICATE, JOINED, OVERLAP, NOT_RANKED)
+"""Faults that are never refused: rows are repeated to give them weight, words may go on in the completion, an accuracy
+may be asked for on any pairs, and raters may find all texts alike."""
 RARELY_MEANT = (DUPLICATE, JOINED)
 """Faults that are said only above the allowed share."""
 

@@ -1,7 +1,8 @@
 """The forms of preferences that data sets have, each brought into one: a prompt, and two texts that continue it.
 
-Besides pairs with `chosen` and `rejected`, these are ranked answers (`answers`, as in Nectar), two answers with a label
-(`human_ref_A` and `human_ref_B`, as in SHP), and trees of conversations (`prompt` with `replies`, as in OpenAssistant).
+Besides pairs with `chosen` and `rejected`, these are two answers with a label (`human_ref_A` and `human_ref_B`, as in
+SHP), and rankings of any number of answers: `completions` with `ranks` or `ratings`, `answers` with ranks as in Nectar,
+`completions` with scores as in UltraFeedback, and trees of conversations (`prompt` with `replies`) as in OpenAssistant.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from textgym.data.messages import Messages, Text, checked_text, is_blank, shortened
 from textgym.errors import DataError
@@ -23,8 +24,34 @@ OPENERS = ("system", "developer", "user")
 TREE_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
+class Ranking(NamedTuple):
+    """Completions of one prompt, and how good each is.
+
+    Attributes:
+        prompt: The prompt; `None` if the completions are whole texts.
+        completions: K texts or conversations.
+        values: K numbers, of which the highest is the best; equal ones are ties. A rank is minus its value.
+        rated: Whether the values are ratings, whose differences mean something.
+    """
+
+    prompt: Text | None
+    completions: list[Text]
+    values: list[float]
+    rated: bool
+
+    def pairs(self) -> Iterator[Pair]:
+        """Yield all comparisons of completions with different values; those of ratings have a margin."""
+        prompt = {} if self.prompt is None else {"prompt": self.prompt}
+        both = zip(self.completions, self.values, strict=True)
+        for (first, value), (second, other) in itertools.combinations(both, 2):
+            if value != other:
+                better, worse = (first, second) if value > other else (second, first)
+                margin = {"margin": abs(value - other)} if self.rated else {}
+                yield {**prompt, "chosen": better, "rejected": worse, **margin}
+
+
 def pairs_of_row(row: Any, place: str) -> list[Pair]:
-    """Return the preference pairs of a row: one, or all comparisons of ranked answers.
+    """Return the preference pairs of a row: one, or all comparisons of a ranking's completions.
 
     Args:
         row: A row of a data set, in any of the accepted forms.
@@ -38,13 +65,33 @@ def pairs_of_row(row: Any, place: str) -> list[Pair]:
     given = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= given:
         return [_pair(row, place)]
-    if {"prompt", "answers"} <= given:
-        return _ranked(row, place)
+    rankings = rankings_of_row(row, place)
+    if rankings is not None:
+        return [_pair(pair, place) for ranking in rankings for pair in ranking.pairs()]
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= given:
         return [_labelled(row, place)]
+    raise DataError(
+        f"{place} has the keys {sorted(map(str, given))}: it needs 'chosen' and 'rejected', or 'completions' with "
+        "'ranks' or 'ratings'"
+    )
+
+
+def rankings_of_row(row: Mapping[str, Any], place: str) -> list[Ranking] | None:
+    """Return the rankings of a row, several of a tree; `None` if it has another form.
+
+    Raises:
+        DataError: If the row has a value that cannot be.
+    """
+    given = {key for key, value in row.items() if value is not None}
+    if {"prompt", "answers"} <= given:
+        return [_nectar(row, place)]
+    if {"instruction", "completions"} <= given:
+        return [_ultrafeedback(row, place)]
+    if "completions" in given:
+        return [_ranking(row, given, place)]
     if isinstance(row.get("prompt"), Mapping):
-        return _tree(row["prompt"], place)
-    raise DataError(f"{place} has the keys {sorted(map(str, given))}: it needs 'chosen' and 'rejected'")
+        return list(_tree(row["prompt"], place))
+    return None
 
 
 def split_pair(pair: Mapping[str, Any]) -> tuple[Text, Text, Text]:
@@ -174,8 +221,29 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _ranked(row: Mapping[str, Any], place: str) -> list[Pair]:
-    """Return all comparisons of answers with different ranks; rank 1 is the best."""
+def _ranking(row: Mapping[str, Any], given: set[str], place: str) -> Ranking:
+    """Return completions with `ranks`, of which 1 is the best, or with `ratings`, of which the highest is the best."""
+    named = given & {"ranks", "ratings"}
+    if len(named) != 1:
+        raise DataError(f"{place} has 'completions' and {sorted(named)}: it needs either 'ranks' or 'ratings'")
+    [name] = named
+    completions, values = row["completions"], row[name]
+    if isinstance(completions, str) or not all(isinstance(x, Sequence) for x in (completions, values)):
+        raise DataError(f"'completions' and {name!r} of {place} must be lists, got {shortened(completions)}")
+    if len(completions) != len(values) or not completions:
+        raise DataError(
+            f"'completions' of {place} has {len(completions)} texts, and {name!r} has {len(values)} numbers: give each "
+            "text one"
+        )
+    texts = [checked_text(text, "completions", place) for text in completions]
+    prompt = None if row.get("prompt") is None else checked_text(row["prompt"], "prompt", place)
+    if name == "ranks":
+        return Ranking(prompt, texts, [-_rank(value, place) for value in values], rated=False)
+    return Ranking(prompt, texts, [_rating(value, place) for value in values], rated=True)
+
+
+def _nectar(row: Mapping[str, Any], place: str) -> Ranking:
+    """Return answers with ranks; rank 1 is the best."""
     prompt = checked_text(row["prompt"], "prompt", place)
     answers = row["answers"]
     if not isinstance(answers, Sequence) or not all(
@@ -184,8 +252,24 @@ def _ranked(row: Mapping[str, Any], place: str) -> list[Pair]:
         raise DataError(
             f"'answers' of {place} is {shortened(answers)}: it must be a list of dicts with 'answer', 'rank'"
         )
-    texts = [(_rank(answer["rank"], place), checked_text(answer["answer"], "answers", place)) for answer in answers]
-    return [_pair({"prompt": prompt, "chosen": a, "rejected": b}, place) for a, b in _comparisons(texts)]
+    texts = [checked_text(answer["answer"], "answers", place) for answer in answers]
+    return Ranking(prompt, texts, [-_rank(answer["rank"], place) for answer in answers], rated=False)
+
+
+def _ultrafeedback(row: Mapping[str, Any], place: str) -> Ranking:
+    """Return the responses to an instruction with their overall scores, as a conversation."""
+    prompt: Text = [{"role": "user", "content": checked_text(row["instruction"], "instruction", place)}]
+    completions = row["completions"]
+    if not isinstance(completions, Sequence) or not all(
+        isinstance(completion, Mapping) and {"response", "overall_score"} <= set(completion)
+        for completion in completions
+    ):
+        raise DataError(
+            f"'completions' of {place} is {shortened(completions)}: beside an 'instruction' it must be a list of dicts "
+            "with 'response', 'overall_score'"
+        )
+    texts: list[Text] = [_said(checked_text(each["response"], "response", place)) for each in completions]
+    return Ranking(prompt, texts, [_rating(each["overall_score"], place) for each in completions], rated=True)
 
 
 def _labelled(row: Mapping[str, Any], place: str) -> Pair:
@@ -199,17 +283,16 @@ def _labelled(row: Mapping[str, Any], place: str) -> Pair:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _tree(node: Mapping[str, Any], place: str, before: Messages | None = None) -> list[Pair]:
-    """Return all comparisons of ranked replies of a tree of messages; rank 0 is the best."""
+def _tree(node: Mapping[str, Any], place: str, before: Messages | None = None) -> Iterator[Ranking]:
+    """Yield a ranking of the ranked replies to each message of a tree; rank 0 is the best."""
     before = [*(before or []), _message(node, place)]
     replies = list(node.get("replies") or [])
-    ranked = [
-        (_rank(reply["rank"], place), _message(reply, place))
-        for reply in replies
-        if reply.get("rank") is not None and reply.get("role") == "assistant"
-    ]
-    pairs = [{"prompt": before, "chosen": [a], "rejected": [b]} for a, b in _comparisons(ranked)]
-    return pairs + [pair for reply in replies for pair in _tree(reply, place, before)]
+    ranked = [reply for reply in replies if reply.get("rank") is not None and reply.get("role") == "assistant"]
+    if ranked:
+        texts: list[Text] = [[_message(reply, place)] for reply in ranked]
+        yield Ranking(before, texts, [-_rank(reply["rank"], place) for reply in ranked], rated=False)
+    for reply in replies:
+        yield from _tree(reply, place, before)
 
 
 def _message(node: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -225,8 +308,9 @@ def _rank(rank: Any, place: str) -> float:
     return float(rank)
 
 
-def _comparisons(ranked: Sequence[tuple[float, Any]]) -> Iterator[tuple[Any, Any]]:
-    """Yield (better, worse) for all answers with different ranks."""
-    for (rank, answer), (other_rank, other) in itertools.combinations(ranked, 2):
-        if rank != other_rank:
-            yield (answer, other) if rank < other_rank else (other, answer)
+def _rating(rating: Any, place: str) -> float:
+    if not _is_number(rating):
+        raise DataError(
+            f"a rating of {place} is {shortened(rating)}: it must be a finite number; the highest is the best"
+        )
+    return float(rating)

@@ -33,6 +33,11 @@ class PlacedPair(NamedTuple):
     place: str
     pair: Pair
 
+    @property
+    def texts(self) -> list[Text]:
+        """The whole texts of both sides, prompt included."""
+        return [text_of(self.pair, side) for side in ("chosen", "rejected")]
+
 
 def load_preferences(preferences: Any) -> list[Pair]:
     """Load preference pairs, each with a separate prompt if its texts are conversations or repeat their `prompt`.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from textgym.errors import ConfigError
 from textgym.settings import Count, NotNegative, OnNonFinite, Positive, Seed, Share, check_settings
 
 
@@ -19,11 +21,17 @@ class RewardModelConfig:
     trunks."""
     num_layers: Count | None = None
     """Number of the trunk's lowest layers to keep; the upper layers of small models only help to predict tokens."""
+    loss: Literal["pairwise", "ranked_pairs", "plackett_luce", "regression"] = "pairwise"
+    """"pairwise": Bradley-Terry on pairs, each of which counts alike; a ranking of K texts is K(K-1)/2 pairs.
+    "ranked_pairs": the same with the weight 1 / C(K, 2), so that each ranking counts alike (Ouyang et al., 2022,
+    equation 1). "plackett_luce": likelihood of whole rankings (Plackett, 1975). "regression": squared error on ratings,
+    normalised for training; scores are then in the unit of the ratings."""
     epochs: Positive = 1.0
-    """Passes over the preference pairs."""
+    """Passes over the preference pairs, or rankings."""
     batch_size: Count | None = None
-    """Pairs in one update; each of their texts is encoded once. Pairs with the same group or prompt follow each other.
-    None: 8, and 1,024 for the pairs that `textgym reward-model` makes from ratings."""
+    """Pairs, or rankings, in one update; each of their texts is encoded once. Those with the same group or prompt
+    follow each other. None: 8, and 1,024 pairs or 16 rankings of those that `textgym reward-model` makes from
+    ratings."""
     warmup: Share = 0.1
     """Share of the updates during which the learning rate rises; afterwards it follows a cosine down to 0."""
     weight_decay: NotNegative = 0.1
@@ -58,6 +66,10 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        of_pairs = ("use_margin", "label_smoothing", "use_probability", "center_coefficient")
+        given = [name for name in of_pairs if getattr(self, name)]
+        if given and self.loss != "pairwise":
+            raise ConfigError(f"{given[0]} belongs to loss='pairwise', not to {self.loss!r}")
 
     def resolved(self, base: object) -> RewardModelConfig:
         """Return a copy in which what is not set has the default for a trunk."""

@@ -1,10 +1,10 @@
-"""Loss, batches and optimiser for training a reward model on preference pairs with `transformers.Trainer`."""
+"""Training of a reward model with `transformers.Trainer`: the loss of preference pairs, batches and the optimiser."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.rewards.models.config import RewardModelConfig
 from textgym.rewards.models.last_token import LastTokenScorer, pad_right
 from textgym.rewards.models.muon import Muon
+from textgym.rewards.models.ranking_loss import RankingObjective
 
 SILENT: dict[str, Any] = {
     "save_strategy": "no",
@@ -62,17 +63,38 @@ def pairwise_loss(
     return loss + center_coefficient * (chosen + rejected).square().mean()
 
 
+class Item(Protocol):
+    """What a reward model is trained on, such as a pair."""
+
+    @property
+    def cluster(self) -> int:
+        """Number that items have in common which follow each other, such as those of a prompt."""
+
+
+class Objective(Protocol):
+    """Batches of items, and their loss."""
+
+    def collate(self, items: Any) -> dict[str, Any]:
+        """Return a batch: `texts`, padded ids `(N, T)` and lengths `(N,)`, in which each text is once, and others."""
+
+    def loss(self, scores: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss of a batch, with the scores `(N,)` of its texts."""
+
+    def weight(self, batch: dict[str, Any]) -> Tensor:
+        """Return the number that the loss of a batch is a mean over."""
+
+
 def fit(
     scorer: LastTokenScorer,
-    pairs: Sequence[RatedPair],
+    items: Sequence[Item],
     config: RewardModelConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
-    """Train all weights of a scorer on pairs, without output or files.
+    """Train all weights of a scorer on pairs or rankings, without output or files.
 
     Args:
         scorer: The scorer; its weights must require gradients.
-        pairs: The pairs.
+        items: A `RatedPair` each for the loss "pairwise", and for the other losses a `RankedTexts`.
         config: Hyperparameters.
         callbacks: Callbacks of transformers, for progress.
 
@@ -93,11 +115,11 @@ def fit(
             logging_steps=10,
             **SILENT,
         )
-        trainer = PairwiseTrainer(
+        trainer = RewardTrainer(
             config,
             model=scorer,
             args=arguments,
-            train_dataset=list(pairs),
+            train_dataset=list(items),
             callbacks=[*callbacks, FiniteGradients(config.on_nonfinite), ChangedWeights()],
             optimizers=(MuonAndAdamW(scorer, config), None),
         )
@@ -133,6 +155,34 @@ def collate(pairs: Sequence[RatedPair]) -> dict[str, Any]:
     }
 
 
+class PairwiseObjective:
+    """Objective of `fit` on pairs: the mean of `pairwise_loss`."""
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        self.config = config
+
+    def collate(self, items: Sequence[RatedPair]) -> dict[str, Any]:
+        """Return a batch, see the function `collate`."""
+        return collate(items)
+
+    def loss(self, scores: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss of a batch, with the scores `(N,)` of its texts."""
+        chosen, rejected = scores[batch["chosen"]], scores[batch["rejected"]]  # (P,)
+        config = self.config
+        return pairwise_loss(
+            chosen,
+            rejected,
+            batch["margin"] if config.use_margin else None,
+            config.center_coefficient,
+            config.label_smoothing,
+            batch["probability"] if config.use_probability else None,
+        )
+
+    def weight(self, batch: dict[str, Any]) -> Tensor:
+        """Return the number of pairs."""
+        return torch.tensor(len(batch["chosen"]))
+
+
 class ClusterSampler(Sampler[int]):
     """Order of pairs in which those of a cluster, such as a prompt, follow each other, in a random order of clusters.
 
@@ -161,27 +211,30 @@ class ClusterSampler(Sampler[int]):
             yield from (members[index] for index in torch.randperm(len(members), generator=generator).tolist())
 
 
-class PairwiseTrainer(Trainer):
-    """`transformers.Trainer` with the pairwise loss on batches of `collate`, which the processes of a run share."""
+class RewardTrainer(Trainer):
+    """`transformers.Trainer` with the loss of an objective on batches that the processes of a run share."""
 
     def __init__(self, config: RewardModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
-        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the pairs of all processes itself
+        self.objective: Objective = (
+            PairwiseObjective(config) if config.loss == "pairwise" else RankingObjective(config.loss)
+        )
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the weight of all processes itself
 
     def get_train_dataloader(self) -> SharedLoader:
-        """Return the pairs of this process; each pair is trained on once an epoch, by one process."""
-        pairs: list[RatedPair] = self.train_dataset  # type: ignore[assignment]
-        order = ClusterSampler([pair.cluster for pair in pairs], self.config.seed)
+        """Return the items of this process; each is trained on once an epoch, by one process."""
+        items: list[Item] = self.train_dataset  # type: ignore[assignment]
+        order = ClusterSampler([item.cluster for item in items], self.config.seed)
         size, (processes, process) = self.config.batch_size, (self.args.world_size, self.args.process_index)
         assert size is not None
         batches = SharedBatches(order, size, None, processes, process)
-        return SharedLoader(batches, lambda items: collate([pairs[item] for item in items]))
+        return SharedLoader(batches, lambda chosen: self.objective.collate([items[index] for index in chosen]))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the batch of an update, and its number of pairs over all processes."""
+        """Return the batch of an update, and its weight over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        total = torch.stack([_weight(batch) for batch in batches]).sum().to(device)
+        total = torch.stack([self._weight(batch) for batch in batches]).sum().to(device)
         return batches, self.accelerator.gather(total).sum()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -197,30 +250,17 @@ class PairwiseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of a batch of pairs, in which every text is encoded once."""
+        """Return the loss of a batch, in which every text is encoded once."""
         last, mean = (scores[:, 0] for scores in model(*inputs["texts"]))  # (N,) each
-        loss = self._loss(last, inputs) + self.config.mean_coefficient * self._loss(mean, inputs)
+        loss = self.objective.loss(last, inputs) + self.config.mean_coefficient * self.objective.loss(mean, inputs)
         assert num_items_in_batch is not None  # from `get_batch_samples`
-        share = _weight(inputs) / num_items_in_batch
+        share = self._weight(inputs) / num_items_in_batch
         loss = share * loss * self.accelerator.num_processes  # because gradients are averaged over processes
         return (loss, last) if return_outputs else loss
 
-    def _loss(self, scores: Tensor, inputs: dict[str, Any]) -> Tensor:
-        chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]  # (P,)
-        config = self.config
-        return pairwise_loss(
-            chosen,
-            rejected,
-            inputs["margin"] if config.use_margin else None,
-            config.center_coefficient,
-            config.label_smoothing,
-            inputs["probability"] if config.use_probability else None,
-        )
-
-
-def _weight(batch: dict[str, Any]) -> Tensor:
-    """Return the number of pairs of a batch; 0 for one that stands in for an empty one."""
-    return len(batch["chosen"]) * batch["counts"]
+    def _weight(self, batch: dict[str, Any]) -> Tensor:
+        """Return the weight of a batch; 0 for one that stands in for an empty one."""
+        return self.objective.weight(batch) * batch["counts"]
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

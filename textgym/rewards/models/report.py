@@ -1,9 +1,19 @@
-"""PreferenceReport: accuracy of a reward model by margin of the preference and by confidence of the model."""
+"""PreferenceReport: accuracy of a reward model by margin of the preference, and its calibration.
+
+A reward model says P(chosen > rejected) = sigmoid(s_chosen - s_rejected) (Bradley and Terry, 1952). The reliability
+diagram compares it with the raters in bins B of equal width, and the expected calibration error (Guo et al., 2017,
+equation 5) is
+
+    ECE = sum_B |B| / n |mean confidence of B - accuracy of B|
+
+The confidence is the probability that the model gives to its own order, which is at least 1/2: counting each pair in
+both orders, in bins from 0 to 1, gives the same error.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,7 +55,9 @@ class PreferenceReport:
         by_confidence: Accuracy by confidence, which is the probability `sigmoid(|difference|)` that the model gives to
             its own order, in buckets of width 0.1 from 0.5 to 1. The accuracy of a calibrated model equals its
             confidence.
-        calibration_error: Mean of `abs(confidence - accuracy)` over the buckets, weighted by their size.
+        calibration_error: Expected calibration error, the mean of `abs(confidence - accuracy)` over the buckets,
+            weighted by their size. It says something only of scores whose differences are log-odds: not of
+            probabilities, nor of the "regression" loss.
     """
 
     accuracy: Accuracy
@@ -76,6 +88,19 @@ class PreferenceReport:
             by_margin = _buckets(values, right, np.quantile(values, np.linspace(0, 1, num_buckets + 1)))
         error = sum(bucket.count * abs(bucket.mean - bucket.accuracy) for bucket in by_confidence) / len(pairs)
         return cls(accuracy_of(differences, pairs), by_margin, by_confidence, error)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the report as lines of text: accuracy by margin, and the reliability diagram as a table."""
+        yield f"held-out pairwise accuracy: reward model {self.accuracy}"
+        for bucket in self.by_margin:
+            yield f"  margin {bucket.low:.2f} to {bucket.high:.2f}: {bucket.accuracy:.3f} of {bucket.count} pairs"
+        count = f"n = {self.accuracy.num_pairs:,}"
+        yield f"calibration error of sigmoid(difference): {self.calibration_error:.3f} ({count})"
+        for bucket in self.by_confidence:
+            yield (
+                f"  P(chosen > rejected) {bucket.low:.1f} to {bucket.high:.1f}: mean {bucket.mean:.3f}, accuracy "
+                f"{bucket.accuracy:.3f} of {bucket.count} pairs"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

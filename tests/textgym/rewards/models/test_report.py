@@ -45,6 +45,27 @@ def test_buckets_by_hand() -> None:
     assert report.calibration_error == pytest.approx(error)
 
 
+def test_the_calibration_error_is_that_of_both_orders_in_bins_from_0_to_1() -> None:
+    """By the definition: P(first > second) of each pair in both orders, beside whether the first was chosen."""
+    differences = [2.0, -2.0, 9.0, 0.3, 0.9, -0.1]
+    pairs = [pair(difference, 0) for difference in differences]
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for difference in differences:
+        for sign, chosen in ((1, 1.0), (-1, 0.0)):
+            p = 1 / (1 + math.exp(-sign * difference))
+            bins.setdefault(min(int(10 * p), 9), []).append((p, chosen))
+    gaps = [abs(sum(p for p, _ in members) - sum(chosen for _, chosen in members)) for members in bins.values()]
+    report = PreferenceReport.of(score, pairs)
+    assert report.calibration_error == pytest.approx(sum(gaps) / (2 * len(pairs)))
+    assert sum(bucket.count for bucket in report.by_confidence) == report.accuracy.num_pairs == 6
+
+
+def test_the_reliability_diagram_is_a_table() -> None:
+    lines = list(PreferenceReport.of(score, PAIRS).lines())
+    assert "calibration error of sigmoid(difference): 0.190 (n = 4)" in lines
+    assert "  P(chosen > rejected) 0.8 to 0.9: mean 0.881, accuracy 0.500 of 2 pairs" in lines
+
+
 def test_a_gain_changes_nothing() -> None:
     model = RewardModel.from_pretrained("tiny")
     pairs = [{"prompt": "The film is", "chosen": " a joy.", "rejected": " a mess."}]
