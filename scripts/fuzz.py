@@ -134,6 +134,7 @@ def user_dataclasses() -> dict[str, tuple[type, dict[str, Any]]]:
         ThresholdKL: {"low": 1.0, "high": 6.0},
     }
     required = {
+        "BertScore": {"model": "encoder"},
         "RegexMatch": {"pattern": "a"},
         "LengthTarget": {"tokens": 4},
         "SoftOverlong": {"max_tokens": 8, "buffer": 4},

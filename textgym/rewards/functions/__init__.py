@@ -6,6 +6,7 @@ pickled. They also work as metrics, with weight 0 or in `textgym.agents.runs.eva
 
 from __future__ import annotations
 
+from textgym.rewards.functions.bert_score import BertScore
 from textgym.rewards.functions.formats import GrammarMatch, JsonSchema
 from textgym.rewards.functions.overlap import Bleu, Chrf, Meteor, Rouge, Ter
 from textgym.rewards.functions.perplexity import Perplexity
@@ -26,6 +27,7 @@ from textgym.rewards.functions.similarity import SemanticSimilarity
 from textgym.rewards.functions.verifiers import lexicon_sentiment, reasoning_gym_score
 
 __all__ = [
+    "BertScore",
     "Bleu",
     "Chrf",
     "DistinctN",

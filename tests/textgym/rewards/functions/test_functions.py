@@ -302,6 +302,7 @@ def test_conversations_are_read_as_text() -> None:
 def test_all_of_them_pickle(name: str) -> None:
     function = getattr(functions, name)
     settings: dict[str, Any] = {
+        "BertScore": {"model": "encoder"},
         "RegexMatch": {"pattern": "a"},
         "LengthTarget": {"tokens": 3},
         "SoftOverlong": {"max_tokens": 9, "buffer": 3},
