@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from textgym.models.actor_critic import ActorCritic
     from textgym.models.decoding.cached_decoder import CachedDecoder
     from textgym.models.machine.determinism import deterministic_environment
+    from textgym.rewards.human import HumanRatings
     from textgym.rewards.isolated import Isolated
     from textgym.rewards.kl import AdaptiveKL, FixedKL, KLPenalty, ThresholdKL
     from textgym.rewards.models import RewardModel, train_reward_model
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveKL",
     "CachedDecoder",
     "FixedKL",
+    "HumanRatings",
     "Isolated",
     "KLPenalty",
     "RewardModel",
@@ -46,6 +48,7 @@ _HOMES = {
     "AdaptiveKL": "textgym.rewards.kl",
     "CachedDecoder": "textgym.models.decoding.cached_decoder",
     "FixedKL": "textgym.rewards.kl",
+    "HumanRatings": "textgym.rewards.human",
     "Isolated": "textgym.rewards.isolated",
     "KLPenalty": "textgym.rewards.kl",
     "RewardModel": "textgym.rewards.models",

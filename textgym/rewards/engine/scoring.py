@@ -37,6 +37,7 @@ from textgym.rewards.engine.checking import Value, checked
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.failures import RecentFailures
 from textgym.rewards.engine.scaling import RunningScale, Scaling
+from textgym.rewards.human import HumanRatings
 from textgym.rewards.isolated import Isolated
 from textgym.rewards.models import RewardModel
 from textgym.settings import unmet
@@ -205,7 +206,7 @@ class Scorer:
         """End the threads and processes of reward functions; a later call starts new ones."""
         self.caller.close()
         for function in self.functions:
-            if isinstance(function, Isolated):
+            if isinstance(function, Isolated | HumanRatings):
                 function.close()
 
     def state(self) -> dict[str, Any]:
