@@ -127,7 +127,8 @@ def test_textgym_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(complete) >= 4
     for words in complete:
         cli.parse(words)
-    subcommands = {"demo", "train", "resume", "reward-model", "data", "evaluate", "chat", "list", "compare", "view"}
+    subcommands = {"demo", "train", "resume", "reward-model", "data", "evaluate", "read-sheet"}
+    subcommands |= {"chat", "list", "compare", "view"}
     assert {words[0] for words in named} == subcommands
 
 

@@ -12,6 +12,8 @@
     textgym reward-model --output-dir runs/mine --preferences pairs.jsonl --model smollm2
     textgym data pairs.jsonl
     textgym evaluate runs/ppo
+    textgym evaluate runs/ppo --pairwise-sheet sheets/ppo
+    textgym read-sheet sheets/ppo.key.json anna.csv ben.csv
     textgym chat runs/ppo
     textgym list runs
     textgym compare runs/ppo runs/grpo
@@ -32,7 +34,7 @@ import gymnasium as gym
 from textgym.agents.configs.demo import DemoConfig
 from textgym.display import printable
 from textgym.errors import TextgymError
-from textgym.flags import Chat, Compare, Data, Evaluate, ListRuns, Train, TrainReward, View, parse
+from textgym.flags import Chat, Compare, Data, Evaluate, ListRuns, ReadSheet, Train, TrainReward, View, parse
 from textgym.models.machine.determinism import prepare_environment
 
 # Where each command is; it is loaded when it runs, since torch and transformers take seconds, and help needs neither.
@@ -43,6 +45,7 @@ RUNS: dict[type, tuple[str, str]] = {
     Data: ("textgym.commands.runs", "show_data"),
     View: ("textgym.commands.runs", "view"),
     Evaluate: ("textgym.commands.evaluate", "evaluate"),
+    ReadSheet: ("textgym.commands.sheets", "read"),
     Chat: ("textgym.commands.evaluate", "answer"),
     ListRuns: ("textgym.commands.runs", "list_runs"),
     Compare: ("textgym.commands.runs", "compare"),

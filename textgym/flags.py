@@ -310,6 +310,11 @@ class Evaluate:
     """Further reward functions to report, as 'module:attribute', such as textgym.rewards.functions:DistinctN."""
     samples: WholeNumber = 5
     """How many completions to show."""
+    against: str | None = None
+    """Another policy, to compare with beside the reference: a policy folder, or any model name."""
+    pairwise_sheet: Path | None = None
+    """Write a sheet for raters, with this name and '.csv', '.html', '.key.json': completions of the policy and of
+    `against`, or of the reference, in blinded pairs."""
     seed: Seed = 0
     """Of the sampling."""
     env_kwargs: str = "{}"
@@ -343,6 +348,21 @@ class View:
             raise ConfigError("textgym view needs a run folder: textgym view runs/ppo")
 
 
+@dataclass
+class ReadSheet:
+    """Prints the win rate that raters gave a policy, with its interval over prompts, and how far they agree."""
+
+    key: tyro.conf.Positional[Path]
+    """The '.key.json' that `textgym evaluate --pairwise-sheet` wrote."""
+    sheets: tyro.conf.Positional[tuple[Path, ...]]
+    """Files with the columns 'id' and 'choice' (1, 2, or 0 if both are alike), one of each rater."""
+    deterministic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.sheets:
+            raise ConfigError("textgym read-sheet needs the answers: textgym read-sheet sheet.key.json answers.csv")
+
+
 COMMANDS: dict[str, type[Any]] = {
     "demo": DemoConfig,
     "train": Train,
@@ -351,6 +371,7 @@ COMMANDS: dict[str, type[Any]] = {
     "data": Data,
     "view": View,
     "evaluate": Evaluate,
+    "read-sheet": ReadSheet,
     "chat": Chat,
     "list": ListRuns,
     "compare": Compare,

@@ -10,6 +10,7 @@ from textgym.agents.runs.chat import chat
 from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import figures_table
+from textgym.commands import sheets
 from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
 from textgym.display import printable, rich_text
 from textgym.envs.tasks.base import TaskVectorEnv
@@ -24,6 +25,8 @@ def evaluate(command: Evaluate) -> None:
     live, place = LiveProgress(), place_of(command)
     live.console.print(f"device: {device_name(place)}", markup=False)
     policies = {"reference": command.reference, "policy": command.policy}
+    if command.against is not None:
+        policies["other policy"] = command.against
     loaded = {
         name: ActorCritic.from_pretrained(model, device=place, trust_remote_code=command.trust_remote_code)
         for name, model in policies.items()
@@ -50,6 +53,10 @@ def evaluate(command: Evaluate) -> None:
             {name: figures(chosen) for name, chosen in samples.items()},
         )
     )
+    if command.pairwise_sheet is not None:
+        other = "reference" if command.against is None else "other policy"
+        for line in sheets.write(command, {name: samples[name] for name in ("policy", other)}):
+            live.console.print(line, markup=False)
     for transcript in samples["policy"].transcripts[: command.samples]:
         shown = rich_text(transcript["prompt"]), rich_text(transcript["completion"], "bold")
         live.console.print(Text.assemble(*shown))
