@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .callbacks import CallbackLike, use_session
 from .configs.a2c import A2CConfig
 from .configs.dpo import DPOConfig, OnlineDPOConfig
 from .configs.dqn import DQNConfig
@@ -79,3 +82,15 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _session(
+    agent: Any, callback: CallbackLike, progress: bool, folder: str | Path | None, log_with: Sequence[str]
+) -> Any:
+    """Open what shows and keeps a run of `learn`; here, since it stands on the agents that call it."""
+    from .watching.session import session
+
+    return session(agent, callback, progress, folder, log_with)
+
+
+use_session(_session)

@@ -108,7 +108,7 @@ def ours(config: Config) -> tuple[Callable[[Callable[[], None]], Any], Callable[
             lengths.append(metrics["val/response_tokens"])
             after_update()
 
-        agent.learn(config.rows * config.updates, callbacks=[note])
+        agent.learn(config.rows * config.updates, callback=[note])
 
     return learn, lambda: statistics.mean(lengths)
 

@@ -60,7 +60,7 @@ def iterate(config: Config) -> Figures:
     def note(*_: object) -> None:
         ends.append((time.perf_counter(), time.process_time()))
 
-    agent.learn(config.iterations * config.episodes, callbacks=[note])
+    agent.learn(config.iterations * config.episodes, callback=[note])
     seconds, cpu_seconds = max((end[0] - start[0], end[1] - start[1]) for start, end in pairwise(ends))
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kB
     return {

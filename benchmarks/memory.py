@@ -140,7 +140,7 @@ def ours(config: Config) -> Figures:
         return rollout
 
     agent.collect = collected  # type: ignore[method-assign]
-    agent.learn(2 * config.rows, callbacks=[lambda agent, _: meter.note_update(models, agent.optimizer)])
+    agent.learn(2 * config.rows, callback=[lambda agent, _: meter.note_update(models, agent.optimizer)])
     return meter.figures
 
 

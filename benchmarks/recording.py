@@ -50,9 +50,10 @@ def main(updates: int = 9, every: int = 10) -> None:
             laps.append(time.process_time())
             own.append(0.0)
 
-        agent.rollout_callbacks[:] = [timed(recorder.look)]
+        recorder.on_rollout_end = timed(recorder.on_rollout_end)  # type: ignore[method-assign]
+        recorder.on_update_end = timed(recorder.on_update_end)  # type: ignore[method-assign]
         lap()
-        agent.learn(updates * agent.config.episodes_per_update, [folder, timed(recorder), lap])
+        agent.learn(updates * agent.config.episodes_per_update, [folder, recorder, lap])
         folder.close()
         seconds = [after - before for before, after in itertools.pairwise(laps)]
         recorded = range(1, updates, 2)  # update 2, 4, ...; the first is slow at anything

@@ -32,7 +32,7 @@ LAYERS = (
     "__main__",
 )
 # In agents/ the algorithms are the files at the top.
-AGENT_LAYERS = ("configs", "machine", "common", "objectives", "engines", "", "runs", "search")
+AGENT_LAYERS = ("callbacks", "configs", "machine", "common", "objectives", "engines", "", "runs", "watching", "search")
 # Pairs (module, imported module) that point up until they are designed anew.
 KNOWN: set[tuple[str, str]] = set()
 
@@ -72,6 +72,8 @@ def layer(name: str) -> tuple[int, int]:
     parts = name.split(".")
     folder = parts[1]
     height = next(height for height, names in enumerate(LAYERS) if folder in names.split())
+    if name == "textgym.agents":  # it names all that is in it, and nothing in it imports it
+        return height, len(AGENT_LAYERS)
     inner = parts[2] if folder == "agents" and len(parts) > 2 and parts[2] in AGENT_LAYERS else ""
     return height, AGENT_LAYERS.index(inner) if folder == "agents" else 0
 

@@ -16,7 +16,7 @@ import tyro
 from textgym import agents
 from textgym.agents import PPOConfig
 from textgym.agents.configs.demo import DemoConfig
-from textgym.agents.configs.policy_gradient import CriticConfig
+from textgym.agents.configs.policy_gradient import suitable_critic
 from textgym.agents.configs.rollout import RolloutAgentConfig
 from textgym.agents.configs.supervised import SupervisedConfig
 from textgym.errors import ConfigError
@@ -51,9 +51,6 @@ if TYPE_CHECKING:
     AgentName = str
 else:
     AgentName = Literal[tuple(ALGORITHMS)]
-CRITIC_STEPS = 3.0
-"""Learning rate of a separate critic beside the policy's: with the same one it hardly learns in a few thousand episodes
-(`python benchmarks/defaults.py`)."""
 FREE = (
     "output_dir",
     "resume",
@@ -66,6 +63,7 @@ FREE = (
     "overwrite",
     "trust_remote_code",
     "quiet",
+    "log_with",
     "total_episodes",
     "epochs",
     "max_steps",
@@ -93,6 +91,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "record_every",
         "eval_every",
         "eval_prompts",
+        "log_with",
     ),
 }
 """Headings of the help of `train`; settings without one stand under "other options"."""
@@ -157,6 +156,9 @@ class Train:
     """How many prompts are kept from training for the evaluation, at most a tenth of them."""
     quiet: bool = False
     """Show nothing but errors and the table at the end."""
+    log_with: tuple[str, ...] = ()
+    """Trackers that get metrics, samples and settings too: tensorboard, wandb, mlflow, trackio, aim and others of
+    accelerate, with commas or spaces between them."""
     config: tyro.conf.OmitArgPrefixes[RolloutAgentConfig | SupervisedConfig] = field(default_factory=PPOConfig)
     """The agent's own settings."""
 
@@ -168,13 +170,8 @@ def with_critic(command: Train) -> Train:
     """Return the command with a critic that suits the agent in place of "auto", so that `config.json` says which."""
     if command.critic != "auto":
         return command
-    config = command.config
-    # REINFORCE has a critic only as its learned baseline.
-    if not isinstance(config, CriticConfig) or getattr(config, "baseline", "learned") != "learned":
-        return dataclasses.replace(command, critic="shared")
-    if config.critic_learning_rate is None:
-        config = dataclasses.replace(config, critic_learning_rate=CRITIC_STEPS * config.learning_rate)
-    return dataclasses.replace(command, critic="separate", config=config)
+    critic, config = suitable_critic(command.config)
+    return dataclasses.replace(command, critic=critic, config=config)
 
 
 def check_agent(command: Train) -> None:

@@ -23,7 +23,7 @@ from textgym.agents.machine.saved_files import refuse_foreign_code
 from textgym.errors import RunFolderError, UntrustedNameError
 
 CONFIG, TRUST = "config.json", "--trust-names"
-ASIDE = ("config", "resume", "overwrite", "output_dir", "quiet", "profile", "trust_remote_code")
+ASIDE = ("config", "resume", "overwrite", "output_dir", "quiet", "profile", "trust_remote_code", "log_with")
 """Settings of one call of the command alone; the agent's own ones, in `config`, are taken apart."""
 
 

@@ -7,9 +7,10 @@ policy_gradient.py, and algorithms with a replay buffer from replay_agent.py.
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,7 +21,7 @@ from transformers import TrainerState
 
 from textgym.envs.interface import rollout_env
 from textgym.errors import NonFiniteError
-from textgym.models.actor_critic import PolicyLike, as_policy
+from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.finite import FiniteSteps
 from textgym.models.machine.profiled_phases import phase
@@ -28,6 +29,9 @@ from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import AdaptiveKL
 from textgym.settings import WholeNumber, check_arguments
 
+from ..callbacks import CallbackLike, CallbackList, watched
+from ..callbacks import Metrics as Metrics
+from ..configs.policy_gradient import suitable_critic
 from ..configs.rollout import RolloutAgentConfig
 from ..machine.circumstances import inputs, settings_of
 from ..machine.distributed import (
@@ -44,17 +48,12 @@ from ..machine.distributed import (
     sum_gradients,
     sum_over_processes,
 )
+from ..machine.named_envs import make_named
 from ..machine.out_of_memory import memory_explained
 from .metrics import episode_metrics
 from .optimizer import PartSettings, make_optimizer
 from .rollout import Rollout, collect, merge
 from .saving import load_agent, save_agent
-
-Metrics = dict[str, float]
-Callback = Callable[["RolloutAgent", Metrics], bool | None]
-"""Called after every update with its metrics; returns `False` to stop."""
-RolloutCallback = Callable[["RolloutAgent", Rollout, Tensor], None]
-"""Called after every rollout, before the update, with the rollout and the KL `(N, T)` of its tokens."""
 
 
 class RolloutAgent(ABC):
@@ -66,7 +65,9 @@ class RolloutAgent(ABC):
 
     Args:
         policy: The policy; a language model or its name becomes an `ActorCritic` with a shared trunk.
-        envs: A `TextVectorEnv` from `gym.make_vec`, perhaps with wrappers.
+        envs: A `TextVectorEnv` from `gym.make_vec`, perhaps with wrappers; or the id of one, which is then made as
+            `textgym train` makes it, with up to 64 rows and some prompts kept from training. If the policy is a name
+            too, agents that learn values get a separate critic.
         config: Config of the algorithm.
 
     Raises:
@@ -81,9 +82,16 @@ class RolloutAgent(ABC):
     """Whether the shufflers of all processes give the same numbers."""
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
+        model = str(policy) if isinstance(policy, str | os.PathLike) else None
+        config = config if config is not None else self.config_class()
+        if model is not None and isinstance(envs, str):
+            critic, config = suitable_critic(config)
+            policy = ActorCritic.from_pretrained(model, critic)
         policy = as_policy(policy)
+        self.config = config
+        self.named = make_named(envs, policy, model, config) if isinstance(envs, str) else None
+        envs = envs if self.named is None else self.named.envs
         self.policy, self._envs = policy, envs
-        self.config = config if config is not None else self.config_class()
         self.base_env = rollout_env(envs)
         if self.base_env.action_mask is not None:
             raise ValueError(
@@ -117,7 +125,7 @@ class RolloutAgent(ABC):
             **inputs(self.base_env.prompts, self.base_env.scorer, self.base_env.reference),
             **settings_of(self.base_env, self.penalty),
         }
-        self.rollout_callbacks: list[RolloutCallback] = []
+        self.callbacks = CallbackList(None)  # those of `learn`, while it runs
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
@@ -146,14 +154,29 @@ class RolloutAgent(ABC):
         """Make one update from a rollout, and the KL `(N, T)` of its tokens to the reference, in nats."""
 
     @check_arguments
-    def learn(self, total_episodes: WholeNumber, callbacks: Sequence[Callback] = ()) -> Self:
+    def learn(
+        self,
+        total_episodes: WholeNumber,
+        callback: CallbackLike = None,
+        *,
+        progress: bool = False,
+        folder: str | Path | None = None,
+        log_with: str | Sequence[str] = (),
+    ) -> Self:
         """Train until `total_episodes` have been collected since the agent was made, and return the agent.
 
         After `load` the same total continues the run where it stopped.
 
         Args:
             total_episodes: Total number of episodes.
-            callbacks: Called after every update; one that returns `False` ends the training early.
+            callback: A `textgym.agents.callbacks.Callback`, a function of the agent and the metrics of an update, or a
+                list of these. One that returns `False` after an update ends the training early.
+            progress: Whether to show what the run does, its progress, and how good the policy is on held-out prompts,
+                as `textgym train` does.
+            folder: Run folder with settings, metrics, checkpoints, records of tokens and samples, as `textgym train`
+                writes it. An agent that was loaded from one of its checkpoints continues the run there.
+            log_with: Names of trackers that are to get metrics, samples and settings too, such as `"wandb"`; see
+                `textgym.agents.watching.trackers`.
 
         Raises:
             MemoryError: If a GPU is out of memory; the message says what used it, and which settings to lower.
@@ -161,12 +184,18 @@ class RolloutAgent(ABC):
         self.total_episodes = total_episodes
         if isinstance(self.penalty.controller, AdaptiveKL):
             self.penalty.controller.run = max(total_episodes, 1)
-        with explain_lost_processes(), memory_explained(self):
+        with (
+            explain_lost_processes(),
+            memory_explained(self),
+            watched(self, callback, progress, folder, log_with) as self.callbacks,
+        ):
+            self.callbacks.on_training_start(self)
             while self.episodes < total_episodes:
                 metrics = self._iterate()
-                stop = False in [callback(self, metrics) for callback in callbacks]
-                if any(everyone(stop)):
+                goes_on = self.callbacks.on_update_end(self, metrics)
+                if not all(everyone(goes_on)):
                     break
+            self.callbacks.on_training_end(self)
         return self
 
     def _iterate(self) -> Metrics:
@@ -182,8 +211,7 @@ class RolloutAgent(ABC):
             kl = self.measure_kl(rollout)
         metrics = self.rollout_metrics(rollout, kl)
         self._check_kl(metrics["objective/kl"])
-        for callback in self.rollout_callbacks:
-            callback(self, rollout, kl)
+        self.callbacks.on_rollout_end(self, rollout, kl)
 
         # 3. Update the policy, in the file of the algorithm.
         self._schedule()

@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,19 +34,17 @@ from textgym.models.machine.seeding import seeded
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation
 from textgym.rewards.models.last_token import pad_right
-from textgym.settings import from_plain
+from textgym.settings import check_arguments, from_plain
 
+from ..callbacks import CallbackLike, watched
 from ..configs.supervised import SupervisedConfig
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import broadcast_weights, by_first, explain_lost_processes, join
 from ..machine.out_of_memory import memory_explained
 from ..machine.saved_files import SavedSupervisedAgent, read_json
-from .rollout_agent import Metrics
 from .saving import AGENT, check_class, load_policy, place_of, save_policy
 from .supervised_trainer import SupervisedTrainer
 
-Callback = Callable[["SupervisedAgent", Metrics], bool | None]
-"""Called after every update with its metrics; returns `False` to stop."""
 Batch = dict[str, Tensor]
 
 
@@ -127,13 +125,27 @@ class SupervisedAgent(ABC):
             return self.config.max_steps
         return math.ceil(self.config.epochs * math.ceil(len(self) / self.config.batch_size))
 
-    def learn(self, callbacks: Sequence[Callback] = ()) -> Self:
+    @check_arguments
+    def learn(
+        self,
+        callback: CallbackLike = None,
+        *,
+        progress: bool = False,
+        folder: str | Path | None = None,
+        log_with: str | Sequence[str] = (),
+    ) -> Self:
         """Train to the end of `epochs` or `max_steps`, and return the agent.
 
         After an early end, or after `load`, training continues where it stopped.
 
         Args:
-            callbacks: Called after every update; one that returns `False` ends the training early.
+            callback: A `textgym.agents.callbacks.Callback`, a function of the agent and the metrics of an update, or a
+                list of these. One that returns `False` after an update ends the training early.
+            progress: Whether to show what the run does and its progress, as `textgym train` does.
+            folder: Run folder with settings, metrics and checkpoints, as `textgym train` writes it. An agent that was
+                loaded from one of its checkpoints continues the run there.
+            log_with: Names of trackers that are to get metrics and settings too, such as `"wandb"`; see
+                `textgym.agents.watching.trackers`.
 
         Raises:
             MemoryError: If a GPU is out of memory; the message says what used it, and which settings to lower.
@@ -141,19 +153,22 @@ class SupervisedAgent(ABC):
         if self.updates >= self.total_updates:
             return self
         with (
-            tempfile.TemporaryDirectory() as folder,
+            tempfile.TemporaryDirectory() as temporary,
             seeded(self.config.seed),
             explain_lost_processes(),
             memory_explained(self),
             on_device(self.policy.device),
+            watched(self, callback, progress, folder, log_with) as callbacks,
         ):
             if self.updates:
-                self._write_progress(Path(folder))
-            self.trainer = SupervisedTrainer(self, folder, callbacks)
+                self._write_progress(Path(temporary))
+            self.trainer = SupervisedTrainer(self, temporary, callbacks)
+            callbacks.on_training_start(self)
             try:
-                self.trainer.train(resume_from_checkpoint=folder if self.updates else None)
+                self.trainer.train(resume_from_checkpoint=temporary if self.updates else None)
             finally:
                 self.policy.lm.eval()
+            callbacks.on_training_end(self)
         return self
 
     def predict(self, observation: Observation, deterministic: bool = True) -> Tensor:

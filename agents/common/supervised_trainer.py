@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from textgym.models.machine.training_arguments import OneDeviceArguments
 from textgym.models.sequences import Sequences
 from textgym.rewards.models.pairwise import SILENT
 
+from ..callbacks import Callback
 from ..machine.distributed import count, everyone, join, rank, sharded_by_fsdp
 from .optimizer import adamw, warn_of_lost_updates
 
@@ -51,10 +52,10 @@ class SupervisedTrainer(Trainer):
     Args:
         agent: The agent, with items, batches and the loss.
         folder: Folder with the progress to resume from, if there is any; the trainer writes nothing into it.
-        callbacks: Called after every update.
+        callback: Called after every update.
     """
 
-    def __init__(self, agent: Trained, folder: str, callbacks: Sequence[Callable[..., bool | None]]) -> None:
+    def __init__(self, agent: Trained, folder: str, callback: Callback) -> None:
         join()
         if sharded_by_fsdp():
             raise ValueError(
@@ -84,7 +85,7 @@ class SupervisedTrainer(Trainer):
             model=_Scored(agent.policy),
             args=arguments,
             train_dataset=range(len(agent)),  # indices of the agent's items
-            callbacks=[_Report(self, callbacks), gradients, ChangedWeights()],
+            callbacks=[_Report(self, callback), gradients, ChangedWeights()],
         )
         self.finite_steps = gradients.steps
         self.remove_callback(PrinterCallback)
@@ -166,10 +167,10 @@ class _Scored(nn.Module):
 
 
 class _Report(TrainerCallback):
-    """Calls the agent's callbacks after every update, and stops the training if one of them returns `False`."""
+    """Calls the agent's callback after every update, and stops the training if it returns `False`."""
 
-    def __init__(self, trainer: SupervisedTrainer, callbacks: Sequence[Callable[..., bool | None]]) -> None:
-        self.trainer, self.callbacks = trainer, callbacks
+    def __init__(self, trainer: SupervisedTrainer, callback: Callback) -> None:
+        self.trainer, self.callback = trainer, callback
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -192,6 +193,6 @@ class _Report(TrainerCallback):
             metrics["val/skipped_steps"] = trainer.finite_steps.skipped
         trainer.metrics, self.started = {}, now
         trainer.agent.updates = state.global_step
-        stop = False in [callback(trainer.agent, metrics) for callback in self.callbacks]
+        stop = self.callback.on_update_end(trainer.agent, metrics) is False
         if any(everyone(stop)):
             control.should_training_stop = True

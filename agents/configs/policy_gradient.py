@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, TypeVar
 
 from textgym.errors import ConfigError
 from textgym.settings import MOST, Count, NotNegative, Positive, at_least, at_most, between, unmet
 
 from .rollout import RolloutAgentConfig
+
+Config = TypeVar("Config")
+CRITIC_STEPS = 3.0
+"""Learning rate of a separate critic beside the policy's: with the same one it hardly learns in a few thousand episodes
+(`python benchmarks/defaults.py`)."""
 
 KLInLoss = Literal["token", "sequence", "k3"]
 """Gradient of a KL to the reference that is part of the loss: "token" is k3 times the importance ratio, whose gradient
@@ -79,3 +84,13 @@ class PromptGroupConfig(PolicyGradientConfig):
 
     group_size: Annotated[int, at_least(2), at_most(MOST)] = 8
     """Number of episodes of each prompt; it must divide the number of rows of the environment."""
+
+
+def suitable_critic(config: Config) -> tuple[str, Config]:
+    """Return the kind of critic that suits an agent, "separate" or "shared", and the config with its learning rate."""
+    # REINFORCE has a critic only as its learned baseline.
+    if not isinstance(config, CriticConfig) or getattr(config, "baseline", "learned") != "learned":
+        return "shared", config
+    if config.critic_learning_rate is None:
+        config = replace(config, critic_learning_rate=CRITIC_STEPS * config.learning_rate)
+    return "separate", config

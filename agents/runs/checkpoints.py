@@ -24,7 +24,7 @@ PREFIX = "step-"
 class Checkpoints:
     """Callback of agents that saves them at intervals, in folders such as `step-000123`, and keeps the last few.
 
-    Use it as `agent.learn(4096, callbacks=[Checkpoints("checkpoints")])`; `save(agent)` before it makes a run
+    Use it as `agent.learn(4096, callback=[Checkpoints("checkpoints")])`; `save(agent)` before it makes a run
     resumable from its first update. A checkpoint is what `agent.save` writes, so
     `PPO.load(Checkpoints("checkpoints").newest())` continues from the last one. Checkpoints are written under a
     temporary name, flushed to disk and renamed, and old ones are removed afterwards, so that a crash or power cut at

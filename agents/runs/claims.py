@@ -79,7 +79,11 @@ class RunClaim:
         """Let other processes have the folder; a second call does nothing."""
         self.lock.release(force=True)
 
-    def _sign(self) -> None:
+    def finish(self) -> None:
+        """Note that the run has ended by itself; it can still be made longer."""
+        self._sign(finished=True)
+
+    def _sign(self, finished: bool = False) -> None:
         earlier = _read(self.folder / RUN) or {}
         run = {
             "kind": "textgym run",
@@ -88,6 +92,7 @@ class RunClaim:
             "textgym": importlib.metadata.version("textgym"),
             "pid": os.getpid(),
             "host": platform.node(),
+            "finished": finished,
         }
         with atomic_file(self.folder / RUN) as temporary:
             temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from rich.table import Table
 
-from textgym.data.overlap import key_of_prompt
-from textgym.data.rows import Row
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.intervals import Interval, bootstrap
@@ -20,45 +16,6 @@ from textgym.settings import Count, check_arguments
 from ..common.rollout_agent import Metrics, RolloutAgent
 from .evaluation import Judge, Samples, distinct_2, generate
 from .run_folder import RunFolder, figures_table
-
-SHARE = 10
-"""At most one prompt in ten is held out."""
-
-
-def hold_out(rows: Sequence[Row], number: int) -> tuple[list[Row], list[Row]]:
-    """Split prompts into those to train on and about `number` to measure on, at most a tenth.
-
-    Prompts that differ only in case, punctuation and white space stay together. Which ones are held out depends on the
-    prompts alone, so that a resumed run holds out the same.
-
-    Returns:
-        Both lists, in the order of `rows`; the second is empty if there are fewer than ten different prompts.
-    """
-    keys = [key_of_prompt(row["prompt"]) for row in rows]
-    order = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode(errors="surrogatepass")).digest())
-    chosen = set(order[: min(number, len(order) // SHARE)])
-    train = [row for row, key in zip(rows, keys, strict=True) if key not in chosen]
-    return train, [row for row, key in zip(rows, keys, strict=True) if key in chosen][:number]
-
-
-def heldout_envs(envs: Any, number: int) -> Any:
-    """Keep some prompts from training, and return another environment to measure a policy in.
-
-    It has the prompts that are kept, or all of them if there are too few, and in games. Reward functions and reference
-    are the same objects, since they may be large.
-
-    Args:
-        envs: The `TextVectorEnv` to train in, from `gym.make_vec`; it loses these prompts.
-        number: How many prompts to keep, at most a tenth of them.
-    """
-    base, spec = envs.unwrapped, envs.spec
-    arguments = {name: value for name, value in spec.kwargs.items() if name not in ("num_envs", "vectorization_mode")}
-    if base.takes_whole_responses:
-        train, heldout = hold_out(base.prompts, number)
-        base.replace_prompts(train)
-        arguments |= {"reward": base.scorer.functions, "reward_weights": base.scorer.weights}
-        arguments |= {"reference": base.reference, "prompts": heldout or train}
-    return gym.make_vec(spec.id, base.num_envs, **arguments)
 
 
 class HeldOut:
@@ -105,14 +62,22 @@ class HeldOut:
         return {**means, "distinct_2": distinct_2(samples.rollout)}
 
     def before_and_after(
-        self, start: ActorCritic, policy: ActorCritic, folder: RunFolder, judge: Judge | None = None
+        self, before: Samples, policy: ActorCritic, folder: RunFolder | None = None, judge: Judge | None = None
     ) -> Table:
-        """Write completions of a policy and of its start, and their figures; return a table of the figures."""
-        before, after = self.samples(start), self.samples(policy)
+        """Return a table of the figures of a policy and of samples of its start; write them into a run folder.
+
+        Args:
+            before: `samples` of the policy at the start of training.
+            policy: The policy.
+            folder: Run folder for completions and figures; `None` to write nothing.
+            judge: Scores by somebody whom the policy was not trained with.
+        """
+        after = self.samples(policy)
         texts = [transcript["prompt"] for transcript in before.transcripts]
-        folder.write_samples({"before": before.completions, "after": after.completions}, texts)
         columns = comparison(before, after, self.reference, judge)
-        folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
+        if folder is not None:
+            folder.write_samples({"before": before.completions, "after": after.completions}, texts)
+            folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
         title = f"{len(texts)} completions of {len(set(texts))} prompts; differences with 95% intervals over prompts"
         return figures_table(title, columns)
 

@@ -37,12 +37,14 @@ class Run:
         settings: Those of the command.
         history: Metrics of each update.
         running: Whether a process is writing there now.
+        finished: Whether it ended by itself.
     """
 
     folder: Path
     settings: dict[str, Any]
     history: list[Metrics]
     running: bool
+    finished: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -53,14 +55,14 @@ class Run:
         """
         if not (folder / RUN).exists():
             raise RunFolderError(f"{folder} holds no run of textgym's: it has no {RUN}")
-        return cls(folder, _settings(folder), _history(folder), _is_running(folder))
+        return cls(folder, _settings(folder), _history(folder), _is_running(folder), _is_finished(folder))
 
     @property
     def state(self) -> str:
         """`"running"`, `"finished"`, or `"stopped"`, which can be resumed."""
         if self.running:
             return "running"
-        done = (self.folder / "samples.md").exists()
+        done = self.finished or (self.folder / "samples.md").exists()
         return "finished" if done else "stopped"
 
 
@@ -162,6 +164,13 @@ def _at_the_end(run: Run, key: str) -> str:
         return ""
     last = values[-max(1, round(END * len(values))) :]
     return str(bootstrap(lambda rows: float(last[rows].mean()), range(len(last))))
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / RUN).read_text(encoding="utf-8")).get("finished"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _settings(folder: Path) -> dict[str, Any]:

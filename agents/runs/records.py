@@ -26,6 +26,7 @@ from textgym.models.token_model import TokenModel
 from textgym.settings import Count, check_arguments
 from textgym.viewer.records import FORMAT, Record, read_record, records_of, rounded, update_of, write_record
 
+from ..callbacks import Callback
 from ..common.policy_gradient import Batch, PolicyGradientAgent
 from ..common.replay_agent import ReplayAgent
 from ..common.rollout import Rollout
@@ -37,10 +38,8 @@ from ..nlpo import NLPO
 ALTERNATIVES = 5
 
 
-class Recorder:
+class Recorder(Callback):
     """Callback that records the tokens of the first, every n-th and the last update in a run folder.
-
-    It must be made before `learn`, because it looks at rollouts before the update as well.
 
     Args:
         folder: The run folder. Records of updates that the agent has not made yet are removed.
@@ -61,9 +60,8 @@ class Recorder:
             else:
                 self.seen |= _prompts_in(path)
         self.before: Before | None = None
-        agent.rollout_callbacks.append(self.look)
 
-    def look(self, agent: RolloutAgent, rollout: Rollout, kl: Tensor) -> None:
+    def on_rollout_end(self, agent: RolloutAgent, rollout: Rollout, kl: Tensor) -> None:
         """Keep what is known before the update, if it is to be recorded."""
         number = agent.updates + 1
         last = agent.episodes + agent.config.episodes_per_update >= agent.total_episodes
@@ -73,7 +71,7 @@ class Recorder:
             rows = chosen_rows(prompts, self.seen, self.rows)
             self.before = Before.of(agent, rollout, kl, torch.tensor(rows), [prompts[row] for row in rows])
 
-    def __call__(self, agent: RolloutAgent, metrics: Metrics) -> None:
+    def on_update_end(self, agent: RolloutAgent, metrics: Metrics) -> None:
         """Write the record of the update; a disk that refuses it is warned of, and the run goes on."""
         if self.before is None:
             return

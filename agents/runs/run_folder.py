@@ -45,7 +45,7 @@ class RunFolder:
 
     Args:
         folder: The folder; it is created if it does not exist.
-        config: A dataclass, which is saved as `config.json` immediately.
+        config: Settings of the run, a dataclass or a mapping, which are saved as `config.json` immediately.
         updates: Number of updates of the run that is resumed. Their metrics are kept and later ones are removed.
         claim: Claim of the folder, if there is one already; it is released by `close`.
 
@@ -58,7 +58,7 @@ class RunFolder:
         self.folder = Path(folder)
         self.claim = claim or RunClaim(self.folder, resume=updates > 0)
         remove_leftovers(self.folder)
-        self.write_json("config.json", dataclasses.asdict(config))
+        self.write_json("config.json", dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config))
         path, events = self.folder / "metrics.jsonl", self.folder / "tensorboard"
         self.history = _read_metrics(path, updates) if updates else []
         self.write(path.name, "".join(json.dumps(row) + "\n" for row in self.history))

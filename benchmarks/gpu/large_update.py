@@ -65,7 +65,7 @@ def timed_updates(agent: PPO, rows: int, count: int) -> list[dict[str, float]]:
         clock["started"] = time.perf_counter()
 
     clock["started"] = time.perf_counter()
-    agent.learn(rows * (1 + count), callbacks=[note_update])
+    agent.learn(rows * (1 + count), callback=[note_update])
     return figures[1:]
 
 

@@ -72,7 +72,7 @@ def log_probs(model: TokenModel) -> torch.Tensor:
 
 def learn(agent: Any, total: int) -> dict[str, float]:
     metrics: list[dict[str, float]] = []
-    agent.learn(total, callbacks=[lambda _, new: metrics.append(new)])
+    agent.learn(total, callback=[lambda _, new: metrics.append(new)])
     return {name: value for name, value in metrics[-1].items() if not name.startswith("time/")}
 
 
@@ -215,7 +215,7 @@ def test_a_reference_that_is_the_policy_itself_stays_what_it_was() -> None:
 def test_a_reference_that_follows_the_policy_takes_the_whole_of_it(tmp_path: Path) -> None:
     policy = make_policy("output embedding trained")
     agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=4, learning_rate=0.01))
-    agent.learn(4, callbacks=[SyncReference(every=1)])
+    agent.learn(4, callback=[SyncReference(every=1)])
     assert_close(log_probs(agent.penalty.reference), log_probs(policy), terms=FORWARD)
     agent.save(tmp_path)
     again = PPO.load(tmp_path, envs=make_envs())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,19 @@ import torch
 from rich.table import Table
 
 from textgym import agents
+from textgym.agents.callbacks import CallbackLike
 from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import everyone, join, raise_on_termination, rank
+from textgym.agents.machine.named_envs import heldout_envs
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
-from textgym.agents.runs.display.overview import overview
-from textgym.agents.runs.display.warning_signs import WarningSigns
-from textgym.agents.runs.heldout import HeldOut, heldout_envs
-from textgym.agents.runs.interrupts import Interrupts
+from textgym.agents.runs.heldout import HeldOut
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.progress import LiveProgress
-from textgym.agents.runs.records import Recorder
 from textgym.agents.runs.run_folder import RunFolder, changed_settings
+from textgym.agents.watching.run import WatchedRun
+from textgym.agents.watching.trackers import Trackers
 from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
 from textgym.flags import ALGORITHMS, FREE, OFFLINE, Train, check_agent, with_critic
 from textgym.models.actor_critic import ActorCritic
@@ -72,14 +72,19 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **arguments)
     heldout = None if command.agent in OFFLINE else heldout_envs(envs, command.eval_prompts * bool(command.eval_every))
     agent = _make_agent(command, policy, envs) if newest is None else _load_agent(command, envs, newest, place)
-    interrupts = Interrupts(live.console)
+    total = command.total_episodes
+    resumed = newest is not None
     if rank() > 0:
-        _learn(agent, command, checkpoints, [], interrupts, resumed=newest is not None)
+        with WatchedRun(agent, LiveProgress(quiet=True), checkpoints=checkpoints).learning(
+            resumed=resumed
+        ) as callbacks:
+            _learn(agent, total, callbacks)
         return
     policy = agent.policy
     profiler = None
     if command.profile and isinstance(agent, RolloutAgent):
-        profiler = Profiler(command.output_dir, agent, command.total_episodes)
+        profiler = Profiler(command.output_dir, agent, total)
+    trackers = Trackers(command.log_with, command.output_dir, asdict(command)) if command.log_with else None
     # What was wrong with the command is known by now, so a mistake neither leaves a folder nor deletes an old run.
     claim = claim or RunClaim(command.output_dir, overwrite=command.overwrite)
     folder = RunFolder(command.output_dir, command, agent.updates, claim)
@@ -88,69 +93,37 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     if isinstance(agent, RolloutAgent):
         every, seed = command.eval_every or 1, command.config.seed
         evaluation = HeldOut(heldout, agent.penalty.reference, every, seed, command.eval_prompts)
-    for title, text in {**overview(agent, command.total_episodes), "folder": str(command.output_dir)}.items():
-        live.say(f"{title + ':':<12} {text}")
-    shown: list[Any] = [live] if profiler is None else [live, profiler]
-    if isinstance(agent, RolloutAgent):
-        shown.append(WarningSigns(agent, lambda text: live.say(f"warning: {text}"), folder.history))
-    if command.record_every and isinstance(agent, RolloutAgent):
-        shown.append(Recorder(command.output_dir, agent, command.record_every))
+    run = WatchedRun(
+        agent,
+        live,
+        total_episodes=total,
+        folder=folder,
+        heldout=evaluation if command.eval_every else None,
+        checkpoints=checkpoints,
+        record_every=command.record_every,
+        profiler=profiler,
+        trackers=trackers,
+        at_the_end=lambda: _write_samples(policy, envs, folder, command, evaluation),
+    )
     try:
-        with live:
-            live.stage(
-                type(agent).__name__,
-                command.total_episodes if isinstance(agent, RolloutAgent) else agent.total_updates,
-            )
-            # Metrics first: what a checkpoint goes on from is reported.
-            first = [evaluation, folder] if evaluation is not None and command.eval_every else [folder]
-            _learn(agent, command, checkpoints, shown, interrupts, resumed=newest is not None, first=first)
-            if interrupts.received is None:
-                live.stage("writing samples")
-                table = _write_samples(policy, envs, folder, command, evaluation)
-            live.finish()
-        if interrupts.received is None:
-            live.say(table, always=True)
-        if profiler is not None and profiler.profile is not None:
-            live.console.print(*profiler.profile.tables(), sep="\n")
-    finally:  # also after Ctrl-C: what was learned is kept
+        with run.learning(resumed=resumed) as callbacks:
+            _learn(agent, total, callbacks)
+    finally:
         envs.close()
-        if profiler is not None:
-            profiler.close()
-        policy.save_pretrained(command.output_dir / "policy", envs.unwrapped.tokenizer, overwrite=True)
-        folder.draw_curves()
-        folder.close()
-        live.say(f"run folder: {command.output_dir}", always=True)
-    if interrupts.received is not None:
-        live.say(
-            f"stopped after update {agent.updates}: `textgym resume {command.output_dir}` goes on from there",
-            always=True,
-        )
-        sys.exit(128 + interrupts.received)
-    run = command.output_dir
-    longer = f"textgym resume {run} --total-episodes {2 * command.total_episodes}"
-    live.say(f"go on: textgym view {run} | textgym evaluate {run} | textgym chat {run} | {longer}")
+    if run.interrupts.received is not None:
+        again = f"`textgym resume {command.output_dir}` goes on from there"
+        live.say(f"stopped after update {agent.updates}: {again}", always=True)
+        sys.exit(128 + run.interrupts.received)
+    place = command.output_dir
+    longer = f"textgym resume {place} --total-episodes {2 * total}"
+    live.say(f"go on: textgym view {place} | textgym evaluate {place} | textgym chat {place} | {longer}")
 
 
-def _learn(
-    agent: RolloutAgent | SupervisedAgent,
-    command: Train,
-    checkpoints: Checkpoints,
-    callbacks: list[Any],
-    interrupts: Interrupts,
-    resumed: bool,
-    first: Sequence[Any] = (),
-) -> None:
-    """Train, with a checkpoint before the first update, at intervals, and after an interrupt."""
-    if not resumed:
-        checkpoints.save(agent)
-    callbacks = [*first, checkpoints, *callbacks, interrupts]
-    with interrupts:
-        if isinstance(agent, RolloutAgent):
-            agent.learn(command.total_episodes, callbacks)
-        else:
-            agent.learn(callbacks)
-        if any(everyone(interrupts.received is not None)):
-            checkpoints.save(agent)
+def _learn(agent: RolloutAgent | SupervisedAgent, total_episodes: int, callback: CallbackLike) -> None:
+    if isinstance(agent, RolloutAgent):
+        agent.learn(total_episodes, callback)
+    else:
+        agent.learn(callback)
 
 
 def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:
@@ -208,7 +181,7 @@ def _write_samples(
     if evaluation is None:
         evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
     judge = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
-    return evaluation.before_and_after(start, policy, folder, judge)
+    return evaluation.before_and_after(evaluation.samples(start), policy, folder, judge)
 
 
 def _algorithm(command: Train) -> Any:

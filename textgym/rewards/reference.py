@@ -24,7 +24,7 @@ class SyncReference:
     far. From then on the KL is measured, and paid, to the moved reference. Models that share the reference, such as
     other environments, keep the one they have.
 
-    It is a callback of textgym's agents: `agent.learn(4096, callbacks=[SyncReference(every=8)])`.
+    It is a callback of textgym's agents: `agent.learn(4096, callback=[SyncReference(every=8)])`.
 
     Args:
         every: updates from one move to the next.

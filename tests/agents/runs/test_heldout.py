@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from textgym.agents import PPO, PPOConfig
+from textgym.agents.machine.named_envs import heldout_envs, hold_out
 from textgym.agents.runs.evaluation import generate
-from textgym.agents.runs.heldout import HeldOut, comparison, heldout_envs, hold_out
+from textgym.agents.runs.heldout import HeldOut, comparison
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import assert_trained_alike, byte_tokenizer, mock_lm
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from textgym.agents import A2C, DQN, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration
+from textgym.agents.callbacks import Callback
 from textgym.agents.common.rollout import Rollout
 from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.runs.claims import RunClaim
@@ -46,8 +47,16 @@ def make(algorithm: Any = PPO, reward: Any = length_or_nothing, **settings: Any)
     return algorithm(ActorCritic.from_pretrained(mock_lm(), temperature=0.7), envs, config)
 
 
-def recorded(tmp_path: Path, agent: Any, updates: int = 2, **arguments: Any) -> list[dict[str, Any]]:
-    agent.learn(4 * updates, [Recorder(tmp_path, agent, **arguments)])
+class Look(Callback):
+    """Looks at rollouts before their update."""
+
+    def __init__(self, look: Any) -> None:
+        self.on_rollout_end = look
+
+
+def recorded(tmp_path: Path, agent: Any, updates: int = 2, look: Any = None, **arguments: Any) -> list[dict[str, Any]]:
+    looks = [] if look is None else [Look(look)]
+    agent.learn(4 * updates, [*looks, Recorder(tmp_path, agent, **arguments)])
     return [read_record(path) for path in records_of(tmp_path)]
 
 
@@ -60,8 +69,7 @@ def test_the_first_every_nth_and_the_last_update_are_recorded(tmp_path: Path) ->
 def test_numbers_of_tokens_are_those_of_the_rollout(tmp_path: Path) -> None:
     agent = make(minibatch_size=4)
     seen: list[tuple[Rollout, Any]] = []
-    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append((rollout, kl)))
-    [record] = recorded(tmp_path, agent, updates=1)
+    [record] = recorded(tmp_path, agent, updates=1, look=lambda agent, rollout, kl: seen.append((rollout, kl)))
     [(rollout, kl)] = seen
     order = [PROMPTS.index(record["prompts"][i]) for i in record["rows"]["prompt"]]
     assert sorted(order) == [0, 1, 2, 3]
@@ -106,8 +114,7 @@ def test_alternatives_and_entropy_are_those_of_the_sampling_policy(
     def look(agent: RolloutAgent, rollout: Rollout, kl: Any) -> None:
         looked.append((rollout.sequences, plainly(agent.policy, rollout.sequences)))
 
-    agent.rollout_callbacks.append(look)
-    [record] = recorded(tmp_path, agent, updates=1)
+    [record] = recorded(tmp_path, agent, updates=1, look=look)
     [(sequences, expected)] = looked
     mask = sequences.response_mask
     assert record["numbers"]["entropy"] == pytest.approx(expected.entropy[mask].tolist(), abs=0.0051)
@@ -129,8 +136,7 @@ def test_alternatives_and_entropy_are_those_of_the_sampling_policy(
 def test_ratios_are_of_the_policy_after_the_update_and_clipped_where_the_gradient_is_gone(tmp_path: Path) -> None:
     agent = make(minibatch_size=4, clip_range=0.01)
     seen: list[Rollout] = []
-    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
-    [record] = recorded(tmp_path, agent, updates=1)
+    [record] = recorded(tmp_path, agent, updates=1, look=lambda agent, rollout, kl: seen.append(rollout))
     [rollout] = seen
     mask = rollout.response_mask
     new = agent.policy.sequence_log_probs(rollout.sequences)
@@ -247,8 +253,7 @@ def test_tokens_of_a_game_are_told_from_those_of_the_policy(tmp_path: Path) -> N
     envs = GameVectorEnv(4, Parrot, byte_tokenizer(), max_prompt_tokens=6, max_new_tokens=12, stop=stop)
     agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPO.config_class(episodes_per_update=4, minibatch_size=4))
     seen: list[Rollout] = []
-    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
-    [record] = recorded(tmp_path, agent, updates=1)
+    [record] = recorded(tmp_path, agent, updates=1, look=lambda agent, rollout, kl: seen.append(rollout))
     [rollout] = seen
     mask, lengths = rollout.response_mask, rollout.sequences.response_lengths
     real = torch.arange(mask.shape[1]) < lengths[:, None]
@@ -278,8 +283,7 @@ def test_the_reference_is_recorded_where_it_does_not_follow_from_the_kl(tmp_path
     )
     agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPO.config_class(episodes_per_update=4, minibatch_size=4))
     seen: list[Rollout] = []
-    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
-    [record] = recorded(tmp_path, agent, updates=1)
+    [record] = recorded(tmp_path, agent, updates=1, look=lambda agent, rollout, kl: seen.append(rollout))
     mask = seen[0].response_mask
     expected = agent.penalty.reference.sequence_log_probs(seen[0].sequences)[mask]
     assert record["numbers"]["reference_log_prob"] == pytest.approx(expected.tolist(), abs=0.0051)
@@ -307,8 +311,7 @@ def test_texts_of_rows_are_those_of_their_tokens_in_context(tmp_path: Path) -> N
     """Random bytes are rarely whole characters, so most texts are not those of their pieces."""
     agent, tokenizer = make(minibatch_size=4), byte_tokenizer()
     seen: list[Rollout] = []
-    agent.rollout_callbacks.append(lambda agent, rollout, kl: seen.append(rollout))
-    [record] = recorded(tmp_path, agent, updates=1)
+    [record] = recorded(tmp_path, agent, updates=1, look=lambda agent, rollout, kl: seen.append(rollout))
     sequences = seen[0].sequences
     for row, ids, start, length in zip(
         rows_of(record), sequences.input_ids, sequences.prompt_lengths, sequences.response_lengths, strict=True

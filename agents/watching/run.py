@@ -1,0 +1,129 @@
+"""WatchedRun: what a run shows and keeps while its agent learns; `textgym train` and `learn(folder=...)` alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.table import Table
+
+from ..callbacks import CallbackLike, CallbackList
+from ..common.rollout_agent import RolloutAgent
+from ..common.supervised import SupervisedAgent
+from ..machine.distributed import everyone
+from ..runs.checkpoints import Checkpoints
+from ..runs.display.overview import overview
+from ..runs.display.warning_signs import WarningSigns
+from ..runs.heldout import HeldOut
+from ..runs.interrupts import Interrupts
+from ..runs.profiling import Profiler
+from ..runs.progress import LiveProgress
+from ..runs.records import Recorder
+from ..runs.run_folder import RunFolder
+from .trackers import Trackers
+
+
+class WatchedRun:
+    """Shows and keeps a run: overview, progress, warnings, metrics, evaluation, records, checkpoints, curves, policy.
+
+    Of several processes the first one has all of these, and the others the checkpoints alone, in which they take part.
+
+    Args:
+        agent: The agent.
+        live: Where it is shown.
+        total_episodes: Episodes of the whole run; SFT and DPO do not play any.
+        folder: The run folder; `None` keeps nothing.
+        heldout: Evaluation on held-out prompts; `None` for none.
+        checkpoints: Where checkpoints are written; `None` for none.
+        record_every: Updates between records of tokens in the folder; 0 for none.
+        profiler: What measures the first updates.
+        trackers: Trackers that get metrics, samples and settings too.
+        at_the_end: Called after the last update; returns a table that is shown.
+    """
+
+    def __init__(
+        self,
+        agent: RolloutAgent | SupervisedAgent,
+        live: LiveProgress,
+        *,
+        total_episodes: int = 0,
+        folder: RunFolder | None = None,
+        heldout: HeldOut | None = None,
+        checkpoints: Checkpoints | None = None,
+        record_every: int = 0,
+        profiler: Profiler | None = None,
+        trackers: Trackers | None = None,
+        at_the_end: Callable[[], Table | None] | None = None,
+    ) -> None:
+        self.agent, self.live, self.total_episodes = agent, live, total_episodes
+        self.folder, self.heldout, self.checkpoints = folder, heldout, checkpoints
+        self.record_every, self.profiler, self.trackers = record_every, profiler, trackers
+        self.at_the_end = at_the_end
+        self.interrupts = Interrupts(live.console)
+
+    @contextmanager
+    def learning(self, callback: CallbackLike = None, resumed: bool = False) -> Iterator[CallbackList]:
+        """Yield the callbacks of `learn`, and keep what was learned whatever ends it.
+
+        Args:
+            callback: Further callbacks.
+            resumed: Whether the agent continues from a checkpoint, which is then not written again.
+        """
+        agent, live = self.agent, self.live
+        self._say_overview()
+        table = None
+        try:
+            with live, self.interrupts:
+                plays = isinstance(agent, RolloutAgent)
+                live.stage(type(agent).__name__, self.total_episodes if plays else agent.total_updates)
+                if self.checkpoints is not None and not resumed:
+                    self.checkpoints.save(agent)
+                yield CallbackList([*self._callbacks(), *CallbackList(callback).callbacks, self.interrupts])
+                stopped = any(everyone(self.interrupts.received is not None))
+                if stopped and self.checkpoints is not None:
+                    self.checkpoints.save(agent)
+                if not stopped and self.at_the_end is not None:
+                    live.stage("writing samples")
+                    table = self.at_the_end()
+                live.finish()
+            if self.folder is not None and not stopped:
+                self.folder.claim.finish()
+            if table is not None:
+                live.say(table, always=True)
+            if self.profiler is not None and self.profiler.profile is not None:
+                live.console.print(*self.profiler.profile.tables(), sep="\n")
+        finally:  # also after Ctrl-C: what was learned is kept
+            self._close()
+
+    def _callbacks(self) -> list[Any]:
+        """Return the run's own callbacks; metrics come first, so a checkpoint that is continued has reported them."""
+        agent = self.agent
+        found = [self.heldout, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
+        if isinstance(agent, RolloutAgent):
+            history = [] if self.folder is None else self.folder.history
+            found.append(WarningSigns(agent, lambda text: self.live.say(f"warning: {text}"), history))
+            if self.folder is not None and self.record_every:
+                found.append(Recorder(self.folder.folder, agent, self.record_every))
+        return [callback for callback in found if callback is not None]
+
+    def _say_overview(self) -> None:
+        shown = overview(self.agent, self.total_episodes)
+        if self.folder is not None:
+            shown["folder"] = str(self.folder.folder)
+        for title, text in shown.items():
+            self.live.say(f"{title + ':':<12} {text}")
+
+    def _close(self) -> None:
+        if self.profiler is not None:
+            self.profiler.close()
+        if self.trackers is not None:
+            self.trackers.close()
+        if self.folder is None:
+            return
+        agent, folder = self.agent, self.folder
+        tokenizer = agent.base_env.tokenizer if isinstance(agent, RolloutAgent) else agent.tokenizer
+        agent.policy.save_pretrained(folder.folder / "policy", tokenizer, overwrite=True)
+        folder.draw_curves()
+        folder.close()
+        self.live.say(f"run folder: {folder.folder}", always=True)

@@ -1,0 +1,143 @@
+"""`learn(progress=True, folder="runs/x")`: a run from Python shows and keeps what the command does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from safetensors.torch import load_file
+
+from textgym import ActorCritic, cli
+from textgym.agents import DPO, DQN, GRPO, PPO, SFT, DPOConfig, DQNConfig, GRPOConfig, PPOConfig, SFTConfig
+from textgym.agents.machine.named_envs import num_rows
+from textgym.agents.runs.history import Run
+from textgym.errors import ConfigError
+from textgym.flags import ALGORITHMS, Train
+from textgym.testing import byte_tokenizer, mock_lm
+
+PROMPTS = ["ab", "c", "de", "f", "g", "hi", "j", "kl", "m", "n"]
+FILES = {
+    *("run.json", "run.lock", "config.json", "metrics.jsonl", "tensorboard"),
+    *("checkpoints", "curves.png", "records", "samples.md", "evaluation.json", "policy"),
+}
+SMALL = PPOConfig(episodes_per_update=8, minibatch_size=8)
+
+
+def make_envs() -> Any:
+    return gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=2,
+        prompts=PROMPTS,
+        tokenizer=byte_tokenizer(),
+        reward=lambda completions: [float(len(text)) for text in completions],
+        max_new_tokens=2,
+    )
+
+
+def make() -> PPO:
+    return PPO(ActorCritic.from_pretrained(mock_lm()), make_envs(), PPOConfig(episodes_per_update=2, minibatch_size=2))
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def test_a_run_folder_from_python_has_all_that_the_command_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make().learn(4, progress=True, folder=tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    shown = capsys.readouterr().out
+    for text in ("agent:       PPO", "update 1 ", "update 2 ", "held-out score", "difference", "run folder:"):
+        assert text in shown
+    assert "eval/score" in metrics_of(tmp_path / "run")[-1]
+    assert Run.read(tmp_path / "run").state == "finished"
+
+
+def test_a_run_folder_alone_shows_nothing_and_progress_alone_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make().learn(2, folder="run")
+    assert capsys.readouterr().out == ""
+    make().learn(2, progress=True)
+    assert "update 1 " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_watching_changes_neither_the_training_nor_the_callers_environment(tmp_path: Path) -> None:
+    plain, watched = make(), make()
+    plain.learn(6)
+    watched.learn(6, folder=tmp_path / "run", progress=True)
+    ours, theirs = watched.policy.state_dict(), plain.policy.state_dict()
+    assert all(ours[name].equal(weight) for name, weight in theirs.items())
+    assert len(watched.base_env.prompts) == len(PROMPTS)
+
+
+def test_a_run_is_continued_in_its_folder_after_load(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    make().learn(20, folder=folder)
+    agent = PPO.load(folder / "checkpoints" / "step-000010", make_envs(), reward=None)
+    agent.learn(24, folder=folder)
+    assert [row["episodes"] for row in metrics_of(folder)] == list(range(2, 25, 2))
+
+
+def test_agents_that_learn_from_data_and_from_a_buffer_leave_run_folders(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    rows = [{"prompt": "a", "completion": "b"}]
+    SFT(ActorCritic.from_pretrained(mock_lm()), rows, tokenizer, SFTConfig()).learn(folder=tmp_path / "sft")
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    DPO(ActorCritic.from_pretrained(mock_lm()), pairs, tokenizer, DPOConfig()).learn(folder=tmp_path / "dpo")
+    settings = DQNConfig(episodes_per_update=2, batch_size=2, learning_starts=2, gradient_steps=1)
+    DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(), settings).learn(2, folder=tmp_path / "dqn")
+    for name in ("sft", "dpo", "dqn"):
+        run = Run.read(tmp_path / name)
+        assert (run.settings["agent"], run.state, len(run.history)) == (name, "finished", 1)
+
+
+def test_settings_have_the_names_of_the_command(tmp_path: Path) -> None:
+    make().learn(2, folder=tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings.keys() <= {field.name for field in fields(Train)}
+    assert settings["agent"] in ALGORITHMS
+
+
+def test_an_environment_that_there_is_not_is_named() -> None:
+    with pytest.raises(ConfigError, match="envs='textgym/Sentimen-v0' is no environment"):
+        PPO("tiny", "textgym/Sentimen-v0")
+
+
+@pytest.mark.parametrize(("episodes", "group", "rows"), [(128, None, 64), (8, None, 8), (96, 6, 48), (130, None, 26)])
+def test_rows_divide_the_episodes_into_whole_groups(episodes: int, group: int | None, rows: int) -> None:
+    if group is None:
+        assert num_rows(PPOConfig(episodes_per_update=episodes)) == rows
+    else:
+        assert num_rows(GRPOConfig(episodes_per_update=episodes, group_size=group)) == rows
+
+
+@pytest.mark.slow
+def test_names_in_python_and_the_command_make_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(16, folder="python")
+    flags = ["--num-envs", "8", "--episodes-per-update", "8", "--minibatch-size", "8", "--quiet"]
+    cli.main(["train", "--output-dir", "command", "--total-episodes", "16", *flags])
+    assert metrics_of(Path("python")) == metrics_of(Path("command"))
+    ours, theirs = (load_file(f"{name}/policy/model.safetensors") for name in ("python", "command"))
+    assert all(ours[name].equal(weight) for name, weight in theirs.items())
+
+    cli.main(["resume", "python", "--total-episodes", "24"])
+    assert [row["episodes"] for row in metrics_of(Path("python"))] == [8, 16, 24]
+    cli.main(["view", "python"])
+    assert Path("python/viewer/index.html").exists()
+
+
+@pytest.mark.slow
+def test_groups_of_named_environments(tmp_path: Path) -> None:
+    agent = GRPO("tiny", "textgym/Sentiment-v0", GRPOConfig(episodes_per_update=16, group_size=4))
+    agent.learn(16, folder=tmp_path / "run")
+    assert Run.read(tmp_path / "run").settings["num_envs"] == 16
