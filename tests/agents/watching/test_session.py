@@ -35,6 +35,7 @@ def make_envs() -> Any:
         tokenizer=byte_tokenizer(),
         reward=lambda completions: [float(len(text)) for text in completions],
         max_new_tokens=2,
+        kl_coef=0.1,
     )
 
 
@@ -56,9 +57,13 @@ def test_a_run_folder_from_python_has_all_that_the_command_writes(
     for text in ("agent:       PPO", "update 1 ", "update 2 ", "held-out score", "difference", "run folder:"):
         assert text in shown
     assert "eval/score" in metrics_of(tmp_path / "run")[-1]
-    assert Run.read(tmp_path / "run").state == "finished"
+    run = Run.read(tmp_path / "run")
+    assert run.state == "finished"
+    assert run.settings.keys() <= {field.name for field in fields(Train)}
+    assert run.settings["agent"] in ALGORITHMS
 
 
+@pytest.mark.slow
 def test_a_run_folder_alone_shows_nothing_and_progress_alone_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +75,7 @@ def test_a_run_folder_alone_shows_nothing_and_progress_alone_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_watching_changes_neither_the_training_nor_the_callers_environment(tmp_path: Path) -> None:
     plain, watched = make(), make()
     plain.learn(6)
@@ -79,6 +85,7 @@ def test_watching_changes_neither_the_training_nor_the_callers_environment(tmp_p
     assert len(watched.base_env.prompts) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_in_its_folder_after_load(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     make().learn(20, folder=folder)
@@ -87,6 +94,7 @@ def test_a_run_is_continued_in_its_folder_after_load(tmp_path: Path) -> None:
     assert [row["episodes"] for row in metrics_of(folder)] == list(range(2, 25, 2))
 
 
+@pytest.mark.slow
 def test_agents_that_learn_from_data_and_from_a_buffer_leave_run_folders(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     rows = [{"prompt": "a", "completion": "b"}]
@@ -98,13 +106,6 @@ def test_agents_that_learn_from_data_and_from_a_buffer_leave_run_folders(tmp_pat
     for name in ("sft", "dpo", "dqn"):
         run = Run.read(tmp_path / name)
         assert (run.settings["agent"], run.state, len(run.history)) == (name, "finished", 1)
-
-
-def test_settings_have_the_names_of_the_command(tmp_path: Path) -> None:
-    make().learn(2, folder=tmp_path / "run")
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings.keys() <= {field.name for field in fields(Train)}
-    assert settings["agent"] in ALGORITHMS
 
 
 def test_an_environment_that_there_is_not_is_named() -> None:
