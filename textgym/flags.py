@@ -337,12 +337,16 @@ class View:
     """Where the page is written; `viewer` in the first run folder if not given."""
     single_file: bool = False
     """Put everything into one `index.html`, for small runs."""
+    follow: bool = False
+    """Write the page again while its runs train, until they end or Ctrl-C; an open page renews itself."""
     deterministic: ClassVar[bool] = False  # nothing here is random
 
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.runs:
             raise ConfigError("textgym view needs a run folder: textgym view runs/ppo")
+        if self.follow and self.single_file:
+            raise ConfigError("a single file cannot renew itself: give --follow or --single-file, not both")
 
 
 @dataclass

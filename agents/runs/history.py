@@ -55,7 +55,7 @@ class Run:
         """
         if not (folder / RUN).exists():
             raise RunFolderError(f"{folder} holds no run of textgym's: it has no {RUN}")
-        return cls(folder, _settings(folder), _history(folder), _is_running(folder), _is_finished(folder))
+        return cls(folder, _settings(folder), _history(folder), is_running(folder), _is_finished(folder))
 
     @property
     def state(self) -> str:
@@ -194,8 +194,8 @@ def _history(folder: Path) -> list[Metrics]:
     return rows
 
 
-def _is_running(folder: Path) -> bool:
-    """Whether a process holds the run's lock, which death releases, too."""
+def is_running(folder: Path) -> bool:
+    """Return whether a process holds a run's lock, which death releases, too."""
     if not (folder / LOCK).exists():
         return False
     lock = FileLock(folder / LOCK, timeout=0)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
 from rich.console import Console
 
 from textgym.agents.runs.data_report import data_report
-from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of
+from textgym.agents.runs.history import Run, compared, draw_over_each_other, is_running, list_of
 from textgym.display import printable
 from textgym.flags import Compare, Data, ListRuns, View
 from textgym.viewer.page import write_page
+
+SECONDS = 3.0
+"""From one look at a run to the next."""
 
 
 def show_data(command: Data) -> None:
@@ -19,8 +26,41 @@ def show_data(command: Data) -> None:
 
 def view(command: View) -> None:
     """Write the page of one or several runs."""
-    page = write_page(command.runs, command.output_dir, command.single_file)
-    print(f"open {page} in a browser")
+    running = any_running(command.runs)
+    page = write_page(command.runs, command.output_dir, command.single_file, live=command.follow and running)
+    print(f"open {page} in a browser", flush=True)
+    if running and command.follow:
+        follow(command)
+    elif running:
+        print("a run is in progress: with --follow the page renews itself")
+
+
+def follow(command: View) -> None:
+    """Write the page again whenever a run has new metrics, until all runs have ended."""
+    seen = sizes(command.runs)
+    try:
+        while any_running(command.runs):
+            started = time.monotonic()
+            if (now := sizes(command.runs)) != seen:
+                write_page(command.runs, command.output_dir, live=True)
+                seen = now
+            # Large runs are read less often, so that looking at a run does not slow it down.
+            time.sleep(max(SECONDS, 10 * (time.monotonic() - started)))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        write_page(command.runs, command.output_dir)
+
+
+def any_running(folders: Sequence[Path]) -> bool:
+    """Return whether a process is writing one of the runs."""
+    return any(is_running(folder) for folder in folders)
+
+
+def sizes(folders: Sequence[Path]) -> list[int]:
+    """Return the sizes of the metrics of runs, which grow with each update."""
+    files = [folder / "metrics.jsonl" for folder in folders]
+    return [file.stat().st_size if file.exists() else 0 for file in files]
 
 
 def list_runs(command: ListRuns) -> None:

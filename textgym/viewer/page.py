@@ -19,19 +19,23 @@ from textgym.viewer.runs import read_run
 
 KIND = "textgym viewer"
 STYLES = ("uPlot.min.css", "viewer.css")
-SCRIPTS = ("uPlot.iife.min.js", "data.js", "colours.js", "curves.js", "tokens.js", "rows.js", "viewer.js")
+SCRIPTS = ("uPlot.iife.min.js", "data.js", "colours.js", "curves.js", "tokens.js", "rows.js", "live.js", "viewer.js")
 """In the order in which they are loaded."""
 LARGEST_SINGLE_FILE = 50_000_000
 """Characters of a single file that browsers open without trouble."""
 
 
-def write_page(runs: Sequence[str | Path], output: str | Path | None = None, single_file: bool = False) -> Path:
+def write_page(
+    runs: Sequence[str | Path], output: str | Path | None = None, single_file: bool = False, live: bool = False
+) -> Path:
     """Write the page of one or several runs, and return its `index.html`.
 
     Args:
         runs: Run folders, finished or in progress.
         output: Folder to write; by default `viewer` in the first run folder. A page that is there is replaced.
         single_file: Whether to put everything into `index.html`, for small runs.
+        live: Whether the page will be written again, because a run is in progress. An open page then looks for new
+            data every few seconds, until it is written with `live=False`; a single file does not.
 
     Raises:
         DamagedFolderError: If a folder holds no run, or a newer version of textgym wrote it.
@@ -46,7 +50,7 @@ def write_page(runs: Sequence[str | Path], output: str | Path | None = None, sin
             run["name"] = str(path)
     title = ", ".join(run["name"] for run in found)
     with atomic_folder(folder, KIND, "textgym view", overwrite=True) as temporary:
-        scripts = _data(folders, found)
+        scripts = _data(folders, found, live and not single_file)
         if single_file:
             (temporary / "index.html").write_text(_single_file(title, scripts), encoding="utf-8")
         else:
@@ -54,9 +58,9 @@ def write_page(runs: Sequence[str | Path], output: str | Path | None = None, sin
     return folder / "index.html"
 
 
-def _data(folders: Sequence[Path], runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _data(folders: Sequence[Path], runs: Sequence[dict[str, Any]], live: bool) -> Iterator[tuple[str, str]]:
     """Yield name and text of each script with data, one at a time, since records may be large together."""
-    yield "data/index.js", _call("index", _compressed({"textgym": version("textgym"), "runs": runs}))
+    yield "data/index.js", _call("index", _compressed({"textgym": version("textgym"), "live": live, "runs": runs}))
     for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
         for entry in run["records"]:
             update = entry["update"]

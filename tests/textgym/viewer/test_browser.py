@@ -318,3 +318,58 @@ def test_the_page_reads_the_numbers_that_were_written(tab: Any, tmp_path: Path) 
     for name, column in expected["numbers"].items():
         for value, written in zip(read["numbers"][name], column, strict=True):
             assert value == (None if written is None else pytest.approx(written, rel=1e-9)), name
+
+
+def add_update(run: Path, update: int, score: float, **metrics: float) -> None:
+    """What a run writes in an update that is recorded."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"objective/scores": score, "episodes": 8 * update, **metrics}) + "\n")
+    write_record(run, record(update))
+
+
+def last_value(tab: Any, metric: str) -> str:
+    return str(tab.get_attribute(f"figure[data-metric='{metric}']", "aria-label")).split()[-1]
+
+
+def test_a_page_of_a_live_run_renews_its_curves_in_place(tab: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = opened(tab, write_page([run], live=True))
+    page.wait_for_selector("figure[data-metric='objective/scores'] canvas")
+    assert page.inner_text("#live") == "live, 3 updates"
+    page.evaluate("window.scrollTo(0, 120)")
+    page.evaluate("document.querySelector('.grid canvas').mark = 'the same'")
+    before = page.evaluate("document.querySelector('.grid').getBoundingClientRect().top")
+
+    add_update(run, 4, 7.25, **{"eval/score": 1.5})
+    write_page([run], live=True)
+    page.wait_for_selector("figure[data-metric='eval/score']")
+    assert page.inner_text("#live") == "live, 4 updates"
+    assert last_value(page, "objective/scores") == "7.25"
+    assert page.evaluate("document.querySelector('.grid canvas').mark") == "the same"
+    assert page.evaluate("document.querySelector('.grid').getBoundingClientRect().top") == before
+    assert page.locator("figure").last.get_attribute("data-metric") == "eval/score", "what was there stays in its place"
+
+    add_update(run, 5, 8.5)
+    write_page([run], live=False)
+    page.wait_for_selector("#live", state="hidden")
+    assert last_value(page, "objective/scores") == "8.50"
+    page.evaluate("() => { textgym.index = () => { window.asked = true; }; }")
+    page.wait_for_timeout(4000)
+    assert page.evaluate("window.asked") is None, "a run that has ended is not asked again"
+
+
+def test_a_response_that_is_read_stays_while_its_run_goes_on(tab: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = opened(tab, write_page([run], live=True), "#/run/0/update/3")
+    page.fill("#search", "good")
+    rows = column(page, 1)
+    page.evaluate("document.querySelector('table.rows').mark = 'the same'")
+
+    add_update(run, 4, 7.25)
+    write_page([run], live=True)
+    page.wait_for_selector("#update option:nth-child(3)", state="attached")
+    assert page.evaluate("document.querySelector('table.rows').mark") == "the same"
+    assert (page.input_value("#search"), column(page, 1), page.input_value("#update")) == ("good", rows, "3")
+
+    page.click("[aria-label='Next update']")
+    page.wait_for_selector("h2:has-text('Update 4')")

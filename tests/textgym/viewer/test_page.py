@@ -6,13 +6,16 @@ import base64
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from textgym import cli
-from textgym.errors import DamagedFolderError
+from textgym.agents.runs.claims import RunClaim
+from textgym.errors import ConfigError, DamagedFolderError
+from textgym.flags import View
 from textgym.viewer import write_page
 from textgym.viewer.highlights import Highlights, disagreements
 from textgym.viewer.page import SCRIPTS, STYLES
@@ -265,3 +268,35 @@ def test_the_command_says_which_file_to_open(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == f"open {tmp_path / 'page' / 'index.html'} in a browser\n"
     with pytest.raises(SystemExit, match="is no run folder"):
         cli.main(["view", str(tmp_path)])
+
+
+def test_following_a_run_renews_the_page_until_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", updates=(2,))
+    claim = RunClaim(run, resume=True)
+    seen: list[tuple[bool, int]] = []
+
+    def sleep(seconds: float) -> None:
+        """What happens between two looks at the run: it makes an update, then nothing, then it ends."""
+        index = index_of(run / "viewer" / "index.html")
+        seen.append((index["live"], len(index["runs"][0]["metrics"]["x"])))
+        if len(seen) == 1:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write('{"objective/scores": 5.0, "episodes": 20}\n')
+        if len(seen) == 3:
+            claim.release()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    cli.main(["view", str(run), "--follow"])
+    assert seen == [(True, 4), (True, 5), (True, 5)]
+    assert index_of(run / "viewer" / "index.html")["live"] is False
+
+
+def test_a_page_that_is_written_once_does_not_ask_for_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", updates=(2,))
+    claim = RunClaim(run, resume=True)
+    cli.main(["view", str(run)])
+    claim.release()
+    assert index_of(run / "viewer" / "index.html")["live"] is False
+    assert "with --follow the page renews itself" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give --follow or --single-file, not both"):
+        View((run,), follow=True, single_file=True)

@@ -10,6 +10,8 @@
   ];
   const SPARSE = 30; // values of a curve that are drawn as points, too
   let drawn = []; // plots on the page
+  let shown = []; // runs whose curves are shown
+  let observer = null;
 
   const styleOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -46,22 +48,26 @@
     return run.checkpoints.map((update) => update * episodes);
   }
 
-  function draw(holder, name, runs) {
-    const having = runs.map((run, i) => [run, i]).filter(([run]) => run.metrics.columns[name]);
+  // Runs that have a metric with their places, the columns of its plot, and the KL budget.
+  function columns(name) {
+    const having = shown.map((run, i) => [run, i]).filter(([run]) => run.metrics.columns[name]);
     const data = uPlot.join(having.map(([run]) => [run.metrics.x, run.metrics.columns[name]]));
     const budget = name === "objective/kl" ? having.map(([run]) => Number(run.config.kl_target)).find(Number.isFinite) : undefined;
+    if (budget) data.push(data[0].map(() => budget));
+    return { having, data, budget };
+  }
+
+  function draw(holder, name) {
+    const { having, data, budget } = columns(name);
     const series = having.map(([run, i]) => ({
-      label: runs.length > 1 ? visible(run.name) : "value",
+      label: shown.length > 1 ? visible(run.name) : "value",
       stroke: textgym.runColour(i),
       width: 1.5,
       spanGaps: true,
       points: { show: run.metrics.columns[name].filter((value) => value !== null).length < SPARSE },
       value: (_, value) => number(value),
     }));
-    if (budget) {
-      data.push(data[0].map(() => budget));
-      series.push({ label: "budget", stroke: styleOf("--mark"), dash: [6, 4], points: { show: false } });
-    }
+    if (budget) series.push({ label: "budget", stroke: styleOf("--mark"), dash: [6, 4], points: { show: false } });
     const plot = new uPlot(
       {
         width: holder.clientWidth,
@@ -70,7 +76,7 @@
         scales: { x: { time: false } },
         axes: [textgym.axis(), textgym.axis({ size: 56, values: (_, ticks) => ticks.map(number) })],
         series: [{ label: having[0][0].metrics.clock }, ...series],
-        hooks: { draw: [marks(having.flatMap(([run]) => checkpoints(run)))] },
+        hooks: { draw: [(own) => marks(shown.filter((run) => run.metrics.columns[name]).flatMap(checkpoints))(own)] },
       },
       data,
       holder,
@@ -78,17 +84,53 @@
     drawn.push([plot, holder]);
   }
 
+  // Give a plot its new points. One that is zoomed stays where it is.
+  function renew(figure) {
+    const name = figure.dataset.metric;
+    figure.setAttribute("aria-label", labelOf(name));
+    const plot = drawn.find(([, holder]) => holder === figure.lastChild)?.[0];
+    if (!plot) return; // it is drawn when it is scrolled to
+    const { data } = columns(name);
+    if (data.length !== plot.data.length) { // another run reports it now
+      plot.destroy();
+      drawn = drawn.filter(([own]) => own !== plot);
+      draw(figure.lastChild, name);
+      return;
+    }
+    const { min, max } = plot.scales.x;
+    const zoomed = min > plot.data[0][0] || max < plot.data[0][plot.data[0].length - 1];
+    plot.setData(data, !zoomed);
+    if (zoomed) plot.redraw();
+  }
+
+  // Show more of the same runs: points are added where the curves are, and curves of new metrics at the end.
+  textgym.renewCurves = (runs) => {
+    shown = runs;
+    const grid = document.querySelector(".grid");
+    if (!grid) return;
+    const figures = [...grid.children];
+    figures.forEach(renew);
+    const there = new Set(figures.map((figure) => figure.dataset.metric));
+    grid.append(...names(runs).filter((name) => !there.has(name)).map(curve));
+    if (grid.children.length) grid.nextElementSibling?.remove(); // "No metrics yet."
+    document.getElementById("metric-filter").dispatchEvent(new Event("input"));
+  };
+
+  function labelOf(name) {
+    const last = shown.map((run) => number(run.metrics.columns[name]?.findLast((value) => value !== null)));
+    return `Curve of ${visible(name)}, last value ${last.join(" and ")}`;
+  }
+
   // Curves are drawn when they are scrolled to, because a run has dozens.
-  function curve(name, runs, observer) {
+  function curve(name) {
     const holder = element("div", { class: "plot" });
-    const last = runs.map((run) => number(run.metrics.columns[name]?.findLast((value) => value !== null)));
     const figure = element(
       "figure",
-      { "data-metric": name, role: "group", "aria-label": `Curve of ${visible(name)}, last value ${last.join(" and ")}` },
+      { "data-metric": name, role: "group", "aria-label": labelOf(name) },
       element("figcaption", {}, visible(name)),
       holder,
     );
-    holder.draw = () => draw(holder, name, runs);
+    holder.draw = () => draw(holder, name);
     observer.observe(holder);
     return figure;
   }
@@ -99,14 +141,15 @@
   }
 
   textgym.curves = (runs) => {
-    const observer = new IntersectionObserver((entries) => {
+    shown = runs;
+    observer = new IntersectionObserver((entries) => {
       for (const { isIntersecting, target } of entries) {
         if (!isIntersecting) continue;
         observer.unobserve(target);
         target.draw();
       }
     }, { rootMargin: "200px" });
-    const grid = element("div", { class: "grid" }, names(runs).map((name) => curve(name, runs, observer)));
+    const grid = element("div", { class: "grid" }, names(runs).map(curve));
     const filter = element("input", {
       type: "search", placeholder: "Filter metrics", "aria-label": "Filter metrics", id: "metric-filter",
       oninput: () => {
@@ -121,7 +164,8 @@
       element("h2", {}, "Curves"),
       element("div", { class: "tools" }, filter, legend,
         element("small", {}, "Drag to zoom, double-click to reset. Dotted lines are checkpoints.")),
-      names(runs).length ? grid : element("p", {}, "No metrics yet."),
+      grid,
+      names(runs).length ? null : element("p", {}, "No metrics yet."),
     );
   };
 

@@ -41,14 +41,16 @@
       element("div", { class: "scroll" }, element("table", {}, element("thead", {}, head), element("tbody", {}, rows))));
   }
 
+  const option = (record, selected) => element("option", { value: record.update, selected },
+    `${record.update}: score ${number(record.score)}, KL ${number(record.kl)}`);
+
   function updateChoice(run, update) {
     const updates = updatesOf(run);
     const place = updates.indexOf(update);
     const step = (by, label, key) => element("a", { class: "button", "aria-label": `${label} update`, title: `${label} (${key})`,
-      href: updates[place + by] === undefined ? null : address(run, updates[place + by]) }, by < 0 ? "\u2039" : "\u203a");
+      "data-step": by, href: updates[place + by] === undefined ? null : address(run, updates[place + by]) }, by < 0 ? "\u2039" : "\u203a");
     const choice = element("select", { id: "update", "aria-label": "Update", onchange: () => go(address(run, Number(choice.value))) },
-      index.runs[run].records.map((record) => element("option", { value: record.update, selected: record.update === update },
-        `${record.update}: score ${number(record.score)}, KL ${number(record.kl)}`)));
+      index.runs[run].records.map((record) => option(record, record.update === update)));
     return element("div", { class: "tools" }, element("label", {}, "Update ", choice), step(-1, "Previous", "["), step(1, "Next", "]"));
   }
 
@@ -144,6 +146,36 @@
     document.getElementById("run-choice").hidden = index.runs.length < 2;
   }
 
+  // Addresses have the place of a prompt, so prompts that were known keep theirs.
+  function inPlace(before, now) {
+    const known = new Map(now.map((history) => [history.prompt, history]));
+    const kept = before.map((history) => known.get(history.prompt) ?? history);
+    return [...kept, ...now.filter(({ prompt }) => !before.some((history) => history.prompt === prompt))];
+  }
+
+  // A newer index of the same runs. What is being looked at stays where it is: curves get longer, and choices get more.
+  function renew(newest) {
+    newest.runs.forEach((run, i) => { run.histories = inPlace(index.runs[i].histories, run.histories); });
+    index = newest;
+    textgym.renewCurves(index.runs);
+    const choice = document.getElementById("update");
+    if (choice) {
+      const there = new Set([...choice.options].map((known) => Number(known.value)));
+      choice.append(...index.runs[state.run].records.filter(({ update }) => !there.has(update)).map((record) => option(record, false)));
+      const next = updatesOf(state.run)[updatesOf(state.run).indexOf(state.update) + 1];
+      if (next !== undefined) document.querySelector("[data-step='1']")?.setAttribute("href", address(state.run, next));
+    }
+    if (!document.activeElement.closest("header")) header();
+    status();
+  }
+
+  function status() {
+    const lengths = index.runs.map((run) => run.metrics.x.length);
+    const live = document.getElementById("live");
+    live.hidden = !index.live;
+    live.textContent = `live, ${lengths.join(" and ")} updates`;
+  }
+
   function chooseRun(run) {
     state.run = run;
     const updates = updatesOf(run);
@@ -232,5 +264,7 @@
       return;
     }
     show();
+    status();
+    textgym.follow(index, renew);
   });
 })();
