@@ -28,6 +28,7 @@ from textgym.settings import (
     Estimator,
     NotNegative,
     Positive,
+    PositiveShare,
     Reader,
     Seed,
     WholeNumber,
@@ -314,6 +315,14 @@ class Evaluate:
     `against`, or of the reference, in blinded pairs."""
     seed: Seed = 0
     """Of the sampling."""
+    min_p: PositiveShare | None = None
+    """Only sample tokens that are at least this share as likely as the most likely one."""
+    repetition_penalty: Positive = 1.0
+    """Divide positive logits of tokens of prompt and response by this, and multiply negative ones."""
+    no_repeat_ngram_size: Count | None = None
+    """No sequence of so many tokens of prompt and response occurs twice."""
+    num_beams: Count = 1
+    """Beams of a beam search, which replaces the sampling; 1 for none."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
     device: str = "auto"

@@ -114,7 +114,7 @@ def _collect(
     with phase("environment"):
         observation, _ = envs.reset(options=options)
     alone = base_env.takes_whole_responses and action_mask is None and not base_env.decoder_start
-    if alone and not wrapped and policy.generates_what_act_would:
+    if alone and not wrapped and policy.generates_what_act_would and not policy.rules:
         with phase("decode"):
             ids, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
             whole = policy.generate(ids, lengths, base_env.max_new_tokens, base_env.stop, deterministic)

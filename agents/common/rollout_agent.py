@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from textgym.envs.interface import rollout_env
-from textgym.errors import NonFiniteError
+from textgym.errors import ConfigError, NonFiniteError
 from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
 from textgym.models.machine.devices import Device, check_one_device
 from textgym.models.machine.finite import FiniteSteps
@@ -88,6 +88,12 @@ class RolloutAgent(ABC):
             critic, config = suitable_critic(config)
             policy = ActorCritic.from_pretrained(model, critic)
         policy = as_policy(policy)
+        if policy.rules:
+            raise ConfigError(
+                f"{type(self).__name__} computes log-probs without rules={policy.rules}, so they would not be those of "
+                "the sampled tokens: train without rules and set policy.rules to evaluate, or use NLPO, whose mask is "
+                "part of its log-probs"
+            )
         self.config = config
         self.named = make_named(envs, policy, model, config) if isinstance(envs, str) else None
         envs = envs if self.named is None else self.named.envs

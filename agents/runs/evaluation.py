@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from textgym.envs.interface import rollout_env
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.decoding.beam_search import beam_search
 from textgym.models.token_model import TokenModel
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scoring import RewardSpec, Scorer
 from textgym.rewards.functions.overlap import CorpusMetric
 from textgym.rewards.intervals import Interval, Statistic, bootstrap
+from textgym.settings import Count, check_arguments
 
-from ..common.rollout import Rollout, collect, merge
+from ..common.rollout import Rollout, collect, merge, score_whole
 
 Judge = Callable[[list[str], list[str]], list[float]]
 
@@ -45,7 +48,15 @@ class Samples:
         return [transcript["completion"] for transcript in self.transcripts]
 
 
-def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, deterministic: bool = False) -> Samples:
+@check_arguments
+def generate(
+    policy: ActorCritic,
+    envs: Any,
+    prompts: Sequence[int],
+    seed: int,
+    deterministic: bool = False,
+    num_beams: Count = 1,
+) -> Samples:
     """Generate completions of some of an environment's prompts.
 
     Args:
@@ -54,9 +65,12 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
         prompts: Indices into the environment's prompts.
         seed: Seed of the sampling.
         deterministic: Whether to choose the most likely token at every step instead of sampling.
+        num_beams: Number of beams of a beam search, which replaces the sampling; 1 for none.
 
     Raises:
         ValueError: If there are no prompts.
+        ConfigError: If `num_beams` is above 1 in an environment of several turns, or with an action mask or stop
+            strings, or if the policy samples with `min_p`.
     """
     if len(prompts) == 0:
         raise ValueError("there are no prompts to complete: choose at least one")
@@ -68,12 +82,31 @@ def generate(policy: ActorCritic, envs: Any, prompts: Sequence[int], seed: int, 
     for start in range(0, len(prompts), envs.num_envs):
         chosen = list(prompts[start : start + envs.num_envs])
         padded = chosen + chosen[-1:] * (envs.num_envs - len(chosen))  # every row needs a prompt
-        rollout = collect(envs, policy, {"prompt_index": padded}, deterministic)
+        options = {"prompt_index": padded}
+        if num_beams > 1:
+            rollout = _beams(envs, policy, options, num_beams)
+        else:
+            rollout = collect(envs, policy, options, deterministic)
         rollouts.append(rollout[: len(chosen)])
         transcripts += [dict(transcript) for transcript in base_env.transcript[: len(chosen)]]
         finished += [base_env.finished(np.array([row])) for row in range(len(chosen))]
     base_env.scorer.load_state(training_state)
     return Samples(transcripts, merge(rollouts), finished, base_env.tokenizer)
+
+
+def _beams(envs: Any, policy: ActorCritic, options: dict[str, Any], num_beams: int) -> Rollout:
+    """Return the responses of a beam search to the prompts of a reset; their log-probs are those of the policy."""
+    base_env = rollout_env(envs)
+    with base_env.whole_episodes():
+        if envs is not base_env or not base_env.takes_whole_responses:
+            raise ConfigError(
+                f"num_beams={num_beams} needs an environment without wrappers, stop strings, action_mask and replies: "
+                "use num_beams=1"
+            )
+        observation, _ = envs.reset(options=options)
+        prompts, lengths = observation["input_ids"], observation["attention_mask"].sum(1)
+        found = beam_search(policy, prompts, lengths, base_env.max_new_tokens, base_env.stop, num_beams)
+        return score_whole(envs, policy, *found)
 
 
 def measure(

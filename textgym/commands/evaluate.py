@@ -16,6 +16,7 @@ from textgym.display import printable, rich_text
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.flags import Chat, Evaluate
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.distributions.sampling_rules import SamplingRules
 from textgym.models.machine.devices import device_name
 from textgym.rewards.functions import lexicon_sentiment
 
@@ -38,7 +39,12 @@ def evaluate(command: Evaluate) -> None:
     }
     envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
     prompts = range(min(command.prompts, len(envs.unwrapped.prompts)))
-    samples = {name: generate(policy, envs, prompts, command.seed) for name, policy in loaded.items()}
+    for policy in loaded.values():
+        policy.rules = SamplingRules(command.min_p, command.repetition_penalty, command.no_repeat_ngram_size)
+    samples = {
+        name: generate(policy, envs, prompts, command.seed, num_beams=command.num_beams)
+        for name, policy in loaded.items()
+    }
     scorer = envs.unwrapped.reference
     judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
     own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()

@@ -25,6 +25,7 @@ from textgym.envs.prompt_ids import cut_prompts, padded_prompts, prompt_text
 from textgym.envs.spaces import KLPayer, TokenSpace
 from textgym.envs.step_outcome import StepOutcome
 from textgym.envs.stopping import StopStrings, stop_rule
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import check_encoder_decoder
 from textgym.models.architectures.positions import position_limit
@@ -134,7 +135,13 @@ class TextTask:
         return int(self.prompt_lengths.max()), self.max_new_tokens, len(self.decoder_start)
 
     def attach_policy(self, policy: Policy) -> None:
-        """Set the policy of `kl_mode="exact"`."""
+        """Set the policy of `kl_mode="exact"`.
+
+        Raises:
+            ConfigError: If the policy has `rules`, since its log-probs would not be those of the sampled tokens.
+        """
+        if isinstance(policy, ActorCritic) and policy.rules:
+            raise ConfigError(f"kl_mode='exact' computes log-probs without rules={policy.rules}: leave one of them out")
         if isinstance(policy, TokenModel):
             check_tokenizer(self.tokenizer, policy.lm, policy.vocab_size)
         self.policy = policy

@@ -26,6 +26,7 @@ from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.decoding.generation import ResponseGenerators, Responses
 from textgym.models.decoding.sampling import sample
 from textgym.models.distributions.log_probs import StopRule, full_kl, token_log_probs
+from textgym.models.distributions.sampling_rules import NO_RULES, SamplingRules
 from textgym.models.loading import disable_dropout, is_trained, load_classifier, quiet, resolve
 from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
@@ -70,6 +71,8 @@ class ActorCritic(TokenModel):
             adapter is trained.
         critic: `None` to share the policy's trunk, or a trunk of its own.
         temperature: divides the logits, in acting and training alike.
+        rules: further rules of `act`, for evaluation: see `SamplingRules`. Losses do not have them, so agents refuse a
+            policy with rules.
 
     Attributes:
         generates_what_act_would: whether `write` may stand in for `act`, token by token. A subclass whose `act` chooses
@@ -78,11 +81,11 @@ class ActorCritic(TokenModel):
 
     generates_what_act_would: ClassVar[bool] = True
 
-    def __init__(self, lm: Any, critic: Any = None, temperature: float = 1.0) -> None:
+    def __init__(self, lm: Any, critic: Any = None, temperature: float = 1.0, rules: SamplingRules = NO_RULES) -> None:
         lm, adapter = split(lm)
         super().__init__(lm, temperature)
         self.__dict__["lora"] = adapter  # not a submodule: its weights are those of `lm`
-        self.critic = critic
+        self.critic, self.rules = critic, rules
         trunk = lm if critic is None else critic
         self.value_head = ValueHead(trunk.config.hidden_size, self.device)
         self.generator: torch.Generator | None = torch.Generator(self.device)
@@ -192,7 +195,11 @@ class ActorCritic(TokenModel):
         distribution = self.distribution(action_masks)
         if distribution.allowed is not None and not bool(distribution.allowed.any(-1).all()):
             raise ValueError("action_masks allow no token in some row: allow at least one in each")
-        log_probs = distribution.log_probs(self.head(hidden))  # (B, V)
+        if self.rules:
+            tokens = read_contexts(observation, self.device)[0].tokens
+            log_probs = self.rules.log_probs(self.head(hidden), distribution, *tokens)  # (B, V)
+        else:
+            log_probs = distribution.log_probs(self.head(hidden))
         action = log_probs.argmax(-1) if deterministic else self.sample(log_probs.exp())
         log_prob = log_probs.gather(1, action[:, None])[:, 0]
         value = torch.zeros_like(log_prob)
@@ -206,7 +213,14 @@ class ActorCritic(TokenModel):
         """Return whole responses to right-padded prompts `(B, W)` of lengths `(B,)`: what `act` would sample, faster.
 
         W has room for the longest prompt with `max_new_tokens` more. A critic of its own is not asked for values.
+
+        Raises:
+            ConfigError: if the policy has `rules`, which only `act` follows.
         """
+        if self.rules:
+            raise ConfigError(
+                f"generate does not follow rules={self.rules}: use act, or textgym.agents.runs.evaluation.generate"
+            )
         prompts, lengths = prompts.to(self.device), lengths.to(self.device)
         num_rows, width = prompts.shape
         with on_device(self.device), self._own_precision():

@@ -72,6 +72,11 @@ class CausalContexts:
         """The arguments of the cached decoder's `advance`."""
         return self.input_ids, self.lengths, self.host
 
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The tokens before the next one, right-padded `(B, W)`, and their numbers `(B,)`."""
+        return self.input_ids, self.lengths
+
     def states(self) -> States:
         """Return the contexts for one full forward pass."""
         return PackedStates.whole(self.input_ids, self.lengths)
@@ -101,6 +106,11 @@ class EncoderDecoderContexts:
     def known(self) -> tuple[Any, ...]:
         """The arguments of the cached decoder's `advance`."""
         return self.rows
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The decoder's tokens before the next one, right-padded `(B, D)`, and their numbers `(B,)`."""
+        return self.rows.decoder_input_ids, self.rows.decoder_lengths
 
     def states(self) -> States:
         """Return the contexts for one full forward pass."""

@@ -1,0 +1,155 @@
+"""Record whole updates of TRL's GRPOTrainer and RLOOTrainer on a tiny model, for comparison in tests/agents.
+
+    pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
+    python scripts/record_trl_updates.py --trl .peers
+
+TRL is not a dependency, so what it did is stored in tests/agents/trl_updates.safetensors: the completions that it
+sampled, their scores and advantages, and the weights after each update. An update is a rollout of six prompts with four
+completions each, and two passes over it, each one step of SGD on three accumulated micro-batches. BNPO's mean depends on
+which completions share a micro-batch, so it has only one. Completions have unequal lengths, and in some groups all
+scores are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from textgym.models.letter_tokenizer import letter_tokenizer
+from textgym.testing import mock_lm
+
+OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_updates.safetensors"
+PROMPTS, GROUP, LONGEST, UPDATES, LEARNING_RATE = 6, 4, 6, 2, 1.0
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", "epsilon_high": 0.28},
+    "grpo, kl": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "dapo, kl": {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
+    "bnpo": {"loss_type": "bnpo", "per_device_train_batch_size": PROMPTS * GROUP, "gradient_accumulation_steps": 1},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.28},
+    "rloo": {"beta": 0.0},
+    "rloo, kl": {"beta": 0.1},
+}
+"""Arguments of TRL's config for each case; those of RLOO are named after it."""
+
+
+@dataclass
+class Args:
+    trl: Path
+    """Folder with the package `trl` and the packages that it imports."""
+
+
+def flat(model: Any) -> Tensor:
+    """Return all weights of a model in one vector."""
+    return torch.cat([weight.detach().flatten().clone() for weight in model.parameters()])
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Return a score for each completion; the same one for all that have no "b" and no "c"."""
+    return [float(text.count("b")) - 0.5 * text.count("c") for text in completions]
+
+
+class Steps(TrainerCallback):
+    """Keeps the weights after each update."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Keep the weights if the rollout has been used twice."""
+        if state.global_step % 2 == 0:
+            self.weights.append(flat(model))
+
+
+def recorded(trl: Any, name: str, settings: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Train for some updates, and return rollouts and weights."""
+    from datasets import Dataset
+
+    kind, config_kind = (
+        (trl.RLOOTrainer, trl.RLOOConfig) if name.startswith("rloo") else (trl.GRPOTrainer, trl.GRPOConfig)
+    )
+    tokenizer = letter_tokenizer(8)
+    tokenizer.padding_side = "left"
+    prompts = [{"prompt": "abcdefabcdef"[row : row + 1 + row % 3]} for row in range(PROMPTS)]
+    steps, rollouts = Steps(), []
+    with tempfile.TemporaryDirectory() as folder:
+        mock_lm(8, hidden_size=8, num_layers=1, seed=seed).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)  # the reference is loaded from the same folder
+        first = flat(model)
+        sgd = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        constant = torch.optim.lr_scheduler.LambdaLR(sgd, lambda _: 1.0)
+        common = {
+            "output_dir": folder,
+            "per_device_train_batch_size": PROMPTS * GROUP // 3,
+            "gradient_accumulation_steps": 3,
+            "num_generations": GROUP,
+            "num_iterations": 2,
+            "max_completion_length": LONGEST,
+            "max_steps": 2 * UPDATES,
+            "max_grad_norm": 1e9,
+            "report_to": [],
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "seed": seed,
+        }
+        config = config_kind(**{**common, **settings})
+        trainer = kind(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(prompts),
+            processing_class=tokenizer,
+            optimizers=(sgd, constant),
+            callbacks=[steps],
+        )
+        score = trainer._generate_and_score_completions
+
+        def kept(inputs: Any) -> Any:
+            outputs = score(inputs)
+            rollouts.append({key: value.clone() for key, value in outputs.items() if isinstance(value, Tensor)})
+            return outputs
+
+        trainer._generate_and_score_completions = kept
+        trainer.train()
+    tensors = {f"{name}/weights": first}
+    for update, (rollout, weights) in enumerate(zip(rollouts, steps.weights, strict=True)):
+        for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"):
+            tensors[f"{name}/{update}/{key}"] = rollout[key].contiguous()
+        texts = [
+            tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
+            for ids, mask in zip(rollout["completion_ids"], rollout["completion_mask"], strict=True)
+        ]
+        tensors[f"{name}/{update}/scores"] = torch.tensor(reward(texts))
+        tensors[f"{name}/{update}/weights"] = weights
+    return tensors
+
+
+def main(args: Args) -> None:
+    sys.path.insert(0, str(args.trl))
+    import trl
+
+    tensors: dict[str, Tensor] = {}
+    for seed, (name, settings) in enumerate(CASES.items()):
+        tensors |= recorded(trl, name, settings, seed)
+    about = {"trl": trl.__version__, "cases": json.dumps(list(CASES))}
+    save_file(tensors, OUTPUT, metadata=about)
+    print(f"{len(CASES)} cases of TRL {trl.__version__}: {OUTPUT}, {OUTPUT.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
