@@ -84,7 +84,8 @@ def effective_number(right: np.ndarray, units: Sequence[Sequence[Hashable]]) -> 
 def pairwise_accuracy(reward: Callable[..., Any], pairs: Any) -> Accuracy:
     """Return the share of pairs whose `chosen` text has the higher score; a tie counts as one half.
 
-    The interval takes pairs with the same prompt, or without prompts those with a text in common, as dependent.
+    The interval takes pairs with the same prompt, or without prompts those with a text in common, as dependent. Pairs
+    with a text for which the function returned `None` are left out.
 
     Args:
         reward: A reward function.
@@ -95,8 +96,10 @@ def pairwise_accuracy(reward: Callable[..., Any], pairs: Any) -> Accuracy:
 
 
 def accuracy_of(differences: np.ndarray, pairs: Sequence[Pair]) -> Accuracy:
-    """Return the accuracy of the differences of scores, chosen minus rejected, `(P,)`."""
-    return Accuracy.of(in_order(differences), [contents_of_pair(pair) for pair in pairs])
+    """Return the accuracy of the differences of scores, chosen minus rejected, `(P,)`; NaN ones are left out."""
+    known = ~np.isnan(differences)
+    units = [contents_of_pair(pair) for pair, is_known in zip(pairs, known, strict=True) if is_known]
+    return Accuracy.of(in_order(differences[known]), units)
 
 
 def in_order(differences: Any) -> Any:
@@ -105,11 +108,12 @@ def in_order(differences: Any) -> Any:
 
 
 def score_differences(reward: Callable[..., Any], pairs: Sequence[Pair]) -> np.ndarray:
-    """Return the score of `chosen` minus that of `rejected`, `(P,)`; each text is scored once."""
+    """Return the score of `chosen` minus that of `rejected`, `(P,)`, NaN without one; each text is scored once."""
     keys = [[json.dumps([pair.get("prompt") or "", pair[side]]) for pair in pairs] for side in ("chosen", "rejected")]
     texts = {key: json.loads(key) for key in dict.fromkeys(keys[0] + keys[1])}
     completions = [completion for _, completion in texts.values()]
     # A pair may have no separate prompt; the empty one has the same form as its completion.
     prompts = [prompt or ("" if isinstance(completion, str) else []) for prompt, completion in texts.values()]
-    score_of = dict(zip(texts, reward(prompts=prompts, completions=completions), strict=True))
+    scores = reward(prompts=prompts, completions=completions)
+    score_of = {key: math.nan if score is None else float(score) for key, score in zip(texts, scores, strict=True)}
     return np.array([score_of[chosen] - score_of[rejected] for chosen, rejected in zip(*keys, strict=True)])

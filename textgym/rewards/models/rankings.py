@@ -82,7 +82,7 @@ def _rankings(row: Any, place: str) -> list[Ranking]:
         row = {"prompt": row.get("prompt"), "completions": [row["completion"]], "ratings": [row["rating"]]}
     rankings = rankings_of_row(row, place) if isinstance(row, Mapping) else None
     if rankings is not None:
-        return rankings
+        return [ranking for ranking in rankings if ranking.completions]
     pairs = pairs_of_row(row, place)
     return [Ranking(pair.get("prompt"), [pair["chosen"], pair["rejected"]], [1.0, 0.0], rated=False) for pair in pairs]
 

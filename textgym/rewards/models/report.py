@@ -69,6 +69,8 @@ class PreferenceReport:
     def of(cls, reward: Callable[..., Any], pairs: Sequence[Pair], num_buckets: int = 5) -> PreferenceReport:
         """Evaluate a reward function on pairs in the format of `load_preferences`.
 
+        Pairs with a text for which the function returned `None` are left out.
+
         Raises:
             ValueError: If there are no pairs.
         """
@@ -78,6 +80,11 @@ class PreferenceReport:
         # The loss was computed on the scores before `calibrate`, so only their differences are log-odds.
         scale = abs(reward.gain) if isinstance(reward, RewardModel) else 1.0
         differences = score_differences(reward, pairs) / scale
+        known = ~np.isnan(differences)
+        if not known.any():
+            raise ValueError(f"the function returned None for a text of each of the {len(pairs)} pairs")
+        pairs = [pair for pair, is_known in zip(pairs, known, strict=True) if is_known]
+        differences = differences[known]
         right = in_order(differences)
         confidence = 1 / (1 + np.exp(-np.abs(differences)))
         by_confidence = _buckets(confidence, right, np.linspace(0.5, 1.0, 6))

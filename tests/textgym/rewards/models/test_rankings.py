@@ -164,6 +164,11 @@ def test_a_row_that_cannot_be_is_named(row: dict[str, Any], message: str) -> Non
         placed_rankings([row], rated=False)
 
 
+def test_a_row_without_answers_is_no_ranking() -> None:
+    rows = [{"prompt": "p", "answers": []}, {"prompt": "p", "completions": [" a", " b"], "ranks": [1, 2]}]
+    assert [row.place for row in placed_rankings(rows, rated=False)] == ["row 1 of the rankings"]
+
+
 def test_regression_needs_ratings() -> None:
     rows = [{"prompt": "p", "completion": " a", "rating": 3.0}, {"prompt": "p", "chosen": " a", "rejected": " b"}]
     with pytest.raises(DataError, match="learns ratings, and row 1 of the rankings has none"):

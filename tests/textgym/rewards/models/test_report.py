@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from textgym.rewards.models import RewardModel
+from textgym.rewards.models import RewardModel, pairwise_accuracy
 from textgym.rewards.models.report import PreferenceReport
 
 
@@ -76,6 +76,17 @@ def test_a_gain_changes_nothing() -> None:
     assert PreferenceReport.of(model, pairs).accuracy == 1 - after.accuracy
     assert after.by_confidence[0].mean == pytest.approx(before.by_confidence[0].mean, abs=1e-4)
     assert after.by_margin == []
+
+
+def test_pairs_without_a_score_are_left_out() -> None:
+    def partly(completions: list[str], prompts: list[str]) -> list[float | None]:
+        return [None if text == "9" else float(text) for text in completions]
+
+    report = PreferenceReport.of(partly, PAIRS)
+    assert report.accuracy == pairwise_accuracy(partly, PAIRS) == (1 + 0 + 0.5) / 3
+    assert report.accuracy.num_pairs == 3
+    with pytest.raises(ValueError, match="returned None for a text of each of the 4 pairs"):
+        PreferenceReport.of(lambda completions, prompts: [None] * len(completions), PAIRS)
 
 
 def test_it_is_written_and_drawn(tmp_path: Path) -> None:
