@@ -77,10 +77,11 @@ class DQN(ReplayAgent):
         return [(self.target.actor, self.policy), (self.target.heads, self.q.heads)]
 
     def collect(self, head: Any = None) -> Rollout:
-        """Collect one episode in every row; noise on the weights is sampled once for each row."""
+        """Collect one episode of each prompt of a round; noise on the weights is sampled once for each row."""
         if not self.greedy:
             return super().collect()
-        self.q.heads.resample(self.shuffler, self.envs.num_envs)
+        seed = int(torch.randint(2**31, (), generator=self.sampler, device=self.policy.device))  # of this process
+        self.q.heads.resample(torch.Generator().manual_seed(seed), self.envs.num_envs)
         rollout = super().collect(self.q.logits)
         self.q.heads.quieten()
         return rollout

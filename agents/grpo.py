@@ -147,25 +147,29 @@ class GRPO(PromptGroupAgent):
             }
 
         # 4. The KL to the reference, if it is part of the loss and not of the reward.
-        if self.reference_log_probs is not None:
+        if batch.reference_log_probs is not None:
             kl = self.kl_to_reference(new, batch, config.kl_gradient)  # (N, T)
             loss = loss + self.penalty.coef * (weights * kl).sum()
             metrics["loss/kl_avg"] = (weights * kl).sum()
         return loss, metrics
 
-    def collect(self) -> Rollout:
-        """Collect one episode in every row; replace groups whose scores are all equal (Yu et al., 2025, section 3.2).
+    def play(self) -> Rollout:
+        """Collect the episodes of an update; replace groups whose scores are all equal (Yu et al., 2025, section 3.2).
 
         They have no gradient, so without them every update learns from the same number of groups. If the last round
         has too few others, some stay.
         """
-        rollout = super().collect()
+        rollout = super().play()
         for _ in range(self.config.dynamic_sampling or 0):
             flat = self.flat_groups(rollout)
-            if not any(everyone(bool(flat.any()))):  # all processes collect the same number of rounds
+            missing = everyone(int(flat.sum()))
+            if not any(missing):
                 break
-            further = super().collect()
-            rows = torch.arange(2 * len(rollout)).view(-1, self.config.group_size)  # of both rollouts
+            prompts = self.next_prompts(missing)  # in all processes, which take their prompts in one order
+            if not len(prompts):
+                continue
+            further = self.episodes_of(prompts)
+            rows = torch.arange(len(rollout) + len(further)).view(-1, self.config.group_size)  # of both rollouts
             first, second = rows[: len(flat)], rows[len(flat) :]
             order = torch.cat([first[~flat], second[~self.flat_groups(further)], first[flat]])
             rollout = merge([rollout, further])[order[: len(flat)].flatten()]

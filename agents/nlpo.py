@@ -51,7 +51,7 @@ class NLPO(PPO):
             warn_of_filter(self.mask, self.penalty.estimator)
 
     def collect(self) -> Rollout:
-        """Collect one episode in every row, within the mask."""
+        """Collect one episode of each prompt of a round, within the mask."""
         return collect(self.envs, self.policy, self.episode_options(), action_mask=self.mask)
 
     def measure_kl(self, rollout: Rollout) -> Tensor:

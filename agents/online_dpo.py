@@ -25,12 +25,13 @@ from textgym.rewards.models.accuracy import in_order
 
 from .common.means import masked_mean, overall_mean
 from .common.metrics import TensorMetrics
-from .common.policy_gradient import Batch
+from .common.policy_gradient import Batch, exchanged
 from .common.rollout import Rollout
 from .common.rollout_agent import Metrics
 from .configs.dpo import DPOConfig, OnlineDPOConfig
 from .configs.rollout import RolloutAgentConfig
 from .dpo import preference_loss
+from .machine.distributed import concatenated
 from .objectives.prompt_groups import PromptGroupAgent
 
 
@@ -43,7 +44,7 @@ class OnlineDPO(PromptGroupAgent):
 
     config_class: ClassVar[type[RolloutAgentConfig]] = OnlineDPOConfig
     config: OnlineDPOConfig
-    episodes_at_rollout: Batch
+    episodes_at_rollout: Batch  # those of all processes, which share the minibatches; N in all
     rejected: Tensor  # (N,): for each preferred episode the index of the other one, for all others their own
     probability: Tensor  # (N,): of the label of each preferred episode
 
@@ -67,15 +68,18 @@ class OnlineDPO(PromptGroupAgent):
         worst = differences.where(groups.comparable, torch.inf).argmin(1, keepdim=True)
         first = torch.arange(len(differences), device=best.device)[:, None] * config.group_size
         rows = torch.arange(len(rollout), device=best.device)
-        self.rejected = self.grouped(rows).scatter(1, best, first + worst).flatten()
-        self.probability = (scores - scores[self.rejected]).sigmoid().float()
+        rejected = self.grouped(rows).scatter(1, best, first + worst).flatten()
+        indices = self.indices_of(rollout)
+        self.rejected = concatenated(indices[rejected])
+        self.probability = concatenated((scores - scores[rejected]).sigmoid().float())
         preferred = torch.zeros_like(groups.comparable).scatter(1, best, groups.informative).flatten()  # (N,)
 
         # 3. Minibatches of pairs, one optimiser step each. The sign of an episode's advantage says which side it is.
-        signs = torch.zeros_like(scores).scatter(0, self.rejected[preferred], -1.0).masked_fill(preferred, 1.0)
+        signs = torch.zeros_like(scores).scatter(0, rejected[preferred], -1.0).masked_fill(preferred, 1.0)
         advantages = torch.where(rollout.response_mask, signs[:, None], 0.0).float()  # (N, T)
         columns = (rollout.log_probs, rollout.values, advantages, torch.zeros_like(advantages))
-        self.episodes_at_rollout = Batch(rollout.sequences, *columns, rows)
+        episodes = Batch(rollout.sequences, *columns, indices, reference_log_probs=self.reference_log_probs)
+        self.episodes_at_rollout, _ = exchanged(episodes, torch.arange(len(rollout)))
         [on_host] = to_host(preferred)
         steps: list[TensorMetrics] = []
         for minibatch in self.minibatches(rollout, advantages, rows=on_host.nonzero()[:, 0]):
@@ -95,12 +99,11 @@ class OnlineDPO(PromptGroupAgent):
         """
         config, both = self.config, self.both_sides(batch)
         mask, beta = both.response_mask, self.penalty.coef
-        assert self.reference_log_probs is not None
+        assert both.reference_log_probs is not None
 
         # 1. The implicit reward of an episode: beta (log pi - log pi_ref), summed over its tokens.
         sums = torch.where(mask, new.log_prob, 0.0).sum(1)  # (2P,)
-        reference = self.reference_log_probs[both.indices, : mask.shape[1]]
-        log_ratios = sums - torch.where(mask, reference, 0.0).sum(1)
+        log_ratios = sums - torch.where(mask, both.reference_log_probs, 0.0).sum(1)
         chosen, rejected = log_ratios.chunk(2)  # (P,) each
 
         # 2. The loss of each pair.

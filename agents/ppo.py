@@ -33,7 +33,7 @@ from .common.rollout import Rollout
 from .common.rollout_agent import Metrics
 from .configs.ppo import PPOConfig
 from .configs.rollout import RolloutAgentConfig
-from .machine.distributed import count
+from .machine.distributed import count, rank, sum_over_processes
 from .objectives.critic_agent import CriticAgent
 from .objectives.pretraining import PretrainingTexts, negative_log_likelihood
 
@@ -160,7 +160,7 @@ class PPO(CriticAgent):
             }
 
         # 5. The KL to the reference, if it is part of the loss and not of the reward.
-        if self.reference_log_probs is not None:
+        if batch.reference_log_probs is not None:
             kl = masked_mean(self.kl_to_reference(new, batch, config.kl_gradient), mask)
             loss = loss + self.penalty.coef * kl
             metrics["loss/kl_avg"] = kl.detach()
@@ -180,10 +180,12 @@ class PPO(CriticAgent):
     def apply_gradients(self, loss: Tensor) -> Tensor:
         """Add the gradient of -c E[log pi(x)] over pretraining texts (Ouyang et al., 2022, equation 2), then step."""
         if self.pretraining is not None:
-            texts = self.pretraining.sample(self.config.ptx_batch_size, self.shuffler)
-            likelihood_loss = self.learner(lambda policy: negative_log_likelihood(policy, texts))
-            (self.config.ptx_coef / count() * likelihood_loss).backward()  # gradients are summed over processes
-            self.ptx_loss = likelihood_loss.detach()
+            texts = self.pretraining.sample(self.config.ptx_batch_size, self.shuffler)  # the same in all processes
+            own = texts[rank() :: count()] if rank() < len(texts) else texts[:1]
+            share = own.num_tokens / texts.num_tokens if rank() < len(texts) else 0.0
+            likelihood_loss = share * self.learner(lambda policy: negative_log_likelihood(policy, own))
+            (self.config.ptx_coef * likelihood_loss).backward()  # gradients are summed over processes
+            self.ptx_loss = sum_over_processes(likelihood_loss.detach())
             loss = loss + self.ptx_loss
         return super().apply_gradients(loss)
 

@@ -6,19 +6,20 @@ The file of an algorithm has its update, `update` and `loss`, and calls these me
     step          one optimiser step on `loss`, in micro-batches whose gradients add up to that of the minibatch
     finish        the metrics of an update
 
-In a run of several processes each has a part of every minibatch, and the gradient is that of the whole minibatch.
+In a run of several processes each trains on a part of every minibatch, and the gradient is that of the whole minibatch.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
@@ -28,12 +29,16 @@ from textgym.models.token_model import TokenModel
 from textgym.rewards.kl import compared_with_others, estimate_kl, kl_to_go, sequence_kl
 
 from ..configs.policy_gradient import KLInLoss, PolicyGradientConfig
-from ..machine.distributed import everyone, pad_micro_batches, share_of, sum_over_processes
+from ..machine.distributed import count, everyone, pad_micro_batches, rank, sum_over_processes
+from .advantages import leave_one_out_mean
 from .constraints import Constraints
 from .means import overall_mean
 from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent
+
+COLUMNS = ("log_probs", "values", "advantages", "returns", "reference_log_probs", "later_kl")
+"""Names of the tensors `(N, T)` of a batch."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,11 @@ class Batch:
         values: `(N, T)`, values at rollout time.
         advantages: `(N, T)`.
         returns: `(N, T)`, targets of the critic; zero for algorithms without one.
-        indices: `(N,)`, indices of the episodes in the rollout.
+        indices: `(N,)`, indices of the episodes among those of all processes.
         with_gradient: Bool `(N,)` on the host: the episodes whose loss has a gradient. The others count in the mean but
             need no forward pass. `None` if all have a gradient.
+        reference_log_probs: `(N, T)`, log-probs under the reference, if the loss has the KL.
+        later_kl: `(N, T)`, the KL after each token, if the loss has the KL of whole texts.
         spare: Whether the episodes have weight 0. They then stand in for a process without episodes, which must take
             part in collective operations; see `textgym.agents.machine.distributed.pad_micro_batches`.
     """
@@ -60,6 +67,8 @@ class Batch:
     returns: Tensor
     indices: Tensor
     with_gradient: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+    later_kl: Tensor | None = None
     spare: bool = False
 
     def __len__(self) -> int:
@@ -70,10 +79,32 @@ class Batch:
         rows, host_rows = on_both(chosen, self.indices.device)
         sequences = self.sequences.take(rows, host_rows)
         width = sequences.longest
-        columns = (self.log_probs, self.values, self.advantages, self.returns)
-        log_probs, values, advantages, returns = (x[rows, :width] for x in columns)
+        columns = {name: x[rows, :width] for name in COLUMNS if (x := getattr(self, name)) is not None}
         with_gradient = None if self.with_gradient is None else self.with_gradient[host_rows]
-        return Batch(sequences, log_probs, values, advantages, returns, self.indices[rows], with_gradient, self.spare)
+        return replace(self, sequences=sequences, indices=self.indices[rows], with_gradient=with_gradient, **columns)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the episodes on a device."""
+        columns = {name: x.to(device) for name in COLUMNS if (x := getattr(self, name)) is not None}
+        return replace(self, sequences=self.sequences.to(device), indices=self.indices.to(device), **columns)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Batch]) -> Batch:
+        """Concatenate batches with the same columns, padded to the longest response."""
+        longest = max(part.sequences.longest for part in parts)
+
+        def padded(name: str) -> Tensor | None:
+            columns = [getattr(part, name) for part in parts]
+            return None if columns[0] is None else torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in columns])
+
+        masks = [part.with_gradient for part in parts if part.with_gradient is not None]
+        return replace(
+            parts[0],
+            sequences=Sequences.cat([part.sequences for part in parts]),
+            indices=torch.cat([part.indices for part in parts]),
+            with_gradient=torch.cat(masks) if masks else None,
+            **{name: padded(name) for name in COLUMNS},
+        )
 
     def trained(self) -> Batch:
         """Return the episodes whose loss has a gradient; if there are none, a spare one."""
@@ -132,7 +163,10 @@ class PolicyGradientAgent(RolloutAgent):
         rows: Tensor | None = None,
         with_gradient: Tensor | None = None,
     ) -> Iterator[Batch]:
-        """Yield all minibatches of all epochs; each epoch has every episode once, in a new order.
+        """Yield this process's parts of the minibatches of all epochs; an epoch has every episode once, in a new order.
+
+        The order is over the episodes of all processes, so that minibatches do not depend on the number of processes.
+        Their episodes are exchanged, so that each process has an equal part of every minibatch.
 
         Args:
             rollout: The episodes.
@@ -143,17 +177,22 @@ class PolicyGradientAgent(RolloutAgent):
         """
         self.advantages, self.returns = advantages, returns
         returns = torch.zeros_like(advantages) if returns is None else returns
-        indices = torch.arange(len(rollout), device=advantages.device)
-        batch = Batch(rollout.sequences, rollout.log_probs, rollout.values, advantages, returns, indices, with_gradient)
+        columns = (rollout.log_probs, rollout.values, advantages, returns, self.indices_of(rollout), with_gradient)
+        batch = Batch(rollout.sequences, *columns, self.reference_log_probs, self.later_kl)
         if rows is None:
             [scored] = to_host(rollout.scored)
             rows = scored.nonzero()[:, 0]
-        size = share_of(self.config.minibatch_size, "minibatch_size") if self.config.minibatch_size else None
+        batch, rows = exchanged(batch, rows)
         for _ in range(self.config.num_epochs):
             order = rows[torch.randperm(len(rows), generator=self.shuffler)]
-            shuffled = batch[order] if len(order) else batch
-            for chosen, counts in pad_micro_batches(_slices(len(order), size), spare=slice(0, 1)):
-                yield replace(shuffled[chosen], spare=not counts)
+            for chosen in _slices(len(order), self.config.minibatch_size):
+                own = order[chosen][rank() :: count()]
+                yield batch[own] if len(own) else replace(batch[:1], spare=True)
+
+    def indices_of(self, rollout: Rollout) -> Tensor:
+        """Return the indices of a rollout's episodes `(N,)` among those of all processes."""
+        start = sum(everyone(len(rollout))[: rank()])
+        return torch.arange(start, start + len(rollout), device=rollout.scores.device)
 
     def step(self, batch: Batch) -> TensorMetrics:
         """Make one optimiser step on the mean loss over the batches of all processes.
@@ -244,16 +283,20 @@ class PolicyGradientAgent(RolloutAgent):
         Args:
             rollout: The episodes.
             kind: See `KLInLoss`.
-            group_size: Number of episodes of each prompt; `None` compares all episodes of this process.
+            group_size: Number of episodes of each prompt; `None` compares all episodes of the rollout.
         """
         self.reference_log_probs = self.later_kl = None
         if self.penalty.coef > 0:
             self.reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
             if kind == "sequence":
                 to_go = kl_to_go(self.penalty.exact(self.policy, rollout.sequences))  # (N, T)
-                groups = (-1, group_size or len(rollout), to_go.shape[1])
-                mask = rollout.response_mask.reshape(groups)
-                self.later_kl = compared_with_others(to_go.reshape(groups), mask).view_as(to_go)
+                mask = rollout.response_mask
+                if group_size is None:
+                    self.later_kl = torch.where(mask, to_go - leave_one_out_mean(to_go, mask), 0.0)
+                else:
+                    groups = (-1, group_size, to_go.shape[1])
+                    compared = compared_with_others(to_go.reshape(groups), mask.reshape(groups))
+                    self.later_kl = compared.view_as(to_go)
         if self.reference_log_probs is None or self.penalty.estimator == "full":
             return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
         return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)
@@ -266,15 +309,15 @@ class PolicyGradientAgent(RolloutAgent):
             batch: The same tokens at rollout time.
             kind: See `KLInLoss`.
         """
-        assert self.reference_log_probs is not None
+        assert batch.reference_log_probs is not None
         mask = batch.response_mask
         log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)
         if kind == "sequence":
-            assert self.later_kl is not None
+            assert batch.later_kl is not None
             assert new.kl is not None
-            return sequence_kl(new.kl, log_ratio, self.later_kl[batch.indices, : mask.shape[1]])
-        reference = self.reference_log_probs[batch.indices, : mask.shape[1]]
-        kl = estimate_kl(torch.where(mask, new.log_prob, 0.0), torch.where(mask, reference, 0.0), "k3")
+            return sequence_kl(new.kl, log_ratio, batch.later_kl)
+        reference = torch.where(mask, batch.reference_log_probs, 0.0)
+        kl = estimate_kl(torch.where(mask, new.log_prob, 0.0), reference, "k3")
         return log_ratio.exp() * kl if kind == "token" else kl
 
     def training_state(self) -> dict[str, Any]:
@@ -296,6 +339,19 @@ class PolicyGradientAgent(RolloutAgent):
             self.averaged = model
         else:
             super().take_frozen_model(name, model)
+
+
+def exchanged(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
+    """Return a batch with these rows of all processes, and where they are in it.
+
+    A single process keeps its batch. If no process has any rows, the result has some that nobody is to train on.
+    """
+    if count() == 1:
+        return batch, rows
+    own = batch[rows].to(torch.device("cpu")) if len(rows) else None  # processes exchange host memory
+    parts = [part for part in everyone(own) if part is not None]
+    whole = Batch.cat(parts).to(batch.log_probs.device) if parts else batch
+    return whole, torch.arange(len(whole) if parts else 0)
 
 
 def _slices(count: int, size: int | None) -> list[slice]:

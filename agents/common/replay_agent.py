@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from textgym.models.actor_critic import ActorCritic, PolicyLike, Step
 from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_host
+from textgym.models.sequences import Sequences
 from textgym.models.token_model import Observation, TokenModel
 from textgym.rewards.kl import FixedKL
 
@@ -108,7 +109,6 @@ class ReplayAgent(RolloutAgent):
     config: ReplayConfig
     greedy: bool
     reference_may_move = False  # the replay buffer stores log-probs of the reference
-    shuffles_alike = True  # all processes sample the same batches from the replay buffer
     has_separate_critic: ClassVar[bool] = False
     """Whether the further networks learn from a loss of their own, so that their gradient is clipped by itself."""
 
@@ -161,7 +161,7 @@ class ReplayAgent(RolloutAgent):
         return config.epsilon_start + (config.epsilon_end - config.epsilon_start) * min(done, 1.0)
 
     def collect(self, head: Any = None) -> Rollout:
-        """Collect one episode in every row; `head` replaces the policy's output weights."""
+        """Collect one episode of each prompt of a round; `head` replaces the policy's output weights."""
         config = self.config
         exploration = (self.epsilon, config.exploration_temperature)
         actor: Any = Behaviour(self.policy, self.penalty.reference, *exploration, self.greedy, head)
@@ -179,17 +179,23 @@ class ReplayAgent(RolloutAgent):
 
         They follow from k1 = log pi - log pi_ref, so no other pass of the reference is needed.
         """
+        here, longest = self.policy.device, self.base_env.max_new_tokens
+        for part in everyone(self._scored(rollout, kl)):
+            if part is not None:
+                sequences, rewards, reference_log_probs = part
+                self.memory.add(sequences.to(here), rewards.to(here), reference_log_probs.to(here), longest)
+
+    def _scored(self, rollout: Rollout, kl: Tensor) -> tuple[Sequences, Tensor, Tensor] | None:
+        """Return the sequences, rewards and reference log-probs of the episodes with a score; `None` without any."""
         [scored] = to_host(rollout.scored)
         rows = scored.nonzero()[:, 0]
+        if not len(rows):
+            return None
         kl, rollout = kl[rows.to(kl.device)], rollout[rows]
         kl = kl[:, : rollout.log_probs.shape[1]]
         reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
         place = self.policy.device if count() == 1 else torch.device("cpu")  # processes exchange host memory
-        own = rollout.sequences.to(place), rollout.rewards.to(place), reference_log_probs.to(place)
-        here, longest = self.policy.device, self.base_env.max_new_tokens
-        for sequences, rewards, references in everyone(own):
-            if len(sequences):
-                self.memory.add(sequences.to(here), rewards.to(here), references.to(here), longest)
+        return rollout.sequences.to(place), rollout.rewards.to(place), reference_log_probs.to(place)
 
     def samples(self) -> Iterator[ReplayBatch]:
         """Yield a batch of replayed episodes for each step of an update; none before learning starts."""

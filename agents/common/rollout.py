@@ -86,20 +86,35 @@ def collect(
     deterministic: bool = False,
     action_mask: ActionMask | None = None,
 ) -> Rollout:
-    """Collect one episode in every row, from `reset` until the last row has ended.
+    """Collect one episode in every row, or of every prompt of the options, from `reset` until the last row has ended.
 
     Args:
         envs: A `TextVectorEnv`, perhaps with wrappers. Rows that have ended wait for the others. Afterwards the
             environment has its old settings.
         policy: The policy that generates.
-        options: Options of `reset`, such as `{"prompt_index": ...}`.
+        options: Options of `reset`, such as `{"prompt_index": ...}`; with fewer prompts than rows, the other rows are
+            not in the result.
         deterministic: Whether to choose the most likely token at every step instead of sampling.
         action_mask: Further restriction of the actions, which applies to the log-probs too.
     """
     base_env = rollout_env(envs)
     check_one_device(policy=policy.device, environment=base_env.device)
+    options, wanted = for_all_rows(options, envs.num_envs)
     with base_env.whole_episodes(wrapped=envs is not base_env):
-        return _collect(envs, base_env, policy, options, deterministic, action_mask)
+        return first_rows(_collect(envs, base_env, policy, options, deterministic, action_mask), wanted)
+
+
+def for_all_rows(options: dict[str, Any] | None, num_envs: int) -> tuple[dict[str, Any] | None, int]:
+    """Return options of `reset` with a prompt for every row, and the number of rows that are wanted."""
+    if options is None or not 0 < len(options.get("prompt_index", ())) < num_envs:
+        return options, num_envs
+    prompts = list(options["prompt_index"])
+    return {**options, "prompt_index": prompts + prompts[-1:] * (num_envs - len(prompts))}, len(prompts)
+
+
+def first_rows(rollout: Rollout, number: int) -> Rollout:
+    """Return the first episodes of a rollout."""
+    return rollout if number == len(rollout) else rollout[:number]
 
 
 def _collect(

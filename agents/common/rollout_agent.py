@@ -10,7 +10,8 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -45,6 +46,7 @@ from ..machine.distributed import (
     join,
     process_seed,
     rank,
+    shares_of,
     sum_gradients,
     sum_over_processes,
 )
@@ -71,15 +73,16 @@ class RolloutAgent(ABC):
         config: Config of the algorithm.
 
     Raises:
-        ConfigError: If `envs` is not a batch of texts; a `ValueError`.
+        ConfigError: If `envs` is not a batch of texts, or the processes cannot share `episodes_per_update`; a
+            `ValueError`.
         ValueError: If the environment also applies the KL penalty.
     """
 
     config_class: ClassVar[type[RolloutAgentConfig]]
     reference_may_move: ClassVar[bool] = True
     """Whether the reference may change between updates, see `textgym.rewards.reference.SyncReference`."""
-    shuffles_alike: ClassVar[bool] = False
-    """Whether the shufflers of all processes give the same numbers."""
+    episodes_per_prompt: int = 1
+    """Number of episodes of each prompt in an update."""
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         model = str(policy) if isinstance(policy, str | os.PathLike) else None
@@ -106,12 +109,7 @@ class RolloutAgent(ABC):
             )
         self.base_env.fit(policy)
         join()
-        if self.config.episodes_per_update % (envs.num_envs * count()):
-            processes = f" times {count()} processes" if count() > 1 else ""
-            raise ValueError(
-                f"episodes_per_update={self.config.episodes_per_update} must be a multiple of "
-                f"num_envs={envs.num_envs}{processes}"
-            )
+        self._check_size()
         broadcast_weights(policy)
         if self.config.gradient_checkpointing:
             policy.checkpoint_layers()
@@ -132,6 +130,7 @@ class RolloutAgent(ABC):
             **settings_of(self.base_env, self.penalty),
         }
         self.callbacks = CallbackList(None)  # those of `learn`, while it runs
+        self.round = np.zeros(0, dtype=np.int64)  # prompts (indices) of the round of episodes that is collected next
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
@@ -209,7 +208,9 @@ class RolloutAgent(ABC):
         # 1. Collect whole episodes with the current policy.
         started = time.perf_counter()
         self._tell_rewards()
-        rollout = self._play()
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the rollout
+        with self._shared_scale():
+            rollout = self.play()
         collected = time.perf_counter()
 
         # 2. Measure the KL of every token to the reference.
@@ -239,28 +240,47 @@ class RolloutAgent(ABC):
             "time/update_s": time.perf_counter() - collected,
         }
 
-    def _play(self) -> Rollout:
-        """Collect this process's episodes of an update."""
+    @contextmanager
+    def _shared_scale(self) -> Iterator[None]:
+        """Return a context after which all processes scale scores by the moments of the scores of all of them."""
         scale = self.base_env.scorer.scale
         before = torch.tensor(scale.moments(), dtype=torch.float64, device=device())
-        rounds = self.config.episodes_per_update // (self.envs.num_envs * count())
-        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the rollout
-        rollout = merge([self.collect() for _ in range(rounds)])
-        if count() > 1 and scale.scaling is not None:  # all processes use the moments of all scores
+        yield
+        if count() > 1 and scale.scaling is not None:
             scale.take_moments(*(before + sum_over_processes(before.new_tensor(scale.moments()) - before)).tolist())
-        return rollout
+
+    def play(self) -> Rollout:
+        """Collect this process's episodes of an update."""
+        prompts = self.next_prompts(shares_of(self.config.episodes_per_update // self.episodes_per_prompt))
+        return self.episodes_of(prompts)
+
+    def next_prompts(self, shares: Sequence[int]) -> np.ndarray:
+        """Return the next prompts (indices): all processes take the same prompts in order, and each uses its part.
+
+        Args:
+            shares: Number of prompts of each process, by rank.
+        """
+        start = sum(shares[: rank()])
+        return self.base_env.next_prompts(sum(shares))[start:][: shares[rank()]]
+
+    def episodes_of(self, prompts: np.ndarray) -> Rollout:
+        """Collect `episodes_per_prompt` episodes of each of these prompts (indices), in order."""
+        each, rows = self.episodes_per_prompt, self.envs.num_envs
+        rows = rows // each * each or rows  # one call of a reward function scores whole groups, if they fit
+        repeated = prompts.repeat(each)
+        rollouts = []
+        for start in range(0, len(repeated), rows):
+            self.round = repeated[start : start + rows]
+            rollouts.append(self.collect())
+        return merge(rollouts)
 
     def collect(self) -> Rollout:
-        """Collect one episode in every row."""
+        """Collect one episode of each prompt of a round."""
         return collect(self.envs, self.policy, self.episode_options())
 
     def episode_options(self) -> dict[str, Any]:
-        """Return the options of the environment's reset before a rollout."""
-        return {"prompt_index": self.next_prompts(self.envs.num_envs)}
-
-    def next_prompts(self, number: int) -> np.ndarray:
-        """Return the next prompts `(number,)`: all processes take the same prompts in order, and each uses its part."""
-        return self.base_env.next_prompts(number * count())[rank() * number :][:number]
+        """Return the options of the environment's reset before a round of episodes."""
+        return {"prompt_index": self.round}
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token to the reference, `(N, T)` nats."""
@@ -323,6 +343,22 @@ class RolloutAgent(ABC):
                 "the KL of a token"
             )
 
+    def _check_size(self) -> None:
+        """Check that whole groups of episodes make up an update, and that each process has at least one of them.
+
+        Raises:
+            ConfigError: If not; the message has the nearest number that does.
+        """
+        size, each = self.config.episodes_per_update, self.episodes_per_prompt
+        fewest = each * count()
+        if size % each == 0 and size >= fewest:
+            return
+        below, above = size // each * each, -(-size // each) * each
+        works = f"{below} or {above}" if below >= fewest else f"{max(above, fewest)}"
+        groups = f"whole groups of group_size={each}" if each > 1 else "whole episodes"
+        processes = f", at least one for each of {count()} processes" if count() > 1 else ""
+        raise ConfigError(f"episodes_per_update={size} must consist of {groups}{processes}: the nearest is {works}")
+
     def _schedule(self) -> None:
         """Set the learning rates of the next update."""
         num_updates = self.total_episodes / self.config.episodes_per_update
@@ -342,9 +378,9 @@ class RolloutAgent(ABC):
         return self.policy.generator
 
     def seed_process(self, seed: int) -> None:
-        """Seed the generators of this process, the sampler of tokens and the shuffler of minibatches."""
+        """Seed the generators: processes sample other tokens, and the same minibatches."""
         self.policy.seed(process_seed(seed))
-        self.shuffler.manual_seed(seed if self.shuffles_alike else process_seed(seed))
+        self.shuffler.manual_seed(seed)
 
     def training_state(self) -> dict[str, Any]:
         """Return further state of the algorithm for a checkpoint, as plain values; empty for most algorithms."""

@@ -282,12 +282,10 @@ def load_agent(
     if known:
         generators = state["generators"][distributed.rank()]
         restore_generator(agent.sampler, generators["sampler"])
-        restore_generator(agent.shuffler, generators["shuffler"])
         restore_global_generators(generators["global"])
     else:  # numbers that no process of this run has had
         agent.seed_process(config.seed + agent.updates)
-        if agent.shuffles_alike:
-            restore_generator(agent.shuffler, state["generators"][0]["shuffler"])
+    restore_generator(agent.shuffler, state["generators"][0]["shuffler"])  # all processes shuffle alike
     warn_of_differences(folder, saved.machine, policy)
     warn_of_changes(folder, saved.inputs, agent.inputs)
     return agent

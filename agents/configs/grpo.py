@@ -36,7 +36,7 @@ class GRPOConfig(PromptGroupConfig):
     overlong_penalty: NotNegative = 1.0
     """What a response of the maximum length pays with `overlong_buffer`."""
     dynamic_sampling: Count | None = None
-    """Maximum number of further rounds of episodes to collect in place of groups whose scores are all equal."""
+    """Maximum number of times to collect further groups in place of those whose scores are all equal."""
     importance_cap: Positive | None = None
     """Compute the log-probs of a rollout again, and correct for the sampler's by importance weights up to this; for
     engines whose log-probs are not those of the trainer."""

@@ -83,7 +83,7 @@ class PromptGroupConfig(PolicyGradientConfig):
     """Hyperparameters of all agents that compare episodes of one prompt."""
 
     group_size: Annotated[int, at_least(2), at_most(MOST)] = 8
-    """Number of episodes of each prompt; it must divide the number of rows of the environment."""
+    """Number of episodes of each prompt; it must divide `episodes_per_update`."""
 
 
 def suitable_critic(config: Config) -> tuple[str, Config]:

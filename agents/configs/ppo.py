@@ -60,7 +60,7 @@ class PPOConfig(CriticConfig):
     ptx_coef: Positive = 1.0
     """Weight of the mean negative log-likelihood of `ptx_data`, in nats per token."""
     ptx_batch_size: Count = 8
-    """Texts of `ptx_data` in an optimiser step, in each process."""
+    """Texts of `ptx_data` in an optimiser step, over all processes."""
     ptx_max_length: Count = 512
     """Maximum number of tokens of a text of `ptx_data`."""
     importance_cap: Positive | None = None

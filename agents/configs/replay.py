@@ -14,7 +14,8 @@ class ReplayConfig(RolloutAgentConfig):
     """Hyperparameters of all agents with a replay buffer."""
 
     episodes_per_update: Count = 64
-    """Episodes collected before each update; a multiple of the number of rows of the environment."""
+    """Episodes collected before each update, over all processes. If the number of rows does not divide it, some rows of
+    the last round are generated and scored, and not used."""
     gradient_steps: Count = 4
     """Number of optimiser steps in an update."""
     batch_size: Count = 64

@@ -78,7 +78,8 @@ class RolloutAgentConfig(OptimizerConfig):
     """Hyperparameters of all agents that learn from rollouts."""
 
     episodes_per_update: Count = 128
-    """Episodes collected before each update, over all processes; a multiple of the total number of rows."""
+    """Episodes collected before each update, over all processes. If the number of rows does not divide it, some rows of
+    the last round are generated and scored, and not used."""
     on_nonfinite: OnNonFinite = "raise"
     """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
     Skipped steps are counted, and more than 10 of the last 100 are an error."""

@@ -25,7 +25,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.log_probs import StopRule
 from textgym.models.machine.devices import check_one_device
 
-from ..common.rollout import Rollout, score_whole
+from ..common.rollout import Rollout, first_rows, for_all_rows, score_whole
 
 
 class Engine(Protocol):
@@ -45,13 +45,13 @@ class Engine(Protocol):
 
 
 def collect_from(engine: Engine, envs: Any, policy: ActorCritic, options: dict[str, Any] | None = None) -> Rollout:
-    """Collect one episode per row, with responses that an engine generates.
+    """Collect one episode per row, or per prompt of the options, with responses that an engine generates.
 
     Args:
         engine: The engine, with the current weights of the policy.
         envs: A `TextVectorEnv` whose episodes have one turn.
         policy: The policy; it computes the log-probs, and its random generator seeds the engine.
-        options: Options for `reset`.
+        options: Options for `reset`; with fewer prompts than rows, the other rows are not in the result.
 
     Raises:
         ValueError: If a response is incomplete, or the environment has to be stepped through, because it has stop
@@ -59,12 +59,13 @@ def collect_from(engine: Engine, envs: Any, policy: ActorCritic, options: dict[s
     """
     base_env = rollout_env(envs)
     check_one_device(policy=policy.device, environment=base_env.device)
+    options, wanted = for_all_rows(options, envs.num_envs)
     with base_env.whole_episodes():
         observation, _ = envs.reset(options=options)
         responses = _responses(engine, base_env, policy, observation)
         rows = [torch.tensor(response, device=base_env.device) for response in responses]
         lengths = torch.tensor([len(row) for row in rows])
-        return score_whole(envs, policy, pad_sequence(rows, batch_first=True), lengths)
+        return first_rows(score_whole(envs, policy, pad_sequence(rows, batch_first=True), lengths), wanted)
 
 
 def _responses(engine: Engine, base_env: RolloutEnv, policy: ActorCritic, observation: Any) -> list[list[int]]:

@@ -2,8 +2,9 @@
 
     accelerate launch --multi_gpu --num_processes 8 -m textgym.cli train --output-dir runs/ppo
 
-Sums and means over a rollout are taken over the rollouts of all processes. So n processes with 1/n of the episodes each
-train as one process with all episodes, up to rounding. Gradients are summed over processes once per optimiser step.
+Sums and means are over the rollouts of all processes, and a minibatch is sampled from the episodes
+of all. So n processes train as one process with all episodes, up to rounding, also if n does not divide their number.
+Gradients are summed over processes once per optimiser step.
 Under FSDP2 (fully sharded data parallel; Zhao et al., 2023) each process holds a shard of the trained weights, of their
 gradients and of the optimiser state.
 
@@ -13,6 +14,7 @@ In a single process the functions of this module return their arguments unchange
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 import warnings
@@ -77,19 +79,10 @@ def sharded_by_fsdp() -> bool:
     return count() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def share_of(number: int, name: str) -> int:
-    """Return the part of a total that this process does, such as of the episodes of an update.
-
-    Args:
-        number: The total of all processes.
-        name: Name of the setting, for the error message.
-
-    Raises:
-        ValueError: If the number of processes does not divide it.
-    """
-    if number % count():
-        raise ValueError(f"{name}={number} is shared by {count()} processes: make it a multiple of {count()}")
-    return number // count()
+def shares_of(number: int) -> list[int]:
+    """Return how many of `number` items each process does, by rank; they differ by at most one."""
+    ends = [number * process // count() for process in range(count() + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def process_seed(seed: int) -> int:
@@ -146,6 +139,13 @@ def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = everyone(columns)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part.get(name, missing) for part in parts]) for name in names}
+
+
+def concatenated(values: Tensor) -> Tensor:
+    """Concatenate `(N, ...)` of all processes by rank; N may differ."""
+    if count() == 1:
+        return values
+    return torch.cat(everyone(values.cpu())).to(values.device)
 
 
 def column_total(values: Tensor) -> Tensor:

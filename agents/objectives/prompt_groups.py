@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,26 +16,18 @@ from ..machine.distributed import everyone
 
 
 class PromptGroupAgent(PolicyGradientAgent):
-    """Base class of agents whose rows are groups of `group_size` with the same prompt; arguments as `RolloutAgent`.
+    """Base class of agents whose episodes are groups of `group_size` with the same prompt; arguments as `RolloutAgent`.
 
     Raises:
-        ValueError: If `group_size` does not divide the number of rows of the environment.
+        ConfigError: If `group_size` does not divide `episodes_per_update`, or there are fewer groups than processes.
     """
 
     config: PromptGroupConfig
 
-    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
-        super().__init__(policy, envs, config)
-        size = self.config.group_size
-        if self.envs.num_envs % size:
-            raise ValueError(
-                f"group_size={size} must divide num_envs={self.envs.num_envs}: each prompt has so many rows"
-            )
-
-    def episode_options(self) -> dict[str, Any]:
-        """Return the same prompt for all rows of each group."""
-        prompts = self.next_prompts(self.envs.num_envs // self.config.group_size)
-        return {"prompt_index": np.repeat(prompts, self.config.group_size).tolist()}
+    @property
+    def episodes_per_prompt(self) -> int:  # type: ignore[override]  # read alone
+        """Number of episodes of each prompt."""
+        return self.config.group_size
 
     def compared(self, returns: Tensor, scored: Tensor) -> GroupComparison:
         """Compare the returns `(N,)` within each group, over the episodes that have a score, bool `(N,)`."""

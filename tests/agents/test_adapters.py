@@ -280,7 +280,7 @@ def test_a_real_model_after_sft_and_ppo_is_read_back_with_the_log_probs_and_the_
 
     # 3. Policy and start, merged and read back by transformers, are as far apart as the agent reports.
     agent.save(tmp_path / "agent")
-    rollout = agent.collect()
+    rollout = agent.play()
     reported = agent.measure_kl(rollout)
     final, start = (
         TokenModel(AutoModelForCausalLM.from_pretrained(tmp_path / part)) for part in ("agent/policy", "start")

@@ -215,7 +215,7 @@ def test_with_weights_in_bf16(kind: str) -> None:
 @unlike_kinds
 def test_kl_is_zero_at_step_zero(kind: str, bf16: bool) -> None:
     agent = make_agent(kind, make_envs(reference=None), make_policy(kind, moved=False), bf16=bf16)
-    rollout = agent.collect()
+    rollout = agent.play()
     for estimator in ESTIMATORS:
         agent.penalty.estimator = estimator
         assert agent.measure_kl(rollout).abs().max() < ROUNDING, estimator
@@ -253,7 +253,7 @@ def test_a_row_alone_and_in_a_batch(kind: str) -> None:
         assert alone.tokens[0, :end].tolist() == together.tokens[row, :end].tolist()
         assert_close(alone.log_probs[0, :end], together.log_probs[row, :end], terms=FORWARD)
 
-    sequences = agent.collect().sequences
+    sequences = agent.play().sequences
     agent.policy.evaluate(sequences, entropy_gradient=True).log_prob.sum().backward()
     expected = {name: gradient.clone() for name, gradient in gradients_of(agent).items()}
     agent.policy.zero_grad()
@@ -356,7 +356,7 @@ def test_slow_and_fast_paths_agree(kind: str, captures: list[Any]) -> None:
     """One set of episodes in captured steps, through a `TextVectorEnv` stepped by `act`, and through a `TextEnv`."""
     fast = make_agent(kind)
     slow = make_agent(kind, VectorWrapper(make_envs(kind)))  # a wrapper is stepped through
-    rollouts = [agent.collect() for agent in (fast, slow)]
+    rollouts = [agent.play() for agent in (fast, slow)]
     assert captures, "the first one was written in captured steps"
     written, stepped = rollouts
     sequences, mask = written.sequences, written.response_mask

@@ -15,7 +15,7 @@ import torch
 from textgym import agents
 from textgym.agents import A2C, GRPO, NLPO, PPO, REINFORCE, RLOO, ExpertIteration, OnlineDPO
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
-from textgym.agents.common.rollout import collect, merge
+from textgym.agents.common.rollout import collect
 from textgym.errors import CutPromptsWarning
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import (
@@ -311,7 +311,7 @@ def test_a_dear_penalty_keeps_the_policy_near_the_old_one() -> None:
 
 def test_groups_share_their_prompt() -> None:
     agent = make_agent("grpo")
-    rollout = merge([agent.collect() for _ in range(2)])
+    rollout = agent.play()
     prompts = [
         tuple(row[:length])
         for row, length in zip(
@@ -350,7 +350,7 @@ def test_grpo_leaves_groups_without_spread_out_and_counts_them() -> None:
 def test_groups_without_spread_count_in_the_means_of_the_loss(loss_type: str, micro_batch_size: int | None) -> None:
     """Left out of them, as they cost no pass, they would make the gradient of the others larger."""
     agent = make_agent("grpo", make_envs(kl_coef=0.0), loss_type=loss_type, micro_batch_size=micro_batch_size)
-    rollout = merge([agent.collect() for _ in range(2)])
+    rollout = agent.play()
     score = torch.arange(32.0).view(8, 4)
     score[[0, 2, 3, 5, 6, 7]] = 1.0  # 6 of 8 groups are flat
     last = rollout.sequences.response_lengths[:, None] - 1
@@ -396,7 +396,7 @@ def test_the_kl_of_texts_in_the_loss_is_the_formula_by_hand(kind: Any) -> None:
     )
     envs = make_envs(reward=lambda completions: [1.0] * len(completions), kl_coef=0.1)
     agent = kind(ActorCritic.from_pretrained(mock_lm(seed=2), critic="separate"), envs, kind.config_class(**settings))
-    rollout = agent.collect()
+    rollout = agent.play()
     agent.measure_kl(rollout)
     size = 4 if kind is GRPO else 16
 
@@ -458,7 +458,7 @@ def test_expert_iteration_imitates_the_best_of_each_group(min_score: float | Non
     seen: list[torch.Tensor] = []
     evaluate = agent.evaluate
     agent.evaluate = lambda policy, batch: (seen.append(batch.indices), evaluate(policy, batch))[1]  # type: ignore[method-assign]
-    rollout = merge([agent.collect() for _ in range(2)])
+    rollout = agent.play()
     metrics = agent.update(rollout, torch.zeros_like(rollout.log_probs))
     scores = rollout.scores.view(-1, 4)
     second = scores.sort(1, descending=True).values[:, 1:2]
@@ -513,7 +513,7 @@ def test_nlpo_says_what_k1_means() -> None:
 
 def test_nlpo_chooses_within_the_mask() -> None:
     agent = make_agent("nlpo", top_p=0.3, min_tokens_to_keep=2)
-    rollout = agent.collect()
+    rollout = agent.play()
     allowed = agent.allowed(rollout.sequences)  # type: ignore[attr-defined]
     assert allowed.sum(1).max() < 258 / 2
     assert allowed.sum(1).min() >= 2
@@ -559,7 +559,7 @@ def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: l
         (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "kl_min must be below kl_max=0.01, got 0.1"),
         (lambda: agents.NLPOConfig(kl_in="loss"), "kl_in='loss' and NLPO's mask exclude each other"),
         (lambda: agents.NLPOConfig(mask_update_interval=0), "mask_update_interval must be at least 1"),
-        (lambda: make_agent("grpo", group_size=5), "divide num_envs=16"),
+        (lambda: make_agent("grpo", group_size=5), "whole groups of group_size=5: the nearest is 30 or 35"),
         (lambda: make_agent("rloo", group_size=1), "at least 2"),
     ],
 )

@@ -126,7 +126,7 @@ def test_overlong_responses_pay_in_the_last_tokens() -> None:
         lambda completions: [0.0] * len(completions), overlong_buffer=2, overlong_penalty=3.0, scale="none"
     )
     assert agent.overlong(torch.arange(1, 7)).tolist() == [0.0, 0.0, 0.0, 0.0, 1.5, 3.0]
-    rollout = agent.collect()
+    rollout = agent.play()
     lengths = rollout.sequences.response_lengths
     paid = agent.overlong(lengths).view(-1, 4)
     expected = (paid.mean(1, keepdim=True) - paid).flatten()
@@ -141,9 +141,9 @@ def by_prompt(prompts: list[str], completion_ids: list[list[int]]) -> list[float
 
 def test_groups_whose_scores_are_equal_are_replaced() -> None:
     plain, dynamic = make_agent(by_prompt), make_agent(by_prompt, dynamic_sampling=4)
-    assert plain.flat_groups(plain.collect()).any()
+    assert plain.flat_groups(plain.play()).any()
     for _ in range(3):
-        rollout = dynamic.collect()
+        rollout = dynamic.play()
         assert len(rollout) == 16
         assert not dynamic.flat_groups(rollout).any()
         prompts = [
@@ -159,7 +159,7 @@ def test_some_groups_stay_if_all_scores_are_equal() -> None:
     rounds: list[int] = []
     agent = make_agent(lambda completions: rounds.append(1) or [1.0] * len(completions), dynamic_sampling=3)
     rounds.clear()
-    assert len(agent.collect()) == 16
+    assert len(agent.play()) == 16
     assert len(rounds) == 1 + 3
 
 
@@ -170,7 +170,7 @@ def length(completion_ids: list[list[int]]) -> list[float]:
 def test_each_reward_function_has_its_own_unit() -> None:
     """GDPO, by hand: normalised in groups by functions, added with weights, then over all episodes."""
     agent = make_agent([vowels, length], env={"reward_weights": [2.0, -1.0]}, scale="each")
-    rollout = agent.collect()
+    rollout = agent.play()
     columns = [rollout.components[f"reward/{name}"].double().numpy().reshape(-1, 4) for name in ("vowels", "length")]
     parts = [
         (column - column.mean(1, keepdims=True)) / (column.std(1, ddof=1, keepdims=True) + 1e-4) for column in columns
@@ -191,7 +191,7 @@ def test_the_unit_of_one_reward_function_does_not_hide_another() -> None:
             return [factor * len(ids) for ids in completion_ids]
 
         agent = make_agent([vowels, longer], scale="each")
-        scaled.append(advantages_of(agent, agent.collect()))
+        scaled.append(advantages_of(agent, agent.play()))
     assert_close(scaled[1], scaled[0], terms=16, scale=100.0)
 
 
@@ -199,7 +199,7 @@ def test_the_unit_of_one_reward_function_does_not_hide_another() -> None:
 def test_a_sampler_with_other_log_probs_is_corrected(kind: Any) -> None:
     """The ratio is to the trainer's log-probs, and weights are pi_old / mu up to the cap."""
     plain, agent = make_agent(kind=kind), make_agent(kind=kind, importance_cap=1.5)
-    rollout = agent.collect()
+    rollout = agent.play()
     own = rollout.log_probs.clone()
     noise = torch.where(rollout.response_mask, torch.randn(own.shape, generator=torch.Generator().manual_seed(0)), 0.0)
     expected = advantages_of(plain, rollout) * (-noise).exp().clamp(max=1.5)
@@ -214,7 +214,7 @@ def test_a_sampler_with_other_log_probs_is_corrected(kind: Any) -> None:
 
 def test_of_our_own_sampler_no_token_is_corrected() -> None:
     agent = make_agent(importance_cap=2.0)
-    rollout = agent.collect()
+    rollout = agent.play()
     assert_close(
         advantages_of(agent, rollout), advantages_of(make_agent(), rollout), terms=terms_of(mock_lm()), scale=8.0
     )
@@ -222,7 +222,7 @@ def test_of_our_own_sampler_no_token_is_corrected() -> None:
 
 def test_the_share_of_tokens_with_high_entropy_is_trained_on() -> None:
     agent = make_agent(entropy_share=0.25, scale="none")
-    rollout = agent.collect()
+    rollout = agent.play()
     with torch.no_grad():
         entropy = agent.policy.evaluate(rollout.sequences).entropy
     advantages = advantages_of(agent, rollout)

@@ -303,7 +303,7 @@ def test_targets_follow() -> None:
     agent = make_agent("greedy", tau=0.25, target_update_interval=2, learning_rate=0.1)
     (target, followed), *_ = agent.follow()
     before = [weight.clone() for weight in target.parameters()]
-    rollout = agent.collect()
+    rollout = agent.play()
     agent.remember(rollout, agent.measure_kl(rollout))
 
     def step() -> None:

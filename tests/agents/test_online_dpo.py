@@ -69,7 +69,7 @@ def update(agent: OnlineDPO) -> tuple[Rollout, list[Batch], dict[str, float]]:
         return loss(new, batch)
 
     agent.loss = noted  # type: ignore[method-assign]
-    rollout = with_scores(agent.collect())
+    rollout = with_scores(agent.play())
     return rollout, batches, agent.update(rollout, agent.measure_kl(rollout))
 
 

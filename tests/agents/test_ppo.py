@@ -143,9 +143,15 @@ def test_frozen_models_do_not_move() -> None:
         assert all(not p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_an_update_is_a_whole_number_of_rounds() -> None:
-    with pytest.raises(ValueError, match="must be a multiple of num_envs=16"):
-        make_agent(episodes_per_update=20)
+def test_an_update_has_as_many_episodes_as_were_asked_for() -> None:
+    """16 rows do not divide 20 episodes; the prompts of rows that are not used stay in the queue."""
+    agent, sizes = make_agent(episodes_per_update=20, minibatch_size=6), []
+    agent.rollout_callbacks.append(lambda agent, rollout, kl: sizes.append(len(rollout)))
+    before = len(agent.base_env.progress()["prompt_queue"])
+    assert agent.learn(40).episodes == 40
+    assert sizes == [20, 20]
+    after = len(agent.base_env.progress()["prompt_queue"])
+    assert (before - after) % len(agent.base_env.prompts) == 40 % len(agent.base_env.prompts)
 
 
 def test_options_run() -> None:

@@ -198,9 +198,10 @@ def test_kl_in_the_loss_by_hand() -> None:
     old, reference = torch.tensor([[-1.2, 3.0]]), torch.tensor([[-0.5, torch.nan]])
     agent: Any = PPO.__new__(PPO)
     agent.config = PPOConfig(value_coef=0.0, kl_in="loss")
-    agent.penalty, agent.reference_log_probs = SimpleNamespace(coef=0.3), reference
+    agent.penalty = SimpleNamespace(coef=0.3)
     zeros = torch.zeros(1, 2)
-    batch = Batch(SimpleNamespace(response_mask=mask), old, zeros, zeros, zeros, torch.arange(1))  # type: ignore[arg-type]
+    sequences: Any = SimpleNamespace(response_mask=mask)
+    batch = Batch(sequences, old, zeros, zeros, zeros, torch.arange(1), reference_log_probs=reference)
     loss, figures = agent.loss(Evaluation(new, zeros, zeros), batch)
     expected = math.exp(0.2) * (math.exp(0.5) - 1 - 0.5)
     assert figures["loss/kl_avg"].item() == pytest.approx(expected)

@@ -107,7 +107,7 @@ def assert_moved_alike(
 def test_one_update_moves_the_weights_as_the_cpus(device: torch.device, name: str) -> None:
     one, other = make_agent(name, CPU), make_agent(name, device)
     before = weights_of(one.policy)
-    rollout: Rollout = one.collect()
+    rollout: Rollout = one.play()
 
     metrics = []
     for agent in (one, other):

@@ -70,12 +70,12 @@ def agent(make_policy: Callable[..., ActorCritic], make_envs: Callable[..., Any]
 
 def test_a_rollout_waits_twelve_times(syncs: Counting, agent: PPO) -> None:
     with syncs() as seen:
-        agent._play()
+        agent.play()
     assert seen.total() <= 12, shown(seen)
 
 
 def test_a_minibatch_waits_four_times(syncs: Counting, agent: PPO) -> None:
-    rollout = agent._play()
+    rollout = agent.play()
     kl = agent.measure_kl(rollout)
     with syncs() as seen:
         agent.update(rollout, kl)

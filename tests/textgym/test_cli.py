@@ -495,7 +495,10 @@ def test_evaluate_prints_the_metrics_of_a_task_with_intervals(capsys: pytest.Cap
         (env_kwargs(max_new_tokens=0), "textgym: max_new_tokens must be at least 1, got 0"),
         (env_kwargs(reward="my_rewards:nothing"), "'my_rewards' has no 'nothing'. It has: broken, text_length"),
         (env_kwargs(prompts="no.jsonl"), "there is no file 'no.jsonl' with prompts"),
-        (["--num-envs", "7"], "textgym: episodes_per_update=8 must be a multiple of num_envs=7"),
+        (
+            ["--agent", "grpo", "--group-size", "3"],
+            "=8 must consist of whole groups of group_size=3",
+        ),
         (["--output-dir", "my_rewards.py"], "my_rewards.py"),
         (["--data", "rows.jsonl"], "--agent ppo learns from the episodes it plays and would not read --data"),
     ],

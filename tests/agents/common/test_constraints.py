@@ -70,7 +70,7 @@ def test_a_multiplier_grows_above_the_limit_and_never_falls_below_zero() -> None
 
 def test_the_last_token_pays_the_cost_and_a_row_without_one_pays_nothing() -> None:
     agent = make_agent(constraints={"length": 2.0}, constraint_learning_rate=0.5)
-    rollout = agent.collect()
+    rollout = agent.play()
     before = rollout.rewards.clone()
     paid = before - agent.constraints.charge(rollout)
     multiplier = agent.constraints.multipliers["length"]

@@ -96,7 +96,7 @@ def without_scores(rollout: Rollout, rows: list[int], junk: float = 0.0) -> Roll
 
 def weights_after_an_update(name: str, change: Any) -> dict[str, Tensor]:
     agent = make_agent(name)
-    rollout = change(agent.collect())
+    rollout = change(agent.play())
     agent.update(rollout, agent.measure_kl(rollout))
     return agent.policy.state_dict()
 
@@ -141,7 +141,7 @@ def sometimes_broken(completion_ids: list[list[int]]) -> list[float]:
 def test_rows_without_a_score_are_counted_and_left_out_of_the_metrics(reward: Any, stepped: bool) -> None:
     envs = make_envs(reward=reward, on_reward_error="skip", missing_eos_penalty=1.0)
     agent = make_agent("ppo", gym.vector.VectorWrapper(envs) if stepped else envs)  # wrappers are stepped through
-    rollout = agent.collect()
+    rollout = agent.play()
     scored = rollout.scored
     first = rollout.sequences.input_ids.gather(1, rollout.sequences.prompt_lengths[:, None])[:, 0]
     assert scored.tolist() == (first % 3 != 0).tolist()
@@ -214,13 +214,13 @@ def test_an_evaluation_is_over_the_samples_that_have_a_score() -> None:
 @lru_cache
 def agent_of(name: str) -> RolloutAgent:
     agent = make_agent(name, kl_coef=0.02 if name == "dqn" else 0.0)
-    agent.measure_kl(agent.collect())
+    agent.measure_kl(agent.play())
     return agent
 
 
 @lru_cache
 def rollout_of(name: str) -> Rollout:
-    rollout = agent_of(name).collect()
+    rollout = agent_of(name).play()
     return replace(rollout, values=torch.zeros_like(rollout.values))
 
 

@@ -42,7 +42,15 @@ from textgym.agents import (
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.replay_agent import ReplayAgent
 from textgym.agents.common.rollout import Rollout
-from textgym.agents.machine.distributed import ProcessLostError, column_total, count, everyone, join, rank
+from textgym.agents.machine.distributed import (
+    ProcessLostError,
+    column_total,
+    count,
+    everyone,
+    join,
+    rank,
+    shares_of,
+)
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.data import files
 from textgym.data.files import TEMPORARY
@@ -88,7 +96,7 @@ AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
             "scale": "each",
             "entropy_share": 0.5,
             "importance_cap": 2.0,
-            "constraints": {"vowels": 0.1},
+            "constraints": {"digits": 0.1},
             "ema_decay": 0.5,
         },
     ),
@@ -104,8 +112,9 @@ FAST = ("ppo", "grpo")
 """Those that `make test` runs; the others share their update and differ in the loss."""
 
 
-def vowels(completions: list[str]) -> list[float]:
-    return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
+def digits(completion_ids: list[list[int]]) -> list[float]:
+    """Another score for nearly every text: equal ones would leave nothing but rounding to be whitened."""
+    return [sum(ids) % 17 / 4 for ids in completion_ids]
 
 
 def nothing(completions: list[str]) -> list[float]:
@@ -116,7 +125,7 @@ def make_envs(num_envs: int, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "prompts": ["one", "three", "a longer prompt"],
         "tokenizer": byte_tokenizer(),
-        "reward": vowels,
+        "reward": digits,
         "stop": list(range(0, 256, 8)),  # so that lengths differ
         "reference": mock_lm(),
         "kl_coef": AdaptiveKL(0.01, horizon=64),
@@ -149,8 +158,25 @@ def make_agent(name: str, num_envs: int, env: dict[str, Any] | None = None, **ch
 def learn(agent: PolicyGradientAgent) -> tuple[Weights, list[dict[str, float]]]:
     """Trains for a few updates; weights and metrics."""
     history: list[dict[str, float]] = []
-    agent.learn(EPISODES * UPDATES, [lambda _, metrics: history.append(metrics)])
+    agent.learn(agent.config.episodes_per_update * UPDATES, [lambda _, metrics: history.append(metrics)])
     return weights_of(agent), history
+
+
+def rollouts_of(agent: Any) -> list[Rollout]:
+    """Those of the updates that the agent is going to make."""
+    rollouts: list[Rollout] = []
+    play = agent.play
+    agent.play = lambda: rollouts.append(play()) or rollouts[-1]
+    return rollouts
+
+
+def give(agent: Any, rollouts: list[Rollout]) -> Any:
+    """The agent, which takes this process's rows of rollouts instead of collecting its own."""
+    shares = shares_of(agent.config.episodes_per_update // agent.episodes_per_prompt)
+    start, end = (agent.episodes_per_prompt * sum(shares[:number]) for number in (rank(), rank() + 1))
+    given = iter(rollouts)
+    agent.play = lambda: next(given)[start:end]
+    return agent
 
 
 def weights_of(agent: PolicyGradientAgent | SFT | DPO) -> Weights:
@@ -168,7 +194,7 @@ REPLAY: dict[str, tuple[type[ReplayAgent], dict[str, Any]]] = {
 
 def make_any_agent(name: str, num_envs: int) -> Any:
     if name not in REPLAY:
-        changes = {"minibatch_size": None, "num_epochs": 1} if name == "ppo" else {}
+        changes = {"minibatch_size": 5} if name == "ppo" else {}
         return make_agent(name, num_envs, **changes)
     kind, settings = REPLAY[name]
     config = {"episodes_per_update": EPISODES, "learning_starts": EPISODES, "target_update_interval": 3, **settings}
@@ -179,9 +205,7 @@ def make_any_agent(name: str, num_envs: int) -> Any:
 
 def learn_replaying_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, list[dict[str, float]], Weights]:
     """The run of one process, whose rollouts are given, with a share of their rows; and its replay buffer."""
-    agent = make_any_agent(name, EPISODES // count())
-    given = iter(rollouts)
-    agent.collect = lambda *_: next(given)[rows_of_process()]
+    agent = give(make_any_agent(name, EPISODES // count()), rollouts)
     weights, history = learn(agent)
     return weights, history, {key: values.numpy() for key, values in agent.memory.tensors.items()}
 
@@ -191,9 +215,8 @@ def learn_replaying_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weig
     [("dqn", 2), *(pytest.param(name, 4, marks=pytest.mark.slow) for name in REPLAY)],
 )
 def test_processes_replay_what_one_replays_from_all_episodes(name: str, processes: int) -> None:
-    whole, rollouts = make_any_agent(name, EPISODES), []
-    collect = whole.collect
-    whole.collect = lambda *_: rollouts.append(collect()) or rollouts[-1]
+    whole = make_any_agent(name, EPISODES)
+    rollouts = rollouts_of(whole)
     before = weights_of(whole)
     expected = learn(whole)
     assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
@@ -223,13 +246,11 @@ def test_processes_learn_pathwise_together(tmp_path: Path) -> None:
     assert errors[-1] > 0
 
 
-def learn_from_a_share_of(name: str, rollouts: list[Rollout]) -> tuple[Weights, list[dict[str, float]]]:
+def learn_from_a_share_of(
+    name: str, rollouts: list[Rollout], changes: dict[str, Any]
+) -> tuple[Weights, list[dict[str, float]]]:
     """The run of one process, whose rollouts are given, with a share of their rows."""
-    agent = make_agent(name, EPISODES // count())
-    own = slice(rank() * EPISODES // count(), (rank() + 1) * EPISODES // count())
-    given = iter(rollouts)
-    agent.collect = lambda: next(given)[own]  # type: ignore[method-assign]
-    return learn(agent)
+    return learn(give(make_agent(name, 3, **changes), rollouts))
 
 
 def launched(work: Callable[..., Any], *arguments: Any, processes: int = PROCESSES, **environment: str) -> list[Any]:
@@ -300,16 +321,66 @@ def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, floa
     ],
 )
 def test_two_processes_learn_what_one_learns_from_all_episodes(name: str, environment: dict[str, str]) -> None:
-    whole = make_agent(name, EPISODES)
-    rollouts: list[Rollout] = []
-    collect = whole.collect
-    whole.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    assert_shared_alike(name, PROCESSES, EPISODES, {}, environment)
+
+
+def assert_shared_alike(
+    name: str, processes: int, rows: int, changes: dict[str, Any], environment: dict[str, str]
+) -> None:
+    """Processes learn from their shares of the episodes what one learns, in an environment of `rows`, from all."""
+    whole = make_agent(name, rows, **changes)
+    rollouts = rollouts_of(whole)
     before = weights_of(whole)
     expected = learn(whole)
-    assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-3
-    tokens = [[int(part.response_mask.sum()) for part in (r[: EPISODES // 2], r[EPISODES // 2 :])] for r in rollouts]
-    assert any(first != second for first, second in tokens), "means of means would do as well"
-    assert_same(launched(learn_from_a_share_of, name, rollouts, **environment), expected, name in BY_EPISODES)
+    assert max(abs(weight - before[name]).max() for name, weight in expected[0].items()) > 1e-4
+    tokens = [rollout.response_mask.sum(1).tolist() for rollout in rollouts]
+    assert any(len(set(each)) > 1 for each in tokens), "means of means would do as well"
+    work = launched(learn_from_a_share_of, name, rollouts, changes, processes=processes, **environment)
+    assert_same(work, expected, name in BY_EPISODES)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "changes"),
+    [
+        ("ppo", 3, {"episodes_per_update": 7, "minibatch_size": 4, "micro_batch_size": 1}),
+        ("grpo", 2, {"episodes_per_update": 12, "minibatch_size": 5}),
+    ],
+)
+def test_uneven_episodes_and_minibatches_are_shared_by_processes(
+    name: str, processes: int, changes: dict[str, Any]
+) -> None:
+    """Neither the processes nor the rows of the environment divide them; the last minibatches are not full."""
+    assert_shared_alike(name, processes, 4, changes, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_any_number_of_episodes_and_processes_gives_the_weights_of_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    name, processes = [*AGENTS][seed % len(AGENTS)], int(rng.integers(2, 4))
+    each = AGENTS[name][1].get("group_size", 1)
+    episodes = each * int(rng.integers(processes, 20 // each + processes))
+    changes: dict[str, Any] = {"episodes_per_update": episodes, "seed": seed}
+    changes["micro_batch_size"] = int(rng.integers(1, 6)) if rng.random() < 0.7 else None
+    if name != "reinforce":
+        changes["minibatch_size"] = int(rng.integers(2, episodes + 3)) if rng.random() < 0.8 else None
+    assert_shared_alike(name, processes, int(rng.integers(1, 9)), changes, {})
+
+
+def prompts_of_rounds(name: str, episodes: int, updates: int) -> list[list[tuple[int, ...]]]:
+    """The prompts of each update of this process, in an environment of five rows."""
+    agent = make_agent(name, 5, {"prompts": PROMPTS}, episodes_per_update=episodes)
+    rollouts = rollouts_of(agent)
+    agent.learn(episodes * updates)
+    return [[row[0] for row in rollout.sequences.input_ids.tolist()] for rollout in rollouts]
+
+
+@pytest.mark.parametrize(("name", "episodes", "each"), [("ppo", 7, 1), ("grpo", 12, 4)])
+def test_processes_take_uneven_shares_of_one_order_of_prompts(name: str, episodes: int, each: int) -> None:
+    alone = prompts_of_rounds(name, episodes, 2)
+    shares = launched(prompts_of_rounds, name, episodes, 2)
+    assert [[*first, *second] for first, second in zip(*shares, strict=True)] == alone
+    assert len({prompt for rollout in alone for prompt in rollout}) == 2 * episodes // each, "a prompt came twice"
 
 
 PROMPTS = [*"abcdefghijklmnopqrstuvwx"]  # eight are drawn as the environment is made, and a rollout takes the rest
@@ -318,9 +389,7 @@ PROMPTS = [*"abcdefghijklmnopqrstuvwx"]  # eight are drawn as the environment is
 def learn_with_scaled_scores() -> tuple[list[Any], tuple[float, ...], list[float]]:
     """Prompts and tokens of the first rollout, what scores are scaled by at last, and all the scores."""
     agent = make_agent("ppo", EPISODES // count(), {"score_scaling": "running", "prompts": PROMPTS})
-    rollouts: list[Rollout] = []
-    collect = agent.collect
-    agent.collect = lambda: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    rollouts = rollouts_of(agent)
     learn(agent)
     scores = [score for rollout in rollouts for score in rollout.raw_scores.tolist()]
     return rollouts[0].sequences.input_ids.tolist(), agent.envs.unwrapped.task.scorer.scale.moments(), scores
@@ -367,13 +436,8 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_bit_for_bit(
             np.testing.assert_array_equal(resumed[name], weight, err_msg=name)
 
 
-def rows_of_process() -> slice:
-    return slice(rank() * EPISODES // count(), (rank() + 1) * EPISODES // count())
-
-
 def saved_after_one(name: str, rollouts: list[Rollout], folder: Path) -> None:
-    agent = make_any_agent(name, EPISODES // count())
-    agent.collect = lambda *_: rollouts[0][rows_of_process()]  # type: ignore[method-assign]
+    agent = give(make_any_agent(name, 3), rollouts)
     agent.learn(EPISODES * UPDATES, [lambda agent, _: False])
     agent.save(folder)
 
@@ -382,10 +446,8 @@ def resumed_with_rollouts(name: str, rollouts: list[Rollout], folder: Path) -> t
     """Weights, random numbers to come, and what was said."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        envs = make_any_agent(name, EPISODES // count()).envs
-        agent: Any = type(make_any_agent(name, EPISODES // count())).load(folder, envs=envs)
-    given = iter(rollouts[1:])
-    agent.collect = lambda *_: next(given)[rows_of_process()]
+        fresh = make_any_agent(name, 3)
+        agent: Any = give(type(fresh).load(folder, envs=fresh.envs), rollouts[1:])
     drawn = torch.rand(2, generator=agent.sampler).tolist()
     weights = weights_of(agent.learn(EPISODES * UPDATES))
     return weights, drawn, " ".join(str(warning.message) for warning in said)
@@ -396,16 +458,15 @@ def resumed_with_rollouts(name: str, rollouts: list[Rollout], folder: Path) -> t
     [
         pytest.param(name, *numbers, marks=pytest.mark.slow)
         for name in ("reinforce", "ppo", "dqn")
-        for numbers in [(2, 1), (1, 2), (4, 2), (2, 4)]
+        for numbers in [(2, 1), (1, 3), (4, 2), (3, 4)]
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, name: str, saved_by: int, loaded_by: int
 ) -> None:
     """It learns the same from the same episodes; its own would have other random numbers, and a warning says so."""
-    whole, rollouts = make_any_agent(name, EPISODES), []
-    collect = whole.collect
-    whole.collect = lambda *_: rollouts.append(collect()) or rollouts[-1]  # type: ignore[method-assign, func-returns-value]
+    whole = make_any_agent(name, EPISODES)
+    rollouts = rollouts_of(whole)
     expected = weights_of(whole.learn(EPISODES * UPDATES))
     launched(saved_after_one, name, rollouts, tmp_path / "agent", processes=saved_by)
     results = launched(resumed_with_rollouts, name, rollouts, tmp_path / "agent", processes=loaded_by)
@@ -418,7 +479,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 def learn_from_few(kind: str) -> float:
     """Minibatches of two episodes in passes of one; the second process has none to learn from."""
-    agent = make_agent(kind, 8, {"reward": vowels if rank() == 0 else nothing}, minibatch_size=4)
+    agent = make_agent(kind, 8, {"reward": digits if rank() == 0 else nothing}, minibatch_size=4)
     agent.config.micro_batch_size = 1
     return learn(agent)[1][-1]["val/grad_norm"]
 
@@ -650,14 +711,14 @@ def refused(kind: str) -> None:
         os.environ.update(SHARDED)
         DQN(ActorCritic.from_pretrained(mock_lm()), make_envs(8, kl_coef=0.1))
     else:
-        make_agent("ppo", 16)
+        make_agent("grpo", 4, episodes_per_update=4)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("memory", "does not shard its target networks"),
-        ("rows", "multiple of num_envs=16 times 2 processes"),
+        ("groups", "at least one for each of 2 processes: the nearest is 8"),
         ("fsdp", "SFT and DPO do not shard weights by FSDP"),
     ],
 )

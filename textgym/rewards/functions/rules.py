@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from textgym.data.messages import Text, plain
 from textgym.errors import ConfigError
-from textgym.rewards.functions.numbers import last_number
+from textgym.rewards.functions.numbers import last_fraction
 from textgym.settings import Count, NotNegative, check_settings
 
 
@@ -82,13 +82,20 @@ class RegexMatch:
 
 @dataclass(frozen=True)
 class NumericAnswer:
-    """Reward of 1 if the last number in the completion equals the column `answer` within a tolerance, else 0.
+    """Reward of 1 if the last number in the completion equals the column `answer`, else 0.
 
     `answer` is a number, or a text whose last number counts. Numbers are read as `last_number` says: a fraction such as
-    1/2 is one number, equal to 0.5. `tolerance` is relative, and absolute near 0.
+    1/2 is one number, equal to 0.5. Two whole numbers are equal if they are the same, of any size and whatever the
+    tolerance.
+
+    Attributes:
+        tolerance: Allowed difference between other numbers: relative to an answer with decimals, absolute if the answer
+            is whole or near 0.
 
     >>> NumericAnswer()(["3 + 4 = 7.", "about 1,200", "0.5", "none"], answer=["7", 1200.0, "1/2", 1])
     [1.0, 1.0, 1.0, 0.0]
+    >>> NumericAnswer()(["1000001", "3.1415926", "3.9999999"], answer=[1000000, 3.14159265, 4])
+    [0.0, 1.0, 1.0]
     """
 
     tolerance: NotNegative = 1e-6
@@ -99,14 +106,18 @@ class NumericAnswer:
     def __call__(self, completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
         """Score completions."""
         return [
-            None if b is None else float(self._equal(last_number(a), last_number(str(b))))
+            None if b is None else float(self._equal(last_fraction(a), last_fraction(str(b))))
             for a, b in zip(plain(completions), answer, strict=True)
         ]
 
-    def _equal(self, given: float | None, wanted: float | None) -> bool:
+    def _equal(self, given: Fraction | None, wanted: Fraction | None) -> bool:
         if given is None or wanted is None:
             return False
-        return math.isclose(given, wanted, rel_tol=self.tolerance, abs_tol=self.tolerance)
+        whole = wanted.denominator == 1
+        if whole and given.denominator == 1:
+            return given == wanted
+        allowed = self.tolerance if whole else self.tolerance * max(1.0, abs(float(wanted)))
+        return abs(given - wanted) <= allowed
 
 
 def completion_length(*, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:

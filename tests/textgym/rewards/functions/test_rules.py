@@ -101,6 +101,35 @@ def test_numeric_answer_has_a_tolerance() -> None:
     assert rules.NumericAnswer()(["0.0000001"], answer=[0]) == [1.0]
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 1e-6, 0.01, 2.0])
+@pytest.mark.parametrize(
+    ("given", "wanted", "equal"),
+    [
+        ("1000001", 1000000, False),
+        ("1,000,001", "1,000,000", False),
+        ("1000001.0", 1e6, False),
+        ("9007199254740993", 9007199254740992, False),
+        ("9007199254740993", "9007199254740993", True),
+        ("123456789012345678901234567890", "123456789012345678901234567891", False),
+        ("8/2", 4, True),
+        ("1e3", "1000", True),
+        ("101", 100, False),
+        ("-0", 0, True),
+    ],
+)
+def test_whole_numbers_are_equal_if_they_are_the_same(
+    given: str, wanted: object, equal: bool, tolerance: float
+) -> None:
+    assert rules.NumericAnswer(tolerance)([given], answer=[wanted]) == [float(equal)]
+
+
+def test_a_decimal_is_equal_to_a_whole_answer_within_an_absolute_tolerance() -> None:
+    """A relative one would take 1000000.4 for a million."""
+    texts = ["1000000.4", "3.9999999", "3.99", "0.3333333", "123456.7891"]
+    assert rules.NumericAnswer()(texts, answer=[1000000, 4, 4, "1/3", 123456.789]) == [0, 1, 0, 1, 1]
+    assert rules.NumericAnswer()(["1e-999999999", "9" * 5000, "1e400/3"], answer=[0, 1, 1]) == [1, 0, 0]
+
+
 def test_words_are_matched_whole_and_in_any_case() -> None:
     assert rules.contains_all(["Cats sat"], concepts=[["cat"]]) == [0.0]
     assert rules.contains_all(["The CAT sat"], concepts=[["cat", "sat"]]) == [1.0]
