@@ -26,6 +26,7 @@ FORMS = {
     "nectar": "Nectar: a prompt and answers with ranks; each comparison is a pair",
     "capybara_dpo": "Capybara-DPO: conversations of several turns, and the last question as the prompt",
     "oasst_trees": "OpenAssistant: trees of messages with ranks; each comparison of replies is a pair",
+    "oasst_messages": "OpenAssistant, flat (oasst1): one message a row, put together to trees by `parent_id`",
     "rewardbench": "RewardBench: prompt, chosen and rejected are strings",
 }
 TEMPLATE = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from textgym.data.faults import level_of_caller
 from textgym.envs.interface import rollout_env
 from textgym.errors import ConfigError, NonFiniteError
 from textgym.models.actor_critic import ActorCritic, PolicyLike, as_policy
@@ -265,14 +267,18 @@ class RolloutAgent(ABC):
 
     def episodes_of(self, prompts: np.ndarray) -> Rollout:
         """Collect `episodes_per_prompt` episodes of each of these prompts (indices), in order."""
-        each, rows = self.episodes_per_prompt, self.envs.num_envs
-        rows = rows // each * each or rows  # one call of a reward function scores whole groups, if they fit
-        repeated = prompts.repeat(each)
+        repeated = prompts.repeat(self.episodes_per_prompt)
         rollouts = []
-        for start in range(0, len(repeated), rows):
-            self.round = repeated[start : start + rows]
+        for start in range(0, len(repeated), self.rows_of_round):
+            self.round = repeated[start : start + self.rows_of_round]
             rollouts.append(self.collect())
         return merge(rollouts)
+
+    @property
+    def rows_of_round(self) -> int:
+        """Number of rows that a round uses: those of whole groups, if they fit, which one reward call then scores."""
+        each, rows = self.episodes_per_prompt, self.envs.num_envs
+        return rows // each * each or rows
 
     def collect(self) -> Rollout:
         """Collect one episode of each prompt of a round."""
@@ -352,12 +358,27 @@ class RolloutAgent(ABC):
         size, each = self.config.episodes_per_update, self.episodes_per_prompt
         fewest = each * count()
         if size % each == 0 and size >= fewest:
+            self._warn_of_unused_rows()
             return
         below, above = size // each * each, -(-size // each) * each
         works = f"{below} or {above}" if below >= fewest else f"{max(above, fewest)}"
         groups = f"whole groups of group_size={each}" if each > 1 else "whole episodes"
         processes = f", at least one for each of {count()} processes" if count() > 1 else ""
         raise ConfigError(f"episodes_per_update={size} must consist of {groups}{processes}: the nearest is {works}")
+
+    def _warn_of_unused_rows(self) -> None:
+        """Warn if more than a quarter of the episodes that are generated for an update are not used."""
+        rows, each = self.envs.num_envs, self.episodes_per_prompt
+        share = each * shares_of(self.config.episodes_per_update // each)[rank()]
+        rounds = math.ceil(share / self.rows_of_round)
+        unused = rounds * rows - share
+        enough = math.ceil(share / each / rounds) * each
+        if 4 * unused > rounds * rows:
+            warnings.warn(
+                f"an update has {share} episodes{' of each process' if count() > 1 else ''}, and num_envs={rows} "
+                f"generates {rounds * rows} and scores them all: with num_envs={enough} fewer are for nothing",
+                stacklevel=level_of_caller(),
+            )
 
     def _schedule(self) -> None:
         """Set the learning rates of the next update."""

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from textgym.data.completions import Example, PlacedExample, Reading, placed_examples, read_examples, read_pairs
 from textgym.data.faults import Faults
+from textgym.data.forms.trees import is_one_message
 from textgym.data.preferences import PlacedPair, placed_preferences, text_of
 from textgym.data.rows import read_rows
 from textgym.errors import DataError
@@ -72,14 +73,14 @@ def data_report(
 
     limit = position_limit(AutoConfig.from_pretrained(resolve(model)))
     max_length = max_length if limit is None else min(max_length, limit)
-    for name in [reader] if reader is not None else readers_of(rows[0]):
+    for name in [reader] if reader is not None else readers_of(rows):
         texts = READERS[name](source, model, max_length)
         yield ""
         yield from _section(name, texts, max_length, examples)
 
 
-def readers_of(row: Any) -> list[Reader]:
-    """Return what can read a row.
+def readers_of(rows: Sequence[Any]) -> list[Reader]:
+    """Return what can read the first row, or the trees that rows of one message each make up.
 
     Raises:
         DataError: If nothing can.
@@ -88,7 +89,7 @@ def readers_of(row: Any) -> list[Reader]:
     reasons = []
     for load, names in ((placed_examples, ("sft",)), (placed_preferences, ("dpo", "reward-model"))):
         try:
-            load([row])
+            load(rows if is_one_message(rows[0]) else rows[:1])
             found += names  # type: ignore[arg-type]
         except ValueError as error:
             reasons.append(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from textgym.agents import PPO, SFT, PPOConfig
 from textgym.agents.common.rollout import collect
+from textgym.errors import CutPromptsWarning
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.models import RewardModel
@@ -143,10 +145,22 @@ def test_frozen_models_do_not_move() -> None:
         assert all(not p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_rows_that_are_generated_for_nothing_are_said() -> None:
+    with pytest.warns(UserWarning, match="num_envs=16 generates 16 and scores them all: with num_envs=6 fewer"):
+        make_agent(episodes_per_update=6, minibatch_size=2)
+    with pytest.warns(UserWarning, match="num_envs=16 generates 48 and scores them all: with num_envs=12 fewer"):
+        make_agent(episodes_per_update=35)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", CutPromptsWarning)
+        make_agent(episodes_per_update=28)
+
+
 def test_an_update_has_as_many_episodes_as_were_asked_for() -> None:
     """16 rows do not divide 20 episodes; the prompts of rows that are not used stay in the queue."""
     agent, sizes = make_agent(episodes_per_update=20, minibatch_size=6), []
-    agent.rollout_callbacks.append(lambda agent, rollout, kl: sizes.append(len(rollout)))
+    update = agent.update
+    agent.update = lambda rollout, kl: (sizes.append(len(rollout)), update(rollout, kl))[1]  # type: ignore[method-assign]
     before = len(agent.base_env.progress()["prompt_queue"])
     assert agent.learn(40).episodes == 40
     assert sizes == [20, 20]

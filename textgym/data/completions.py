@@ -17,13 +17,16 @@ from textgym.data.faults import (
     EQUAL_SIDES,
     JOINED,
     NO_END,
+    OTHER_TURNS,
     REPEATED_PROMPT,
     Faults,
 )
-from textgym.data.forms import OPENERS, split_pair
-from textgym.data.messages import Text, checked_text, is_blank, is_messages, shortened
+from textgym.data.forms.pairs import OPENERS, split_pair
+from textgym.data.forms.trees import answers_of_tree, with_whole_trees
+from textgym.data.messages import Text, checked_text, conversation_with_tools, is_blank, is_messages, shortened
 from textgym.data.preferences import PlacedPair
 from textgym.data.rows import encode_rows, named, read_rows
+from textgym.data.tools import tools_of
 from textgym.errors import DataError
 
 ACCEPTED = (
@@ -72,7 +75,7 @@ def load_examples(examples: Any) -> list[tuple[Text, Text]]:
     Args:
         examples: any source that `read_rows` accepts. A row has the keys `prompt` and `completion` (so transcripts of
             environments are valid rows), or `messages`, whose last message is the completion, or `text`. Other keys
-            are ignored.
+            are ignored. The best answers of a tree of conversations are examples, too.
 
     >>> load_examples([{"prompt": "2 + 2 =", "completion": " 4"}, {"text": "All of it."}])
     [('2 + 2 =', ' 4'), ('', 'All of it.')]
@@ -86,7 +89,8 @@ def load_examples(examples: Any) -> list[tuple[Text, Text]]:
 
 def placed_examples(examples: Any) -> list[PlacedExample]:
     """Load examples as `load_examples` does, with the place of each."""
-    rows = [_placed(row, place) for place, row in read_rows(examples, "examples", ACCEPTED)]
+    read = with_whole_trees(read_rows(examples, "examples", ACCEPTED))
+    rows = [example for place, row in read for example in _examples_of(row, place)]
     if not rows:
         raise DataError(f"there are no examples in {named(examples)}: give at least one")
     return rows
@@ -130,6 +134,8 @@ def read_pairs(rows: Sequence[PlacedPair], reading: Reading) -> tuple[list[tuple
         count_faulty_texts(faults, row)
         if cut[0] == cut[1]:
             faults.count(EQUAL_SIDES, row.place)
+        if not (is_said(row.pair["chosen"]) and is_said(row.pair["rejected"])) and row.pair.get("prompt"):
+            faults.count(OTHER_TURNS, row.place)
         count_cuts(faults, row.place, [chosen, rejected], cut)
     count_duplicates(faults, [row.place for row in rows], [(_frozen(one), _frozen(other)) for one, other in pairs])
     return pairs, faults
@@ -275,6 +281,37 @@ def _repeats(completion: Text, prompt: Text | None) -> bool:
     if not isinstance(prompt, str) or not isinstance(completion, str) or len(prompt.split()) < 2:
         return False
     return completion.startswith(prompt) and completion != prompt
+
+
+def _examples_of(row: Any, place: str) -> list[PlacedExample]:
+    """Return the example of a row, or those of a tree of conversations."""
+    if isinstance(row, Mapping) and isinstance(row.get("prompt"), Mapping):
+        return [PlacedExample(place, *parts) for parts in answers_of_tree(row["prompt"], place)]
+    example = _placed(row, place)
+    prompt, completion = example.prompt, example.completion
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt is not None:
+        prompt = conversation_with_tools(prompt, tools_of(row, place), place)
+    return [PlacedExample(place, *parts) for parts in _turns(prompt, completion, place)]
+
+
+def _turns(prompt: Text | None, completion: Text, place: str) -> list[tuple[Text | None, Text]]:
+    """Return the turns of the assistant in a completion, each with all messages before it.
+
+    Between them are turns that the model does not write, such as results of tools, and must not learn.
+    """
+    if prompt is None or isinstance(prompt, str) or isinstance(completion, str) or is_said(completion):
+        return [(prompt, completion)]
+    own = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
+    if not own:
+        raise DataError(f"'completion' of {place} has no message of the assistant: {shortened(completion)}")
+    return [([*prompt, *completion[:i]], [completion[i]]) for i in own]
+
+
+def is_said(completion: Text) -> bool:
+    """Return whether the assistant says all of a completion."""
+    return isinstance(completion, str) or all(message["role"] == "assistant" for message in completion)
 
 
 def _placed(row: Any, place: str) -> PlacedExample:

@@ -15,6 +15,7 @@ NOT_RANKED = "have no two texts with different values"
 EMPTY_PROMPT = "have an empty prompt"
 EMPTY_COMPLETION = "have an empty completion"
 REPEATED_PROMPT = "repeat their prompt in the completion"
+OTHER_TURNS = "have turns of others than the assistant in a completion"
 JOINED = "have no white space between prompt and completion"
 DUPLICATE = "are duplicates"
 OVERLAP = "share their prompt or text with training rows"
@@ -27,6 +28,7 @@ REMEDIES = {
     EMPTY_PROMPT: "leave the rows out; texts without a prompt have no column 'prompt' (for SFT {'text': ...})",
     EMPTY_COMPLETION: "leave the rows out",
     REPEATED_PROMPT: "pass whole texts as {'text': ...}, or the completion alone",
+    OTHER_TURNS: "the model would learn to write them: end both conversations after the assistant's first new message",
     JOINED: "both are read as one string; begin completions with a space, or pass conversations",
     DUPLICATE: "each counts as often as it is there",
     OVERLAP: "their accuracy is not that on new prompts",

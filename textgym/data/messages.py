@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from textgym.data.special_tokens import reads_control_tokens
+from textgym.data.tools import Tools, as_dict, as_json, warn_of_ignored_tools, with_arguments, with_tools, without_tools
 from textgym.errors import DataError
 
 Messages = list[dict[str, Any]]
@@ -117,6 +118,22 @@ def checked_text(text: Any, name: str, place: str) -> Text:
         raise DataError(f"{name!r} of {place}: {error}") from error
 
 
+def conversation_with_tools(text: Text, tools: Tools, place: str) -> Text:
+    """Return a conversation with the tools of its row, if there are any.
+
+    Raises:
+        DataError: If there are tools and the text is a string, which no chat template renders.
+    """
+    if not tools:
+        return text
+    if isinstance(text, str):
+        raise DataError(
+            f"{place} has 'tools' and the text {shortened(text)}: a chat template renders tools, and no template reads "
+            "a string; pass a list of messages, or leave the column out"
+        )
+    return with_tools(text, tools)
+
+
 def is_blank(text: Text) -> bool:
     """Return whether a text says nothing: only white space, and no calls of tools."""
     if isinstance(text, str):
@@ -164,20 +181,36 @@ def render(messages: Messages, tokenizer: Any, add_generation_prompt: bool = Fal
 
 
 def apply_template(messages: Messages, tokenizer: Any, add_generation_prompt: bool, *, tokenize: bool) -> Any:
-    """Return a conversation as the tokenizer renders it: a string, or ids if `tokenize` is set.
+    """Return a conversation as the tokenizer renders it with its tools: a string, or ids if `tokenize` is set.
 
     Raises:
         ValueError: If the tokenizer cannot render the conversation.
     """
     continued = add_generation_prompt and messages[-1]["role"] == "assistant"
-    try:
+    plain_ones, tools = without_tools(plain_messages(messages))
+
+    def rendered(some: Messages, tools: Tools | None) -> Any:
         return tokenizer.apply_chat_template(
-            plain_messages(messages),
+            some,
+            tools=tools,
             tokenize=tokenize,
             return_dict=False,
             add_generation_prompt=add_generation_prompt and not continued,
             continue_final_message=continued,
         )
+
+    def with_either_arguments(tools: Tools | None) -> Any:
+        # Most templates write JSON, and would put a string in quotes; some add strings to their text and fail on dicts.
+        try:
+            return rendered(with_arguments(plain_ones, as_dict), tools)
+        except Exception:
+            if not any("tool_calls" in message for message in plain_ones):
+                raise
+            return rendered(with_arguments(plain_ones, as_json), tools)
+
+    try:
+        shown = with_either_arguments(tools)
+        ignored = tools is not None and shown == with_either_arguments(None)
     except Exception as error:  # a template may raise anything
         missing = reads_control_tokens(tokenizer) and not tokenizer.chat_template
         reason = "has no chat template, so it cannot read a conversation" if missing else f"cannot render it ({error})"
@@ -185,6 +218,9 @@ def apply_template(messages: Messages, tokenizer: Any, add_generation_prompt: bo
             f"the tokenizer {tokenizer.name_or_path!r} {reason}: set `tokenizer.chat_template`, or pass the text as a "
             f"string instead of {messages!r}"
         ) from error
+    if ignored:
+        warn_of_ignored_tools(tokenizer.name_or_path)
+    return shown
 
 
 def has_chat_template(tokenizer: Any) -> bool:

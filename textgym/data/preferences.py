@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from textgym.data.corpora.sources import Snippet
-from textgym.data.forms import Pair, pairs_of_row
+from textgym.data.forms.pairs import Pair, pairs_of_row
+from textgym.data.forms.trees import with_whole_trees
 from textgym.data.messages import Text
 from textgym.data.rows import named, read_rows
 from textgym.errors import DataError
@@ -60,7 +61,7 @@ def load_preferences(preferences: Any) -> list[Pair]:
 def placed_preferences(preferences: Any) -> list[PlacedPair]:
     """Load preference pairs as `load_preferences` does, with the place of each; placed ones keep theirs."""
     pairs: list[PlacedPair] = []
-    for place, row in read_rows(preferences, "preferences", ACCEPTED):
+    for place, row in with_whole_trees(read_rows(preferences, "preferences", ACCEPTED)):
         pairs += (
             [row] if isinstance(row, PlacedPair) else [PlacedPair(place, pair) for pair in pairs_of_row(row, place)]
         )

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from textgym.data.corpora.sources import movie_snippets
-from textgym.data.messages import checked_text, is_messages
+from textgym.data.messages import checked_text, conversation_with_tools, is_messages
 from textgym.data.overlap import key_of_text
 from textgym.data.rows import Row, named, read_rows
+from textgym.data.tools import tools_of
 
 OPENINGS = Path(__file__).parent / "openings.txt"
 ACCEPTED = (
@@ -38,7 +39,8 @@ def load_prompts(prompts: Any) -> list[Row]:
     Args:
         prompts: One of
             - a list of strings, or of dicts with the key `prompt` and any others; a prompt may be a conversation, that
-              is, a list of messages with `role` and `content`;
+              is, a list of messages with `role` and `content`, and the column `tools` has JSON schemas of tools
+              that may be called in it;
             - the path of a `.jsonl` file (one such dict or string per line) or of a `.txt` file (one prompt per line);
               empty lines are skipped;
             - a `datasets.Dataset`, or any other iterable of mappings with `column_names`;
@@ -110,7 +112,8 @@ def _checked(row: Any, place: str) -> Row:
         )
     prompt = row["prompt"]
     if is_messages(prompt):
-        return {**row, "prompt": checked_text(prompt, "prompt", place)}
+        checked = checked_text(prompt, "prompt", place)
+        return {**row, "prompt": conversation_with_tools(checked, tools_of(row, place), place)}
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"the prompt of {place} is {prompt!r}: give it some text, or leave the row out")
     return row

@@ -66,6 +66,7 @@ def test_the_command_prints_it_and_names_a_row_that_cannot_be_read(
         ("nectar", 6),
         ("capybara_dpo", 2),
         ("oasst_trees", 3),
+        ("oasst_messages", 3),
         ("rewardbench", 2),
     ],
 )

@@ -162,8 +162,9 @@ class Rouge:
 class Meteor:
     """METEOR from 0 to 1, by nltk: the maximum over the references (extra `metrics`; Banerjee and Lavie, 2005).
 
-    Words match if they or their stems are equal. With `synonyms`, words that WordNet lists as synonyms match too;
-    download it with `python -m nltk.downloader wordnet`.
+    It has the parameters of the paper, and not those of the Java program METEOR 1.5, whose figures are other ones; see
+    docs/rewards.md. Words match if they or their stems are equal. With `synonyms`, words that WordNet lists as synonyms
+    match too; download it with `python -m nltk.downloader wordnet`.
 
     >>> round(Meteor()(["the cat sat"], references=["the cats sat"])[0], 3)
     0.981

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from textgym.data.forms import Pair
+from textgym.data.forms.pairs import Pair
 from textgym.data.overlap import contents_of_pair
 from textgym.data.preferences import load_preferences
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from textgym.data.completions import count_duplicates, count_faulty_texts
 from textgym.data.corpora.sources import Snippet
 from textgym.data.faults import CUT_PROMPT, EQUAL_SIDES, NOT_RANKED, Faults
-from textgym.data.forms import Pair, Ranking, pairs_of_row, rankings_of_row
+from textgym.data.forms.pairs import Pair, Ranking, pairs_of_row, rankings_of_row
+from textgym.data.forms.trees import with_whole_trees
 from textgym.data.messages import Text, content
 from textgym.data.overlap import clusters, key_of_prompt, key_of_text
 from textgym.data.preferences import PlacedPair, text_of
@@ -61,7 +62,7 @@ def placed_rankings(rankings: Any, *, rated: bool) -> list[PlacedRanking]:
         DataError: If a row has another form, or if there are no rankings.
     """
     found: list[PlacedRanking] = []
-    for place, row in read_rows(rankings, "rankings", ACCEPTED):
+    for place, row in with_whole_trees(read_rows(rankings, "rankings", ACCEPTED)):
         if isinstance(row, PlacedRanking):
             found.append(row)
         else:
@@ -79,7 +80,8 @@ def placed_rankings(rankings: Any, *, rated: bool) -> list[PlacedRanking]:
 
 def _rankings(row: Any, place: str) -> list[Ranking]:
     if isinstance(row, Mapping) and row.get("completion") is not None and row.get("rating") is not None:
-        row = {"prompt": row.get("prompt"), "completions": [row["completion"]], "ratings": [row["rating"]]}
+        kept = {name: row.get(name) for name in ("prompt", "tools")}
+        row = {**kept, "completions": [row["completion"]], "ratings": [row["rating"]]}
     rankings = rankings_of_row(row, place) if isinstance(row, Mapping) else None
     if rankings is not None:
         return [ranking for ranking in rankings if ranking.completions]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from textgym.data.files import atomic_file
-from textgym.data.forms import Pair
+from textgym.data.forms.pairs import Pair
 from textgym.data.preferences import load_preferences
 from textgym.rewards.models.accuracy import Accuracy, accuracy_of, in_order, score_differences
 from textgym.rewards.models.reward_model import RewardModel

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from textgym.data.completions import count_duplicates, count_faulty_texts
 from textgym.data.faults import CUT_PROMPT, EQUAL_SIDES, OVERLAP, Faults, level_of_caller
-from textgym.data.forms import Pair
+from textgym.data.forms.pairs import Pair
 from textgym.data.overlap import clusters_of_pairs, contents_of_pair
 from textgym.data.preferences import PlacedPair, numbers_of, placed_preferences, text_of
 from textgym.errors import DataWarning

@@ -14,14 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from textgym.data.messages import Messages, Text, checked_text, is_blank, shortened
+from textgym.data.forms.trees import checked_rank, message_of
+from textgym.data.messages import Messages, Text, checked_text, conversation_with_tools, is_blank, shortened
+from textgym.data.tools import Tools, tools_of
 from textgym.errors import DataError
 
 Pair = dict[str, Any]
 WORDS = re.compile(r"\s*\S+|\s+$")
 OPENERS = ("system", "developer", "user")
 """Roles of the first message of a whole conversation; a completion begins with another one."""
-TREE_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 class Ranking(NamedTuple):
@@ -63,13 +64,14 @@ def pairs_of_row(row: Any, place: str) -> list[Pair]:
     if not isinstance(row, Mapping):
         raise DataError(f"{place} is {shortened(row)}: a preference is a dict with 'chosen' and 'rejected'")
     given = {key for key, value in row.items() if value is not None}
+    tools = tools_of(row, place)
     if {"chosen", "rejected"} <= given:
-        return [_pair(row, place)]
+        return [_with_tools(_pair(row, place), tools, place)]
     rankings = rankings_of_row(row, place)
     if rankings is not None:
         return [_pair(pair, place) for ranking in rankings for pair in ranking.pairs()]
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= given:
-        return [_labelled(row, place)]
+        return [_with_tools(_labelled(row, place), tools, place)]
     raise DataError(
         f"{place} has the keys {sorted(map(str, given))}: it needs 'chosen' and 'rejected', or 'completions' with "
         "'ranks' or 'ratings'"
@@ -82,6 +84,14 @@ def rankings_of_row(row: Mapping[str, Any], place: str) -> list[Ranking] | None:
     Raises:
         DataError: If the row has a value that cannot be.
     """
+    tools = tools_of(row, place)
+    rankings = _rankings_of_row(row, place)
+    if rankings is None or not tools:
+        return rankings
+    return [_ranking_with_tools(ranking, tools, place) for ranking in rankings]
+
+
+def _rankings_of_row(row: Mapping[str, Any], place: str) -> list[Ranking] | None:
     given = {key for key, value in row.items() if value is not None}
     if {"prompt", "answers"} <= given:
         return [_nectar(row, place)]
@@ -146,6 +156,29 @@ def _pair(row: Mapping[str, Any], place: str) -> Pair:
     if separated is not None:
         pair["prompt"], pair["chosen"], pair["rejected"] = separated
     return pair
+
+
+def _with_tools(pair: Pair, tools: Tools, place: str) -> Pair:
+    """Return a pair whose prompt, or else each of its conversations, has the tools of its row, if there are any."""
+    if not tools:
+        return pair
+    if not pair.get("prompt"):
+        return {**pair, **{side: conversation_with_tools(pair[side], tools, place) for side in ("chosen", "rejected")}}
+    prompt = pair["prompt"]
+    if isinstance(prompt, str) and not isinstance(pair["chosen"], str):
+        prompt = [{"role": "user", "content": prompt}]
+    return {**pair, "prompt": conversation_with_tools(prompt, tools, place)}
+
+
+def _ranking_with_tools(ranking: Ranking, tools: Tools, place: str) -> Ranking:
+    """Return a ranking whose prompt, or else each of its conversations, has tools."""
+    if not ranking.prompt:
+        completions = [conversation_with_tools(text, tools, place) for text in ranking.completions]
+        return ranking._replace(completions=completions)
+    prompt = ranking.prompt
+    if isinstance(prompt, str) and not isinstance(ranking.completions[0], str):
+        prompt = [{"role": "user", "content": prompt}]
+    return ranking._replace(prompt=conversation_with_tools(prompt, tools, place))
 
 
 def _separate_strings(prompt: Text | None, texts: Sequence[Any]) -> tuple[Text, Text, Text] | None:
@@ -238,7 +271,7 @@ def _ranking(row: Mapping[str, Any], given: set[str], place: str) -> Ranking:
     texts = [checked_text(text, "completions", place) for text in completions]
     prompt = None if row.get("prompt") is None else checked_text(row["prompt"], "prompt", place)
     if name == "ranks":
-        return Ranking(prompt, texts, [-_rank(value, place) for value in values], rated=False)
+        return Ranking(prompt, texts, [-checked_rank(value, place) for value in values], rated=False)
     return Ranking(prompt, texts, [_rating(value, place) for value in values], rated=True)
 
 
@@ -253,7 +286,7 @@ def _nectar(row: Mapping[str, Any], place: str) -> Ranking:
             f"'answers' of {place} is {shortened(answers)}: it must be a list of dicts with 'answer', 'rank'"
         )
     texts = [checked_text(answer["answer"], "answers", place) for answer in answers]
-    return Ranking(prompt, texts, [-_rank(answer["rank"], place) for answer in answers], rated=False)
+    return Ranking(prompt, texts, [-checked_rank(answer["rank"], place) for answer in answers], rated=False)
 
 
 def _ultrafeedback(row: Mapping[str, Any], place: str) -> Ranking:
@@ -285,27 +318,14 @@ def _labelled(row: Mapping[str, Any], place: str) -> Pair:
 
 def _tree(node: Mapping[str, Any], place: str, before: Messages | None = None) -> Iterator[Ranking]:
     """Yield a ranking of the ranked replies to each message of a tree; rank 0 is the best."""
-    before = [*(before or []), _message(node, place)]
+    before = [*(before or []), message_of(node, place)]
     replies = list(node.get("replies") or [])
     ranked = [reply for reply in replies if reply.get("rank") is not None and reply.get("role") == "assistant"]
     if ranked:
-        texts: list[Text] = [[_message(reply, place)] for reply in ranked]
-        yield Ranking(before, texts, [-_rank(reply["rank"], place) for reply in ranked], rated=False)
+        texts: list[Text] = [[message_of(reply, place)] for reply in ranked]
+        yield Ranking(before, texts, [-checked_rank(reply["rank"], place) for reply in ranked], rated=False)
     for reply in replies:
         yield from _tree(reply, place, before)
-
-
-def _message(node: Mapping[str, Any], place: str) -> dict[str, Any]:
-    role = node.get("role")
-    if role not in TREE_ROLES:
-        raise DataError(f"a message of {place} has the role {role!r}: use one of {sorted(TREE_ROLES)}")
-    return {"role": TREE_ROLES[role], "content": checked_text(node.get("text"), "text", place)}
-
-
-def _rank(rank: Any, place: str) -> float:
-    if not _is_number(rank):
-        raise DataError(f"a rank of {place} is {shortened(rank)}: it must be a number; the lowest is the best")
-    return float(rank)
 
 
 def _rating(rating: Any, place: str) -> float:
