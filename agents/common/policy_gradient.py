@@ -79,13 +79,13 @@ class Batch:
         rows, host_rows = on_both(chosen, self.indices.device)
         sequences = self.sequences.take(rows, host_rows)
         width = sequences.longest
-        columns = {name: x[rows, :width] for name in COLUMNS if (x := getattr(self, name)) is not None}
+        columns: Any = {name: x[rows, :width] for name in COLUMNS if (x := getattr(self, name)) is not None}
         with_gradient = None if self.with_gradient is None else self.with_gradient[host_rows]
         return replace(self, sequences=sequences, indices=self.indices[rows], with_gradient=with_gradient, **columns)
 
     def to(self, device: torch.device) -> Batch:
         """Return the episodes on a device."""
-        columns = {name: x.to(device) for name in COLUMNS if (x := getattr(self, name)) is not None}
+        columns: Any = {name: x.to(device) for name in COLUMNS if (x := getattr(self, name)) is not None}
         return replace(self, sequences=self.sequences.to(device), indices=self.indices.to(device), **columns)
 
     @classmethod
@@ -97,13 +97,14 @@ class Batch:
             columns = [getattr(part, name) for part in parts]
             return None if columns[0] is None else torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in columns])
 
+        columns: Any = {name: padded(name) for name in COLUMNS}
         masks = [part.with_gradient for part in parts if part.with_gradient is not None]
         return replace(
             parts[0],
             sequences=Sequences.cat([part.sequences for part in parts]),
             indices=torch.cat([part.indices for part in parts]),
             with_gradient=torch.cat(masks) if masks else None,
-            **{name: padded(name) for name in COLUMNS},
+            **columns,
         )
 
     def trained(self) -> Batch:

@@ -158,7 +158,8 @@ def test_rows_that_are_generated_for_nothing_are_said() -> None:
 
 def test_an_update_has_as_many_episodes_as_were_asked_for() -> None:
     """16 rows do not divide 20 episodes; the prompts of rows that are not used stay in the queue."""
-    agent, sizes = make_agent(episodes_per_update=20, minibatch_size=6), []
+    agent = make_agent(episodes_per_update=20, minibatch_size=6)
+    sizes: list[int] = []
     update = agent.update
     agent.update = lambda rollout, kl: (sizes.append(len(rollout)), update(rollout, kl))[1]  # type: ignore[method-assign]
     before = len(agent.base_env.progress()["prompt_queue"])

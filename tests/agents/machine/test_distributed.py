@@ -305,7 +305,8 @@ def assert_same(results: list[Any], expected: tuple[Weights, list[dict[str, floa
             assert_close(weights[name], weight, terms=FORWARD, scale=1.0, what=name)
         for metrics, whole in zip(history, expected[1], strict=True):
             assert metrics.keys() == whole.keys()
-            for key in metrics.keys() - (TOKEN_MEANS if by_episodes else set()):
+            # Accuracies are signs of differences, which at first are nothing but rounding.
+            for key in metrics.keys() - (TOKEN_MEANS if by_episodes else set()) - {"rewards/accuracies"}:
                 if not key.startswith("time/"):
                     assert metrics[key] == pytest.approx(whole[key], abs=2e-5, rel=1e-4), key
 
