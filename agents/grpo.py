@@ -195,7 +195,7 @@ class GRPO(PromptGroupAgent):
         """
         total = torch.zeros(comparable.shape, dtype=torch.float64, device=comparable.device)
         for name, weight in zip(self.base_env.scorer.names, self.base_env.scorer.weights, strict=True):
-            column = rollout.components[f"reward/{name}"]  # (N,)
+            column = rollout.component(f"reward/{name}")  # (N,)
             groups = self.compared(column, ~column.isnan())
             total += weight * groups.differences / (groups.standard_deviation + 1e-4)
         count = sum_over_processes(comparable.sum())

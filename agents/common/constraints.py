@@ -16,6 +16,7 @@ from torch import Tensor
 
 from textgym.errors import ConfigError
 
+from ..machine.distributed import sum_over_processes
 from .means import overall_mean
 from .metrics import TensorMetrics
 from .rollout import Rollout
@@ -47,16 +48,18 @@ class Constraints:
     def charge(self, rollout: Rollout) -> Tensor:
         """Update the multipliers, and return the rewards `(N, T)` minus the costs, which are at the last tokens.
 
-        A row that the cost function did not score has no cost.
+        A row that the cost function did not score has no cost. If it scored none, its multiplier stays what it is.
         """
         rewards, last = rollout.rewards, (rollout.sequences.response_lengths - 1)[:, None]
         self.metrics = {}
         for name, limit in self.limits.items():
-            cost = rollout.components[f"reward/{name}"]  # (N,)
-            mean = overall_mean(cost, ~cost.isnan())
-            self.multipliers[name] = max(0.0, self.multipliers[name] + self.learning_rate * (float(mean) - limit))
+            cost = rollout.component(f"reward/{name}")  # (N,)
+            known = ~cost.isnan()
+            mean = overall_mean(cost, known)
+            if sum_over_processes(known.sum()):
+                self.multipliers[name] = max(0.0, self.multipliers[name] + self.learning_rate * (float(mean) - limit))
+                self.metrics[f"constraint/{name}/mean"] = mean
             paid = self.multipliers[name] * torch.where(cost.isnan(), 0.0, cost)
             rewards = rewards.scatter_add(1, last, -paid[:, None].to(rewards.dtype))
-            self.metrics[f"constraint/{name}/mean"] = mean
             self.metrics[f"constraint/{name}/multiplier"] = torch.tensor(self.multipliers[name], device=mean.device)
         return rewards

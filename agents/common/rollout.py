@@ -62,6 +62,11 @@ class Rollout:
             {name: values[rows] for name, values in self.components.items()},
         )
 
+    def component(self, name: str) -> Tensor:
+        """Return a component `(N,)`; NaN if no row has it, such as a reward whose function scored none of them."""
+        unknown = torch.full_like(self.scores, torch.nan, dtype=torch.float64)
+        return self.components.get(name, unknown)
+
     @property
     def response_mask(self) -> Tensor:
         """Bool `(N, T)`: the tokens that the policy generated, without padding."""
@@ -263,14 +268,8 @@ def merge(rollouts: list[Rollout]) -> Rollout:
         torch.cat([rollout.scores for rollout in rollouts]),
         torch.cat([rollout.raw_scores for rollout in rollouts]),
         torch.cat([rollout.ended_by_stop for rollout in rollouts]),
-        {name: torch.cat([_component(rollout, name) for rollout in rollouts]) for name in names},
+        {name: torch.cat([rollout.component(name) for rollout in rollouts]) for name in names},
     )
-
-
-def _component(rollout: Rollout, name: str) -> Tensor:
-    """Return a component's values; NaN if the rollout lacks it, such as a metric that is not always logged."""
-    unknown = torch.full_like(rollout.scores, torch.nan, dtype=torch.float64)
-    return rollout.components.get(name, unknown)
 
 
 def _padded(rows: list[Any], longest: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_a_multiplier_grows_above_the_limit_and_never_falls_below_zero() -> None
     loose = make_agent(constraints={"length": 100.0}, constraint_learning_rate=0.1)
     loose.learn(32)
     assert loose.constraints.multipliers == {"length": 0.0}
+
+
+def test_a_function_that_scores_no_row_moves_no_multiplier() -> None:
+    """`None` is no opinion, and no cost of 0."""
+    agent = make_agent("grpo", constraints={"length": 3.0}, scale="each")
+    agent.constraints.multipliers["length"] = 1.0
+    rollout = agent.play()
+    components = {name: values for name, values in rollout.components.items() if name != "reward/length"}
+    metrics = agent.update(replace(rollout, components=components), torch.zeros_like(rollout.log_probs))
+    assert agent.constraints.multipliers == {"length": 1.0}
+    assert metrics["constraint/length/multiplier"] == 1.0
+    assert "constraint/length/mean" not in metrics
 
 
 def test_the_last_token_pays_the_cost_and_a_row_without_one_pays_nothing() -> None:
