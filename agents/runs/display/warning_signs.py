@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +19,8 @@ FIRST = 3
 LAST = 5
 """Updates that a figure is the mean of, so that a single odd rollout is no sign."""
 CRITIC_UPDATES = 10
-"""Updates that a critic has to learn something."""
+"""Updates that report what a critic explains within prompts, until it must have learned something. An update whose
+prompts all differ does not report it."""
 
 MOST_KL = 1.2
 """Share of the KL budget."""
@@ -56,9 +56,9 @@ class WarningSigns:
         env = agent.base_env
         self.can_stop = bool(env.stop.ids) and env.stop.min_new_tokens < env.max_new_tokens
         self.say = say if say is not None else _warn
-        self.history: deque[Metrics] = deque(maxlen=CRITIC_UPDATES)
+        self.history: deque[Metrics] = deque(maxlen=LAST)
+        self.explained: deque[float] = deque(maxlen=CRITIC_UPDATES)
         self.first: list[Metrics] = []
-        self.updates = 0
         self.said: set[str] = set()
         for metrics in history:
             self.said |= self._signs(metrics).keys()
@@ -72,8 +72,9 @@ class WarningSigns:
 
     def _signs(self, metrics: Metrics) -> dict[str, str]:
         """Return the signs that there are after an update, by name; each with its figures and the remedy."""
-        self.updates += 1
         self.history.append(metrics)
+        if WITHIN_PROMPTS in metrics:
+            self.explained.append(metrics[WITHIN_PROMPTS])
         if len(self.first) < FIRST:
             self.first.append(metrics)
         found = {
@@ -88,10 +89,10 @@ class WarningSigns:
         }
         return {name: text for name, text in found.items() if text is not None}
 
-    def _mean(self, name: str, last: int = LAST) -> float | None:
+    def _mean(self, name: str) -> float | None:
         """Return the mean of a metric over the last updates; `None` if there are too few that report it."""
-        values = [row[name] for row in islice(reversed(self.history), last) if name in row]
-        return fmean(values) if len(values) == last else None
+        values = [row[name] for row in self.history if name in row]
+        return fmean(values) if len(values) == LAST else None
 
     def _since_start(self, name: str) -> tuple[float, float] | None:
         """Return a metric at the start and now; `None` if there are too few updates that report it."""
@@ -99,8 +100,7 @@ class WarningSigns:
         return None if now is None or not start else (fmean(start), now)
 
     def _critic(self) -> str | None:
-        share = self._mean(WITHIN_PROMPTS, CRITIC_UPDATES)
-        if share is None or share >= 0:
+        if len(self.explained) < CRITIC_UPDATES or (share := fmean(self.explained)) >= 0:
             return None
         return (
             f"the critic explains {share:.2f} of the variance within prompts, a mean over {CRITIC_UPDATES} updates: "

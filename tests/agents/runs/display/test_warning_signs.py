@@ -150,6 +150,15 @@ def test_a_critic_has_ten_updates_to_learn(agent: PPO) -> None:
     assert len(said(agent, [bad] * 10)) == 1
 
 
+def test_updates_whose_prompts_all_differ_say_nothing_of_the_critic(agent: PPO) -> None:
+    name = "val/explained_variance_within_prompts"
+    texts: list[str] = []
+    signs = WarningSigns(agent, texts.append)
+    for update in range(1, 21):
+        signs(agent, {**without(name), **({name: -0.5} if update % 2 else {})})
+        assert len(texts) == (update >= 19)  # the tenth update that reports it
+
+
 def test_responses_of_a_fixed_length_are_not_cut() -> None:
     agent = make_agent(min_new_tokens=2)
     assert said(agent, [{"val/ended_by_stop": 0.0}] * 6) == []
