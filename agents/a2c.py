@@ -7,16 +7,25 @@
 A_t is estimated with a learned critic V: the TD error of one step, r_t + gamma V(s_{t+1}) - V(s_t); the n-step error;
 or GAE, the mean of the n-step errors for all n with weights proportional to lambda^n (Schulman et al., 2016). Fewer
 steps have less variance and more bias from errors of the critic.
+
+With `estimator="q"` the critic learns Q(s, a) of every token (objectives/action_values.py) from the one-step targets of
+expected SARSA (van Seijen et al., 2009), r_t + gamma V(s_{t+1}) with V(s) = sum_a pi(a | s) Q(s, a), and
+
+    A_t = Q(s_t, a_t) - V(s_t)
+
+which has no variance from the reward of the step or from the next state, but all of the bias of Q.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from textgym.models.actor_critic import Evaluation
+from textgym.errors import ConfigError
+from textgym.models.actor_critic import ActorCritic, Evaluation
 
 from .common.advantages import discounted_returns, gae, n_step_returns
 from .common.means import masked_mean, per_episode, whiten
@@ -26,6 +35,7 @@ from .common.rollout import Rollout
 from .common.rollout_agent import Metrics
 from .configs.a2c import A2CConfig
 from .configs.rollout import RolloutAgentConfig
+from .objectives.action_values import ActionValues
 from .objectives.critic_agent import CriticAgent
 
 
@@ -34,6 +44,21 @@ class A2C(CriticAgent):
 
     config_class: ClassVar[type[RolloutAgentConfig]] = A2CConfig
     config: A2CConfig
+    action_values: ActionValues | None = None
+
+    def __init__(self, policy: Any, envs: Any, config: Any = None) -> None:
+        super().__init__(policy, envs, config)
+        if self.config.estimator != "q":
+            return
+        if self.learner.sharded:
+            raise ConfigError(
+                "estimator='q' does not shard its weights: launch it with examples/accelerate/ddp.yaml, or use 'gae'"
+            )
+        self.action_values = ActionValues(self.policy)
+        part = "policy" if self.policy.critic is None else "critic"
+        settings = self.part_settings(part)
+        own = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        self.optimizer.add_param_group({"params": [self.action_values.weight], "part": part, **own})
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Mnih et al., 2016, algorithm S3, synchronous) from a rollout and the KL of its tokens."""
@@ -47,7 +72,13 @@ class A2C(CriticAgent):
         values = rollout.values
 
         # 3. Advantages: returns minus the critic's values.
-        if config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)
+        if self.action_values is not None:  # Q(s_t, a_t) - V(s_t), and the targets r_t + gamma V(s_{t+1}) of Q
+            with torch.no_grad():
+                actions, values = self.action_values.of_sequences(self.policy, rollout.sequences)
+            rollout = replace(rollout, values=values)
+            returns = n_step_returns(rewards, values, mask, config.gamma, 1)
+            advantages = torch.where(mask, actions - values, 0.0)
+        elif config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)
             returns = n_step_returns(rewards, values, mask, config.gamma, config.n_steps)
             advantages = torch.where(mask, returns - values, 0.0)
         else:  # "td" is GAE with lambda = 0: r_t + gamma V(s_{t+1}) - V(s_t)
@@ -86,6 +117,26 @@ class A2C(CriticAgent):
             "policy/entropy_avg": masked_mean(new.entropy, mask),
         }
         return loss, metrics
+
+    def evaluate(self, policy: ActorCritic, batch: Batch) -> Evaluation:
+        """Evaluate a batch with a policy, with gradients; with `estimator="q"` the value is Q of the response token."""
+        new = super().evaluate(policy, batch)
+        if self.action_values is None:
+            return new
+        return new._replace(value=self.action_values.of_sequences(policy, batch.sequences)[0])
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Return the weights of Q besides the critic's, for a checkpoint."""
+        own = {} if self.action_values is None else {"action_values": self.action_values.weight.detach()}
+        return {**super().training_tensors(), **own}
+
+    def load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors of `training_tensors`."""
+        if self.action_values is not None:
+            with torch.no_grad():
+                self.action_values.weight.copy_(tensors["action_values"])
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "action_values"}
+        super().load_training_tensors(tensors)
 
     def weight(self, batch: Batch) -> int:
         """Return the number of episodes, because the loss is a mean over episodes."""

@@ -5,9 +5,9 @@
 
 TRL is not a dependency, so what it did is stored in tests/agents/trl_updates.safetensors: the completions that it
 sampled, their scores and advantages, and the weights after each update. An update is a rollout of six prompts with four
-completions each, and two passes over it, each one step of SGD on three accumulated micro-batches. BNPO's mean depends on
-which completions share a micro-batch, so it has only one. Completions have unequal lengths, and in some groups all
-scores are equal.
+completions each, and two passes over it, each one step of SGD on three accumulated micro-batches. The mean of BNPO
+depends on which completions share a micro-batch, so it has only one. Completions have unequal lengths, and in some
+groups all scores are equal.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from .policy_gradient import CriticConfig
 class A2CConfig(CriticConfig):
     """Hyperparameters of A2C, which makes one optimiser step for each rollout."""
 
-    estimator: Literal["td", "n_step", "gae"] = "gae"
-    """Estimator of the advantages."""
+    estimator: Literal["td", "n_step", "gae", "q"] = "gae"
+    """Estimator of the advantages; "q" learns Q(s, a) of all tokens and is Q(s, a) - V(s), with V the mean of Q over
+    the policy."""
     n_steps: Count = 5
     """Number of rewards before bootstrapping, for the estimator "n_step"."""
     lam: Share = 0.95

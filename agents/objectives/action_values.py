@@ -1,12 +1,14 @@
 """ActionValues: Q(s, a) of every token of the vocabulary, on the trunk of a critic, and V(s) as its expectation.
 
-    Q(s, a) = v(s) + d e_a . W h(s),    V(s) = sum_a pi(a | s) Q(s, a)
+    Q(s, a) = v(s) + e_a . W h(s),    V(s) = sum_a pi(a | s) Q(s, a)
 
-h is the critic's hidden state, v its value head with the scale d, and e_a the policy's output embedding of token a,
-which the critic does not train. So Q needs no head with V outputs. W is zero at first, so Q(s, a) = V(s) = v(s).
+h is the critic's hidden state, v its value head, and e_a the policy's output embedding of token a, which Q does not
+train. So Q needs no further weights for each token. W is zero at first, so Q(s, a) = V(s) = v(s).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class ActionValues(nn.Module):
     """Weights of Q besides the critic's, and its values.
 
     Args:
-        policy: The policy, whose critic is separate.
+        policy: The policy, whose critic has v and h.
     """
 
     def __init__(self, policy: ActorCritic) -> None:
@@ -36,24 +38,19 @@ class ActionValues(nn.Module):
         states = sequences.states()
         with torch.no_grad():
             hidden = states.hidden(policy.lm)  # (M, d)
-        critic_hidden = policy.critic_hidden(states)  # (M, d_c)
+        critic_hidden = policy.critic_hidden(states).float()  # (M, d_c)
         value = policy.value_head(critic_hidden)[:, 0]
-        projected = (critic_hidden @ self.weight.T) * policy.value_head.std  # (M, d)
-        embeddings = policy.head.weight.detach()
+        projected = critic_hidden @ self.weight.T  # (M, d)
+        embeddings = policy.head.weight.detach().float()  # (V, d)
         distribution = policy.distribution_of(sequences)
 
         def score(projected: Tensor, hidden: Tensor, actions: Tensor, banned: Tensor | None) -> tuple[Tensor, Tensor]:
-            advantages = projected @ embeddings.float().T  # (m, V)
+            advantages = projected @ embeddings.T  # (m, V)
             with torch.no_grad():
-                chances = distribution.take(banned).log_probs(policy.head(hidden)).exp()
+                chances = replace(distribution, banned=banned).log_probs(policy.head(hidden)).exp()
                 expected = (chances * advantages).sum(-1)
             return advantages.gather(1, actions[:, None])[:, 0], expected
 
         inputs = (projected, hidden, sequences.actions, distribution.banned)
         advantage, expected = in_chunks(score, policy.vocab_size, *inputs)
         return sequences.pad(value + advantage), sequences.pad((value + expected).detach())
-
-    @torch.no_grad()
-    def rescale(self, ratio: Tensor) -> None:
-        """Divide the weights by the ratio of the value head's new scale to its old one, so that no Q changes."""
-        self.weight /= ratio

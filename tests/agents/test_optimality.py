@@ -48,16 +48,18 @@ AGENTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "expert iteration": (ExpertIteration, GROUPS),
     "online dpo": (OnlineDPO, {"group_size": 2, "use_probability": True}),
 }
+SLOWER: dict[str, tuple[Kind, dict[str, Any]]] = {"a2c, Q and V": (A2C, {"estimator": "q"})}
+"""Agents that need more updates: Q is 0 for all tokens at first, so the policy has no gradient yet."""
 FAST = ("reinforce", "a2c", "ppo", "nlpo", "grpo", "rloo", "expert iteration", "online dpo")
 """One of each class; their variants are slow tests."""
 
 
-def gain_of(name: str, seed: int, learning_rate: float = 0.2) -> float:
-    kind, settings = AGENTS[name]
+def gain_of(name: str, seed: int, learning_rate: float = 0.2, updates: int = 12) -> float:
+    kind, settings = {**AGENTS, **SLOWER}[name]
     envs = gym.make_vec("textgym/Text-v0", num_envs=128, kl_mode="deferred", **TASK.env_kwargs(BETA))
     policy = ActorCritic.from_pretrained(TASK.language_model(), critic="separate")
     config = {"episodes_per_update": 128, "learning_rate": learning_rate, "seed": seed, **settings}
-    kind(policy, envs, kind.config_class(**config)).learn(128 * 12)
+    kind(policy, envs, kind.config_class(**config)).learn(128 * updates)
     return TASK.optimum(BETA).gap_closed(TASK.log_probs(policy))
 
 
@@ -71,6 +73,12 @@ def test_every_agent_comes_near_the_optimum(name: str) -> None:
     """
     gains = [gain_of(name, seed) for seed in range(2)]
     assert_learns(gains, at_least=0.4, measured=Measured(mean=0.747, standard_deviation=0.037, runs=8))
+
+
+@pytest.mark.slow
+def test_an_actor_critic_with_q_and_v_learns() -> None:
+    """Seeds 0 to 3 had 0.72, 0.93, 0.77 and 0.64 after four times as many updates as the others have."""
+    assert np.mean([gain_of("a2c, Q and V", seed, updates=48) for seed in range(4)]) > 0.4
 
 
 def flip_rewards(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:

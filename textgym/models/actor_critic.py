@@ -302,12 +302,14 @@ class ActorCritic(TokenModel):
 
         A critic that shares the policy's trunk takes its `hidden` states `(M, d)` where they are given.
         """
-        if self.critic is not None:
-            hidden = states.hidden(_Trunk(self.critic))
-        elif hidden is None:
-            hidden = states.hidden(self.lm)
+        if self.critic is not None or hidden is None:
+            hidden = self.critic_hidden(states)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())[:, 0]
+
+    def critic_hidden(self, states: States) -> Tensor:
+        """Return the last hidden state `(M, d)` of states in the critic's trunk, by one packed pass, with gradients."""
+        return states.hidden(self.lm if self.critic is None else _Trunk(self.critic))
 
     def reset_cache(self) -> None:
         """Frees the key-value caches of policy and critic; captured steps are worth the memory of theirs."""
