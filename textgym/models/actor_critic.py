@@ -6,9 +6,9 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, overload
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +31,7 @@ from textgym.models.loading import disable_dropout, is_trained, load_classifier,
 from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
+from textgym.models.text_generation import continuations, is_one_text
 from textgym.models.token_model import Observation, TokenModel, fits
 from textgym.models.value_head import ValueHead
 
@@ -207,16 +208,47 @@ class ActorCritic(TokenModel):
             value = self.value_head(self._critic_hidden(hidden).float())[:, 0]
         return Step(action, log_prob, value) if batched else Step(action[0], log_prob[0], value[0])
 
+    @overload
+    def generate(self, prompts: str, max_new_tokens: int = 64, **sampling: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int = 64, **sampling: Any) -> Any: ...
+
+    @overload
     def generate(
         self, prompts: Tensor, lengths: Tensor, max_new_tokens: int, stop: StopRule, deterministic: bool = False
-    ) -> Responses:
-        """Return whole responses to right-padded prompts `(B, W)` of lengths `(B,)`: what `act` would sample, faster.
+    ) -> Responses: ...
 
-        W has room for the longest prompt with `max_new_tokens` more. A critic of its own is not asked for values.
+    def generate(self, prompts: Any, *arguments: Any, **sampling: Any) -> Any:
+        """Return what the policy writes after prompts: texts after texts, whole responses after token ids.
+
+        >>> policy = ActorCritic.from_pretrained("tiny")
+        >>> policy.generate("The film is", max_new_tokens=8, seed=0)  # doctest: +SKIP
+        ' well can be pretty admira'
+        >>> policy.generate(["The film is", "I liked"], top_p=0.9, temperature=0.7)  # doctest: +SKIP
+
+        Args:
+            prompts: A string or a conversation, whose continuation is returned, or a list of these, for a list.
+                `max_new_tokens`, `deterministic`, `temperature`, `top_k`, `top_p`, `rules`, `stop`, `seed` and
+                `tokenizer` are those of `textgym.models.text_generation.continuations`. Or right-padded ids `(B, W)`, where W has room
+                for the longest prompt with `max_new_tokens` more: their responses are what `act` would sample, faster,
+                and a critic of its own is not asked for values.
+            arguments: `max_new_tokens` of texts; of ids `lengths` `(B,)`, `max_new_tokens`, `stop` and
+                `deterministic`.
+            sampling: The same by name.
 
         Raises:
-            ConfigError: if the policy has `rules`, which only `act` follows.
+            ConfigError: If the policy has `rules`, which responses to ids do not follow.
         """
+        if isinstance(prompts, Tensor):
+            return self._respond(prompts, *arguments, **sampling)
+        if is_one_text(prompts):
+            return continuations(self, [prompts], *arguments, **sampling)[0]
+        return continuations(self, prompts, *arguments, **sampling)
+
+    def _respond(
+        self, prompts: Tensor, lengths: Tensor, max_new_tokens: int, stop: StopRule, deterministic: bool = False
+    ) -> Responses:
         if self.rules:
             raise ConfigError(
                 f"generate does not follow rules={self.rules}: use act, or textgym.agents.runs.evaluation.generate"

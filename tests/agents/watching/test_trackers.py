@@ -1,0 +1,222 @@
+"""Trackers get settings, metrics and samples; what was logged is read back. A tracker that fails ends nothing."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+from textgym import ActorCritic, cli
+from textgym.agents import PPO, PPOConfig
+from textgym.agents.watching import trackers
+from textgym.agents.watching.trackers import Trackers, flat, markdown
+from textgym.errors import ConfigError
+from textgym.testing import byte_tokenizer, mock_lm
+
+
+def make() -> PPO:
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=2,
+        prompts=["ab|", "c"],
+        tokenizer=byte_tokenizer(),
+        reward=lambda completions: [float(len(text)) for text in completions],
+        max_new_tokens=2,
+    )
+    return PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPOConfig(episodes_per_update=2, minibatch_size=2))
+
+
+class InMemory:
+    """A tracker with the interface of accelerate's."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+        self.settings: dict[str, Any] = {}
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.finished = False
+
+    def start(self) -> None:
+        pass
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.settings = values
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if step == self.fail_at:
+            raise ConnectionError("the server refused the connection")
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def track(monkeypatch: pytest.MonkeyPatch, **given: InMemory) -> None:
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
+    monkeypatch.setattr(trackers, "tracker_of", lambda name, folder: given[name])
+    monkeypatch.setattr(trackers, "log_samples", lambda name, tracker, rows, step: tracker.log({"samples": rows}, step))
+
+
+def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tracker = InMemory()
+    track(monkeypatch, wandb=tracker)
+    metrics: list[dict[str, float]] = []
+    make().learn(4, lambda agent, new: metrics.append(new), folder=tmp_path / "run", log_with="wandb")
+    assert tracker.settings["agent"] == "ppo"
+    assert tracker.settings["config/minibatch_size"] == 2
+    assert [(step, row) for step, row in tracker.rows if "samples" not in row] == [(2, metrics[0]), (4, metrics[1])]
+    [(step, row)] = [(step, row) for step, row in tracker.rows if "samples" in row]
+    assert step == 2
+    assert sorted(prompt for prompt, _, _ in row["samples"]) == ["ab|", "c"]
+    assert all(score == len(completion) for _, completion, score in row["samples"])
+    assert tracker.finished
+
+
+def test_a_tracker_that_refuses_in_the_middle_of_a_run_is_warned_of_once_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken, whole = InMemory(fail_at=4), InMemory()
+    track(monkeypatch, wandb=broken, mlflow=whole)
+    agent = make()
+    with pytest.warns(UserWarning, match="the tracker wandb failed.*the server refused the connection") as caught:
+        agent.learn(8, log_with=["wandb", "mlflow"])
+    assert sum("the tracker" in str(warning.message) for warning in caught) == 1
+    assert agent.updates == 4
+    assert [step for step, row in broken.rows if "samples" not in row] == [2]
+    assert [step for step, row in whole.rows if "samples" not in row] == [2, 4, 6, 8]
+    assert whole.finished
+
+
+def test_a_tracker_that_cannot_begin_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = InMemory()
+    monkeypatch.setattr(broken, "start", lambda: 1 / 0)
+    track(monkeypatch, wandb=broken)
+    with pytest.warns(UserWarning, match="the tracker wandb failed.*ZeroDivisionError"):
+        assert make().learn(2, log_with="wandb").updates == 1
+
+
+def test_names_of_trackers_are_checked_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no tracker 'wandbb': did you mean 'wandb'"):
+        make().learn(2, folder=tmp_path / "run", log_with="wandbb")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert Trackers(["tensorboard,tensorboard tensorboard"]).names == ["tensorboard"]
+
+
+def test_a_missing_package_is_named_as_pip_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="the tracker comet_ml is not installed: pip install comet-ml"):
+        Trackers(["comet_ml"])
+
+
+def test_settings_are_flat_and_samples_are_a_table() -> None:
+    assert flat({"a": {"b": None, "c": [1, 2]}, "d": Path("x")}) == {"a/b": "None", "a/c": "[1, 2]", "d": "x"}
+    assert markdown([["a|b", "c\nd", None]]).splitlines()[1:] == ["| --- | --- | --- |", r"| a\|b | c d | None |"]
+
+
+@pytest.mark.slow
+def test_tensorboard_has_settings_metrics_and_samples(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make().learn(4, folder=tmp_path / "run", log_with="tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("objective/scores")] == [2, 4]
+    [sample] = events.Tensors("samples/text_summary")
+    assert b"| prompt | completion | score |" in sample.tensor_proto.string_val[0]
+    [settings] = (tmp_path / "run" / "trackers").rglob("hparams.yml")
+    assert "config/minibatch_size: 2" in settings.read_text()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline_has_settings_metrics_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the library's own
+        make().learn(4, folder=tmp_path / "run", log_with="wandb")
+        found = wandb_records(next(tmp_path.glob("wandb/offline-run-*/*.wandb")))
+    assert found["config/minibatch_size"] == "2"
+    assert len(found["objective/scores"]) == 2
+    assert "table-file" in str(found["samples"])
+
+
+def wandb_records(file: Path) -> dict[str, Any]:
+    """Settings and the history of each metric in the file of an offline run."""
+    from wandb.proto import wandb_internal_pb2 as records
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    found: dict[str, Any] = {}
+    while (data := store.scan_data()) is not None:
+        record = records.Record()
+        record.ParseFromString(data)
+        for update in (*record.run.config.update, *record.config.update):
+            found[update.key] = update.value_json
+        for item in record.history.item:
+            key = item.key or "/".join(item.nested_key)
+            found.setdefault(key, []).append(item.value_json)
+    return found
+
+
+@pytest.mark.slow
+def test_mlflow_with_a_database_has_settings_metrics_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'runs.db'}")
+    make().learn(4, folder=tmp_path / "run", log_with="mlflow")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("textgym")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run"
+    assert run.data.params["config/minibatch_size"] == "2"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "objective/scores")] == [2, 4]
+    table = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/samples.json"))
+    assert table["columns"] == ["step", "prompt", "completion", "score"]
+    assert len(table["data"]) == 2
+
+
+@pytest.mark.slow
+def test_trackio_has_settings_metrics_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    make().learn(4, folder=tmp_path / "run", log_with="trackio")
+    [database] = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+        configs = connection.execute("SELECT config FROM configs").fetchall()
+    logged = [json.loads(metrics) for _, metrics in rows]
+    assert sum("objective/scores" in metrics for metrics in logged) == 2
+    assert any("samples" in metrics for metrics in logged)
+    assert json.loads(configs[0][0])["config/minibatch_size"] == 2
+
+
+@pytest.mark.slow
+def test_the_command_logs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--num-envs",
+        "4",
+        "--episodes-per-update",
+        "4",
+        "--minibatch-size",
+        "4",
+        "--total-episodes",
+        "4",
+        "--quiet",
+    ]
+    cli.main(["train", "--output-dir", "run", *flags, "--log-with", "tensorboard"])
+    assert list(Path("run/trackers/tensorboard").glob("events*"))
+    with pytest.raises(SystemExit, match="no tracker 'tensorbord': did you mean 'tensorboard'"):
+        cli.main(["train", "--output-dir", "other", *flags, "--log-with", "tensorbord"])
+    assert not Path("other").exists()
