@@ -228,11 +228,11 @@ class ActorCritic(TokenModel):
         >>> policy.generate(["The film is", "I liked"], top_p=0.9, temperature=0.7)  # doctest: +SKIP
 
         Args:
-            prompts: A string or a conversation, whose continuation is returned, or a list of these, for a list.
-                `max_new_tokens`, `deterministic`, `temperature`, `top_k`, `top_p`, `rules`, `stop`, `seed` and
-                `tokenizer` are those of `textgym.models.text_generation.continuations`. Or right-padded ids `(B, W)`, where W has room
-                for the longest prompt with `max_new_tokens` more: their responses are what `act` would sample, faster,
-                and a critic of its own is not asked for values.
+            prompts: A string or a conversation, whose continuation is returned, or a list of these, for a list. The
+                other arguments are then those of `textgym.models.text_generation.continuations`: `max_new_tokens`,
+                `deterministic`, `temperature`, `top_k`, `top_p`, `rules`, `stop`, `seed` and `tokenizer`. Or
+                right-padded ids `(B, W)`, where W has room for the longest prompt with `max_new_tokens` more: their
+                responses are what `act` would sample, faster, and a critic of its own is not asked for values.
             arguments: `max_new_tokens` of texts; of ids `lengths` `(B,)`, `max_new_tokens`, `stop` and
                 `deterministic`.
             sampling: The same by name.
