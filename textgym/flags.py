@@ -65,6 +65,8 @@ FREE = (
     "trust_remote_code",
     "quiet",
     "log_with",
+    "keep_best",
+    "patience",
     "total_episodes",
     "epochs",
     "max_steps",
@@ -92,6 +94,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "record_every",
         "eval_every",
         "eval_prompts",
+        "keep_best",
+        "patience",
         "log_with",
     ),
 }
@@ -155,6 +159,10 @@ class Train:
     """Updates from one evaluation on held-out prompts to the next, and one at the end; 0 for none at all."""
     eval_prompts: Count = 64
     """How many prompts are kept from training for the evaluation, at most a tenth of them."""
+    keep_best: bool = False
+    """Keep the agent of the evaluation with the highest score minus KL penalty in `best`."""
+    patience: Count | None = None
+    """End the run after so many evaluations in a row without a higher score minus KL penalty."""
     quiet: bool = False
     """Show nothing but errors and the table at the end."""
     log_with: tuple[str, ...] = ()
@@ -193,6 +201,11 @@ def check_agent(command: Train) -> None:
             f"--agent {command.agent} learns from the episodes it plays and would not read --data: leave it out, give "
             'prompts as --env-kwargs \'{"prompts": "FILE.jsonl"}\', or use --agent sft or dpo'
         )
+    judges = [flag for flag, given in (("--keep-best", command.keep_best), ("--patience", command.patience)) if given]
+    if judges and command.agent in OFFLINE:
+        raise ValueError(f"{judges[0]} judges episodes on held-out prompts, and --agent {command.agent} plays none")
+    if judges and not command.eval_every:
+        raise ValueError(f"{judges[0]} needs evaluations: give --eval-every above 0")
 
 
 @dataclass

@@ -177,9 +177,10 @@ def _title(config: type) -> str:
 @functools.lru_cache
 def _meanings(config: type) -> dict[str, str]:
     """Return the strings under the fields of a class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(definition, ast.ClassDef)
     return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in itertools.pairwise(body)
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in itertools.pairwise(definition.body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }

@@ -24,6 +24,7 @@ FILES = (
     "curves.png",
     "samples.md",
     "evaluation.json",
+    "best/best.json",
     "profile.md",
     "profile.json",
     "trace.json.gz",
@@ -143,7 +144,7 @@ def _remove_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for saved in folder.glob("checkpoints/*"):
         remove_saved(saved)
-    for saved in (folder / "policy", folder / "reward_model", folder / "viewer"):
+    for saved in (folder / name for name in ("policy", "reward_model", "viewer", "best/agent")):
         if not _foreign_files(saved):  # else saving the next one replaces textgym's files alone
             remove_saved(saved)
     (folder / RUN).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.table import Table
@@ -74,7 +74,8 @@ class WatchedRun:
         self._say_overview()
         table = None
         try:
-            with live, self.interrupts:
+            # Without checkpoints there is nothing that an interrupt should wait for.
+            with live, nullcontext() if self.checkpoints is None else self.interrupts:
                 plays = isinstance(agent, RolloutAgent)
                 live.stage(type(agent).__name__, self.total_episodes if plays else agent.total_updates)
                 if self.checkpoints is not None and not resumed:

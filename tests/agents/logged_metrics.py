@@ -58,7 +58,7 @@ def of_reward_model(folder: Path) -> set[str]:
     """Names that the training of a reward model logs."""
     mock_lm().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    pairs = [{"prompt": f"question {number}", "chosen": "yes", "rejected": "no"} for number in range(11)]
+    pairs = [{"prompt": f"question {number}", "chosen": " yes", "rejected": " no"} for number in range(11)]
     log = _Log()
     train_reward_model(
         pairs[:10], str(folder), config=RewardModelConfig(batch_size=1), heldout=pairs[10:], callbacks=[log]

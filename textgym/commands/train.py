@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from textgym import agents
-from textgym.agents.callbacks import CallbackLike
+from textgym.agents.callbacks import Callback, CallbackLike
 from textgym.agents.common.rollout_agent import RolloutAgent
 from textgym.agents.common.supervised import SupervisedAgent
 from textgym.agents.machine.distributed import everyone, join, raise_on_termination, rank
@@ -22,6 +22,7 @@ from textgym.agents.runs.heldout import HeldOut
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import RunFolder, changed_settings
+from textgym.agents.watching.best import EarlyStop, KeepBest
 from textgym.agents.watching.run import WatchedRun
 from textgym.agents.watching.trackers import Trackers
 from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
@@ -75,9 +76,8 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     total = command.total_episodes
     resumed = newest is not None
     if rank() > 0:
-        with WatchedRun(agent, LiveProgress(quiet=True), checkpoints=checkpoints).learning(
-            resumed=resumed
-        ) as callbacks:
+        beside = WatchedRun(agent, LiveProgress(quiet=True), checkpoints=checkpoints)
+        with beside.learning(_judges(command), resumed) as callbacks:
             _learn(agent, total, callbacks)
         return
     policy = agent.policy
@@ -106,7 +106,7 @@ def _train(command: Train, claim: RunClaim | None) -> None:
         at_the_end=lambda: _write_samples(policy, envs, folder, command, evaluation),
     )
     try:
-        with run.learning(resumed=resumed) as callbacks:
+        with run.learning(_judges(command), resumed) as callbacks:
             _learn(agent, total, callbacks)
     finally:
         envs.close()
@@ -117,6 +117,14 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     place = command.output_dir
     longer = f"textgym resume {place} --total-episodes {2 * total}"
     live.say(f"go on: textgym view {place} | textgym evaluate {place} | textgym chat {place} | {longer}")
+
+
+def _judges(command: Train) -> list[Callback]:
+    """Return the callbacks that judge the policy by its evaluations; all processes have them."""
+    judges: list[Callback] = [KeepBest(command.output_dir / "best")] if command.keep_best else []
+    if command.patience is not None:
+        judges.append(EarlyStop(command.patience))
+    return judges
 
 
 def _learn(agent: RolloutAgent | SupervisedAgent, total_episodes: int, callback: CallbackLike) -> None:

@@ -142,3 +142,23 @@ def test_groups_of_named_environments(tmp_path: Path) -> None:
     agent = GRPO("tiny", "textgym/Sentiment-v0", GRPOConfig(episodes_per_update=16, group_size=4))
     agent.learn(16, folder=tmp_path / "run")
     assert Run.read(tmp_path / "run").settings["num_envs"] == 16
+
+
+@pytest.mark.slow
+def test_the_command_keeps_the_best_and_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"num-envs": 4, "episodes-per-update": 4, "minibatch-size": 4, "total-episodes": 400, "eval-every": 1}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    train = ["train", "--output-dir", "run", *words, "--env-kwargs", json.dumps({"max_new_tokens": 3}), "--quiet"]
+    cli.main([*train, "--keep-best", "--patience", "2"])
+    rows = metrics_of(Path("run"))
+    values = [row["eval/score"] - 0.05 * row["eval/kl"] for row in rows]
+    best = json.loads(Path("run/best/best.json").read_text())
+    assert best["value"] == pytest.approx(max(values))
+    assert best["update"] == values.index(max(values)) + 1 == len(rows) - 2 < 98
+    assert Path("run/best/agent/agent.json").exists()
+
+    cli.main([*train, "--total-episodes", "4", "--overwrite"])
+    assert not list(Path("run/best").rglob("*.json"))
+    with pytest.raises(SystemExit, match="--patience needs evaluations"):
+        cli.main([*train, "--patience", "2", "--eval-every", "0"])

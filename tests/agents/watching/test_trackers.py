@@ -61,11 +61,11 @@ def track(monkeypatch: pytest.MonkeyPatch, **given: InMemory) -> None:
     monkeypatch.setattr(trackers, "log_samples", lambda name, tracker, rows, step: tracker.log({"samples": rows}, step))
 
 
-def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = InMemory()
     track(monkeypatch, wandb=tracker)
     metrics: list[dict[str, float]] = []
-    make().learn(4, lambda agent, new: metrics.append(new), folder=tmp_path / "run", log_with="wandb")
+    make().learn(4, lambda agent, new: metrics.append(new), log_with="wandb")
     assert tracker.settings["agent"] == "ppo"
     assert tracker.settings["config/minibatch_size"] == 2
     assert [(step, row) for step, row in tracker.rows if "samples" not in row] == [(2, metrics[0]), (4, metrics[1])]
