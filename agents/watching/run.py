@@ -76,8 +76,8 @@ class WatchedRun:
         try:
             # Without checkpoints there is nothing that an interrupt should wait for.
             with live, nullcontext() if self.checkpoints is None else self.interrupts:
-                plays = isinstance(agent, RolloutAgent)
-                live.stage(type(agent).__name__, self.total_episodes if plays else agent.total_updates)
+                total = self.total_episodes if isinstance(agent, RolloutAgent) else agent.total_updates
+                live.stage(type(agent).__name__, total)
                 if self.checkpoints is not None and not resumed:
                     self.checkpoints.save(agent)
                 yield CallbackList([*self._callbacks(), *CallbackList(callback).callbacks, self.interrupts])
@@ -100,7 +100,7 @@ class WatchedRun:
     def _callbacks(self) -> list[Any]:
         """Return the run's own callbacks; metrics come first, so a checkpoint that is continued has reported them."""
         agent = self.agent
-        found = [self.heldout, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
+        found: list[Any] = [self.heldout, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
         if isinstance(agent, RolloutAgent):
             history = [] if self.folder is None else self.folder.history
             found.append(WarningSigns(agent, lambda text: self.live.say(f"warning: {text}"), history))

@@ -15,6 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Trackers(Callback):
     def on_training_start(self, agent: Any) -> None:
         """Open a run in each tracker, with the settings of this one."""
         for name in self.names:
-            self._attempt(name, lambda name=name: self._open(name))
+            self._attempt(name, partial(self._open, name))
 
     def on_rollout_end(self, agent: Any, rollout: Rollout, kl: Any) -> None:
         """Keep some of what the policy wrote, of the first and every tenth update."""
@@ -88,9 +89,9 @@ class Trackers(Callback):
         step = int(metrics[clock(metrics)])
         rows, self.samples = self.samples, []
         for name, tracker in list(self.trackers.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.log(dict(metrics), step=step))
+            self._attempt(name, partial(tracker.log, dict(metrics), step=step))
             if rows and name in self.trackers:
-                self._attempt(name, lambda name=name, tracker=tracker: log_samples(name, tracker, rows, step))
+                self._attempt(name, partial(log_samples, name, tracker, rows, step))
 
     def close(self) -> None:
         """Close the run in each tracker."""

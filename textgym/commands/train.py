@@ -114,9 +114,9 @@ def _train(command: Train, claim: RunClaim | None) -> None:
         again = f"`textgym resume {command.output_dir}` goes on from there"
         live.say(f"stopped after update {agent.updates}: {again}", always=True)
         sys.exit(128 + run.interrupts.received)
-    place = command.output_dir
-    longer = f"textgym resume {place} --total-episodes {2 * total}"
-    live.say(f"go on: textgym view {place} | textgym evaluate {place} | textgym chat {place} | {longer}")
+    done = command.output_dir
+    longer = f"textgym resume {done} --total-episodes {2 * total}"
+    live.say(f"go on: textgym view {done} | textgym evaluate {done} | textgym chat {done} | {longer}")
 
 
 def _judges(command: Train) -> list[Callback]:
