@@ -66,7 +66,7 @@ class Args:
     timeout: float = 300.0
     """Seconds for the tests of one fault; a fault that makes them hang is noticed."""
     output: Path | None = None
-    """JSON file for the outcome of each fault."""
+    """JSON file for the outcome of each fault, written after each; a run with the same file goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +209,33 @@ def copied(folder: Path) -> Path:
     return copy
 
 
+def write_outcomes(output: Path, chosen: list[Fault], outcomes: list[str]) -> None:
+    """Write the outcomes of the first faults."""
+    tried = zip(chosen, outcomes, strict=False)
+    rows = [{**asdict(fault), "source": None, "outcome": outcome} for fault, outcome in tried]
+    output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def outcomes_so_far(output: Path | None, chosen: list[Fault]) -> list[str]:
+    """Return the outcomes of the first faults that a run with this file has tried; empty without the file."""
+    if output is None or not output.exists():
+        return []
+    rows = json.loads(output.read_text(encoding="utf-8"))
+    for fault, row in zip(chosen, rows, strict=False):
+        if {**asdict(fault), "source": None} != {name: row[name] for name in asdict(fault)}:
+            raise SystemExit(f"{output} is of other faults, or the code has changed since: delete it to begin anew")
+    return [row["outcome"] for row in rows[: len(chosen)]]
+
+
 def main(args: Args) -> None:
     files = [file for folder in args.folders for file in _files(ROOT / folder, "*.py")]
     everywhere = [fault for file in files for fault in faults_of(file)]
     chosen = random.Random(args.seed).sample(everywhere, min(args.faults, len(everywhere)))
-    outcomes: list[str] = []
+    outcomes = outcomes_so_far(args.output, chosen)
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
         sound: set[tuple[str, ...]] = set()  # sets of tests that pass without a fault
-        for index, fault in enumerate(chosen):
+        for index, fault in list(enumerate(chosen))[len(outcomes) :]:
             tests = tests_of(fault.path, args)
             if tests and tests not in sound and not passes(tests, copy):
                 raise SystemExit(f"these tests fail without a fault, so they say nothing: {' '.join(tests)}")
@@ -228,11 +246,10 @@ def main(args: Args) -> None:
             print(f"{index + 1:4} {outcomes[-1]:8} {fault.path}:{fault.line}, {seconds:.0f} s", flush=True)
             if outcomes[-1] in ("missed", "untested"):
                 print(f"     - {fault.before}\n     + {fault.after}", flush=True)
+            if args.output is not None:
+                write_outcomes(args.output, chosen, outcomes)
     noticed = sum(outcome in ("noticed", "hung") for outcome in outcomes)
     print(f"{noticed} of {len(outcomes)} faults were noticed, {noticed / max(len(outcomes), 1):.1%}")
-    if args.output is not None:
-        rows = [{**asdict(fault), "outcome": outcome} for fault, outcome in zip(chosen, outcomes, strict=True)]
-        args.output.write_text(json.dumps([{**row, "source": None} for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
