@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,11 @@ class Result:
 
 
 def write_sheet(
-    path: Path, prompts: Sequence[Text], completions: dict[str, Sequence[str]], seed: int = 0, overwrite: bool = False
+    path: Path,
+    prompts: Sequence[Text],
+    completions: Mapping[str, Sequence[str]],
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write a sheet for raters as CSV and HTML, and its key.
 
