@@ -82,7 +82,13 @@ def run(args: Args, kl_coef: float, seed: int) -> tuple[Curve, list[str]]:
         curve.append({"episodes": episodes, **measure(samples, reference, lexicon_sentiment)})
         return [f"{row['prompt']} >{row['completion']}" for row in samples.transcripts[: args.completions]]
 
-    config = PPOConfig(2 * args.num_envs, args.learning_rate, minibatch_size=64, value_coef=0.5, seed=seed)
+    config = PPOConfig(
+        episodes_per_update=2 * args.num_envs,
+        learning_rate=args.learning_rate,
+        minibatch_size=64,
+        value_coef=0.5,
+        seed=seed,
+    )
     agent = PPO(policy, envs, config)
     evaluate(0)
 

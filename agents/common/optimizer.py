@@ -82,7 +82,7 @@ def adamw(
     weights: Iterable[nn.Parameter], learning_rate: float, epsilon: float, eight_bit: bool
 ) -> torch.optim.Optimizer:
     """Return AdamW without weight decay, of the weights that require gradients."""
-    config = OptimizerConfig(learning_rate, adam_epsilon=epsilon, adam_8bit=eight_bit)
+    config = OptimizerConfig(learning_rate=learning_rate, adam_epsilon=epsilon, adam_8bit=eight_bit)
     return make_optimizer({"policy": list(weights)}, {"policy": PartSettings(learning_rate, 0.0, 1.0)}, config)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from textgym.data.files import atomic_folder
 from textgym.data.manifests import Manifest, checked_manifest
 from textgym.envs.interface import rollout_env
-from textgym.errors import DamagedFolderError
+from textgym.errors import ConfigError, DamagedFolderError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import Adapters, activate, carries_adapters, is_twin, twin, without_adapters
 from textgym.models.loading import freeze, load_causal_lm
@@ -263,9 +263,10 @@ def load_agent(
     # 2. Counters, the KL controller, the scale of scores, and the environment.
     agent.episodes, agent.updates, agent.total_episodes = saved.progress
     if saved.controller.keys() != vars(agent.penalty.controller).keys():
-        raise DamagedFolderError(
-            f"{folder} was saved with another controller of the KL: it had {sorted(saved.controller)}, and a "
-            f"{type(agent.penalty.controller).__name__} has {sorted(vars(agent.penalty.controller))}"
+        raise ConfigError(
+            f"{folder} was saved with another controller of the KL, with {sorted(saved.controller)}: a "
+            f"{type(agent.penalty.controller).__name__} has {sorted(vars(agent.penalty.controller))}. "
+            "Give the environment the same kind of kl_coef, or load without envs"
         )
     vars(agent.penalty.controller).update(saved.controller)
     known = distributed.rank() < len(saved.scorers)  # else this process is one more than the run had

@@ -11,7 +11,7 @@ from textgym.settings import Count, NotNegative, Share
 from .policy_gradient import CriticConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class A2CConfig(CriticConfig):
     """Hyperparameters of A2C, which makes one optimiser step for each rollout."""
 

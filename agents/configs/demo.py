@@ -13,7 +13,7 @@ from textgym.settings import Count, NotNegative, Positive, Seed, WholeNumber, ch
 from .ppo import PPOConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DemoConfig:
     """Settings of the demo; the defaults are those of `make demo`."""
 

@@ -14,7 +14,7 @@ from .supervised import SupervisedConfig
 DPOLoss = Literal["sigmoid", "hinge", "ipo"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DPOConfig(SupervisedConfig):
     """Hyperparameters of DPO."""
 
@@ -36,7 +36,7 @@ class DPOConfig(SupervisedConfig):
             raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OnlineDPOConfig(PromptGroupConfig):
     """Hyperparameters of online DPO."""
 

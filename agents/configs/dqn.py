@@ -11,7 +11,7 @@ from textgym.settings import Count, NotNegative
 from .replay import ReplayConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DQNConfig(ReplayConfig):
     """Hyperparameters of Q-learning; beta is `kl_coef` of the environment."""
 

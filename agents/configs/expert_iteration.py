@@ -10,7 +10,7 @@ from textgym.settings import Count
 from .policy_gradient import PromptGroupConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExpertIterationConfig(PromptGroupConfig):
     """Hyperparameters of expert iteration."""
 

@@ -11,7 +11,7 @@ from textgym.settings import Count, NotNegative, Positive, PositiveShare, refuse
 from .policy_gradient import KLInLoss, PromptGroupConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GRPOConfig(PromptGroupConfig):
     """Hyperparameters of GRPO. The coefficient of the KL to the reference is an argument of the environment."""
 

@@ -10,7 +10,7 @@ from textgym.settings import Positive
 from .replay import ReplayConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PathwiseConfig(ReplayConfig):
     """Hyperparameters of the pathwise derivative; beta is `kl_coef` of the environment."""
 

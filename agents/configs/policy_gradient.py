@@ -22,7 +22,7 @@ of the KL of whole texts (`textgym.rewards.kl.sequence_kl`), by sums over the vo
 reference; "k3" is k3 alone, whose gradient is that of KL(pi_ref, pi)."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PolicyGradientConfig(RolloutAgentConfig):
     """Hyperparameters of all policy-gradient agents. KL coefficient and estimator are arguments of the environment."""
 
@@ -60,7 +60,7 @@ class PolicyGradientConfig(RolloutAgentConfig):
 SEPARATE = ("critic_learning_rate", "critic_weight_decay", "critic_max_grad_norm", "freezing_actor_steps")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CriticConfig(PolicyGradientConfig):
     """Hyperparameters of all policy-gradient agents with a critic."""
 
@@ -78,7 +78,7 @@ class CriticConfig(PolicyGradientConfig):
     follow a critic that has seen some returns; None for none."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PromptGroupConfig(PolicyGradientConfig):
     """Hyperparameters of all agents that compare episodes of one prompt."""
 

@@ -11,7 +11,7 @@ from textgym.settings import Check, Count, NotNegative, Positive, PositiveShare,
 from .policy_gradient import CriticConfig, KLInLoss
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PPOConfig(CriticConfig):
     """Hyperparameters of PPO. Coefficient and estimator of the KL to the reference are arguments of the environment."""
 
@@ -75,7 +75,7 @@ class PPOConfig(CriticConfig):
             raise ConfigError(f"ptx_coef={self.ptx_coef} is the weight of ptx_data: give a .jsonl file of texts")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class NLPOConfig(PPOConfig):
     """Hyperparameters of NLPO."""
 

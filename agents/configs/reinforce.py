@@ -11,7 +11,7 @@ from textgym.settings import NotNegative, Share
 from .policy_gradient import SEPARATE, CriticConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class REINFORCEConfig(CriticConfig):
     """Hyperparameters of REINFORCE, which makes one optimiser step for each rollout."""
 

@@ -9,7 +9,7 @@ from textgym.settings import Count, Positive, PositiveShare, Share, WholeNumber
 from .rollout import RolloutAgentConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ReplayConfig(RolloutAgentConfig):
     """Hyperparameters of all agents with a replay buffer."""
 

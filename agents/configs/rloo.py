@@ -10,7 +10,7 @@ from textgym.settings import Positive
 from .policy_gradient import PromptGroupConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RLOOConfig(PromptGroupConfig):
     """Hyperparameters of RLOO."""
 

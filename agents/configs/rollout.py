@@ -32,7 +32,7 @@ def _is_optimizer(name: str) -> bool:
 OptimizerName = Annotated[str, Check("the name of a class of torch.optim, other than LBFGS", _is_optimizer)]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """Hyperparameters of the optimiser of all agents that learn from rollouts."""
 
@@ -73,7 +73,7 @@ class OptimizerConfig:
         return learning_rate_factor(update, num_updates, self.warmup, decay)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RolloutAgentConfig(OptimizerConfig):
     """Hyperparameters of all agents that learn from rollouts."""
 

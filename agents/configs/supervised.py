@@ -8,7 +8,7 @@ from textgym.errors import ConfigError
 from textgym.settings import Count, NotNegative, OnNonFinite, Positive, Seed, Share, check_settings
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SupervisedConfig:
     """Hyperparameters of all agents that learn from given texts."""
 
@@ -59,6 +59,6 @@ class SupervisedConfig:
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SFTConfig(SupervisedConfig):
     """Hyperparameters of supervised fine-tuning."""

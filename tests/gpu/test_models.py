@@ -59,7 +59,8 @@ def evaluated(policy: ActorCritic, sequences: Sequences) -> tuple[Evaluation, di
     """Log-probs, values and entropies, and the gradients of a sum in which each has a weight of its own."""
     evaluation = policy.evaluate(sequences, entropy_gradient=True)
     total = torch.zeros((), device=policy.device)
-    for start, end, column in zip((-1, 1, 2), (2, -1, 0), evaluation, strict=True):
+    columns = (evaluation.log_prob, evaluation.value, evaluation.entropy)
+    for start, end, column in zip((-1, 1, 2), (2, -1, 0), columns, strict=True):
         weights = torch.linspace(start, end, column.numel(), device=column.device).view(column.shape)
         total = total + (weights * column).sum()
     policy.zero_grad()

@@ -146,6 +146,8 @@ def _compare(given: Any, expected: Any, tolerance: float = 1e-4) -> None:
         assert len(given) == len(expected)
         for one, other in zip(given, expected, strict=True):
             _compare(one, other, tolerance)
+    elif expected is None:
+        assert given is None
     else:
         given, expected = (torch.as_tensor(value).detach().cpu() for value in (given, expected))
         torch.testing.assert_close(

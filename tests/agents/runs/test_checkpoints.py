@@ -29,6 +29,7 @@ from textgym.agents.runs.progress import LiveProgress
 from textgym.data.files import TEMPORARY
 from textgym.errors import DamagedFolderError
 from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import byte_tokenizer, mock_lm
 
 REWARDS = """
@@ -45,7 +46,7 @@ WRITES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", 
 """Audit events of Python that come before a change on the disk."""
 
 
-def make_envs() -> Any:
+def make_envs(**kwargs: Any) -> Any:
     return gym.make_vec(
         "textgym/Text-v0",
         num_envs=4,
@@ -55,6 +56,7 @@ def make_envs() -> Any:
         reference=mock_lm(),
         kl_mode="deferred",
         max_new_tokens=3,
+        **kwargs,
     )
 
 
@@ -353,7 +355,8 @@ def test_killed_at_20_random_moments_and_resumed_each_time_a_run_ends_as_the_und
         while kills < 20 and not live(*train("ppo", f"run-{number}", *resume), seconds=moments.uniform(0, length)):
             kills, resume = kills + 1, ["--resume"]
             for path in Path(f"run-{number}").glob("checkpoints/step-*"):
-                assert PPO.load(path, make_envs()).updates == int(path.name[-6:])
+                envs = make_envs(kl_coef=AdaptiveKL(target=3.0))
+                assert PPO.load(path, envs).updates == int(path.name[-6:])
         if kills == 20:  # a busy machine, which needs longer than the undisturbed run did, is let come to an end
             assert live(*train("ppo", f"run-{number}", "--resume"))
         assert_same(working_folder / f"run-{number}", working_folder / "whole")

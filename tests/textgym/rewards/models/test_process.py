@@ -97,10 +97,8 @@ def _language_model(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_awkward_texts() -> None:
-    assert (
-        check_reward(ProcessRewardModel(classifier(), byte_tokenizer(), separator=" "), tokenizer=byte_tokenizer())
-        == []
-    )
+    model = ProcessRewardModel(classifier(), byte_tokenizer(), separator=" ")
+    assert check_reward(model, tokenizer=byte_tokenizer(), timeout=1200) == []  # a busy machine is slow
 
 
 def test_bad_arguments() -> None:
