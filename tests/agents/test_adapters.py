@@ -289,7 +289,7 @@ def test_a_real_model_after_sft_and_ppo_is_read_back_with_the_log_probs_and_the_
     torch.testing.assert_close(log_probs, rollout.log_probs, atol=2e-3, rtol=0.0)
     torch.testing.assert_close(log_probs - start_log_probs, reported, atol=4e-3, rtol=0.0)
     assert reported.abs().max() > 0.05, "PPO has moved it"
-    assert (plain.sequence_log_probs(rollout.sequences) - start_log_probs).abs().max() > 1, "SFT has moved it"
+    assert (plain.sequence_log_probs(rollout.sequences) - start_log_probs).abs().max() > 0.1, "SFT has moved it"
 
     # 4. The agent, loaded, has the same policy and the same reference.
     again = PPO.load(tmp_path / "agent", envs=envs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ def loss_of(kind: Any, config: Any, batch: Batch, beta: float = 0.0) -> float:
     agent = kind.__new__(kind)
     agent.config = config
     agent.penalty = KLPenalty(mock_lm(), beta)
-    agent.reference_log_probs = REFERENCE if beta else None
+    batch = replace(batch, reference_log_probs=REFERENCE if beta else None)
     agent.base_env = SimpleNamespace(max_new_tokens=TRL["longest"])
     return float(agent.loss(Evaluation(NEW, torch.zeros_like(NEW), torch.zeros_like(NEW)), batch)[0])
 
