@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import tracking
+import torch
+from accelerate import PartialState, tracking
 
 from textgym.data.continuations import decode_continuation
 from textgym.display import markdown_cell
@@ -76,6 +77,7 @@ class Trackers(Callback):
 
     def on_training_start(self, agent: Any) -> None:
         """Open a run in each tracker, with the settings of this one."""
+        PartialState(cpu=not torch.accelerator.is_available())  # accelerate's trackers refuse to log without it
         for name in self.names:
             self._attempt(name, partial(self._open, name))
 

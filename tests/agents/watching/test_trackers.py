@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import pytest
+from accelerate import PartialState
 
 from textgym import ActorCritic, cli
 from textgym.agents import PPO, PPOConfig
@@ -117,7 +119,14 @@ def test_settings_are_flat_and_samples_are_a_table() -> None:
     assert markdown([["a|b", "c\nd", None]]).splitlines()[1:] == ["| --- | --- | --- |", r"| a\|b | c d | None |"]
 
 
+@pytest.fixture
+def no_accelerate() -> None:
+    """As in a new process: other tests may have made accelerate's state, without which its trackers do not log."""
+    PartialState._reset_state()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_accelerate")
 def test_tensorboard_has_settings_metrics_and_samples(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -133,6 +142,7 @@ def test_tensorboard_has_settings_metrics_and_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_accelerate")
 def test_weights_and_biases_offline_has_settings_metrics_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,23 +161,35 @@ def test_weights_and_biases_offline_has_settings_metrics_and_samples(
 def wandb_records(file: Path) -> dict[str, Any]:
     """Settings and the history of each metric in the file of an offline run."""
     from wandb.proto import wandb_internal_pb2 as records
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(file))
     found: dict[str, Any] = {}
-    while (data := store.scan_data()) is not None:
+    for data in log_records(file.read_bytes()[7:], first_block=32768 - 7):
         record = records.Record()
         record.ParseFromString(data)
         for update in (*record.run.config.update, *record.config.update):
-            found[update.key] = update.value_json
+            found["/".join(update.nested_key) or update.key] = update.value_json
         for item in record.history.item:
-            key = item.key or "/".join(item.nested_key)
-            found.setdefault(key, []).append(item.value_json)
+            found.setdefault("/".join(item.nested_key) or item.key, []).append(item.value_json)
     return found
 
 
+def log_records(data: bytes, first_block: int) -> Iterator[bytes]:
+    """Records of a log in LevelDB's format: parts with a checksum (4), a length (2) and a kind (1), in blocks."""
+    block, start, record = first_block, 0, b""
+    while start + 7 <= len(data):
+        if block < 7:  # no room for another part
+            start, block = start + block, 32768
+            continue
+        length, kind = int.from_bytes(data[start + 4 : start + 6], "little"), data[start + 6]
+        record += data[start + 7 : start + 7 + length]
+        start, block = start + 7 + length, block - 7 - length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_accelerate")
 def test_mlflow_with_a_database_has_settings_metrics_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +209,7 @@ def test_mlflow_with_a_database_has_settings_metrics_and_samples(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_accelerate")
 def test_trackio_has_settings_metrics_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
