@@ -298,8 +298,8 @@ def test_evaluate_shows_brackets_as_they_are(
     """They are text, not markup of the terminal's: `[/x]` would be an error, `[x]` would vanish."""
     generate = evaluation.generate
 
-    def with_brackets(*arguments: Any) -> Any:
-        samples = generate(*arguments)
+    def with_brackets(*arguments: Any, **settings: Any) -> Any:
+        samples = generate(*arguments, **settings)
         samples.transcripts[0]["completion"] = " a [b] c [/b]"
         return samples
 
