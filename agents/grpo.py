@@ -49,6 +49,9 @@ from .configs.rollout import RolloutAgentConfig
 from .machine.distributed import everyone, sum_over_processes
 from .objectives.prompt_groups import PromptGroupAgent
 
+SAME_ENTROPY = 1e-5
+"""Nats by which float32 rounds the entropy of one state differently at most, with room to spare."""
+
 
 class GRPO(PromptGroupAgent):
     """Group relative policy optimisation; arguments as `PromptGroupAgent`."""
@@ -207,13 +210,14 @@ class GRPO(PromptGroupAgent):
     def high_entropy(self, rollout: Rollout) -> Tensor:
         """Return the tokens that `entropy_share` keeps, bool `(N, T)` (Wang et al., 2025, equation 5).
 
-        Entropies are those of the policy that sampled, so every minibatch has the same threshold.
+        Entropies are those of the policy that sampled, so every minibatch has the same threshold. Tokens in one state,
+        such as the first ones of a group, have one entropy up to rounding, and are kept or left out together.
         """
         mask = rollout.training_mask
         _, entropy = self.policy.score_sequences(rollout.sequences)  # (N, T)
         known = torch.cat(everyone(entropy[mask].cpu()))
         threshold = known.quantile(1 - self.config.entropy_share).to(entropy.device)
-        return mask & (entropy >= threshold)
+        return mask & (entropy >= threshold - SAME_ENTROPY)
 
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate of every token; store the reference's log-probs if the loss needs them too."""

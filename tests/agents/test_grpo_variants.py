@@ -220,6 +220,16 @@ def test_of_our_own_sampler_no_token_is_corrected() -> None:
     )
 
 
+def test_tokens_of_one_state_are_kept_together() -> None:
+    """Their entropies differ by rounding, which depends on what else is in the batch."""
+    entropies = 2.0 + torch.tensor([[1e-7, 0.0, -2e-7, 3e-7], [-1.0, -1.0, -1.0, -1.0]])
+    agent = GRPO.__new__(GRPO)
+    agent.config = GRPOConfig(entropy_share=0.25)
+    agent.policy = SimpleNamespace(score_sequences=lambda _: (None, entropies))  # type: ignore[assignment]
+    rollout: Any = SimpleNamespace(training_mask=torch.ones(2, 4, dtype=torch.bool), sequences=None)
+    assert agent.high_entropy(rollout).tolist() == [[True] * 4, [False] * 4]
+
+
 def test_the_share_of_tokens_with_high_entropy_is_trained_on() -> None:
     agent = make_agent(entropy_share=0.25, scale="none")
     rollout = agent.play()

@@ -289,19 +289,21 @@ def _examples_of(row: Any, place: str) -> list[PlacedExample]:
         return [PlacedExample(place, *parts) for parts in answers_of_tree(row["prompt"], place)]
     example = _placed(row, place)
     prompt, completion = example.prompt, example.completion
+    tools = [] if prompt is None else tools_of(row, place)
+    if prompt is None or (is_said(completion) and not tools):
+        return [example]
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}]
-    if prompt is not None:
-        prompt = conversation_with_tools(prompt, tools_of(row, place), place)
+    prompt = conversation_with_tools(prompt, tools, place)
     return [PlacedExample(place, *parts) for parts in _turns(prompt, completion, place)]
 
 
-def _turns(prompt: Text | None, completion: Text, place: str) -> list[tuple[Text | None, Text]]:
+def _turns(prompt: Text, completion: Text, place: str) -> list[tuple[Text, Text]]:
     """Return the turns of the assistant in a completion, each with all messages before it.
 
     Between them are turns that the model does not write, such as results of tools, and must not learn.
     """
-    if prompt is None or isinstance(prompt, str) or isinstance(completion, str) or is_said(completion):
+    if isinstance(prompt, str) or isinstance(completion, str) or is_said(completion):
         return [(prompt, completion)]
     own = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
     if not own:

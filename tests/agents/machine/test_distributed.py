@@ -66,7 +66,7 @@ FORWARD = terms_of(mock_lm())
 Weights = dict[str, np.ndarray]
 SETTINGS = Path(__file__).parents[3] / "examples" / "accelerate"
 TOKEN_MEANS = {"policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "val/ratio"}
-BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce"}
+BY_EPISODES = {"grpo, mean over episodes", "rloo", "reinforce", "online dpo"}
 """Whose figures weigh parts of a batch by episodes, as their losses do, so that means over tokens are not exact."""
 PROCESSES, EPISODES, UPDATES = 2, 16, 3
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
