@@ -202,7 +202,10 @@ class GRPO(PromptGroupAgent):
             groups = self.compared(column, ~column.isnan())
             total += weight * groups.differences / (groups.standard_deviation + 1e-4)
         count = sum_over_processes(comparable.sum())
-        difference = torch.where(comparable, total - overall_mean(total, comparable), 0.0)
+        # The mean of whole groups is 0 up to rounding, which would give equal scores an advantage.
+        mean, size = overall_mean(total, comparable), overall_mean(total.abs(), comparable)
+        mean = torch.where(mean.abs() > 1e-12 * size, mean, 0.0)
+        difference = torch.where(comparable, total - mean, 0.0)
         variance = overall_mean(difference.square(), comparable) * count / (count - 1).clamp(min=1)
         return difference / (variance.sqrt() + 1e-4)
 

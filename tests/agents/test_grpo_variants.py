@@ -183,6 +183,17 @@ def test_each_reward_function_has_its_own_unit() -> None:
     )
 
 
+def test_equal_scores_have_no_advantage_beside_groups_that_differ() -> None:
+    """Not even that of rounding, whose sign would depend on what else is in the rollout."""
+    agent = make_agent([by_prompt, length], env={"reward_weights": [0.3, 0.0]}, scale="each")
+    rollout = agent.play()
+    flat = agent.flat_groups(rollout).repeat_interleave(4)
+    assert flat.any()
+    advantages = advantages_of(agent, rollout)
+    assert (advantages[flat] == 0).all()
+    assert advantages[~flat].abs().max() > 0.1
+
+
 def test_the_unit_of_one_reward_function_does_not_hide_another() -> None:
     scaled = []
     for factor in (1.0, 1000.0):
