@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -91,7 +92,7 @@ class Trackers(Callback):
         step = int(metrics[clock(metrics)])
         rows, self.samples = self.samples, []
         for name, tracker in list(self.trackers.items()):
-            self._attempt(name, partial(tracker.log, dict(metrics), step=step))
+            self._attempt(name, partial(tracker.log, allowed(name, metrics), step=step))
             if rows and name in self.trackers:
                 self._attempt(name, partial(log_samples, name, tracker, rows, step))
 
@@ -105,7 +106,7 @@ class Trackers(Callback):
         tracker = tracker_of(name, self.folder)
         tracker.start()
         self.trackers[name] = tracker
-        tracker.store_init_configuration(self.settings)
+        tracker.store_init_configuration(allowed(name, self.settings))
 
     def _attempt(self, name: str, call: Callable[[], Any]) -> None:
         """Call a tracker, and leave it out after an error: a run must not end because a server does not answer."""
@@ -150,6 +151,13 @@ def tracker_of(name: str, folder: Path | None) -> Any:
     if name in ("wandb", "trackio"):
         return kind(os.environ.get(f"{name.upper()}_PROJECT", PROJECT), name=run)
     return kind(PROJECT)
+
+
+def allowed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under names that a tracker takes; MLflow refuses some characters, as in `rewards/<lambda>/mean`."""
+    if name != "mlflow":
+        return dict(values)
+    return {re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII): value for key, value in values.items()}
 
 
 def log_samples(name: str, tracker: Any, rows: Sequence[Sequence[Any]], step: int) -> None:

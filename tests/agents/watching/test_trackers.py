@@ -114,6 +114,12 @@ def test_a_missing_package_is_named_as_pip_knows_it(monkeypatch: pytest.MonkeyPa
         Trackers(["comet_ml"])
 
 
+def test_names_that_mlflow_refuses_are_written_otherwise() -> None:
+    values = {"rewards/<lambda>/mean": 1.0, "my:reward-1.x/std": 2.0, "größe": 3.0}
+    assert trackers.allowed("mlflow", values) == {"rewards/_lambda_/mean": 1.0, "my:reward-1.x/std": 2.0, "gr__e": 3.0}
+    assert trackers.allowed("wandb", values) == values
+
+
 def test_settings_are_flat_and_samples_are_a_table() -> None:
     assert flat({"a": {"b": None, "c": [1, 2]}, "d": Path("x")}) == {"a/b": "None", "a/c": "[1, 2]", "d": "x"}
     assert markdown([["a|b", "c\nd", None]]).splitlines()[1:] == ["| --- | --- | --- |", r"| a\|b | c d | None |"]
@@ -155,7 +161,9 @@ def test_weights_and_biases_offline_has_settings_metrics_and_samples(
         found = wandb_records(next(tmp_path.glob("wandb/offline-run-*/*.wandb")))
     assert found["config/minibatch_size"] == "2"
     assert len(found["objective/scores"]) == 2
-    assert "table-file" in str(found["samples"])
+    assert found["samples/nrows"] == ["2"]
+    [table] = tmp_path.glob(f"wandb/offline-run-*/files/{json.loads(found['samples/path'][0])}")
+    assert json.loads(table.read_text())["columns"] == ["prompt", "completion", "score"]
 
 
 def wandb_records(file: Path) -> dict[str, Any]:
