@@ -97,8 +97,9 @@ def generate(
 def _beams(envs: Any, policy: ActorCritic, options: dict[str, Any], num_beams: int) -> Rollout:
     """Return the responses of a beam search to the prompts of a reset; their log-probs are those of the policy."""
     base_env = rollout_env(envs)
+    wrapped = envs is not base_env
     with base_env.whole_episodes():
-        if envs is not base_env or not base_env.takes_whole_responses:
+        if wrapped or not base_env.takes_whole_responses:
             raise ConfigError(
                 f"num_beams={num_beams} needs an environment without wrappers, stop strings, action_mask and replies: "
                 "use num_beams=1"

@@ -67,7 +67,7 @@ class SamplingRules:
             repeated &= allowed.any(-1, keepdim=True)  # if all tokens would repeat something, one of them does
             logits = logits.masked_fill(repeated, -torch.inf)
         if self.min_p is not None:
-            logits = MinPLogitsWarper(self.min_p)(input_ids, logits)
+            logits = MinPLogitsWarper(self.min_p)(input_ids, logits)  # type: ignore[arg-type]  # it is of int64
         return logits.log_softmax(-1)
 
 
