@@ -103,6 +103,7 @@ def test_the_best_checkpoint_is_that_of_score_minus_kl(tmp_path: Path) -> None:
     assert PPO.load(tmp_path / "best" / "agent", agent.envs).updates == 2
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_a_named_metric_survives_a_resumed_run(tmp_path: Path) -> None:
     agent = make().learn(4, [Scores(3.0, 1.0), KeepBest(tmp_path, "eval/score")])
     agent.learn(8, [Scores(3.0, 1.0, 2.0, 2.0), KeepBest(tmp_path, "eval/score")])
