@@ -84,8 +84,9 @@ def test_what_the_user_has_set_stays(clean_environment: None, monkeypatch: pytes
 
 
 def test_the_command_sets_the_environment_before_torch_is_imported(
-    clean_environment: None, monkeypatch: pytest.MonkeyPatch
+    clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     code = "import sys; import textgym.__main__; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
@@ -99,8 +100,9 @@ def test_the_command_sets_the_environment_before_torch_is_imported(
 
 
 def test_without_the_environment_a_bit_for_bit_run_is_refused_with_what_to_set(
-    clean_environment: None, torch_settings: None
+    clean_environment: None, torch_settings: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"before.*MKL_CBWR=") as refusal:
         deterministic()
     assert "\n" not in str(refusal.value)
