@@ -46,7 +46,7 @@ def test_ppo_that_does_not_learn_improves_no_metric() -> None:
 
 
 FEW_PROMPTS = ("Answer", "ReasoningGym")
-"""Of 25 and 36 held-out prompts no gain can be seen; the embedded model learns the sums of the training split by heart."""
+"""Of 25 and 36 held-out prompts no gain can be seen: the embedded model learns the sums of `train` by heart."""
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_the_command_sets_the_environment_before_torch_is_imported(
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(cli, "main", lambda: seen.append({name: os.environ.get(name, "") for name in VARIABLES}))
+    monkeypatch.setattr(cli, "run", lambda command: seen.append({name: os.environ.get(name, "") for name in VARIABLES}))
     for further in ([], ["--deterministic"]):
         monkeypatch.setattr(sys, "argv", ["textgym", "train", "--output-dir", "run", *further])
         command.main()
