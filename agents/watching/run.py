@@ -98,14 +98,15 @@ class WatchedRun:
             self._close()
 
     def _callbacks(self) -> list[Any]:
-        """Return the run's own callbacks; metrics come first, so a checkpoint that is continued has reported them."""
+        """Return the run's own callbacks; metrics and records come before the checkpoint that goes on after them."""
         agent = self.agent
-        found: list[Any] = [self.heldout, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
+        found: list[Any] = [self.heldout, self.folder, self.trackers]
+        if isinstance(agent, RolloutAgent) and self.folder is not None and self.record_every:
+            found.append(Recorder(self.folder.folder, agent, self.record_every))
+        found += [self.checkpoints, self.live, self.profiler]
         if isinstance(agent, RolloutAgent):
             history = [] if self.folder is None else self.folder.history
             found.append(WarningSigns(agent, lambda text: self.live.say(f"warning: {text}"), history))
-            if self.folder is not None and self.record_every:
-                found.append(Recorder(self.folder.folder, agent, self.record_every))
         return [callback for callback in found if callback is not None]
 
     def _say_overview(self) -> None:

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from textgym import ActorCritic, cli
 from textgym.agents import DPO, DQN, GRPO, PPO, SFT, DPOConfig, DQNConfig, GRPOConfig, PPOConfig, SFTConfig
 from textgym.agents.machine.named_envs import num_rows
+from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.history import Run
+from textgym.agents.watching import session
 from textgym.errors import ConfigError
 from textgym.flags import ALGORITHMS, Train
 from textgym.testing import byte_tokenizer, mock_lm
+from textgym.viewer.records import records_of, update_of
 
 PROMPTS = ["ab", "c", "de", "f", "g", "hi", "j", "kl", "m", "n"]
 FILES = {
@@ -61,6 +64,22 @@ def test_a_run_folder_from_python_has_all_that_the_command_writes(
     assert run.state == "finished"
     assert run.settings.keys() <= {field.name for field in fields(Train)}
     assert run.settings["agent"] in ALGORITHMS
+
+
+def test_a_checkpoint_is_written_after_the_metrics_and_the_record_of_its_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed between them, and goes on from the checkpoint, would never write them."""
+    kept: list[tuple[int, int, int]] = []
+
+    def save(self: Checkpoints, agent: PPO) -> None:
+        if agent.updates:
+            kept.append((agent.updates, len(metrics_of(tmp_path)), update_of(records_of(tmp_path)[-1])))
+
+    monkeypatch.setattr(session, "EVERY", 1)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    make().learn(4, folder=tmp_path)
+    assert kept == [(1, 1, 1), (2, 2, 2)]
 
 
 @pytest.mark.slow
