@@ -120,7 +120,7 @@ def user_dataclasses() -> dict[str, tuple[type, dict[str, Any]]]:
 
     env = {"prompts": ["a"], "tokenizer": "tiny", "reward": len}
     classes: dict[type, dict[str, Any]] = {
-        **{algorithm.config_class: {} for algorithm in flags.ALGORITHMS.values()},
+        **{config: {} for config in flags.CONFIGS.values()},
         RewardModelConfig: {},
         DemoConfig: {},
         TextConfig: env,

@@ -87,7 +87,7 @@ def test_an_error_of_the_command_line_is_printed_without_commands(
     def fails(command: Any) -> None:
         raise TextgymError(f"not this: {EVIL}")
 
-    monkeypatch.setattr(cli, "train", fails)
+    monkeypatch.setattr(cli, "run", fails)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as raised:
         cli.main(["train", "--output-dir", str(tmp_path / "run")])

@@ -41,7 +41,7 @@ class TrainingWarning(UserWarning):
 class WarningSigns:
     """Callback of agents that learn from rollouts: warns once of each sign, after the update that shows it.
 
-    >>> agent.learn(4096, callback=[WarningSigns(agent)])  # doctest: +SKIP
+    `agent.learn(4096, callback=[WarningSigns(agent)])` has its warnings without a progress display.
 
     Args:
         agent: The agent, whose KL penalty and stop tokens matter.

@@ -19,7 +19,7 @@ class SamplingRules:
     They are for evaluation: the log-probs of sampled tokens are those of the distribution with the rules, but losses
     are of the model's own distribution, so agents refuse a policy that has some.
 
-    >>> rules, logits = SamplingRules(min_p=0.5), torch.tensor([[0.6, 0.3, 0.1]]).log()
+    >>> rules, logits = SamplingRules(min_p=0.4), torch.tensor([[0.6, 0.3, 0.1]]).log()
     >>> rules.log_probs(logits, TokenDistribution(), torch.tensor([[2]]), torch.tensor([1])).exp().round(decimals=2)
     tensor([[0.6700, 0.3300, 0.0000]])
     """

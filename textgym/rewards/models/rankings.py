@@ -173,7 +173,7 @@ def make_rankings(snippets: Sequence[Snippet], *, group_size: int = 8, seed: int
     """Make rows of `group_size` rated snippets, in which each snippet is once.
 
     >>> make_rankings([Snippet("dull", -2.0), Snippet("a joy", 3.0)], group_size=2)
-    [{'completions': ['dull', 'a joy'], 'ratings': [-2.0, 3.0]}]
+    [{'completions': ['a joy', 'dull'], 'ratings': [3.0, -2.0]}]
     """
     shuffled = random.Random(seed).sample(snippets, len(snippets))
     groups = [shuffled[start : start + group_size] for start in range(0, len(shuffled), group_size)]
