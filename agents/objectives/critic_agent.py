@@ -100,7 +100,7 @@ class CriticAgent(PolicyGradientAgent):
         values, mask, prompts = rollout.values, rollout.training_mask, rollout.sequences.host.prompts
         return {
             "val/explained_variance": explained_variance(values, returns, mask),
-            WITHIN_PROMPTS: explained_variance_within_prompts(values, returns, mask, prompts),
+            WITHIN_PROMPTS: explained_variance_within_prompts(values, returns, mask, list(prompts)),
         }
 
     def finish(self, steps: list[TensorMetrics], further: TensorMetrics | None = None) -> Metrics:

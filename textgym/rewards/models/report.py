@@ -1,10 +1,10 @@
 """PreferenceReport: accuracy of a reward model by margin of the preference, and its calibration.
 
 A reward model says P(chosen > rejected) = sigmoid(s_chosen - s_rejected) (Bradley and Terry, 1952). The reliability
-diagram compares it with the raters in bins B of equal width, and the expected calibration error (Guo et al., 2017,
-equation 5) is
+diagram compares it with the raters in bins B of equal width. Of n pairs, the expected calibration error (Guo et al.,
+2017, equation 5) is::
 
-    ECE = sum_B |B| / n |mean confidence of B - accuracy of B|
+    ECE = sum over B of (pairs in B) / n * abs(mean confidence in B - accuracy in B)
 
 The confidence is the probability that the model gives to its own order, which is at least 1/2: counting each pair in
 both orders, in bins from 0 to 1, gives the same error.
