@@ -15,7 +15,7 @@ from .ppo import PPOConfig
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """Settings of the demo; the defaults are those of `make demo`."""
+    """Trains the embedded model with a reward model of human ratings, and evaluates it before and after."""
 
     output_dir: Path = Path("runs/demo")
     """The run folder."""
