@@ -108,6 +108,9 @@ class LoopThread:
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.loop = self._runner.get_loop()
         self._thread = threading.Thread(target=self._run, name="textgym-rewards-async", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; what the loop was given before waits for it."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -149,10 +152,14 @@ class SharedLoop:
         with self._lock:
             if self._process != os.getpid():  # a fork has no threads
                 self._process, self._current, self._users = os.getpid(), None, set()
-            if self._current is None:
-                self._current = LoopThread()
+            loop, is_new = self._current or LoopThread(), self._current is None
+            self._current = loop
             self._users.add(user)
-            return self._current
+        if is_new:
+            # Without the lock: `start` waits for the new thread, which may begin with a garbage collection, and that
+            # may release a scorer.
+            loop.start()
+        return loop
 
     def release(self, user: int) -> None:
         """End the loop if this was its last user."""

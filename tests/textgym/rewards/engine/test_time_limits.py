@@ -12,6 +12,7 @@ import gymnasium as gym
 import pytest
 import torch
 
+from textgym.rewards.engine import background
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.failures import FIRST_ROWS
 from textgym.rewards.engine.scoring import RewardError, Scorer
@@ -100,6 +101,27 @@ def test_threads_end_with_the_environment() -> None:
     assert len(threads()) == 2
     env.close()
     assert eventually(lambda: not threads())
+
+
+def test_a_scorer_may_be_released_while_the_thread_of_the_loop_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new thread may begin with a garbage collection, which releases scorers, while its starter waits for it."""
+    shared, released = background.SharedLoop(), threading.Event()
+
+    def release() -> None:
+        shared.release(1)
+        released.set()
+
+    class Collecting(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            if self.name == "textgym-rewards-async":
+                threading.Thread(target=release).start()
+                assert released.wait(30)
+
+    monkeypatch.setattr(background.threading, "Thread", Collecting)
+    shared.take(2)
+    assert released.is_set()
+    shared.release(2)
 
 
 def test_threads_end_with_a_scorer_that_nobody_closed(finished: Finished) -> None:
