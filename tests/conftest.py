@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,6 +29,11 @@ from textgym.models.token_model import TokenModel
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collapse when another process runs
 
+
+# The same examples on every machine and in every run; a busy machine may be slow.
+PATIENT = [HealthCheck.too_slow]
+settings.register_profile("textgym", deadline=None, max_examples=30, derandomize=True, suppress_health_check=PATIENT)
+settings.load_profile("textgym")
 
 LONGER_TESTS = Path(__file__).parent / "longer_tests.txt"
 """Test functions that take more than a moment; `python scripts/longer_tests.py` writes the file."""

@@ -24,6 +24,8 @@ LOSSY = [
     "Qwen2Tokenizer with added tokens",
 ]
 LOSSLESS = [name for name in TOKENIZERS if name not in LOSSY]  # these can say every text
+ONE_FIRST_SPACE = ["sentencepiece BPE with BOS", "LlamaTokenizer"]
+"""To these a text is the same with and without a space before it."""
 TEXTS = st.text(
     st.one_of(st.sampled_from("This film is a joy.\n \u00e9\U0001f600\ufffd<s>|"), st.characters(codec="utf-8"))
 )
@@ -50,7 +52,8 @@ def test_ids_are_those_of_the_whole_text_split_where_the_prompt_ends(name: str, 
     assert first + second == encode([prompt + completion], tokenizer)[0]
     if name in LOSSLESS and not (prompt + completion).startswith(tuple(tokenizer.all_special_tokens)):
         shown = decoded(tokenizer, first).rstrip("\ufffd")
-        assert prompt.startswith(shown.removeprefix(" " if "prefix space" in name else ""))
+        said = prompt.removeprefix(" ") if name in ONE_FIRST_SPACE else prompt
+        assert said.startswith(shown.removeprefix(" " if "prefix space" in name else ""))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from textgym.models.architectures.attention import MAX_PADDING, batches_by_length
@@ -24,10 +24,6 @@ from textgym.rewards.functions.rules import (
     json_valid,
 )
 from textgym.rewards.models.pairwise import pairwise_loss
-
-patient = [HealthCheck.too_slow]  # the machine may be busy
-settings.register_profile("textgym", deadline=None, max_examples=30, derandomize=True, suppress_health_check=patient)
-settings.load_profile("textgym")
 
 FINITE = st.floats(-1e6, 1e6, width=32)
 TEXT = st.text(max_size=20)
