@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from textgym.lazy import on_first_use
 
 from .callbacks import CallbackLike, use_session
 from .configs.a2c import A2CConfig
@@ -62,26 +63,23 @@ __all__ = [
 ]
 
 # Algorithms are loaded on first use, since they need torch and the command line's help does not.
-_HOMES = {
-    "A2C": "a2c",
-    "DPO": "dpo",
-    "DQN": "dqn",
-    "ExpertIteration": "expert_iteration",
-    "GRPO": "grpo",
-    "NLPO": "nlpo",
-    "OnlineDPO": "online_dpo",
-    "PPO": "ppo",
-    "Pathwise": "pathwise",
-    "REINFORCE": "reinforce",
-    "RLOO": "rloo",
-    "SFT": "sft",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "A2C": ".a2c",
+        "DPO": ".dpo",
+        "DQN": ".dqn",
+        "ExpertIteration": ".expert_iteration",
+        "GRPO": ".grpo",
+        "NLPO": ".nlpo",
+        "OnlineDPO": ".online_dpo",
+        "PPO": ".ppo",
+        "Pathwise": ".pathwise",
+        "REINFORCE": ".reinforce",
+        "RLOO": ".rloo",
+        "SFT": ".sft",
+    },
+)
 
 
 def _session(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -86,3 +87,13 @@ def test_agents_are_not_installed_at_top_level(tmp_path: Path) -> None:
     code = "import importlib.util as u; print(u.find_spec('agents'), u.find_spec('textgym.agents').origin)"
     result = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.startswith("None ")
+
+
+@pytest.mark.parametrize("name", ["textgym", "textgym.agents", "textgym.rewards.models", "textgym.sb3"])
+def test_names_that_are_loaded_on_first_use_are_listed_and_exist(name: str) -> None:
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    for public in package.__all__:
+        assert getattr(package, public) is not None
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018

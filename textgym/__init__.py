@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from textgym.lazy import on_first_use
 from textgym.registration import register_environments
 
 if TYPE_CHECKING:
@@ -43,32 +43,25 @@ __all__ = [
 ]
 
 # Loaded on first use, so that importing textgym loads neither torch nor transformers.
-_HOMES = {
-    "ActorCritic": "textgym.models.actor_critic",
-    "AdaptiveKL": "textgym.rewards.kl",
-    "CachedDecoder": "textgym.models.decoding.cached_decoder",
-    "FixedKL": "textgym.rewards.kl",
-    "HumanRatings": "textgym.rewards.human",
-    "Isolated": "textgym.rewards.isolated",
-    "KLPenalty": "textgym.rewards.kl",
-    "RewardModel": "textgym.rewards.models",
-    "SyncReference": "textgym.rewards.reference",
-    "TextEnv": "textgym.envs.text",
-    "TextVectorEnv": "textgym.envs.vector",
-    "ThresholdKL": "textgym.rewards.kl",
-    "deterministic_environment": "textgym.models.machine.determinism",
-    "train_reward_model": "textgym.rewards.models",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'textgym' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "ActorCritic": ".models.actor_critic",
+        "AdaptiveKL": ".rewards.kl",
+        "CachedDecoder": ".models.decoding.cached_decoder",
+        "FixedKL": ".rewards.kl",
+        "HumanRatings": ".rewards.human",
+        "Isolated": ".rewards.isolated",
+        "KLPenalty": ".rewards.kl",
+        "RewardModel": ".rewards.models",
+        "SyncReference": ".rewards.reference",
+        "TextEnv": ".envs.text",
+        "TextVectorEnv": ".envs.vector",
+        "ThresholdKL": ".rewards.kl",
+        "deterministic_environment": ".models.machine.determinism",
+        "train_reward_model": ".rewards.models",
+    },
+)
 
 
 register_environments()

@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from textgym.lazy import on_first_use
 
 if TYPE_CHECKING:
     from textgym.models.distributions.masks import TopKMask, TopPMask
@@ -44,29 +45,22 @@ __all__ = [
 ]
 
 # Imported on first use, so that only sb3-contrib's algorithms need sb3-contrib.
-_HOMES = {
-    "EpisodeReplayBuffer": "replay_buffer",
-    "EpisodeRolloutBuffer": "rollout_buffer",
-    "KLCallback": "callbacks",
-    "MaskRefreshCallback": "callbacks",
-    "MaskableEpisodeRolloutBuffer": "maskable",
-    "MaskableTextActorCriticPolicy": "maskable",
-    "SyncReferenceCallback": "callbacks",
-    "TextActorCriticPolicy": "policies",
-    "TextQPolicy": "q_policies",
-    "TextQuantilePolicy": "quantile",
-    "TextVecEnv": "vec_env",
-    "make_vec_env": "vec_env",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("TopKMask", "TopPMask"):
-        return getattr(importlib.import_module("textgym.models.distributions.masks"), name)
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"textgym.sb3.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'textgym.sb3' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "EpisodeReplayBuffer": ".replay_buffer",
+        "EpisodeRolloutBuffer": ".rollout_buffer",
+        "KLCallback": ".callbacks",
+        "MaskRefreshCallback": ".callbacks",
+        "MaskableEpisodeRolloutBuffer": ".maskable",
+        "MaskableTextActorCriticPolicy": ".maskable",
+        "SyncReferenceCallback": ".callbacks",
+        "TextActorCriticPolicy": ".policies",
+        "TextQPolicy": ".q_policies",
+        "TextQuantilePolicy": ".quantile",
+        "TextVecEnv": ".vec_env",
+        "TopKMask": "textgym.models.distributions.masks",
+        "TopPMask": "textgym.models.distributions.masks",
+        "make_vec_env": ".vec_env",
+    },
+)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from textgym.lazy import on_first_use
 from textgym.rewards.models.config import RewardModelConfig
 
 if TYPE_CHECKING:
@@ -27,18 +27,15 @@ __all__ = [
 ]
 
 # Loaded on first use, so that the command line reads the config without torch.
-_HOMES = {
-    "Accuracy": "accuracy",
-    "ProcessRewardModel": "process",
-    "RewardEnsemble": "ensemble",
-    "RewardModel": "reward_model",
-    "pairwise_accuracy": "accuracy",
-    "pairwise_loss": "pairwise",
-    "train_reward_model": "training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "Accuracy": ".accuracy",
+        "ProcessRewardModel": ".process",
+        "RewardEnsemble": ".ensemble",
+        "RewardModel": ".reward_model",
+        "pairwise_accuracy": ".accuracy",
+        "pairwise_loss": ".pairwise",
+        "train_reward_model": ".training",
+    },
+)
