@@ -14,7 +14,7 @@ MOST = 15
 # Imports go down this list and never up, those under TYPE_CHECKING and in functions too; folders of one line do not
 # import each other. Games wrap environments, so they stand on the wrappers.
 LAYERS = (
-    "errors",
+    "lazy errors",
     "settings",
     "display",
     "data",
