@@ -1,54 +1,51 @@
 """Plant faults in the code, run the tests that reach them, and count how many are noticed.
 
     python scripts/mutate.py --faults 20 --seed 0
-    python scripts/mutate.py --folders agents --tests tests/agents --faults 100 --output mutants.json
+    python scripts/mutate.py --folders agents --faults 100 --output mutants.json
 
 Faults are drawn by a seed from all places in the folders where an operator, a comparison, a condition or a constant can
-be another one. Each is planted alone, in a copy of the repository. Its tests are those that import the module, then
-those that import a module that imports it, and so on; they must pass without the fault, which is tried first, and they
-stop at the first failure. A fault that no test notices is printed: either a test is missing, or the fault changes
-nothing, which a person has to decide.
+be another one (faults.py). Each is planted alone, in a copy of the repository. Its tests are those that run its
+statement, which one run of all tests under `coverage` finds; for a statement that runs at import, such as a default,
+those that import the module, then those that import a module that imports it, and so on. They stop at the first
+failure. Tests that fail without a fault are left out. A fault that no test notices is printed: either a test is
+missing, or the fault changes nothing, which a person has to decide.
+
+The run under `coverage` takes a quarter of an hour. With `--reach` it is kept for the next time; delete the folder when
+the code has changed.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import json
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import coverage
+import pytest
 import tyro
+from faults import ROOT, Fault, faults_of
 
-ROOT = Path(__file__).parents[1]
-SWAPS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
-"""Operators and comparisons, and what replaces each."""
+# The tests run in forks of this process, so that what takes long to import is imported once.
+PRELOADED = (
+    "hypothesis",
+    "peft",
+    "stable_baselines3",
+    "torch.fx.experimental.proxy_tensor",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer_utils",
+)
 
 
 @dataclass
@@ -62,80 +59,124 @@ class Args:
     seed: int = 0
     """Seed of the choice."""
     depth: int = 2
-    """Number of steps from a test to the module, over imports."""
-    timeout: float = 300.0
+    """Number of steps over imports from a test to a module, for statements that run at import."""
+    timeout: float = 600.0
     """Seconds for the tests of one fault; a fault that makes them hang is noticed."""
     output: Path | None = None
     """JSON file for the outcome of each fault, written after each; a run with the same file goes on from it."""
+    reach: Path | None = None
+    """Folder for what each test runs; it is used again if it exists."""
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A fault at one place.
+@dataclass
+class Reach:
+    """Which tests run which lines.
 
     Attributes:
-        path: The file, relative to the repository.
-        line: Line number.
-        before: The expression as it is.
-        after: The expression as it becomes.
-        source: The whole file with the fault.
+        seconds: Seconds of each test that passed.
+        failed: Tests that failed without a fault.
+        lines: For each file, relative to the repository, the tests that run each line.
     """
 
-    path: str
-    line: int
-    before: str
-    after: str
-    source: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    lines: dict[str, dict[int, list[str]]] = field(default_factory=dict)
+
+    def tests_of(self, fault: Fault) -> tuple[str, ...]:
+        """Return the tests that run the statement: file after file, those that take the least time first."""
+        first, last = fault.statement
+        at_lines = self.lines.get(fault.path, {})
+        files: defaultdict[str, list[str]] = defaultdict(list)
+        for test in {test for line in range(first, last + 1) for test in at_lines.get(line, [])}:
+            if test in self.seconds:
+                files[test.split("::")[0]].append(test)
+        quickest_first = sorted(files.values(), key=lambda tests: sum(self.seconds[test] for test in tests))
+        return tuple(test for tests in quickest_first for test in sorted(tests, key=self.seconds.__getitem__))
 
 
-def variants(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what a node may become: the same with another operator, condition or constant."""
-    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS and not isinstance(node.left, ast.JoinedStr):
-        yield ast.BinOp(node.left, SWAPS[type(node.op)](), node.right)  # type: ignore[arg-type]
-    elif isinstance(node, ast.BoolOp):
-        yield ast.BoolOp(SWAPS[type(node.op)](), node.values)  # type: ignore[arg-type]
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
-        yield ast.Compare(node.left, [SWAPS[type(node.ops[0])]()], node.comparators)  # type: ignore[list-item]
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub | ast.Invert):
-        yield node.operand
-    elif isinstance(node, ast.IfExp):
-        yield ast.IfExp(node.test, node.orelse, node.body)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield ast.Constant(not node.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield ast.Constant(node.value + 1)
+class Observer:
+    """A pytest plugin that tells `coverage` which test runs, and keeps how long it takes and whether it passes."""
+
+    def __init__(self, measured: coverage.Coverage, notes: Path) -> None:
+        self.measured = measured
+        self.notes = notes
+        self.reach = Reach()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        self.measured.switch_context(item.nodeid)
+        started = time.monotonic()
+        outcome = yield
+        self.reach.seconds[item.nodeid] = time.monotonic() - started
+        return outcome
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.reach.failed.append(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self.measured.stop()
+        self.measured.save()
+        seconds = {test: taken for test, taken in self.reach.seconds.items() if test not in self.reach.failed}
+        self.notes.write_text(json.dumps({"seconds": seconds, "failed": self.reach.failed}))
 
 
-def annotations(tree: ast.AST) -> set[int]:
-    """Return the ids of nodes that do not run: annotations, whose operators make types."""
-    found: set[int] = set()
-    for node in ast.walk(tree):
-        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            if isinstance(annotation, ast.AST):
-                found |= {id(part) for part in ast.walk(annotation)}
-    return found
+def in_a_fork(copy: Path, arguments: Sequence[str], timeout: float | None = None, observe: Path | None = None) -> int:
+    """Run pytest in a copy of the repository, in a fork of this process; return its exit status, -1 if it hangs."""
+    child = os.fork()
+    if child == 0:
+        _pytest_there(copy, arguments, observe)
+    deadline = time.monotonic() + (timeout or 1e9)
+    status = None
+    while status is None and time.monotonic() < deadline:
+        ended, wait_status = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(wait_status) if ended else None
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # with what the tests have started
+    if status is None:
+        os.waitpid(child, 0)
+        return -1
+    return status
 
 
-def faults_of(path: Path) -> Iterator[Fault]:
-    """Yield all faults of a file, one for each place and variant."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line.encode()))
-    tree, data = ast.parse(text), text.encode()
-    idle = annotations(tree)
-    for node in ast.walk(tree):
-        if id(node) in idle or not isinstance(node, ast.expr):
-            continue
-        for variant in variants(node):
-            assert node.end_lineno is not None
-            assert node.end_col_offset is not None
-            begin = starts[node.lineno - 1] + node.col_offset
-            end = starts[node.end_lineno - 1] + node.end_col_offset
-            after = f"({ast.unparse(ast.fix_missing_locations(variant))})"
-            source = (data[:begin] + after.encode() + data[end:]).decode()
-            yield Fault(path.relative_to(ROOT).as_posix(), node.lineno, data[begin:end].decode(), after, source)
+def _pytest_there(copy: Path, arguments: Sequence[str], observe: Path | None) -> None:
+    """Run pytest in this process, which ends with it."""
+    status = 70
+    try:
+        os.setsid()
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = str(copy)
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        os.environ["OMP_NUM_THREADS"] = "1"
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        plugins = []
+        if observe is not None:
+            measured = coverage.Coverage(data_file=str(observe / "lines"), source=["agents", "textgym"])
+            measured.start()
+            plugins.append(Observer(measured, observe / "tests.json"))
+        status = int(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *arguments], plugins=plugins))
+    finally:
+        os._exit(status)
+
+
+def reach_of(tests: Sequence[str], copy: Path, folder: Path) -> Reach:
+    """Return which tests run which lines, from a folder, or from a run of the tests if the folder has nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = folder / "tests.json"
+    if not notes.exists():
+        in_a_fork(copy, tests, observe=folder.resolve())
+    reach = Reach(**json.loads(notes.read_text()))
+    data = coverage.CoverageData(str(folder / "lines"))
+    data.read()
+    for name in data.measured_files():
+        path = Path(name)
+        relative = "/".join(path.parts[path.parts.index("copy") + 1 :])
+        reach.lines[relative] = data.contexts_by_lineno(name)
+    return reach
 
 
 def module_of(path: Path) -> str:
@@ -161,8 +202,8 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def tests_of(path: str, args: Args) -> tuple[str, ...]:
-    """Return the test files that reach a module, those with the shortest way first."""
+def importers_of(path: str, args: Args) -> tuple[str, ...]:
+    """Return the test files that import a module, those with the shortest way first."""
     sources = [file for folder in ("agents", "textgym") for file in sorted((ROOT / folder).rglob("*.py"))]
     imports = {module_of(file): imports_of(file) for file in sources if file.name != "__init__.py"}
     tests = [file for name in args.tests for file in _files(ROOT / name, "test_*.py")]
@@ -182,23 +223,22 @@ def _files(path: Path, pattern: str) -> list[Path]:
     return [path] if path.is_file() else sorted(path.rglob(pattern))
 
 
-def passes(tests: tuple[str, ...], copy: Path, timeout: float | None = None) -> bool:
-    """Run tests in a copy of the repository until the first failure, and return whether all passed."""
-    environment = {**os.environ, "PYTHONPATH": f"{copy}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=copy, env=environment, timeout=timeout, capture_output=True).returncode == 0
+def outcome_of(fault: Fault, reach: Reach, copy: Path, args: Args) -> str:
+    """Plant a fault in a copy of the repository, run its tests, and return its outcome.
 
-
-def outcome_of(fault: Fault, tests: tuple[str, ...], copy: Path, timeout: float) -> str:
-    """Plant a fault in a copy of the repository, run its tests, and return "noticed", "hung" or "missed"."""
+    That is "noticed", "hung", "missed", or "untested" if no test reaches the place.
+    """
+    tests = reach.tests_of(fault) or importers_of(fault.path, args)
+    if not tests:
+        return "untested"
     original = (copy / fault.path).read_text(encoding="utf-8")
     (copy / fault.path).write_text(fault.source, encoding="utf-8")
     try:
-        return "missed" if passes(tests, copy, timeout) else "noticed"
-    except subprocess.TimeoutExpired:
-        return "hung"
+        left_out = [part for test in reach.failed for part in ("--deselect", test)]
+        status = in_a_fork(copy, ["-x", *left_out, *tests], args.timeout)
     finally:
         (copy / fault.path).write_text(original, encoding="utf-8")
+    return {-1: "hung", 0: "missed"}.get(status, "noticed")
 
 
 def copied(folder: Path) -> Path:
@@ -209,10 +249,17 @@ def copied(folder: Path) -> Path:
     return copy
 
 
+def row_of(fault: Fault) -> dict[str, object]:
+    """Return what is written of a fault: all but the source, as JSON has it."""
+    fields: dict[str, object] = json.loads(json.dumps(asdict(fault)))
+    del fields["source"]
+    return fields
+
+
 def write_outcomes(output: Path, chosen: list[Fault], outcomes: list[str]) -> None:
     """Write the outcomes of the first faults."""
     tried = zip(chosen, outcomes, strict=False)
-    rows = [{**asdict(fault), "source": None, "outcome": outcome} for fault, outcome in tried]
+    rows = [{**row_of(fault), "outcome": outcome} for fault, outcome in tried]
     output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
@@ -222,7 +269,7 @@ def outcomes_so_far(output: Path | None, chosen: list[Fault]) -> list[str]:
         return []
     rows = json.loads(output.read_text(encoding="utf-8"))
     for fault, row in zip(chosen, rows, strict=False):
-        if {**asdict(fault), "source": None} != {name: row[name] for name in asdict(fault)}:
+        if row != {**row_of(fault), "outcome": row["outcome"]}:
             raise SystemExit(f"{output} is of other faults, or the code has changed since: delete it to begin anew")
     return [row["outcome"] for row in rows[: len(chosen)]]
 
@@ -232,16 +279,15 @@ def main(args: Args) -> None:
     everywhere = [fault for file in files for fault in faults_of(file)]
     chosen = random.Random(args.seed).sample(everywhere, min(args.faults, len(everywhere)))
     outcomes = outcomes_so_far(args.output, chosen)
+    for module in PRELOADED:
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(Path(folder))
-        sound: set[tuple[str, ...]] = set()  # sets of tests that pass without a fault
+        reach = reach_of(args.tests, copy, args.reach or Path(folder) / "reach")
+        print(f"{len(reach.seconds)} tests pass without a fault; {len(reach.failed)} fail: {reach.failed}")
         for index, fault in list(enumerate(chosen))[len(outcomes) :]:
-            tests = tests_of(fault.path, args)
-            if tests and tests not in sound and not passes(tests, copy):
-                raise SystemExit(f"these tests fail without a fault, so they say nothing: {' '.join(tests)}")
-            sound.add(tests)
             started = time.monotonic()
-            outcomes.append(outcome_of(fault, tests, copy, args.timeout) if tests else "untested")
+            outcomes.append(outcome_of(fault, reach, copy, args))
             seconds = time.monotonic() - started
             print(f"{index + 1:4} {outcomes[-1]:8} {fault.path}:{fault.line}, {seconds:.0f} s", flush=True)
             if outcomes[-1] in ("missed", "untested"):

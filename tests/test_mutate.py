@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "mutate.py"
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, without copies of the repository and runs of its tests."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("mutate", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -22,8 +23,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "mutate", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "copied", lambda folder: folder)
-    monkeypatch.setattr(module, "tests_of", lambda path, args: ("tests",))
-    monkeypatch.setattr(module, "passes", lambda *_: True)
+    monkeypatch.setattr(module, "reach_of", lambda *_: module.Reach())
     return module
 
 
