@@ -49,6 +49,11 @@ class Checkpoints:
         if agent.updates % self.every == 0:
             self.save(agent)
 
+    def finish(self, agent: RolloutAgent | SupervisedAgent) -> None:
+        """Save a checkpoint of the last update, unless there is one: a longer run goes on from there."""
+        if agent.updates % self.every != 0:
+            self.save(agent)
+
     def save(self, agent: RolloutAgent | SupervisedAgent) -> None:
         """Save a checkpoint now, and remove old ones."""
         with phase("checkpoint"):

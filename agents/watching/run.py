@@ -82,8 +82,8 @@ class WatchedRun:
                     self.checkpoints.save(agent)
                 yield CallbackList([*self._callbacks(), *CallbackList(callback).callbacks, self.interrupts])
                 stopped = any(everyone(self.interrupts.received is not None))
-                if stopped and self.checkpoints is not None:
-                    self.checkpoints.save(agent)
+                if self.checkpoints is not None:
+                    self.checkpoints.finish(agent)
                 if not stopped and self.at_the_end is not None:
                     live.stage("writing samples")
                     table = self.at_the_end()

@@ -104,13 +104,14 @@ def test_watching_changes_neither_the_training_nor_the_callers_environment(tmp_p
     assert len(watched.base_env.prompts) == len(PROMPTS)
 
 
-@pytest.mark.slow
-def test_a_run_is_continued_in_its_folder_after_load(tmp_path: Path) -> None:
+def test_a_run_is_continued_in_its_folder_from_its_last_update(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    make().learn(20, folder=folder)
-    agent = PPO.load(folder / "checkpoints" / "step-000010", make_envs(), reward=None)
-    agent.learn(24, folder=folder)
-    assert [row["episodes"] for row in metrics_of(folder)] == list(range(2, 25, 2))
+    make().learn(6, folder=folder)
+    newest = Checkpoints(folder / "checkpoints").newest()
+    agent = PPO.load(newest, make_envs(), reward=None)
+    assert agent.updates == 3
+    agent.learn(10, folder=folder)
+    assert [row["episodes"] for row in metrics_of(folder)] == [2, 4, 6, 8, 10]
 
 
 @pytest.mark.slow
