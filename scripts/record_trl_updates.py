@@ -2,6 +2,7 @@
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
     python scripts/record_trl_updates.py --trl .peers
+    python scripts/record_trl_updates.py --trl .peers --compare   # another version of TRL with what is recorded
 
 TRL is not a dependency, so what it did is stored in tests/agents/trl_updates.safetensors: the completions that it
 sampled, their scores and advantages, and the weights after each update. An update is a rollout of six prompts with four
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -49,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
 class Args:
     trl: Path
     """Folder with the package `trl` and the packages that it imports."""
+    compare: bool = False
+    """Write nothing, and print how far this version is from what is recorded."""
 
 
 def flat(model: Any) -> Tensor:
@@ -146,6 +149,11 @@ def main(args: Args) -> None:
     tensors: dict[str, Tensor] = {}
     for seed, (name, settings) in enumerate(CASES.items()):
         tensors |= recorded(trl, name, settings, seed)
+    if args.compare:
+        before = load_file(OUTPUT)
+        largest = max(float((tensors[name] - before[name]).abs().max()) for name in before)
+        print(f"{len(CASES)} cases of TRL {trl.__version__}: at most {largest:.2g} from those of {OUTPUT.name}")
+        return
     about = {"trl": trl.__version__, "cases": json.dumps(list(CASES))}
     save_file(tensors, OUTPUT, metadata=about)
     print(f"{len(CASES)} cases of TRL {trl.__version__}: {OUTPUT}, {OUTPUT.stat().st_size} bytes")

@@ -141,7 +141,7 @@ class Train:
     """Updates from one checkpoint to the next."""
     keep_checkpoints: Count = 2
     """How many checkpoints stay, the newest ones."""
-    record_every: WholeNumber = 10
+    record_every: WholeNumber = 20
     """Updates from one record of tokens for `textgym view` to the next; 0 for none."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""

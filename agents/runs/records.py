@@ -27,7 +27,7 @@ from textgym.settings import Count, check_arguments
 from textgym.viewer.records import FORMAT, Record, read_record, records_of, rounded, update_of, write_record
 
 from ..callbacks import Callback
-from ..common.policy_gradient import Batch, PolicyGradientAgent
+from ..common.policy_gradient import PolicyGradientAgent
 from ..common.replay_agent import ReplayAgent
 from ..common.rollout import Rollout
 from ..common.rollout_agent import Metrics, RolloutAgent
@@ -50,7 +50,7 @@ class Recorder(Callback):
     """
 
     @check_arguments
-    def __init__(self, folder: str | Path, agent: RolloutAgent, every: Count = 10, rows: Count = 64) -> None:
+    def __init__(self, folder: str | Path, agent: RolloutAgent, every: Count = 20, rows: Count = 64) -> None:
         self.folder, self.every, self.rows = Path(folder), every, rows
         self.pieces = Pieces(agent.base_env.tokenizer)
         self.seen: set[str] = set()  # texts of recorded prompts
@@ -258,8 +258,7 @@ def after_update(agent: RolloutAgent, before: Before) -> dict[str, Tensor]:
         columns["return"] = returns
     if isinstance(agent, NLPO) and agent.updates % (agent.config.mask_update_interval or agent.updates + 1) == 0:
         return columns  # the mask is another one now, and ratios would be of other distributions
-    batch = Batch(sequences, part.log_probs, part.values, advantages, returns, rows)
-    log_ratio = agent.evaluate(agent.policy, batch).log_prob - part.log_probs
+    log_ratio = agent.new_log_probs(part) - part.log_probs
     ratio = torch.where(part.response_mask, log_ratio, 0.0).exp()
     columns["ratio"] = ratio
     if before.clip is not None:
