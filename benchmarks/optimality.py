@@ -51,8 +51,11 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import quiet
 from textgym.testing import ExactTask
 
-GROUPS = {"group_size": 64, "num_epochs": 2, "minibatch_size": 64}
-PPO_SETTINGS = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
+# Large updates and an entropy bonus, against settling on the second best text (see docs/results.md).
+ON_POLICY = {"entropy_coef": 0.1, "num_epochs": 2, "minibatch_size": 256}
+GROUPS = {**ON_POLICY, "group_size": 64}
+PPO_SETTINGS = {**ON_POLICY, "value_coef": 0.5}
+BEST_OF_GROUPS = {"group_size": 64, "num_epochs": 2, "minibatch_size": 64}
 OFF_POLICY = {"adam_epsilon": 1e-8, "epsilon_end": 0.5, "exploration_temperature": 4.0}
 GREEDY = {**OFF_POLICY, "backup": "greedy"}
 
@@ -63,7 +66,7 @@ class Method:
 
     kind: Any
     settings: dict[str, Any] = field(default_factory=dict)
-    rows: int = 256
+    rows: int = 1024
     """Number of episodes in an update."""
     learning_rate: float = 0.05
     """Learning rate with the tabular model."""
@@ -72,18 +75,18 @@ class Method:
 
 
 METHODS = {
-    "ppo": Method(PPO, PPO_SETTINGS, learning_rate=0.02),
+    "ppo": Method(PPO, PPO_SETTINGS),
     "ppo-penalty": Method(PPO, {**PPO_SETTINGS, "variant": "penalty"}),
-    "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}, learning_rate=0.02),
+    "nlpo": Method(NLPO, {**PPO_SETTINGS, "top_p": 1.0}),
     "grpo": Method(GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
     "gspo": Method(GRPO, {**GROUPS, "ratio": "sequence", "loss_type": "grpo", "scale": "none"}),
     "cispo": Method(GRPO, {**GROUPS, "surrogate": "cispo", "loss_type": "dr_grpo", "scale": "none"}),
     "rloo": Method(RLOO, {**GROUPS, "group_size": 16}),
-    "reinforce": Method(REINFORCE, {"baseline": "learned"}, rows=64),
-    "a2c": Method(A2C, {}, rows=64),
+    "reinforce": Method(REINFORCE, {"baseline": "learned", "entropy_coef": 0.1}, rows=256),
+    "a2c": Method(A2C, {"entropy_coef": 0.1}, rows=256),
     "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
-    "expert-iteration": Method(ExpertIteration, GROUPS),
-    "online-dpo": Method(OnlineDPO, {**GROUPS, "group_size": 2, "use_probability": True}),
+    "expert-iteration": Method(ExpertIteration, BEST_OF_GROUPS, rows=256),
+    "online-dpo": Method(OnlineDPO, {**BEST_OF_GROUPS, "group_size": 2, "use_probability": True}, rows=256),
     "dpo": Method(DPO, learning_rate=0.3),
     "sb3-ppo": Method("PPO"),
     "sb3-a2c": Method("A2C"),

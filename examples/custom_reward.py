@@ -39,8 +39,10 @@ class Args:
     """Maximum length of a completion in tokens."""
     kl_coef: float = 0.02
     """beta, the coefficient of the KL penalty, in reward per nat."""
-    learning_rate: float = 5e-4
-    """Peak learning rate."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of the policy."""
+    critic_learning_rate: float = 3e-4
+    """Peak learning rate of the critic."""
     samples: int = 5
     """Number of prompts whose completions are printed before and after training."""
     seed: int = 1
@@ -91,12 +93,14 @@ def main(args: Args) -> None:
         max_prompt_tokens=24,
         max_new_tokens=args.max_new_tokens,
     )
-    policy = ActorCritic.from_pretrained("tiny")
-    agent = PPO(
-        policy,
-        envs,
-        PPOConfig(episodes_per_update=2 * args.num_envs, learning_rate=args.learning_rate, seed=args.seed),
+    policy = ActorCritic.from_pretrained("tiny", critic="separate")
+    config = PPOConfig(
+        episodes_per_update=2 * args.num_envs,
+        learning_rate=args.learning_rate,
+        critic_learning_rate=args.critic_learning_rate,
+        seed=args.seed,
     )
+    agent = PPO(policy, envs, config)
 
     def report(agent: PPO, metrics: dict[str, float]) -> None:
         print(

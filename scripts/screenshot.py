@@ -1,0 +1,93 @@
+"""Draw what a command shows on a terminal, as an SVG for the documentation.
+
+    pip install pyte
+    python scripts/screenshot.py --command "textgym train --total-episodes 1024 --output-dir runs/first" --output x.svg
+
+The command runs in a terminal of its own. Its screen is drawn at the end, or when `--wait-for` is on it for the first
+time.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyte
+import tyro
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+
+@dataclass
+class Args:
+    command: str
+    """The command; `textgym` is the one of this Python."""
+    output: Path
+    """The SVG file."""
+    wait_for: str | None = None
+    """A text; the screen is drawn, and the command ended, when it shows the text."""
+    columns: int = 110
+    lines: int = 40
+
+
+def shown(args: Args) -> pyte.Screen:
+    """Run the command, and return its screen."""
+    screen = pyte.Screen(args.columns, args.lines)
+    stream = pyte.ByteStream(screen)
+    ours, theirs = pty.openpty()
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": str(args.columns),
+        "LINES": str(args.lines),
+        "TERM": "xterm-256color",
+    }
+    with subprocess.Popen(shlex.split(args.command), stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as run:
+        os.close(theirs)
+        while True:
+            try:
+                stream.feed(os.read(ours, 65_536))
+            except OSError:  # the command has ended
+                return screen
+            if args.wait_for is not None and any(args.wait_for in line for line in screen.display):
+                run.terminate()
+                return screen
+
+
+def lines_of(screen: pyte.Screen) -> list[Text]:
+    """Return the lines of a screen with their colours, without the empty ones at the end."""
+    lines = []
+    for row in range(screen.lines):
+        line = Text()
+        for column in range(screen.columns):
+            cell = screen.buffer[row][column]
+            colour = None if cell.fg == "default" else cell.fg.replace("bright", "bright_").replace("brown", "yellow")
+            line.append(cell.data, Style(color=f"#{colour}" if len(colour or "") == 6 and _is_hex(colour) else colour,
+                                         bold=cell.bold, italic=cell.italics))  # fmt: skip
+        line.rstrip()
+        lines.append(line)
+    while lines and not lines[-1].plain:
+        lines.pop()
+    return lines
+
+
+def _is_hex(colour: str | None) -> bool:
+    return colour is not None and all(letter in "0123456789abcdef" for letter in colour)
+
+
+def main(args: Args) -> None:
+    screen = shown(args)
+    console = Console(record=True, width=args.columns, file=open(os.devnull, "w"))  # noqa: SIM115
+    for line in lines_of(screen):
+        console.print(line, soft_wrap=True)
+    console.save_svg(str(args.output), title=args.command)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
