@@ -61,7 +61,7 @@ class Args:
     depth: int = 2
     """Number of steps over imports from a test to a module, for statements that run at import."""
     timeout: float = 600.0
-    """Seconds for the tests of one fault; a fault that makes them hang is noticed."""
+    """Most seconds for the tests of one fault; a fault that makes them hang is noticed."""
     output: Path | None = None
     """JSON file for the outcome of each fault, written after each; a run with the same file goes on from it."""
     reach: Path | None = None
@@ -235,7 +235,8 @@ def outcome_of(fault: Fault, reach: Reach, copy: Path, args: Args) -> str:
     (copy / fault.path).write_text(fault.source, encoding="utf-8")
     try:
         left_out = [part for test in reach.failed for part in ("--deselect", test)]
-        status = in_a_fork(copy, ["-x", *left_out, *tests], args.timeout)
+        usual = sum(reach.seconds.get(test, args.timeout) for test in tests)  # a file of tests has no time of its own
+        status = in_a_fork(copy, ["-x", *left_out, *tests], min(args.timeout, 30 + 3 * usual))
     finally:
         (copy / fault.path).write_text(original, encoding="utf-8")
     return {-1: "hung", 0: "missed"}.get(status, "noticed")
