@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -60,8 +60,6 @@ class Args:
     """Seed of the choice."""
     depth: int = 2
     """Number of steps over imports from a test to a module, for statements that run at import."""
-    timeout: float = 600.0
-    """Most seconds for the tests of one fault; a fault that makes them hang is noticed."""
     output: Path | None = None
     """JSON file for the outcome of each fault, written after each; a run with the same file goes on from it."""
     reach: Path | None = None
@@ -92,6 +90,11 @@ class Reach:
                 files[test.split("::")[0]].append(test)
         quickest_first = sorted(files.values(), key=lambda tests: sum(self.seconds[test] for test in tests))
         return tuple(test for tests in quickest_first for test in sorted(tests, key=self.seconds.__getitem__))
+
+    def seconds_of(self, tests: Collection[str]) -> float:
+        """Return the seconds that tests, or files of tests, take without a fault."""
+        wanted = set(tests)
+        return sum(taken for test, taken in self.seconds.items() if {test, test.split("::")[0]} & wanted)
 
 
 class Observer:
@@ -226,7 +229,7 @@ def _files(path: Path, pattern: str) -> list[Path]:
 def outcome_of(fault: Fault, reach: Reach, copy: Path, args: Args) -> str:
     """Plant a fault in a copy of the repository, run its tests, and return its outcome.
 
-    That is "noticed", "hung", "missed", or "untested" if no test reaches the place.
+    That is "noticed", "hung" (which is noticed too), "missed", or "untested" if no test reaches the place.
     """
     tests = reach.tests_of(fault) or importers_of(fault.path, args)
     if not tests:
@@ -235,8 +238,7 @@ def outcome_of(fault: Fault, reach: Reach, copy: Path, args: Args) -> str:
     (copy / fault.path).write_text(fault.source, encoding="utf-8")
     try:
         left_out = [part for test in reach.failed for part in ("--deselect", test)]
-        usual = sum(reach.seconds.get(test, args.timeout) for test in tests)  # a file of tests has no time of its own
-        status = in_a_fork(copy, ["-x", *left_out, *tests], min(args.timeout, 30 + 3 * usual))
+        status = in_a_fork(copy, ["-x", *left_out, *tests], timeout=30 + 3 * reach.seconds_of(tests))
     finally:
         (copy / fault.path).write_text(original, encoding="utf-8")
     return {-1: "hung", 0: "missed"}.get(status, "noticed")
