@@ -7,7 +7,7 @@ Faults are drawn by a seed from all places in the folders where an operator, a c
 be another one (faults.py). Each is planted alone, in a copy of the repository. Its tests are those that run its
 statement, which one run of all tests under `coverage` finds; for a statement that runs at import, such as a default,
 those that import the module, then those that import a module that imports it, and so on. They stop at the first
-failure. Tests that fail without a fault are left out. A fault that no test notices is printed: either a test is
+failure, and after two minutes' worth of tests. Tests that fail without a fault are left out. A fault that no test notices is printed: either a test is
 missing, or the fault changes nothing, which a person has to decide.
 
 The run under `coverage` takes a quarter of an hour. With `--reach` it is kept for the next time; delete the folder when
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -60,6 +60,8 @@ class Args:
     """Seed of the choice."""
     depth: int = 2
     """Number of steps over imports from a test to a module, for statements that run at import."""
+    seconds: float = 120.0
+    """Most seconds of tests for one fault, as long as they take without it; what these miss counts as missed."""
     output: Path | None = None
     """JSON file for the outcome of each fault, written after each; a run with the same file goes on from it."""
     reach: Path | None = None
@@ -80,7 +82,7 @@ class Reach:
     failed: list[str] = field(default_factory=list)
     lines: dict[str, dict[int, list[str]]] = field(default_factory=dict)
 
-    def tests_of(self, fault: Fault) -> tuple[str, ...]:
+    def tests_of(self, fault: Fault) -> list[str]:
         """Return the tests that run the statement: file after file, those that take the least time first."""
         first, last = fault.statement
         at_lines = self.lines.get(fault.path, {})
@@ -89,12 +91,22 @@ class Reach:
             if test in self.seconds:
                 files[test.split("::")[0]].append(test)
         quickest_first = sorted(files.values(), key=lambda tests: sum(self.seconds[test] for test in tests))
-        return tuple(test for tests in quickest_first for test in sorted(tests, key=self.seconds.__getitem__))
+        return [test for tests in quickest_first for test in sorted(tests, key=self.seconds.__getitem__)]
 
-    def seconds_of(self, tests: Collection[str]) -> float:
-        """Return the seconds that tests, or files of tests, take without a fault."""
-        wanted = set(tests)
-        return sum(taken for test, taken in self.seconds.items() if {test, test.split("::")[0]} & wanted)
+    def tests_in(self, files: Sequence[str]) -> list[str]:
+        """Return the tests in files, file after file."""
+        return [test for file in files for test in self.seconds if test.split("::")[0] == file]
+
+    def first(self, tests: Sequence[str], seconds: float) -> tuple[list[str], float]:
+        """Return the first tests that take at most so many seconds together, and what they take."""
+        chosen: list[str] = []
+        total = 0.0
+        for test in tests:
+            if total + self.seconds[test] > seconds:
+                break
+            chosen.append(test)
+            total += self.seconds[test]
+        return chosen, total
 
 
 class Observer:
@@ -231,14 +243,14 @@ def outcome_of(fault: Fault, reach: Reach, copy: Path, args: Args) -> str:
 
     That is "noticed", "hung" (which is noticed too), "missed", or "untested" if no test reaches the place.
     """
-    tests = reach.tests_of(fault) or importers_of(fault.path, args)
+    reached = reach.tests_of(fault) or reach.tests_in(importers_of(fault.path, args))
+    tests, seconds = reach.first(reached, args.seconds)
     if not tests:
         return "untested"
     original = (copy / fault.path).read_text(encoding="utf-8")
     (copy / fault.path).write_text(fault.source, encoding="utf-8")
     try:
-        left_out = [part for test in reach.failed for part in ("--deselect", test)]
-        status = in_a_fork(copy, ["-x", *left_out, *tests], timeout=30 + 3 * reach.seconds_of(tests))
+        status = in_a_fork(copy, ["-x", *tests], timeout=30 + 3 * seconds)
     finally:
         (copy / fault.path).write_text(original, encoding="utf-8")
     return {-1: "hung", 0: "missed"}.get(status, "noticed")
