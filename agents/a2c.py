@@ -28,7 +28,7 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, Evaluation
 
 from .common.advantages import discounted_returns, gae, n_step_returns
-from .common.means import masked_mean, per_episode, whiten
+from .common.means import masked, masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
@@ -77,10 +77,10 @@ class A2C(CriticAgent):
                 actions, values = self.action_values.of_sequences(self.policy, rollout.sequences)
             rollout = replace(rollout, values=values)
             returns = n_step_returns(rewards, values, mask, config.gamma, 1)
-            advantages = torch.where(mask, actions - values, 0.0)
+            advantages = masked(actions - values, mask)
         elif config.estimator == "n_step":  # r_t + ... + gamma^n V(s_{t+n}) - V(s_t)
             returns = n_step_returns(rewards, values, mask, config.gamma, config.n_steps)
-            advantages = torch.where(mask, returns - values, 0.0)
+            advantages = masked(returns - values, mask)
         else:  # "td" is GAE with lambda = 0: r_t + gamma V(s_{t+1}) - V(s_t)
             lam = config.lam if config.estimator == "gae" else 0.0
             advantages, returns = gae(rewards, values, mask, config.gamma, lam)
@@ -104,8 +104,8 @@ class A2C(CriticAgent):
         texts have the same weight as in the objective.
         """
         config, mask = self.config, batch.response_mask
-        policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
-        error = torch.where(mask, new.value - batch.returns, 0.0) / self.value_std
+        policy_loss = -per_episode(new.log_prob * masked(batch.advantages, mask), mask)
+        error = masked(new.value - batch.returns, mask) / self.value_std
         value_loss = 0.5 * per_episode(error.square(), mask)
         entropy = per_episode(new.entropy, mask)
 

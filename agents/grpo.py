@@ -39,7 +39,7 @@ from textgym.errors import ConfigError
 from textgym.models.actor_critic import Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 
-from .common.means import masked_mean, overall_mean
+from .common.means import masked, masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout, merge
@@ -84,17 +84,17 @@ class GRPO(PromptGroupAgent):
         # 2. Advantages: the return minus the group's mean, the same for all tokens of an episode; 1e-4 as in TRL.
         # Below 1e-6 returns differ by the rounding of the KL alone, which the division by 1e-4 would make a thousandth.
         informative = groups.informative & (groups.standard_deviation > 1e-6)  # (groups, 1)
-        advantages = torch.where(informative, groups.differences, 0.0)
+        advantages = masked(groups.differences, informative)
         if config.scale == "group":
             advantages = advantages / (groups.standard_deviation + 1e-4)
         if config.scale == "each":
             advantages = self.of_each_reward(rollout, groups.comparable)
-        advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
+        advantages = masked(advantages.reshape(-1, 1), mask).float()  # (N, T)
         corrections: TensorMetrics = {}
         if config.importance_cap is not None:
             rollout, advantages, corrections = self.corrected(rollout, advantages, config.importance_cap)
         if config.entropy_share < 1:
-            advantages = torch.where(self.high_entropy(rollout), advantages, 0.0)
+            advantages = masked(advantages, self.high_entropy(rollout))
 
         # 3. Episodes with advantage 0 count in the means of the loss: otherwise the gradient of the others would grow
         #    with their number. If nothing else in the loss has a gradient, they need no pass.
@@ -119,7 +119,7 @@ class GRPO(PromptGroupAgent):
         weights = self.weights(batch)  # (N, T)
 
         # 1. The importance ratio of each token, or the geometric mean of an episode's (Zheng et al., 2025, equation 7).
-        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
+        log_ratio = masked(new.log_prob - batch.log_probs, mask)  # (N, T)
         ratio = log_ratio.exp()
         if config.ratio == "sequence":
             mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -131,14 +131,14 @@ class GRPO(PromptGroupAgent):
         plain = ratio * batch.advantages
         if config.surrogate == "cispo":
             clipped = ratio.clamp(max=1 + high) * batch.advantages
-            objective = clipped.detach() * torch.where(mask, new.log_prob, 0.0)
+            objective = clipped.detach() * masked(new.log_prob, mask)
         else:
             clipped = ratio.clamp(1 - config.clip_range, 1 + high) * batch.advantages
             objective = torch.minimum(plain, clipped)
         policy_loss = (weights * -objective).sum()
 
         # 3. Entropy bonus; the entropy has no gradient if its coefficient is 0.
-        loss = policy_loss - config.entropy_coef * (weights * torch.where(mask, new.entropy, 0.0)).sum()
+        loss = policy_loss - config.entropy_coef * (weights * masked(new.entropy, mask)).sum()
 
         with torch.no_grad():
             metrics = {
@@ -205,7 +205,7 @@ class GRPO(PromptGroupAgent):
         # The mean of whole groups is 0 up to rounding, which would give equal scores an advantage.
         mean, size = overall_mean(total, comparable), overall_mean(total.abs(), comparable)
         mean = torch.where(mean.abs() > 1e-12 * size, mean, 0.0)
-        difference = torch.where(comparable, total - mean, 0.0)
+        difference = masked(total - mean, comparable)
         variance = overall_mean(difference.square(), comparable) * count / (count - 1).clamp(min=1)
         return difference / (variance.sqrt() + 1e-4)
 

@@ -23,7 +23,7 @@ from textgym.models.actor_critic import ActorCritic, Evaluation, PolicyLike
 from textgym.models.machine.transfer import to_host
 from textgym.rewards.models.accuracy import in_order
 
-from .common.means import masked_mean, overall_mean
+from .common.means import masked, masked_mean, overall_mean
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch, exchanged
 from .common.rollout import Rollout
@@ -76,7 +76,7 @@ class OnlineDPO(PromptGroupAgent):
 
         # 3. Minibatches of pairs, one optimiser step each. The sign of an episode's advantage says which side it is.
         signs = torch.zeros_like(scores).scatter(0, rejected[preferred], -1.0).masked_fill(preferred, 1.0)
-        advantages = torch.where(rollout.response_mask, signs[:, None], 0.0).float()  # (N, T)
+        advantages = masked(signs[:, None], rollout.response_mask).float()  # (N, T)
         columns = (rollout.log_probs, rollout.values, advantages, torch.zeros_like(advantages))
         episodes = Batch(rollout.sequences, *columns, indices, reference_log_probs=self.reference_log_probs)
         self.episodes_at_rollout, _ = exchanged(episodes, torch.arange(len(rollout)))
@@ -102,8 +102,8 @@ class OnlineDPO(PromptGroupAgent):
         assert both.reference_log_probs is not None
 
         # 1. The implicit reward of an episode: beta (log pi - log pi_ref), summed over its tokens.
-        sums = torch.where(mask, new.log_prob, 0.0).sum(1)  # (2P,)
-        log_ratios = sums - torch.where(mask, both.reference_log_probs, 0.0).sum(1)
+        sums = masked(new.log_prob, mask).sum(1)  # (2P,)
+        log_ratios = sums - masked(both.reference_log_probs, mask).sum(1)
         chosen, rejected = log_ratios.chunk(2)  # (P,) each
 
         # 2. The loss of each pair.
@@ -115,7 +115,7 @@ class OnlineDPO(PromptGroupAgent):
         # 3. Entropy bonus, and metrics.
         entropy = masked_mean(new.entropy, mask)
         with torch.no_grad():
-            log_ratio = torch.where(mask, new.log_prob - both.log_probs, 0.0)
+            log_ratio = masked(new.log_prob - both.log_probs, mask)
             metrics = {
                 "policy/approxkl_avg": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
                 "loss/policy_avg": policy_loss,

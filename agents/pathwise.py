@@ -33,7 +33,7 @@ from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
 from .common.advantages import n_step_returns
-from .common.means import masked_mean
+from .common.means import masked, masked_mean
 from .common.metrics import TensorMetrics
 from .common.q_functions import GreedyQ, Heads, frozen_actor
 from .common.replay_agent import ReplayAgent
@@ -95,7 +95,7 @@ class Pathwise(ReplayAgent):
             # Q(s_t, a_t) does not include the penalty of state t itself, so it is added again.
             target_value = sequences.pad(advantage + value) - penalty
             returns = n_step_returns(batch.rewards - penalty, target_value, mask, config.gamma, config.n_steps)
-            targets = returns + torch.where(mask, penalty, 0.0)  # (B, T)
+            targets = returns + masked(penalty, mask)  # (B, T)
 
         # 2. Critic: the Huber loss between Q and its targets.
         q = sequences.pad(self.q.of_actions(sequences))
@@ -143,11 +143,11 @@ class Pathwise(ReplayAgent):
             log_probs = logits.log_softmax(-1)
             with torch.no_grad():
                 allowed = logits > torch.finfo(logits.dtype).min
-                advantages = torch.where(allowed, q.advantages(q_hidden, banned, stop), 0.0)
+                advantages = masked(q.advantages(q_hidden, banned, stop), allowed)
                 distribution = TokenDistribution(reference.temperature, banned=banned, stop_ids=stop)
                 reference_log_probs = distribution.log_probs(reference.head(reference_hidden))
             token = log_probs.exp() if seed is None else relax(log_probs, seed + int(index[0]), self.config)
-            kl = (log_probs.exp() * torch.where(allowed, log_probs - reference_log_probs, 0.0)).sum(-1)
+            kl = (log_probs.exp() * masked(log_probs - reference_log_probs, allowed)).sum(-1)
             return (token * advantages).sum(-1), kl
 
         index = torch.arange(len(hidden))  # for a different seed in each chunk; on the CPU, where it is read

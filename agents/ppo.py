@@ -26,7 +26,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 
 from .common.advantages import discounted_returns, gae
-from .common.means import masked_mean, overall_mean, whiten
+from .common.means import masked, masked_mean, overall_mean, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
@@ -111,9 +111,9 @@ class PPO(CriticAgent):
 
         # 1. Importance ratios r = pi / pi_old. Both are log-probs of the sampled distribution, so r = 1 in the first
         #    step. Padding is replaced before exp: a NaN there would reach the gradient although it is masked later.
-        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
+        log_ratio = masked(new.log_prob - batch.log_probs, mask)  # (N, T)
         ratio = log_ratio.exp()
-        advantages = torch.where(mask, batch.advantages, 0.0)
+        advantages = masked(batch.advantages, mask)
         approx_kl = ratio - 1 - log_ratio  # k3 of KL(old, new), at least 0 for every token
 
         # 2. Policy loss: the surrogate r A, with a penalty or with clipping.
@@ -134,7 +134,7 @@ class PPO(CriticAgent):
         # 3. Value loss: half the maximum of the squared errors of the value and of the value clipped around the old
         #    one, in units of `value_std`. If the clipped error is larger and the clip is active, the gradient is zero.
         values, old_values, returns = (
-            torch.where(mask, x, 0.0) / self.value_std for x in (new.value, batch.values, batch.returns)
+            masked(x, mask) / self.value_std for x in (new.value, batch.values, batch.returns)
         )
         error = (values - returns).square()
         clipped_error = error

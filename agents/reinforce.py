@@ -20,7 +20,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 
 from .common.advantages import discounted_returns, leave_one_out_mean
-from .common.means import masked_mean, per_episode
+from .common.means import masked, masked_mean, per_episode
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
@@ -46,7 +46,7 @@ class REINFORCE(CriticAgent):
         # 2. Returns: from each token on, or of the whole episode for every token.
         returns = discounted_returns(rewards, mask, config.gamma)
         if not config.reward_to_go:
-            returns = torch.where(mask, rewards.sum(1, keepdim=True), 0.0)
+            returns = masked(rewards.sum(1, keepdim=True), mask)
 
         # 3. Advantages: returns minus a baseline that does not depend on the token.
         learned = config.baseline == "learned"
@@ -56,7 +56,7 @@ class REINFORCE(CriticAgent):
             baseline = rollout.values
         elif config.baseline == "mean":
             baseline = leave_one_out_mean(returns, mask)
-        advantages = torch.where(mask, returns - baseline, 0.0)
+        advantages = masked(returns - baseline, mask)
 
         # 4. One optimiser step on the whole rollout: without importance ratios a second one would be biased.
         steps = [self.step(batch) for batch in self.minibatches(rollout, advantages, returns)]
@@ -73,12 +73,12 @@ class REINFORCE(CriticAgent):
         deviation d of the returns (`value_std`), which has the unit of the policy's loss.
         """
         config, mask = self.config, batch.response_mask
-        policy_loss = -per_episode(new.log_prob * torch.where(mask, batch.advantages, 0.0), mask)
+        policy_loss = -per_episode(new.log_prob * masked(batch.advantages, mask), mask)
         entropy = per_episode(new.entropy, mask)
         loss = policy_loss - config.entropy_coef * entropy
         metrics = {"loss/policy_avg": policy_loss, "policy/entropy_avg": masked_mean(new.entropy, mask)}
         if config.baseline == "learned":
-            error = torch.where(mask, new.value - batch.returns, 0.0) / self.value_std
+            error = masked(new.value - batch.returns, mask) / self.value_std
             value_loss = 0.5 * per_episode(error.square(), mask)
             loss = loss + config.value_coef * self.value_std * value_loss
             metrics["loss/value_avg"] = value_loss

@@ -21,7 +21,7 @@ from torch import Tensor
 from textgym.models.actor_critic import Evaluation
 from textgym.models.machine.transfer import to_host
 
-from .common.means import masked_mean, per_episode, whiten
+from .common.means import masked, masked_mean, per_episode, whiten
 from .common.metrics import TensorMetrics
 from .common.policy_gradient import Batch
 from .common.rollout import Rollout
@@ -49,7 +49,7 @@ class RLOO(PromptGroupAgent):
 
         # 2. Advantages: the return minus the mean of the others of its prompt, the same for all tokens of an episode.
         advantages = groups.differences * groups.num_scored / (groups.num_scored - 1).clamp(min=1)
-        advantages = torch.where(mask, advantages.reshape(-1, 1), 0.0).float()  # (N, T)
+        advantages = masked(advantages.reshape(-1, 1), mask).float()  # (N, T)
         if config.normalise == "batch":  # REINFORCE++ (Hu, 2025)
             advantages = whiten(advantages, mask)
 
@@ -71,7 +71,7 @@ class RLOO(PromptGroupAgent):
         text has one ratio (Ahmadian et al., 2024, section 3).
         """
         config, mask = self.config, batch.response_mask
-        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)  # (N, T)
+        log_ratio = masked(new.log_prob - batch.log_probs, mask)  # (N, T)
         ratio = log_ratio.sum(1).exp()  # (N,)
         advantages = batch.advantages[:, 0]  # (N,); all tokens of an episode share it
         plain = ratio * advantages

@@ -10,7 +10,7 @@ from torch import Tensor
 from textgym.settings import Share, check_arguments
 
 from ..machine.distributed import column_total
-from .means import differs
+from .means import differs, masked
 
 
 @check_arguments
@@ -32,17 +32,17 @@ def gae(
     Returns:
         Advantages and returns, `(N, T)` each, zero in the padding.
     """
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    rewards, values = masked(rewards, mask), masked(values, mask)
     following = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap  # V(s_{t+1})
     running = torch.zeros_like(following)  # A_{t+1}
     advantages = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]
         advantage = delta + gamma * lam * running
-        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
+        advantages[:, t] = masked(advantage, mask[:, t])
         following = torch.where(mask[:, t], values[:, t], following)
         running = torch.where(mask[:, t], advantage, running)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    return advantages, masked(advantages + values, mask)
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -68,7 +68,7 @@ def n_step_returns(
             after t that is not greedy, because its reward is not that of the greedy policy (Watkins, 1989).
     """
     own = (~mask).long().argsort(dim=1, stable=True)  # (N, T): indices of the policy's steps in order, then the others
-    rewards, values = (torch.where(mask, x, 0.0).gather(1, own) for x in (rewards, values))
+    rewards, values = (masked(x, mask).gather(1, own) for x in (rewards, values))
     following = _shifted(values)  # V(s_{t+1})
     returns = rewards + gamma * following
     for _ in range(min(n, rewards.shape[1]) - 1):
@@ -76,7 +76,7 @@ def n_step_returns(
         if goes_on is not None:
             later = torch.where(_shifted(goes_on.gather(1, own)), later, following)
         returns = rewards + gamma * later
-    return torch.where(mask, torch.zeros_like(returns).scatter(1, own, returns), 0.0)
+    return masked(torch.zeros_like(returns).scatter(1, own, returns), mask)
 
 
 def _shifted(values: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
 
     The value of the row itself is left out, because a baseline must not depend on the row's action.
     """
-    real = torch.where(mask, values, 0.0).double()  # in float64 the mean of equal float32 values is exactly their value
+    real = masked(values, mask).double()  # in float64 the mean of equal float32 values is exactly their value
     count = column_total(mask.sum(0)) - mask.long()
     mean = (column_total(real.sum(0)) - real) / count.clamp(min=1)
-    return torch.where(mask, mean, 0.0).to(values.dtype)
+    return masked(mean, mask).to(values.dtype)
 
 
 class GroupComparison(NamedTuple):
@@ -117,10 +117,10 @@ class GroupComparison(NamedTuple):
 def compare_groups(returns: Tensor, scored: Tensor) -> GroupComparison:
     """Compare the returns `(G, k)` of each group, over the episodes that have a score, bool `(G, k)`."""
     num_scored = scored.sum(1, keepdim=True)
-    returns = torch.where(scored, returns.double(), 0.0)  # float64, so that equal returns equal their mean exactly
+    returns = masked(returns.double(), scored)  # float64, so that equal returns equal their mean exactly
     mean = returns.sum(1, keepdim=True) / num_scored.clamp(min=1)
-    differences = torch.where(scored, returns - mean, 0.0)
+    differences = masked(returns - mean, scored)
     standard_deviation = (differences.square().sum(1, keepdim=True) / (num_scored - 1).clamp(min=1)).sqrt()
     informative = differs(standard_deviation, mean)
-    differences = torch.where(informative, differences, 0.0)
+    differences = masked(differences, informative)
     return GroupComparison(differences, standard_deviation, num_scored, scored & (num_scored > 1), informative)

@@ -16,20 +16,25 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps
 """A standard deviation below this share of the mean is rounding of float32: the values are equal."""
 
 
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the values where `mask` is True and 0 elsewhere, with no gradient there."""
+    return torch.where(mask, values, 0.0)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over the entries where `mask` is True; 0 if there are none."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+    return masked(values, mask).sum() / mask.sum().clamp(min=1)
 
 
 def overall_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return `masked_mean` over the entries of all processes of the run; without a mask over all entries."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    return sum_over_processes(torch.where(mask, values, 0.0).sum()) / sum_over_processes(mask.sum()).clamp(min=1)
+    return sum_over_processes(masked(values, mask).sum()) / sum_over_processes(mask.sum()).clamp(min=1)
 
 
 def per_episode(values: Tensor, mask: Tensor) -> Tensor:
     """Return the sum over the response tokens of an episode, averaged over episodes."""
-    return torch.where(mask, values, 0.0).sum() / len(mask)
+    return masked(values, mask).sum() / len(mask)
 
 
 def differs(standard_deviation: Tensor, mean: Tensor) -> Tensor:
@@ -47,8 +52,8 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     mean = overall_mean(exact, mask)
     variance = overall_mean((exact - mean).square(), mask)
     whitened = (exact - mean) * torch.rsqrt(variance + 1e-8)
-    whitened = torch.where(differs(variance.sqrt(), mean), whitened, 0.0)
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0).to(values.dtype)
+    whitened = masked(whitened, differs(variance.sqrt(), mean))
+    return masked(whitened if shift_mean else whitened + mean, mask).to(values.dtype)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -97,9 +102,9 @@ def explained_variance_within_prompts(
 
     def spread(numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of squares around the mean of each prompt, and whether it is more than rounding."""
-        numbers = torch.where(mask, numbers.double(), 0.0)
+        numbers = masked(numbers.double(), mask)
         means = sums(numbers.sum(1)) / tokens
-        squares = sums(torch.where(mask, numbers - means[groups][:, None], 0.0).square().sum(1))
+        squares = sums(masked(numbers - means[groups][:, None], mask).square().sum(1))
         return squares.sum(), differs((squares / tokens).sqrt(), means).any()
 
     (variance, is_different), (error, _) = spread(returns), spread(returns.double() - values)

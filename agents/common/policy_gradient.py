@@ -32,7 +32,7 @@ from ..configs.policy_gradient import KLInLoss, PolicyGradientConfig
 from ..machine.distributed import count, everyone, pad_micro_batches, rank, sum_over_processes
 from .advantages import leave_one_out_mean
 from .constraints import Constraints
-from .means import overall_mean
+from .means import masked, overall_mean
 from .metrics import TensorMetrics, mean_over, on_host
 from .rollout import Rollout
 from .rollout_agent import Metrics, RolloutAgent
@@ -264,8 +264,8 @@ class PolicyGradientAgent(RolloutAgent):
             The rollout with the trainer's log-probs, the weighted advantages, and the mean difference of log-probs.
         """
         mask = rollout.response_mask
-        log_probs = torch.where(mask, self.new_log_probs(rollout), 0.0)  # log pi_old, (N, T)
-        difference = torch.where(mask, log_probs - rollout.log_probs, 0.0)
+        log_probs = masked(self.new_log_probs(rollout), mask)  # log pi_old, (N, T)
+        difference = masked(log_probs - rollout.log_probs, mask)
         weights = difference.exp().clamp(max=cap)
         metrics = {"sampling/logp_difference": overall_mean(difference.abs(), mask)}
         return replace(rollout, log_probs=log_probs), advantages * weights, metrics
@@ -293,7 +293,7 @@ class PolicyGradientAgent(RolloutAgent):
                 to_go = kl_to_go(self.penalty.exact(self.policy, rollout.sequences))  # (N, T)
                 mask = rollout.response_mask
                 if group_size is None:
-                    self.later_kl = torch.where(mask, to_go - leave_one_out_mean(to_go, mask), 0.0)
+                    self.later_kl = masked(to_go - leave_one_out_mean(to_go, mask), mask)
                 else:
                     groups = (-1, group_size, to_go.shape[1])
                     compared = compared_with_others(to_go.reshape(groups), mask.reshape(groups))
@@ -312,13 +312,13 @@ class PolicyGradientAgent(RolloutAgent):
         """
         assert batch.reference_log_probs is not None
         mask = batch.response_mask
-        log_ratio = torch.where(mask, new.log_prob - batch.log_probs, 0.0)
+        log_ratio = masked(new.log_prob - batch.log_probs, mask)
         if kind == "sequence":
             assert batch.later_kl is not None
             assert new.kl is not None
             return sequence_kl(new.kl, log_ratio, batch.later_kl)
-        reference = torch.where(mask, batch.reference_log_probs, 0.0)
-        kl = estimate_kl(torch.where(mask, new.log_prob, 0.0), reference, "k3")
+        reference = masked(batch.reference_log_probs, mask)
+        kl = estimate_kl(masked(new.log_prob, mask), reference, "k3")
         return log_ratio.exp() * kl if kind == "token" else kl
 
     def training_state(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.loading import freeze
 from textgym.models.sequences import Sequences
 
+from .means import masked
+
 Noise = tuple[Tensor, Tensor]
 """Noise factors f(out) `(R, V)` and f(in) `(R, d)`; R is the number of rows, or 1 if they share the noise."""
 
@@ -54,7 +56,7 @@ class SoftQ:
     def of_actions(self, sequences: Sequences, reference_log_probs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         """Return V of the state before each response token, and Q - V of the token, `(N, T)` each."""
         new = self.actor.evaluate(sequences)
-        return new.value, torch.where(sequences.response_mask, beta * (new.log_prob - reference_log_probs), 0.0)
+        return new.value, masked(beta * (new.log_prob - reference_log_probs), sequences.response_mask)
 
 
 class Heads(nn.Module):

@@ -41,6 +41,7 @@ from ..machine.distributed import (
     rank,
     sum_over_processes,
 )
+from .means import masked
 from .metrics import TensorMetrics, mean_over, on_host
 from .replay_buffer import ReplayBatch, ReplayBuffer, priorities_of
 from .rollout import Rollout, collect
@@ -172,7 +173,7 @@ class ReplayAgent(RolloutAgent):
     def measure_kl(self, rollout: Rollout) -> Tensor:
         """Return the KL estimate k1 between behaviour policy and reference for every token, `(N, T)` nats."""
         reference_log_probs = self.penalty.reference.sequence_log_probs(rollout.sequences)
-        return torch.where(rollout.response_mask, rollout.log_probs - reference_log_probs, 0.0)
+        return masked(rollout.log_probs - reference_log_probs, rollout.response_mask)
 
     def remember(self, rollout: Rollout, kl: Tensor) -> None:
         """Add the episodes that have a score to the replay buffer, with the reference's log-probs of their tokens.
@@ -193,7 +194,7 @@ class ReplayAgent(RolloutAgent):
             return None
         kl, rollout = kl[rows.to(kl.device)], rollout[rows]
         kl = kl[:, : rollout.log_probs.shape[1]]
-        reference_log_probs = torch.where(rollout.response_mask, rollout.log_probs - kl, 0.0)
+        reference_log_probs = masked(rollout.log_probs - kl, rollout.response_mask)
         place = self.policy.device if count() == 1 else torch.device("cpu")  # processes exchange host memory
         return rollout.sequences.to(place), rollout.rewards.to(place), reference_log_probs.to(place)
 

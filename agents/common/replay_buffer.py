@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from textgym.models.machine.transfer import to_device
 from textgym.models.sequences import HostRows, Sequences
 
+from .means import masked
+
 
 class ReplayBatch(NamedTuple):
     """B episodes sampled from the replay buffer.
@@ -142,6 +144,6 @@ class ReplayBuffer:
 
 def priorities_of(errors: Tensor, mask: Tensor) -> Tensor:
     """Return the priorities `(B,)` of episodes from the TD errors of their tokens, `(B, T)`."""
-    errors = torch.where(mask, errors.abs(), 0.0)
+    errors = masked(errors.abs(), mask)
     mean = errors.sum(1) / mask.sum(1)
     return 0.9 * errors.amax(1) + 0.1 * mean + 1e-6  # never 0, or an episode could not be sampled again

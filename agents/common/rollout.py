@@ -17,6 +17,8 @@ from textgym.models.machine.profiled_phases import phase
 from textgym.models.machine.transfer import to_device
 from textgym.models.sequences import Sequences, on_both
 
+from .means import masked
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -165,7 +167,7 @@ def _collect(
         assert waiting is not None
         log_probs.append(step.log_prob)
         values.append(step.value)
-        scores += torch.where(alive, rewards, 0.0)
+        scores += masked(rewards, alive)
         alive = alive & ~(terminated | truncated)
         further = [key for key in infos if key.startswith(("reward/", "metric/"))]
         for name in ("score", "ended_by_stop", *further):
@@ -178,7 +180,7 @@ def _collect(
 
     def by_token(steps: list[Tensor]) -> Tensor:
         """Return values of each step `(N,)` at the tokens that these steps generated, `(N, T)`."""
-        return torch.where(mask, torch.stack(steps, 1).gather(1, step_of_token), 0.0)
+        return masked(torch.stack(steps, 1).gather(1, step_of_token), mask)
 
     with phase("critic"):
         state_values = by_token(values) if shared else policy.sequence_values(sequences)
@@ -214,7 +216,7 @@ def score_whole(
     mask = sequences.response_mask
 
     def real(columns: Tensor) -> Tensor:
-        return torch.where(mask, columns[:, : mask.shape[1]], 0.0)
+        return masked(columns[:, : mask.shape[1]], mask)
 
     with phase("decode"):
         log_probs = policy.sequence_log_probs(sequences) if log_probs is None else real(log_probs)

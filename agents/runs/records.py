@@ -27,6 +27,7 @@ from textgym.settings import Count, check_arguments
 from textgym.viewer.records import FORMAT, Record, read_record, records_of, rounded, update_of, write_record
 
 from ..callbacks import Callback
+from ..common.means import masked
 from ..common.policy_gradient import PolicyGradientAgent
 from ..common.replay_agent import ReplayAgent
 from ..common.rollout import Rollout
@@ -259,7 +260,7 @@ def after_update(agent: RolloutAgent, before: Before) -> dict[str, Tensor]:
     if isinstance(agent, NLPO) and agent.updates % (agent.config.mask_update_interval or agent.updates + 1) == 0:
         return columns  # the mask is another one now, and ratios would be of other distributions
     log_ratio = agent.new_log_probs(part) - part.log_probs
-    ratio = torch.where(part.response_mask, log_ratio, 0.0).exp()
+    ratio = masked(log_ratio, part.response_mask).exp()
     columns["ratio"] = ratio
     if before.clip is not None:
         low, high = before.clip
