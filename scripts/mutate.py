@@ -7,8 +7,8 @@ Faults are drawn by a seed from all places in the folders where an operator, a c
 be another one (faults.py). Each is planted alone, in a copy of the repository. Its tests are those that run its
 statement, which one run of all tests under `coverage` finds; for a statement that runs at import, such as a default,
 those that import the module, then those that import a module that imports it, and so on. They stop at the first
-failure, and after two minutes' worth of tests. Tests that fail without a fault are left out. A fault that no test notices is printed: either a test is
-missing, or the fault changes nothing, which a person has to decide.
+failure, and after two minutes' worth of tests. Tests that fail without a fault are left out. A fault that no test
+notices is printed: either a test is missing, or the fault changes nothing, which a person has to decide.
 
 The run under `coverage` takes a quarter of an hour. With `--reach` it is kept for the next time; delete the folder when
 the code has changed.

@@ -9,8 +9,10 @@ time.
 
 from __future__ import annotations
 
+import io
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -48,7 +50,8 @@ def shown(args: Args) -> pyte.Screen:
         "LINES": str(args.lines),
         "TERM": "xterm-256color",
     }
-    with subprocess.Popen(shlex.split(args.command), stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as run:
+    command, streams = shlex.split(args.command), {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen(command, env=environment, **streams) as run:
         os.close(theirs)
         while True:
             try:
@@ -67,9 +70,7 @@ def lines_of(screen: pyte.Screen) -> list[Text]:
         line = Text()
         for column in range(screen.columns):
             cell = screen.buffer[row][column]
-            colour = None if cell.fg == "default" else cell.fg.replace("bright", "bright_").replace("brown", "yellow")
-            line.append(cell.data, Style(color=f"#{colour}" if len(colour or "") == 6 and _is_hex(colour) else colour,
-                                         bold=cell.bold, italic=cell.italics))  # fmt: skip
+            line.append(cell.data, Style(color=colour_of(cell.fg), bold=cell.bold, italic=cell.italics))
         line.rstrip()
         lines.append(line)
     while lines and not lines[-1].plain:
@@ -77,13 +78,16 @@ def lines_of(screen: pyte.Screen) -> list[Text]:
     return lines
 
 
-def _is_hex(colour: str | None) -> bool:
-    return colour is not None and all(letter in "0123456789abcdef" for letter in colour)
+def colour_of(name: str) -> str | None:
+    """Return the name that rich has for a colour of pyte."""
+    if re.fullmatch("[0-9a-f]{6}", name):
+        return f"#{name}"
+    return None if name == "default" else name.replace("bright", "bright_").replace("brown", "yellow")
 
 
 def main(args: Args) -> None:
     screen = shown(args)
-    console = Console(record=True, width=args.columns, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=args.columns, file=io.StringIO())
     for line in lines_of(screen):
         console.print(line, soft_wrap=True)
     console.save_svg(str(args.output), title=args.command)

@@ -20,9 +20,9 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parents[1]
-REWARD = '''def brevity(completions):
+REWARD = """def brevity(completions):
     return [-abs(len(text.split()) - 5) for text in completions]
-'''
+"""
 
 
 @dataclass
@@ -43,7 +43,7 @@ def steps(args: Args) -> list[Step]:
     """Return the steps in their order."""
     few = f"--total-episodes {args.episodes}"
     install = f"pip install --constraint {ROOT}/constraints.txt '{ROOT}[plots]'"
-    reward = "--env-kwargs '{\"reward\": \"my_rewards:brevity\"}'"
+    reward = '--env-kwargs \'{"reward": "my_rewards:brevity"}\''
     return [
         Step("an installed package", ("python3 -m venv venv", install)),
         Step("a trained policy", (f"textgym train {few} --output-dir runs/first",)),
@@ -71,10 +71,8 @@ def main(args: Args) -> None:
             started = time.monotonic()
             for command in step.commands:
                 run(command, folder)
-            ended = time.monotonic()
-            print(
-                f"| {step.goal} | {len(step.commands)} | {ended - started:.0f} | {(ended - began) / 60:.1f} |", flush=True
-            )
+            seconds, minutes = time.monotonic() - started, (time.monotonic() - began) / 60
+            print(f"| {step.goal} | {len(step.commands)} | {seconds:.0f} | {minutes:.1f} |", flush=True)
     print(f"Python {sys.version.split()[0]}, {args.episodes} episodes")
 
 
