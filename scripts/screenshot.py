@@ -10,6 +10,7 @@ time.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -68,14 +69,19 @@ def lines_of(screen: pyte.Screen) -> list[Text]:
     lines = []
     for row in range(screen.lines):
         line = Text()
-        for column in range(screen.columns):
-            cell = screen.buffer[row][column]
-            line.append(cell.data, Style(color=colour_of(cell.fg), bold=cell.bold, italic=cell.italics))
+        cells = [screen.buffer[row][column] for column in range(screen.columns)]
+        for style, same in itertools.groupby(cells, style_of):
+            line.append("".join(cell.data for cell in same), style)
         line.rstrip()
         lines.append(line)
     while lines and not lines[-1].plain:
         lines.pop()
     return lines
+
+
+def style_of(cell: pyte.screens.Char) -> Style:
+    """Return the style of a cell."""
+    return Style(color=colour_of(cell.fg), bold=cell.bold, italic=cell.italics)
 
 
 def colour_of(name: str) -> str | None:
