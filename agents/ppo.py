@@ -9,11 +9,13 @@ optimiser step are in common/policy_gradient.py. All means are over response tok
 With `variant="penalty"` the surrogate is not clipped but has a penalty on KL(old, new). Its coefficient is doubled
 after an update with a large KL and halved after one with a small KL.
 
-With `normalise_values=False`, advantages, returns and both losses equal those of TRL 1.12, its last version with PPO,
-except for four differences. The score is the reward of the last token, EOS included; TRL adds it to the padding after
-EOS, and trains the critic there too. Masks come from lengths. Whitening divides by the number of tokens, not by this
-number minus one. There are options that TRL lacks: another clip range above 1, a dual clip, a value loss without
-clipping, and another lambda for the critic's targets.
+With `normalise_values=False`, whole updates equal those of TRL 1.12, its last version with PPO, except for five
+differences. The score is the reward of the last token, EOS included; TRL adds it to the padding after EOS, and trains
+the critic there too. Masks come from lengths. Whitening divides by the number of tokens, not by this number minus one.
+Each token of a minibatch has the same weight; in TRL each micro-batch has. Each minibatch has a step; TRL makes one
+after every `gradient_accumulation_steps` micro-batches, however many minibatches these are. There are options that TRL
+lacks: another clip range above 1, a dual clip, a value loss without clipping, and another lambda for the critic's
+targets.
 """
 
 from __future__ import annotations
@@ -138,9 +140,10 @@ class PPO(CriticAgent):
         )
         error = (values - returns).square()
         clipped_error = error
-        if config.clip_range_value is not None:
-            moved = (values - old_values).clamp(-config.clip_range_value, config.clip_range_value)
-            clipped_error = (old_values + moved - returns).square()
+        if (reach := config.clip_range_value) is not None:
+            # Values within the range stay as they are: the rounding of old + clip(V - old) would count as clipping.
+            clipped_values = values.clamp(old_values - reach, old_values + reach)
+            clipped_error = (clipped_values - returns).square()
         value_loss = 0.5 * masked_mean(torch.maximum(error, clipped_error), mask)
 
         # 4. Entropy bonus; the entropy has no gradient if its coefficient is 0.

@@ -88,6 +88,14 @@ def test_clipped_value_loss(value: float, old: float, target: float, expected: f
     assert (values.grad.item() == 0) == flat
 
 
+def test_values_within_the_range_are_not_counted_as_clipped() -> None:
+    rng = torch.Generator().manual_seed(0)
+    values, old = 0.18 * torch.rand(2, 1000, generator=rng) - 0.09
+    mask = torch.ones(1, 1000, dtype=torch.bool)
+    _, figures = value_loss(values[None], old[None], torch.randn(1, 1000, generator=rng), mask)
+    assert figures["val/clipfrac_avg"] == 0
+
+
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 def test_junk_in_padding_reaches_neither_loss_nor_gradient(junk: float) -> None:
     mask = torch.tensor([[True, True, False]])
