@@ -36,6 +36,15 @@ def test_gymnasiums_and_sb3s_checkers_have_nothing_to_say(settings: dict[str, An
         sb3_check_env(env)
 
 
+def test_the_spaces_hold_the_tokens_of_the_vocabulary_and_no_others(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+    observation, _ = env.reset(seed=0)
+    ids, last = observation["input_ids"], env.action_space.n - 1
+    for token, allowed in ((0, True), (last, True), (last + 1, False), (-1, False)):
+        ids[0] = token
+        assert env.observation_space.contains(observation) == allowed
+
+
 @pytest.mark.parametrize("env_id", ["textgym/Text-v0", "textgym:textgym/Text-v0"])
 def test_made_by_id(env_id: str, settings: dict[str, Any]) -> None:
     textgym.registration.register_environments()  # a second time: nothing happens
@@ -229,6 +238,17 @@ def test_prompts_are_drawn_without_replacement(settings: dict[str, Any]) -> None
         env.reset()
         drawn.append(int(env.task.current[0]))
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+
+
+def test_an_epoch_of_prompts_is_drawn_when_it_begins(settings: dict[str, Any]) -> None:
+    env = TextEnv(**settings)
+    env.reset(seed=3)
+    drawn = env.np_random.bit_generator.state
+    for _ in range(4):  # five prompts are one epoch
+        env.reset()
+    assert env.np_random.bit_generator.state == drawn
+    env.reset()
+    assert env.np_random.bit_generator.state != drawn
 
 
 def test_same_seed_same_episodes_and_global_generators_untouched(settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from textgym.data.continuations import encode_continuations
+from textgym.envs.prompt_ids import padded_prompts
 from textgym.envs.stopping import StopStrings
 from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
@@ -158,6 +159,11 @@ def test_cut_prompts_are_counted_in_a_warning_and_keep_bos_and_their_end() -> No
         envs = TextVectorEnv(2, prompts, tokenizer, lambda completions: [0.0], max_prompt_tokens=6, max_new_tokens=2)
     observation, _ = envs.reset(options={"prompt_index": [0, 1]})
     assert observation["input_ids"][0, :6].tolist() == [tokenizer.bos_token_id, *tokenizer_ids[-5:]]
+
+
+def test_a_prompt_without_tokens_is_named() -> None:
+    with pytest.raises(ValueError, match=r"prompt 1 \('b'\) has no tokens: give it some text"):
+        padded_prompts([[1], [], [2, 3]], [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}])
 
 
 # What reward models read

@@ -19,6 +19,7 @@ from textgym.errors import ConfigError, IsolatedError
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scoring import RewardError, Scorer
 from textgym.rewards.isolated import Isolated
+from textgym.rewards.isolated.process import _checked
 
 MEMORY = 256 * 2**20
 
@@ -129,6 +130,15 @@ def test_an_exception_a_crash_and_a_result_that_is_no_result_fail_the_rows(finis
         with pytest.raises(RewardError, match=words):
             scorer(finished)
         scorer.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"values": []', b"[]", b"3", b'{"values": [1.0]}', b'{"values": [], "logged": [], "error": "x"}', b'{"a": 1}'],
+)
+def test_an_answer_of_another_form_is_refused(content: bytes) -> None:
+    with pytest.raises(IsolatedError, match="the process answered with something else than"):
+        _checked(content)
 
 
 def test_the_process_ends_with_the_run(tmp_path: Path) -> None:

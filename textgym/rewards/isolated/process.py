@@ -31,6 +31,8 @@ START_LIMIT = 120.0
 INTERVAL = 0.05
 """Seconds between two looks at the memory."""
 LOG_KEYWORDS = ("log_metric", "log_extra")
+ANSWERS: tuple[set[str], ...] = (set(), {"error"}, {"values", "logged"})
+"""Keys of the answers: after the import, after a failure, after a call."""
 SMALLEST = 64 * 2**20
 Bytes = Annotated[
     int, Check(f"a number of bytes, at least {SMALLEST} (64 MiB)", lambda value: SMALLEST <= value < 2**63)
@@ -168,7 +170,7 @@ def _checked(content: bytes) -> dict[str, Any]:
         answer = json.loads(content)
     except ValueError as error:
         raise IsolatedError(f"the process answered with something else than JSON ({error})") from error
-    if not (isinstance(answer, dict) and answer.keys() <= {"values", "logged", "error"}):
+    if not (isinstance(answer, dict) and answer.keys() in ANSWERS):
         raise IsolatedError("the process answered with something else than a function's result")
     return answer
 

@@ -137,7 +137,7 @@ class PreferenceReport:
 
 def _buckets(values: np.ndarray, right: np.ndarray, edges: np.ndarray) -> list[Bucket]:
     """Divide pairs at the edges, each bucket including its upper edge; empty buckets are left out."""
-    place = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, len(edges) - 2)
+    place = np.maximum(np.searchsorted(edges, values, side="left") - 1, 0)  # the first one has its lower edge, too
     return [
         Bucket(
             float(edges[index]),

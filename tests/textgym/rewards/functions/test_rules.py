@@ -65,6 +65,7 @@ def test_awkward_texts_are_scored(function: Any) -> None:
         ("3 1/2", 3.5),
         ("-3 1/2", -3.5),
         ("3 4/2", 2.0),
+        ("3 2/2", 1.0),  # no mixed number: its fraction is below 1
         ("3/0", None),
         # Slashes and minus signs that are something else.
         ("11/28/2024", 2024.0),

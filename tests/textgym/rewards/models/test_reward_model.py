@@ -222,6 +222,11 @@ def test_without_eos_the_text_is_read_as_it_is(reward_model: RewardModel) -> Non
         open_ended([""], [""])
 
 
+def test_a_text_that_ends_with_eos_gets_no_second_one(reward_model: RewardModel) -> None:
+    rendered = "<eos>a film"  # a string that begins with a control token: those within count, too
+    assert reward_model.encode([rendered, rendered + "<eos>"]) == [[EOS, *ids_of("a film"), EOS]] * 2
+
+
 def test_long_texts_lose_their_beginning(reward_model: RewardModel) -> None:
     assert reward_model.max_length == 128, "the model has no more positions"
     short = RewardModel(reward_model.model, reward_model.tokenizer, max_length=5)
