@@ -102,12 +102,13 @@ def test_operations_agree_with_a_count_by_hand(tmp_path: Path) -> None:
     read = ROWS * (PROMPT + TOKENS - 1)  # tokens that go through the layers; nothing is predicted from the last one
     layers = 2 * read * layer_weights()
     head = 2 * ROWS * TOKENS * VOCABULARY * HIDDEN
+    rotary = 2 * read * HIDDEN // 4  # transformers 5.17 multiplies matrices for the angles of half of each of two heads
     # Keys and values times queries: the prompt all with all, then each token with itself and those before it.
     seen = ROWS * (PROMPT * PROMPT + sum(range(PROMPT + 1, PROMPT + TOKENS)))
-    assert figures["decode"].flops == layers + head + LAYERS * 4 * seen * HIDDEN
+    assert figures["decode"].flops - (layers + head + LAYERS * 4 * seen * HIDDEN) in (0, rotary)
     attention = LAYERS * 4 * ROWS * (PROMPT + TOKENS - 1) ** 2 * HIDDEN  # in one pass all with all
-    assert figures["reference"].flops == layers + head + attention
-    assert figures["critic"].flops == layers + attention + 2 * ROWS * TOKENS * HIDDEN
+    assert figures["reference"].flops - (layers + head + attention) in (0, rotary)
+    assert figures["critic"].flops - (layers + attention + 2 * ROWS * TOKENS * HIDDEN) in (0, rotary)
     trunks, values = 2 * (layers + attention), 2 * ROWS * TOKENS * HIDDEN
     assert 3 * (trunks + head) * 0.9 < figures["update"].flops < 3.5 * (trunks + head + values)
     assert figures["environment"].flops == figures["reward"].flops == 0
