@@ -90,6 +90,12 @@ def test_a_callback_that_returns_false_ends_the_training_after_all_others_were_c
     assert seen == [1]
 
 
+def test_a_callback_that_returns_false_ends_agents_that_learn_from_data_too() -> None:
+    diary = Diary(stop_after=1)
+    SFT(ActorCritic.from_pretrained(mock_lm()), ROWS, byte_tokenizer(), SFTConfig(batch_size=1)).learn(diary)
+    assert diary.lines == ["start 0", "update 1", "end 1"]
+
+
 def test_a_class_in_place_of_a_callback_is_refused() -> None:
     with pytest.raises(ConfigError, match="a callback of learn is"):
         make().learn(2, callback=[Diary])

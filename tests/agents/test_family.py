@@ -548,6 +548,12 @@ def test_nlpos_mask_is_the_policy_of_each_refresh(interval: int | None, fresh: l
     assert equal == fresh
 
 
+def test_settings_at_the_edge_of_what_is_allowed_are_taken() -> None:
+    agents.ExpertIterationConfig(keep=8, group_size=8)
+    agents.DQNConfig(backup="soft", n_quantiles=1)
+    assert make_agent("grpo", episodes_per_update=4).learn(4).updates == 1, "an update of one group"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

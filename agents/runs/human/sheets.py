@@ -118,6 +118,7 @@ def write_sheet(
         DataError: If no two texts differ.
     """
     files = [path.with_name(path.name + ending) for ending in (".csv", ".html", ".key.json")]
+    table, page, secret = files
     there = [str(file) for file in files if file.exists()]
     if there and not overwrite:
         raise FileExistsError(f"{there[0]} is there: choose another name, so that answers keep their key")
@@ -137,13 +138,13 @@ def write_sheet(
     order = rng.sample(range(len(rows)), len(rows))
     numbered = [(f"pair{number}", *rows[index]) for number, index in enumerate(order, start=1)]
     pairs = {f"pair{number}": key[index + 1] for number, index in enumerate(order, start=1)}
-    contents = (
-        _csv(numbered),
-        _html(numbered),
-        json.dumps({"policies": names, "pairs": pairs, "ties": ties}, indent=1),
-    )
+    contents = {
+        table: _csv(numbered),
+        page: _html(numbered),
+        secret: json.dumps({"policies": names, "pairs": pairs, "ties": ties}),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in zip(files, contents, strict=True):
+    for file, text in contents.items():
         with atomic_file(file) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
     return files

@@ -64,6 +64,16 @@ def test_a_run_folder_from_python_has_all_that_the_command_writes(
     assert run.state == "finished"
     assert run.settings.keys() <= {field.name for field in fields(Train)}
     assert run.settings["agent"] in ALGORITHMS
+    assert run.settings["output_dir"] == str(tmp_path / "run")
+
+
+def test_the_second_of_several_processes_shows_nothing_and_leaves_the_run_folder_to_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "rank", lambda: 1)
+    make().learn(2, progress=True, folder=tmp_path / "run")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_is_written_after_the_metrics_and_the_record_of_its_update(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gymnasium as gym
 import pytest
@@ -118,6 +119,45 @@ def test_names_that_mlflow_refuses_are_written_otherwise() -> None:
     values = {"rewards/<lambda>/mean": 1.0, "my:reward-1.x/std": 2.0, "größe": 3.0}
     assert trackers.allowed("mlflow", values) == {"rewards/_lambda_/mean": 1.0, "my:reward-1.x/std": 2.0, "gr__e": 3.0}
     assert trackers.allowed("wandb", values) == values
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("wandb", "log_table"),
+        ("clearml", "log_table"),
+        ("tensorboard", "log"),
+        ("comet_ml", "tracker.log_text"),
+    ],
+)
+def test_samples_are_sent_in_the_form_that_a_tracker_has_for_them(name: str, call: str) -> None:
+    tracker = Mock()
+    trackers.log_samples(name, tracker, [["a prompt", "a completion", 1.0]], step=3)
+    [(called, arguments, keywords)] = tracker.mock_calls
+    assert called == call
+    assert "a completion" in str((arguments, keywords))
+    assert keywords["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "with_folder", "without"),
+    [
+        ("tensorboard", {"logging_dir": "a/run/trackers"}, {"logging_dir": "runs"}),
+        ("aim", {"logging_dir": "a"}, {"logging_dir": "runs"}),
+        ("mlflow", {"run_name": "run"}, {"run_name": "run"}),
+        ("wandb", {"name": "run"}, {"name": "run"}),
+        ("trackio", {"name": "run"}, {"name": "run"}),
+        ("comet_ml", {}, {}),
+    ],
+)
+def test_trackers_keep_a_run_where_its_folder_is_and_under_its_name(
+    name: str, with_folder: dict[str, str], without: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = Mock()
+    monkeypatch.setitem(trackers.tracking.LOGGER_TYPE_TO_CLASS, name, kind)
+    for folder, expected in ((Path("a/run"), with_folder), (None, without)):
+        trackers.tracker_of(name, folder)
+        assert kind.call_args.kwargs == expected
 
 
 def test_settings_are_flat_and_samples_are_a_table() -> None:
