@@ -61,11 +61,11 @@ class StopStrings:
             self._completes[token] = HALF in piece or not self.last_characters.isdisjoint(piece)
         return self._completes[tokens] == 1
 
-    def found_in(self, text: str, early: int = 0) -> bool:
+    def found_in(self, text: str, early: int) -> bool:
         """Whether a stop string occurs and does not end in the first `early` characters."""
         return any(self._find(stop, text, early) >= 0 for stop in self.texts)
 
-    def cut(self, text: str, early: int = 0) -> str:
+    def cut(self, text: str, early: int) -> str:
         """The text before the first stop string that does not end in the first `early` characters."""
         found = [index for stop in self.texts if (index := self._find(stop, text, early)) >= 0]
         return text[: min(found)] if found else text

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import textgym  # noqa: F401  (registers the ids)
+from textgym.envs.text import TextEnv
+from textgym.errors import CutPromptsWarning
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.testing import assert_close, byte_tokenizer, check_text_env, mock_lm, mock_seq2seq_lm, terms_of
@@ -53,6 +55,15 @@ def test_prompt_and_response_are_apart_and_one_decoder_slot_is_filled(settings: 
         changed = {key for key, value in following.items() if (value != observation[key]).any()}
         assert changed <= {"decoder_input_ids", "decoder_attention_mask"}
         observation = following
+
+
+def test_a_prompt_may_take_all_positions_of_the_encoder() -> None:
+    reference = mock_seq2seq_lm(architecture="bart", max_position_embeddings=16)
+    with pytest.warns(CutPromptsWarning, match="more than 16 tokens and lose 4 tokens"):
+        env = TextEnv(
+            ["x" * 20], byte_tokenizer(), "builtins:len", reference=reference, decoder_start_ids=START, max_new_tokens=5
+        )
+    assert env.observation_space["input_ids"].shape == (16,)
 
 
 def test_start_tokens_are_plain_json_and_reach_agents_in_the_action_space(settings: dict[str, Any]) -> None:

@@ -97,6 +97,14 @@ def test_stop_strings_need_no_time_for_the_vocabulary() -> None:
     assert len(decoded) == 4, "each token is decoded once, after another one"
 
 
+def test_which_tokens_complete_a_stop_string_does_not_depend_on_those_seen_before() -> None:
+    strings = StopStrings(["c", "f"], byte_tokenizer())
+    seen = []
+    for token in b"abcdef":  # each is the largest so far
+        seen.append(token)
+        assert strings.can_complete(np.array(seen)).tolist() == [chr(earlier) in "cf" for earlier in seen]
+
+
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|im_end|>\n"])
 def test_a_stop_string_that_is_a_special_token_means_the_token(stop: str) -> None:
     tokenizer = byte_level()

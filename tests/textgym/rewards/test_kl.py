@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,25 @@ def test_a_controller_in_proportion_to_the_run_reaches_its_target(
     controller.run = run
     later = followed(controller, run, num_updates, strength)[num_updates // 2 :]
     assert np.mean(later) == pytest.approx(target, rel=0.2)
+
+
+def test_a_controller_in_proportion_to_the_run_by_hand() -> None:
+    """A sixteenth of the run is 100 episodes, and a quarter is 400."""
+    controller = AdaptiveKL(target=2.0, coef=0.1)
+    controller.run = 1600
+    controller.update(3.0, 50)
+    coef = 0.1 * math.exp(0.5 * 0.5)
+    assert controller.coef == pytest.approx(coef)
+    controller.update(2.8, 50)
+    slope = (1 - math.exp(-0.5)) * -0.2 / 50
+    coef *= math.exp(((2.8 + slope * 400) / 2 - 1) * 0.5)
+    assert controller.coef == pytest.approx(coef)
+    controller.update(2.4, 1000)  # that many episodes count as 100
+    slope += (1 - math.exp(-10)) * (-0.4 / 1000 - slope)
+    coef *= math.exp((2.4 + slope * 400) / 2 - 1)
+    assert controller.coef == pytest.approx(coef)
+    controller.update(100.0, 100)  # the error is at most 1
+    assert controller.coef == pytest.approx(coef * math.exp(1))
 
 
 @pytest.mark.parametrize(

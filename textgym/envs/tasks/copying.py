@@ -13,6 +13,8 @@ from textgym.envs.tasks.base import Settings, TaskEnv, TaskVectorEnv
 
 WORDS = ("cat", "dog", "film", "food", "game", "love", "man", "music", "time", "world")
 NUM_PROMPTS = 500
+SPLITS = ("train", "validation", "test")
+"""The place of a split is the seed of its prompts."""
 
 
 class CopyEnv(TaskEnv):
@@ -87,11 +89,10 @@ def _in_place(words: list[str], wanted: list[str]) -> float:
 
 def copy_prompts(length: int, split: str) -> list[Row]:
     """Rows with `prompt` and `answer`."""
-    seeds = {"train": 0, "validation": 1, "test": 2}
-    if split not in seeds:
+    if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}: use 'train', 'validation' or 'test'")
     if not 1 <= length <= 14:
         raise ValueError(f"length must be from 1 to 14, got {length}: longer prompts would be cut")
-    drawn = np.random.default_rng(seeds[split]).choice(WORDS, (NUM_PROMPTS, length))
+    drawn = np.random.default_rng(SPLITS.index(split)).choice(WORDS, (NUM_PROMPTS, length))
     answers = [" ".join(words) for words in drawn]
     return [{"prompt": f"{answer} |", "answer": answer} for answer in answers]

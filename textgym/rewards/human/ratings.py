@@ -94,14 +94,17 @@ class HumanRatings:
         for row, prompt in enumerate(prompts):
             rows_of[prompt].append(row)
         couples = [pair for rows in rows_of.values() for pair in zip(rows[::2], rows[1::2], strict=False)]
-        different = [(one, other) for one, other in couples if texts[one] != texts[other]]
-        questions = [Question(prompts[one], tuple(sorted((texts[one], texts[other])))) for one, other in different]
-        self._ask(questions)
+        questions = {
+            (one, other): Question(prompts[one], tuple(sorted((texts[one], texts[other]))))
+            for one, other in couples
+            if texts[one] != texts[other]
+        }
+        self._ask(list(questions.values()))
 
         scores: list[float | None] = [None] * len(texts)
         for one, other in couples:
             scores[one] = scores[other] = 0.5 if texts[one] == texts[other] else None
-        for (one, other), question in zip(different, questions, strict=True):
+        for (one, other), question in questions.items():
             answer = self.questions.answers.get(question)
             if answer is not None:
                 first = question.texts[0] == texts[one]

@@ -28,10 +28,9 @@ SILENT: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": [],
     "disable_tqdm": True,
-    "remove_unused_columns": False,
     "dataloader_pin_memory": False,
 }
-"""Arguments of a `transformers.Trainer` that prints nothing, saves nothing and leaves batches unchanged."""
+"""Arguments of a `transformers.Trainer` that prints nothing, saves nothing and pins no memory."""
 
 
 def pairwise_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
@@ -56,6 +57,19 @@ def test_gymnasiums_and_sb3s_checkers_have_nothing_to_say(env_id: str, kwargs: d
         env = gym.make(env_id, **kwargs, disable_env_checker=True).unwrapped
         check_env(env, skip_render_check=True)
         sb3_check_env(env)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_width_and_the_kl_coefficient_are_those_that_its_docstring_names(name: str) -> None:
+    single: Any = load_env_creator(str(gym.spec(f"textgym/{name}-v0").entry_point))
+    settings = single.settings(prompts=[{"prompt": "a"}])
+    words = " ".join(single.__doc__.split())
+    prompt, response = re.findall(r"`W = (.+?) \+ (.+?)`", words)[0]
+    numbers = {"length + 1": "4"}  # of copying, three words
+    assert settings["max_prompt_tokens"] == int(prompt)
+    assert settings["max_new_tokens"] == int(numbers.get(response, response))
+    coefs = [float(coef) for coef in re.findall(r"([\d.]+) times the log-prob", words)]
+    assert [settings.get("kl_coef", 0.0)] == (coefs or [0.0])
 
 
 @every_task

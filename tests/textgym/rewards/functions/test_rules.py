@@ -102,6 +102,17 @@ def test_numeric_answer_has_a_tolerance() -> None:
     assert rules.NumericAnswer()(["0.0000001"], answer=[0]) == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "near", "far"),
+    [(200.5, 202.4, 202.6), (1.5, 1.514, 1.516), (0.001, 0.0109, 0.0111), (200, 200.009, 200.011), (0, 0.009, 0.011)],
+)
+def test_a_tolerance_of_a_hundredth_is_relative_to_decimals_and_absolute_for_whole_or_small_answers(
+    wanted: float, near: float, far: float
+) -> None:
+    correct = rules.NumericAnswer(tolerance=0.01)
+    assert correct([f"{near}", f"{far}"], answer=[wanted] * 2) == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("tolerance", [0.0, 1e-6, 0.01, 2.0])
 @pytest.mark.parametrize(
     ("given", "wanted", "equal"),

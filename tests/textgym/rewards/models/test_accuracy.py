@@ -57,6 +57,11 @@ def test_pairs_of_few_texts_are_worth_less_than_their_number() -> None:
     assert np.mean(estimates) > 3 * 0.25 / 100
 
 
+def test_each_pair_needs_its_units() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        effective_number(np.array([1.0, 0.0, 1.0]), [[0], [1]])
+
+
 def test_it_is_a_float_that_can_be_copied_and_written() -> None:
     accuracy = Accuracy.of(np.array([1.0, 0.0, 1.0]), [[0], [1], [2]])
     for other in (copy.deepcopy(accuracy), pickle.loads(pickle.dumps(accuracy))):

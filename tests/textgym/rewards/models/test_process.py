@@ -67,6 +67,18 @@ def test_long_rows_lose_their_beginning() -> None:
     assert [bool(score) for score in scores[1]] == [False, False, True, True, True, True]
 
 
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_a_label_is_counted_from_either_end(num_labels: int) -> None:
+    model = classifier(num_labels)
+    expected = by_hand(model, [97, 98]).softmax(-1)[1].tolist()
+    for label in range(-num_labels, num_labels):
+        reward = ProcessRewardModel(model, byte_tokenizer(), separator=None, label=label)
+        assert reward(prompt_ids=[[97]], completion_ids=[[98]])[0] == pytest.approx([expected[label]], abs=ROUNDING)
+    for label in (-num_labels - 1, num_labels):
+        with pytest.raises(ValueError, match=f"the model has {num_labels} labels and none with the index {label}"):
+            ProcessRewardModel(model, byte_tokenizer(), label=label)
+
+
 def test_a_single_output_is_taken_as_it_is() -> None:
     model = classifier(num_labels=1)
     scores = ProcessRewardModel(model, byte_tokenizer(), separator=None)(prompt_ids=[[97]], completion_ids=[[98, 99]])

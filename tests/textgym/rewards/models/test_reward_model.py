@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
+from textgym.errors import ConfigError
 from textgym.models.loading import load_classifier
 from textgym.rewards.models import RewardModel, pairwise_accuracy, train_reward_model
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
@@ -211,6 +212,14 @@ def test_it_is_a_reward_function(reward_model: RewardModel) -> None:
     assert reward_model([], []) == []
 
 
+def test_prompts_and_completions_of_different_numbers_are_refused(reward_model: RewardModel) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        reward_model(["a ", "b "], ["film"])
+    reward_model.share_ids_with(reward_model.tokenizer)
+    with pytest.raises(ValueError, match="zip"):
+        reward_model(["a ", "b "], ["film"], prompt_ids=[[97], [98]], completion_ids=[[99]])
+
+
 def test_without_eos_the_text_is_read_as_it_is(reward_model: RewardModel) -> None:
     open_ended = RewardModel(reward_model.model, reward_model.tokenizer, append_eos=False)
     open_ended.share_ids_with(open_ended.tokenizer)
@@ -231,6 +240,10 @@ def test_long_texts_lose_their_beginning(reward_model: RewardModel) -> None:
     assert reward_model.max_length == 128, "the model has no more positions"
     short = RewardModel(reward_model.model, reward_model.tokenizer, max_length=5)
     assert short.encode(["a film"]) == [[*ids_of("film"), EOS]]
+    shortest = RewardModel(reward_model.model, reward_model.tokenizer, max_length=2)
+    assert shortest.encode(["a film"]) == [[*ids_of("m"), EOS]]
+    with pytest.raises(ConfigError, match="max_length must be at least 2, a token and EOS, got 1"):
+        RewardModel(reward_model.model, reward_model.tokenizer, max_length=1)
     assert len(reward_model.encode(["x" * 1000])[0]) == 128
     reward_model.score_texts(["x" * 1000])
 
