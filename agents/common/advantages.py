@@ -67,7 +67,8 @@ def n_step_returns(
         goes_on: Bool `(N, T)`, whether each action is greedy. The sum ends with bootstrapping before the first action
             after t that is not greedy, because its reward is not that of the greedy policy (Watkins, 1989).
     """
-    own = (~mask).long().argsort(dim=1, stable=True)  # (N, T): indices of the policy's steps in order, then the others
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    own = torch.where(mask, steps, steps + len(steps)).argsort(dim=1)  # (N, T): the policy's steps in order, the others
     rewards, values = (masked(x, mask).gather(1, own) for x in (rewards, values))
     following = _shifted(values)  # V(s_{t+1})
     returns = rewards + gamma * following

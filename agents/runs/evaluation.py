@@ -276,12 +276,12 @@ def _check_scored(name: str, scored: np.ndarray, count: int) -> None:
 
 
 def distinct_2(rollout: Rollout) -> float:
-    """Return the share of distinct bigrams of response tokens; compare it only between samples of the same size."""
+    """Return the share of distinct bigrams of generated tokens; compare it only between samples of the same size."""
     pairs: set[tuple[int, int]] = set()
     total = 0
-    actions = rollout.sequences.pad(rollout.sequences.actions).tolist()
-    for row, length in zip(actions, rollout.sequences.response_lengths.tolist(), strict=True):
-        bigrams = list(itertools.pairwise(row[:length]))
+    counts = rollout.response_mask.sum(1).tolist()
+    for tokens in rollout.sequences.actions.split(counts):
+        bigrams = list(itertools.pairwise(tokens.tolist()))
         pairs.update(bigrams)
         total += len(bigrams)
     return len(pairs) / max(total, 1)

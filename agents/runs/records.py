@@ -11,7 +11,7 @@ import importlib.metadata
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -192,8 +192,7 @@ class HostRollout:
         )
 
 
-@dataclass(frozen=True)
-class Before:
+class Before(NamedTuple):
     """What is known of the recorded rows before the update.
 
     Attributes:

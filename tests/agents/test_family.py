@@ -86,12 +86,21 @@ def history_of(agent: PolicyGradientAgent, episodes: int, *callbacks: Any) -> li
     return history
 
 
+@pytest.mark.parametrize("name", ["ppo, KL in loss", "grpo, KL in loss"])
+def test_without_a_penalty_the_loss_has_no_kl_and_needs_no_pass_of_the_reference(name: str) -> None:
+    agent = make_agent(name, make_envs(kl_coef=0.0))
+    [metrics] = history_of(agent, 32)
+    assert "loss/kl_avg" not in metrics
+    assert agent.reference_log_probs is None
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_starts_at_its_reference_and_reports_finite_numbers(name: str) -> None:
     """test_optimality.py tests that each of them learns."""
     history = history_of(make_agent(name), 96)
     assert history[0]["objective/kl"] == pytest.approx(0.0, abs=ROUNDING)
     assert history[-1]["objective/kl"] != history[0]["objective/kl"]
+    assert -ROUNDING < history[0].get("policy/approxkl_avg", 0.0) < 0.1
     assert np.isfinite([value for metrics in history for value in metrics.values()]).all()
 
 

@@ -369,6 +369,20 @@ def test_quantile_loss_by_hand() -> None:
     assert float(loss.detach()) == pytest.approx(low + high)
 
 
+def test_metrics_of_q_are_means_over_the_response_tokens_and_quantiles() -> None:
+    agent = make_agent("quantiles", n_quantiles=2)
+    assert isinstance(agent, DQN)
+    batch = batch_of(agent, min(TASK.index.values(), key=lambda index: len(TASK.texts[index])), 60)
+    mask = batch.sequences.response_mask
+    assert not mask.all()
+    q = torch.where(mask, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 99.0)
+    agent._greedy_q_and_targets = lambda _: (torch.stack([q - 1, q + 1], -1), torch.stack([q, q], -1) + 0.5)  # type: ignore[method-assign]
+    _, errors, metrics = agent.loss(batch)
+    torch.testing.assert_close(errors, torch.full((2, 3), 0.5))
+    assert float(metrics["val/q_avg"]) == pytest.approx(float(q[mask].mean()))
+    assert float(metrics["val/td_error_avg"]) == pytest.approx(0.5)
+
+
 def test_weights_belong_to_episodes() -> None:
     agent = make_agent("greedy")
     batch = batch_of(agent, 60, 80)

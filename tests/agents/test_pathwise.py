@@ -117,6 +117,12 @@ def test_pathwise_targets_have_the_kl_of_later_states_alone() -> None:
     torch.testing.assert_close(errors, targets - sequences.pad(agent.q.of_actions(sequences)).detach())
 
 
+def test_the_critic_has_no_weights_that_nothing_trains() -> None:
+    """Noise and quantiles are Q-learning's."""
+    agent = make_agent()
+    assert not list(agent.q.heads.parameters())
+
+
 SMALL = ExactTask(vocab_size=5, horizon=2, seed=2)
 
 

@@ -56,3 +56,16 @@ def test_large_steps_of_bfloat16_weights_are_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def test_the_first_step_with_a_learning_rate_is_measured() -> None:
+    """A warm-up begins with a rate of 0, at which no weight changes."""
+    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = adamw([weight], learning_rate=0.0, epsilon=1e-8, eight_bit=False)
+    weight.grad = torch.ones_like(weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-4
+    with pytest.warns(UserWarning, match="changed 0% of those"):
+        optimizer.step()

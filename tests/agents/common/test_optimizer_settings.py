@@ -10,6 +10,7 @@ import torch
 
 from textgym import agents
 from textgym.agents import GRPO, GRPOConfig, PPOConfig
+from textgym.agents.common import optimizer
 from textgym.agents.common.optimizer import PartSettings, make_optimizer
 from textgym.agents.common.rollout_agent import RolloutAgentConfig
 from textgym.models.actor_critic import ActorCritic
@@ -47,6 +48,11 @@ def test_a_step_of_sgd_is_the_clipped_gradient_times_the_learning_rate() -> None
         [(old - new).detach().flatten() for old, new in zip(before, agent.policy.parameters(), strict=True)]
     )
     assert moved.norm().item() == pytest.approx(0.5 * 0.1, rel=1e-3)
+
+
+def test_moments_in_8_bits_are_for_weights_that_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "eight_bit_adamw", lambda: torch.optim.NAdam)  # in place of bitsandbytes
+    assert isinstance(make_agent(adam_8bit=True).optimizer, torch.optim.NAdam)
 
 
 def test_options_reach_the_optimiser() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from textgym.agents.machine.circumstances import inputs
 from textgym.rewards.engine.scoring import Scorer
@@ -40,17 +41,41 @@ class Judge:
         return [self.weight * len(text) for text in completions]
 
 
+class Model:
+    """A learned reward, one of whose weights is on no device yet."""
+
+    def __init__(self, weight: float) -> None:
+        self.model = torch.nn.Module()
+        self.model.weight = torch.nn.Parameter(torch.full((2,), weight))
+        self.model.later = torch.nn.Parameter(torch.empty(2, device="meta"))
+
+    def __call__(self, completions: list[str]) -> list[float]:
+        return [float(self.model.weight.sum()) for _ in completions]
+
+
+class Table:
+    """A reward by pairs, which are no keys of JSON."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight, self.pairs = weight, {("a", "b"): 1.0}
+
+    def __call__(self, completions: list[str]) -> list[float]:
+        return [self.weight for _ in completions]
+
+
 @pytest.mark.parametrize(
     "make",
     [
         closure,
         default,
         Judge,
+        Model,
+        Table,
         lambda weight: functools.partial(weighted, scale=weight),
         lambda weight: Isolated(closure(weight)),
         lambda weight: functools.wraps(weighted)(closure(weight)),
     ],
-    ids=["closure", "default", "object", "partial", "isolated", "decorated"],
+    ids=["closure", "default", "object", "weights", "keys of pairs", "partial", "isolated", "decorated"],
 )
 def test_a_reward_that_was_made_with_something_else_is_another_one(make: Any) -> None:
     def hashes(weight: float) -> dict[str, str]:

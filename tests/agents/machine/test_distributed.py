@@ -48,6 +48,7 @@ from textgym.agents.machine.distributed import (
     count,
     everyone,
     join,
+    raise_on_termination,
     rank,
     shares_of,
 )
@@ -690,6 +691,12 @@ def test_an_error_of_saving_ends_all_processes(tmp_path: Path) -> None:
     assert "has files that textgym did not write" in first
     assert second.startswith("process 0, which writes for all, could not: FileExistsError")
     assert (tmp_path / "agent" / "notes.txt").read_text() == "mine"
+
+
+def test_a_single_process_keeps_its_way_to_end() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    raise_on_termination()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def sums_of_different_widths() -> Any:

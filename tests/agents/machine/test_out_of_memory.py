@@ -11,6 +11,7 @@ import torch
 
 from textgym import cli
 from textgym.agents import PPO, SFT, PPOConfig, SFTConfig
+from textgym.agents.machine import out_of_memory
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
@@ -68,6 +69,15 @@ def test_the_error_says_what_took_the_memory_and_what_to_lower(full_after: Any, 
     newest = checkpoints.newest()
     assert newest is not None
     assert PPO.load(newest, make_envs()).updates == 2
+
+
+def test_parts_that_are_above_the_measured_peak_leave_no_rest(full_after: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_memory, "peak_memory", lambda device: 1)
+    agent = SFT(ActorCritic.from_pretrained(mock_lm()), ROWS, byte_tokenizer(), SFTConfig(batch_size=4))
+    full_after(0)
+    with pytest.raises(MemoryError, match=r"At the peak 0\.00 GiB were in use: policy ") as said:
+        agent.learn()
+    assert "activations and the rest" not in str(said.value)
 
 
 def test_agents_that_learn_from_data_say_so_too(full_after: Any) -> None:

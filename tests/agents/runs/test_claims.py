@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from textgym.agents.runs.claims import RunClaim
+from textgym.agents.runs.claims import RunClaim, remove_saved
+from textgym.data.files import atomic_folder
 from textgym.errors import RunFolderError
 
 HOLDER = """
@@ -55,6 +56,17 @@ def test_a_run_json_of_another_program_or_version_is_left_alone(tmp_path: Path, 
     with pytest.raises(RunFolderError, match="is not textgym's or is damaged"):
         RunClaim(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_is_left_of_a_damaged_folder_is_removed_beside_files_of_others(tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    with atomic_folder(folder, "textgym policy", "Test", {}) as temporary:
+        for name in ("first", "second"):
+            (temporary / name).write_text(name)
+    (folder / "first").unlink()
+    (folder / "notes.txt").write_text("mine")
+    remove_saved(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_resuming_and_overwriting_at_once_is_refused(tmp_path: Path) -> None:

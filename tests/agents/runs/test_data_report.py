@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from textgym import cli
+from textgym.agents import DPOConfig, SFTConfig
 from textgym.agents.runs.data_report import data_report
 from textgym.data.preferences import placed_preferences
 from textgym.errors import DataError
@@ -32,6 +34,11 @@ def test_preferences_are_shown_as_dpo_and_a_reward_model_read_them(tmp_path: Pat
     assert "    rejected: 'Film 0 is a bore.<|endoftext|>'" in report
     assert report.count("line 1 of") == 2
     assert "line 2 of" not in report
+
+
+def test_the_report_and_the_agents_cut_texts_at_the_same_length() -> None:
+    reported = inspect.signature(data_report).parameters["max_length"].default
+    assert SFTConfig().max_length == DPOConfig().max_length == reported
 
 
 def test_faults_and_cut_tokens_are_counted_and_nothing_is_refused(tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def test_reward_functions_serve_as_metrics(policy: ActorCritic) -> None:
     assert figures["Rouge"] == pytest.approx(np.mean(Rouge()(samples.completions, references=references)))
 
 
+def test_metrics_read_the_tokens_of_the_text_without_the_stop_token(policy: ActorCritic) -> None:
+    samples = generate(policy, make_envs(stop=list(range(0, 256, 2))), range(5), seed=0)
+
+    def of_text(text_ids: list[list[int]]) -> list[float]:
+        return [float(len(ids)) for ids in text_ids]
+
+    ended = samples.rollout.ended_by_stop
+    assert ended.any()
+    expected = (samples.rollout.sequences.response_lengths - ended.long()).float().mean()
+    assert measure(samples, policy.reference(), metrics=[of_text])["of_text"] == pytest.approx(float(expected))
+
+
 @pytest.mark.slow
 def test_intervals_are_the_bootstraps(policy: ActorCritic) -> None:
     """Of a mean they are near the normal ones; a corpus score is within; without spread they have no width."""
@@ -311,6 +323,14 @@ def test_distinct_2() -> None:
     assert distinct_2(rollout_of(Sequences(ids, torch.ones_like(lengths), lengths))) == 2 / 4
     one = Sequences(ids[2:], torch.ones(1, dtype=torch.long), lengths[2:])
     assert distinct_2(rollout_of(one)) == 0
+
+
+def test_distinct_2_has_no_tokens_of_the_environment() -> None:
+    """Tokens 5 and 6 with two of a game between them are one bigram in both rows."""
+    ids = torch.tensor([[9, 5, 1, 2, 6], [9, 5, 3, 4, 6]])
+    mine = torch.tensor([[True, False, False, True]] * 2)
+    sequences = Sequences(ids, torch.ones(2, dtype=torch.long), torch.full((2,), 4), generated=mine)
+    assert distinct_2(rollout_of(sequences)) == 1 / 2
 
 
 def rollout_of(sequences: Sequences) -> Rollout:

@@ -67,6 +67,15 @@ def test_folders_without_runs_are_said(tmp_path: Path) -> None:
         compared([Run.read(write_run(tmp_path / "a", []))])
 
 
+@pytest.mark.parametrize(("updates", "last"), [(1, 1), (2, 1), (7, 1), (8, 2), (20, 4)])
+def test_the_end_of_a_run_is_its_last_fifth_and_at_least_one_update(updates: int, last: int, tmp_path: Path) -> None:
+    run = Run.read(write_run(tmp_path / "run", [9.0] * (updates - last) + [1.0] * last))
+    longer = Run.read(write_run(tmp_path / "longer", [9.0] * (updates - last) + [1.0] * (last - 1) + [4.0]))
+    row = next(line for line in text_of(compared([run, longer])).splitlines() if line.startswith("│ score"))
+    assert "1.000 [1.000, 1.000]" in row
+    assert f"{1 + 3 / last:.3f} [" in row
+
+
 def test_runs_are_compared_at_their_ends(tmp_path: Path) -> None:
     low, high = (
         Run.read(write_run(tmp_path / name, [9.0] * 8 + end))

@@ -62,6 +62,14 @@ def test_elsewhere_every_update_is_a_plain_line() -> None:
     assert lines[-1].endswith("left 0:00")
 
 
+def test_what_is_said_reaches_a_terminal_as_it_is() -> None:
+    output = io.StringIO()
+    LiveProgress(Console(file=output, force_terminal=True, color_system="standard")).say(
+        "score 3.5 of [bold]one[/bold]"
+    )
+    assert output.getvalue() == "score 3.5 of [bold]one[/bold]\n"
+
+
 def test_quiet_is_quiet() -> None:
     assert shown(make_agent(), 4, quiet=True, width=300) == ""
     assert shown(make_agent(), 4, quiet=True, width=80, force_terminal=True) == ""

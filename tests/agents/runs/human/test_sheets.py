@@ -41,7 +41,7 @@ def rater(rows: list[dict[str, str]], wins: int) -> dict[str, str]:
 
 
 def test_a_sheet_says_neither_by_side_nor_by_order_whose_a_text_is(tmp_path: Path) -> None:
-    table, page, key = write_sheet(tmp_path / "sheets" / "ppo", PROMPTS, TEXTS)
+    table, page, key = write_sheet(tmp_path / "new" / "sheets" / "ppo", PROMPTS, TEXTS)
     rows = rows_of(table)
     assert rows[0].keys() == {"id", "prompt", "first", "second", "choice"}
     assert 10 < sum(row["first"].startswith("good") for row in rows) < 30
