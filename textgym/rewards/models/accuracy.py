@@ -68,10 +68,11 @@ def effective_number(right: np.ndarray, units: Sequence[Sequence[Hashable]]) -> 
     """
     spread = right - right.mean()  # (P,)
     sums: dict[Hashable, float] = {}
-    for error, shared in zip(spread, units, strict=True):
+    pairs = list(zip(spread.tolist(), units, strict=True))
+    for error, shared in pairs:
         for unit in shared:
-            sums[unit] = sums.get(unit, 0.0) + float(error)
-    twice = sum(float(error) ** 2 * (len(shared) - 1) for error, shared in zip(spread, units, strict=True))
+            sums[unit] = sums.get(unit, 0.0) + error
+    twice = sum(error**2 * (len(shared) - 1) for error, shared in pairs)
     variance = (sum(total**2 for total in sums.values()) - twice) / len(right) ** 2
 
     independent = len(sums) / max(map(len, units))

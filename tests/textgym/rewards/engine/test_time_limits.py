@@ -162,8 +162,17 @@ def test_a_run_stops_when_too_many_rows_fail(mode: str) -> None:
 
 def test_rows_without_an_opinion_have_not_failed() -> None:
     scorer = Scorer(lambda completions: [None] * len(completions), on_error="skip")
+    assert scorer.failures.share == 0, "before the first row"
     assert not scorer(rows(200)).scored.any()
     assert scorer.failures.share == 0
+
+
+@pytest.mark.parametrize(("size", "counted"), [(40, 1000), (70, 1400), (300, 6000)])
+def test_the_share_is_that_of_a_thousand_rows_or_of_twenty_calls(size: int, counted: int) -> None:
+    scorer = Scorer(failing(0.0), on_error="skip")
+    for _ in range(60):
+        scorer(rows(size))
+    assert scorer.failures.rows == counted
 
 
 @pytest.mark.filterwarnings("ignore:.*said once")

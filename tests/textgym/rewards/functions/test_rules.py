@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,13 @@ def test_awkward_texts_are_scored(function: Any) -> None:
     )
     scores = Scorer(pickle.loads(pickle.dumps(function)))(finished)
     assert scores.score.shape == (len(AWKWARD),)
+
+
+@pytest.mark.parametrize("function", [function for function in ALL if is_dataclass(function)], ids=repr)
+def test_settings_are_not_changed_after_they_were_checked(function: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(function, fields(function)[0].name, -1)
+    assert hash(function) == hash(replace(function))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,17 @@ import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from textgym.errors import NonFiniteError, UnchangedWeightsError
+from textgym.models.machine.shared_batches import SharedBatches, SharedLoader
 from textgym.rewards.models import RewardModel, RewardModelConfig, pairwise_accuracy, train_reward_model
-from textgym.rewards.models.pairwise import ClusterSampler, MuonAndAdamW, RatedPair, collate, pairwise_loss
+from textgym.rewards.models.pairwise import (
+    ClusterSampler,
+    MuonAndAdamW,
+    PairwiseObjective,
+    RatedPair,
+    RewardTrainer,
+    collate,
+    pairwise_loss,
+)
 from textgym.testing import Measured, assert_close, assert_learns, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
@@ -295,6 +305,18 @@ def test_preferences_in_every_format_of_trl(mock_folder: Path) -> None:
         assert pairwise_accuracy(model, [pair]) == float(scores[-1][0] > scores[-1][1])
     for other in scores[1:]:
         assert_close(other, scores[0], terms=FORWARD)
+
+
+def test_a_batch_that_stands_in_for_an_empty_one_has_no_weight() -> None:
+    """One pair for two processes."""
+    pairs = [RatedPair((97,), (98,), 0.0, 1.0, 0)]
+    objective = PairwiseObjective(FAST)
+    weights = []
+    for process in range(2):
+        batches = SharedBatches(ClusterSampler([0], seed=0), 4, None, 2, process)
+        [batch] = SharedLoader(batches, lambda chosen: objective.collate([pairs[index] for index in chosen]))
+        weights.append(RewardTrainer._weight(SimpleNamespace(objective=objective), batch))  # type: ignore[arg-type]
+    assert sorted(weights) == [0, 1]
 
 
 def test_pairs_of_a_cluster_follow_each_other_and_all_are_seen_once_an_epoch() -> None:

@@ -69,7 +69,7 @@ def test_long_rows_lose_their_beginning() -> None:
 
 @pytest.mark.parametrize("num_labels", [2, 3])
 def test_a_label_is_counted_from_either_end(num_labels: int) -> None:
-    model = classifier(num_labels)
+    model = classifier(num_labels).eval()
     expected = by_hand(model, [97, 98]).softmax(-1)[1].tolist()
     for label in range(-num_labels, num_labels):
         reward = ProcessRewardModel(model, byte_tokenizer(), separator=None, label=label)

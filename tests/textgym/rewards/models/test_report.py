@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,10 @@ def test_it_is_written_and_drawn(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     with pytest.raises(ValueError, match="at least one"):
         PreferenceReport.of(score, [])
+
+
+def test_what_was_measured_cannot_be_changed() -> None:
+    report = PreferenceReport.of(score, PAIRS)
+    for measured in (report, *report.by_confidence):
+        with pytest.raises(FrozenInstanceError):
+            measured.accuracy = 1.0
