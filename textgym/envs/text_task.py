@@ -27,7 +27,6 @@ from textgym.envs.step_outcome import StepOutcome
 from textgym.envs.stopping import StopStrings, stop_rule
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.architectures.attention import check_encoder_decoder
 from textgym.models.architectures.positions import position_limit
 from textgym.models.distributions.masks import ModelMask, as_action_mask, narrow
 from textgym.models.fitting import check_same_size, check_stop_ids, check_tokenizer, stop_ids
@@ -468,15 +467,6 @@ class TextTask:
     def kl_payer(self) -> KLPayer:
         """Return what applies the KL penalty."""
         return kl_payer(self.kl_mode, self.kl_coef)
-
-    def _decoder_start(self, given: Sequence[int]) -> tuple[int, ...]:
-        """Return the decoder's start tokens, after a check that the reference is of the same kind of model."""
-        start = tuple(int(token) for token in given)
-        if any(not 0 <= token < self.vocab_size for token in start):
-            raise ValueError(f"decoder_start_ids must be token ids from 0 to {self.vocab_size - 1}, got {list(start)}")
-        if self.penalty is not None:
-            check_encoder_decoder(self.penalty.reference.lm, wanted=bool(start))
-        return start
 
     def _encode_prompts(self, prompts: Sequence[Text]) -> list[list[int]]:
         return encode(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -18,6 +22,14 @@ from textgym.errors import UnknownArgumentError
 @pytest.mark.parametrize(("environment", "config"), [(TextEnv, TextConfig), (TextVectorEnv, TextVectorConfig)])
 def test_signatures_are_those_of_the_configs(environment: Any, config: Any) -> None:
     assert inspect.signature(environment).parameters == inspect.signature(config).parameters
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "environments.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, re.MULTILINE))
+    defaults = {field.name: field.default for field in fields(TextVectorConfig) if field.default is not MISSING}
+    shown = {name: str(value) if isinstance(value, Enum) else repr(value) for name, value in defaults.items()}
+    assert documented == shown
 
 
 def test_the_first_arguments_may_be_given_by_position() -> None:

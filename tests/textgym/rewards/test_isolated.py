@@ -185,6 +185,11 @@ def test_arguments_are_checked_and_a_function_that_cannot_be_imported_is_named()
         Isolated(Unloadable())(completions=["a"])
 
 
+def test_a_process_may_have_two_gibibytes_if_not_told_otherwise() -> None:
+    assert Isolated(len).memory == 2 * 1024**3
+    assert Isolated(len, memory=64 * 1024**2).memory == 64 * 1024**2, "the smallest"
+
+
 def test_an_isolated_function_is_pickled_without_its_process() -> None:
     function = Isolated(json.dumps, timeout=7.0, memory=MEMORY)
     assert function(obj=["abc"]) == '["abc"]'

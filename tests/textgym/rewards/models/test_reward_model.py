@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import errno
+import inspect
 import pickle
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 from textgym.errors import ConfigError
 from textgym.models.loading import load_classifier
 from textgym.rewards.models import RewardModel, pairwise_accuracy, train_reward_model
+from textgym.rewards.models.reward_model import RewardModelSettings
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 pytestmark = pytest.mark.numerics
@@ -265,6 +268,14 @@ def test_copies_score_alike(reward_model: RewardModel) -> None:
         assert_same_weights(clone, reward_model)
         assert_close(clone.score_texts(TEXTS), scores, terms=FORWARD)
         assert clone.model is not reward_model.model
+
+
+def test_a_model_that_is_made_has_the_settings_of_one_that_is_saved_without_any() -> None:
+    given = {name: parameter.default for name, parameter in inspect.signature(RewardModel).parameters.items()}
+    settings = {field.name: field.default for field in fields(RewardModelSettings)}
+    assert {name: given[name] for name in settings} == settings
+    alone = (given["gain"], given["bias"])
+    assert alone == (1.0, 0.0), "the score is the logit"
 
 
 def test_what_cannot_be_a_reward_model_is_refused() -> None:
