@@ -135,10 +135,13 @@ def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
     columns = dict(zip(columns, to_host(*columns.values()), strict=True))
     if count() == 1:
         return columns
-    missing = torch.full_like(next(iter(columns.values())), torch.nan, dtype=torch.float64)
     parts = everyone(columns)
+    missing = [torch.full_like(next(iter(part.values())), torch.nan, dtype=torch.float64) for part in parts]
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part.get(name, missing) for part in parts]) for name in names}
+    return {
+        name: torch.cat([part.get(name, nothing) for part, nothing in zip(parts, missing, strict=True)])
+        for name in names
+    }
 
 
 def concatenated(values: Tensor) -> Tensor:

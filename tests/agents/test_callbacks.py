@@ -118,6 +118,16 @@ def test_the_best_checkpoint_by_a_named_metric_survives_a_resumed_run(tmp_path: 
     assert json.loads((tmp_path / "best.json").read_text())["update"] == 5
 
 
+def test_a_run_that_goes_on_knows_its_best_value(tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text(json.dumps({"metric": "eval/score", "value": 3.0, "update": 1}))
+    agent = make()
+    agent.updates = 2
+    best = KeepBest(tmp_path, "eval/score")
+    best.on_training_start(agent)
+    assert best.is_better({"eval/score": 2.0}) is False
+    assert best.is_better({"eval/score": 4.0}) is True
+
+
 def test_a_low_value_can_be_the_best(tmp_path: Path) -> None:
     make().learn(6, [Scores(3.0, 1.0, 2.0), KeepBest(tmp_path, "eval/score", mode="min")])
     assert json.loads((tmp_path / "best.json").read_text())["value"] == 1.0

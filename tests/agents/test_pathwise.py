@@ -117,6 +117,21 @@ def test_pathwise_targets_have_the_kl_of_later_states_alone() -> None:
     torch.testing.assert_close(errors, targets - sequences.pad(agent.q.of_actions(sequences)).detach())
 
 
+def test_the_actors_loss_falls_where_q_minus_the_kl_penalty_rises() -> None:
+    agent = make_agent(make_envs(0.3))
+    with torch.no_grad():
+        for model, seed in ((agent.policy, 1), (agent.q.actor, 2)):
+            noise = torch.randn(model.lm.model.logits.weight.shape, generator=torch.Generator().manual_seed(seed))
+            model.lm.model.logits.weight += noise
+    batch = batch_of(agent, 0, 40, 60, 80)
+    weight = agent.policy.lm.model.logits.weight
+    for _ in range(64):  # the noise of the relaxation; gradients add up
+        agent.loss(batch)[0].backward()
+    earned, kl, _ = agent.values(agent.policy, agent.q, batch.sequences, reference_hidden(agent, batch.sequences))
+    (exact,) = torch.autograd.grad((0.3 * kl - earned).mean(), weight)
+    assert torch.nn.functional.cosine_similarity(weight.grad.flatten(), exact.flatten(), 0) > 0.8
+
+
 def test_the_critic_has_no_weights_that_nothing_trains() -> None:
     """Noise and quantiles are Q-learning's."""
     agent = make_agent()

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -113,6 +114,17 @@ def test_without_a_learning_rate_or_with_a_flipped_loss_it_fails(monkeypatch: py
 
     monkeypatch.setattr(SFT, "loss", flipped)
     assert gain_of(0, epochs=8) < 0.0
+
+
+def test_the_loss_of_each_process_makes_up_for_the_mean_over_processes() -> None:
+    """Gradients are averaged over processes, and each has a share of the loss."""
+    losses = []
+    for processes in (1, 4):
+        agent = make_agent(max_steps=1).learn()
+        trainer, batch = agent.trainer, {**agent.collate(range(2)), "counts": torch.tensor(1)}
+        trainer.accelerator = SimpleNamespace(num_processes=processes)
+        losses.append(trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(10)).item())
+    assert losses[1] == pytest.approx(4 * losses[0], rel=1e-5)
 
 
 @pytest.mark.slow

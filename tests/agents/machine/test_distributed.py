@@ -42,15 +42,18 @@ from textgym.agents import (
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.agents.common.replay_agent import ReplayAgent
 from textgym.agents.common.rollout import Rollout
+from textgym.agents.machine import distributed
 from textgym.agents.machine.distributed import (
     ProcessLostError,
     column_total,
     count,
     everyone,
+    gather_columns,
     join,
     raise_on_termination,
     rank,
     shares_of,
+    sum_gradients,
 )
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.data import files
@@ -691,6 +694,35 @@ def test_an_error_of_saving_ends_all_processes(tmp_path: Path) -> None:
     assert "has files that textgym did not write" in first
     assert second.startswith("process 0, which writes for all, could not: FileExistsError")
     assert (tmp_path / "agent" / "notes.txt").read_text() == "mine"
+
+
+def test_columns_of_all_processes_are_aligned_whoever_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without a column has as many NaN as it has rows."""
+    own = {"score": torch.tensor([1.0]), "cost": torch.tensor([0.5])}
+    other = {"score": torch.tensor([3.0, 4.0]), "length": torch.tensor([6.0, 7.0])}
+    assert gather_columns(own) == own, "of a single process"
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "everyone", lambda columns: [columns, other])
+    gathered = gather_columns(own)
+    assert gathered["score"].tolist() == [1.0, 3.0, 4.0]
+    for name, expected in (("cost", [0.5, torch.nan, torch.nan]), ("length", [torch.nan, 6.0, 7.0])):
+        assert gathered[name].tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_gradients_are_sums_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3,), (2, 2), (1,))]
+    for weight in weights[:2]:
+        weight.grad = torch.arange(1.0, 1 + weight.numel()).view_as(weight)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda gradients: gradients + 10)
+    for most in (3, 100):  # in buckets of one gradient and of both
+        monkeypatch.setattr(distributed, "BUCKET", most)
+        sum_gradients(weights)
+    assert weights[0].grad is not None
+    assert weights[0].grad.tolist() == [21.0, 22.0, 23.0]
+    assert weights[1].grad is not None
+    assert weights[1].grad.tolist() == [[21.0, 22.0], [23.0, 24.0]]
+    assert weights[2].grad is None
 
 
 def test_a_single_process_keeps_its_way_to_end() -> None:

@@ -98,7 +98,8 @@ def test_phases_sum_to_the_whole_time(tmp_path: Path, clock: Operations) -> None
 
 
 def test_operations_agree_with_a_count_by_hand(tmp_path: Path) -> None:
-    figures = profiled(make_agent(), tmp_path).profile.phases
+    profiler = profiled(make_agent(), tmp_path)
+    figures = profiler.profile.phases
     read = ROWS * (PROMPT + TOKENS - 1)  # tokens that go through the layers; nothing is predicted from the last one
     layers = 2 * read * layer_weights()
     head = 2 * ROWS * TOKENS * VOCABULARY * HIDDEN
@@ -112,6 +113,9 @@ def test_operations_agree_with_a_count_by_hand(tmp_path: Path) -> None:
     trunks, values = 2 * (layers + attention), 2 * ROWS * TOKENS * HIDDEN
     assert 3 * (trunks + head) * 0.9 < figures["update"].flops < 3.5 * (trunks + head + values)
     assert figures["environment"].flops == figures["reward"].flops == 0
+    profiler.timer.seconds = {"decode": 1.0, "other": 1.0}  # the others took no time that a clock could see
+    untimed = profiler._summary().phases["update"]
+    assert (untimed.tokens_per_second, untimed.utilisation) == (0.0, 0.0)
 
 
 def test_memory_by_role_is_that_of_the_tensors(tmp_path: Path) -> None:
@@ -150,6 +154,14 @@ def test_activations_are_what_waits_for_the_backward_pass() -> None:
         assert count.bytes == 0
         (x @ weight).sum().backward()
     assert count.peak == 4 * (70 + 70)
+    again = SavedForBackward([weight])
+    with again:
+        (x @ weight).square().sum().backward()
+    twice = SavedForBackward([weight])
+    with twice:
+        y = x @ weight
+        (y * y).sum().backward()  # two nodes' worth of one tensor
+    assert twice.peak == again.peak == 4 * (70 + 70)
 
 
 @pytest.mark.slow

@@ -70,6 +70,17 @@ def test_what_is_said_reaches_a_terminal_as_it_is() -> None:
     assert output.getvalue() == "score 3.5 of [bold]one[/bold]\n"
 
 
+def test_a_stage_that_is_over_shows_how_long_it_took() -> None:
+    output, now = io.StringIO(), [0.0]
+    live = LiveProgress(Console(file=output, width=200))
+    live.progress.get_time = lambda: now[0]
+    live.stage("PPO", 4)
+    now[0] = 75.0
+    live.finish()
+    live.console.print(live.progress)
+    assert "01:15" in output.getvalue()
+
+
 def test_quiet_is_quiet() -> None:
     assert shown(make_agent(), 4, quiet=True, width=300) == ""
     assert shown(make_agent(), 4, quiet=True, width=80, force_terminal=True) == ""

@@ -32,7 +32,7 @@ def length_or_nothing(completions: list[str]) -> list[float | None]:
     return [None if len(text) == 2 else float(len(text)) for text in completions]
 
 
-def make(algorithm: Any = PPO, reward: Any = length_or_nothing, **settings: Any) -> Any:
+def make(algorithm: Any = PPO, reward: Any = length_or_nothing, temperature: float = 0.7, **settings: Any) -> Any:
     envs = gym.make_vec(
         "textgym/Text-v0",
         num_envs=4,
@@ -44,7 +44,7 @@ def make(algorithm: Any = PPO, reward: Any = length_or_nothing, **settings: Any)
         min_new_tokens=1,
     )
     config = algorithm.config_class(episodes_per_update=4, learning_rate=1e-2, **settings)
-    return algorithm(ActorCritic.from_pretrained(mock_lm(), temperature=0.7), envs, config)
+    return algorithm(ActorCritic.from_pretrained(mock_lm(), temperature=temperature), envs, config)
 
 
 class Look(Callback):
@@ -108,7 +108,7 @@ def test_numbers_of_tokens_are_those_of_the_rollout(tmp_path: Path) -> None:
 def test_alternatives_and_entropy_are_those_of_the_sampling_policy(
     tmp_path: Path, plainly: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent = make(minibatch_size=4)
+    agent = make(minibatch_size=4, temperature=0.05)  # so that some tokens are almost certain
     looked: list[tuple[Any, Any]] = []
 
     def look(agent: RolloutAgent, rollout: Rollout, kl: Any) -> None:
@@ -129,6 +129,7 @@ def test_alternatives_and_entropy_are_those_of_the_sampling_policy(
         pieces = policy["piece"][each * i : each * i + each]
         if piece in pieces:
             assert percents[pieces.index(piece)] == pytest.approx(100 * log_prob, abs=0.51)
+    assert max(policy["percent"]) > 90
     # Before the first update the policy is the reference.
     assert record["alternatives"]["reference"]["percent"] == policy["percent"]
 

@@ -169,8 +169,8 @@ def test_agents_refuse_a_policy_with_rules(kind: Any) -> None:
 
 def test_what_does_not_go_together_is_refused_with_both_names() -> None:
     policy = make_policy(SamplingRules(min_p=0.1))
-    with pytest.raises(ConfigError, match=r"num_beams=3 and min_p=0.1"):
-        generate(policy, make_envs(), range(4), seed=0, num_beams=3)
+    with pytest.raises(ConfigError, match=r"num_beams=2 and min_p=0.1"):
+        generate(policy, make_envs(), range(4), seed=0, num_beams=2)
     with pytest.raises(ConfigError, match=r"num_beams=3.*stop strings"):
         generate(make_policy(), make_envs(stop=["xy"]), range(4), seed=0, num_beams=3)
     with pytest.raises(ConfigError, match=r"generate.*min_p=0.1"):
