@@ -568,12 +568,12 @@ def test_nlpos_mask_is_refreshed_after_each_interval(monkeypatch: pytest.MonkeyP
     assert refreshed == [3, 6]
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
+@pytest.mark.parametrize("name", ["ppo", "grpo", "rloo", "expert iteration", "online dpo"])
 @pytest.mark.parametrize(("share", "steps"), [(1.5, 4), (1.75, 1)])
 def test_an_update_ends_with_the_first_step_above_one_and_a_half_of_target_kl(
     name: str, share: float, steps: int
 ) -> None:
-    agent = make_agent(name, target_kl=0.5, minibatch_size=8, num_epochs=1)
+    agent = make_agent(name, target_kl=0.5, minibatch_size=None, num_epochs=4)
     made: list[Any] = []
     metrics = {"policy/approxkl_avg": torch.tensor(0.5 * share), "val/grad_norm": torch.tensor(1.0)}
     agent.step = lambda batch: made.append(batch) or metrics  # type: ignore[method-assign, func-returns-value]
