@@ -55,6 +55,17 @@ def test_members_read_ids_and_disagreement_is_logged(members: list[RewardModel],
     assert list(scores.components) == ["reward_ensemble"]
 
 
+def test_members_by_name_follow_the_environments_device_and_others_stay(
+    members: list[RewardModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, fixed = RewardEnsemble([members[0], "tiny"]), RewardEnsemble([members[0], "tiny"], device="cpu")
+    moved: list[RewardModel] = []
+    monkeypatch.setattr(RewardModel, "to", lambda model, device: moved.append(model))
+    for ensemble in (free, fixed):
+        ensemble.follow_device(torch.device("cpu"))
+    assert moved == [free.members[1]]
+
+
 def test_members_by_name_and_bad_arguments() -> None:
     assert RewardEnsemble(["tiny"])(["A "], ["joy."]) == RewardModel.from_pretrained("tiny")(["A "], ["joy."])
     with pytest.raises(ValueError, match="needs members"):
