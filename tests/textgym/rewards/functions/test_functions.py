@@ -25,6 +25,7 @@ from textgym.rewards import functions
 from textgym.rewards.engine.completions_to_score import Finished
 from textgym.rewards.engine.scoring import Scorer
 from textgym.rewards.functions import (
+    BertScore,
     Bleu,
     Chrf,
     GrammarMatch,
@@ -110,6 +111,15 @@ def test_rows_without_references_are_left_out() -> None:
         assert (second, third) == (None, None)
     assert Bleu().corpus(["a b c d", "x"], ["a b c d", None]) == pytest.approx(100.0)
     assert reasoning_gym_score(["1"], entry=[None]) == [None]
+
+
+@pytest.mark.parametrize("function", [BertScore, Perplexity, SemanticSimilarity])
+def test_models_of_functions_are_on_the_environments_device_unless_they_have_their_own(function: Any) -> None:
+    there = torch.device("meta")
+    free, fixed = function("tiny"), function("tiny", device="cpu")
+    for scores in (free, fixed):
+        scores.follow_device(there)
+    assert (free.where, fixed.where) == (there, torch.device("cpu"))
 
 
 def test_a_row_of_another_kind_is_an_error_that_names_it() -> None:
