@@ -73,6 +73,16 @@ def update(agent: OnlineDPO) -> tuple[Rollout, list[Batch], dict[str, float]]:
     return rollout, batches, agent.update(rollout, agent.measure_kl(rollout))
 
 
+def test_the_advantage_of_an_episode_is_the_sign_of_its_side() -> None:
+    agent = make_agent()
+    rollout, _, _ = update(agent)
+    assert agent.advantages is not None
+    expected = torch.zeros(len(rollout))
+    expected[list(PAIRS)] = 1.0
+    expected[list(PAIRS.values())] = -1.0
+    assert torch.equal(agent.advantages, expected[:, None] * rollout.response_mask)
+
+
 def log_ratios(agent: OnlineDPO, rollout: Rollout) -> Tensor:
     """log pi - log pi_ref of each episode."""
     reference = agent.penalty.reference.sequence_log_probs(rollout.sequences)

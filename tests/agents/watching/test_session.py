@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from textgym import ActorCritic, cli
@@ -16,7 +17,10 @@ from textgym.agents import DPO, DQN, GRPO, PPO, SFT, DPOConfig, DQNConfig, GRPOC
 from textgym.agents.machine.named_envs import num_rows
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.history import Run
+from textgym.agents.runs.progress import LiveProgress
+from textgym.agents.runs.run_folder import RunFolder
 from textgym.agents.watching import session
+from textgym.agents.watching.run import WatchedRun
 from textgym.errors import ConfigError
 from textgym.flags import ALGORITHMS, Train
 from textgym.testing import byte_tokenizer, mock_lm
@@ -74,6 +78,17 @@ def test_the_second_of_several_processes_shows_nothing_and_leaves_the_run_folder
     make().learn(2, progress=True, folder=tmp_path / "run")
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.* has the metrics of 0 of 1 updates")
+def test_a_run_that_goes_on_replaces_the_policy_of_its_folder(tmp_path: Path) -> None:
+    agent = make()
+    for updates in (0, 1):
+        folder = RunFolder(tmp_path / "run", {}, updates)
+        WatchedRun(agent, LiveProgress(quiet=True), folder=folder)._close()
+        saved = load_file(tmp_path / "run" / "policy" / "model.safetensors")
+        assert saved["model.embed_tokens.weight"].equal(agent.policy.lm.get_input_embeddings().weight)
+        torch.nn.init.zeros_(agent.policy.lm.get_input_embeddings().weight)
 
 
 def test_a_checkpoint_is_written_after_the_metrics_and_the_record_of_its_update(
