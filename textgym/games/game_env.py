@@ -69,7 +69,7 @@ class GameTask(TextTask):
         stopped, by_length = ends.by_stop.clone(), ends.by_length.clone()
         for row in np.flatnonzero(by_stop).tolist():
             [(prompt, response)] = self._ids(np.array([row]))
-            turn = self.stop_strings.cut(self._turn(row, prompt, response))
+            turn = self.stop_strings.cut(self._turn(row, prompt, response), self._early(row, prompt, response))
             reply, reward, terminated, truncated, _ = self.games[row].step(turn)
             self.turn_rewards[row][len(response) - 1] = float(reward)
             if terminated or truncated:
