@@ -175,6 +175,16 @@ def test_the_share_is_that_of_a_thousand_rows_or_of_twenty_calls(size: int, coun
     assert scorer.failures.rows == counted
 
 
+def test_a_long_call_counts_until_a_thousand_rows_have_followed() -> None:
+    scorer = Scorer(failing(0.0), on_error="skip")
+    scorer(rows(500))
+    for _ in range(24):
+        scorer(rows(40))
+    assert scorer.failures.rows == 500 + 24 * 40
+    scorer(rows(40))
+    assert scorer.failures.rows == 25 * 40
+
+
 @pytest.mark.filterwarnings("ignore:.*said once")
 def test_one_lost_batch_of_a_long_run_is_no_outage_and_three_are() -> None:
     down = [False]
