@@ -23,7 +23,6 @@ from textgym.display import rich_text
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name, resolve_device, use_device
 from textgym.models.token_model import TokenModel
-from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL
 from textgym.rewards.models import Accuracy, RewardModel, pairwise_accuracy, train_reward_model
 
@@ -31,6 +30,7 @@ from ..configs.demo import DemoConfig
 from ..ppo import PPO
 from .claims import RunClaim
 from .evaluation import Samples, generate, measure
+from .heldout import judge_of
 from .progress import LiveProgress, TrainingProgress
 from .records import Recorder
 from .run_folder import RunFolder, figures_table
@@ -67,7 +67,8 @@ def improve(
     live.stage("evaluating after")
     after = generate(policy, test, range(config.eval_prompts), config.seed)
     live.finish()
-    metrics = {name: measure(s, reference, lexicon_sentiment) for name, s in (("before", before), ("after", after))}
+    judge = judge_of("textgym/Sentiment-v0")
+    metrics = {name: measure(s, reference, judge) for name, s in (("before", before), ("after", after))}
     policy.save_pretrained(folder.folder / "policy", test.unwrapped.tokenizer, overwrite=True)
     report(metrics, accuracies, before, after, folder, live)
     return metrics
@@ -108,7 +109,10 @@ def learn_reward(
         callbacks=[TrainingProgress(live)],
         device=config.device,
     )
-    accuracies = {"reward model": accuracy, "lexicon": pairwise_accuracy(lexicon_sentiment, heldout)}
+    accuracies = {"reward model": accuracy}
+    judge = judge_of("textgym/Sentiment-v0")
+    if judge is not None:
+        accuracies["lexicon"] = pairwise_accuracy(judge, heldout)
     live.finish()
     live.console.print(
         "held-out pairwise accuracy (rating gap above 1): "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,26 @@ from rich.table import Table
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
+from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.intervals import Interval, bootstrap
 from textgym.settings import Count, check_arguments
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from .evaluation import Judge, Samples, distinct_2, generate
-from .run_folder import RunFolder, figures_table
+from .run_folder import RunFolder, figures_table, note
+
+
+def judge_of(env: str) -> Judge | None:
+    """Return what judges the texts of an environment besides its reward; `None` if there is nothing.
+
+    The texts of `textgym/Sentiment-v0` are judged by a lexicon of sentiment, if the package that has it is installed.
+    """
+    if env != "textgym/Sentiment-v0":
+        return None
+    if find_spec("vaderSentiment") is None:
+        note("vaderSentiment is not installed, so no lexicon judges the texts: pip install 'textgym[metrics]'")
+        return None
+    return lexicon_sentiment
 
 
 class HeldOut:

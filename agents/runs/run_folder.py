@@ -93,7 +93,7 @@ class RunFolder:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            _note("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
+            note("matplotlib is not installed, so no curves are drawn: pip install 'textgym[plots]'")
             return
         counted = clock(self.history[0])
         curves = {title: key for title, key in CURVES.items() if any(key in row for row in self.history)}
@@ -182,7 +182,8 @@ def _formatted(figure: float | str) -> str:
     return f"{round(figure, 3) + 0.0:.3f}"  # adding 0.0 turns -0.0 into 0.0
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Print what a run has to do without, and what to install."""
     Console().print(text, markup=False)  # with markup, [brackets] would be a style
 
 
@@ -204,6 +205,6 @@ def _summary_writer(folder: Path, last: Metrics | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        _note("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
+        note("TensorBoard is not installed, so no events are written: pip install 'textgym[trackers]'")
         return _NoEvents()
     return SummaryWriter(str(folder), purge_step=None if last is None else int(last[clock(last)]) + 1)

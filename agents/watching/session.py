@@ -12,8 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from textgym.rewards.functions import lexicon_sentiment
-
 from ..callbacks import CallbackLike, CallbackList
 from ..common.rollout_agent import RolloutAgent
 from ..common.supervised import SupervisedAgent
@@ -21,7 +19,7 @@ from ..machine.distributed import rank
 from ..machine.named_envs import HELD_OUT, heldout_envs
 from ..machine.saved_files import saved_environment
 from ..runs.checkpoints import Checkpoints
-from ..runs.heldout import HeldOut
+from ..runs.heldout import HeldOut, judge_of
 from ..runs.progress import LiveProgress
 from ..runs.run_folder import RunFolder
 from .run import WatchedRun
@@ -101,8 +99,7 @@ class Evaluation:
         """Return the figures before and after, and write them with the samples; `None` if one of both is not known."""
         if self.heldout is None or self.before is None:
             return None
-        sentiment = self.agent.envs.spec.id == "textgym/Sentiment-v0"
-        judge = lexicon_sentiment if sentiment else None
+        judge = judge_of(self.agent.envs.spec.id)
         return self.heldout.before_and_after(self.before, self.agent.policy, self.folder, judge)
 
 

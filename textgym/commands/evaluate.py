@@ -7,7 +7,8 @@ import sys
 from rich.text import Text
 
 from textgym.agents.runs.chat import chat
-from textgym.agents.runs.evaluation import Judge, Samples, generate, measure, score_intervals
+from textgym.agents.runs.evaluation import Samples, generate, measure, score_intervals
+from textgym.agents.runs.heldout import judge_of
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import figures_table
 from textgym.commands import sheets
@@ -18,7 +19,6 @@ from textgym.flags import Chat, Evaluate
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.sampling_rules import SamplingRules
 from textgym.models.machine.devices import device_name
-from textgym.rewards.functions import lexicon_sentiment
 
 
 def evaluate(command: Evaluate) -> None:
@@ -46,7 +46,7 @@ def evaluate(command: Evaluate) -> None:
         for name, policy in loaded.items()
     }
     scorer = envs.unwrapped.reference
-    judge: Judge | None = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
+    judge = judge_of(command.env)
     own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
 
     def figures(chosen: Samples) -> dict[str, float | str]:

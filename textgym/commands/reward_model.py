@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from textgym.agents.machine.distributed import join, raise_on_termination, rank
+from textgym.agents.runs.heldout import judge_of
 from textgym.agents.runs.progress import LiveProgress, TrainingProgress
 from textgym.commands.models import place_of
 from textgym.data.corpora.sources import movie_snippets
@@ -15,7 +16,6 @@ from textgym.data.files import atomic_file, check_free
 from textgym.data.preferences import PAIRS_PER_GROUP, heldout_pairs, make_preferences
 from textgym.flags import TrainReward
 from textgym.models.machine.devices import device_name
-from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.models import pairwise_accuracy, train_reward_model
 from textgym.rewards.models.rankings import make_rankings
 from textgym.rewards.models.report import PreferenceReport
@@ -60,8 +60,9 @@ def train_reward(command: TrainReward) -> None:
         live.console.print(str(error), markup=False)
     for line in report.lines():
         live.console.print(line, markup=False)
-    if command.preferences is None:
-        lexicon = pairwise_accuracy(lexicon_sentiment, heldout)
+    judge = judge_of("textgym/Sentiment-v0") if command.preferences is None else None
+    if judge is not None:
+        lexicon = pairwise_accuracy(judge, heldout)
         live.console.print(f"held-out pairwise accuracy: lexicon {lexicon}", markup=False)
     live.console.print(f"reward model and report: {command.output_dir}", markup=False)
 

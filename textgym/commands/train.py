@@ -18,7 +18,7 @@ from textgym.agents.machine.distributed import everyone, join, raise_on_terminat
 from textgym.agents.machine.named_envs import heldout_envs
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
-from textgym.agents.runs.heldout import HeldOut
+from textgym.agents.runs.heldout import HeldOut, judge_of
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import RunFolder, changed_settings
@@ -29,7 +29,6 @@ from textgym.commands.models import decoder_start, make_envs, place_of, referenc
 from textgym.flags import ALGORITHMS, FREE, OFFLINE, Train, check_agent, with_critic
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name
-from textgym.rewards.functions import lexicon_sentiment
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 
 
@@ -188,8 +187,7 @@ def _write_samples(
     )
     if evaluation is None:
         evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
-    judge = lexicon_sentiment if command.env == "textgym/Sentiment-v0" else None
-    return evaluation.before_and_after(evaluation.samples(start), policy, folder, judge)
+    return evaluation.before_and_after(evaluation.samples(start), policy, folder, judge_of(command.env))
 
 
 def _algorithm(command: Train) -> Any:

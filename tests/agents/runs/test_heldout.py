@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -11,8 +12,9 @@ import pytest
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.machine.named_envs import heldout_envs, hold_out
 from textgym.agents.runs.evaluation import generate
-from textgym.agents.runs.heldout import HeldOut, comparison
+from textgym.agents.runs.heldout import HeldOut, comparison, judge_of
 from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.functions import lexicon_sentiment
 from textgym.testing import assert_trained_alike, byte_tokenizer, mock_lm
 
 
@@ -115,3 +117,14 @@ def test_rows_without_a_score_are_left_out_of_the_scores_alone() -> None:
     table = comparison(samples, samples, policy)
     assert table["before"]["score"] == np.mean([0, 2, 4, 6])
     assert table["before"]["length"] == pytest.approx(samples.rollout.sequences.response_lengths.float().mean().item())
+
+
+def test_a_judge_whose_package_is_missing_is_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert judge_of("textgym/Text-v0") is None
+    assert judge_of("textgym/Sentiment-v0") is lexicon_sentiment
+    assert capsys.readouterr().out == ""
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    assert judge_of("textgym/Sentiment-v0") is None
+    assert "'textgym[metrics]'" in capsys.readouterr().out
