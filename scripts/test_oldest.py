@@ -19,7 +19,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("contrib", "lora", "metrics", "trackers", "dev")
+EXTRAS = ("contrib", "lora", "metrics", "tasks", "trackers", "dev")
 NOT_TESTED = ("mypy", "pre-commit", "ruff")  # tools that no test imports
 
 

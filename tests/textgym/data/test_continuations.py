@@ -75,6 +75,7 @@ def test_prompt_and_decoded_completion_make_up_the_decoded_text(name: str, text:
 @given(text=TEXTS)
 def test_no_beginning_of_a_completion_shows_a_part_of_a_character(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]()
+    text = text.replace("\ufffd", "")  # the character that stands for a part of one, which may stand before a part
     prompt, completion = encode_continuations(tokenizer, [("It is", " " + text)])[0]
     for length in range(len(completion) + 1):
         shown = decode_continuation(tokenizer, prompt, completion[:length])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import __version__ as transformers_version
 
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
@@ -24,6 +25,9 @@ from textgym.testing import TableConfig, TableLM, assert_close, mock_lm, mock_se
 pytestmark = pytest.mark.numerics
 
 peft = pytest.importorskip("peft")
+PADS_WRONGLY = pytest.mark.skipif(
+    transformers_version.startswith("5.17."), reason="transformers 5.17 pads UMT5 wrongly, so it is refused there"
+)
 
 FORWARD = terms_of(mock_lm())
 IDS = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -108,7 +112,7 @@ def test_a_folder_read_back_by_transformers_has_the_log_probs_of_the_policy(kind
     assert_close(log_probs(TokenModel(engine)), live, terms=FORWARD)
 
 
-@pytest.mark.parametrize("model_type", ["t5", "umt5", "bart"])
+@pytest.mark.parametrize("model_type", ["t5", pytest.param("umt5", marks=PADS_WRONGLY), "bart"])
 @pytest.mark.parametrize("target", ["lm_head", "q"])
 def test_tied_encoder_decoder_models_read_back(model_type: str, target: str, tmp_path: Path) -> None:
     lm = mock_seq2seq_lm(architecture=model_type)

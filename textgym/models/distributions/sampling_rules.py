@@ -62,7 +62,8 @@ class SamplingRules:
         if self.no_repeat_ngram_size is not None:
             slots = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             unequal = left_padded(input_ids, lengths, vocab_size + slots)  # padding that repeats nothing
-            repeated = NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size)(unequal, torch.zeros_like(logits)) < 0
+            scores = logits.new_zeros(len(logits), vocab_size + slots.numel())  # with places for the padding
+            repeated = NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size)(unequal, scores)[:, :vocab_size] < 0
             allowed = possible & ~repeated
             repeated &= allowed.any(-1, keepdim=True)  # if all tokens would repeat something, one of them does
             logits = logits.masked_fill(repeated, -torch.inf)
