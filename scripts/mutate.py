@@ -171,6 +171,7 @@ def _pytest_there(copy: Path, arguments: Sequence[str], observe: Path | None) ->
         plugins = []
         if observe is not None:
             measured = coverage.Coverage(data_file=str(observe / "lines"), source=["agents", "textgym"])
+            measured.set_option("run:relative_files", True)  # so that a later run, in another copy, can read them
             measured.start()
             plugins.append(Observer(measured, observe / "tests.json"))
         status = int(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *arguments], plugins=plugins))
@@ -188,9 +189,7 @@ def reach_of(tests: Sequence[str], copy: Path, folder: Path) -> Reach:
     data = coverage.CoverageData(str(folder / "lines"))
     data.read()
     for name in data.measured_files():
-        path = Path(name)
-        relative = "/".join(path.parts[path.parts.index("copy") + 1 :])
-        reach.lines[relative] = data.contexts_by_lineno(name)
+        reach.lines[Path(name).as_posix()] = data.contexts_by_lineno(name)
     return reach
 
 

@@ -1,4 +1,4 @@
-"""What a new user does in the first minutes, with a stopwatch: from an empty virtual environment to an own reward.
+"""What a new user does in the first minutes, with a stopwatch: from an empty environment to a reward of their own.
 
     python scripts/stopwatch.py                       # constraints.txt says which versions
     python scripts/stopwatch.py --episodes 256
@@ -49,7 +49,7 @@ def steps(args: Args) -> list[Step]:
         Step("a trained policy", (f"textgym train {few} --output-dir runs/first",)),
         Step("a look at a bad token", ("textgym view runs/first",)),
         Step("a resumed run", (f"textgym resume runs/first --total-episodes {2 * args.episodes}",)),
-        Step("an own reward", (f"textgym train {few} --output-dir runs/mine {reward}",)),
+        Step("a reward function of their own", (f"textgym train {few} --output-dir runs/mine {reward}",)),
     ]
 
 

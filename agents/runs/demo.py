@@ -29,7 +29,7 @@ from textgym.rewards.models import Accuracy, RewardModel, pairwise_accuracy, tra
 from ..configs.demo import DemoConfig
 from ..ppo import PPO
 from .claims import RunClaim
-from .evaluation import Samples, generate, measure
+from .evaluation import Judge, Samples, generate, measure
 from .heldout import judge_of
 from .progress import LiveProgress, TrainingProgress
 from .records import Recorder
@@ -45,8 +45,9 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
     snippets = movie_snippets()
     try:
         with live:
-            reward, accuracies = learn_reward(config, snippets, live)
-            return improve(config, reward, accuracies, folder, live)
+            judge = judge_of("textgym/Sentiment-v0")
+            reward, accuracies = learn_reward(config, snippets, judge, live)
+            return improve(config, reward, judge, accuracies, folder, live)
     finally:
         folder.draw_curves()
         folder.close()
@@ -54,7 +55,12 @@ def run(config: DemoConfig) -> dict[str, dict[str, float]]:
 
 
 def improve(
-    config: DemoConfig, reward: RewardModel, accuracies: dict[str, Accuracy], folder: RunFolder, live: LiveProgress
+    config: DemoConfig,
+    reward: RewardModel,
+    judge: Judge | None,
+    accuracies: dict[str, Accuracy],
+    folder: RunFolder,
+    live: LiveProgress,
 ) -> dict[str, dict[str, float]]:
     """Evaluate, train and evaluate again; write policy, samples and metrics."""
     policy, reference = start(config, reward, folder.folder / "reward_model")
@@ -67,7 +73,6 @@ def improve(
     live.stage("evaluating after")
     after = generate(policy, test, range(config.eval_prompts), config.seed)
     live.finish()
-    judge = judge_of("textgym/Sentiment-v0")
     metrics = {name: measure(s, reference, judge) for name, s in (("before", before), ("after", after))}
     policy.save_pretrained(folder.folder / "policy", test.unwrapped.tokenizer, overwrite=True)
     report(metrics, accuracies, before, after, folder, live)
@@ -95,9 +100,9 @@ def with_critic(config: DemoConfig, reward: RewardModel, reward_folder: Path) ->
 
 
 def learn_reward(
-    config: DemoConfig, snippets: Sequence[Snippet], live: LiveProgress
+    config: DemoConfig, snippets: Sequence[Snippet], judge: Judge | None, live: LiveProgress
 ) -> tuple[RewardModel, dict[str, Accuracy]]:
-    """Train a reward model on the train snippets; return it and the held-out accuracy of itself and of the lexicon."""
+    """Train a reward model on the train snippets; return it and the held-out accuracy of itself and of the judge."""
     live.stage("training the reward model", 1)
     pairs = make_preferences([s for s in snippets if s.split == "train"], seed=config.seed)
     heldout = heldout_pairs([s for s in snippets if s.split != "train"], seed=0)
@@ -110,7 +115,6 @@ def learn_reward(
         device=config.device,
     )
     accuracies = {"reward model": accuracy}
-    judge = judge_of("textgym/Sentiment-v0")
     if judge is not None:
         accuracies["lexicon"] = pairwise_accuracy(judge, heldout)
     live.finish()

@@ -14,6 +14,7 @@ from textgym.envs.interface import rollout_env
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.decoding.beam_search import beam_search
+from textgym.models.machine.transfer import to_host
 from textgym.models.token_model import TokenModel
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scoring import RewardSpec, Scorer
@@ -279,8 +280,8 @@ def distinct_2(rollout: Rollout) -> float:
     """Return the share of distinct bigrams of generated tokens; compare it only between samples of the same size."""
     pairs: set[tuple[int, int]] = set()
     total = 0
-    counts = rollout.response_mask.sum(1).tolist()
-    for tokens in rollout.sequences.actions.split(counts):
+    actions, counts = to_host(rollout.sequences.actions, rollout.response_mask.sum(1))
+    for tokens in actions.split(counts.tolist()):
         bigrams = list(itertools.pairwise(tokens.tolist()))
         pairs.update(bigrams)
         total += len(bigrams)

@@ -37,7 +37,7 @@ from textgym.testing import (
 ROUNDING = tolerance(terms_of(mock_lm()), scale=8.0)  # of the mock model's log-probs
 FORWARD = terms_of(mock_lm())
 
-TRL = json.loads(Path(__file__).with_name("trl_dpo_losses.json").read_text())
+TRL = json.loads((Path(__file__).parent / "trl" / "dpo_losses.json").read_text())
 TOKENIZER = byte_tokenizer()
 PAIRS = [{"prompt": f"{i}", "chosen": "yes" * (1 + i % 4), "rejected": "no" * (1 + i % 3)} for i in range(14)]
 

@@ -20,7 +20,7 @@ from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.sequences import Sequences
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
-TRL = json.loads(Path(__file__).with_name("trl_group_losses.json").read_text())
+TRL = json.loads((Path(__file__).parent / "trl" / "group_losses.json").read_text())
 NEW, OLD, ENTROPIES = (torch.tensor(TRL[name]) for name in ("new", "old", "entropies"))
 LENGTHS = torch.tensor(TRL["lengths"])
 ROUNDING = tolerance(terms_of(mock_lm()), scale=8.0)  # of the mock model's log-probs

@@ -49,23 +49,24 @@ def test_the_share_is_that_of_the_weights_with_a_gradient() -> None:
         optimizer.step()
 
 
-def test_large_steps_of_bfloat16_weights_are_not_warned_of() -> None:
+def after_a_silent_step(learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser of eight weights of 1 after a step, of which nothing was said."""
     weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    optimizer = adamw([weight], learning_rate=0.1, epsilon=1e-8, eight_bit=False)
+    optimizer = adamw([weight], learning_rate=learning_rate, epsilon=1e-8, eight_bit=False)
     weight.grad = torch.ones_like(weight)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+    return optimizer
+
+
+def test_large_steps_of_bfloat16_weights_are_not_warned_of() -> None:
+    after_a_silent_step(learning_rate=0.1)
 
 
 def test_the_first_step_with_a_learning_rate_is_measured() -> None:
     """A warm-up begins with a rate of 0, at which no weight changes."""
-    weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    optimizer = adamw([weight], learning_rate=0.0, epsilon=1e-8, eight_bit=False)
-    weight.grad = torch.ones_like(weight)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
+    optimizer = after_a_silent_step(learning_rate=0.0)
     optimizer.param_groups[0]["lr"] = 1e-4
     with pytest.warns(UserWarning, match="changed 0% of those"):
         optimizer.step()

@@ -22,7 +22,7 @@ def test_the_reward_model_is_measured_on_texts_that_it_was_not_trained_on(monkey
         return None, "accuracy"
 
     monkeypatch.setattr(demo, "train_reward_model", train)
-    demo.learn_reward(DemoConfig(), SNIPPETS, LiveProgress(quiet=True))
+    demo.learn_reward(DemoConfig(), SNIPPETS, None, LiveProgress(quiet=True))
     split = {snippet.text: snippet.split for snippet in SNIPPETS}
 
     def splits(pairs: Any) -> set[str]:

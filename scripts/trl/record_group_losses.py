@@ -1,9 +1,9 @@
 """Record the losses of TRL's GRPOTrainer and RLOOTrainer on given log-probs, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/record_trl_group_losses.py --trl .peers
+    python scripts/trl/record_group_losses.py --trl .peers
 
-TRL is not a dependency, so its numbers are stored in tests/agents/trl_group_losses.json.
+TRL is not a dependency, so its numbers are stored in tests/agents/trl/group_losses.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 
-OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_group_losses.json"
+OUTPUT = Path(__file__).parents[2] / "tests" / "agents" / "trl" / "group_losses.json"
 LENGTHS, WIDTH, LONGEST = (3, 5, 1, 4), 5, 6
 
 

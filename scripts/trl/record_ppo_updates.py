@@ -1,9 +1,9 @@
 """Record whole updates of TRL's PPOTrainer, last in TRL 1.12, on tiny models, for comparison in tests/agents.
 
     pip install --target .peers-ppo --no-deps trl==1.12.0
-    python scripts/record_trl_ppo_updates.py --trl .peers-ppo
+    python scripts/trl/record_ppo_updates.py --trl .peers-ppo
 
-TRL is not a dependency, so what it did is stored in tests/agents/trl_ppo_updates.safetensors: the responses that it
+TRL is not a dependency, so what it did is stored in tests/agents/trl/ppo_updates.safetensors: the responses that it
 sampled, their scores, values and advantages, the order of its minibatches, its metrics, and the weights of policy and
 critic after each update. An update is a rollout of 32 prompts of unequal lengths and two epochs of steps of SGD; in one
 case it is one step.
@@ -28,6 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tyro
+from plain_training import PLAIN, flat
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, TrainerCallback
@@ -35,7 +36,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from textgym.models.letter_tokenizer import letter_tokenizer
 from textgym.testing import mock_lm
 
-OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_ppo_updates.safetensors"
+OUTPUT = Path(__file__).parents[2] / "tests" / "agents" / "trl" / "ppo_updates.safetensors"
 ROWS, LONGEST, UPDATES, VOCABULARY, WIDTH = 32, 6, 2, 8, 8
 EARLY = {"stop_token": "eos", "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 1}
 CASES: dict[str, dict[str, Any]] = {
@@ -61,11 +62,6 @@ METRICS = ("policy/clipfrac_avg", "val/clipfrac_avg", "loss/value_avg", "val/rat
 class Args:
     trl: Path
     """Folder with the package `trl`."""
-
-
-def flat(model: Any) -> Tensor:
-    """Return all weights of a model in one vector."""
-    return torch.cat([weight.detach().flatten().clone() for weight in model.parameters()])
 
 
 def kept(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
@@ -124,12 +120,7 @@ def recorded(ppo: Any, name: str, settings: dict[str, Any]) -> tuple[dict[str, T
         "num_sample_generations": 0,
         "temperature": 1.0,
         "learning_rate": 0.2,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
+        **PLAIN,
     }
     weights = Weights()
     with tempfile.TemporaryDirectory() as folder:

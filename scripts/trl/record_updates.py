@@ -1,10 +1,10 @@
 """Record whole updates of TRL's GRPOTrainer and RLOOTrainer on a tiny model, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/record_trl_updates.py --trl .peers
-    python scripts/record_trl_updates.py --trl .peers --compare   # another version of TRL with what is recorded
+    python scripts/trl/record_updates.py --trl .peers
+    python scripts/trl/record_updates.py --trl .peers --compare   # another version of TRL with what is recorded
 
-TRL is not a dependency, so what it did is stored in tests/agents/trl_updates.safetensors: the completions that it
+TRL is not a dependency, so what it did is stored in tests/agents/trl/updates.safetensors: the completions that it
 sampled, their scores and advantages, and the weights after each update. An update is a rollout of six prompts with four
 completions each, and two passes over it, each one step of SGD on three accumulated micro-batches. The mean of BNPO
 depends on which completions share a micro-batch, so it has only one. Completions have unequal lengths, and in some
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import tyro
+from plain_training import PLAIN, flat
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from textgym.models.letter_tokenizer import letter_tokenizer
 from textgym.testing import mock_lm
 
-OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_updates.safetensors"
+OUTPUT = Path(__file__).parents[2] / "tests" / "agents" / "trl" / "updates.safetensors"
 PROMPTS, GROUP, LONGEST, UPDATES, LEARNING_RATE = 6, 4, 6, 2, 1.0
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "epsilon_high": 0.28},
@@ -52,11 +53,6 @@ class Args:
     """Folder with the package `trl` and the packages that it imports."""
     compare: bool = False
     """Write nothing, and print how far this version is from what is recorded."""
-
-
-def flat(model: Any) -> Tensor:
-    """Return all weights of a model in one vector."""
-    return torch.cat([weight.detach().flatten().clone() for weight in model.parameters()])
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
@@ -102,12 +98,7 @@ def recorded(trl: Any, name: str, settings: dict[str, Any], seed: int) -> dict[s
             "max_completion_length": LONGEST,
             "max_steps": 2 * UPDATES,
             "max_grad_norm": 1e9,
-            "report_to": [],
-            "save_strategy": "no",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
+            **PLAIN,
             "seed": seed,
         }
         config = config_kind(**{**common, **settings})

@@ -1,4 +1,4 @@
-"""Whole updates of PPO equal those of TRL 1.12, recorded by scripts/record_trl_ppo_updates.py: the same weights after.
+"""Whole updates of PPO equal those of TRL 1.12, recorded by scripts/trl/record_ppo_updates.py: the same weights after.
 
 An update is a rollout of prompts of unequal lengths, two epochs of steps of SGD, and steps that accumulate gradients.
 Where all responses fill the length, three definitions differ, and each is replaced by TRL's:
@@ -44,7 +44,7 @@ from textgym.testing import assert_close, mock_lm
 
 pytestmark = pytest.mark.numerics
 
-FILE = Path(__file__).with_name("trl_ppo_updates.safetensors")
+FILE = Path(__file__).with_name("ppo_updates.safetensors")
 VOCABULARY, ROWS, LONGEST, PADDING = 8, 32, 6, 8
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},

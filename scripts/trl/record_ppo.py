@@ -1,10 +1,10 @@
 """Record the numbers of TRL 1.12's PPO, its last one, on given tensors, for comparison in tests/agents.
 
     pip install --target .peers-ppo --no-deps trl==1.12.0
-    python scripts/record_trl_ppo.py --trl .peers-ppo
+    python scripts/trl/record_ppo.py --trl .peers-ppo
 
 TRL computes them inside one long method, `train`. So this script parses the installed source and runs the statements
-that set the names below, unchanged and in order, on given tensors. The numbers are stored in tests/agents/trl_ppo.json.
+that set the names below, unchanged and in order, on given tensors. The numbers are stored in tests/agents/trl/ppo.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tyro
 
-OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_ppo.json"
+OUTPUT = Path(__file__).parents[2] / "tests" / "agents" / "trl" / "ppo.json"
 SOURCE = Path("trl", "experimental", "ppo", "ppo_trainer.py")
 HELPERS = ("masked_mean", "masked_var", "masked_whiten")
 BEFORE = "response_idxs"

@@ -1,4 +1,4 @@
-"""PPO's arithmetic equals that of TRL 1.12, recorded by scripts/record_trl_ppo.py, where the definitions agree.
+"""PPO's arithmetic equals that of TRL 1.12, recorded by scripts/trl/record_ppo.py, where the definitions agree.
 
 TRL pays the score on the token after the last one and learns a value there, so its `longer` mask has one token more.
 """
@@ -24,7 +24,7 @@ from textgym.testing import assert_close, tolerance
 
 pytestmark = pytest.mark.numerics
 
-TRL = json.loads(Path(__file__).with_name("trl_ppo.json").read_text())
+TRL = json.loads(Path(__file__).with_name("ppo.json").read_text())
 LAST, SCORES = torch.tensor(TRL["last"]), torch.tensor(TRL["scores"])
 WIDTH = len(TRL["cases"][0]["values"][0])
 MASK, LONGER = (torch.arange(WIDTH) <= (LAST + extra)[:, None] for extra in (0, 1))

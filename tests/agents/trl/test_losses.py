@@ -1,4 +1,4 @@
-"""GRPO's and RLOO's losses equal TRL 1.16's own numbers, recorded by scripts/record_trl_group_losses.py."""
+"""GRPO's and RLOO's losses equal TRL 1.16's own numbers, recorded by scripts/trl/record_group_losses.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from textgym.testing import mock_lm, tolerance
 
 pytestmark = pytest.mark.numerics
 
-TRL = json.loads(Path(__file__).with_name("trl_group_losses.json").read_text())
+TRL = json.loads(Path(__file__).with_name("group_losses.json").read_text())
 NEW, OLD, REFERENCE = (torch.tensor(TRL[name]) for name in ("new", "old", "reference"))
 LENGTHS = torch.tensor(TRL["lengths"])
 

@@ -1,9 +1,9 @@
 """Record the losses of TRL's DPOTrainer on given log-probs, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/record_trl_dpo_losses.py --trl .peers
+    python scripts/trl/record_dpo_losses.py --trl .peers
 
-TRL is not a dependency, so its numbers are stored in tests/agents/trl_dpo_losses.json. Its "sigmoid" has no label
+TRL is not a dependency, so its numbers are stored in tests/agents/trl/dpo_losses.json. Its "sigmoid" has no label
 smoothing, but "aot" does; on one pair at a time "aot" equals "sigmoid", because it differs only by sorting pairs.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 
-OUTPUT = Path(__file__).parents[1] / "tests" / "agents" / "trl_dpo_losses.json"
+OUTPUT = Path(__file__).parents[2] / "tests" / "agents" / "trl" / "dpo_losses.json"
 PAIRS, WIDTH = 4, 6
 LENGTHS = torch.tensor([3, 6, 1, 4, 5, 2, 1, 6])  # of the chosen responses, then of the rejected ones
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")

@@ -1,4 +1,4 @@
-"""Whole updates equal those of TRL 1.16's trainers, recorded by scripts/record_trl_updates.py: the same weights after.
+"""Whole updates equal those of TRL 1.16's trainers, recorded by scripts/trl/record_updates.py: the same weights after.
 
 Each case has two updates, each of two optimiser steps that accumulate gradients over micro-batches, on completions of
 unequal lengths, with groups whose scores are all equal.
@@ -25,7 +25,7 @@ from textgym.testing import assert_close, mock_lm
 
 pytestmark = pytest.mark.numerics
 
-FILE = Path(__file__).with_name("trl_updates.safetensors")
+FILE = Path(__file__).with_name("updates.safetensors")
 GROUP, LONGEST, ROWS, MICRO = 4, 6, 24, 8
 IN_LOSS = {"kl_in": "loss"}
 CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
