@@ -1,4 +1,4 @@
-"""GRPO's and RLOO's losses equal TRL 1.16's own numbers, recorded by scripts/trl/record_group_losses.py."""
+"""GRPO's and RLOO's losses equal TRL 1.16's own numbers, recorded by scripts/peers/record_group_losses.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO's arithmetic equals that of TRL 1.12, recorded by scripts/trl/record_ppo.py, where the definitions agree.
+"""PPO's arithmetic equals that of TRL 1.12, recorded by scripts/peers/record_ppo.py, where the definitions agree.
 
 TRL pays the score on the token after the last one and learns a value there, so its `longer` mask has one token more.
 """

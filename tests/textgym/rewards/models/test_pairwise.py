@@ -225,7 +225,7 @@ TRL = json.loads(Path(__file__).with_name("trl_reward_loss.json").read_text())
 
 @pytest.mark.parametrize("case", TRL["cases"])
 def test_loss_is_that_of_trl_on_the_same_logits(case: dict[str, Any]) -> None:
-    """TRL 1.16's own numbers, recorded by scripts/trl/record_reward_loss.py."""
+    """TRL 1.16's own numbers, recorded by scripts/peers/record_reward_loss.py."""
     assert TRL["trl"] == "1.16.0"
     chosen, rejected = torch.tensor(case["scores"]).chunk(2)
     margin = None if case["margin"] is None else torch.tensor(case["margin"])

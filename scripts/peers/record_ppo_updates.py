@@ -1,7 +1,7 @@
 """Record whole updates of TRL's PPOTrainer, last in TRL 1.12, on tiny models, for comparison in tests/agents.
 
     pip install --target .peers-ppo --no-deps trl==1.12.0
-    python scripts/trl/record_ppo_updates.py --trl .peers-ppo
+    python scripts/peers/record_ppo_updates.py --trl .peers-ppo
 
 TRL is not a dependency, so what it did is stored in tests/agents/trl/ppo_updates.safetensors: the responses that it
 sampled, their scores, values and advantages, the order of its minibatches, its metrics, and the weights of policy and

@@ -1,7 +1,7 @@
 """Record the loss of TRL's RewardTrainer on given scores, for comparison in test_pairwise.py.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/trl/record_reward_loss.py --trl .peers
+    python scripts/peers/record_reward_loss.py --trl .peers
 
 TRL is not a dependency, so its numbers are stored in tests/textgym/rewards/models/trl_reward_loss.json.
 """

@@ -1,7 +1,7 @@
 """Record the losses of TRL's DPOTrainer on given log-probs, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/trl/record_dpo_losses.py --trl .peers
+    python scripts/peers/record_dpo_losses.py --trl .peers
 
 TRL is not a dependency, so its numbers are stored in tests/agents/trl/dpo_losses.json. Its "sigmoid" has no label
 smoothing, but "aot" does; on one pair at a time "aot" equals "sigmoid", because it differs only by sorting pairs.

@@ -1,8 +1,8 @@
 """Record whole updates of TRL's GRPOTrainer and RLOOTrainer on a tiny model, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/trl/record_updates.py --trl .peers
-    python scripts/trl/record_updates.py --trl .peers --compare   # another version of TRL with what is recorded
+    python scripts/peers/record_updates.py --trl .peers
+    python scripts/peers/record_updates.py --trl .peers --compare   # another version of TRL with what is recorded
 
 TRL is not a dependency, so what it did is stored in tests/agents/trl/updates.safetensors: the completions that it
 sampled, their scores and advantages, and the weights after each update. An update is a rollout of six prompts with four

@@ -1,7 +1,7 @@
 """Record the losses of TRL's GRPOTrainer and RLOOTrainer on given log-probs, for comparison in tests/agents.
 
     pip install --target .peers --no-deps trl==1.16.0 && pip install --target .peers datasets
-    python scripts/trl/record_group_losses.py --trl .peers
+    python scripts/peers/record_group_losses.py --trl .peers
 
 TRL is not a dependency, so its numbers are stored in tests/agents/trl/group_losses.json.
 """

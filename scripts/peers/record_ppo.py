@@ -1,7 +1,7 @@
 """Record the numbers of TRL 1.12's PPO, its last one, on given tensors, for comparison in tests/agents.
 
     pip install --target .peers-ppo --no-deps trl==1.12.0
-    python scripts/trl/record_ppo.py --trl .peers-ppo
+    python scripts/peers/record_ppo.py --trl .peers-ppo
 
 TRL computes them inside one long method, `train`. So this script parses the installed source and runs the statements
 that set the names below, unchanged and in order, on given tensors. The numbers are stored in tests/agents/trl/ppo.json.
