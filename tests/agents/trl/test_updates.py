@@ -1,4 +1,4 @@
-"""Whole updates equal those of TRL 1.16's trainers, recorded by scripts/peers/record_updates.py: the same weights after.
+"""Whole updates equal those of TRL 1.16 (scripts/peers/record_updates.py records them): the same weights after.
 
 Each case has two updates, each of two optimiser steps that accumulate gradients over micro-batches, on completions of
 unequal lengths, with groups whose scores are all equal.
