@@ -1,4 +1,4 @@
-"""Whole updates of PPO equal those of TRL 1.12 (scripts/peers/record_ppo_updates.py records them): the same weights after.
+"""Whole updates of PPO equal those of TRL 1.12 (recorded by scripts/peers/record_ppo_updates.py): the same weights.
 
 An update is a rollout of prompts of unequal lengths, two epochs of steps of SGD, and steps that accumulate gradients.
 Where all responses fill the length, three definitions differ, and each is replaced by TRL's:
