@@ -31,7 +31,10 @@ class Callback:
         """Called after every rollout and before its update, with the KL `(N, T)` of its tokens; not of SFT and DPO."""
 
     def on_update_end(self, agent: Any, metrics: Metrics) -> bool | None:
-        """Called after every update with its metrics, to which it may add; returns `False` to stop the training."""
+        """Called after every update with its metrics; returns `False` to stop the training.
+
+        Metrics that it adds, numbers, are kept in the run folder, sent to trackers and drawn by the viewer.
+        """
 
     def on_training_end(self, agent: Any) -> None:
         """Called after the last update, also of a training that a callback stopped; not after an error."""

@@ -23,6 +23,7 @@ from ..common.rollout import Rollout
 from ..common.rollout_agent import Metrics
 from ..configs.policy_gradient import SEPARATE, CriticConfig
 
+EXPLAINED = "val/explained_variance"
 WITHIN_PROMPTS = "val/explained_variance_within_prompts"
 
 
@@ -99,7 +100,7 @@ class CriticAgent(PolicyGradientAgent):
         """
         values, mask, prompts = rollout.values, rollout.training_mask, rollout.sequences.host.prompts
         return {
-            "val/explained_variance": explained_variance(values, returns, mask),
+            EXPLAINED: explained_variance(values, returns, mask),
             WITHIN_PROMPTS: explained_variance_within_prompts(values, returns, mask, list(prompts)),
         }
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.table import Table
 
-from ..callbacks import CallbackLike, CallbackList
+from textgym.errors import ConfigError
+
+from ..callbacks import Callback, CallbackLike, CallbackList, Metrics
 from ..common.rollout_agent import RolloutAgent
 from ..common.supervised import SupervisedAgent
 from ..machine.distributed import everyone
@@ -80,7 +82,7 @@ class WatchedRun:
                 live.stage(type(agent).__name__, total)
                 if self.checkpoints is not None and not resumed:
                     self.checkpoints.save(agent)
-                yield CallbackList([*self._callbacks(), *CallbackList(callback).callbacks, self.interrupts])
+                yield CallbackList([*self._callbacks(CallbackList(callback).callbacks), self.interrupts])
                 stopped = any(everyone(self.interrupts.received is not None))
                 if self.checkpoints is not None:
                     self.checkpoints.finish(agent)
@@ -97,13 +99,17 @@ class WatchedRun:
         finally:  # also after Ctrl-C: what was learned is kept
             self._close()
 
-    def _callbacks(self) -> list[Any]:
-        """Return the run's own callbacks; metrics and records come before the checkpoint that goes on after them."""
+    def _callbacks(self, given: Sequence[Callback]) -> list[Any]:
+        """Return the run's own callbacks around the given ones.
+
+        The given ones read the evaluation, and may add metrics, so they stand between it and what keeps metrics.
+        Metrics and records come before the checkpoint that goes on after them.
+        """
         agent = self.agent
-        found: list[Any] = [self.heldout, self.folder, self.trackers]
+        found: list[Any] = [self.heldout]
         if isinstance(agent, RolloutAgent) and self.folder is not None and self.record_every:
             found.append(Recorder(self.folder.folder, agent, self.record_every))
-        found += [self.checkpoints, self.live, self.profiler]
+        found += [*given, plain_numbers, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
         if isinstance(agent, RolloutAgent):
             history = [] if self.folder is None else self.folder.history
             found.append(WarningSigns(agent, lambda text: self.live.say(f"warning: {text}"), history))
@@ -129,3 +135,18 @@ class WatchedRun:
         folder.draw_curves()
         folder.close()
         self.live.say(f"run folder: {folder.folder}", always=True)
+
+
+def plain_numbers(agent: Any, metrics: Metrics) -> None:
+    """Callback that makes plain numbers of metrics which other callbacks added, such as tensors, since JSON has no other.
+
+    Raises:
+        ConfigError: If one is no number.
+    """
+    for name, value in metrics.items():
+        if type(value) in (int, float):
+            continue
+        try:
+            metrics[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a callback set the metric {name!r} to {value!r}: a metric is a number") from error

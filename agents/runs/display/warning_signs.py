@@ -12,15 +12,15 @@ from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 
 from ...common.means import ROUNDING
 from ...common.rollout_agent import Metrics, RolloutAgent
-from ...objectives.critic_agent import WITHIN_PROMPTS
+from ...objectives.critic_agent import EXPLAINED, WITHIN_PROMPTS
 
 FIRST = 3
 """Updates at the start of a run that later ones are compared with."""
 LAST = 5
 """Updates that a figure is the mean of, so that a single odd rollout is no sign."""
 CRITIC_UPDATES = 10
-"""Updates that report what a critic explains within prompts, until it must have learned something. An update whose
-prompts all differ does not report it."""
+"""Updates that a critic has to learn something. Those whose prompts all differ do not report what it explains within
+prompts, so at least `LAST` of them must."""
 
 MOST_KL = 1.2
 """Share of the KL budget."""
@@ -56,8 +56,7 @@ class WarningSigns:
         env = agent.base_env
         self.can_stop = bool(env.stop.ids) and env.stop.min_new_tokens < env.max_new_tokens
         self.say = say if say is not None else _warn
-        self.history: deque[Metrics] = deque(maxlen=LAST)
-        self.explained: deque[float] = deque(maxlen=CRITIC_UPDATES)
+        self.history: deque[Metrics] = deque(maxlen=CRITIC_UPDATES)
         self.first: list[Metrics] = []
         self.said: set[str] = set()
         for metrics in history:
@@ -73,8 +72,6 @@ class WarningSigns:
     def _signs(self, metrics: Metrics) -> dict[str, str]:
         """Return the signs that there are after an update, by name; each with its figures and the remedy."""
         self.history.append(metrics)
-        if WITHIN_PROMPTS in metrics:
-            self.explained.append(metrics[WITHIN_PROMPTS])
         if len(self.first) < FIRST:
             self.first.append(metrics)
         found = {
@@ -91,7 +88,7 @@ class WarningSigns:
 
     def _mean(self, name: str) -> float | None:
         """Return the mean of a metric over the last updates; `None` if there are too few that report it."""
-        values = [row[name] for row in self.history if name in row]
+        values = [row[name] for row in list(self.history)[-LAST:] if name in row]
         return fmean(values) if len(values) == LAST else None
 
     def _since_start(self, name: str) -> tuple[float, float] | None:
@@ -100,14 +97,19 @@ class WarningSigns:
         return None if now is None or not start else (fmean(start), now)
 
     def _critic(self) -> str | None:
-        if len(self.explained) < CRITIC_UPDATES or (share := fmean(self.explained)) >= 0:
+        """Look at what the critic explains within prompts, and at all it explains where prompts hardly repeat."""
+        if len(self.history) < CRITIC_UPDATES:
             return None
-        return (
-            f"the critic explains {share:.2f} of the variance within prompts, a mean over {CRITIC_UPDATES} updates: "
-            "its values add noise to the advantages. Use a separate critic (critic='separate') with a higher "
-            "critic_learning_rate, train it alone at first (freezing_actor_steps), or use an agent without a critic "
-            "(rloo, grpo)"
-        )
+        for name, where in ((WITHIN_PROMPTS, "within prompts"), (EXPLAINED, "of all returns")):
+            values = [row[name] for row in self.history if name in row]
+            if len(values) >= LAST and (share := fmean(values)) < 0:
+                return (
+                    f"the critic explains {share:.2f} of the variance {where}, a mean over {len(values)} updates: its "
+                    "values add noise to the advantages. Use a separate critic (critic='separate') with a higher "
+                    "critic_learning_rate, train it alone at first (freezing_actor_steps), or use an agent without a "
+                    "critic (rloo, grpo)"
+                )
+        return None
 
     def _kl(self) -> str | None:
         kl = self._mean("objective/kl")

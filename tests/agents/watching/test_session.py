@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from textgym import ActorCritic, cli
 from textgym.agents import DPO, DQN, GRPO, PPO, SFT, DPOConfig, DQNConfig, GRPOConfig, PPOConfig, SFTConfig
+from textgym.agents.callbacks import Callback
 from textgym.agents.machine.named_envs import num_rows
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.history import Run
@@ -25,6 +28,7 @@ from textgym.errors import ConfigError
 from textgym.flags import ALGORITHMS, Train
 from textgym.testing import byte_tokenizer, mock_lm
 from textgym.viewer.records import records_of, update_of
+from textgym.viewer.runs import read_metrics
 
 PROMPTS = ["ab", "c", "de", "f", "g", "hi", "j", "kl", "m", "n"]
 FILES = {
@@ -105,6 +109,35 @@ def test_a_checkpoint_is_written_after_the_metrics_and_the_record_of_its_update(
     monkeypatch.setattr(Checkpoints, "save", save)
     make().learn(4, folder=tmp_path)
     assert kept == [(1, 1, 1), (2, 2, 2)]
+
+
+class Added(Callback):
+    """Adds numbers of several kinds, and whether the evaluation came first."""
+
+    def on_update_end(self, agent: Any, metrics: dict[str, Any]) -> None:
+        metrics["my/tensor"] = torch.tensor(agent.updates + 0.5)
+        metrics["my/numpy"] = np.float32(agent.updates)
+        metrics["my/sees_evaluation"] = "eval/score" in metrics
+
+
+def test_metrics_that_a_callback_adds_are_kept_and_tracked_like_all_others(tmp_path: Path) -> None:
+    make().learn(4, Added(), folder=tmp_path / "run", log_with="tensorboard")
+    rows = metrics_of(tmp_path / "run")
+    assert [row["my/tensor"] for row in rows] == [1.5, 2.5]
+    assert [row["my/numpy"] for row in rows] == [1.0, 2.0]
+    assert rows[-1]["my/sees_evaluation"] == 1.0
+    for place in ("tensorboard", "trackers/tensorboard"):
+        events = EventAccumulator(str(tmp_path / "run" / place)).Reload()
+        assert [event.value for event in events.Scalars("my/tensor")] == [1.5, 2.5]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")["columns"]["my/tensor"] == [1.5, 2.5]
+
+
+def test_a_metric_that_is_no_number_is_named(tmp_path: Path) -> None:
+    def add(agent: Any, metrics: dict[str, Any]) -> None:
+        metrics["my/text"] = "good"
+
+    with pytest.raises(ConfigError, match="the metric 'my/text' to 'good': a metric is a number"):
+        make().learn(4, add, folder=tmp_path / "run")
 
 
 @pytest.mark.slow

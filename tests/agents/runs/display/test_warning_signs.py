@@ -150,13 +150,38 @@ def test_a_critic_has_ten_updates_to_learn(agent: PPO) -> None:
     assert len(said(agent, [bad] * 10)) == 1
 
 
-def test_updates_whose_prompts_all_differ_say_nothing_of_the_critic(agent: PPO) -> None:
+@pytest.mark.parametrize("reports", [1, 2])
+def test_a_critic_is_judged_after_ten_updates_of_which_half_report_it_within_prompts(agent: PPO, reports: int) -> None:
     name = "val/explained_variance_within_prompts"
     texts: list[str] = []
     signs = WarningSigns(agent, texts.append)
-    for update in range(1, 21):
-        signs(agent, {**without(name), **({name: -0.5} if update % 2 else {})})
-        assert len(texts) == (update >= 19)  # the tenth update that reports it
+    for update in range(1, 13):
+        signs(agent, {**without(name), **({name: -0.5} if update % reports == 0 else {})})
+        assert len(texts) == (update >= 10)
+    assert "explains -0.50 of the variance within prompts" in texts[0]
+
+
+@pytest.mark.parametrize("within", [{}, {"val/explained_variance_within_prompts": 0.1}])
+def test_a_critic_that_explains_less_than_nothing_of_all_returns_is_a_sign_whatever_it_does_within_prompts(
+    agent: PPO, within: Metrics
+) -> None:
+    """With more prompts than episodes no update reports what is explained within prompts."""
+    texts: list[str] = []
+    signs = WarningSigns(agent, texts.append)
+    for update in range(1, 13):
+        signs(agent, {**without("val/explained_variance_within_prompts"), **within, "val/explained_variance": -1.0})
+        assert len(texts) == (update >= 10)
+    assert "explains -1.00 of the variance of all returns, a mean over 10 updates" in texts[0]
+
+
+def test_a_few_updates_that_repeat_a_prompt_do_not_judge_a_critic(agent: PPO) -> None:
+    name = "val/explained_variance_within_prompts"
+    rows = [{**without(name), "val/explained_variance": 0.2, **({name: -9.0} if i < 4 else {})} for i in range(12)]
+    texts: list[str] = []
+    signs = WarningSigns(agent, texts.append)
+    for row in rows:
+        signs(agent, row)
+    assert texts == []
 
 
 def test_responses_of_a_fixed_length_are_not_cut() -> None:
