@@ -117,7 +117,7 @@ class Train:
     model: str = "tiny"
     """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
     total_episodes: Count = 4096
-    """Episodes to play; not of "sft" and "dpo", which have `epochs`."""
+    """Episodes to play, the last update with the rest of them; not of "sft" and "dpo", which have `epochs`."""
     num_envs: Count = 64
     """Rows of the environment; of each process's, where there are several."""
     critic: str = "auto"

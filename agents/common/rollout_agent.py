@@ -136,6 +136,7 @@ class RolloutAgent(ABC):
         self.episodes = 0
         self.updates = 0
         self.total_episodes = 0
+        self.update_size = self.config.episodes_per_update  # episodes of this update or the last, over all processes
         self.seed_process(self.config.seed)
         with self.base_env.whole_episodes(wrapped=envs is not self.base_env):
             envs.reset(seed=self.config.seed)  # the same seed in all processes, so that they share one order of prompts
@@ -175,7 +176,8 @@ class RolloutAgent(ABC):
         After `load` the same total continues the run where it stopped.
 
         Args:
-            total_episodes: Total number of episodes.
+            total_episodes: Total number of episodes. If `episodes_per_update` does not divide it, the last update is
+                smaller: it has the rest, in whole groups of a prompt's episodes and at least one in each process.
             callback: A `textgym.agents.callbacks.Callback`, a function of the agent and the metrics of an update, or a
                 list of these. One that returns `False` after an update ends the training early.
             progress: Whether to show what the run does, its progress, and how good the policy is on held-out prompts,
@@ -209,6 +211,7 @@ class RolloutAgent(ABC):
         """Run one iteration: one rollout and one update."""
         # 1. Collect whole episodes with the current policy.
         started = time.perf_counter()
+        self.update_size = self.size_of_update(self.total_episodes - self.episodes)
         self._tell_rewards()
         self.optimizer.zero_grad(set_to_none=True)  # frees memory for the rollout
         with self._shared_scale():
@@ -231,8 +234,8 @@ class RolloutAgent(ABC):
             metrics["val/skipped_steps"] = self.finite_steps.skipped
 
         # 4. Update the coefficient of the KL penalty, and the counters.
-        self.penalty.controller.update(metrics["objective/kl"], self.config.episodes_per_update)
-        self.episodes += self.config.episodes_per_update
+        self.penalty.controller.update(metrics["objective/kl"], self.update_size)
+        self.episodes += self.update_size
         self.updates += 1
         return {
             **metrics,
@@ -253,8 +256,14 @@ class RolloutAgent(ABC):
 
     def play(self) -> Rollout:
         """Collect this process's episodes of an update."""
-        prompts = self.next_prompts(shares_of(self.config.episodes_per_update // self.episodes_per_prompt))
+        prompts = self.next_prompts(shares_of(self.update_size // self.episodes_per_prompt))
         return self.episodes_of(prompts)
+
+    def size_of_update(self, left: int) -> int:
+        """Return the number of episodes of an update, over all processes, if a run has `left` more to collect."""
+        each = self.episodes_per_prompt
+        groups = max(math.ceil(left / each), count())  # whole groups, at least one in each process
+        return min(groups * each, self.config.episodes_per_update)
 
     def next_prompts(self, shares: Sequence[int]) -> np.ndarray:
         """Return the next prompts (indices): all processes take the same prompts in order, and each uses its part.
@@ -382,15 +391,15 @@ class RolloutAgent(ABC):
 
     def _schedule(self) -> None:
         """Set the learning rates of the next update."""
-        num_updates = self.total_episodes / self.config.episodes_per_update
-        factor = self.config.learning_rate_factor(self.updates, num_updates)
+        size = self.config.episodes_per_update  # a smaller update counts by its episodes
+        factor = self.config.learning_rate_factor(self.episodes / size, self.total_episodes / size)
         for group in self.optimizer.param_groups:
             group["lr"] = self.part_settings(group["part"]).learning_rate * factor
 
     def _tell_rewards(self) -> None:
         """Set the progress that reward functions with an argument `trainer_state` get, for example for a curriculum."""
-        rounds = math.ceil(self.total_episodes / self.config.episodes_per_update)
-        self.base_env.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=rounds)
+        left = math.ceil((self.total_episodes - self.episodes) / self.config.episodes_per_update)
+        self.base_env.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=self.updates + left)
 
     @property
     def sampler(self) -> torch.Generator:

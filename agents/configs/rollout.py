@@ -67,7 +67,7 @@ class OptimizerConfig:
             },
         )
 
-    def learning_rate_factor(self, update: int, num_updates: float) -> float:
+    def learning_rate_factor(self, update: float, num_updates: float) -> float:
         """Return what the peak learning rate is multiplied by in an update, from 0, of so many."""
         decay = self.annealing if self.anneal_learning_rate else "none"
         return learning_rate_factor(update, num_updates, self.warmup, decay)
@@ -78,8 +78,9 @@ class RolloutAgentConfig(OptimizerConfig):
     """Hyperparameters of all agents that learn from rollouts."""
 
     episodes_per_update: Count = 128
-    """Episodes collected before each update, over all processes. If the number of rows does not divide it, some rows of
-    the last round are generated and scored, and not used."""
+    """Episodes collected before each update, over all processes. The last update of a run has what is left of its
+    total. If the number of rows does not divide it, some rows of the last round are generated and scored, and not
+    used."""
     on_nonfinite: OnNonFinite = "raise"
     """What to do if the loss or the gradient of a step is NaN or infinite: `"raise"` an error, or `"skip"` the step.
     Skipped steps are counted, and more than 10 of the last 100 are an error."""

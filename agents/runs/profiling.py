@@ -171,7 +171,7 @@ class Profiler:
         """End the measurement of the last update and start that of the next one; called after each update."""
         self.seen += 1
         if self.seen <= UPDATES - 1:
-            self.tokens.append(metrics["val/response_tokens"] * agent.config.episodes_per_update)
+            self.tokens.append(metrics["val/response_tokens"] * agent.update_size)
         if self.seen == 1:
             self.timer.start()
         elif self.seen == 1 + TIMED:

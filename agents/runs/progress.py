@@ -112,7 +112,7 @@ class LiveProgress:
             row["episodes"] = f"{metrics['episodes']:,.0f}"
         row |= {name: form.format(metrics[key]) for name, (key, form) in SHOWN.items() if key in metrics}
         if isinstance(agent, RolloutAgent):
-            row |= rates(metrics, agent.config.episodes_per_update)
+            row |= rates(metrics, agent.update_size)
         self.recent.append(row)
         self.advance(metrics[counted])
         left = self._seconds_left(metrics[counted])

@@ -41,23 +41,31 @@ def overview(agent: RolloutAgent | SupervisedAgent, total_episodes: int = 0) -> 
 
 
 def _played(agent: RolloutAgent, total_episodes: int) -> dict[str, str]:
-    env, config = agent.base_env, agent.config
+    env = agent.base_env
     scorer, controller = env.scorer, agent.penalty.controller
     rewards = [
         name if weight == 1 else f"{weight:g} x {name}"
         for name, weight in zip(scorer.names, scorer.weights, strict=True)
     ]
     stops = [repr(env.tokenizer.decode([token])) for token in env.stop.ids]
-    updates = math.ceil(total_episodes / config.episodes_per_update)
     return {
         "reference": _reference(agent),
         "KL penalty": f"beta {agent.penalty.coef:g} ({type(controller).__name__}), estimator {agent.penalty.estimator}",
         "reward": ", ".join(rewards),
         "prompts": f"{len(env.prompts):,}",
         "responses": f"up to {env.max_new_tokens} tokens, end at {', '.join(stops) or 'that length alone'}",
-        "training": f"{updates * config.episodes_per_update:,} episodes: {updates:,} update(s) of "
-        f"{config.episodes_per_update} episodes, {agent.envs.num_envs} at a time",
+        "training": f"{_training(agent, total_episodes)}, {agent.envs.num_envs} at a time",
     }
+
+
+def _training(agent: RolloutAgent, total_episodes: int) -> str:
+    """Say how many episodes a run has, and in updates of which size."""
+    size = agent.config.episodes_per_update
+    updates = math.ceil(total_episodes / size)
+    last = agent.size_of_update(total_episodes - size * (updates - 1))
+    episodes = size * (updates - 1) + last
+    smaller = f", the last one of {last}" if last < size and updates > 1 else ""
+    return f"{episodes:,} episodes: {updates:,} update(s) of {min(size, episodes)} episodes{smaller}"
 
 
 def _reference(agent: RolloutAgent) -> str:

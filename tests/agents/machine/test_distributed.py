@@ -372,20 +372,23 @@ def test_any_number_of_episodes_and_processes_gives_the_weights_of_one(seed: int
     assert_shared_alike(name, processes, int(rng.integers(1, 9)), changes, {})
 
 
-def prompts_of_rounds(name: str, episodes: int, updates: int) -> list[list[tuple[int, ...]]]:
+def prompts_of_rounds(name: str, episodes: int, total: int) -> list[list[tuple[int, ...]]]:
     """The prompts of each update of this process, in an environment of five rows."""
     agent = make_agent(name, 5, {"prompts": PROMPTS}, episodes_per_update=episodes)
     rollouts = rollouts_of(agent)
-    agent.learn(episodes * updates)
+    agent.learn(total)
     return [[row[0] for row in rollout.sequences.input_ids.tolist()] for rollout in rollouts]
 
 
-@pytest.mark.parametrize(("name", "episodes", "each"), [("ppo", 7, 1), ("grpo", 12, 4)])
-def test_processes_take_uneven_shares_of_one_order_of_prompts(name: str, episodes: int, each: int) -> None:
-    alone = prompts_of_rounds(name, episodes, 2)
-    shares = launched(prompts_of_rounds, name, episodes, 2)
+@pytest.mark.parametrize(("name", "episodes", "last", "each"), [("ppo", 7, 4, 1), ("grpo", 12, 8, 4)])
+def test_processes_take_uneven_shares_of_one_order_of_prompts(name: str, episodes: int, last: int, each: int) -> None:
+    """The last update is smaller, since the total is no multiple of an update."""
+    total = 2 * episodes + last
+    alone = prompts_of_rounds(name, episodes, total)
+    assert [len(prompts) for prompts in alone] == [episodes, episodes, last]
+    shares = launched(prompts_of_rounds, name, episodes, total)
     assert [[*first, *second] for first, second in zip(*shares, strict=True)] == alone
-    assert len({prompt for rollout in alone for prompt in rollout}) == 2 * episodes // each, "a prompt came twice"
+    assert len({prompt for rollout in alone for prompt in rollout}) == total // each, "a prompt came twice"
 
 
 PROMPTS = [*"abcdefghijklmnopqrstuvwx"]  # eight are drawn as the environment is made, and a rollout takes the rest
