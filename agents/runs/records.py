@@ -8,7 +8,9 @@ probabilities by one more pass of the policy after it, for the recorded rows alo
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from textgym.models.distributions.log_probs import in_chunks
 from textgym.models.machine.transfer import to_host
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
+from textgym.rewards.engine.completions_to_score import RewardError
 from textgym.settings import Count, check_arguments
 from textgym.viewer.records import FORMAT, Record, read_record, records_of, rounded, update_of, write_record
 
@@ -35,6 +38,7 @@ from ..common.rollout_agent import Metrics, RolloutAgent
 from ..configs.grpo import GRPOConfig
 from ..configs.ppo import PPOConfig
 from ..nlpo import NLPO
+from .evaluation import Judge
 
 ALTERNATIVES = 5
 
@@ -48,11 +52,19 @@ class Recorder(Callback):
         every: Number of updates between records.
         rows: Number of rows that are recorded of an update. Prompts that were recorded before are preferred, so that
             their responses can be compared, and rows of one prompt stay together.
+        judge: Scores prompts and responses of the recorded rows; the policy is not trained on it.
     """
 
     @check_arguments
-    def __init__(self, folder: str | Path, agent: RolloutAgent, every: Count = 20, rows: Count = 64) -> None:
-        self.folder, self.every, self.rows = Path(folder), every, rows
+    def __init__(
+        self,
+        folder: str | Path,
+        agent: RolloutAgent,
+        every: Count = 20,
+        rows: Count = 64,
+        judge: Judge | None = None,
+    ) -> None:
+        self.folder, self.every, self.rows, self.judge = Path(folder), every, rows, judge
         self.pieces = Pieces(agent.base_env.tokenizer)
         self.seen: set[str] = set()  # texts of recorded prompts
         for path in records_of(self.folder):
@@ -112,6 +124,12 @@ class Recorder(Callback):
 
         models = [model for model in ("policy", "reference") if f"{model}_tokens" in before.alternatives]
         alternatives = {model: alternatives_of(model) for model in models}
+        texts = self._texts(host)
+        rows = {"prompt": [prompts.index(prompt) for prompt in before.prompts], **host.outcomes}
+        judges = judges_among_rewards(agent, rows)
+        if self.judge is not None:
+            rows["judge"] = self._judged(host, texts)
+            judges.append("judge")
         return {
             "format": FORMAT,
             "textgym": importlib.metadata.version("textgym"),
@@ -123,22 +141,33 @@ class Recorder(Callback):
             "num_rows": before.num_rows,
             "pieces": pieces.texts,
             "prompts": prompts,
-            "rows": {"prompt": [prompts.index(prompt) for prompt in before.prompts], **host.outcomes},
-            "texts": self._texts(host),
+            "rows": rows,
+            "judges": judges,
+            "texts": self._texts_beside_pieces(host, texts),
             "tokens": tokens,
             "numbers": {name: host.further[name][host.mask].tolist() for name in columns},
             "each": before.alternatives["reference_tokens"].shape[1],
             "alternatives": alternatives,
         }
 
-    def _texts(self, host: HostRollout) -> dict[str, str]:
+    def _texts(self, host: HostRollout) -> list[str]:
+        """Return the texts of responses."""
+        pairs = zip(host.prompts, host.responses, strict=True)
+        return [decode_continuation(self.pieces.tokenizer, prompt, response) for prompt, response in pairs]
+
+    def _texts_beside_pieces(self, host: HostRollout, texts: list[str]) -> dict[str, str]:
         """Return the texts of responses that are not those of their pieces, such as those with half characters."""
-        texts = {}
-        for row, (prompt, response) in enumerate(zip(host.prompts, host.responses, strict=True)):
-            text = decode_continuation(self.pieces.tokenizer, prompt, response)
-            if text != "".join(self.pieces[token] for token in response):
-                texts[str(row)] = text
-        return texts
+        pairs = enumerate(zip(texts, host.responses, strict=True))
+        return {str(row): text for row, (text, ids) in pairs if text != "".join(self.pieces[token] for token in ids)}
+
+    def _judged(self, host: HostRollout, texts: list[str]) -> list[float | int | None]:
+        """Return what the judge says of each row; `None` for rows of which it has no opinion."""
+        assert self.judge is not None
+        prompts = [str(self.pieces.tokenizer.decode(ids, skip_special_tokens=True)) for ids in host.prompts]
+        scores = self.judge(prompts, texts)
+        if len(scores) != len(texts):
+            raise RewardError(f"the judge of the recorded rows gave {len(scores)} scores for {len(texts)} responses")
+        return rounded(math.nan if score is None else float(score) for score in scores)
 
 
 @dataclass(frozen=True)
@@ -237,6 +266,15 @@ class Before(NamedTuple):
             alternatives |= {"policy_tokens": tokens, "policy_probabilities": probabilities}
         clip = clip_bounds(agent.config)
         return cls(part, rows, prompts, len(rollout), numbers, alternatives, agent.penalty.coef, clip)
+
+
+def judges_among_rewards(agent: RolloutAgent, rows: Mapping[str, Any]) -> list[str]:
+    """Return the columns of reward functions of weight 0, which are only reported while others are trained on."""
+    scorer = agent.base_env.scorer
+    if not any(scorer.weights):
+        return []
+    names = [f"reward/{name}" for name, weight in zip(scorer.names, scorer.weights, strict=True) if weight == 0]
+    return [name for name in names if name in rows]
 
 
 @torch.no_grad()

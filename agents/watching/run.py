@@ -17,6 +17,7 @@ from ..machine.distributed import everyone
 from ..runs.checkpoints import Checkpoints
 from ..runs.display.overview import overview
 from ..runs.display.warning_signs import WarningSigns
+from ..runs.evaluation import Judge
 from ..runs.heldout import HeldOut
 from ..runs.interrupts import Interrupts
 from ..runs.profiling import Profiler
@@ -39,6 +40,7 @@ class WatchedRun:
         heldout: Evaluation on held-out prompts; `None` for none.
         checkpoints: Where checkpoints are written; `None` for none.
         record_every: Updates between records of tokens in the folder; 0 for none.
+        judge: Scores the recorded rows; the policy is not trained on it.
         profiler: What measures the first updates.
         trackers: Trackers that get metrics, samples and settings too.
         at_the_end: Called after the last update; returns a table that is shown.
@@ -54,13 +56,14 @@ class WatchedRun:
         heldout: HeldOut | None = None,
         checkpoints: Checkpoints | None = None,
         record_every: int = 0,
+        judge: Judge | None = None,
         profiler: Profiler | None = None,
         trackers: Trackers | None = None,
         at_the_end: Callable[[], Table | None] | None = None,
     ) -> None:
         self.agent, self.live, self.total_episodes = agent, live, total_episodes
         self.folder, self.heldout, self.checkpoints = folder, heldout, checkpoints
-        self.record_every, self.profiler, self.trackers = record_every, profiler, trackers
+        self.record_every, self.judge, self.profiler, self.trackers = record_every, judge, profiler, trackers
         self.at_the_end = at_the_end
         self.interrupts = Interrupts(live.console)
 
@@ -108,7 +111,7 @@ class WatchedRun:
         agent = self.agent
         found: list[Any] = [self.heldout]
         if isinstance(agent, RolloutAgent) and self.folder is not None and self.record_every:
-            found.append(Recorder(self.folder.folder, agent, self.record_every))
+            found.append(Recorder(self.folder.folder, agent, self.record_every, judge=self.judge))
         found += [*given, plain_numbers, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
         if isinstance(agent, RolloutAgent):
             history = [] if self.folder is None else self.folder.history

@@ -64,6 +64,7 @@ def session(
             heldout=None if evaluation is None else evaluation.heldout,
             checkpoints=checkpoints,
             record_every=RECORD_EVERY,
+            judge=None if evaluation is None else evaluation.judge,
             trackers=trackers,
             at_the_end=None if evaluation is None else evaluation.table,
         )
@@ -85,6 +86,7 @@ class Evaluation:
         self.heldout: HeldOut | None = None
         self.before = None
         spec = agent.envs.spec
+        self.judge = None if spec is None else judge_of(spec.id)
         if agent.named is not None:
             envs = agent.named.heldout
         elif spec is not None and not spec.additional_wrappers:
@@ -99,8 +101,7 @@ class Evaluation:
         """Return the figures before and after, and write them with the samples; `None` if one of both is not known."""
         if self.heldout is None or self.before is None:
             return None
-        judge = judge_of(self.agent.envs.spec.id)
-        return self.heldout.before_and_after(self.before, self.agent.policy, self.folder, judge)
+        return self.heldout.before_and_after(self.before, self.agent.policy, self.folder, self.judge)
 
 
 def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from textgym.agents.machine.distributed import everyone, join, raise_on_terminat
 from textgym.agents.machine.named_envs import heldout_envs
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
+from textgym.agents.runs.evaluation import Judge
 from textgym.agents.runs.heldout import HeldOut, judge_of
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.progress import LiveProgress
@@ -92,6 +93,7 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     if isinstance(agent, RolloutAgent):
         every, seed = command.eval_every or 1, command.config.seed
         evaluation = HeldOut(heldout, agent.penalty.reference, every, seed, command.eval_prompts)
+    judge = judge_of(command.env)
     run = WatchedRun(
         agent,
         live,
@@ -100,9 +102,10 @@ def _train(command: Train, claim: RunClaim | None) -> None:
         heldout=evaluation if command.eval_every else None,
         checkpoints=checkpoints,
         record_every=command.record_every,
+        judge=judge,
         profiler=profiler,
         trackers=trackers,
-        at_the_end=lambda: _write_samples(policy, envs, folder, command, evaluation),
+        at_the_end=lambda: _write_samples(policy, envs, folder, command, evaluation, judge),
     )
     try:
         with run.learning(_judges(command), resumed) as callbacks:
@@ -176,7 +179,12 @@ def kl_arguments(command: Train) -> dict[str, Any]:
 
 
 def _write_samples(
-    policy: ActorCritic, envs: Any, folder: RunFolder, command: Train, evaluation: HeldOut | None
+    policy: ActorCritic,
+    envs: Any,
+    folder: RunFolder,
+    command: Train,
+    evaluation: HeldOut | None,
+    judge: Judge | None,
 ) -> Table:
     """Write texts of the policy and of its start, and return a table of their figures."""
     start = ActorCritic.from_pretrained(
@@ -187,7 +195,7 @@ def _write_samples(
     )
     if evaluation is None:
         evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
-    return evaluation.before_and_after(evaluation.samples(start), policy, folder, judge_of(command.env))
+    return evaluation.before_and_after(evaluation.samples(start), policy, folder, judge)
 
 
 def _algorithm(command: Train) -> Any:

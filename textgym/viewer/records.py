@@ -9,7 +9,9 @@ tokens are packed in the file, see `textgym.viewer.packing`.
     pieces                                      texts of tokens; columns named `piece` have indices into this list
     prompts                                     texts of prompts
     rows                                        a number a row: `prompt` (an index), `length`, `score` (null if the row
-                                                is unscored), `stopped` (false at the length limit), `reward/<name>`
+                                                is unscored), `stopped` (false at the length limit), `reward/<name>`,
+                                                and `judge` if somebody besides the rewards scores the rows
+    judges                                      names of the columns of `rows` that the policy is not trained on
     texts                                       text of each row whose text is not that of its pieces, by row
     tokens                                      a number a response token, row after row: `piece`, `reward`, and `mine`
                                                 (0 for tokens of the environment) if the environment inserted some
