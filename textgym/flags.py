@@ -266,6 +266,8 @@ class Chat:
     """Id of the environment, which scores the completions."""
     reference: str = "tiny"
     """What the KL is measured to."""
+    temperature: Positive = 1.0
+    """Divides the logits of both; `textgym chat runs/x` takes that of the run."""
     seed: Seed = 0
     """Of the first completion."""
     env_kwargs: str = "{}"
@@ -313,6 +315,8 @@ class Evaluate:
     """Id of the environment."""
     reference: str = "tiny"
     """What KL and perplexity are measured to, and what the policy is compared with."""
+    temperature: Positive = 1.0
+    """Divides the logits of all policies and of the reference; `textgym evaluate runs/x` takes that of the run."""
     prompts: Count = 128
     """How many prompts, the environment's first ones."""
     num_envs: Count = 64

@@ -26,6 +26,9 @@ CONFIG, TRUST = "config.json", "--trust-names"
 ASIDE = ("config", "resume", "overwrite", "output_dir", "quiet", "profile", "trust_remote_code", "log_with")
 """Settings of one call of the command alone; the agent's own ones, in `config`, are taken apart."""
 
+SHARED = ("env", "env_kwargs", "temperature", "device")
+"""Settings of a run that `evaluate` and `chat` have too: texts are to be sampled as they were in training."""
+
 
 def expand(words: list[str]) -> list[str]:
     """Return a command line without names of runs: their settings stand there as flags.
@@ -43,7 +46,7 @@ def expand(words: list[str]) -> list[str]:
     if words[:1] in (["evaluate"], ["chat"]) and words[1:2] and not words[1].startswith("-"):
         folder = _folder_after(words[0], words)
         settings = read_settings(folder / CONFIG, trusted)
-        chosen: dict[str, Any] = {name: settings[name] for name in ("env", "env_kwargs", "device") if name in settings}
+        chosen: dict[str, Any] = {name: settings[name] for name in SHARED if name in settings}
         chosen |= {"policy": str(folder / "policy"), "reference": settings.get("model")}
         return [words[0], *flags_of(chosen), *words[2:]]
     if words[:1] == ["train"] and "--config" in words[:-1]:

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from textgym import agents, cli, flags
 from textgym.agents import PPO, PPOConfig
+from textgym.agents.runs import chat as chatting
 from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.agents.runs.claims import RunClaim
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.progress import LiveProgress
 from textgym.commands import evaluate as evaluation
@@ -27,6 +29,7 @@ from textgym.commands import models
 from textgym.commands.models import place_of
 from textgym.commands.train import kl_arguments
 from textgym.data.corpora.sources import Snippet
+from textgym.models.actor_critic import ActorCritic
 from textgym.models.loading import ASSETS
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.models import RewardModel, RewardModelConfig
@@ -467,6 +470,33 @@ def test_evaluate_reports_further_metrics(capsys: pytest.CaptureFixture[str]) ->
     figures = {line[0]: line[1:] for line in lines if len(line) == 3}
     assert figures["completion_length"] == figures["length"]
     assert 0 < float(figures["DistinctN"][0]) <= 1
+
+
+def test_evaluate_and_chat_sample_as_the_run_did(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The policy is its own reference here, so a KL of 0 says that both have one temperature."""
+    run = working_folder / "run"
+    RunClaim(run).release()
+    (run / "config.json").write_text('{"model": "tiny", "temperature": 0.25}')
+    ActorCritic.from_pretrained("tiny").save_pretrained(run / "policy", AutoTokenizer.from_pretrained(ASSETS / "tiny"))
+    generate, temperatures = evaluation.generate, []
+
+    def seen(policy: ActorCritic, *arguments: Any, **settings: Any) -> Any:
+        temperatures.append(policy.temperature)
+        return generate(policy, *arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "generate", seen)
+    monkeypatch.setattr(chatting, "generate", seen)
+    monkeypatch.setattr(sys, "stdin", ["A film\n"])
+    small = ["--prompts", "2", "--num-envs", "2", "--samples", "0"]
+    cli.main(["evaluate", "run", *small, *env_kwargs()])
+    cli.main(["chat", "run", *env_kwargs()])
+    assert temperatures == [0.25, 0.25, 0.25]
+    shown = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in shown.splitlines()]
+    assert [row for row in rows if row[:1] == ["kl"]] == [["kl", "0.000", "0.000"]]
+    assert "KL 0.00 nats" in shown
 
 
 def test_evaluate_prints_the_metrics_of_a_task_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,9 +61,11 @@ def test_a_file_in_yaml_serves_as_well(tmp_path: Path) -> None:
 
 
 def test_evaluate_and_chat_know_policy_environment_and_reference(tmp_path: Path) -> None:
-    folder = run_of(tmp_path / "run", Train(tmp_path / "run", env="textgym/Copy-v0", model="smollm2"))
+    folder = run_of(tmp_path / "run", Train(tmp_path / "run", env="textgym/Copy-v0", model="smollm2", temperature=0.5))
     for name in ("evaluate", "chat"):
-        command = cli.parse([name, str(folder), "--seed", "5"])
+        assert cli.parse([name, str(folder)]).temperature == 0.5
+        command = cli.parse([name, str(folder), "--seed", "5", "--temperature", "2"])
+        assert command.temperature == 2.0
         assert (command.policy, command.env) == (str(folder / "policy"), "textgym/Copy-v0")
         assert (command.reference, command.seed) == ("smollm2", 5)
 

@@ -29,7 +29,9 @@ def evaluate(command: Evaluate) -> None:
     if command.against is not None:
         policies["other policy"] = command.against
     loaded = {
-        name: ActorCritic.from_pretrained(model, device=place, trust_remote_code=command.trust_remote_code)
+        name: ActorCritic.from_pretrained(
+            model, temperature=command.temperature, device=place, trust_remote_code=command.trust_remote_code
+        )
         for name, model in policies.items()
     }
     models = {
@@ -46,6 +48,7 @@ def evaluate(command: Evaluate) -> None:
         for name, policy in loaded.items()
     }
     scorer = envs.unwrapped.reference
+    scorer.temperature = command.temperature  # that of the policies, as in training
     judge = judge_of(command.env)
     own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
 
@@ -71,8 +74,8 @@ def evaluate(command: Evaluate) -> None:
 def answer(command: Chat) -> None:
     """Completions of what is typed, until the end of the input."""
     place = place_of(command)
-    policy = ActorCritic.from_pretrained(command.policy, device=place)
-    reference = ActorCritic.from_pretrained(command.reference, device=place)
+    policy = ActorCritic.from_pretrained(command.policy, temperature=command.temperature, device=place)
+    reference = ActorCritic.from_pretrained(command.reference, temperature=command.temperature, device=place)
     models = {"tokenizer": command.reference, "reference": command.reference, **decoder_start(policy)}
     envs = make_envs(command.env, 1, command.env_kwargs, place, on_reward_error="skip", **models)
     print("Type a prompt and press Enter. Ctrl-D ends it.", flush=True)
