@@ -63,11 +63,14 @@ class GRPO(PromptGroupAgent):
         super().__init__(policy, envs, config)
         if self.config.kl_in == "loss":
             self.refuse_clamp()
-        if self.config.scale == "each" and self.config.kl_in == "reward" and self.penalty.coef > 0:
+        buffer, longest = self.config.overlong_buffer, self.base_env.max_new_tokens
+        if buffer is not None and buffer > longest:
             raise ConfigError(
-                "scale='each' is of reward functions, and the KL in the reward is none of them: set kl_in='loss', or "
-                "kl_coef=0 in the environment"
+                f"overlong_buffer={buffer} is more than the max_new_tokens={longest} of the environment, so the first "
+                f"token would already be penalised: set it to a part of them, such as {max(1, longest // 5)}"
             )
+        if self.config.scale == "each":
+            self.refuse_changed_sums()
 
     def update(self, rollout: Rollout, kl: Tensor) -> Metrics:
         """Make one update (Shao et al., 2024, algorithm 1) from a rollout and the KL of its tokens."""
@@ -184,21 +187,25 @@ class GRPO(PromptGroupAgent):
         With a buffer of B tokens and the maximum length L it is the penalty times (length - (L - B)) / B, at least 0
         (Yu et al., 2025, equation 13).
         """
+        return self.config.overlong_penalty * self.beyond(lengths)
+
+    def beyond(self, lengths: Tensor) -> Tensor:
+        """Return the share of the overlong buffer that responses of these lengths use, `(N,)`; 0 without a buffer."""
         buffer = self.config.overlong_buffer
         if buffer is None:
             return torch.zeros_like(lengths, dtype=torch.float64)
         beyond = (lengths - (self.base_env.max_new_tokens - buffer)).clamp(min=0)
-        return self.config.overlong_penalty * beyond.double() / buffer
+        return beyond.double() / buffer
 
     def of_each_reward(self, rollout: Rollout, comparable: Tensor) -> Tensor:
         """Return advantages `(groups, group_size)` in which each reward function has its own unit (Liu et al., 2026).
 
-        A_i = sum_k w_k (r_ik - mean of the group) / (standard deviation of the group + 1e-4) for reward functions k,
-        then normalised over the rollout. A function that did not score a row has no part in its advantage.
+        A_i = sum_k w_k (r_ik - mean of the group) / (standard deviation of the group + 1e-4) for the rewards k of
+        `all_rewards`, then normalised over the rollout. A function that did not score a row has no part in its
+        advantage.
         """
         total = torch.zeros(comparable.shape, dtype=torch.float64, device=comparable.device)
-        for name, weight in zip(self.base_env.scorer.names, self.base_env.scorer.weights, strict=True):
-            column = rollout.component(f"reward/{name}")  # (N,)
+        for column, weight in self.all_rewards(rollout):
             groups = self.compared(column, ~column.isnan())
             total += weight * groups.differences / (groups.standard_deviation + 1e-4)
         count = sum_over_processes(comparable.sum())
@@ -208,6 +215,52 @@ class GRPO(PromptGroupAgent):
         difference = masked(total - mean, comparable)
         variance = overall_mean(difference.square(), comparable) * count / (count - 1).clamp(min=1)
         return difference / (variance.sqrt() + 1e-4)
+
+    def all_rewards(self, rollout: Rollout) -> list[tuple[Tensor, float]]:
+        """Return what an episode is paid for, `(N,)` each and NaN where it is unknown, and the weight of each.
+
+        These are the reward functions, and with negative weights the costs of constraints, which have their multipliers
+        as weights, and a missing end and the share of the overlong buffer that is used, which have their penalties.
+
+        Raises:
+            ConfigError: If the score has another part, such as the reward of a wrapper.
+        """
+        scorer, missing_eos_penalty = self.base_env.scorer, self.base_env.missing_eos_penalty
+        rewards = [
+            (rollout.component(f"reward/{name}"), weight)
+            for name, weight in zip(scorer.names, scorer.weights, strict=True)
+        ]
+        rewards.append(((~rollout.ended_by_stop).double(), -missing_eos_penalty))
+        self._check_sum(rollout, rewards)
+        for name, multiplier in self.constraints.multipliers.items():
+            rewards.append((rollout.component(f"reward/{name}"), -multiplier))
+        rewards.append((self.beyond(rollout.sequences.response_lengths), -self.config.overlong_penalty))
+        return rewards
+
+    def _check_sum(self, rollout: Rollout, rewards: list[tuple[Tensor, float]]) -> None:
+        """Raise an error if the scores are not the weighted sums of these rewards, up to rounding."""
+        parts = torch.stack([masked(weight * column, ~column.isnan()) for column, weight in rewards])
+        unknown = masked(rollout.scores - parts.sum(0), rollout.scored).abs()
+        if bool((unknown > 1e-4 * (1 + parts.abs().sum(0))).any()):
+            raise ConfigError(
+                f"scale='each' is of reward functions, and a wrapper changes a score by {float(unknown.max()):.4g}: "
+                "make its reward a reward function, or use another scale"
+            )
+
+    def refuse_changed_sums(self) -> None:
+        """Raise an error if the environment or the KL changes the sum of the reward functions, which "each" has not."""
+        if self.config.kl_in == "reward" and self.penalty.coef > 0:
+            raise ConfigError(
+                "scale='each' is of reward functions, and the KL in the reward is none of them: set kl_in='loss', or "
+                "kl_coef=0 in the environment"
+            )
+        scale = self.base_env.scorer.scale
+        for name, value in (("score_scaling", scale.scaling), ("score_clip", scale.clip)):
+            if value is not None:
+                raise ConfigError(
+                    f"scale='each' gives each reward function its own unit, and {name}={value!r} is of their sum: "
+                    "leave one of them out"
+                )
 
     @torch.no_grad()
     def high_entropy(self, rollout: Rollout) -> Tensor:

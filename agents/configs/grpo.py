@@ -32,7 +32,8 @@ class GRPOConfig(PromptGroupConfig):
     entropy_share: PositiveShare = 1.0
     """Share of the response tokens of a rollout that the policy loss is of, those with the highest entropy."""
     overlong_buffer: Count | None = None
-    """Number of tokens before the maximum length in which the score falls linearly by `overlong_penalty`."""
+    """Number of tokens before the maximum length in which the score falls linearly by `overlong_penalty`; at most the
+    maximum length."""
     overlong_penalty: NotNegative = 1.0
     """What a response of the maximum length pays with `overlong_buffer`."""
     dynamic_sampling: Count | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from textgym.agents import GRPO, PPO, GRPOConfig, PPOConfig
 from textgym.agents.common.policy_gradient import Batch
 from textgym.agents.common.rollout import Rollout
+from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.sequences import Sequences
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
@@ -183,6 +184,52 @@ def test_each_reward_function_has_its_own_unit() -> None:
     )
 
 
+def normalised(column: np.ndarray) -> np.ndarray:
+    """A column in groups of four, in the unit of each group."""
+    groups = column.reshape(-1, 4)
+    parts: np.ndarray = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
+    return parts
+
+
+def test_costs_of_constraints_length_and_a_missing_end_are_rewards_with_a_unit_of_their_own() -> None:
+    """By hand: their weights are the multiplier and the penalties, whatever the unit of the function is."""
+    settings: dict[str, Any] = {"constraints": {"length": 1.0}, "overlong_buffer": 3, "overlong_penalty": 0.7}
+    env = {"reward_weights": [1.0, 0.0], "missing_eos_penalty": 1.5}
+    agent = make_agent([vowels, length], env=env, scale="each", constraint_learning_rate=1e-9, **settings)
+    agent.constraints.multipliers["length"] = 2.0
+    rollout = agent.play()
+    lengths = rollout.sequences.response_lengths.double().numpy()
+    unended = (~rollout.ended_by_stop).double().numpy()
+    assert len(set(unended)) == 2
+    total = (
+        normalised(rollout.components["reward/vowels"].double().numpy())
+        - 2.0 * normalised(100.0 * lengths)
+        - 0.7 * normalised(np.maximum(0.0, lengths - 3) / 3)
+        - 1.5 * normalised(unended)
+    )
+    expected = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
+    # The step of the multiplier, 1e-9 times a mean below 1,000, is below the rounding of float32.
+    assert_close(
+        advantages_of(agent, rollout)[:, 0].double().numpy(), expected.flatten(), terms=64, dtype=torch.float32
+    )
+
+
+class Doubled(gym.vector.VectorRewardWrapper):
+    """Pays every score twice."""
+
+    def rewards(self, rewards: Any) -> Any:
+        return 2 * rewards
+
+
+def test_a_wrapper_that_changes_scores_is_refused_where_functions_have_their_own_unit() -> None:
+    plain = make_agent([vowels, length], scale="each")
+    agent = GRPO(plain.policy, Doubled(plain.envs), plain.config)
+    before = [weight.clone() for weight in agent.policy.parameters()]
+    with pytest.raises(ConfigError, match="a wrapper changes a score by"):
+        agent.learn(16)
+    assert all(map(torch.equal, before, agent.policy.parameters()))
+
+
 def test_equal_scores_have_no_advantage_beside_groups_that_differ() -> None:
     """Not even that of rounding, whose sign would depend on what else is in the rollout."""
     agent = make_agent([by_prompt, length], env={"reward_weights": [0.3, 0.0]}, scale="each")
@@ -285,6 +332,9 @@ def test_each_variant_starts_at_ratio_one_with_a_gradient(settings: dict[str, An
         (lambda: GRPOConfig(entropy_share=0.0), "entropy_share must be above 0"),
         (lambda: PPOConfig(importance_cap=0.0), "importance_cap must be above 0"),
         (lambda: make_agent(scale="each", env={"kl_coef": 0.1}), "scale='each' is of reward functions"),
+        (lambda: make_agent(scale="each", env={"score_clip": 2.0}), "unit, and score_clip=2.0 is of their sum"),
+        (lambda: make_agent(scale="each", env={"score_scaling": "running"}), "unit, and score_scaling='running' is"),
+        (lambda: make_agent(overlong_buffer=7), "overlong_buffer=7 is more than the max_new_tokens=6"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(make: Any, message: str) -> None:
