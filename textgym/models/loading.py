@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -105,18 +106,17 @@ def load_causal_lm(
         model: Any = _placed(name, device)
         if dtype is not None:
             model = _cast(model, dtype)
+        copy_mapped_weights(model)
     else:
         with _explained(str(name), "model"):
             config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        further = {"attn_implementation": attn_implementation, "output_loading_info": True}
-        model, info = _load(auto_class, name, dtype, device, trust_remote_code, **further)
+        model, info = _load(auto_class, name, dtype, device, trust_remote_code, attn_implementation=attn_implementation)
         if info["missing_keys"]:  # transformers would make them up
             raise ValueError(
                 f"{name} has not all weights of its model (missing: {', '.join(sorted(info['missing_keys']))}), so the "
                 "others would be random: use a whole copy, or a model that was trained as a language model"
             )
-        model = _placed(model, device)
     return disable_dropout(model)
 
 
@@ -143,14 +143,15 @@ def load_classifier(
     """
     if not trained:
         shape = {"num_labels": 1, "num_hidden_layers": num_layers}
-        return disable_dropout(_load(auto_class, name, dtype, device, trust_remote_code, **shape))
-    model, info = _load(auto_class, name, dtype, device, trust_remote_code, output_loading_info=True)
+        model, _ = _load(auto_class, name, dtype, device, trust_remote_code, **shape)
+        return disable_dropout(model)
+    model, info = _load(auto_class, name, dtype, device, trust_remote_code)
     if info["missing_keys"]:
         raise ValueError(
             f"{name} has no trained reward head (missing: {', '.join(sorted(info['missing_keys']))}): train one with "
             f"train_reward_model(preferences, {str(name)!r})"
         )
-    return disable_dropout(_placed(model, device))
+    return disable_dropout(model)
 
 
 @lru_cache(maxsize=4)
@@ -163,7 +164,8 @@ def load_encoder(name: str, device: torch.device | None = None) -> tuple[Any, To
     """
     with _explained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
-    return freeze(disable_dropout(_load(AutoModel, name, None, device, False))), tokenizer
+    model, _ = _load(AutoModel, name, None, device, False)
+    return freeze(disable_dropout(model)), tokenizer
 
 
 def shared_causal_lm(name: str, dtype: torch.dtype | None = None, device: Device = None) -> PreTrainedModel:
@@ -197,19 +199,35 @@ def disable_dropout(model: Any) -> Any:
     return model.eval()
 
 
+def copy_mapped_weights(model: nn.Module) -> None:
+    """Copy the weights that lie in a mapped file, on a CPU, into memory of torch's own.
+
+    `from_pretrained` leaves them in the file, at an address that depends on the length of the file's header. MKL may
+    round a product differently there: a loaded model would not have the exact results of the model that was saved.
+    Torch's own memory begins at multiples of 64 bytes.
+    """
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        if weight.device.type == "cpu" and not weight.untyped_storage().resizable():
+            weight.data = weight.data.clone()
+
+
 def _load(
     auto_class: Any, name: Any, dtype: torch.dtype | None, device: Device, trust_remote_code: bool, **kwargs: Any
-) -> Any:
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model, and what is known of its loading."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     with _explained(str(name), "model"), quiet():
-        model = auto_class.from_pretrained(
+        model, info = auto_class.from_pretrained(
             resolve(name),
             dtype=dtype or torch.float32,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **kwargs,
         )
-    return _placed(model, device) if isinstance(model, nn.Module) else model  # else with what is known of its loading
+    model = _placed(model, device)
+    copy_mapped_weights(model)
+    return model, info
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
