@@ -422,9 +422,12 @@ class TextTask:
         return self.stop_strings.cut(self._turn(row, prompt, response), self._early(row, prompt, response))
 
     def _early(self, row: int, prompt: list[int], response: list[int]) -> int:
-        """Return the length of the text in which no stop string may end: that of the first `min_new_tokens` tokens."""
+        """Return the length of the part of `_turn` in which no stop string may end.
+
+        It is the part in the first `min_new_tokens` tokens of the response.
+        """
         minimum = self.episodes.stop.min_new_tokens
-        if not (minimum and self.stop_strings.texts) or self.answers:
+        if not (minimum and self.stop_strings.texts):
             return 0
         return len(self._turn(row, prompt, response[:minimum]))
 

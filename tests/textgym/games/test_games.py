@@ -104,6 +104,25 @@ def test_a_stop_string_is_searched_in_the_turn_under_way_alone() -> None:
     assert env.transcript["completion"] == "one So it is. two So it is. three"
 
 
+@pytest.mark.parametrize(
+    ("minimum", "text", "turn"),
+    [(3, "abxyzbqab", "abxyzbq"), (3, "abaab", "aba"), (2, "abab", "ab"), (2, "xab", "x"), (1, "ab", "")],
+)
+def test_a_stop_string_that_is_complete_too_early_closes_no_turn(minimum: int, text: str, turn: str) -> None:
+    """Neither does a later token with its last character; and of later turns no token is too early."""
+    env = GameEnv(Talk, byte_tokenizer(), max_prompt_tokens=24, max_new_tokens=80, stop=["ab"], min_new_tokens=minimum)
+    env.reset()
+    heard = env.task.games[0].heard
+    for letter in text:
+        assert heard == []
+        env.step(ord(letter))
+    assert heard == [turn]
+    env.step(ord("a"))
+    env.step(ord("b"))
+    assert heard == [turn, ""]
+    assert env.transcript["completion"] == f"{turn} So it is.  So it is. "
+
+
 def test_a_reply_that_does_not_fit_ends_the_row_by_length() -> None:
     env = GameEnv(Hints, **{**SETTINGS, "max_new_tokens": 6})
     env.reset(options={"prompt_index": 5})
