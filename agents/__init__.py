@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .ppo import PPO
     from .reinforce import REINFORCE
     from .rloo import RLOO
+    from .runs.evaluate import evaluate
+    from .runs.evaluation import measure
+    from .runs.run_folder import RunFolder
     from .sft import SFT
 
 # An algorithm `X` with its `XConfig` is a choice of `textgym train --agent`.
@@ -59,10 +62,13 @@ __all__ = [
     "PathwiseConfig",
     "REINFORCEConfig",
     "RLOOConfig",
+    "RunFolder",
     "SFTConfig",
+    "evaluate",
+    "measure",
 ]
 
-# Algorithms are loaded on first use, since they need torch and the command line's help does not.
+# Loaded on first use, since algorithms need torch and the command line's help does not.
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
@@ -77,7 +83,10 @@ __getattr__, __dir__ = on_first_use(
         "Pathwise": ".pathwise",
         "REINFORCE": ".reinforce",
         "RLOO": ".rloo",
+        "RunFolder": ".runs.run_folder",
         "SFT": ".sft",
+        "evaluate": ".runs.evaluate",
+        "measure": ".runs.evaluation",
     },
 )
 

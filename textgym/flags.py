@@ -39,7 +39,9 @@ from textgym.settings import (
 # An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration". Its class is
 # loaded when it trains, since that needs torch; its config is read here.
 ALGORITHMS: dict[str, str] = {
-    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): name for name in agents.__all__ if not name.endswith("Config")
+    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): name
+    for name in agents.__all__
+    if f"{name}Config" in agents.__all__
 }
 CONFIGS: dict[str, type[RolloutAgentConfig] | type[SupervisedConfig]] = {
     name: getattr(agents, f"{algorithm}Config") for name, algorithm in ALGORITHMS.items()

@@ -141,7 +141,7 @@ class WatchedRun:
 
 
 def plain_numbers(agent: Any, metrics: Metrics) -> None:
-    """Callback that makes plain numbers of metrics which other callbacks added, such as tensors, since JSON has no other.
+    """Callback that makes plain numbers, as JSON has them, of metrics that other callbacks added, such as tensors.
 
     Raises:
         ConfigError: If one is no number.

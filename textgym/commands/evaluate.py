@@ -7,14 +7,11 @@ import sys
 from rich.text import Text
 
 from textgym.agents.runs.chat import chat
-from textgym.agents.runs.evaluation import Samples, generate, measure, score_intervals
-from textgym.agents.runs.heldout import judge_of
+from textgym.agents.runs.evaluate import evaluated
 from textgym.agents.runs.progress import LiveProgress
-from textgym.agents.runs.run_folder import figures_table
 from textgym.commands import sheets
 from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
 from textgym.display import printable, rich_text
-from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.flags import Chat, Evaluate
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.sampling_rules import SamplingRules
@@ -40,28 +37,19 @@ def evaluate(command: Evaluate) -> None:
         **decoder_start(loaded["policy"]),
     }
     envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
-    prompts = range(min(command.prompts, len(envs.unwrapped.prompts)))
     for policy in loaded.values():
         policy.rules = SamplingRules(command.min_p, command.repetition_penalty, command.no_repeat_ngram_size)
-    samples = {
-        name: generate(policy, envs, prompts, command.seed, num_beams=command.num_beams)
-        for name, policy in loaded.items()
-    }
-    scorer = envs.unwrapped.reference
-    scorer.temperature = command.temperature  # that of the policies, as in training
-    judge = judge_of(command.env)
-    own = envs.unwrapped.metrics if isinstance(envs.unwrapped, TaskVectorEnv) else ()
-
-    def figures(chosen: Samples) -> dict[str, float | str]:
-        intervals = {name: str(interval) for name, interval in score_intervals(chosen, own).items()} if own else {}
-        return {**measure(chosen, scorer, judge, command.metrics), **intervals}
-
-    live.console.print(
-        figures_table(
-            f"{len(prompts)} prompts",
-            {name: figures(chosen) for name, chosen in samples.items()},
-        )
+    found = evaluated(
+        loaded,
+        envs,
+        envs.unwrapped.reference,
+        prompts=command.prompts,
+        seed=command.seed,
+        num_beams=command.num_beams,
+        metrics=command.metrics,
     )
+    samples = found.samples
+    live.console.print(found.table())
     if command.pairwise_sheet is not None:
         other = "reference" if command.against is None else "other policy"
         for line in sheets.write(command, {name: samples[name] for name in ("policy", other)}):
