@@ -17,17 +17,17 @@ from textgym.sb3.policies import token_space
 
 
 class Episode(NamedTuple):
-    """A text with its rewards: T transitions.
+    """A text with its rewards: T transitions, one for each token of the agent.
 
     Attributes:
-        input_ids: Token ids of prompt and response.
-        prompt_length: Number of tokens of the prompt.
-        rewards: `(T,)`, one for each response token.
+        input_ids: Token ids of prompt and response, with the environment's replies in a game.
+        sizes: `(T + 1,)`, number of tokens before each token of the agent, and in the last state.
+        rewards: `(T,)`, one for each token of the agent.
         terminated: Whether its last transition has no next state to bootstrap from.
     """
 
     input_ids: np.ndarray
-    prompt_length: int
+    sizes: np.ndarray
     rewards: np.ndarray
     terminated: bool
 
@@ -49,6 +49,9 @@ class EpisodeReplayBuffer(ReplayBuffer):
     transitions are equally likely, no transition occurs twice in a batch unless the buffer has fewer, and both networks
     need one pass over each episode. Transitions of one episode are correlated: a batch of 256 has as many independent
     texts as 10 to 20 single transitions have, at about their cost.
+
+    In a game of several turns the state after the last token of a turn has the reply, and `n_steps` counts the tokens
+    of the agent.
 
     Args:
         buffer_size: Maximum number of transitions; the oldest episodes are removed first.
@@ -102,13 +105,14 @@ class EpisodeReplayBuffer(ReplayBuffer):
         self.num_transitions = 0  # in `episodes`
         self.input_ids = np.zeros((self.n_envs, width + 1), dtype=np.min_scalar_type(int(self.tokens.n) - 1))
         self.rewards = np.zeros((self.n_envs, width), dtype=np.float32)
+        self.sizes = np.zeros((self.n_envs, width + 1), dtype=np.min_scalar_type(width + 1))  # see `Episode`
         self.lengths = np.zeros(self.n_envs, dtype=np.int64)  # of the current episodes; 0 if there is none
-        self.prompt_lengths = np.zeros(self.n_envs, dtype=np.int64)
+        self.steps = np.zeros(self.n_envs, dtype=np.int64)  # transitions of the current episodes
         super().reset()
 
     def size(self) -> int:
         """Return the number of transitions in the buffer."""
-        return self.num_transitions + int((self.lengths - self.prompt_lengths).sum())
+        return self.num_transitions + int(self.steps.sum())
 
     def add(  # type: ignore[override]
         self,
@@ -133,10 +137,16 @@ class EpisodeReplayBuffer(ReplayBuffer):
         for row in np.flatnonzero(~self._continues(obs["input_ids"], lengths)):  # its episode was abandoned by a reset
             self._close(row, terminated=False)
             self.input_ids[row, : lengths[row]] = obs["input_ids"][row, : lengths[row]]
-            self.prompt_lengths[row] = lengths[row]
         self.input_ids[rows, lengths] = action.reshape(-1)
-        self.rewards[rows, lengths - self.prompt_lengths] = reward
+        self.sizes[rows, self.steps] = lengths
+        self.rewards[rows, self.steps] = reward
+        self.steps += 1
         self.lengths = lengths + 1
+        following = next_obs["attention_mask"].sum(1)
+        for row in np.flatnonzero(~done.astype(bool) & (following > self.lengths)):  # the environment has replied
+            self.input_ids[row, : following[row]] = next_obs["input_ids"][row, : following[row]]
+            self.lengths[row] = following[row]
+        self.sizes[rows, self.steps] = self.lengths
         for row in np.flatnonzero(done):
             if not infos[row].get("scored", True):
                 self._discard(row)
@@ -155,7 +165,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
             np.concatenate(columns) for columns in zip(*map(self._transitions, pieces), strict=True)
         )
         row = np.repeat(np.arange(len(pieces)), [piece.last - piece.first for piece in pieces])
-        actions = [p.episode.input_ids[p.episode.prompt_length :][p.first : p.last] for p in pieces]
+        actions = [p.episode.input_ids[p.episode.sizes[p.first : p.last]] for p in pieces]
         return DictReplayBufferSamples(
             self._states(pieces, row, current),  # type: ignore[arg-type]  # DQN passes them on unchanged
             self._column(np.concatenate(actions).astype(np.int64)),
@@ -166,9 +176,9 @@ class EpisodeReplayBuffer(ReplayBuffer):
         )
 
     def nbytes(self) -> int:
-        """Return the size of all tokens and rewards in bytes."""
-        return sum(e.input_ids.nbytes + e.rewards.nbytes for e in self.episodes) + (
-            self.input_ids.nbytes + self.rewards.nbytes
+        """Return the size of all tokens, sizes and rewards in bytes."""
+        return sum(e.input_ids.nbytes + e.sizes.nbytes + e.rewards.nbytes for e in self.episodes) + (
+            self.input_ids.nbytes + self.sizes.nbytes + self.rewards.nbytes
         )
 
     def _continues(self, input_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -188,7 +198,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
             rewards[inside] += self.gamma**ahead * episode.rewards[step[inside] + ahead]
         ended = episode.terminated & (after == count)
         discounts = (self.gamma ** (after - step)).astype(np.float32)
-        return episode.prompt_length + step, episode.prompt_length + after, rewards, ended, discounts
+        return episode.sizes[step], episode.sizes[after], rewards, ended, discounts
 
     def _states(self, pieces: list[Piece], row: np.ndarray, sizes: np.ndarray) -> PackedStates:
         """Return the states after `sizes` `(M,)` tokens of the episodes `row` `(M,)`; one pass over each episode."""
@@ -197,7 +207,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
         ids = np.zeros((len(pieces), lengths.max()), dtype=np.int64)
         for index, piece in enumerate(pieces):
             ids[index, : lengths[index]] = piece.episode.input_ids[: lengths[index]]
-        return PackedStates.prefixes(*map(self.to_torch, (ids, lengths, row, sizes)))
+        return PackedStates.prefixes(*map(self.to_torch, (ids, lengths, row, sizes.astype(np.int64))))
 
     def _sample_pieces(self, batch_size: int) -> list[Piece]:
         """Sample consecutive transitions from a ring of all episodes in random order, starting at a random transition.
@@ -205,11 +215,8 @@ class EpisodeReplayBuffer(ReplayBuffer):
         If whole episodes were sampled and the last one cut, transitions of short texts would be more likely, and those
         at the ends of texts, which have the score, less likely.
         """
-        under_way = np.flatnonzero(self.lengths > self.prompt_lengths)
-        sizes = np.array(
-            [len(episode.rewards) for episode in self.episodes]
-            + (self.lengths - self.prompt_lengths)[under_way].tolist()
-        )
+        under_way = np.flatnonzero(self.steps)
+        sizes = np.array([len(episode.rewards) for episode in self.episodes] + self.steps[under_way].tolist())
         if not len(sizes):
             raise ValueError(
                 "the replay buffer is empty: add transitions before sampling; episodes without a score are not kept"
@@ -233,14 +240,13 @@ class EpisodeReplayBuffer(ReplayBuffer):
 
     def _under_way(self, row: int | np.integer[Any], terminated: bool = False) -> Episode:
         """Return a copy of the current episode of a row."""
-        prompt, length = int(self.prompt_lengths[row]), int(self.lengths[row])
-        return Episode(
-            self.input_ids[row, :length].copy(), prompt, self.rewards[row, : length - prompt].copy(), terminated
-        )
+        length, steps = int(self.lengths[row]), int(self.steps[row])
+        ids, sizes, rewards = self.input_ids[row, :length], self.sizes[row, : steps + 1], self.rewards[row, :steps]
+        return Episode(ids.copy(), sizes.copy(), rewards.copy(), terminated)
 
     def _close(self, row: int | np.integer[Any], terminated: bool) -> None:
         """Store the current episode of a row, and remove the oldest episodes if the buffer is full."""
-        if self.lengths[row] > self.prompt_lengths[row]:
+        if self.steps[row]:
             self.episodes.append(self._under_way(row, terminated))
             self.num_transitions += len(self.episodes[-1].rewards)
         self._discard(row)
@@ -252,7 +258,7 @@ class EpisodeReplayBuffer(ReplayBuffer):
 
     def _discard(self, row: int | np.integer[Any]) -> None:
         """Remove the current episode of a row."""
-        self.lengths[row] = self.prompt_lengths[row] = 0
+        self.lengths[row] = self.steps[row] = 0
 
     def _column(self, values: np.ndarray) -> Tensor:
         return self.to_torch(values).reshape(-1, 1)

@@ -12,9 +12,11 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
+from textgym.games.game_env import GameVectorEnv
 from textgym.models.architectures.attention import PackedStates
-from textgym.sb3 import EpisodeReplayBuffer, TextQPolicy
+from textgym.sb3 import EpisodeReplayBuffer, TextQPolicy, make_vec_env
 from textgym.sb3.replay_buffer import Episode
+from textgym.testing import byte_tokenizer
 
 MakeEnv = Any
 Transition = tuple[Any, ...]
@@ -123,7 +125,7 @@ def test_every_transition_is_as_likely(make_env: MakeEnv, batch_size: int) -> No
     buffer = EpisodeReplayBuffer(1000, env.observation_space, env.action_space)
     sizes = (1, 3, 24, 48, 64)
     for size in sizes:
-        buffer.episodes.append(Episode(np.arange(size + 1), 1, np.zeros(size, dtype=np.float32), True))
+        buffer.episodes.append(Episode(np.arange(size + 1), np.arange(1, size + 2), np.zeros(size), True))
     np.random.seed(0)
     counts = {size: np.zeros(size) for size in sizes}
     draws = 20_000 // batch_size
@@ -171,6 +173,78 @@ def test_n_step_transitions(make_env: MakeEnv) -> None:
     assert batch.dones.flatten()[order].tolist() == [0, 0, 1, 1, 1]
     assert batch.discounts.flatten()[order].tolist() == [0.125, 0.125, 0.125, 0.25, 0.5]
     assert (ends - starts)[order].tolist() == [3, 3, 3, 2, 1]
+
+
+class Rounds:
+    """Three turns; the replies are of different lengths, and each turn pays."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.turn = 0
+        return "q?", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        return "R" * self.turn, 1.0, self.turn == 3, False, {}
+
+
+def played_rounds(buffers: list[Any], turns: list[bytes], end: bool = True) -> None:
+    envs = make_vec_env(GameVectorEnv(1, Rounds, byte_tokenizer(), max_prompt_tokens=4, max_new_tokens=20))
+    observation = envs.reset()
+    for token in [token for turn in turns for token in [*turn, 256]]:
+        following, rewards, dones, infos = envs.step(np.array([token]))
+        stored = {key: value.copy() for key, value in following.items()}
+        if dones[0]:
+            stored = {key: value[None] for key, value in infos[0]["terminal_observation"].items()}
+        for buffer in buffers:
+            buffer.add(observation, stored, np.array([token]), rewards, dones, infos)
+        observation = following
+    assert dones[0] == end
+
+
+def game_buffers(*settings: dict[str, Any]) -> list[Any]:
+    envs = GameVectorEnv(1, Rounds, byte_tokenizer(), max_prompt_tokens=4, max_new_tokens=20)
+    spaces = (envs.single_observation_space, envs.single_action_space)
+    return [EpisodeReplayBuffer(100, *spaces, **more) for more in settings]
+
+
+def test_a_game_is_one_episode_whose_states_have_the_replies() -> None:
+    [ours] = game_buffers({})
+    stock = DictReplayBuffer(100, ours.observation_space, ours.action_space)
+    played_rounds([ours, stock], [b"a", b"bc", b""])
+    assert len(ours.episodes) == 1
+    assert ours.episodes[0].terminated
+    assert ours.size() == 6, "the tokens of the agent"
+    seen = set(transitions(ours.sample(6)))
+    assert seen == stock_transitions(stock)
+    after = dict.fromkeys(next_state for _, next_state, *_ in seen)
+    assert (*b"q?a", 256, *b"R") in after
+    assert (*b"q?a", 256, *b"Rbc", 256, *b"RR") in after
+
+
+def test_n_steps_are_the_agents_own_across_the_turns_of_a_game() -> None:
+    [buffer] = game_buffers({"n_steps": 3, "gamma": 0.5})
+    played_rounds([buffer], [b"a", b"b", b""])
+    rewards = np.array([0.0, 1.0, 2.0, 4.0, 8.0], dtype=np.float32)
+    buffer.episodes[0].rewards[:] = rewards
+    batch = buffer.sample(5)
+    order = batch.actions.flatten().numpy().tolist()
+    found = sorted(
+        zip(map(len, contexts(batch.observations)), batch.rewards.flatten().tolist(), strict=True)
+    )  # by the length of the state
+    assert [value for _, value in found] == [1.0, 3.0, 6.0, 8.0, 8.0]
+    assert sorted(order) == [97, 98, 256, 256, 256]
+    ends = sorted(map(len, contexts(batch.next_observations)))
+    assert ends == [6, 9, 10, 10, 10]
+
+
+def test_a_game_under_way_bootstraps_from_the_state_with_the_reply() -> None:
+    [buffer] = game_buffers({})
+    played_rounds([buffer], [b"a"], end=False)
+    batch = buffer.sample(2)
+    assert max(map(len, contexts(batch.next_observations))) == len("q?a") + 1 + len("R")
+    played_rounds([buffer], [b"a", b"b", b"c"])  # after a reset
+    assert [episode.terminated for episode in buffer.episodes] == [False, True]
+    assert [len(episode.rewards) for episode in buffer.episodes] == [2, 6]
 
 
 def test_oldest_episodes_make_room(make_env: MakeEnv) -> None:
@@ -230,6 +304,6 @@ def test_episodes_without_a_score_are_not_kept(make_env: MakeEnv) -> None:
     buffer = EpisodeReplayBuffer(1000, env.observation_space, env.action_space, "cpu", n_envs=env.num_envs)
     played(env, [buffer], steps=60)
     assert len(buffer.episodes) > 3
-    assert all(episode.input_ids[episode.prompt_length] % 2 == 0 for episode in buffer.episodes)
+    assert all(episode.input_ids[episode.sizes[0]] % 2 == 0 for episode in buffer.episodes)
     assert all(episode.rewards[-1] == 1.0 for episode in buffer.episodes)
     assert buffer.num_transitions == sum(len(episode.rewards) for episode in buffer.episodes)
