@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,29 @@ TRAIN = [
     *("--num-envs", "16", "--episodes-per-update", "16", "--total-episodes", "64", "--checkpoint-every", "1"),
 ]
 """Arguments of a PPO run with four updates."""
+DIES = """
+import os, signal, sys
+
+from textgym.models.machine.determinism import prepare_environment
+
+prepare_environment(sys.argv)
+
+from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.cli import main
+
+save = Checkpoints.save
+
+
+def save_and_die(self, agent):
+    save(self, agent)
+    if agent.updates == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Checkpoints.save = save_and_die
+main(sys.argv[1:])
+"""
+"""The command, which kills itself after its second checkpoint: a signal from outside might come too late."""
 
 
 @dataclass
@@ -72,20 +94,15 @@ def run_tests(variables: dict[str, str], folder: Path) -> tuple[int, int, float]
 def resumes(variables: dict[str, str], folder: Path) -> bool:
     """Return whether a run that is killed and resumed ends with the bytes of an uninterrupted one."""
 
-    def train(name: str, *flags: str) -> subprocess.Popen[bytes]:
+    def train(name: str, *flags: str, program: tuple[str, str] = ("-m", "textgym")) -> int:
         # Equal bits need the variables that --deterministic sets unless the row sets them: docs/rounding.md
-        command = [sys.executable, "-m", "textgym", "train", "--deterministic", "--output-dir", str(folder / name)]
+        command = [sys.executable, *program, "train", "--deterministic", "--output-dir", str(folder / name)]
         with (folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen([*command, *TRAIN, *flags], env=variables, stdout=log, stderr=log)
+            return subprocess.call([*command, *TRAIN, *flags], env=variables, stdout=log, stderr=log)
 
-    whole = train("whole").wait()
-    part = train("part")
-    while part.poll() is None and not (folder / "part" / "checkpoints" / "step-000002").exists():
-        time.sleep(0.01)
-    part.send_signal(signal.SIGKILL)
-    killed = part.wait() == -signal.SIGKILL
-
-    if train("part", "--resume").wait() or whole or not killed:
+    whole = train("whole")
+    killed = train("part", program=("-c", DIES)) == -signal.SIGKILL
+    if train("part", "--resume") or whole or not killed:
         print((folder / "part.log").read_text(), (folder / "whole.log").read_text())
         return False
     files = sorted((folder / "whole" / "policy").glob("*.safetensors"))

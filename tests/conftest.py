@@ -24,6 +24,7 @@ from textgym.data.corpora import sources
 from textgym.models.actor_critic import ActorCritic, Evaluation
 from textgym.models.decoding import generation, sampling
 from textgym.models.decoding.cuda_graphs import Graphs, NotCapturedError
+from textgym.models.machine.determinism import missing_variables
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 
@@ -68,7 +69,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("bit_for_bit") is not None and "MKL_CBWR" not in os.environ:
+    if item.get_closest_marker("bit_for_bit") is not None and "MKL_CBWR" in missing_variables():
         pytest.skip("needs MKL_CBWR=COMPATIBLE; tests/test_bit_for_bit.py runs it in a process that has it")
     if item.get_closest_marker("data") is None:
         return

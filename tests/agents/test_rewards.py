@@ -113,6 +113,8 @@ def test_merging_rollouts_with_different_components() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
+@pytest.mark.bit_for_bit
 @pytest.mark.parametrize("reference", [None, "mock"])
 def test_scaling_and_a_moved_reference_are_resumed(tmp_path: Path, reference: str | None) -> None:
     def agent() -> PPO:
@@ -131,8 +133,19 @@ def test_scaling_and_a_moved_reference_are_resumed(tmp_path: Path, reference: st
             assert again[-1][name] == value, name
 
 
-def test_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> None:
+def test_a_reference_that_was_the_start_is_saved(tmp_path: Path) -> None:
     """An environment that names no reference leaves the policy's own start as one, and the policy moves on."""
+    start = mock_lm().state_dict()
+    make_agent().learn(32).save(tmp_path / "agent")
+    loaded = PPO.load(tmp_path / "agent", envs=make_agent().envs)
+    for name, weight in loaded.penalty.reference.lm.state_dict().items():
+        assert torch.equal(weight, start[name]), name
+    assert not torch.equal(loaded.policy.head.weight, start["lm_head.weight"])
+
+
+@pytest.mark.numerics
+@pytest.mark.bit_for_bit
+def test_a_reference_that_was_the_start_is_resumed(tmp_path: Path) -> None:
     whole = history_of(make_agent(), 64)
     part = make_agent()
     history_of(part, 64, lambda a, _: a.updates < 2)

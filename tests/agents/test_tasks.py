@@ -47,6 +47,9 @@ def test_ppo_that_does_not_learn_improves_no_metric() -> None:
 
 FEW_PROMPTS = ("Answer", "ReasoningGym")
 """Of 25 and 36 held-out prompts no gain can be seen: the embedded model learns the sums of `train` by heart."""
+CLEAREST = {"Translate": "Chrf"}
+"""The metric to look at where it is not the first: of 256 translations the gain of Bleu is 3.5 times its standard error,
+and that of Chrf 12 times."""
 
 
 @pytest.fixture
@@ -59,9 +62,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("Sentiment", *FEW_PROMPTS)])
 def test_ppo_improves_the_metric_of_every_task_over_the_untrained_policy(benchmark: ModuleType, name: str) -> None:
+    """The gains in docs/tasks.md are at least 6 standard errors of the evaluation.
+
+    So other texts in the evaluation fail it with a chance of 2e-5. Training has one seed, since a run takes minutes. A
+    policy that does not move writes the same texts, and gains exactly 0.
+    """
     try:
         run = benchmark.run(name, benchmark.Config())
     except FetchError as error:
         pytest.skip(str(error))
     gains = run.gains("untrained")
-    assert next(iter(gains.values())).low > 0, gains
+    assert gains[CLEAREST.get(name, next(iter(gains)))].low > 0, gains

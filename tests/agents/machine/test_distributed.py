@@ -63,9 +63,11 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.architectures.attention import checkpointing_layers
 from textgym.rewards.kl import AdaptiveKL
 from textgym.rewards.models import RewardModelConfig, train_reward_model
-from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of
+from textgym.testing import assert_close, assert_trained_alike, byte_tokenizer, mock_lm, terms_of
 
 FORWARD = terms_of(mock_lm())
+LEARNING_RATE = 1e-3
+"""Of agents on data and of reward models."""
 
 Weights = dict[str, np.ndarray]
 SETTINGS = Path(__file__).parents[3] / "examples" / "accelerate"
@@ -510,7 +512,9 @@ def texts_for(kind: str, rows: int) -> list[dict[str, str]]:
 def supervised_agent(kind: str, rows: int, **settings: Any) -> SFT | DPO:
     agent, config = SUPERVISED[kind]
     policy = ActorCritic.from_pretrained(mock_lm())
-    return agent(policy, texts_for(kind, rows), byte_tokenizer(), config(**{"learning_rate": 1e-3, **settings}))
+    return agent(
+        policy, texts_for(kind, rows), byte_tokenizer(), config(**{"learning_rate": LEARNING_RATE, **settings})
+    )
 
 
 def learn_from_texts(
@@ -534,8 +538,7 @@ def assert_learns_alike(kind: str, processes: int, rows: int, settings: dict[str
     weights, history, seen = learn_from_texts(kind, rows, settings)
     shares = launched(learn_from_texts, kind, rows, settings, processes=processes)
     for others, figures, _ in shares:
-        for name, weight in weights.items():
-            assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
+        assert_trained_alike(others, weights, LEARNING_RATE)
         for metrics, whole in zip(figures, history, strict=True):
             # Accuracies are signs of differences, which at first are nothing but rounding.
             for name in metrics.keys() - {"time/update_s", "rewards/accuracies"}:
@@ -576,7 +579,7 @@ def test_any_number_of_texts_and_processes_gives_the_weights_of_one(seed: int) -
 def learn_preferences(base: Path, rows: int, settings: dict[str, Any]) -> Weights:
     # Every third pair has the prompt of the one before, so that clusters have different sizes.
     pairs = [{**row, "prompt": f"{i - (i % 3 == 1)} "} for i, row in enumerate(texts_for("dpo", rows))]
-    config = RewardModelConfig(learning_rate=1e-3, allow_faulty_rows=1.0, **settings)
+    config = RewardModelConfig(learning_rate=LEARNING_RATE, allow_faulty_rows=1.0, **settings)
     reward_model, _ = train_reward_model(pairs, base, config=config, heldout=[], device="cpu")
     return {name: weight.numpy().copy() for name, weight in reward_model.scorer.state_dict().items()}
 
@@ -597,8 +600,7 @@ def test_several_processes_train_the_reward_model_of_one(
     byte_tokenizer().save_pretrained(tmp_path)
     weights = learn_preferences(tmp_path, rows, settings)
     for others in launched(learn_preferences, tmp_path, rows, settings, processes=processes):
-        for name, weight in weights.items():
-            assert_close(others[name], weight, terms=FORWARD, scale=1.0, what=name)
+        assert_trained_alike(others, weights, LEARNING_RATE)
 
 
 def interrupted(folder: Path, kind: str) -> Weights:
@@ -622,8 +624,7 @@ def test_texts_are_learned_from_on_with_another_number_of_processes(
     whole = supervised_agent(kind, 11, batch_size=3, micro_batch_size=1, epochs=2.0).learn()
     launched(interrupted, tmp_path / "agent", kind, processes=saved_by)
     for weights in launched(continued, tmp_path / "agent", kind, processes=loaded_by):
-        for name, weight in weights_of(whole).items():
-            assert_close(weights[name], weight, terms=FORWARD, scale=1.0, what=name)
+        assert_trained_alike(weights, weights_of(whole), LEARNING_RATE)
 
 
 class Laggard:

@@ -114,13 +114,13 @@ def test_the_learning_curve_is_the_same_in_another_unit(critic: str) -> None:
     assert other == pytest.approx(plain, abs=0.02)
 
 
+@pytest.mark.numerics
 def test_a_large_value_loss_leaves_the_policys_step_alone() -> None:
     """Value and policy share no weights, so `value_coef` may not change the policy, however large the value loss is."""
     trained = [make_agent(scale=100.0, value_coef=coef, normalise_values=False).learn(16) for coef in (0.0, 1.0, 100.0)]
-    policies = [dict(agent.policy.lm.named_parameters()) for agent in trained]
-    for policy in policies[1:]:
-        for name, weight in policies[0].items():
-            assert torch.equal(policy[name], weight), name
+    for agent in trained[1:]:
+        for name, weight in trained[0].policy.lm.named_parameters():
+            assert_trained_alike(agent.policy.lm.get_parameter(name).detach(), weight, LEARNING_RATE)
     assert not torch.equal(trained[0].policy.value_head.weight, trained[1].policy.value_head.weight)
 
 

@@ -83,6 +83,21 @@ def test_what_the_user_has_set_stays(clean_environment: None, monkeypatch: pytes
     assert (environment["MKL_CBWR"], environment["OMP_NUM_THREADS"]) == ("COMPATIBLE", "2")
 
 
+@pytest.mark.parametrize("branch", ["AUTO", "AVX2", "SSE4_2", ""])
+def test_a_branch_of_mkl_that_rounds_by_alignment_is_replaced_or_refused(
+    branch: str, clean_environment: None, torch_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = textgym.deterministic_environment()
+    for name, value in {**needed, "MKL_CBWR": branch}.items():
+        monkeypatch.setenv(name, value)
+    assert textgym.deterministic_environment() == needed
+    assert determinism.missing_variables() == {"MKL_CBWR": needed["MKL_CBWR"]}
+    with pytest.raises(ValueError, match=r"start with MKL_CBWR="):
+        deterministic()
+    monkeypatch.setenv("MKL_CBWR", "AVX512,STRICT")
+    assert determinism.missing_variables() == {}
+
+
 def test_the_command_sets_the_environment_before_torch_is_imported(
     clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,8 @@ def test_a_run_folder_alone_shows_nothing_and_progress_alone_writes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
+@pytest.mark.bit_for_bit
 def test_watching_changes_neither_the_training_nor_the_callers_environment(tmp_path: Path) -> None:
     plain, watched = make(), make()
     plain.learn(6)
@@ -200,6 +202,8 @@ def test_rows_divide_the_episodes_into_whole_groups(episodes: int, group: int | 
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
+@pytest.mark.bit_for_bit
 def test_names_in_python_and_the_command_make_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(16, folder="python")

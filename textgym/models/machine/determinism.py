@@ -10,6 +10,8 @@ from pathlib import Path
 def deterministic_environment(threads: int = 1) -> dict[str, str]:
     """Return the environment variables that bit-for-bit equality needs; variables that are set keep their values.
 
+    A value of `MKL_CBWR` that leaves rounding to alignment, such as `AUTO` or `AVX2` without `STRICT`, is replaced.
+
     They must be set before torch is imported: in the shell, or in the first lines of a script with
     `os.environ.update(textgym.deterministic_environment())`. `textgym.models.machine.seeding.deterministic()` then sets
     torch's own switches.
@@ -24,7 +26,7 @@ def deterministic_environment(threads: int = 1) -> dict[str, str]:
         # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    return {name: os.environ.get(name) or value for name, value in needed.items()}
+    return needed | {name: os.environ[name] for name in needed if _serves(name, os.environ.get(name, ""))}
 
 
 def prepare_environment(arguments: Sequence[str]) -> None:
@@ -34,8 +36,15 @@ def prepare_environment(arguments: Sequence[str]) -> None:
 
 
 def missing_variables() -> dict[str, str]:
-    """Return the variables of `deterministic_environment` that are not set."""
-    return {name: value for name, value in deterministic_environment().items() if not os.environ.get(name)}
+    """Return the variables of `deterministic_environment` that are not set, or not to what equal bits need."""
+    return {name: value for name, value in deterministic_environment().items() if os.environ.get(name) != value}
+
+
+def _serves(name: str, value: str) -> bool:
+    """Return whether equal bits can be had with the value that a variable has."""
+    if name == "MKL_CBWR":
+        return value == "COMPATIBLE" or value.endswith(",STRICT")
+    return bool(value)
 
 
 def _mkl_branch() -> str:

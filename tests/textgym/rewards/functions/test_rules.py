@@ -98,10 +98,10 @@ def test_numeric_answers_are_equal_as_numbers() -> None:
 
 @pytest.mark.parametrize("text", ["1", "1/", "1,", "1 ", "-", "1 1/", r"\frac{", r"\frac{1}", " ", r"\frac "])
 def test_numbers_of_long_texts_are_found_in_no_time(text: str) -> None:
-    """Matched again from every position, these would take minutes."""
+    """Matched again from every position, these would take minutes; a slow processor may need some seconds."""
     started = time.process_time()
     last_number(text * (200_000 // len(text)) + "x")
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30
 
 
 def test_numeric_answer_has_a_tolerance() -> None:
