@@ -48,8 +48,8 @@ def test_ppo_that_does_not_learn_improves_no_metric() -> None:
 FEW_PROMPTS = ("Answer", "ReasoningGym")
 """Of 25 and 36 held-out prompts no gain can be seen: the embedded model learns the sums of `train` by heart."""
 CLEAREST = {"Translate": "Chrf"}
-"""The metric to look at where it is not the first: of 256 translations the gain of Bleu is 3.5 times its standard error,
-and that of Chrf 12 times."""
+"""The metric to look at where it is not the first: on 256 translations the gain of Bleu is 3.5 times its standard
+error, and that of Chrf 12 times."""
 
 
 @pytest.fixture
