@@ -12,7 +12,7 @@ from textgym.agents.runs.data_report import data_report
 from textgym.agents.runs.history import Run, compared, draw_over_each_other, is_running, list_of
 from textgym.display import printable
 from textgym.flags import Compare, Data, ListRuns, View
-from textgym.viewer.page import write_page
+from textgym.viewer.page import Page
 
 SECONDS = 3.0
 """From one look at a run to the next."""
@@ -27,29 +27,31 @@ def show_data(command: Data) -> None:
 def view(command: View) -> None:
     """Write the page of one or several runs."""
     running = any_running(command.runs)
-    page = write_page(command.runs, command.output_dir, command.single_file, live=command.follow and running)
-    print(f"open {page} in a browser", flush=True)
-    if running and command.follow:
-        follow(command)
+    page = Page(command.runs, command.output_dir)
+    live = command.follow and running
+    index = page.write_single_file() if command.single_file else page.write(live)
+    print(f"open {index} in a browser", flush=True)
+    if live:
+        follow(command, page)
     elif running:
         print("a run is in progress: with --follow the page renews itself")
 
 
-def follow(command: View) -> None:
-    """Write the page again whenever a run has new metrics, until all runs have ended."""
+def follow(command: View, page: Page) -> None:
+    """Write what is new whenever a run has new metrics, until all runs have ended."""
     seen = sizes(command.runs)
     try:
         while any_running(command.runs):
             started = time.monotonic()
             if (now := sizes(command.runs)) != seen:
-                write_page(command.runs, command.output_dir, live=True)
+                page.write(live=True)
                 seen = now
             # Large runs are read less often, so that looking at a run does not slow it down.
             time.sleep(max(SECONDS, 10 * (time.monotonic() - started)))
     except KeyboardInterrupt:
         pass
     finally:
-        write_page(command.runs, command.output_dir)
+        page.write()
 
 
 def any_running(folders: Sequence[Path]) -> bool:

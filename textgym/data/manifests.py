@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,13 +50,27 @@ class Manifest:
     files: Files = field(repr=False)
 
 
-def write_manifest(folder: Path, kind: str, made_by: str, config: dict[str, Any] | None = None) -> None:
-    """Write the manifest of a folder that is complete otherwise."""
-    files = {
-        path.relative_to(folder).as_posix(): _measured(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+def write_manifest(
+    folder: Path,
+    kind: str,
+    made_by: str,
+    config: dict[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the manifest of a folder that is complete otherwise.
+
+    Args:
+        folder: The folder.
+        kind: What it holds.
+        made_by: Name of the class that is saved.
+        config: Its settings.
+        files: Size and SHA-256 of its files; by default those of all that are there.
+    """
+    if files is None:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): _measured(path) for path in paths}
     versions = {package: importlib.metadata.version(package) for package in ("textgym", "torch")}
-    manifest = Manifest(kind, FORMAT, made_by, versions, config, files)
+    manifest = Manifest(kind, FORMAT, made_by, versions, config, dict(files))
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
 
 

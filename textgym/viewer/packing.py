@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 BASE = 93
 """After the backslash, the last character that JSON would escape."""
 LARGEST = (0xD7FF - BASE - 1) // 2
@@ -32,8 +34,7 @@ def unpack(packed: Packed) -> list[int | None]:
     """Return what `pack` was given."""
     if isinstance(packed, list):
         return packed
-    codes = [ord(character) - BASE - 1 for character in packed]
-    return [None if code < 0 else -(code + 1) // 2 if code % 2 else code // 2 for code in codes]
+    return _with_gaps(*_values(packed))
 
 
 def pack_numbers(values: Column) -> dict[str, Any]:
@@ -48,8 +49,26 @@ def pack_numbers(values: Column) -> dict[str, Any]:
 
 def unpack_numbers(packed: dict[str, Any]) -> list[float | None]:
     """Return the numbers of `pack_numbers`, which have up to three significant digits."""
-    unit = packed["unit"]
-    return [None if value is None else float(f"{value * unit:.6g}") for value in unpack(packed["values"])]
+    unit, column = packed["unit"], packed["values"]
+    if isinstance(column, list):
+        return [None if value is None else float(f"{value * unit:.6g}") for value in column]
+    values, known = _values(column)
+    # Division by a power of ten is exact to the last bit, and multiplication by 0.001 is not.
+    return _with_gaps(values / round(1 / unit) if unit < 1 else values * unit, known)
+
+
+def _values(packed: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the whole numbers of a packed string, and which of them are known."""
+    codes = np.frombuffer(packed.encode("utf-16-le"), dtype="<u2").astype(np.int64) - BASE - 1
+    return np.where(codes % 2, -(codes + 1) // 2, codes // 2), codes >= 0
+
+
+def _with_gaps(values: np.ndarray, known: np.ndarray) -> list[Any]:
+    """Return numbers as a list, with `None` for those that are not known."""
+    found: list[Any] = values.tolist()
+    for place in np.flatnonzero(~known).tolist():
+        found[place] = None
+    return found
 
 
 def pack_alternatives(alternatives: dict[str, Any], each: int) -> dict[str, Any]:

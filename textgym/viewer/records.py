@@ -26,6 +26,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,7 @@ FORMAT = 1
 """Version of the format; a reader refuses newer ones."""
 FOLDER = "records"
 PATTERN = f"{FOLDER}/update-*.json.gz"
+NAME = re.compile(r"update-(\d+)\.json\.gz")
 
 Record = dict[str, Any]
 
@@ -57,7 +59,9 @@ def record_path(run: Path, update: int) -> Path:
 
 def update_of(path: Path) -> int:
     """Return the number of the update that a file is the record of."""
-    return int(path.name.removeprefix("update-").removesuffix(".json.gz"))
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
 def write_record(run: Path, record: Record) -> Path:
@@ -79,8 +83,12 @@ def write_record(run: Path, record: Record) -> Path:
     return path
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path, alternatives: bool = True) -> Record:
     """Return a record.
+
+    Args:
+        path: The file.
+        alternatives: Whether to unpack the most likely tokens too, which are most of a record.
 
     Raises:
         DamagedFolderError: If the file is incomplete or no record, or a newer version of textgym wrote it.
@@ -97,12 +105,13 @@ def read_record(path: Path) -> Record:
             f"format {FORMAT}: update textgym"
         )
     try:
-        return _unpacked(record)
+        return _unpacked(record, alternatives)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DamagedFolderError(f"{path} is no whole record: {type(error).__name__} {error}") from error
 
 
-def _unpacked(record: Record) -> Record:
+def _unpacked(record: Record, alternatives: bool) -> Record:
+    packed = record["alternatives"]
     return {
         **record,
         "tokens": {
@@ -110,7 +119,7 @@ def _unpacked(record: Record) -> Record:
             for name, column in record["tokens"].items()
         },
         "numbers": {name: unpack_numbers(column) for name, column in record["numbers"].items()},
-        "alternatives": unpack_alternatives(record["alternatives"], record["each"]),
+        "alternatives": unpack_alternatives(packed, record["each"]) if alternatives else packed,
     }
 
 
@@ -119,8 +128,8 @@ class NewerRecordError(DamagedFolderError):
 
 
 def records_of(run: Path) -> list[Path]:
-    """Return the records of a run folder, oldest update first."""
-    return sorted(run.glob(PATTERN), key=update_of)
+    """Return the records of a run folder, oldest update first; other files, such as copies of records, are none."""
+    return sorted((path for path in run.glob(PATTERN) if NAME.fullmatch(path.name)), key=update_of)
 
 
 def rounded(values: Iterable[float], digits: int = 5) -> list[float | int | None]:

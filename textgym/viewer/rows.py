@@ -23,6 +23,7 @@ class RecordedRow:
         pieces: Index of each token's piece.
         outcomes: Score, length, `stopped` and the rewards.
         numbers: Columns of the tokens that the policy generated.
+        judges: Names of the outcomes that the policy is not trained on.
     """
 
     update: int
@@ -32,6 +33,7 @@ class RecordedRow:
     pieces: list[int]
     outcomes: dict[str, Any]
     numbers: dict[str, list[float | None]]
+    judges: tuple[str, ...] = ()
 
     def total(self, name: str) -> float | None:
         """Return the sum of a column over the tokens; `None` if it is not recorded."""
@@ -63,6 +65,7 @@ def rows_of(record: Record) -> list[RecordedRow]:
     """Return the rows of a record."""
     pieces, tokens, rows = record["pieces"], record["tokens"], record["rows"]
     mine = tokens.get("mine", [1] * len(tokens["piece"]))
+    judges = tuple(name for name in record.get("judges", ()) if name in rows)
     found, start, first = [], 0, 0
     for row, length in enumerate(rows["length"]):
         end = start + length
@@ -78,6 +81,7 @@ def rows_of(record: Record) -> list[RecordedRow]:
                 own,
                 {name: column[row] for name, column in rows.items() if name != "prompt"},
                 {name: column[first:last] for name, column in record["numbers"].items()},
+                judges,
             )
         )
         start, first = end, last

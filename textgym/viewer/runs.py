@@ -6,55 +6,45 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from textgym.errors import DamagedFolderError
 from textgym.viewer.highlights import Highlights
-from textgym.viewer.records import NewerRecordError, read_record, records_of
-from textgym.viewer.rows import RecordedRow, rows_of
+from textgym.viewer.summaries import Summary
 
 MOST_POINTS = 2000
 """Points of a curve; of longer runs points at even distances are shown."""
 MOST_PROMPTS = 500
 """Prompts whose responses are compared over the run."""
+MOST_UPDATES = 100
+"""Updates in which the responses to a prompt are compared; of more, some at even distances are."""
 CLOCKS = ("episodes", "updates")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return what the page shows of a run, without its records.
+def describe_run(folder: Path, summaries: Sequence[Summary], warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what the index of a page has of a run.
 
-    A run may be in progress: the last line of its metrics, or a record, may be incomplete and is left out.
+    A run may be in progress: the last line of its metrics may be incomplete and is left out.
 
-    Raises:
-        DamagedFolderError: If the folder holds no run, or a newer version of textgym wrote a record.
+    Args:
+        folder: The run folder.
+        summaries: Those of its records, oldest update first.
+        warnings: What is to be said of records that are left out.
     """
-    _check_run(folder)
-    warnings: list[str] = []
-    highlights, records = Highlights(), []
-    histories: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for path in records_of(folder):
-        try:
-            record = read_record(path)
-            rows = rows_of(record)
-        except NewerRecordError:
-            raise
-        except (DamagedFolderError, LookupError, TypeError) as error:
-            warnings.append(f"{path.name} is left out: {error}")
-            continue
-        highlights.add(rows)
-        for row in rows:
-            histories[row.prompt].append((row.update, row.row))
-        records.append({**_summary(rows), "update": record["update"], "episodes": record["episodes"]})
+    highlights = Highlights()
+    for summary in summaries:
+        highlights.merge(summary["best"])
     return {
         "name": folder.resolve().name,
         "metrics": read_metrics(folder / "metrics.jsonl"),
         "config": _config(folder / "config.json"),
         "checkpoints": _checkpoints(folder),
-        "records": records,
+        "records": [summary["figures"] for summary in summaries],
         "highlights": highlights.lists(),
-        "histories": _repeated(histories),
-        "warnings": warnings,
+        "histories": _histories(summaries),
+        "warnings": list(warnings),
     }
 
 
@@ -71,8 +61,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
             continue
         if isinstance(row, dict):
             rows.append(row)
-    if len(rows) > MOST_POINTS:
-        rows = [rows[round(i * (len(rows) - 1) / (MOST_POINTS - 1))] for i in range(MOST_POINTS)]
+    rows = _spread(rows, MOST_POINTS)
     clock = next((name for name in CLOCKS if rows and name in rows[0]), None)
     names = dict.fromkeys(name for row in rows for name in row if name not in CLOCKS)
     return {
@@ -82,7 +71,12 @@ def read_metrics(path: Path) -> dict[str, Any]:
     }
 
 
-def _check_run(folder: Path) -> None:
+def check_run(folder: Path) -> None:
+    """Check that a folder holds a run.
+
+    Raises:
+        DamagedFolderError: If it does not.
+    """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         is_run = run["kind"] == "textgym run"
@@ -93,21 +87,6 @@ def _check_run(folder: Path) -> None:
             f"{folder} is no run folder: it has no run.json of textgym's. Give the folder that was the --output-dir of "
             "textgym train"
         )
-
-
-def _summary(rows: list[RecordedRow]) -> dict[str, Any]:
-    scores = [row.outcomes["score"] for row in rows if row.outcomes["score"] is not None]
-    kls = [row.total("kl") or 0.0 for row in rows]
-    return {
-        "rows": len(rows),
-        "score": _mean(scores),
-        "kl": _mean(kls),
-        "length": _mean([float(row.outcomes["length"]) for row in rows]),
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(f"{sum(values) / len(values):.4g}") if values else None
 
 
 def _number(value: Any) -> float | None:
@@ -135,8 +114,25 @@ def _checkpoints(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def _repeated(histories: dict[str, list[tuple[int, int]]]) -> list[dict[str, Any]]:
-    """Return the prompts of several records with their places, those with the most records first."""
-    repeated = [(prompt, places) for prompt, places in histories.items() if len({update for update, _ in places}) > 1]
-    repeated.sort(key=lambda entry: -len({update for update, _ in entry[1]}))
-    return [{"prompt": prompt, "places": places} for prompt, places in repeated[:MOST_PROMPTS]]
+def _histories(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """Return the prompts of several records with the places of their rows, those with the most records first."""
+    places: dict[str, dict[int, list[int]]] = defaultdict(dict)  # rows by update
+    for summary in summaries:
+        update = summary["figures"]["update"]
+        for row, prompt in enumerate(summary["rows"]):
+            places[summary["prompts"][prompt]].setdefault(update, []).append(row)
+    repeated = sorted((item for item in places.items() if len(item[1]) > 1), key=lambda item: -len(item[1]))
+    return [
+        {
+            "prompt": key,
+            "places": [[update, row] for update in _spread(list(rows), MOST_UPDATES) for row in rows[update]],
+        }
+        for key, rows in repeated[:MOST_PROMPTS]
+    ]
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    """Return at most so many items, at even distances from the first to the last."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

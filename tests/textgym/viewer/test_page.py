@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import pytest
 
 from textgym import cli
 from textgym.agents.runs.claims import RunClaim
+from textgym.data.manifests import checked_manifest
 from textgym.errors import ConfigError, DamagedFolderError
 from textgym.flags import View
-from textgym.viewer import write_page
-from textgym.viewer.highlights import Highlights, disagreements
-from textgym.viewer.page import SCRIPTS, STYLES
+from textgym.viewer import page as pages
+from textgym.viewer import summaries, write_page
+from textgym.viewer.highlights import Highlights, disagreements, highest_with_low_judge
+from textgym.viewer.page import KIND, SCRIPTS, STYLES, Page
 from textgym.viewer.records import FORMAT, Record, records_of, write_record
 from textgym.viewer.rows import rows_of
-from textgym.viewer.runs import MOST_POINTS, read_metrics, read_run
+from textgym.viewer.runs import MOST_POINTS, MOST_UPDATES, describe_run, read_metrics
+from textgym.viewer.summaries import prompt_key
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='hacked = 2'> \u2028\u2029 ]]> <!-- \x1b[31m"
 
@@ -84,7 +88,8 @@ def test_the_page_is_a_folder_of_static_files(tmp_path: Path) -> None:
     assert page == tmp_path / "run" / "viewer" / "index.html"
     files = {path.relative_to(page.parent).as_posix() for path in page.parent.rglob("*") if path.is_file()}
     assets = {f"assets/{name}" for name in (*STYLES, *SCRIPTS, "uPlot.LICENSE")}
-    data = {"data/index.js", "data/run0-update2.js", "data/run0-update4.js"}
+    records = {f"data/run0-update{update}.{kind}" for update in (2, 4) for kind in ("js", "json")}
+    data = {"data/index.js", *records}
     assert files == {"index.html", "textgym_manifest.json"} | assets | data
     text = page.read_text()
     named = set(re.findall(r'(?:src|href)="([^"#][^":]*)"', text))
@@ -101,6 +106,114 @@ def test_it_is_written_again_and_never_over_other_files(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(FileExistsError, match="files that textgym did not write"):
         write_page([run], tmp_path / "mine")
+
+
+def read_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the records that are read from now on."""
+    read: list[str] = []
+
+    def summary_of(path: Path) -> Any:
+        read.append(path.name.removesuffix(".json.gz"))
+        return summaries.summary_of(path)
+
+    monkeypatch.setattr(pages, "summary_of", summary_of)
+    return read
+
+
+def state_of(page: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (page.parent / "data").iterdir() if path.name != "index.js"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_page_that_is_written_again_reads_and_writes_new_records_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """In the same process, as with --follow, and in another one, which has the files of the page alone."""
+    run, read = make_run(tmp_path / "run"), read_of(monkeypatch)
+    page = Page([run])
+    index = page.write()
+    before = state_of(index)
+    write_record(run, record(6))
+    (page if again else Page([run])).write()
+    assert read == ["update-000002", "update-000004", "update-000006"]
+    assert {name: time for name, time in state_of(index).items() if name in before} == before
+    [found] = index_of(index)["runs"]
+    assert [entry["update"] for entry in found["records"]] == [2, 4, 6]
+    whole = describe_run(run, [summaries.summary_of(path) for path in records_of(run)])
+    assert found["highlights"] == whole["highlights"]
+    assert checked_manifest(index.parent, KIND).files.keys() >= {"data/run0-update6.js", "data/run0-update6.json"}
+
+
+def test_records_that_a_resumed_run_replaces_are_read_again_and_those_that_are_gone_leave_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read = make_run(tmp_path / "run"), read_of(monkeypatch)
+    page = Page([run])
+    page.write()
+    records_of(run)[1].unlink()
+    write_record(run, record(2, episodes=9))
+    index = page.write()
+    assert read[2:] == ["update-000002"]
+    assert [(entry["update"], entry["episodes"]) for entry in index_of(index)["runs"][0]["records"]] == [(2, 9)]
+    assert state_of(index).keys() == {"run0-update2.js", "run0-update2.json"}
+
+
+def test_files_of_a_page_that_are_lost_or_of_another_run_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, read = [make_run(tmp_path / name, updates=(2,)) for name in ("a", "b")], read_of(monkeypatch)
+    index = write_page(runs, tmp_path / "page")
+    write_page(runs[::-1], tmp_path / "page")
+    assert len(read) == 4, "the numbers of the runs have changed"
+    (index.parent / "data" / "run0-update2.js").unlink()
+    (index.parent / "data" / "run1-update2.json").write_text("{")
+    write_page(runs[::-1], tmp_path / "page")
+    assert len(read) == 6
+    checked_manifest(index.parent, KIND)
+
+
+def test_a_page_leaves_files_of_others_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", updates=(2,))
+    index = write_page([run])
+    (index.parent / "notes.txt").write_text("mine")
+    (index.parent / "data" / "run0-update4.js").write_text("mine")
+    write_page([run])
+    write_record(run, record(4))
+    with pytest.raises(FileExistsError, match=r"run0-update4\.js is not textgym's"):
+        write_page([run])
+    assert (index.parent / "notes.txt").read_text() == "mine"
+    assert (index.parent / "data" / "run0-update4.js").read_text() == "mine"
+
+
+def test_a_page_whose_writing_was_killed_is_known_as_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+
+    def killed(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pages, "_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_page([run])
+    assert not (run / "viewer" / "index.html").exists()
+    read = read_of(monkeypatch)
+    checked_manifest(write_page([run]).parent, KIND)
+    assert read == [], "records that were done stay"
+
+
+def test_a_prompt_of_many_records_is_shown_at_even_distances(tmp_path: Path) -> None:
+    made = summaries.summary_of(write_record(tmp_path, record(1)))
+    many = [{**made, "figures": {**made["figures"], "update": update}} for update in range(1, 3 * MOST_UPDATES + 1)]
+    places = describe_run(tmp_path, many)["histories"][0]["places"]
+    assert len(places) == MOST_UPDATES
+    assert (places[0][0], places[-1][0]) == (1, 3 * MOST_UPDATES)
+
+
+def test_copies_of_records_are_no_records(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", updates=(2,))
+    shutil.copy(records_of(run)[0], run / "records" / "update-000002 (copy).json.gz")
+    [found] = index_of(write_page([run]))["runs"]
+    assert [entry["update"] for entry in found["records"]] == [2]
 
 
 @pytest.mark.parametrize("single_file", [False, True])
@@ -183,8 +296,58 @@ def test_rows_on_which_reward_functions_disagree_stand_out() -> None:
     }
     tokens = {"piece": [0] * 4, "reward": [0.0] * 4}
     spreads = disagreements(rows_of(record(rows=rows, tokens=tokens, numbers={"kl": [0.0] * 4})))
-    assert max(range(4), key=spreads.__getitem__) == 3
+    assert max(range(4), key=lambda row: spreads[row] or 0.0) == 3
     assert disagreements([]) == []
+
+
+def test_rows_with_a_high_score_and_a_low_judge_stand_out() -> None:
+    rows = {
+        "prompt": [0] * 6,
+        "length": [1] * 6,
+        "score": [0.0, 1.0, 2.0, 3.0, None, 3.0],
+        "stopped": [True] * 6,
+        "judge": [0.1, 0.2, 0.3, -0.9, -0.9, None],
+    }
+    tokens = {"piece": [0] * 6, "reward": [0.0] * 6}
+    judged = record(rows=rows, tokens=tokens, numbers={"kl": [0.0] * 6}, judges=["judge"])
+    gaps = highest_with_low_judge(rows_of(judged))
+    assert [row for row, gap in enumerate(gaps) if gap is not None] == [3], "not the unscored or unjudged ones"
+    highlights = Highlights()
+    highlights.add(rows_of(judged))
+    [found] = [entry for entry in highlights.lists() if entry["title"] == "High reward, low judge"]
+    assert [(row["update"], row["row"]) for row in found["rows"]] == [(2, 3)]
+    assert found["rows"][0]["value"] == pytest.approx(gaps[3], rel=1e-3)
+    assert highest_with_low_judge(rows_of(record())) == [None, None], "nobody judges"
+
+
+@pytest.mark.parametrize("worst", ["reward/first", "reward/second"])
+def test_of_several_judges_the_one_that_thinks_least_of_a_row_counts(worst: str) -> None:
+    good = {"reward/first": [1.0, 1.0, 1.0, 2.0], "reward/second": [1.0, 1.0, 1.0, 2.0]}
+    rows = {
+        "prompt": [0] * 4,
+        "length": [1] * 4,
+        "score": [0.0, 0.0, 0.0, 1.0],
+        "stopped": [True] * 4,
+        **good,
+        worst: [1.0, 1.0, 1.0, 0.0],
+    }
+    tokens = {"piece": [0] * 4, "reward": [0.0] * 4}
+    gaps = highest_with_low_judge(rows_of(record(rows=rows, tokens=tokens, numbers={"kl": [0.0] * 4}, judges=[*good])))
+    assert [row for row, gap in enumerate(gaps) if gap is not None] == [3]
+
+
+def test_highlights_of_many_records_are_those_of_all_their_rows() -> None:
+    records = [
+        record(update, rows={"prompt": [0, 1], "length": [2, 3], "score": [update % 5, None], "stopped": [True, False]})
+        for update in range(1, 13)
+    ]
+    together, merged = Highlights(), Highlights()
+    for made in records:
+        together.add(rows_of(made))
+        alone = Highlights()
+        alone.add(rows_of(made))
+        merged.merge(json.loads(json.dumps(alone.best)))
+    assert merged.lists() == together.lists()
 
 
 def test_the_index_has_curves_records_checkpoints_and_repeated_prompts(tmp_path: Path) -> None:
@@ -197,8 +360,8 @@ def test_the_index_has_curves_records_checkpoints_and_repeated_prompts(tmp_path:
     ]
     assert run["checkpoints"] == [4]
     assert {history["prompt"]: history["places"] for history in run["histories"]} == {
-        "A film": [[2, 0], [4, 0]],
-        EVIL: [[2, 1], [4, 1]],
+        prompt_key("A film"): [[2, 0], [4, 0]],
+        prompt_key(EVIL): [[2, 1], [4, 1]],
     }
     assert run["config"] == {"env": EVIL, "learning_rate": "0.1"}
 
@@ -248,7 +411,8 @@ def test_a_run_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     records_of(run)[0].write_bytes(gzip.compress(json.dumps({"format": FORMAT + 1, "textgym": "9"}).encode()))
     with pytest.raises(DamagedFolderError, match="update textgym"):
-        read_run(run)
+        write_page([run])
+    assert not (run / "viewer").exists()
 
 
 def test_metrics_that_are_not_finite_are_gaps_and_long_runs_are_thinned(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ const textgym = {};
   const VALUES = new Map([...DIGITS].map((digit, value) => [digit.charCodeAt(0), value]));
   const KEPT = 16; // records in memory
 
-  const texts = new Map(); // compressed records by "run/update"
-  const waiting = new Map();
+  const held = new Map(); // compressed records of a page that is a single file, by "run/update"
+  const waiting = new Map(); // what takes the compressed record of a script that is being loaded
   const records = new Map();
 
   // Base 85, five digits for four bytes.
@@ -68,8 +68,9 @@ const textgym = {};
   }
 
   // A record with its columns unpacked, and `rows`: where the tokens of each response begin, and its outcomes.
-  function read(record) {
+  function read(record, prompts) {
     const tokens = mapped(record.tokens, (column, name) => (name === "reward" ? unpackNumbers(column) : unpack(column)));
+    tokens.mine ??= tokens.piece.map(() => 1); // the environment inserted none
     const numbers = mapped(record.numbers, unpackNumbers);
     if (!numbers.reference_log_prob) {
       const { kl } = numbers; // k1, the difference of the log-probs
@@ -81,12 +82,13 @@ const textgym = {};
     let first = 0;
     const rows = record.rows.length.map((length, index) => {
       const end = start + length;
-      const last = first + (tokens.mine ? sum(tokens.mine, start, end) : length);
+      const last = first + sum(tokens.mine, start, end);
       const pieces = tokens.piece.slice(start, end);
       const row = {
         index, start, end, first, last,
         ...mapped(record.rows, (column) => column[index]),
         promptText: record.prompts[record.rows.prompt[index]],
+        promptKey: prompts[record.rows.prompt[index]],
         text: record.texts[index] ?? pieces.map((piece) => record.pieces[piece]).join(""),
         kl: sum(numbers.kl, first, last),
         entropy: mean(numbers.entropy, first, last),
@@ -104,9 +106,11 @@ const textgym = {};
     textgym.ready = decompressed(text);
   };
 
-  textgym.record = (key, text) => {
-    texts.set(key, text);
-    waiting.get(key)?.();
+  // Scripts with records call this, with a name of each prompt by which its rows in other records are found.
+  textgym.record = (key, prompts, text) => {
+    const take = waiting.get(key);
+    if (take) take([prompts, text]); // it is in a file, so it need not be held
+    else held.set(key, [prompts, text]);
     waiting.delete(key);
   };
 
@@ -125,13 +129,15 @@ const textgym = {};
   textgym.load = (run, update) => {
     const key = `${run}/${update}`;
     if (!records.has(key)) {
-      const known = texts.has(key) ? Promise.resolve() : fetched(run, update, key);
-      records.set(key, known.then(() => decompressed(texts.get(key))).then(read));
+      const compressed = held.has(key) ? Promise.resolve(held.get(key)) : fetched(run, update, key);
+      records.set(key, compressed.then(async ([prompts, text]) => read(await decompressed(text), prompts)));
       records.get(key).catch(() => records.delete(key));
       if (records.size > KEPT) records.delete(records.keys().next().value);
     }
     return records.get(key);
   };
+
+  textgym.inMemory = () => ({ records: records.size, compressed: held.size });
 
   // An element. Strings become text, never HTML.
   textgym.element = (tag, properties = {}, ...children) => {
@@ -145,12 +151,12 @@ const textgym = {};
     return element;
   };
 
-  // Control characters and marks that change the direction of text are shown as symbols.
+  // Characters that command or cannot be seen are shown as symbols: the same as in textgym/display.py.
+  const UNSEEN = /[\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\u{e0000}-\u{e007f}]/gu;
   textgym.visible = (text) =>
     text
       .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-      .replace(/[\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, (c) =>
-        `\u27e8U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
+      .replace(UNSEEN, (c) => `\u27e8U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`);
 
   textgym.number = (value) => {
     if (value === null || value === undefined) return "\u2013";

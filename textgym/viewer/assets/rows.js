@@ -4,14 +4,18 @@
 (() => {
   const { element, number, visible } = textgym;
 
+  // Rewards of each function, and the judge if there is one.
+  textgym.rewardsOf = (record) =>
+    Object.keys(record.rows[0] ?? {}).filter((name) => name.startsWith("reward/") || name === "judge");
+
+  // Label, name, text of a row's cell, and kind.
   function columnsOf(record) {
-    const rewards = Object.keys(record.rows[0] ?? {}).filter((name) => name.startsWith("reward/"));
     return [
       ["#", "index", (row) => String(row.index + 1)],
       ["prompt", "promptText", (row) => visible(row.promptText), "text"],
       ["response", "text", (row) => visible(row.text), "text"],
       ["score", "score", (row) => (row.score === null ? "unscored" : number(row.score))],
-      ...(rewards.length > 1 ? rewards.map((name) => [name.slice(7), name, (row) => number(row[name])]) : []),
+      ...textgym.rewardsOf(record).map((name) => [visible(name.replace(/^reward\//, "")), name, (row) => number(row[name])]),
       ["KL", "kl", (row) => number(row.kl)],
       ["tokens", "length", (row) => String(row.length)],
       ...(record.numbers.entropy ? [["entropy", "entropy", (row) => number(row.entropy)]] : []),
@@ -38,10 +42,22 @@
     };
   }
 
+  const LIMITS = {
+    least: ["at least", (value, limit) => value >= limit],
+    most: ["at most", (value, limit) => value <= limit],
+  };
+
+  // Whether a row's number is within a limit; a row without the number is not.
+  function withinLimit(row, { limited, side, limit }) {
+    if (limit === "" || !(limited in row)) return true; // nothing is asked, or these rows have no such number
+    return row[limited] !== null && LIMITS[side][1](row[limited], Number(limit));
+  }
+
   function chosen(record, state) {
     const words = state.search.toLowerCase();
     return record.rows
       .filter(FILTERS[state.filter][1])
+      .filter((row) => withinLimit(row, state))
       .filter((row) => !words || row.text.toLowerCase().includes(words) || row.promptText.toLowerCase().includes(words))
       .sort(compared(state.sort, state.direction));
   }
@@ -98,8 +114,16 @@
       Object.entries(FILTERS).map(([name, [label]]) => element("option", { value: name, selected: name === state.filter }, label)));
     const grouped = element("input", { type: "checkbox", id: "grouped", checked: state.grouped,
       onchange: () => { state.grouped = grouped.checked; update(); } });
+    const limited = element("select", { id: "limited", "aria-label": "Number", onchange: () => { state.limited = limited.value; update(); } },
+      columnsOf(record).filter(([, name, , kind]) => kind !== "text" && name !== "index" && name !== "stopped").map(([label, name]) =>
+        element("option", { value: name, selected: name === state.limited }, label)));
+    const side = element("select", { id: "side", "aria-label": "At least or at most", onchange: () => { state.side = side.value; update(); } },
+      Object.entries(LIMITS).map(([name, [label]]) => element("option", { value: name, selected: name === state.side }, label)));
+    const limit = element("input", { type: "number", step: "any", id: "limit", placeholder: "any", "aria-label": "Limit", value: state.limit,
+      oninput: () => { [state.limit, state.limited] = [limit.value, limited.value]; update(); } });
     update();
-    return [element("div", { class: "tools" }, search, filter, element("label", {}, grouped, " side by side"), count), holder];
+    return [element("div", { class: "tools" }, search, filter, element("span", { class: "limit" }, limited, " ", side, " ", limit),
+      element("label", {}, grouped, " side by side"), count), holder];
   };
 
   // The rows in the order in which the table has them, for going from row to row.

@@ -9,7 +9,7 @@
 (() => {
   const { element, number, visible } = textgym;
   const main = document.getElementById("main");
-  const state = { run: 0, update: null, row: null, sort: "index", direction: 1, search: "", filter: "all", grouped: false, quantity: "kl" };
+  const state = { run: 0, update: null, row: null, sort: "index", direction: 1, search: "", filter: "all", limited: "score", side: "least", limit: "", grouped: false, quantity: "kl" };
   let index = null;
   let shown = 0; // number of the latest view, so that a slow load does not replace it
 
@@ -34,7 +34,7 @@
     const rows = names.map((name) => {
       const values = index.runs.map((run) => run.config[name] ?? "\u2013");
       const differs = new Set(values).size > 1;
-      return element("tr", { class: differs ? "differs" : null }, element("th", { scope: "row" }, name), values.map((value) => element("td", {}, visible(value))));
+      return element("tr", { class: differs ? "differs" : null }, element("th", { scope: "row" }, visible(name)), values.map((value) => element("td", {}, visible(value))));
     });
     const head = element("tr", {}, element("td", {}), index.runs.map((run) => element("th", { scope: "col" }, visible(run.name))));
     return element("details", {}, element("summary", {}, "Settings"),
@@ -68,14 +68,14 @@
     const record = await textgym.load(run, update);
     const row = record.rows[index_];
     if (!row) throw new Error(`Update ${update} has no row ${index_ + 1}.`);
-    const history = index.runs[run].histories.findIndex(({ prompt }) => prompt === row.promptText);
+    const history = index.runs[run].histories.findIndex(({ prompt }) => prompt === row.promptKey);
     const order = textgym.rowOrder(record, state);
     const place = order.indexOf(index_);
     const step = (by, label, key) => element("a", { class: "button", "aria-label": `${label} row`, title: `${label} (${key})`,
       href: order[place + by] === undefined || place < 0 ? null : address(run, update, order[place + by]) }, by < 0 ? "\u2039" : "\u203a");
     const facts = [["score", row.score === null ? "unscored, not trained on" : number(row.score)], ["KL", number(row.kl)],
       ["tokens", row.length], ["end", row.stopped ? "stop" : "length limit"],
-      ...Object.keys(row).filter((name) => name.startsWith("reward/")).map((name) => [name, number(row[name])])];
+      ...textgym.rewardsOf(record).map((name) => [visible(name), number(row[name])])];
     const [view, draw] = textgym.tokens(record, row, state);
     return [[
       element("div", { class: "tools" },
@@ -92,17 +92,20 @@
     const history = index.runs[run].histories[place];
     if (!history) throw new Error("The run has no such prompt.");
     const updates = [...new Set(history.places.map(([update]) => update))];
+    const prompt = element("p", { class: "prompt response" });
     const holder = element("div", { "aria-live": "polite" });
     const fill = async () => {
       for (const update of updates) { // one at a time: records are large, and few stay in memory
         const record = await textgym.load(run, update);
         if (!holder.isConnected) return;
-        const cards = history.places.filter(([own]) => own === update).map(([, row]) =>
-          textgym.rowCard(record.rows[row], address(run, update, row), `update ${update}, row ${row + 1}`));
+        const own = history.places.filter(([other]) => other === update).map(([, row]) => record.rows[row]);
+        prompt.textContent = visible(own[0].promptText);
+        const cards = own.map((row) =>
+          textgym.rowCard(row, address(run, update, row.index), `update ${update}, row ${row.index + 1}`));
         holder.append(element("ul", { class: "cards" }, cards));
       }
     };
-    return [[element("h2", {}, "One prompt over the run"), element("p", { class: "prompt response" }, visible(history.prompt)), holder], fill];
+    return [[element("h2", {}, "One prompt over the run"), prompt, holder], fill];
   }
 
   function parse() {
