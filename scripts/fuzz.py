@@ -111,7 +111,7 @@ def judged(where: str, name: str, value: str, attempt: Callable[[], Any], possib
 
 def user_dataclasses() -> dict[str, tuple[type, dict[str, Any]]]:
     """Return the dataclasses that users make, by name, with the arguments that have no default."""
-    from textgym import flags
+    from textgym import algorithms, flags
     from textgym.agents.runs.demo import DemoConfig
     from textgym.envs.config import TextConfig, TextVectorConfig
     from textgym.rewards import functions
@@ -120,7 +120,7 @@ def user_dataclasses() -> dict[str, tuple[type, dict[str, Any]]]:
 
     env = {"prompts": ["a"], "tokenizer": "tiny", "reward": len}
     classes: dict[type, dict[str, Any]] = {
-        **{config: {} for config in flags.CONFIGS.values()},
+        **{config: {} for config in algorithms.CONFIGS.values()},
         RewardModelConfig: {},
         DemoConfig: {},
         TextConfig: env,

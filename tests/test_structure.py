@@ -14,7 +14,7 @@ MOST = 15
 # Imports go down this list and never up, those under TYPE_CHECKING and in functions too; folders of one line do not
 # import each other. Games wrap environments, so they stand on the wrappers.
 LAYERS = (
-    "lazy errors",
+    "lazy errors announce",
     "settings",
     "display",
     "data",
@@ -25,6 +25,7 @@ LAYERS = (
     "sb3 wrappers",
     "games testing registration",
     "agents",
+    "algorithms",
     "saved_flags help",
     "flags",
     "commands",

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from textgym.cli import main
+import sys
+
+from textgym.announce import announce
+
+
+def main() -> None:
+    """Runs the command line of this process."""
+    announce(sys.argv[1:])
+    from textgym.cli import main as run  # after the first line, since it takes a while
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,8 @@ from typing import Any
 import gymnasium as gym
 
 from textgym.agents.configs.demo import DemoConfig
-from textgym.display import printable
+from textgym.announce import announce
+from textgym.display import printable, show_all_characters
 from textgym.errors import TextgymError
 from textgym.flags import Chat, Compare, Data, Evaluate, ListRuns, ReadSheet, Train, TrainReward, View, parse
 from textgym.models.machine.determinism import prepare_environment
@@ -54,15 +55,12 @@ RUNS: dict[type, tuple[str, str]] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
+    show_all_characters(sys.stdout, sys.stderr)
     sys.path.append(str(Path.cwd()))  # for "module:attribute" of a file beside the user; last, so it hides no module
     if arguments is None:
         prepare_environment(sys.argv[1:])  # torch reads it when it is imported
     try:
-        command = parse(arguments)
-        quiet = command.quiet if isinstance(command, Train) else not isinstance(command, (DemoConfig, TrainReward))
-        if not quiet and "torch" not in sys.modules:  # which take seconds
-            print("textgym: loading torch and transformers", file=sys.stderr, flush=True)
-        run(command)
+        run(parse(arguments))
     except KeyboardInterrupt:
         sys.exit(130)
     except (TextgymError, ValueError, OSError, ImportError, MemoryError, gym.error.Error) as error:
@@ -84,4 +82,5 @@ def run(command: Any) -> None:
 
 
 if __name__ == "__main__":
+    announce(sys.argv[1:])
     main()

@@ -6,8 +6,9 @@ Everything that prints prompts or completions, or writes them where people look 
 from __future__ import annotations
 
 import html
+import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -53,3 +54,10 @@ def rich_text(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(printable(text), style)
+
+
+def show_all_characters(*streams: Any) -> None:
+    """Let streams spell out characters that their encoding lacks, as Windows code pages do, instead of failing."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and takes all characters
+            stream.reconfigure(errors="backslashreplace")

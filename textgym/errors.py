@@ -43,7 +43,7 @@ class DamagedFolderError(TextgymError, ValueError):
 
 
 class RunFolderError(TextgymError, FileExistsError):
-    """A folder cannot be used for a run: it has other files, another run, or another process writes to it."""
+    """A folder cannot be used for a run, or holds none: it has other files, another run, or one of another version."""
 
 
 class UntrustedNameError(TextgymError, ValueError):

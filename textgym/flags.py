@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
-from textgym import agents
 from textgym.agents import PPOConfig
 from textgym.agents.configs.demo import DemoConfig
 from textgym.agents.configs.policy_gradient import suitable_critic
 from textgym.agents.configs.rollout import RolloutAgentConfig
 from textgym.agents.configs.supervised import SupervisedConfig
+from textgym.algorithms import ALGORITHMS, CONFIGS, DEFAULT, OFFLINE, agent_named
 from textgym.errors import ConfigError
 from textgym.help import asks_for_help, print_command, print_commands
 from textgym.rewards.models.config import RewardModelConfig
@@ -36,20 +34,6 @@ from textgym.settings import (
     nearest,
 )
 
-# An algorithm of textgym/agents/__init__.py is a choice of --agent: ExpertIteration is "expert-iteration". Its class is
-# loaded when it trains, since that needs torch; its config is read here.
-ALGORITHMS: dict[str, str] = {
-    re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower(): name
-    for name in agents.__all__
-    if f"{name}Config" in agents.__all__
-}
-CONFIGS: dict[str, type[RolloutAgentConfig] | type[SupervisedConfig]] = {
-    name: getattr(agents, f"{algorithm}Config") for name, algorithm in ALGORITHMS.items()
-}
-AGENTS = tuple(name for name, config in CONFIGS.items() if issubclass(config, RolloutAgentConfig))
-"""Agents that learn from episodes."""
-OFFLINE = tuple(name for name, config in CONFIGS.items() if issubclass(config, SupervisedConfig))
-"""Agents that learn from data instead of episodes."""
 if TYPE_CHECKING:
     AgentName = str
 else:
@@ -276,6 +260,8 @@ class Chat:
     """Further arguments of the environment, as JSON."""
     device: str = "auto"
     """Where to compute: 'cuda', 'cuda:1', 'cpu', or 'auto', which is a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model: only with models whose code you have read, or whose source you trust."""
     deterministic: bool = False
     """Repeat the same answers bit for bit on the same machine."""
 
@@ -433,9 +419,7 @@ def _with_settings(words: Sequence[str]) -> Any:
     kind = COMMANDS[words[0]]
     if kind is not Train:
         return kind
-    named = [after for word, after in itertools.pairwise(words) if word == "--agent"]
-    named += [word.removeprefix("--agent=") for word in words if word.startswith("--agent=")]
-    config = CONFIGS.get(named[-1] if named else "ppo", PPOConfig)  # tyro complains of an unknown one
+    config = CONFIGS.get(agent_named(words) or DEFAULT, PPOConfig)  # tyro complains of an unknown one
     settings = ("config", tyro.conf.OmitArgPrefixes[config], field(default_factory=config))  # type: ignore[misc,valid-type]
     with_settings = dataclasses.make_dataclass("Train", [settings], bases=(Train,))
     with_settings.__doc__ = Train.__doc__

@@ -1,7 +1,8 @@
-"""Command lines that name a run: its settings are put before the flags that stand beside the name, which win.
+"""Command lines that name a run or a file: its settings are put before the flags that stand beside it, which win.
 
     textgym resume runs/x --total-episodes 8192
     textgym train --config runs/x/config.json --output-dir runs/y --seed 2
+    textgym train --config mine.yaml
     textgym evaluate runs/x
     textgym chat runs/x
 
@@ -11,7 +12,9 @@ A run's settings are data: a function or an environment of somebody else's that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,41 +22,48 @@ from typing import Any
 import gymnasium as gym
 import yaml
 
+from textgym.agents.configs.policy_gradient import suitable_critic
 from textgym.agents.machine.saved_files import refuse_foreign_code
+from textgym.algorithms import CONFIGS, DEFAULT, agent_named
+from textgym.data.manifests import RUN, read_run
 from textgym.errors import RunFolderError, UntrustedNameError
 
 CONFIG, TRUST = "config.json", "--trust-names"
-ASIDE = ("config", "resume", "overwrite", "output_dir", "quiet", "profile", "trust_remote_code", "log_with")
-"""Settings of one call of the command alone; the agent's own ones, in `config`, are taken apart."""
-
 SHARED = ("env", "env_kwargs", "temperature", "device")
 """Settings of a run that `evaluate` and `chat` have too: texts are to be sampled as they were in training."""
+COMMAND_LINE_ALONE = ("overwrite", "trust_remote_code")
+"""Settings that no file may ask for: one deletes a run, the other runs code."""
+OF_ONE_CALL = (*COMMAND_LINE_ALONE, "output_dir", "resume", "quiet", "profile")
+"""Settings in the `config.json` of a run that are of that call alone; a file of the user's own may have them."""
 
 
 def expand(words: list[str]) -> list[str]:
-    """Return a command line without names of runs: their settings stand there as flags.
+    """Return a command line without names of runs and files: their settings stand there as flags.
 
     Raises:
-        RunFolderError: a folder holds no run, or its settings cannot be read.
+        RunFolderError: a folder holds no run, or settings cannot be read.
         UntrustedNameError: the settings name somebody else's code.
     """
     trusted = TRUST in words
-    words = [word for word in words if word != TRUST]
-    if words[:1] == ["resume"]:
-        folder = _folder_after("resume", words)
+    command, *words = [word for word in words if word != TRUST] or [""]
+    if command == "resume":
+        folder, words = _run_among(words)
+        if folder is None:
+            raise RunFolderError("textgym resume needs the folder of a run: textgym resume runs/x")
         flags = flags_of(read_settings(folder / CONFIG, trusted))
-        return ["train", *flags, "--output-dir", str(folder), "--resume", *words[2:]]
-    if words[:1] in (["evaluate"], ["chat"]) and words[1:2] and not words[1].startswith("-"):
-        folder = _folder_after(words[0], words)
-        settings = read_settings(folder / CONFIG, trusted)
-        chosen: dict[str, Any] = {name: settings[name] for name in SHARED if name in settings}
-        chosen |= {"policy": str(folder / "policy"), "reference": settings.get("model")}
-        return [words[0], *flags_of(chosen), *words[2:]]
-    if words[:1] == ["train"] and "--config" in words[:-1]:
-        place = words.index("--config")
-        flags = flags_of(read_settings(Path(words[place + 1]), trusted))
-        return ["train", *flags, *words[1:place], *words[place + 2 :]]
-    return words
+        return ["train", *flags, "--output-dir", str(folder), "--resume", *words]
+    if command in ("evaluate", "chat"):
+        folder, words = _run_among(words)
+        if folder is not None:
+            settings = read_settings(folder / CONFIG, trusted)
+            chosen: dict[str, Any] = {name: settings[name] for name in SHARED if name in settings}
+            chosen |= {"policy": str(folder / "policy"), "reference": settings.get("model")}
+            words = [*flags_of(chosen), *words]
+    if command == "train":
+        file, words = _file_among(words)
+        if file is not None:
+            words = [*flags_of(_for_agent(agent_named(words), read_settings(file, trusted), file)), *words]
+    return [command, *words] if command else []
 
 
 def read_settings(file: Path, trusted: bool) -> dict[str, Any]:
@@ -63,21 +73,33 @@ def read_settings(file: Path, trusted: bool) -> dict[str, Any]:
         file: `config.json` of a run, or a file that its user wrote.
         trusted: whether functions and environments that it names may be imported.
     """
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunFolderError(f"there is no {file}: give the folder of a run, which `textgym train` writes") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{file} cannot be read: {error}") from error
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise RunFolderError(f"{file} must hold settings by name, as the {CONFIG} of a run does")
-    own = settings.get("config") or {}
-    if not isinstance(own, dict):
+    of_run = (file.parent / RUN).exists()
+    if of_run:
+        read_run(file.parent)
+    settings = _loaded(file)
+    own = settings.pop("config", None) or {}
+    if not isinstance(own, dict) or not all(isinstance(name, str) for name in own):
         raise RunFolderError(f"{file}: `config` must hold the agent's settings by name, got {own!r}")
-    found = {**{name: value for name, value in settings.items() if name not in ASIDE}, **own}
+    settings |= own
+    for name in COMMAND_LINE_ALONE:
+        if settings.get(name) and not of_run:
+            flag = f"--{name.replace('_', '-')}"
+            raise RunFolderError(f"{file} asks for {name}, which a file cannot: take it out, and add {flag}")
+    if "env_kwargs" in settings:
+        settings["env_kwargs"] = _as_json(settings["env_kwargs"], file)
     if not trusted:
-        _refuse_names(found, file)
-    return found
+        _refuse_names(settings, file)
+    aside = OF_ONE_CALL if of_run else COMMAND_LINE_ALONE
+    return {name: value for name, value in settings.items() if name not in aside}
+
+
+def needs_trust(folder: Path) -> bool:
+    """Return whether a run's settings name code that is imported only with `--trust-names`."""
+    try:
+        read_settings(folder / CONFIG, trusted=False)
+    except UntrustedNameError:
+        return True
+    return False
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -100,13 +122,86 @@ def _flag(flag: str, value: Any) -> Iterator[str]:
         yield from (flag, str(value))
 
 
-def _folder_after(command: str, words: list[str]) -> Path:
-    if len(words) < 2 or words[1].startswith("-"):
-        raise RunFolderError(f"textgym {command} needs the folder of a run: textgym {command} runs/x")
-    folder = Path(words[1])
-    if not (folder / CONFIG).exists():
-        raise RunFolderError(f"{folder} holds no run: it has no {CONFIG}, which `textgym train` writes")
-    return folder
+def _run_among(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the folder of a run, which stands first or is the only run among the options, and the other words."""
+    first = words[:1] and not words[0].startswith("-")
+    places = [0] if first else [place for place, word in enumerate(words) if _is_run(word)]
+    if not places:
+        return None, words
+    if len(places) > 1:
+        runs = " or ".join(words[place] for place in places)
+        raise RunFolderError(f"it is unclear which run is meant, {runs}: put its folder before the options")
+    folder = Path(words[places[0]])
+    read_run(folder)
+    return folder, [word for place, word in enumerate(words) if place not in places]
+
+
+def _is_run(word: str) -> bool:
+    try:
+        return (Path(word) / RUN).exists()
+    except OSError:  # too long for the name of a file
+        return False
+
+
+def _file_among(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the file of `--config FILE` or `--config=FILE`, and the other words."""
+    file, others = None, []
+    rest = iter(words)
+    for word in rest:
+        if word != "--config" and not word.startswith("--config="):
+            others.append(word)
+            continue
+        value = next(rest, "") if word == "--config" else word.removeprefix("--config=")
+        if not value or value.startswith("--"):
+            raise RunFolderError("--config needs a file: --config runs/x/config.json")
+        if file is not None:
+            raise RunFolderError(f"--config is given twice, {file} and {value}: put all settings into one file")
+        file = Path(value)
+    return file, others
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFolderError(f"there is no {file}: give the folder of a run, which `textgym train` writes") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{file} cannot be read: {error}") from error
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise RunFolderError(f"{file} must hold settings by name, as the {CONFIG} of a run does")
+    return settings
+
+
+def _as_json(arguments: Any, file: Path) -> str:
+    """Return arguments of an environment as the command line takes them; YAML may hold them as they are."""
+    try:
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments or {})
+        found = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise RunFolderError(f"{file}: env_kwargs is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{file}: env_kwargs must hold arguments by name, got {arguments!r}")
+    return text
+
+
+def _for_agent(agent: str | None, settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the settings of a file for another agent than its own.
+
+    Hyperparameters that the file's agent has by default were not chosen, so the other agent has its own ones.
+    """
+    own = settings.get("agent") or DEFAULT
+    if agent in (None, own) or agent not in CONFIGS or own not in CONFIGS:
+        return settings
+    config = CONFIGS[agent]()
+    defaults = json.loads(json.dumps(dataclasses.asdict(CONFIGS[own]()), default=str))
+    unknown = defaults.keys() - {field.name for field in dataclasses.fields(config)}  # to the other agent
+    if suitable_critic(config)[0] == "shared":  # it learns no values
+        unknown = unknown | {"critic", "critic_learning_rate"}
+    defaults["critic"] = "auto"
+    chosen = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
+    if lost := [name for name in chosen if name in unknown]:
+        warnings.warn(f"{file} is of {own}, and {agent} goes without its {', '.join(lost)}", stacklevel=2)
+    return {name: value for name, value in chosen.items() if name not in unknown}
 
 
 def _refuse_names(settings: Mapping[str, Any], file: Path) -> None:
@@ -115,9 +210,5 @@ def _refuse_names(settings: Mapping[str, Any], file: Path) -> None:
     env = settings.get("env")
     if isinstance(env, str) and env not in gym.registry:
         raise UntrustedNameError(f"{file} names the environment {env!r}, which textgym does not register: {remedy}")
-    try:
-        arguments = json.loads(settings.get("env_kwargs") or "{}")
-    except ValueError as error:
-        raise RunFolderError(f"{file}: env_kwargs is not JSON: {error}") from error
-    for name, value in {**arguments, "data": settings.get("data")}.items():
+    for name, value in {**json.loads(settings.get("env_kwargs", "{}")), "data": settings.get("data")}.items():
         refuse_foreign_code(name, value, file, remedy)

@@ -13,11 +13,11 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from textgym.data.files import atomic_file, remove_folder
-from textgym.data.manifests import FORMAT, MANIFEST, owned
+from textgym.data.manifests import FORMAT, MANIFEST, RUN, RUN_KIND, owned, read_run
 from textgym.errors import RunFolderError
-from textgym.viewer.records import PATTERN as RECORDS
+from textgym.viewer.records import records_of
 
-RUN, LOCK = "run.json", "run.lock"
+LOCK = "run.lock"
 FILES = (
     "config.json",
     "metrics.jsonl",
@@ -56,7 +56,7 @@ class RunClaim:
         try:
             self.lock.acquire()
         except Timeout as error:
-            holder = _read(self.folder / RUN) or {}
+            holder = _known(self.folder)
             raise RunFolderError(
                 f"{self.folder} is in use by process {holder.get('pid')} on {holder.get('host')}: wait until it "
                 "ends, or choose another folder"
@@ -85,9 +85,9 @@ class RunClaim:
         self._sign(finished=True)
 
     def _sign(self, finished: bool = False) -> None:
-        earlier = _read(self.folder / RUN) or {}
+        earlier = _known(self.folder)
         run = {
-            "kind": "textgym run",
+            "kind": RUN_KIND,
             "format": FORMAT,
             "id": earlier.get("id") or secrets.token_hex(8),
             "textgym": importlib.metadata.version("textgym"),
@@ -113,8 +113,8 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
             f"{folder} has files and no {RUN}, so it is no run folder of this version of textgym, and nothing is "
             "written there: choose another folder"
         )
-    if names and _read(folder / RUN) is None:
-        raise RunFolderError(f"{folder / RUN} is not textgym's or is damaged: choose another folder")
+    if names:
+        read_run(folder)
     if not (resume or overwrite) and _has_begun(folder):
         raise RunFolderError(
             f"{folder} holds a run already: go on with it (--resume), delete it first (--overwrite), or choose another "
@@ -122,13 +122,12 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
         )
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a `run.json` says, or `None` if it is not one of textgym's."""
+def _known(folder: Path) -> dict[str, Any]:
+    """Return what a folder says of its run; nothing if it holds none yet."""
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return run if isinstance(run, dict) and run.get("kind") == "textgym run" and run.get("format") == FORMAT else None
+        return read_run(folder)
+    except RunFolderError:
+        return {}
 
 
 def _has_begun(folder: Path) -> bool:
@@ -140,7 +139,7 @@ def _has_begun(folder: Path) -> bool:
 
 def _remove_run(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS), *folder.glob(RECORDS)):
+    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS), *records_of(folder)):
         path.unlink(missing_ok=True)
     for saved in folder.glob("checkpoints/*"):
         remove_saved(saved)

@@ -14,12 +14,13 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from textgym.data.files import atomic_file
+from textgym.data.manifests import RUN, read_run
 from textgym.display import rich_text
 from textgym.errors import RunFolderError
 from textgym.rewards.intervals import bootstrap
 
 from ..common.rollout_agent import Metrics
-from .claims import LOCK, RUN
+from .claims import LOCK
 from .progress import clock
 from .run_folder import CURVES
 
@@ -51,11 +52,10 @@ class Run:
         """Read a run folder, also while its run is writing: a line that is not whole yet is left out.
 
         Raises:
-            RunFolderError: It is no run folder.
+            RunFolderError: It holds no run, or one of another version.
         """
-        if not (folder / RUN).exists():
-            raise RunFolderError(f"{folder} holds no run of textgym's: it has no {RUN}")
-        return cls(folder, _settings(folder), _history(folder), is_running(folder), _is_finished(folder))
+        finished = bool(read_run(folder).get("finished"))
+        return cls(folder, _settings(folder), _history(folder), is_running(folder), finished)
 
     @property
     def state(self) -> str:
@@ -66,42 +66,49 @@ class Run:
         return "finished" if done else "stopped"
 
 
-def runs_in(folder: Path) -> list[Run]:
-    """Return the runs in a folder and the folders below it, sorted by name.
+def runs_in(folder: Path) -> tuple[list[Run], list[str]]:
+    """Return the runs in a folder and the folders below it, sorted by name, and what is wrong with the others.
 
     Raises:
         RunFolderError: There are none.
     """
-    found = [Run.read(path.parent) for path in sorted(folder.rglob(RUN))]
-    if not found:
+    runs, problems = [], []
+    for path in sorted(folder.rglob(RUN)):
+        try:
+            runs.append(Run.read(path.parent))
+        except RunFolderError as error:
+            problems.append(str(error))
+    if not runs:
         raise RunFolderError(
-            f"there are no runs in {folder}: `textgym train --output-dir {folder / 'first'}` begins one"
+            "; ".join(problems)
+            or f"there are no runs in {folder}: `textgym train --output-dir {folder / 'first'}` begins one"
         )
-    return found
+    return runs, problems
 
 
-def list_of(folder: Path, width: int) -> Table | Group:
-    """Return the runs in a folder: what each trained, how far it is, and its last score and KL.
+def list_of(folder: Path, width: int) -> Group:
+    """Return the runs in a folder: what each trained, how far it is, and its last score and KL; then what is no run.
 
     Args:
         folder: The folder.
         width: Characters of a line. It is a table if that has room for it, and otherwise a few lines for each run.
     """
     titles = ("run", "agent", "environment", "model", "state", "updates", "score", "KL")
-    rows = [_about(run) for run in runs_in(folder)]
+    runs, problems = runs_in(folder)
+    rows, left_out = [_about(run) for run in runs], [rich_text(f"left out: {problem}") for problem in problems]
     table = Table(box=None, pad_edge=False)
     for title in titles:
         table.add_column(title, justify="right" if title in ("updates", "score", "KL") else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(rich_text, row))
     if Console(width=LONGEST_LINE).measure(table).maximum <= width:
-        return table
+        return Group(table, *left_out)
     lines = []
     for run, agent, environment, model, state, updates, score, kl in rows:
         lines += [run, f"  {agent}, {environment}, {model}", f"  {state}, {updates} updates"]
         if score:
             lines.append(f"  score {score}, KL {kl}")
-    return Group(*(rich_text(line) for line in lines))
+    return Group(*(rich_text(line) for line in lines), *left_out)
 
 
 def _about(run: Run) -> list[str]:
@@ -166,13 +173,6 @@ def _at_the_end(run: Run, key: str) -> str:
     return str(bootstrap(lambda rows: float(last[rows].mean()), range(len(last))))
 
 
-def _is_finished(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / RUN).read_text(encoding="utf-8")).get("finished"))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -182,15 +182,15 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _history(folder: Path) -> list[Metrics]:
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Return the metrics that can be read; the run is writing the last line, or was killed while it did."""
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break  # the run is writing it, or was killed while it did
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

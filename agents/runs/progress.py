@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from typing import Any, Self
@@ -11,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
+
+from textgym.display import show_all_characters
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from ..common.supervised import SupervisedAgent
@@ -57,6 +60,8 @@ class LiveProgress:
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        if console is None:
+            show_all_characters(sys.stdout)  # a name or a reward's error must not end a run
         self.console = console or Console()
         self.quiet = quiet
         self.on_terminal = self.console.is_terminal and not quiet

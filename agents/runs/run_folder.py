@@ -154,9 +154,11 @@ def _read_metrics(path: Path, updates: int) -> list[Metrics]:
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in lines[:updates]:  # later ones are of updates that no checkpoint kept, and the last may be cut
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     if len(rows) < updates:
         warnings.warn(
             f"{path} has the metrics of {len(rows)} of {updates} updates; those of the others are lost", stacklevel=3

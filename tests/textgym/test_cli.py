@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from textgym import agents, cli, flags
+from textgym import agents, algorithms, cli, flags
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs import chat as chatting
+from textgym.agents.runs import evaluate as evaluation
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim
 from textgym.agents.runs.demo import DemoConfig
 from textgym.agents.runs.progress import LiveProgress
-from textgym.commands import evaluate as evaluation
 from textgym.commands import models
 from textgym.commands.models import place_of
 from textgym.commands.train import kl_arguments
@@ -122,9 +122,9 @@ def test_flags_of_the_others() -> None:
     assert (demo.output_dir, demo.ppo.seed, demo.reward_model.seed) == (Path("out"), 4, 4)
 
 
-@pytest.mark.parametrize("name", flags.CONFIGS)
+@pytest.mark.parametrize("name", algorithms.CONFIGS)
 def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = flags.CONFIGS[name]
+    config = algorithms.CONFIGS[name]
     command = parsed(f"train --agent {name} --output-dir out --learning-rate 0.5")
     assert command.agent == name
     assert command.config == config(learning_rate=0.5)
@@ -136,8 +136,9 @@ def test_each_agent_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[s
 
 def test_all_agents_can_be_named() -> None:
     names = get_args(get_type_hints(flags.Train)["agent"])
-    assert set(names) == {*flags.AGENTS, *flags.OFFLINE}
-    assert set(flags.ALGORITHMS.values()) == {name for name in agents.__all__ if f"{name}Config" in agents.__all__}
+    assert set(names) == {*algorithms.AGENTS, *algorithms.OFFLINE}
+    named = {name for name in agents.__all__ if f"{name}Config" in agents.__all__}
+    assert set(algorithms.ALGORITHMS.values()) == named
 
 
 def test_unknown_agents_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -574,6 +575,18 @@ def test_settings_out_of_their_range_are_errors_of_usage(
         cli.main(arguments)
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (working_folder / "run").exists()
+
+
+@pytest.mark.slow
+def test_total_episodes_64_plays_64(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An update has 128 by default; a run that is made longer plays the difference."""
+    cli.main(["train", "--total-episodes", "64", "--output-dir", "run", *env_kwargs()])
+    assert "64 episodes: 1 update(s) of 64 episodes" in capsys.readouterr().out
+    cli.main(["resume", "run", "--total-episodes", "80", "--trust-names"])
+    history = [json.loads(line) for line in (working_folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in history] == [64, 80]
+    assert all(row["lr"] > 0 for row in history)
+    assert all("eval/score" in row for row in history)
 
 
 @pytest.mark.slow

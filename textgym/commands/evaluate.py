@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterable, Iterator
 
 from rich.text import Text
 
@@ -62,9 +64,36 @@ def evaluate(command: Evaluate) -> None:
 def answer(command: Chat) -> None:
     """Completions of what is typed, until the end of the input."""
     place = place_of(command)
-    policy = ActorCritic.from_pretrained(command.policy, temperature=command.temperature, device=place)
-    reference = ActorCritic.from_pretrained(command.reference, temperature=command.temperature, device=place)
-    models = {"tokenizer": command.reference, "reference": command.reference, **decoder_start(policy)}
+    policy, reference = (
+        ActorCritic.from_pretrained(
+            model, temperature=command.temperature, device=place, trust_remote_code=command.trust_remote_code
+        )
+        for model in (command.policy, command.reference)
+    )
+    models = {
+        "tokenizer": command.reference,
+        "reference": reference_of(command.reference, command, place),
+        **decoder_start(policy),
+    }
     envs = make_envs(command.env, 1, command.env_kwargs, place, on_reward_error="skip", **models)
     print("Type a prompt and press Enter. Ctrl-D ends it.", flush=True)
-    chat(policy, envs, reference, sys.stdin, lambda text: print(printable(text), flush=True), command.seed)
+    chat(policy, envs, reference, typed(sys.stdin), lambda text: print(printable(text), flush=True), command.seed)
+
+
+def typed(stream: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of the input.
+
+    Raises:
+        ValueError: a line is no text in the input's encoding.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="surrogateescape")  # so that lines before a wrong one are answered
+    for number, line in enumerate(stream, start=1):
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            encoding = getattr(stream, "encoding", "UTF-8")
+            raise ValueError(
+                f"line {number} of the input is not {encoding} text: convert it, or set PYTHONIOENCODING to what it is"
+            ) from error
+        yield line

@@ -26,8 +26,10 @@ from textgym.agents.runs.run_folder import RunFolder, changed_settings
 from textgym.agents.watching.best import EarlyStop, KeepBest
 from textgym.agents.watching.run import WatchedRun
 from textgym.agents.watching.trackers import Trackers
+from textgym.algorithms import ALGORITHMS, OFFLINE
+from textgym.commands.hints import further_commands, resume_hint
 from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
-from textgym.flags import ALGORITHMS, FREE, OFFLINE, Train, check_agent, with_critic
+from textgym.flags import FREE, Train, check_agent, with_critic
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.machine.devices import device_name
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
@@ -113,12 +115,10 @@ def _train(command: Train, claim: RunClaim | None) -> None:
     finally:
         envs.close()
     if run.interrupts.received is not None:
-        again = f"`textgym resume {command.output_dir}` goes on from there"
+        again = f"`{resume_hint(command)}` goes on from there"
         live.say(f"stopped after update {agent.updates}: {again}", always=True)
         sys.exit(128 + run.interrupts.received)
-    done = command.output_dir
-    longer = f"textgym resume {done} --total-episodes {2 * total}"
-    live.say(f"go on: textgym view {done} | textgym evaluate {done} | textgym chat {done} | {longer}")
+    live.say(f"go on: {' | '.join(further_commands(command))}")
 
 
 def _judges(command: Train) -> list[Callback]:

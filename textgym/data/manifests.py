@@ -1,6 +1,7 @@
 """Manifests: what a saved folder holds, with the size and SHA-256 of every file, so that damage is found and named.
 
 A manifest is written last, so a folder that has one was written to its end. It also marks the folder as textgym's own.
+A run folder, which grows, has a `run.json` instead.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from textgym.errors import DamagedFolderError
+from textgym.errors import DamagedFolderError, RunFolderError
 from textgym.settings import Check, from_plain
 
-MANIFEST = "textgym_manifest.json"
+MANIFEST, RUN = "textgym_manifest.json", "run.json"
+RUN_KIND = "textgym run"
 FORMAT = 2
 """Version of the folders' layout. Version 1, that of textgym 0.1, had no manifest."""
 
@@ -136,3 +138,28 @@ def _measured(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what a run folder says of itself in its `run.json`; everything that reads runs asks here first.
+
+    Raises:
+        RunFolderError: it holds no run, or one of another version.
+    """
+    try:
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunFolderError(
+            f"{folder} is no run folder: it has no {RUN}. Give the folder that was the --output-dir of textgym train"
+        ) from error
+    except (OSError, ValueError):
+        run = None
+    if not isinstance(run, dict) or run.get("kind") != RUN_KIND or not isinstance(run.get("format"), int):
+        raise RunFolderError(f"{folder} is no run folder: its {RUN} is not textgym's or is damaged. Give another one")
+    if run["format"] != FORMAT:
+        newer = "update textgym" if run["format"] > FORMAT else "use that version of textgym"
+        raise RunFolderError(
+            f"{folder} holds a run of format {run['format']}, written by textgym {run.get('textgym')}, and this "
+            f"version reads format {FORMAT}: {newer}"
+        )
+    return run

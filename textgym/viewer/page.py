@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from textgym.data.files import atomic_folder
+from textgym.data.manifests import read_run
 from textgym.display import html_text
 from textgym.errors import DamagedFolderError
 from textgym.viewer.growing_folder import GrowingFolder
 from textgym.viewer.records import NewerRecordError, records_of, update_of
-from textgym.viewer.runs import check_run, describe_run
+from textgym.viewer.runs import describe_run
 from textgym.viewer.summaries import Summary, read_summary, stamp_of, summary_of
 
 KIND = "textgym viewer"
@@ -48,7 +49,8 @@ def write_page(
             data every few seconds, until it is written with `live=False`; a single file does not.
 
     Raises:
-        DamagedFolderError: If a folder holds no run, or a newer version of textgym wrote it.
+        RunFolderError: If a folder holds no run, or one of another version.
+        DamagedFolderError: If a newer version of textgym wrote a record.
         FileExistsError: If the output folder has other files.
         ValueError: If a single file would be too large.
     """
@@ -90,7 +92,7 @@ class Page:
     def write(self, live: bool = False) -> Path:
         """Write what is new, and return `index.html`; arguments and errors as of `write_page`."""
         for run in self.runs:
-            check_run(run)
+            read_run(run)
         folder = GrowingFolder(self.folder, KIND, "textgym view")
         runs, records = self._read(folder.files.keys())
         keep: list[str] = []
@@ -111,7 +113,7 @@ class Page:
     def write_single_file(self) -> Path:
         """Write a page that is one file, and return it; errors as of `write_page`."""
         for run in self.runs:
-            check_run(run)
+            read_run(run)
         with atomic_folder(self.folder, KIND, "textgym view", overwrite=True) as temporary:
             runs, records = self._read(set())
             scripts = chain([_index(runs, live=False)], (record.script() for record in records))

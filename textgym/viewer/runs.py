@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from textgym.errors import DamagedFolderError
 from textgym.viewer.highlights import Highlights
 from textgym.viewer.summaries import Summary
 
@@ -69,24 +68,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
         "x": [row.get(clock, i + 1) for i, row in enumerate(rows)],
         "columns": {name: [_number(row.get(name)) for row in rows] for name in names},
     }
-
-
-def check_run(folder: Path) -> None:
-    """Check that a folder holds a run.
-
-    Raises:
-        DamagedFolderError: If it does not.
-    """
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        is_run = run["kind"] == "textgym run"
-    except (OSError, ValueError, TypeError, KeyError):
-        is_run = False
-    if not is_run:
-        raise DamagedFolderError(
-            f"{folder} is no run folder: it has no run.json of textgym's. Give the folder that was the --output-dir of "
-            "textgym train"
-        )
 
 
 def _number(value: Any) -> float | None:

@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from textgym import cli, flags
+from textgym import cli
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.progress import LiveProgress
+from textgym.algorithms import OFFLINE
 from textgym.data.files import TEMPORARY
 from textgym.errors import DamagedFolderError
 from textgym.models.actor_critic import ActorCritic
@@ -187,7 +188,7 @@ SETTINGS: dict[str, list[str]] = {
 def train(agent: str, run: str, *further: str) -> list[str]:
     """The command line of a short run of 8 updates."""
     settings = ["--total-episodes", "64", "--episodes-per-update", "8", "--env", "textgym/Text-v0", "--num-envs", "8"]
-    if agent in flags.OFFLINE:
+    if agent in OFFLINE:
         settings = ["--max-steps", "8", "--batch-size", "4", "--env", "textgym/Text-v0", "--num-envs", "8"]
     env = {
         "prompts": ["one", "two", "three"],
@@ -267,8 +268,8 @@ def test_a_run_that_broke_off_ends_as_the_undisturbed_one(
     run(*train(agent, "part", "--resume"))
     assert_same(part, working_folder / "whole")
     events = EventAccumulator(str(part / "tensorboard")).Reload()
-    clock = "updates" if agent in flags.OFFLINE else "episodes"
-    metric = "loss" if agent in flags.OFFLINE else "objective/scores"
+    clock = "updates" if agent in OFFLINE else "episodes"
+    metric = "loss" if agent in OFFLINE else "objective/scores"
     assert [event.step for event in events.Scalars(metric)] == [int(row[clock]) for row in metrics_in(part)]
 
 

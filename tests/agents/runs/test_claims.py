@@ -13,6 +13,7 @@ import pytest
 from textgym.agents.runs.claims import RunClaim, remove_saved
 from textgym.data.files import atomic_folder
 from textgym.errors import RunFolderError
+from textgym.viewer.records import records_of
 
 HOLDER = """
 import sys
@@ -53,9 +54,21 @@ def test_a_run_keeps_its_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{}", '{"kind": "textgym run", "format": 1}', "[1]", "\udcff"])
 def test_a_run_json_of_another_program_or_version_is_left_alone(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(RunFolderError, match="is not textgym's or is damaged"):
+    with pytest.raises(RunFolderError, match=r"run.json is not textgym's or is damaged|holds a run of format 1"):
         RunClaim(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_copies_of_records_are_files_of_others(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunClaim(run).release()
+    (run / "records").mkdir()
+    for name in ("update-000001.json.gz", "update-000001 (copy).json.gz", "update-1b.json.gz"):
+        (run / "records" / name).write_text("")
+    assert [path.name for path in records_of(run)] == ["update-000001.json.gz"]
+    RunClaim(run, overwrite=True).release()
+    left = {path.name for path in (run / "records").iterdir()}
+    assert left == {"update-000001 (copy).json.gz", "update-1b.json.gz"}
 
 
 def test_what_is_left_of_a_damaged_folder_is_removed_beside_files_of_others(tmp_path: Path) -> None:

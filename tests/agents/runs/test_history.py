@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from rich.console import Console
 from textgym.agents.runs.claims import RunClaim
 from textgym.agents.runs.history import Run, compared, draw_over_each_other, list_of, runs_in
 from textgym.errors import RunFolderError
+from textgym.saved_flags import expand
+from textgym.viewer.page import write_page
 
 
 def write_run(folder: Path, scores: list[float], agent: str = "ppo", end: str = "") -> Path:
@@ -58,10 +61,55 @@ def test_a_narrow_terminal_lists_each_run_in_lines_of_its_own(tmp_path: Path, mo
     ]
 
 
+def test_damaged_lines_of_metrics_are_left_out_and_later_ones_are_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [0.0, 1.0, 2.0])
+    first, second, third = (run / "metrics.jsonl").read_bytes().splitlines()
+    (run / "metrics.jsonl").write_bytes(b"\n".join([first, second[:20], b"null", b'{"a": "\xff', third]))
+    assert [row["objective/scores"] for row in Run.read(run).history] == [0.0, 2.0]
+
+
+OTHERS = {
+    "newer": '{"kind": "textgym run", "format": 9, "textgym": "7.1"}',
+    "foreign": '{"kind": "someone else"}',
+    "damaged": '{"kind": "textg',
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_runs_of_other_versions_and_programs_are_said_wherever_a_run_is_read(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / name, [0.0])
+    (folder / "run.json").write_text(OTHERS[name])
+    said = r"format 9, written by textgym 7\.1.*: update textgym" if name == "newer" else "not textgym's or is damaged"
+    readers: list[Callable[[], object]] = [
+        lambda: Run.read(folder),
+        lambda: write_page([folder]),
+        lambda: RunClaim(folder, resume=True),
+        lambda: RunClaim(folder, overwrite=True),
+        lambda: runs_in(tmp_path),
+        *(
+            (lambda words=words: expand(words))  # type: ignore[misc]
+            for words in (
+                ["resume", str(folder)],
+                ["evaluate", str(folder)],
+                ["chat", str(folder)],
+                ["train", "--config", str(folder / "config.json")],
+            )
+        ),
+    ]
+    for read in readers:
+        with pytest.raises(RunFolderError, match=said):
+            read()
+    assert {path.name for path in folder.iterdir()} == {"run.json", "run.lock", "config.json", "metrics.jsonl"}
+    write_run(tmp_path / "ours", [1.0])
+    lines = text_of(list_of(tmp_path, 300), 300).splitlines()
+    assert lines[1].split()[0] == str(tmp_path / "ours")
+    assert lines[2].startswith(f"left out: {folder}")
+
+
 def test_folders_without_runs_are_said(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="there are no runs in"):
         runs_in(tmp_path)
-    with pytest.raises(RunFolderError, match="holds no run of textgym's"):
+    with pytest.raises(RunFolderError, match=r"is no run folder: it has no run\.json"):
         Run.read(tmp_path)
     with pytest.raises(RunFolderError, match="has no metrics"):
         compared([Run.read(write_run(tmp_path / "a", []))])

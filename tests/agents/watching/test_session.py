@@ -24,8 +24,9 @@ from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import RunFolder
 from textgym.agents.watching import session
 from textgym.agents.watching.run import WatchedRun
+from textgym.algorithms import ALGORITHMS
 from textgym.errors import ConfigError
-from textgym.flags import ALGORITHMS, Train
+from textgym.flags import Train
 from textgym.testing import byte_tokenizer, mock_lm
 from textgym.viewer.records import records_of, update_of
 from textgym.viewer.runs import read_metrics

@@ -88,7 +88,7 @@ def make_run(
     folder: Path, metric: str = "objective/scores", records: tuple[Record, ...] = (record(1), record(3))
 ) -> Path:
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"kind": "textgym run"}))
+    (folder / "run.json").write_text(json.dumps({"kind": "textgym run", "format": 2}))
     lines = [
         {metric: update / 2, "objective/kl": update**2, EVIL: 1.0, "episodes": 8 * update} for update in range(1, 4)
     ]

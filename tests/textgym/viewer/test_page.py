@@ -16,7 +16,7 @@ import pytest
 from textgym import cli
 from textgym.agents.runs.claims import RunClaim
 from textgym.data.manifests import checked_manifest
-from textgym.errors import ConfigError, DamagedFolderError
+from textgym.errors import ConfigError, DamagedFolderError, RunFolderError
 from textgym.flags import View
 from textgym.viewer import page as pages
 from textgym.viewer import summaries, write_page
@@ -391,8 +391,7 @@ def test_half_written_files_of_a_run_in_progress_are_left_out(tmp_path: Path) ->
 
 def test_a_run_without_anything_yet_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "run.json").write_text('{"kind": "textgym run"}')
+    RunClaim(run).release()
     [found] = index_of(write_page([run]))["runs"]
     assert found["metrics"]["x"] == []
     assert found["records"] == []
@@ -402,7 +401,7 @@ def test_a_run_without_anything_yet_has_a_page(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(DamagedFolderError, match=r"is no run folder.*--output-dir of textgym train"):
+    with pytest.raises(RunFolderError, match=f"{tmp_path} is no run folder: "):
         write_page([tmp_path])
     assert not (tmp_path / "viewer").exists()
 
