@@ -65,7 +65,7 @@ class A2C(CriticAgent):
         config, mask = self.config, rollout.training_mask
 
         # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one.
-        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
+        rewards = self.penalty.charge(self.charge_costs(rollout), kl)  # (N, T)
 
         # 2. The scale of the values, fitted before they are used (van Hasselt et al., 2016).
         rollout = self.fit_scale(rollout, discounted_returns(rewards, mask, config.gamma))
@@ -93,24 +93,41 @@ class A2C(CriticAgent):
         # 5. Metrics, with the explained variance of the critic before the step.
         return self.finish(steps, self.explained(rollout, returns))
 
-    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """Return -log pi A + c_1 / 2 (V - R)^2 / d - c_2 H, summed over tokens, averaged over episodes.
+    def fit_scale(self, rollout: Rollout, returns: Tensor) -> Rollout:
+        """Fit the scale of the values, see `CriticAgent`; Q(s, a) - v(s) stays what it is, too."""
+        if self.action_values is None:
+            return super().fit_scale(rollout, returns)
+        self.actions_before = self.action_values.weight.detach().clone()
+        std = self.policy.value_head.std.clone()
+        rollout = super().fit_scale(rollout, returns)
+        with torch.no_grad():
+            self.action_values.weight.mul_(std / self.policy.value_head.std)
+        return rollout
 
-        The value loss is divided by the standard deviation d of the returns (`value_std`), and by d^2 if advantages are
-        whitened. So it has the unit of the policy's loss, and the share of each in the gradient of a shared trunk does
-        not depend on the unit of the rewards.
+    def restore_scale(self) -> None:
+        """Restore the scale of before the update, and the weights of Q with it."""
+        super().restore_scale()
+        if self.action_values is not None:
+            with torch.no_grad():
+                self.action_values.weight.copy_(self.actions_before)
+
+    def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
+        """Return -log pi A / d + c_1 / 2 ((V - R) / d)^2 - c_2 H, summed over tokens, averaged over episodes.
+
+        With the standard deviation d of the returns (`value_std`), neither the size of the gradient, which is clipped,
+        nor the shares of policy and critic in it depend on the unit of the rewards. Whitened advantages have no unit.
 
         It is a sum over tokens and not a mean, as in the policy gradient theorem (Sutton et al., 2000), so that long
         texts have the same weight as in the objective.
         """
         config, mask = self.config, batch.response_mask
-        policy_loss = -per_episode(new.log_prob * masked(batch.advantages, mask), mask)
+        unit = 1.0 if config.whiten_advantages else self.value_std  # of the advantages
+        policy_loss = -per_episode(new.log_prob * masked(batch.advantages / unit, mask), mask)
         error = masked(new.value - batch.returns, mask) / self.value_std
         value_loss = 0.5 * per_episode(error.square(), mask)
         entropy = per_episode(new.entropy, mask)
 
-        unit = 1.0 if config.whiten_advantages else self.value_std  # of the advantages
-        loss = policy_loss + config.value_coef * unit * value_loss - config.entropy_coef * entropy
+        loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
         metrics = {
             "loss/policy_avg": policy_loss,
             "loss/value_avg": value_loss,

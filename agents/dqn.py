@@ -91,7 +91,10 @@ class DQN(ReplayAgent):
         # 1. Add the new episodes to the replay buffer; the reference's log-probs of their tokens follow from the KL.
         self.remember(rollout, kl)
 
-        # 2. Optimiser steps on episodes sampled from the buffer, and updates of the target networks in intervals.
+        # 2. Optimiser steps on episodes sampled from the buffer, and updates of the target networks in intervals. Their
+        #    weights correct the priorities in full by the end of the run (Schaul et al., 2016, section 3.4).
+        first, done = self.config.priority_correction, self.episodes / max(self.total_episodes, 1)
+        self.memory.beta = first + (1 - first) * min(done, 1.0)
         steps: list[TensorMetrics] = []
         for batch in self.samples():
             steps.append(self.step(batch))

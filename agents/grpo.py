@@ -22,10 +22,11 @@ almost always or almost never solved.
 
 The KL penalty is part of the reward, as in all other agents, or of the loss with `kl_in="loss"`. The KL of the
 objective is that of whole texts, E[sum_t KL(pi(. | s_t), pi_ref(. | s_t))], and its gradient has a part for the states
-that a token leads to. Of the choices of `kl_gradient`, "sequence" has all of it. "token" has the gradient of each
-state's KL(pi, pi_ref) without that part, and "k3" that of each state's KL(pi_ref, pi). The mean of a group includes the
-episode itself, so the gradient of the score is 1 - 1/k of the true gradient in groups of k, and a KL in the loss has a
-larger relative weight.
+that a token leads to. Of the choices of `kl_gradient`, "sequence" has all of it, if all tokens have the same weight,
+which they do not have with `loss_type="grpo"` and unequal lengths. "token" has the gradient of each state's
+KL(pi, pi_ref) without that part, and "k3" that of each state's KL(pi_ref, pi). The mean of a group includes the episode
+itself, so the gradient of the score is 1 - 1/k of the true gradient in groups of k, and a KL in the loss has a larger
+relative weight.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class PPO(CriticAgent):
 
         # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one (Ziegler et
         #    al., 2019, equation 2).
-        rewards = self.constraints.charge(rollout)  # (N, T)
+        rewards = self.charge_costs(rollout)  # (N, T)
         if config.kl_in == "reward":
             rewards = self.penalty.charge(rewards, kl)
         if config.whiten_rewards:
@@ -199,6 +199,8 @@ class PPO(CriticAgent):
             overall_mean(log_ratio.exp() - 1 - log_ratio, rollout.response_mask)
         )  # KL(old, new) in nats a token
         metrics = {"policy/penalty_coef": self.penalty_coef, "policy/kl_old_new": distance}
+        if self.trains_critic_alone:  # the policy does not move, whatever the coefficient is
+            return metrics
         if distance > self.config.kl_max:
             self.penalty_coef *= 2
         elif distance < self.config.kl_min:

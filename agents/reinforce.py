@@ -41,7 +41,7 @@ class REINFORCE(CriticAgent):
         config, mask = self.config, rollout.training_mask
 
         # 1. Rewards: the KL penalty on every token, the score and the costs of constraints on the last one.
-        rewards = self.penalty.charge(self.constraints.charge(rollout), kl)  # (N, T)
+        rewards = self.penalty.charge(self.charge_costs(rollout), kl)  # (N, T)
 
         # 2. Returns: from each token on, or of the whole episode for every token.
         returns = discounted_returns(rewards, mask, config.gamma)
@@ -66,21 +66,22 @@ class REINFORCE(CriticAgent):
         return self.finish(steps, further)
 
     def loss(self, new: Evaluation, batch: Batch) -> tuple[Tensor, TensorMetrics]:
-        """Return -log pi (G - b) - c_2 H, summed over the tokens of an episode, averaged over episodes.
+        """Return -log pi (G - b) / d - c_2 H, summed over the tokens of an episode, averaged over episodes.
 
         It is a sum over tokens and not a mean, as in the policy gradient theorem (Sutton et al., 2000), so that long
-        texts have the same weight as in the objective. A learned baseline adds c_1 / 2 (V - G)^2 / d, with the standard
-        deviation d of the returns (`value_std`), which has the unit of the policy's loss.
+        texts have the same weight as in the objective. A learned baseline adds c_1 / 2 ((V - G) / d)^2; then d is the
+        standard deviation of the returns (`value_std`), so the unit of the rewards makes no difference. Otherwise d is
+        1.
         """
         config, mask = self.config, batch.response_mask
-        policy_loss = -per_episode(new.log_prob * masked(batch.advantages, mask), mask)
+        policy_loss = -per_episode(new.log_prob * masked(batch.advantages / self.value_std, mask), mask)
         entropy = per_episode(new.entropy, mask)
         loss = policy_loss - config.entropy_coef * entropy
         metrics = {"loss/policy_avg": policy_loss, "policy/entropy_avg": masked_mean(new.entropy, mask)}
         if config.baseline == "learned":
             error = masked(new.value - batch.returns, mask) / self.value_std
             value_loss = 0.5 * per_episode(error.square(), mask)
-            loss = loss + config.value_coef * self.value_std * value_loss
+            loss = loss + config.value_coef * value_loss
             metrics["loss/value_avg"] = value_loss
         return loss, metrics
 

@@ -61,7 +61,7 @@ ZERO = NEGATIVE | {
     *("matrix_learning_rate", "max_reward_failures", "mean_coefficient", "min_new_tokens", "penalty_coef"),
     *("priority_exponent", "samples", "seed", "target_kl", "tolerance", "value_coef", "warmup", "weight_decay"),
     *("allow_faulty_rows", "critic_lam", "critic_learning_rate", "critic_weight_decay", "ema_decay", "examples"),
-    *("eval_every", "record_every", "word_order"),
+    *("eval_every", "priority_correction", "record_every", "word_order"),
 }
 """Numbers that may be 0."""
 

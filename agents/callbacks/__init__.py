@@ -89,6 +89,12 @@ class _OfFunction(Callback):
     def __init__(self, function: Function) -> None:
         self.function = function
 
+    def on_training_start(self, agent: Any) -> None:
+        from textgym.rewards.reference import SyncReference  # here, because it loads torch
+
+        if isinstance(self.function, SyncReference):  # it is below the agents, so it is no `Callback`
+            self.function.on_training_start(agent)
+
     def on_update_end(self, agent: Any, metrics: Metrics) -> bool | None:
         return self.function(agent, metrics)
 

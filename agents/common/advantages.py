@@ -67,8 +67,7 @@ def n_step_returns(
         goes_on: Bool `(N, T)`, whether each action is greedy. The sum ends with bootstrapping before the first action
             after t that is not greedy, because its reward is not that of the greedy policy (Watkins, 1989).
     """
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    own = torch.where(mask, steps, steps + len(steps)).argsort(dim=1)  # (N, T): the policy's steps in order, the others
+    own = own_steps(mask)  # (N, T)
     rewards, values = (masked(x, mask).gather(1, own) for x in (rewards, values))
     following = _shifted(values)  # V(s_{t+1})
     returns = rewards + gamma * following
@@ -80,6 +79,12 @@ def n_step_returns(
     return masked(torch.zeros_like(returns).scatter(1, own, returns), mask)
 
 
+def own_steps(mask: Tensor) -> Tensor:
+    """Return the indices `(N, T)` of the policy's steps in order, and then those of all others, of a mask `(N, T)`."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, steps, steps + len(steps)).argsort(dim=1)
+
+
 def _shifted(values: Tensor) -> Tensor:
     """Return the value of the next step for each step; zero for the last one."""
     return torch.nn.functional.pad(values[:, 1:], (0, 1))
@@ -88,12 +93,15 @@ def _shifted(values: Tensor) -> Tensor:
 def leave_one_out_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over the other rows of all processes that have a step t, for each t, `(N, T)`; 0 without others.
 
-    The value of the row itself is left out, because a baseline must not depend on the row's action.
+    The value of the row itself is left out, because a baseline must not depend on the row's action. Steps are those of
+    the policy: tokens of the environment between them are skipped.
     """
-    real = masked(values, mask).double()  # in float64 the mean of equal float32 values is exactly their value
-    count = column_total(mask.sum(0)) - mask.long()
+    own = own_steps(mask)  # (N, T)
+    real = masked(values, mask).double().gather(1, own)  # in float64 the mean of equal float32 values is their value
+    others = mask.gather(1, own)
+    count = column_total(others.sum(0)) - others.long()
     mean = (column_total(real.sum(0)) - real) / count.clamp(min=1)
-    return masked(mean, mask).to(values.dtype)
+    return masked(torch.zeros_like(mean).scatter(1, own, mean), mask).to(values.dtype)
 
 
 class GroupComparison(NamedTuple):

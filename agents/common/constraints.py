@@ -45,10 +45,14 @@ class Constraints:
         self.multipliers = dict.fromkeys(limits, 0.0)
         self.metrics: TensorMetrics = {}
 
-    def charge(self, rollout: Rollout) -> Tensor:
+    def charge(self, rollout: Rollout, learns: bool = True) -> Tensor:
         """Update the multipliers, and return the rewards `(N, T)` minus the costs, which are at the last tokens.
 
         A row that the cost function did not score has no cost. If it scored none, its multiplier stays what it is.
+
+        Args:
+            rollout: The episodes.
+            learns: Whether the multipliers move; not if the policy cannot respond to them.
         """
         rewards, last = rollout.rewards, (rollout.sequences.response_lengths - 1)[:, None]
         self.metrics = {}
@@ -57,7 +61,8 @@ class Constraints:
             known = ~cost.isnan()
             mean = overall_mean(cost, known)
             if sum_over_processes(known.sum()):
-                self.multipliers[name] = max(0.0, self.multipliers[name] + self.learning_rate * (float(mean) - limit))
+                step = self.learning_rate * (float(mean) - limit) if learns else 0.0
+                self.multipliers[name] = max(0.0, self.multipliers[name] + step)
                 self.metrics[f"constraint/{name}/mean"] = mean
             paid = self.multipliers[name] * torch.where(cost.isnan(), 0.0, cost)
             rewards = rewards.scatter_add(1, last, -paid[:, None].to(rewards.dtype))

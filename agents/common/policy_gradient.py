@@ -30,7 +30,7 @@ from textgym.rewards.kl import compared_with_others, estimate_kl, kl_to_go, sequ
 
 from ..configs.policy_gradient import KLInLoss, PolicyGradientConfig
 from ..machine.distributed import count, everyone, pad_micro_batches, rank, sum_over_processes
-from .advantages import leave_one_out_mean
+from .advantages import leave_one_out_mean, own_steps
 from .constraints import Constraints
 from .means import masked, overall_mean
 from .metrics import TensorMetrics, mean_over, on_host
@@ -295,9 +295,11 @@ class PolicyGradientAgent(RolloutAgent):
                 if group_size is None:
                     self.later_kl = masked(to_go - leave_one_out_mean(to_go, mask), mask)
                 else:
+                    own = own_steps(mask)  # of the policy, in each row
                     groups = (-1, group_size, to_go.shape[1])
-                    compared = compared_with_others(to_go.reshape(groups), mask.reshape(groups))
-                    self.later_kl = compared.view_as(to_go)
+                    columns = (x.gather(1, own).reshape(groups) for x in (to_go, mask))
+                    compared = compared_with_others(*columns).view_as(to_go)
+                    self.later_kl = torch.zeros_like(to_go).scatter(1, own, compared)
         if self.reference_log_probs is None or self.penalty.estimator == "full":
             return self.penalty.of_sequences(self.policy, rollout.sequences, rollout.log_probs)
         return self.penalty.of_log_probs(rollout.log_probs, self.reference_log_probs, rollout.response_mask)

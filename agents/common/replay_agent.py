@@ -212,7 +212,7 @@ class ReplayAgent(RolloutAgent):
         """
         self.policy.reset_cache()
         self.optimizer.zero_grad(set_to_none=True)
-        size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_lengths.sum()
+        size, total = self.config.micro_batch_size or self.config.batch_size, batch.sequences.response_mask.sum()
         rows = range(rank(), self.config.batch_size, count())  # of this process
         parts = [
             slice(r[0], r[-1] + 1, count()) for start in range(0, len(rows), size) if (r := rows[start : start + size])
@@ -222,7 +222,7 @@ class ReplayAgent(RolloutAgent):
         # Gradient accumulation: each micro-batch adds its share of the gradient of the whole batch.
         for chosen, counts in pad_micro_batches(parts, spare=slice(0, 1)):
             part = batch.part(chosen)
-            share = part.sequences.response_lengths.sum() / total * counts  # losses are means over tokens
+            share = part.sequences.response_mask.sum() / total * counts  # losses are means over tokens
             with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.bf16):
                 loss, errors, reported = self.loss(part)
             (share * loss).backward()

@@ -52,10 +52,10 @@ class ReplayBuffer:
     Args:
         capacity: Maximum number of episodes.
         alpha: Exponent of the priorities; 0 samples uniformly.
-        beta: Exponent of the importance-sampling weights; 1 corrects the priorities completely. It is not annealed.
+        beta: Exponent of the importance-sampling weights; 1 corrects the priorities completely.
     """
 
-    def __init__(self, capacity: int, alpha: float = 0.0, beta: float = 0.6) -> None:
+    def __init__(self, capacity: int, alpha: float = 0.0, beta: float = 0.4) -> None:
         self.capacity, self.alpha, self.beta = capacity, alpha, beta
         self.tensors: dict[str, Tensor] = {}
         self.added = 0
@@ -66,8 +66,8 @@ class ReplayBuffer:
     @cached_property
     def host(self) -> HostRows:
         """Prompts and lengths on the host; copied once from loaded tensors, and updated by `add` afterwards."""
-        tensors = self.tensors
-        return HostRows.read(Sequences(tensors["input_ids"], tensors["prompt_lengths"], tensors["response_lengths"]))
+        columns = (self.tensors[name] for name in ("input_ids", "prompt_lengths", "response_lengths"))
+        return HostRows.read(Sequences(*columns, generated=self.tensors["generated"]))
 
     def add(self, sequences: Sequences, rewards: Tensor, reference_log_probs: Tensor, longest: int) -> None:
         """Add N episodes, which replace the oldest ones and have the largest priority in the buffer.
@@ -79,11 +79,8 @@ class ReplayBuffer:
             longest: Maximum number of tokens of a response.
 
         Raises:
-            ValueError: If there are more episodes than the capacity, or the environment inserted tokens into them:
-                n-step returns would count these as steps.
+            ValueError: If there are more episodes than the capacity.
         """
-        if sequences.generated is not None:
-            raise ValueError("off-policy agents do not support games of several turns: use an on-policy agent like PPO")
         if len(sequences) > self.capacity:
             raise ValueError(
                 f"{len(sequences)} episodes do not fit into a replay buffer of {self.capacity}: set buffer_size to at "
@@ -93,6 +90,7 @@ class ReplayBuffer:
             "input_ids": sequences.input_ids,
             "prompt_lengths": sequences.prompt_lengths,
             "response_lengths": sequences.response_lengths,
+            "generated": F.pad(sequences.response_mask, (0, longest - rewards.shape[1])),
             "rewards": F.pad(rewards, (0, longest - rewards.shape[1])),
             "reference_log_probs": F.pad(reference_log_probs, (0, longest - rewards.shape[1])),
         }
@@ -122,12 +120,14 @@ class ReplayBuffer:
         host = self.host.take(sampled.numpy())
         widest, longest = int((host.prompt_lengths + host.response_lengths).max()), int(host.response_lengths.max())
         column = {name: values[indices] for name, values in self.tensors.items()}
+        replied = (host.num_tokens < host.response_lengths).any()  # the environment, in a game of several turns
         return ReplayBatch(
             Sequences(
                 column["input_ids"][:, :widest],
                 column["prompt_lengths"],
                 column["response_lengths"],
                 self.stop,
+                column["generated"][:, :longest] if replied else None,
                 decoder_start=self.decoder_start,
                 known=host,
             ),

@@ -93,12 +93,7 @@ class RolloutAgent(ABC):
             critic, config = suitable_critic(config)
             policy = ActorCritic.from_pretrained(model, critic)
         policy = as_policy(policy)
-        if policy.rules:
-            raise ConfigError(
-                f"{type(self).__name__} computes log-probs without rules={policy.rules}, so they would not be those of "
-                "the sampled tokens: train without rules and set policy.rules to evaluate, or use NLPO, whose mask is "
-                "part of its log-probs"
-            )
+        self._refuse_rules(policy)
         self.config = config
         self.named = make_named(envs, policy, model, config) if isinstance(envs, str) else None
         envs = envs if self.named is None else self.named.envs
@@ -210,6 +205,7 @@ class RolloutAgent(ABC):
     def _iterate(self) -> Metrics:
         """Run one iteration: one rollout and one update."""
         # 1. Collect whole episodes with the current policy.
+        self._refuse_rules(self.policy)  # a caller may have set some to evaluate it
         started = time.perf_counter()
         self.update_size = self.size_of_update(self.total_episodes - self.episodes)
         self._tell_rewards()
@@ -234,7 +230,7 @@ class RolloutAgent(ABC):
             metrics["val/skipped_steps"] = self.finite_steps.skipped
 
         # 4. Update the coefficient of the KL penalty, and the counters.
-        self.penalty.controller.update(metrics["objective/kl"], self.update_size)
+        self.adapt_kl(metrics["objective/kl"])
         self.episodes += self.update_size
         self.updates += 1
         return {
@@ -305,6 +301,10 @@ class RolloutAgent(ABC):
         """Return the metrics of a rollout, before the update."""
         return episode_metrics(rollout, kl, self.penalty, self.base_env.scorer)
 
+    def adapt_kl(self, kl: float) -> None:
+        """Update the coefficient of the KL penalty by the KL of a rollout, nats a response."""
+        self.penalty.controller.update(kl, self.update_size)
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the weights that the optimiser trains, by part; each part has its own settings and gradient norm."""
         return {"policy": list(self.learner.parameters())}
@@ -344,6 +344,14 @@ class RolloutAgent(ABC):
             return torch.full_like(norm, torch.nan)
         self.optimizer.step()
         return norm
+
+    def _refuse_rules(self, policy: ActorCritic) -> None:
+        if policy.rules:
+            raise ConfigError(
+                f"{type(self).__name__} computes log-probs without rules={policy.rules}, so they would not be those of "
+                "the sampled tokens: train without rules and set policy.rules to evaluate, or use NLPO, whose mask is "
+                "part of its log-probs"
+            )
 
     def _check_kl(self, kl: float) -> None:
         """Check the mean KL of a rollout, which the rewards and the penalty's coefficient depend on.

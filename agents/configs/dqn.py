@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from textgym.errors import ConfigError
-from textgym.settings import Count, NotNegative
+from textgym.settings import Count, NotNegative, Share
 
 from .replay import ReplayConfig
 
@@ -18,9 +18,12 @@ class DQNConfig(ReplayConfig):
     backup: Literal["soft", "greedy"] = "soft"
     """Value of a state: "soft" is that of the KL-regularised objective, "greedy" the highest Q-value."""
     prioritised: bool = False
-    """Sample episodes with large errors more often (Schaul et al., 2016); weights correct this in part."""
+    """Sample episodes with large errors more often (Schaul et al., 2016); weights correct this."""
     priority_exponent: NotNegative = 0.6
     """For `prioritised`: the exponent of priorities; 0 samples uniformly."""
+    priority_correction: Share = 0.4
+    """For `prioritised`: the first exponent of the weights; it rises linearly to 1, which corrects the priorities
+    completely, over `total_episodes`."""
     q_scale: float = 1.0
     """For "greedy": initial scale of the language model's log-probs in Q, in reward per nat."""
     double: bool = False

@@ -1,9 +1,10 @@
 """ActionValues: Q(s, a) of every token of the vocabulary, on the trunk of a critic, and V(s) as its expectation.
 
-    Q(s, a) = v(s) + e_a . W h(s),    V(s) = sum_a pi(a | s) Q(s, a)
+    Q(s, a) = v(s) + std e_a . W h(s),    V(s) = sum_a pi(a | s) Q(s, a)
 
-h is the critic's hidden state, v its value head, and e_a the policy's output embedding of token a, which Q does not
-train. So Q needs no further weights for each token. W is zero at first, so Q(s, a) = V(s) = v(s).
+h is the critic's hidden state, v its value head with the running standard deviation std, and e_a the policy's output
+embedding of token a, which Q does not train. So Q needs no further weights for each token. W is zero at first, so
+Q(s, a) = V(s) = v(s).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ActionValues(nn.Module):
             hidden = states.hidden(policy.lm)  # (M, d)
         critic_hidden = policy.critic_hidden(states).float()  # (M, d_c)
         value = policy.value_head(critic_hidden)[:, 0]
-        projected = critic_hidden @ self.weight.T  # (M, d)
+        projected = policy.value_head.std * (critic_hidden @ self.weight.T)  # (M, d)
         embeddings = policy.head.weight.detach().float()  # (V, d)
         distribution = policy.distribution_of(sequences)
 

@@ -68,6 +68,20 @@ class CriticAgent(PolicyGradientAgent):
         own = (config.critic_learning_rate, config.critic_weight_decay, config.critic_max_grad_norm)
         return PartSettings(*(other if value is None else value for value, other in zip(own, shared, strict=True)))
 
+    @property
+    def trains_critic_alone(self) -> bool:
+        """Whether the policy stays as it is in this update. What responds to the policy's moves then waits for them."""
+        return self.updates < (self.config.freezing_actor_steps or 0)
+
+    def charge_costs(self, rollout: Rollout) -> Tensor:
+        """Return the rewards `(N, T)` minus the costs of constraints, see `Constraints`."""
+        return self.constraints.charge(rollout, learns=not self.trains_critic_alone)
+
+    def adapt_kl(self, kl: float) -> None:
+        """Update the coefficient of the KL penalty, unless the policy stays as it is."""
+        if not self.trains_critic_alone:
+            super().adapt_kl(kl)
+
     def fit_scale(self, rollout: Rollout, returns: Tensor) -> Rollout:
         """Fit the scale of the values to the returns of a rollout, before its advantages are estimated.
 
@@ -117,22 +131,26 @@ class CriticAgent(PolicyGradientAgent):
         try:
             metrics = super().step(batch)
         except NonFiniteError:
-            self._restore_head()
+            self._restore()
             raise
         if self.finite_steps.skipped > skipped:
-            self._restore_head()
+            self._restore()
         self.head_before = None
         return metrics
 
-    def _restore_head(self) -> None:
-        """Restore the value head of before the update, unless a step was made since."""
-        if self.head_before is not None:
-            self.policy.value_head.load_state_dict(self.head_before)
-            self.learner.take_value_head()
+    def _restore(self) -> None:
+        if self.head_before is not None:  # no step was made since the fit
+            self.restore_scale()
+
+    def restore_scale(self) -> None:
+        """Restore the value head of before the update."""
+        assert self.head_before is not None
+        self.policy.value_head.load_state_dict(self.head_before)
+        self.learner.take_value_head()
 
     def apply_gradients(self, loss: Tensor) -> Tensor:
         """Make one optimiser step; see `RolloutAgent`. The policy has no gradient while the critic is trained alone."""
-        if self.updates < (self.config.freezing_actor_steps or 0):
+        if self.trains_critic_alone:
             for weight in self.parts()["policy"]:
                 weight.grad = None
         return super().apply_gradients(loss)

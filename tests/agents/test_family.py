@@ -237,7 +237,8 @@ SHARES = {"grpo, KL in loss": 3 / 4}
 def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | None = None) -> np.ndarray:
     """Gradients of the loss, one for each of many batches of 256 episodes, `(batches, weights)`.
 
-    Of means over tokens they are made those of sums, by the tokens that an episode of the batch has on average.
+    Of means over tokens they are made those of sums, by the tokens that an episode of the batch has on average; and of
+    losses in standard deviations of the returns those in units of reward.
     """
     kind, settings = ESTIMATORS[name]
     arguments = TASK.env_kwargs(BETA) | {"reward": lambda completion_ids: np.array(TASK.score(completion_ids)) + shift}
@@ -250,7 +251,12 @@ def estimates(name: str, batches: int = 40, shift: float = 0.0, value: float | N
             agent.policy.value_head.bias.fill_(value)
     taken: list[np.ndarray] = []
     weight = agent.policy.lm.model.logits.weight
-    agent.optimizer.register_step_pre_hook(lambda *_: taken.append(weight.grad.flatten().numpy().copy()))
+
+    def take(*_: Any) -> None:
+        unit = float(agent.value_std) if isinstance(agent, A2C | REINFORCE) else 1.0
+        taken.append(unit * weight.grad.flatten().numpy())
+
+    agent.optimizer.register_step_pre_hook(take)
     tokens: list[float] = []
     agent.learn(256 * batches, [lambda _, metrics: tokens.append(metrics["val/response_tokens"])])
     scale = np.array(tokens)[:, None] if isinstance(agent, PPO) else 1.0

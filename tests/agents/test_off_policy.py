@@ -11,16 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig
+from textgym.agents import DQN, DQNConfig, Pathwise, PathwiseConfig, dqn, pathwise
 from textgym.agents.common.replay_agent import Behaviour, ReplayAgent
 from textgym.agents.common.replay_buffer import ReplayBatch, ReplayBuffer
 from textgym.agents.common.rollout import collect
+from textgym.games.game_env import GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions import log_probs
 from textgym.models.sequences import Sequences
 from textgym.rewards.kl import AdaptiveKL
 from textgym.rewards.reference import SyncReference
-from textgym.testing import ExactTask, Measured, assert_close, assert_learns, mock_lm, terms_of, tolerance
+from textgym.testing import (
+    ExactTask,
+    Measured,
+    assert_close,
+    assert_learns,
+    byte_tokenizer,
+    mock_lm,
+    terms_of,
+    tolerance,
+)
 
 FORWARD = terms_of(mock_lm())
 ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
@@ -189,8 +199,99 @@ def test_lora_trains_and_resumes_the_adapter_alone(name: str, tmp_path: Path) ->
 def test_a_moving_reference_is_refused(name: str) -> None:
     """The replay buffer holds log-probs of the reference as it was."""
     agent = make_agent(name)
+    agent.collect = lambda: pytest.fail("before the first rollout")  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="leave SyncReference out, or use an on-policy agent"):
         agent.learn(64, [SyncReference(every=4)])
+
+
+def test_the_weights_of_priorities_correct_them_completely_by_the_end_of_the_run() -> None:
+    agent = make_agent("prioritised", priority_correction=0.2, gradient_steps=1)
+    exponents: list[float] = []
+    sample = agent.memory.sample
+    agent.memory.sample = lambda *args: exponents.append(agent.memory.beta) or sample(*args)  # type: ignore[func-returns-value, method-assign]
+    agent.learn(4 * 32)
+    assert exponents == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    agent.learn(5 * 32)
+    assert exponents[-1] == pytest.approx(0.2 + 0.8 * 4 / 5)
+
+
+class Rounds:
+    """Three turns, which pay 1, 2 and 4; the replies have different lengths."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.turn = 0
+        return "q" * (1 + seed % 2), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        return "R" * (1 + len(action)), float(2 ** (self.turn - 1)), self.turn == 3, False, {}
+
+
+def game_agent(name: str, **changes: Any) -> Any:
+    kind, settings = AGENTS[name]
+    stops = list(range(0, 256, 3))  # so that turns end early
+    envs = GameVectorEnv(
+        8,
+        Rounds,
+        byte_tokenizer(),
+        num_games=8,
+        max_prompt_tokens=4,
+        max_new_tokens=16,
+        stop=stops,
+        kl_coef=0.1 if name == "soft" else 0.0,
+    )
+    policy = ActorCritic.from_pretrained(mock_lm(num_layers=1), critic="separate")
+    sizes = {"episodes_per_update": 8, "learning_starts": 8, "batch_size": 8, "gradient_steps": 2}
+    return kind(policy, envs, kind.config_class(**{**settings, **sizes, **changes}))
+
+
+@pytest.mark.parametrize("name", ["soft", "greedy", pytest.param("pathwise", marks=pytest.mark.slow)])
+def test_replayed_games_have_the_steps_of_the_agent_alone(name: str) -> None:
+    """Their n-step targets are those of the tokens of the agent, put together without the replies."""
+    agent = game_agent(name, n_steps=2, gamma=0.5)
+    rollout = agent.play()
+    agent.remember(rollout, agent.measure_kl(rollout))
+    batch = agent.memory.sample(8, torch.Generator().manual_seed(0))
+    mask = batch.sequences.response_mask
+    lengths = torch.arange(mask.shape[1]) < batch.sequences.response_lengths[:, None]
+    assert (lengths & ~mask).any(), "replies"
+    assert (batch.rewards[~mask] == 0).all()
+    assert set(batch.rewards.unique().tolist()) >= {0.0, 1.0, 2.0}, "each turn has its reward"
+
+    calls: list[tuple[Any, ...]] = []
+    module = pathwise if name == "pathwise" else dqn
+    original = module.n_step_returns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "n_step_returns", lambda *a: calls.append(a) or original(*a))
+        loss, errors, _ = agent.loss(batch)
+    assert loss.isfinite()
+    assert (errors[~mask] == 0).all()
+    for rewards, values, given, gamma, n, *best in calls:
+        assert torch.equal(given, mask)
+        found = original(rewards, values, given, gamma, n, *best)
+        for row in range(8):
+            own = mask[row]
+            r, v = rewards[row][own].tolist(), [*values[row][own].tolist(), 0.0, 0.0]
+            stays = [*best[0][row][own].tolist(), True] if best else [True] * (len(r) + 1)
+            for t, value in enumerate(found[row][own].tolist()):
+                two = t + 1 < len(r) and stays[t + 1]
+                expected = r[t] + 0.5 * (r[t + 1] + 0.5 * v[t + 2] if two else v[t + 1])
+                assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["soft", pytest.param("prioritised", marks=pytest.mark.slow)])
+def test_a_replay_agent_learns_from_games_and_micro_batches_change_nothing(name: str) -> None:
+    """The shares of micro-batches are those of the agent's tokens, of which the losses are means."""
+    start, *weights = (
+        torch.cat([weight.detach().flatten() for weight in agent.policy.parameters()])
+        for agent in (
+            game_agent(name),
+            game_agent(name, optimizer="SGD", learning_rate=0.1).learn(16),
+            game_agent(name, optimizer="SGD", learning_rate=0.1, micro_batch_size=3).learn(16),
+        )
+    )
+    assert_close(weights[1], weights[0], terms=FORWARD)
+    assert (weights[0] - start).abs().max() > 1e-3
 
 
 def remember(memory: ReplayBuffer, *chosen: int) -> None:

@@ -32,14 +32,12 @@ from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
 from textgym.models.text_generation import continuations, is_one_text
-from textgym.models.token_model import Observation, TokenModel, fits
+from textgym.models.token_model import POLICY, Observation, TokenModel, fits
 from textgym.models.value_head import ValueHead
 
 CRITIC_FILE, CRITIC_CONFIG = "critic.safetensors", "critic.json"
 SCALE = {"value_head.mean", "value_head.std", "value_head.fits"}
 """Names of the moments that values are scaled by."""
-POLICY = "textgym policy"
-"""Kind of the folders in their manifest."""
 
 
 class Step(NamedTuple):

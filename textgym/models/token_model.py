@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeGuard, TypeVar
@@ -11,7 +12,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from textgym.models.adapters import frozen_copy, is_twin, load_lm, without_peft
+from textgym.data.files import atomic_folder
+from textgym.models.adapters import carries_adapters, frozen_copy, is_twin, load_lm, without_peft
 from textgym.models.architectures.attention import States
 from textgym.models.architectures.encoder_decoder import decoder_start_ids
 from textgym.models.architectures.output_head import output_head
@@ -23,6 +25,7 @@ from textgym.models.distributions.log_probs import token_log_probs
 from textgym.models.distributions.token_distribution import TokenDistribution
 from textgym.models.loading import EMBEDDED, freeze, is_trained, load_causal_lm, shared_causal_lm
 from textgym.models.machine.devices import Device
+from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
 
 Observation = Mapping[str, Any]
@@ -33,6 +36,8 @@ For encoder-decoder models these are the prompt, and there are also `decoder_inp
 """
 
 
+POLICY = "textgym policy"
+"""Kind of saved models in their manifest."""
 RECORDING_HOOK = "output_capturing_hook"
 """Name of the forward hook that transformers registers on layers to record their outputs."""
 
@@ -107,6 +112,21 @@ class TokenModel(nn.Module):
     def frozen_copy(self) -> TokenModel:
         """Return a frozen copy of the model; with an adapter it shares the base model's weights, which never change."""
         return self.take_along(freeze(TokenModel(frozen_copy(self.lm), self.temperature)))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
+    ) -> None:
+        """Write a plain transformers folder, with adapters merged in a copy.
+
+        Args:
+            folder: Folder to write; it must be empty or not exist.
+            tokenizer: The model's tokenizer, to write too.
+            overwrite: Whether to replace a model that was saved there before.
+        """
+        with atomic_folder(folder, POLICY, type(self).__name__, overwrite=overwrite) as temporary:
+            save_plain(merged(self.lm) if carries_adapters(self.lm) else self.lm, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
 
     def take_along(self, copied: Model) -> Model:
         """Convert a copy together with this model from now on, if it shares weights with it; return the copy."""

@@ -31,8 +31,8 @@ class SyncReference:
         alpha: how far to go, above 0 and at most 1.
 
     Raises:
-        ValueError: `every` below 1 or alpha out of its range; when it moves, a reference of another architecture, or an
-            agent with a replay buffer, which holds log-probs of the reference as it was.
+        ValueError: `every` below 1 or alpha out of its range; before the first rollout, an agent with a replay buffer,
+            which holds log-probs of the reference as it was; when it moves, a reference of another architecture.
     """
 
     def __init__(self, every: int, alpha: float = 1.0) -> None:
@@ -42,13 +42,16 @@ class SyncReference:
             raise ValueError(f"alpha is a share, above 0 and at most 1; got {alpha}")
         self.every, self.alpha = every, alpha
 
-    def __call__(self, agent: Any, metrics: dict[str, float]) -> None:
-        """Called by agents after each update."""
+    def on_training_start(self, agent: Any) -> None:
+        """Called by agents before the first update: refuse those whose reference may not move."""
         if not agent.reference_may_move:
             raise ConfigError(
                 f"{type(agent).__name__} replays old episodes with the log-probs that the reference gave them, so the "
                 "reference may not move: leave SyncReference out, or use an on-policy agent"
             )
+
+    def __call__(self, agent: Any, metrics: dict[str, float]) -> None:
+        """Called by agents after each update."""
         if agent.updates % self.every == 0:
             self.sync(agent.penalty, agent.policy)
 

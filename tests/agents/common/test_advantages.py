@@ -174,3 +174,11 @@ def test_leave_one_out_mean_by_hand() -> None:
     mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
     expected = torch.tensor([[(3 + 8) / 2, 5.0, 0.0], [(1 + 8) / 2, 2.0, 0.0], [(1 + 3) / 2, 0.0, 0.0]])
     assert_close(leave_one_out_mean(values, mask), expected)
+
+
+def test_leave_one_out_means_are_of_the_agents_own_steps_in_a_game() -> None:
+    """The second step of a row is compared with the second of the others, wherever replies have moved it."""
+    values = torch.tensor([[1.0, 99.0, 2.0, 4.0], [3.0, 5.0, 99.0, 99.0], [8.0, 99.0, 99.0, 9.0]])
+    mask = torch.tensor([[True, False, True, True], [True, True, False, False], [True, False, False, True]])
+    expected = torch.tensor([[5.5, 0.0, 7.0, 0.0], [4.5, 5.5, 0.0, 0.0], [2.0, 0.0, 0.0, 3.5]])
+    assert_close(leave_one_out_mean(values, mask), expected)

@@ -9,11 +9,12 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
+from peft import LoraConfig
 
 from textgym.agents import A2C, GRPO, PPO, REINFORCE, RLOO, ExpertIteration, PPOConfig
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
 from textgym.models.actor_critic import ActorCritic
-from textgym.testing import ExactTask, assert_close, byte_tokenizer, mock_lm
+from textgym.testing import ExactTask, assert_close, byte_tokenizer, mock_lm, terms_of
 
 AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
     "ppo": (PPO, {"minibatch_size": 16}),
@@ -143,6 +144,24 @@ def test_the_average_gives_each_update_its_weight() -> None:
     assert_close(mean, expected, terms=4)
     assert not mean.requires_grad
     assert make_agent().averaged is None
+
+
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_average_can_be_saved_as_a_model_of_its_own(lora: bool, tmp_path: Path) -> None:
+    """A transformers folder, which is loaded and evaluated as any policy."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False) if lora else None
+    policy = ActorCritic.from_pretrained(mock_lm(), lora=adapter)
+    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=16, learning_rate=1e-2, ema_decay=0.5)).learn(32)
+    assert agent.averaged is not None
+    agent.averaged.save_pretrained(tmp_path / "averaged", byte_tokenizer())
+    loaded = ActorCritic.from_pretrained(tmp_path / "averaged")
+    states = agent.play().sequences.states()
+    with torch.no_grad():
+        saved, expected, last = (model.logits(states) for model in (loaded, agent.averaged, agent.policy))
+    assert_close(saved, expected, terms=terms_of(mock_lm()), scale=8.0)
+    assert (saved - last).abs().max() > 1e-3
+    with pytest.raises(FileExistsError):
+        agent.averaged.save_pretrained(tmp_path / "averaged")
 
 
 @pytest.mark.slow

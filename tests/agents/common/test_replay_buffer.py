@@ -59,6 +59,19 @@ def test_memory_draws_by_priority_and_makes_up_for_it() -> None:
     assert mean == pytest.approx(1.5, abs=0.03)
 
 
+def test_weights_by_hand_and_their_exponent() -> None:
+    """(N P)^-beta over the largest: P = 1/4 and 3/4 of two episodes are 1/2 and 3/2 times the mean."""
+    memory = ReplayBuffer(capacity=8, alpha=1.0)
+    assert memory.beta == DQNConfig().priority_correction == 0.4, "of Schaul et al. (2016), table 3"
+    remember(memory, 1, 2)
+    memory.reprioritise(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
+    for beta in (0.0, 0.4, 1.0):
+        memory.beta = beta
+        batch = memory.sample(200, torch.Generator().manual_seed(0))
+        assert len(batch.indices.unique()) == 2
+        torch.testing.assert_close(batch.weights, torch.where(batch.indices == 0, 1.0, 3.0**-beta))
+
+
 def test_new_episodes_are_urgent() -> None:
     memory = ReplayBuffer(capacity=8, alpha=1.0)
     remember(memory, 1)

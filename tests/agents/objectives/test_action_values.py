@@ -129,6 +129,36 @@ def test_v_is_the_mean_of_q_over_the_policy(critic: str) -> None:
     assert (q - v).abs().max() > 0.1
 
 
+def test_a_fit_of_the_scale_changes_no_difference_of_q() -> None:
+    """Q(s, a) - v(s) is what it was, in whatever unit; Q itself too, once v has learned something."""
+    agent = make_agent()
+    with torch.no_grad():
+        agent.action_values.weight.normal_(generator=torch.Generator().manual_seed(0))
+        agent.policy.value_head.bias.fill_(0.25)
+    rollout = collect(agent.envs, agent.policy)
+    q, v = (values.detach() for values in agent.action_values.of_sequences(agent.policy, rollout.sequences))
+    agent.fit_scale(rollout, torch.where(rollout.response_mask, 100.0 + 50.0 * torch.randn(q.shape), 0.0))
+    assert agent.policy.value_head.std > 10
+    after = agent.action_values.of_sequences(agent.policy, rollout.sequences)
+    for value, expected in zip(after, (q, v), strict=True):
+        assert_close(value.detach(), expected, terms=100, scale=100.0)
+
+
+def test_a_refused_step_leaves_the_scale_of_q_as_it_was() -> None:
+    agent = make_agent(on_nonfinite="skip")
+    agent.learn(2 * ROWS)
+    q, head = agent.action_values.weight.clone(), agent.policy.value_head.state_dict()
+    head = {name: tensor.clone() for name, tensor in head.items()}
+    loss = agent.loss
+    agent.loss = lambda new, batch: (loss(new, batch)[0] * torch.nan, loss(new, batch)[1])
+    agent.learn(3 * ROWS)
+    assert agent.finite_steps.skipped == 1
+    assert q.abs().max() > 0
+    assert torch.equal(agent.action_values.weight, q)
+    for name, tensor in agent.policy.value_head.state_dict().items():
+        assert torch.equal(tensor, head[name]), name
+
+
 def test_the_loss_of_q_does_not_move_the_policy() -> None:
     agent = make_agent()
     with torch.no_grad():

@@ -16,15 +16,17 @@ from textgym.agents import A2C, NLPO, PPO, REINFORCE
 from textgym.agents.common.rollout import collect
 from textgym.agents.objectives.critic_agent import CriticAgent
 from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import ExactTask, assert_trained_alike, byte_tokenizer, mock_lm
 
 LEARNING_RATE = 3e-3
 PROMPTS = ["one", "three", "x"]
 AGENTS: dict[str, tuple[type[CriticAgent], dict[str, Any]]] = {
     "ppo": (PPO, {"minibatch_size": 8}),
-    "a2c": (A2C, {"adam_epsilon": 1e-12}),  # in units of the gradient, which is in units of reward
+    "a2c": (A2C, {}),
     "a2c, whitened": (A2C, {"whiten_advantages": True}),
-    "reinforce": (REINFORCE, {"baseline": "learned", "adam_epsilon": 1e-12}),
+    "a2c, q": (A2C, {"estimator": "q"}),
+    "reinforce": (REINFORCE, {"baseline": "learned"}),
     "nlpo": (NLPO, {"minibatch_size": 8}),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:sampling is filtered:UserWarning")
@@ -68,27 +70,29 @@ def weights_of(agent: CriticAgent) -> dict[str, torch.Tensor]:
     [
         ("ppo", "shared"),
         ("ppo", "separate"),
+        ("a2c, q", "separate"),
         *(
             pytest.param(name, critic, marks=pytest.mark.slow)
             for name in AGENTS
             for critic in ("shared", "separate")
-            if (name, critic) not in (("ppo", "shared"), ("ppo", "separate"))
+            if (name, critic) not in (("ppo", "shared"), ("ppo", "separate"), ("a2c, q", "separate"))
         ),
     ],
 )
 def test_the_unit_of_the_rewards_makes_no_difference(name: str, critic: str) -> None:
-    """Rewards times 128 plus 1,024: the same weights after two updates; without the scale, others after one.
+    """Rewards times 128 plus 1,024: the same weights after a few updates, and others without the scale.
 
-    Without whitening it is one update: the policy's gradient is in units of reward, and so is `max_grad_norm`.
+    Q has no gradient for the policy before it was trained, so it takes four updates.
     """
-    episodes = 16 if name in ("a2c", "reinforce") else 32
+    episodes = 64 if name == "a2c, q" else 32
     trained = [make_agent(name, critic, *unit).learn(episodes) for unit in ((1.0, 0.0), (128.0, 1024.0))]
     assert_trained_alike(*(weights_of(agent) for agent in trained), LEARNING_RATE)
     first, second = (agent.policy.value_head for agent in trained)
     assert second.mean.item() == pytest.approx(128 * first.mean.item() + 1024, rel=1e-5)
     assert second.std.item() == pytest.approx(128 * first.std.item(), rel=1e-4)
     plain = [
-        make_agent(name, critic, *unit, normalise_values=False).learn(16) for unit in ((1.0, 0.0), (128.0, 1024.0))
+        make_agent(name, critic, *unit, normalise_values=False).learn(episodes)
+        for unit in ((1.0, 0.0), (128.0, 1024.0))
     ]
     with pytest.raises(AssertionError, match="of the learning rate apart"):
         assert_trained_alike(*(weights_of(agent) for agent in plain), LEARNING_RATE)
@@ -96,7 +100,9 @@ def test_the_unit_of_the_rewards_makes_no_difference(name: str, critic: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_the_learning_curve_is_the_same_in_another_unit(critic: str) -> None:
+@pytest.mark.parametrize("name", ["ppo", "a2c", "a2c, q", "reinforce"])
+def test_the_learning_curve_is_the_same_in_another_unit(name: str, critic: str) -> None:
+    kind, settings = AGENTS[name]
     task = ExactTask(vocab_size=5, horizon=2, model="transformer", seed=1)
 
     def gain(scale: float, shift: float) -> float:
@@ -105,12 +111,13 @@ def test_the_learning_curve_is_the_same_in_another_unit(critic: str) -> None:
         arguments["kl_coef"] = 0.3 * scale
         envs = gym.make_vec("textgym/Text-v0", num_envs=128, **arguments)
         policy = ActorCritic.from_pretrained(task.language_model(), critic=critic)
-        config = agents.PPOConfig(episodes_per_update=128, minibatch_size=64, learning_rate=3e-3)
-        PPO(policy, envs, config).learn(128 * 10)
+        further = settings | ({"minibatch_size": 64} if kind is PPO else {})
+        config = kind.config_class(episodes_per_update=128, learning_rate=3e-3, **further)
+        kind(policy, envs, config).learn(128 * (10 if kind is PPO else 30))
         return float(task.optimum(0.3).gap_closed(task.log_probs(policy)))
 
     plain, other = gain(1.0, 0.0), gain(128.0, 1024.0)
-    assert plain > 0.7
+    assert plain > (0.7 if kind is PPO else 0.3)
     assert other == pytest.approx(plain, abs=0.02)
 
 
@@ -191,6 +198,27 @@ def test_the_critic_is_trained_alone_at_first() -> None:
 
     agent.learn(48, [look])
     assert moved == [(False, True), (False, True), (True, True)]
+
+
+def test_what_responds_to_the_policy_waits_while_the_critic_is_trained_alone() -> None:
+    """The coefficients of both penalties and the multipliers: while the policy stays, they would only grow or fall."""
+    agent = make_agent(
+        freezing_actor_steps=2,
+        variant="penalty",
+        kl_min=1.0,
+        kl_max=2.0,
+        constraints={"<lambda>": 0.0},
+        minibatch_size=None,
+    )
+    agent.penalty.controller = AdaptiveKL(target=6.0, coef=0.5)
+    seen: list[tuple[float, float, float]] = []
+
+    def look(agent: Any, _: Any) -> None:
+        seen.append((agent.penalty_coef, agent.penalty.coef, agent.constraints.multipliers["<lambda>"]))
+
+    agent.learn(48, [look])
+    assert seen[:2] == [(agent.config.penalty_coef, 0.5, 0.0)] * 2
+    assert all(now != before for now, before in zip(seen[2], seen[1], strict=True))
 
 
 @pytest.mark.bit_for_bit

@@ -167,6 +167,19 @@ def test_agents_refuse_a_policy_with_rules(kind: Any) -> None:
         kind(policy, make_envs(), kind.config_class(episodes_per_update=4))
 
 
+@pytest.mark.parametrize("kind", [PPO, DQN])
+def test_agents_refuse_rules_that_their_policy_was_given_later(kind: Any) -> None:
+    """To evaluate it, for example between two calls of `learn`, or in a callback."""
+    agent = kind(make_policy(), make_envs(kl_coef=0.1), kind.config_class(episodes_per_update=4))
+    agent.learn(4)
+    agent.policy.rules = SamplingRules(min_p=0.9)
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}.*min_p=0.9"):
+        agent.learn(8)
+    assert agent.episodes == 4
+    agent.policy.rules = NO_RULES
+    agent.learn(8)
+
+
 def test_what_does_not_go_together_is_refused_with_both_names() -> None:
     policy = make_policy(SamplingRules(min_p=0.1))
     with pytest.raises(ConfigError, match=r"num_beams=2 and min_p=0.1"):
