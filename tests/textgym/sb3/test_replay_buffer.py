@@ -247,6 +247,26 @@ def test_a_game_under_way_bootstraps_from_the_state_with_the_reply() -> None:
     assert [len(episode.rewards) for episode in buffer.episodes] == [2, 6]
 
 
+def test_sb3s_dqn_learns_from_games(lm_folder: str) -> None:
+    envs = GameVectorEnv(
+        2, Rounds, byte_tokenizer(), max_prompt_tokens=4, max_new_tokens=12, stop=list(range(0, 256, 3)), kl_coef=0.0
+    )
+    model = DQN(
+        TextQPolicy,
+        make_vec_env(envs),
+        replay_buffer_class=EpisodeReplayBuffer,
+        replay_buffer_kwargs={"n_steps": 2, "gamma": 1.0},
+        policy_kwargs={"model": lm_folder},
+        gamma=1.0,
+        learning_starts=8,
+        batch_size=8,
+    )
+    before = [weight.detach().clone() for weight in model.policy.parameters()]
+    model.learn(48)
+    assert any((episode.sizes[1:] - episode.sizes[:-1]).max() > 1 for episode in model.replay_buffer.episodes)
+    assert any(not torch.equal(*pair) for pair in zip(before, model.policy.parameters(), strict=True))
+
+
 def test_oldest_episodes_make_room(make_env: MakeEnv) -> None:
     env = make_env(2, kl_mode="reference", stop=())
     buffer = EpisodeReplayBuffer(20, env.observation_space, env.action_space, n_envs=2)
