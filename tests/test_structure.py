@@ -15,6 +15,7 @@ MOST = 15
 # import each other. Games wrap environments, so they stand on the wrappers.
 LAYERS = (
     "lazy errors announce",
+    "option_pairs",
     "settings",
     "display",
     "data",

@@ -14,6 +14,19 @@ class ConfigError(TextgymError, ValueError):
     """A setting has a value that it cannot have."""
 
 
+class ExcludedOptionError(ConfigError):
+    """An option is set beside another one that excludes it.
+
+    Attributes:
+        option: Name of the option.
+        idle: Whether the option has no effect there, so that it could be left out.
+    """
+
+    def __init__(self, message: str, option: str, idle: bool) -> None:
+        super().__init__(message)
+        self.option, self.idle = option, idle
+
+
 class NonFiniteError(TextgymError, FloatingPointError):
     """A number that training rests on is NaN or infinite."""
 

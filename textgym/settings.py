@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 import numpy as np
 
 from textgym.errors import ConfigError
+from textgym.option_pairs import refuse_pairs
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -91,12 +92,13 @@ OnNonFinite = Literal["raise", "skip"]
 
 
 def check_settings(config: Any) -> None:
-    """Check the type and range of every field of a config.
+    """Check the type and range of every field of a config, and which fields may be set together.
 
     Numbers must be finite; scalars of numpy and torch become plain numbers.
 
     Raises:
-        ConfigError: a field has a value that its annotation does not allow.
+        ConfigError: a field has a value that its annotation does not allow, or is set beside one that excludes it; see
+            `textgym.option_pairs`.
     """
     config_class: type = type(config)
     annotations = _annotations(config_class)
@@ -107,24 +109,7 @@ def check_settings(config: Any) -> None:
             default = "" if field.default is dataclasses.MISSING else f"; the default is {field.default!r}"
             raise ConfigError(f"{field.name} must be {expected}, got {value!r}{default}")
         object.__setattr__(config, field.name, value)  # configs may be frozen
-
-
-def refuse_together(config: Any, pairs: dict[tuple[str, str], str]) -> None:
-    """Refuse a config in which two fields that exclude each other both differ from their defaults.
-
-    Args:
-        config: The config.
-        pairs: Pairs of fields, and why they exclude each other.
-
-    Raises:
-        ConfigError: If both fields of a pair are set; it names both.
-    """
-    default = {field.name: field.default for field in dataclasses.fields(config)}
-    for pair, reason in pairs.items():
-        values = {name: getattr(config, name) for name in pair}
-        if all(value != default[name] for name, value in values.items()):
-            both = " and ".join(f"{name}={value!r}" for name, value in values.items())
-            raise ConfigError(f"{both} exclude each other: {reason}")
+    refuse_pairs(config)
 
 
 def check_arguments(function: Callable[P, Result]) -> Callable[P, Result]:

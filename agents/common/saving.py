@@ -34,7 +34,7 @@ from textgym.settings import from_plain
 from ..machine import distributed
 from ..machine.circumstances import machine, warn_of_changes, warn_of_differences
 from ..machine.distributed import by_first, everyone, gather_shards, join, load_optimizer
-from ..machine.saved_files import SavedAgent, SavedPolicy, make_environment, read_json, saved_environment
+from ..machine.saved_files import SavedAgent, SavedPolicy, make_environment, read_config, read_json, saved_environment
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
 TRAINED, TWIN = "trained.safetensors", ".safetensors"
@@ -241,7 +241,7 @@ def load_agent(
     check_class(checked_manifest(folder, AGENT), kind, folder)
     where = folder / "agent.json"
     saved = from_plain(SavedAgent, read_json(where), str(where))
-    config = from_plain(kind.config_class, saved.config, f"{where}: config")
+    config = read_config(kind.config_class, saved.config, f"{where}: config")
     place = place_of(folder, saved.policy, device, envs)
     # On the CPU, because the device they were saved on may not exist here; `load_optimizer` moves the moments.
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

@@ -41,7 +41,7 @@ from ..configs.supervised import SupervisedConfig
 from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import broadcast_weights, by_first, explain_lost_processes, join
 from ..machine.out_of_memory import memory_explained
-from ..machine.saved_files import SavedSupervisedAgent, read_json
+from ..machine.saved_files import SavedSupervisedAgent, read_config, read_json
 from .saving import AGENT, check_class, load_policy, place_of, save_policy
 from .supervised_trainer import SupervisedTrainer
 
@@ -253,7 +253,7 @@ class SupervisedAgent(ABC):
         check_class(checked_manifest(folder, AGENT), cls, folder)
         where = folder / "agent.json"
         saved = from_plain(SavedSupervisedAgent, read_json(where), str(where))
-        config = from_plain(cls.config_class, saved.config, f"{where}: config")
+        config = read_config(cls.config_class, saved.config, f"{where}: config")
         place = place_of(folder, saved.policy, device)
         policy = load_policy(folder, saved.policy, place, trust_remote_code)
         state: dict[str, Any] = load_file(folder / "state.safetensors")

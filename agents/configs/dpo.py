@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from textgym.errors import ConfigError
 from textgym.settings import Count, NotNegative, Positive, Share
 
 from .policy_gradient import PromptGroupConfig
@@ -30,11 +29,6 @@ class DPOConfig(SupervisedConfig):
     use_probability: bool = False
     """For "sigmoid": train on each pair's `probability` that a rater prefers `chosen`, instead of 1."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss != "sigmoid" and (self.label_smoothing or self.use_probability):
-            raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")
-
 
 @dataclass(kw_only=True)
 class OnlineDPOConfig(PromptGroupConfig):
@@ -52,8 +46,3 @@ class OnlineDPOConfig(PromptGroupConfig):
     """For "sigmoid": train on the probability of each label by the model of Bradley and Terry (1952), which is the
     sigmoid of the difference of scores, instead of 1. The optimum is then pi_ref exp(score / beta) / Z, as of other
     agents."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss != "sigmoid" and (self.label_smoothing or self.use_probability):
-            raise ConfigError(f"label_smoothing and use_probability belong to loss='sigmoid', not to {self.loss!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from textgym.errors import ConfigError
 from textgym.settings import Count, NotNegative, Share
 
 from .replay import ReplayConfig
@@ -34,11 +33,3 @@ class DQNConfig(ReplayConfig):
     """For "greedy": explore by learned noise on the output weights (Fortunato et al., 2018), besides epsilon."""
     n_quantiles: Count = 1
     """For "greedy": number of quantiles of the return (Dabney et al., 2018); 1 for the mean only."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.backup == "soft" and (self.double or self.noisy or self.n_quantiles > 1 or not self.dueling):
-            raise ConfigError(
-                "double, noisy, n_quantiles and dueling=False belong to the greedy backup: the soft backup has no "
-                "greedy token, explores by its own distribution, and always has a value. Set backup='greedy'"
-            )

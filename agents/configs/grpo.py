@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from textgym.errors import ConfigError
-from textgym.settings import Count, NotNegative, Positive, PositiveShare, refuse_together
+from textgym.settings import Count, NotNegative, Positive, PositiveShare
 
 from .policy_gradient import KLInLoss, PromptGroupConfig
 
@@ -46,17 +45,3 @@ class GRPOConfig(PromptGroupConfig):
     kl_gradient: KLInLoss = "token"
     """Gradient of a KL in the loss: "token" is that of the KL of each state, k3 times the importance ratio; "sequence"
     is that of the KL of whole texts; "k3" is that of k3 alone, as published."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_together(
-            self,
-            {
-                ("surrogate", "ratio"): "CISPO weights each token by its own ratio",
-                ("surrogate", "clip_range"): "CISPO clips from above alone: set clip_range_high",
-            },
-        )
-        if self.overlong_penalty != 1.0 and self.overlong_buffer is None:
-            raise ConfigError(
-                f"overlong_penalty={self.overlong_penalty} needs overlong_buffer, the tokens in which it grows"
-            )

@@ -50,11 +50,6 @@ class PolicyGradientConfig(RolloutAgentConfig):
         for name, limit in self.constraints.items():
             if (expected := unmet(limit, float)) is not None:
                 raise ConfigError(f"constraints must be limits by name; that of {name!r} must be {expected}: {limit!r}")
-        if self.constraint_learning_rate != 0.01 and not self.constraints:
-            raise ConfigError(
-                f"constraint_learning_rate={self.constraint_learning_rate} is for constraints={self.constraints}: "
-                "name a reward function and its limit"
-            )
 
 
 SEPARATE = ("critic_learning_rate", "critic_weight_decay", "critic_max_grad_norm", "freezing_actor_steps")
@@ -91,6 +86,6 @@ def suitable_critic(config: Config) -> tuple[str, Config]:
     # REINFORCE has a critic only as its learned baseline.
     if not isinstance(config, CriticConfig) or getattr(config, "baseline", "learned") != "learned":
         return "shared", config
-    if config.critic_learning_rate is None:
+    if config.critic_learning_rate is None and getattr(config, "value_coef", 1.0) > 0:  # else it is not trained
         config = replace(config, critic_learning_rate=CRITIC_STEPS * config.learning_rate)
     return "separate", config

@@ -71,8 +71,6 @@ class PPOConfig(CriticConfig):
         super().__post_init__()
         if not self.kl_min < self.kl_max:
             raise ConfigError(f"kl_min must be below kl_max={self.kl_max}, got {self.kl_min}")
-        if self.ptx_coef != 1.0 and self.ptx_data is None:
-            raise ConfigError(f"ptx_coef={self.ptx_coef} is the weight of ptx_data: give a .jsonl file of texts")
 
 
 @dataclass(kw_only=True)
@@ -85,8 +83,3 @@ class NLPOConfig(PPOConfig):
     """Minimum number of allowed tokens."""
     mask_update_interval: Count | None = 20
     """Number of updates between refreshes of the masking policy; None keeps the first one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kl_in == "loss":
-            raise ConfigError("kl_in='loss' and NLPO's mask exclude each other: leave kl_in='reward', or use PPO")

@@ -8,7 +8,7 @@ from typing import Literal
 from textgym.errors import ConfigError
 from textgym.settings import NotNegative, Share
 
-from .policy_gradient import SEPARATE, CriticConfig
+from .policy_gradient import CriticConfig
 
 
 @dataclass(kw_only=True)
@@ -30,10 +30,4 @@ class REINFORCEConfig(CriticConfig):
             raise ConfigError(
                 "REINFORCE has no importance ratios, so it can use a rollout for only one step: leave num_epochs=1 and "
                 "minibatch_size=None (micro_batch_size saves memory), or use PPO"
-            )
-        given = [name for name in SEPARATE if getattr(self, name) is not None]
-        if given and self.baseline != "learned":
-            raise ConfigError(
-                f"{given[0]}={getattr(self, given[0])} is for a critic, which baseline={self.baseline!r} has none of: "
-                "set baseline='learned'"
             )

@@ -15,7 +15,6 @@ from textgym.settings import (
     Seed,
     Share,
     check_settings,
-    refuse_together,
 )
 
 
@@ -59,13 +58,6 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        refuse_together(
-            self,
-            {
-                ("adam_8bit", "optimizer"): "only AdamW has moments in 8 bits",
-                ("anneal_learning_rate", "annealing"): "a constant learning rate does not decrease",
-            },
-        )
 
     def learning_rate_factor(self, update: float, num_updates: float) -> float:
         """Return what the peak learning rate is multiplied by in an update, from 0, of so many."""

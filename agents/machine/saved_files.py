@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import gymnasium as gym
 
-from textgym.errors import DamagedFolderError, UntrustedNameError
+from textgym.errors import ConfigError, DamagedFolderError, ExcludedOptionError, UntrustedNameError
 from textgym.settings import Count, Positive, WholeNumber, from_plain
 
+Config = TypeVar("Config")
 OWN_MODULES = ("textgym.rewards.functions", "textgym.data.prompts")
 """Modules whose public functions a saved environment may name."""
 NAME_OF_CODE = re.compile(r"[\w.\-]+:\S+")
@@ -79,6 +81,29 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedFolderError(f"{path} cannot be read: {error}") from error
+
+
+def read_config(config_class: type[Config], saved: Any, where: str) -> Config:
+    """Make the config that was saved; an option that has no effect beside the others is left out, with a warning.
+
+    Earlier versions accepted such options.
+
+    Args:
+        config_class: Class of the config.
+        saved: What the file has, a mapping.
+        where: The place in the file, for warnings and errors.
+
+    Raises:
+        ConfigError: If a field is unknown or has a wrong value, or two options exclude each other.
+    """
+    try:
+        return from_plain(config_class, saved, where)
+    except ConfigError as error:
+        refused = error.__cause__
+        if not (isinstance(refused, ExcludedOptionError) and refused.idle):
+            raise
+    warnings.warn(f"{where}: {refused}. It had no effect, and is left out", stacklevel=2)
+    return read_config(config_class, {name: saved[name] for name in saved if name != refused.option}, where)
 
 
 def saved_environment(envs: Any) -> dict[str, Any] | None:

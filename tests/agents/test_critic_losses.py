@@ -53,7 +53,7 @@ def test_defaults_of_the_value_loss(kind: Any) -> None:
 
 
 def test_without_a_learned_baseline_there_is_no_value_loss() -> None:
-    assert loss_of(REINFORCE, REINFORCEConfig(baseline="mean", value_coef=2.0)).item() == 0.0
+    assert loss_of(REINFORCE, REINFORCEConfig(baseline="mean")).item() == 0.0
 
 
 VALUES, REWARDS = (1.0, 2.0, 4.0), (0.5, 0.25, 3.0)

@@ -281,7 +281,7 @@ def test_both_texts_of_a_pair_follow_the_same_part_of_a_long_prompt() -> None:
         ),
         (lambda: make_agent(use_probability=True), "needs a 'probability' in every preference; 14 of 14 have none"),
         (lambda: make_agent(loss="logistic"), "loss must be 'sigmoid' or 'hinge' or 'ipo', got 'logistic'"),
-        (lambda: make_agent(loss="ipo", label_smoothing=0.1), "belong to loss='sigmoid', not to 'ipo'"),
+        (lambda: make_agent(loss="ipo", label_smoothing=0.1), "label_smoothing=0.1 cannot be used with loss='ipo'"),
         (lambda: make_agent(beta=0.0), "beta must be above 0"),
         (lambda: make_agent(label_smoothing=1.5), "label_smoothing must be from 0 to 1"),
     ],

@@ -616,8 +616,11 @@ def test_settings_at_the_edge_of_what_is_allowed_are_taken() -> None:
         (lambda: agents.A2CConfig(n_steps=0), "n_steps must be at least 1"),
         (lambda: agents.PPOConfig(dual_clip=0.5), "dual_clip must be above 1"),
         (lambda: agents.ExpertIterationConfig(keep=9), "keep must be from 1 to group_size=8"),
-        (lambda: agents.PPOConfig(kl_min=0.1, kl_max=0.01), "kl_min must be below kl_max=0.01, got 0.1"),
-        (lambda: agents.NLPOConfig(kl_in="loss"), "kl_in='loss' and NLPO's mask exclude each other"),
+        (
+            lambda: agents.PPOConfig(variant="penalty", kl_min=0.1, kl_max=0.01),
+            "kl_min must be below kl_max=0.01, got 0.1",
+        ),
+        (lambda: agents.NLPOConfig(kl_in="loss"), "leave kl_in='reward', or use PPO"),
         (lambda: agents.NLPOConfig(mask_update_interval=0), "mask_update_interval must be at least 1"),
         (lambda: make_agent("grpo", group_size=5), "whole groups of group_size=5: the nearest is 30 or 35"),
         (lambda: make_agent("rloo", group_size=1), "at least 2"),

@@ -326,9 +326,12 @@ def test_each_variant_starts_at_ratio_one_with_a_gradient(settings: dict[str, An
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GRPOConfig(surrogate="cispo", ratio="sequence"), "surrogate='cispo' and ratio='sequence' exclude"),
-        (lambda: GRPOConfig(surrogate="cispo", clip_range=0.1), "surrogate='cispo' and clip_range=0.1 exclude"),
-        (lambda: GRPOConfig(overlong_penalty=2.0), "overlong_penalty=2.0 needs overlong_buffer"),
+        (
+            lambda: GRPOConfig(surrogate="cispo", ratio="sequence"),
+            "ratio='sequence' cannot be used with surrogate",
+        ),
+        (lambda: GRPOConfig(surrogate="cispo", clip_range=0.1), "clip_range=0.1 cannot be used with surrogate='cispo'"),
+        (lambda: GRPOConfig(overlong_penalty=2.0), "overlong_penalty=2.0 cannot be used with overlong_buffer=None"),
         (lambda: GRPOConfig(entropy_share=0.0), "entropy_share must be above 0"),
         (lambda: PPOConfig(importance_cap=0.0), "importance_cap must be above 0"),
         (lambda: make_agent(scale="each", env={"kl_coef": 0.1}), "scale='each' is of reward functions"),

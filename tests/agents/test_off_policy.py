@@ -567,7 +567,7 @@ def test_errors_do_not_fall_without_a_learning_rate(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DQNConfig(double=True), "belong to the greedy backup"),
+        (lambda: DQNConfig(double=True), "double=True cannot be used with backup='soft'"),
         (lambda: DQNConfig(n_steps=0), "n_steps must be at least 1"),
         (lambda: DQNConfig(backup="greedy", n_quantiles=0), "n_quantiles must be at least 1"),
         (lambda: DQNConfig(tau=0.0), "tau must be above 0"),

@@ -146,5 +146,5 @@ def test_what_the_loss_cannot_have_is_refused() -> None:
         make_agent({"kl_coef": 0.0})
     with pytest.raises(ConfigError, match=r"kl_clamp=1\.0 would remove the gradient"):
         make_agent({"kl_clamp": 1.0})
-    with pytest.raises(ConfigError, match="belong to loss='sigmoid', not to 'ipo'"):
+    with pytest.raises(ConfigError, match="use_probability=True cannot be used with loss='ipo'"):
         OnlineDPOConfig(loss="ipo", use_probability=True)

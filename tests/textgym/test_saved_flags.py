@@ -35,7 +35,7 @@ def run_of(folder: Path, settings: Train | dict[str, Any]) -> Path:
         (
             "ppo",
             PPOConfig(
-                seed=4, bf16=True, whiten_advantages=False, optimizer_options={"weight_decay": 0.1}, learning_rate=3e-5
+                seed=4, bf16=True, whiten_advantages=False, optimizer_options={"momentum": 0.1}, learning_rate=3e-5
             ),
         ),
         ("grpo", GRPOConfig(group_size=4, episodes_per_update=64)),

@@ -114,7 +114,7 @@ def test_every_agent_pays_the_costs(name: str) -> None:
 def test_a_limit_on_an_unknown_function_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a limit on 'lenght', and the environment's reward functions are \['vowels'"):
         make_agent(constraints={"lenght": 3.0})
-    with pytest.raises(ValueError, match=r"constraint_learning_rate=0.5 is for constraints"):
+    with pytest.raises(ValueError, match=r"constraint_learning_rate=0.5 cannot be used with constraints={}"):
         PPOConfig(constraint_learning_rate=0.5)
     for limit in (float("nan"), "3", True):
         with pytest.raises(ValueError, match="constraints must be limits by name; that of 'length' must be a finite"):

@@ -112,7 +112,7 @@ def test_a_resumed_run_goes_on_with_the_texts(texts: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ptx_coef": 0.5}, r"ptx_coef=0.5 is the weight of ptx_data"),
+        ({"ptx_coef": 0.5}, r"ptx_coef=0.5 cannot be used with ptx_data=None: .* give a .jsonl file"),
         ({"ptx_data": "os:getcwd"}, r"ptx_data must be the path of a .jsonl file or None"),
         ({"ptx_data": "texts.jsonl", "ptx_coef": 0.0}, r"ptx_coef must be above 0"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from textgym.errors import ConfigError
 from textgym.settings import Count, NotNegative, OnNonFinite, Positive, Seed, Share, check_settings
 
 
@@ -66,10 +65,6 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        of_pairs = ("use_margin", "label_smoothing", "use_probability", "center_coefficient")
-        given = [name for name in of_pairs if getattr(self, name)]
-        if given and self.loss != "pairwise":
-            raise ConfigError(f"{given[0]} belongs to loss='pairwise', not to {self.loss!r}")
 
     def resolved(self, base: object) -> RewardModelConfig:
         """Return a copy in which what is not set has the default for a trunk."""

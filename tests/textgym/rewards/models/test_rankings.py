@@ -249,5 +249,5 @@ def test_rankings_of_which_nothing_can_be_learned_are_said_and_left_out(mock_fol
 
 
 def test_settings_of_pairs_are_refused_for_rankings() -> None:
-    with pytest.raises(ConfigError, match="use_margin belongs to loss='pairwise', not to 'plackett_luce'"):
+    with pytest.raises(ConfigError, match="use_margin=True cannot be used with loss='plackett_luce'"):
         RewardModelConfig(loss="plackett_luce", use_margin=True)
