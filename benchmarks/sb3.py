@@ -23,6 +23,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 import tyro
+from measuring.episode_timing import synchronize
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +42,9 @@ class Config:
     """Number of minibatches in an epoch."""
     repeats: int = 3
     threads: int = 1
+    model: str = "tiny"
+    """Model with the tokenizer of the embedded one."""
+    device: str = "auto"
 
 
 class PlainPolicy(TextActorCriticPolicy):
@@ -88,16 +92,19 @@ def make_side(config: Config, new_tokens: int, plain: bool) -> PPO:
         n_epochs=config.epochs,
         gamma=1.0,
         seed=0,
-        policy_kwargs={"model": "tiny"},
+        device=config.device,
+        policy_kwargs={"model": config.model},
         rollout_buffer_class=DictRolloutBuffer if plain else EpisodeRolloutBuffer,
     )
 
 
 def own_ppo(config: Config, new_tokens: int) -> tuple[Any, Callable[[], Any]]:
     """Return the model of textgym's PPO, and a function that runs one update with the same amount of work."""
-    envs = gym.make_vec("textgym/Sentiment-v0", num_envs=config.rows, array="torch", **settings(new_tokens))
+    policy = ActorCritic.from_pretrained(config.model, device=config.device)
+    kwargs = {**settings(new_tokens), "array": "torch", "device": str(policy.device)}
+    envs = gym.make_vec("textgym/Sentiment-v0", num_envs=config.rows, **kwargs)
     agent = agents.PPO(
-        ActorCritic.from_pretrained("tiny"),
+        policy,
         envs,
         agents.PPOConfig(
             episodes_per_update=config.rows,
@@ -150,13 +157,15 @@ def compare(config: Config, new_tokens: int) -> dict[str, float]:
         flops.append(counter.get_total_flops())
     lm, own_update = own_ppo(config, new_tokens)
     ratios = []
-    for _ in range(config.repeats):
-        seconds = []
-        for model in (ours, plain):
+    for repeat in range(config.repeats):
+        seconds = {}
+        for model in (ours, plain)[:: 1 if repeat % 2 == 0 else -1]:  # the first side alternates
+            synchronize()
             started = time.perf_counter()
             update(model)()
-            seconds.append(time.perf_counter() - started)
-        ratios.append(seconds[1] / seconds[0])
+            synchronize()
+            seconds[model] = time.perf_counter() - started
+        ratios.append(seconds[plain] / seconds[ours])
     own = positions(lm, own_update, tokens)
     return {
         "new tokens": new_tokens,

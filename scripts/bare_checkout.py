@@ -25,7 +25,10 @@ REQUIRED = {
     "farama_notifications": "farama-notifications",
     "cloudpickle": "cloudpickle",
     "psutil": "psutil",
+    "filelock": "filelock",
     "stable_baselines3": "stable-baselines3",
+    "pandas": "pandas",
+    "matplotlib": "matplotlib",
     "tyro": "tyro",
     "docstring_parser": "docstring-parser",
     "typeguard": "typeguard",
@@ -34,9 +37,28 @@ REQUIRED = {
 OPTIONAL = {
     "sb3_contrib": "sb3-contrib",
     "bitsandbytes": "bitsandbytes",
-    "trl": "trl",
-    "datasets": "datasets",
     "peft": "peft",
+    "hypothesis": "hypothesis",
+    "sortedcontainers": "sortedcontainers",
+    # What TRL needs. There may be wheels of two versions of TRL itself, because only 1.12 and older ones have PPO.
+    "datasets": "datasets",
+    "dill": "dill",
+    "multiprocess": "multiprocess",
+    "pyarrow": "pyarrow",
+    "xxhash": "xxhash",
+    "dateutil": "python-dateutil",
+    "liger_kernel": "liger-kernel",
+}
+
+
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # images of NVIDIA set it to 1
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
 }
 
 
@@ -47,14 +69,18 @@ def missing(names: Iterable[str]) -> list[str]:
 
 def folders(root: Path) -> list[Path]:
     """Return the folders of textgym, its benchmarks and unpacked wheels, which come before installed packages."""
-    return [link_textgym(root), root / "benchmarks", root / "build" / "gpu" / "wheels"]
+    return [link_textgym(root), root / "benchmarks", unpacked(root)]
+
+
+def unpacked(root: Path) -> Path:
+    """Return the folder of unpacked wheels; `dill` takes modules of a folder with another name for the user's own."""
+    return root / "build" / "gpu" / "site-packages"
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Return the environment variables of a part: this checkout comes first, no network."""
+    """Return the environment variables of a part: this checkout comes first, no network, no TF32."""
     paths = [*(str(folder) for folder in folders(root)), os.environ.get("PYTHONPATH", "")]
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**os.environ, **VARIABLES, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def link_textgym(root: Path) -> Path:
@@ -63,11 +89,12 @@ def link_textgym(root: Path) -> Path:
     package = folder / "textgym"
     package.mkdir(parents=True, exist_ok=True)
     wanted = {path.name: path for path in (root / "textgym").iterdir()} | {"agents": root / "agents"}
+    wanted.pop("__pycache__", None)
     for link in package.iterdir():
-        if link.is_symlink() and link.name not in wanted:
+        if link.is_symlink() and link.readlink() != wanted.get(link.name):  # a file is gone, or the checkout was moved
             link.unlink()
     for name, path in wanted.items():
-        if name != "__pycache__" and not (package / name).is_symlink():
+        if not (package / name).is_symlink():
             (package / name).symlink_to(path)
 
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
@@ -81,45 +108,54 @@ def link_textgym(root: Path) -> Path:
 
 
 def install_missing(wheels: str, root: Path) -> list[str]:
-    """Unpack the wheels of missing packages into build/gpu/wheels; return lines that say what is still missing.
+    """Unpack the wheels of missing packages into a folder; return lines that say what is still missing.
 
     Nothing is fetched, and what a wheel requires is not looked for: each package has to be among the wheels itself.
     """
-    target = root / "build" / "gpu" / "wheels"
+    target = unpacked(root)
     if str(target) not in sys.path:
         sys.path.insert(0, str(target))
-    lines = []
+    names, lines = {**REQUIRED, **OPTIONAL}, []
     if wheels and not Path(wheels).is_dir():
         lines.append(f"no folder of wheels at {wheels}")
     elif wheels:
-        for name in missing({**REQUIRED, **OPTIONAL}):
-            package = {**REQUIRED, **OPTIONAL}[name]
-            if installed := install(package, Path(wheels), target):
-                lines.append(f"{package}: {installed}")
+        found = [wheel_of(names[name], Path(wheels)) for name in missing(names)]
+        lines += install([wheel for wheel in found if wheel is not None], target)
+        for wheel in sorted(Path(wheels).glob("trl-*.whl")):
+            lines += install([wheel], root / "build" / "gpu" / trl_folder(wheel.name))
         importlib.invalidate_caches()
 
-    for names, what in ((REQUIRED, "parts that need it are skipped"), (OPTIONAL, "optional")):
-        lines += [f"missing: {names[name]} ({what})" for name in missing(names)]
+    for group, what in ((REQUIRED, "parts that need it are skipped"), (OPTIONAL, "optional")):
+        lines += [f"missing: {group[name]} ({what})" for name in missing(group)]
     return lines
 
 
-def install(package: str, wheels: Path, target: Path) -> str:
-    """Install a package from its wheel, if there is one; return what to say of it."""
+def trl_folder(name: str) -> str:
+    """Return the name of the folder of a version of TRL, from the name of its wheel.
+
+    >>> trl_folder("trl-1.12.0-py3-none-any.whl")
+    'trl-1.12.0'
+    """
+    return "-".join(name.split("-")[:2])
+
+
+def wheel_of(package: str, wheels: Path) -> Path | None:
+    """Return the wheel of a package."""
     stem = package.replace("-", "_")
-    if not any(path.name.lower().replace("-", "_").startswith(f"{stem}_") for path in wheels.glob("*.whl")):
-        return ""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--find-links",
-        str(wheels),
-    ]
-    done = subprocess.run([*command, "--target", str(target), package], capture_output=True, text=True)
+    names = {path.name.lower().replace("-", "_"): path for path in sorted(wheels.glob("*.whl"))}
+    return next((path for name, path in names.items() if name.startswith(f"{stem}_")), None)
+
+
+def install(wheels: list[Path], target: Path) -> list[str]:
+    """Install wheels in a folder, all at once; one by one, if one of them cannot be installed. Return what to say."""
+    if not wheels:
+        return []
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    command += ["--upgrade", "--target", str(target)]
+    done = subprocess.run([*command, *map(str, wheels)], capture_output=True, text=True)
+    if done.returncode and len(wheels) > 1:
+        return [line for wheel in wheels for line in install([wheel], target)]
     if done.returncode:
-        return "its wheel cannot be installed: " + (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-    return f"installed from {wheels}"
+        why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        return [f"{wheels[0].name} cannot be installed: {why}"]
+    return [f"{wheel.name}: installed" for wheel in wheels]

@@ -6,8 +6,10 @@
     make gpu WHEELS=../wheels COMMIT=abc1234   # missing packages from a folder; the commit, if there is no git
 
 It needs neither installation nor network: it runs textgym from this checkout, with PYTHON and its packages. A
-part is a script in benchmarks/gpu/ that runs in its own process, with a time limit. If it fails, hangs or lacks a
-package, the page has a line about it, and the next part starts. The page is written again after every metric.
+part is a script in benchmarks/gpu/ with a time limit. If it fails, hangs or lacks a package, the page has a line about
+it, and the next part starts. The page is written again after every metric.
+
+Parts share a process, which imports torch once, until one of them fails; tests have processes of their own.
 
 The exit code is 1 if a part failed or was stopped, and 0 otherwise, also if goals were missed or parts were skipped.
 """
@@ -15,23 +17,21 @@ The exit code is 1 if a part failed or was stopped, and 0 otherwise, also if goa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bare_checkout import environment, install_missing, missing
+from bare_checkout import REQUIRED, install_missing, missing
 from gpu_page import write_page
+from gpu_workers import Workers, is_gpu
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300.0
-"""Time limit of all parts together on a GPU, in seconds."""
+"""Time limit of all parts together on a GPU, in seconds, with the unpacking of wheels."""
 
 
 class Part(NamedTuple):
@@ -39,32 +39,37 @@ class Part(NamedTuple):
 
     Attributes:
         title: Title on the page.
-        budget: Time limit in seconds.
-        least: Minimum number of remaining seconds to start it.
+        seconds: About how long it takes on a GPU. It is stopped after twice as long, and is not started if less than
+            half is left.
         needs: Import names of the packages that it needs.
+        alone: Whether it needs a process of its own.
+        all_gpus: Whether it sees all GPUs; other parts see only the one that they measure.
     """
 
     title: str
-    budget: float
-    least: float
+    seconds: float
     needs: tuple[str, ...] = ()
+    alone: bool = False
+    all_gpus: bool = False
 
 
-# In the order in which they run: the most important first, because there may be no time for the last ones.
-BASE = ("torch", "transformers", "gymnasium", "numpy", "tyro", "stable_baselines3")
+# In the order in which they run: the most important first, because there may be no time for the last ones. Without
+# vLLM the times add up to LIMIT.
+BASE = tuple(name for name in REQUIRED if name != "pytest")
 PARTS = {
-    "machine": Part("Machine", 45, 5),
-    "equalities": Part("Tests on the device", 90, 20, ("pytest",)),
-    "decoding": Part("Decoding beside generate", 60, 20),
-    "bandwidth": Part("Decoding beside the bandwidth of memory", 45, 15),
-    "chunks": Part("Log-probs by the size of their chunks", 20, 10),
-    "large_update": Part("One update of PPO with 1.2B weights", 50, 20),
-    "learning": Part("PPO learns, stops and resumes", 45, 15),
-    "stock_sb3": Part("Unmodified PPO of Stable-Baselines3", 50, 20),
-    "adam8bit": Part("Adam's moments in 8 bits", 30, 15, ("bitsandbytes",)),
-    "grpo_trl": Part("GRPO beside TRL", 60, 30, ("trl", "datasets")),
-    "ppo_trl": Part("PPO beside TRL", 60, 30, ("trl", "datasets")),
-    "vllm_peer": Part("Decoding beside vLLM", 120, 60, ("vllm",)),
+    "machine": Part("Machine", 20),
+    "equalities": Part("Tests on the device", 45, ("pytest",), alone=True),
+    "decoding": Part("Decoding beside generate", 40),
+    "bandwidth": Part("Decoding beside the bandwidth of memory", 15),
+    "large_update": Part("One update of PPO with 1.2B weights", 30),
+    "grpo_trl": Part("GRPO beside TRL", 30),
+    "ppo_trl": Part("PPO beside TRL", 35),
+    "learning": Part("PPO learns, stops and resumes", 20),
+    "adam8bit": Part("Adam's moments in 8 bits", 15, ("bitsandbytes",)),
+    "stock_sb3": Part("Unmodified PPO of Stable-Baselines3", 20),
+    "scenarios": Part("Scenarios on the device", 25, ("pytest",), alone=True, all_gpus=True),
+    "chunks": Part("Log-probs by the size of their chunks", 5),
+    "vllm_peer": Part("Decoding beside vLLM", 90, ("vllm",)),
 }
 NO_DEVICE = "no device"
 SLOWER_ON_CPU = 10.0
@@ -77,6 +82,11 @@ class Run(NamedTuple):
     device: str
     commit: str
     page: Path
+
+    @property
+    def kind(self) -> str:
+        """The device as a part sees it: "cuda" for any GPU, because it sees only that one."""
+        return "cuda" if is_gpu(self.device) else self.device
 
     @property
     def results(self) -> Path:
@@ -114,7 +124,7 @@ def save(results: dict[str, Any], run: Run) -> None:
         temporary.replace(path)
 
 
-def run_part(name: str, run: Run, seconds: float, results: dict[str, Any]) -> None:
+def run_part(name: str, run: Run, seconds: float, results: dict[str, Any], workers: Workers) -> None:
     """Run one part, print its output, and save after every metric."""
     part = PARTS[name]
     entry: dict[str, Any] = {
@@ -132,52 +142,41 @@ def run_part(name: str, run: Run, seconds: float, results: dict[str, Any]) -> No
     if lacking:
         entry |= {"state": "skipped", "why": f"missing: {', '.join(lacking)}", "seconds": 0.0}
     else:
-        run_script(name, run, seconds, entry, results)
+        run_script(name, run, seconds, entry, results, workers)
     why = f": {entry['why']}" if "why" in entry else ""
     print(f"  {entry['state']} after {entry['seconds']:.1f} s{why}", flush=True)
     if entry["state"] == NO_DEVICE:
-        raise SystemExit("nothing can be measured: name another DEVICE, or make a dry run with DEVICE=cpu")
+        raise SystemExit(f"nothing can be measured on {run.device}: name another DEVICE, or make a dry run on the cpu")
     save(results, run)
 
 
-def run_script(name: str, run: Run, seconds: float, entry: dict[str, Any], results: dict[str, Any]) -> None:
-    """Start a part's script, read its output, and stop it with all of its children at the time limit."""
+def run_script(
+    name: str, run: Run, seconds: float, entry: dict[str, Any], results: dict[str, Any], workers: Workers
+) -> None:
+    """Run a part's script in a worker, read its output, and stop it with all of its children at the time limit."""
     started = time.monotonic()
-    no_gpu = {"CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else {}  # libraries would use a visible GPU
-    process = subprocess.Popen(
-        [sys.executable, f"benchmarks/gpu/{name}.py", "--device", run.device],
-        cwd=ROOT,
-        env={**environment(ROOT), **no_gpu},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # a process group, so that its children can be stopped too
-    )
+    worker = workers.take(PARTS[name])
     lines: list[str] = []
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if told := as_object(line):
+    code = None
+    try:
+        for line in worker.output_of(ROOT / "benchmarks" / "gpu" / f"{name}.py", run.kind, seconds):
+            told = as_object(line)
+            if told is None:
+                lines.append(line.strip())
+                print(f"  | {line.rstrip()}", flush=True)
+            elif "ended" in told:
+                code = told["ended"]
+            else:
                 note_told(told, entry, results)
                 if entry["state"] != NO_DEVICE:  # otherwise the earlier results stay
                     save(results, run)
-            elif line.strip():
-                lines.append(line.strip())
-                print(f"  | {line.rstrip()}", flush=True)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        code = process.wait(None if seconds == float("inf") else seconds)
-    except subprocess.TimeoutExpired:
+        code = worker.exit_code() if code is None else code
+    except TimeoutError:
         entry |= {"state": "stopped", "why": f"over its time of {seconds:.0f} s"}
-        code = 0
+        code = None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    reader.join(5)  # with a limit: a process that left the group may hold the pipe
+        if code != 0 or PARTS[name].alone:
+            workers.stop(worker)
 
     entry["seconds"] = round(time.monotonic() - started, 1)
     if code:
@@ -231,17 +230,23 @@ def verdict(figure: dict[str, Any]) -> str:
 def run_parts(names: list[str], run: Run, limit: float, results: dict[str, Any]) -> None:
     """Run parts until the time limit; parts that were not started are marked."""
     until = time.monotonic() + limit
-    longer = 1.0 if run.device.startswith("cuda") else SLOWER_ON_CPU
-    for name in names:
-        part, left = PARTS[name], until - time.monotonic()
-        if left < part.least:
-            why = f"{max(left, 0):.0f} s were left: run it by make gpu PART={name}"
-            if results["parts"].get(name, {}).get("state") != "done":  # earlier results stay
-                results["parts"][name] = {"title": part.title, "state": "left out", "why": why, "seconds": 0.0}
-            print(f"\n{part.title} ({name}) left out: {why}", flush=True)
-            save(results, run)
-            continue
-        run_part(name, run, min(part.budget * longer, left), results)
+    longest = 2.0 if run.kind == "cuda" else 2.0 * SLOWER_ON_CPU
+    with Workers(run.device, ROOT) as workers:
+        for name in names:
+            part, left = PARTS[name], until - time.monotonic()
+            if left < part.seconds / 2:
+                leave_out(name, left, run, results)
+            else:
+                run_part(name, run, min(part.seconds * longest, left), results, workers)
+
+
+def leave_out(name: str, left: float, run: Run, results: dict[str, Any]) -> None:
+    """Say that there was no time for a part; its earlier results stay."""
+    why = f"{max(left, 0):.0f} s were left: run it by make gpu PART={name}"
+    if results["parts"].get(name, {}).get("state") != "done":
+        results["parts"][name] = {"title": PARTS[name].title, "state": "left out", "why": why, "seconds": 0.0}
+    print(f"\n{PARTS[name].title} ({name}) left out: {why}", flush=True)
+    save(results, run)
 
 
 def main() -> None:
@@ -270,7 +275,7 @@ def main() -> None:
     for line in install_missing(options.wheels, ROOT):
         print(line, flush=True)
     try:
-        run_parts(names, run, limit, results)
+        run_parts(names, run, limit - (time.monotonic() - started), results)
     except KeyboardInterrupt:
         print("\nstopped; what was measured is on the page", flush=True)
     save(results, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an unknown name fails at once, with no request
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,10 +31,15 @@ from textgym.models.token_model import TokenModel
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # two collapse when another process runs
 
 
-# The same examples on every machine and in every run; a busy machine may be slow.
-PATIENT = [HealthCheck.too_slow]
-settings.register_profile("textgym", deadline=None, max_examples=30, derandomize=True, suppress_health_check=PATIENT)
-settings.load_profile("textgym")
+if importlib.util.find_spec("hypothesis") is not None:  # the tests of `make gpu` do without
+    from hypothesis import HealthCheck, settings
+
+    # The same examples on every machine and in every run; a busy machine may be slow.
+    patient = [HealthCheck.too_slow]
+    settings.register_profile(
+        "textgym", deadline=None, max_examples=30, derandomize=True, suppress_health_check=patient
+    )
+    settings.load_profile("textgym")
 
 LONGER_TESTS = Path(__file__).parent / "longer_tests.txt"
 """Test functions that take more than a moment; `python scripts/longer_tests.py` writes the file."""
@@ -91,6 +96,41 @@ def _environment_stays() -> Iterator[None]:
 def device() -> torch.device:
     """Where the tests marked `gpu` run: on the CPU, or on the device that TEXTGYM_DEVICE names; `make gpu` sets it."""
     return torch.device(os.environ.get("TEXTGYM_DEVICE", "cpu"))
+
+
+class CpuGenerator(torch.Generator):
+    """A generator on the CPU, wherever it is asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> CpuGenerator:
+        return super().__new__(cls, "cpu")
+
+
+@pytest.fixture
+def the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU samples with the CPU's random numbers, for tests that compare with a CPU what was sampled.
+
+    From one seed a GPU draws other numbers than a CPU, and then every response is another one.
+    """
+    monkeypatch.setattr(torch, "Generator", CpuGenerator)
+    for name in ("rand", "randint"):
+        monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
+    uniform_ = Tensor.uniform_
+
+    def uniform_there(self: Tensor, *bounds: float, generator: Any = None) -> Tensor:
+        if generator is None or not self.is_cuda:
+            return uniform_(self, *bounds, generator=generator)
+        return self.copy_(uniform_(torch.empty(self.shape, dtype=self.dtype), *bounds, generator=generator))
+
+    monkeypatch.setattr(Tensor, "uniform_", uniform_there)
+
+
+def _drawn_on_the_cpu(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def draw(*arguments: Any, generator: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
+        if generator is None:
+            return real(*arguments, device=device, **kwargs)
+        return real(*arguments, generator=generator, **kwargs).to("cpu" if device is None else device)
+
+    return draw
 
 
 @pytest.fixture

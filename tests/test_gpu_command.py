@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FIGURE = {"name": "speed", "value": 3.0, "unit": "times", "note": "", "goal": "at least 2", "met": True}
@@ -23,6 +27,9 @@ SCRIPTS = {
     "fails": f"{TELL}; raise ValueError('no luck')",
     "skips": "print('noise'); print('{\"skipped\": \"the library is missing\"}')",
     "lacking": TELL,
+    "process": "import json, os; print(json.dumps({'note': str(os.getpid())}))",
+    "process again": "import json, os; print(json.dumps({'note': str(os.getpid())}))",
+    "alone": "import json, os; print(json.dumps({'note': str(os.getpid())}))",
 }
 
 
@@ -39,20 +46,21 @@ def stubs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder.mkdir(parents=True)
     for name, script in SCRIPTS.items():
         (folder / f"{name}.py").write_text(script)
-    parts = {name: command.Part(name.title(), 30, 1) for name in SCRIPTS}
-    parts["hangs"] = command.Part("Hangs", 3, 1)
-    parts["lacking"] = command.Part("Lacking", 30, 1, ("a_library_of_nobody",))
+    parts = {name: command.Part(name.title(), 30) for name in SCRIPTS}
+    parts["hangs"] = command.Part("Hangs", 2)
+    parts["lacking"] = command.Part("Lacking", 30, ("a_library_of_nobody",))
+    parts["alone"] = command.Part("Alone", 30, alone=True)
     monkeypatch.setattr(command, "PARTS", parts)
     monkeypatch.setattr(command, "BASE", ())
     monkeypatch.setattr(command, "ROOT", tmp_path)
-    monkeypatch.setattr(command, "environment", lambda root: dict(os.environ))
+    monkeypatch.setattr(importlib.import_module("gpu_workers"), "environment", lambda root: dict(os.environ))
     return command
 
 
 def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(stubs: Any, tmp_path: Path) -> None:
     run = stubs.Run("cuda", "abc", tmp_path / "page.md")
     results: dict[str, Any] = {"parts": {}}
-    stubs.run_parts(list(SCRIPTS), run, 1000.0, results)
+    stubs.run_parts(["good", "hangs", "fails", "skips", "lacking"], run, 1000.0, results)
 
     saved = json.loads(run.results.read_text())["parts"]
     assert {name: part["state"] for name, part in saved.items()} == {
@@ -69,7 +77,7 @@ def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(
     page = run.page.read_text()
     assert "| Good | speed | 3 | at least 2 | met |" in page
     assert "`make gpu PART=good`" in page
-    assert "- Hangs: stopped: over its time of 3 s" in page
+    assert "- Hangs: stopped: over its time of 4 s" in page
 
 
 def test_one_part_again_is_merged_and_what_has_no_time_is_left_out(stubs: Any, tmp_path: Path) -> None:
@@ -95,8 +103,9 @@ def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
     code = (
         f"import sys, os; sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
         "import gpu, pathlib\n"
-        f"gpu.ROOT = pathlib.Path({str(tmp_path)!r}); gpu.BASE = (); gpu.environment = lambda root: dict(os.environ)\n"
-        "gpu.PARTS = {'hangs': gpu.Part('Hangs', 60, 1)}\n"
+        "import gpu_workers; gpu_workers.environment = lambda root: dict(os.environ)\n"
+        f"gpu.ROOT = pathlib.Path({str(tmp_path)!r}); gpu.BASE = ()\n"
+        "gpu.PARTS = {'hangs': gpu.Part('Hangs', 60)}\n"
         "gpu.run_parts(['hangs'], gpu.Run('cuda', 'abc', gpu.ROOT / 'page.md'), 100.0, {'parts': {}})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
@@ -109,6 +118,42 @@ def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
     process.wait()
     assert json.loads(results.read_text())["parts"]["hangs"]["figures"] == [FIGURE]
     assert "speed" in (tmp_path / "page.md").read_text()
+
+
+def test_parts_share_a_process_until_one_fails(stubs: Any, tmp_path: Path) -> None:
+    results: dict[str, Any] = {"parts": {}}
+    run = stubs.Run("cuda", "abc", tmp_path / "page.md")
+    stubs.run_parts(["process", "alone", "process again"], run, 1000.0, results)
+    first, alone, again = (results["parts"][name]["notes"] for name in ("process", "alone", "process again"))
+    assert first == again != alone
+    stubs.run_parts(["process", "fails", "process again"], run, 1000.0, results)
+    assert results["parts"]["process"]["notes"] != results["parts"]["process again"]["notes"]
+
+
+def test_all_parts_fit_into_the_limit(command: Any) -> None:
+    assert sum(part.seconds for name, part in command.PARTS.items() if name != "vllm_peer") == command.LIMIT
+    assert list(command.PARTS)[-1] == "vllm_peer"
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "seen"),
+    [
+        ("cuda", None, {"CUDA_VISIBLE_DEVICES": "0"}),
+        ("cuda:1", None, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ("cuda", "", {"CUDA_VISIBLE_DEVICES": ""}),
+        ("cuda:1", "4,6", {"CUDA_VISIBLE_DEVICES": "6"}),
+        ("cuda:2", "4,6", {"CUDA_VISIBLE_DEVICES": ""}),
+        ("cpu", "4,6", {"CUDA_VISIBLE_DEVICES": ""}),
+        ("cuda:x", None, {}),
+    ],
+)
+def test_a_part_sees_the_gpu_that_it_measures(
+    command: Any, device: str, given: str | None, seen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert importlib.import_module("gpu_workers").visible_gpu(device) == seen
 
 
 def test_an_unknown_part_is_refused_by_name() -> None:
@@ -134,12 +179,41 @@ def test_missing_wheels_are_named(command: Any, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "another_of_nobody-1.0-py3-none-any.whl").write_bytes(b"no zip file")
     lines = wheels.install_missing(str(tmp_path / "wheels"), tmp_path)
-    assert lines[0].startswith("another-of-nobody: its wheel cannot be installed")
+    assert lines[0].startswith("another_of_nobody-1.0-py3-none-any.whl cannot be installed")
     assert lines[1:] == [
         "missing: a-library-of-nobody (parts that need it are skipped)",
         "missing: another-of-nobody (optional)",
     ]
     assert wheels.install_missing(str(tmp_path / "none"), tmp_path)[0] == f"no folder of wheels at {tmp_path / 'none'}"
+
+
+@pytest.mark.slow
+def test_each_version_of_trl_has_a_folder_of_its_own(command: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Parts take the newest one that has what they need: PPO is in old versions alone."""
+    bare = importlib.import_module("bare_checkout")
+    monkeypatch.setattr(bare, "REQUIRED", {})
+    monkeypatch.setattr(bare, "OPTIONAL", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for version, files in {"1.12.0": ["trl/experimental/ppo/a.py", "trl/grpo.py"], "1.9.0": [], "1.16.0": []}.items():
+        with zipfile.ZipFile(tmp_path / f"trl-{version}-py3-none-any.whl", "w") as wheel:
+            info = f"trl-{version}.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: trl\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+            for file in ("trl/trainer.py", *files):
+                wheel.writestr(file, "")
+    lines = bare.install_missing(str(tmp_path), tmp_path)
+    assert [line.endswith("installed") for line in lines] == [True] * 3
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
+    versions = importlib.import_module("trl_versions")
+    monkeypatch.setattr(versions, "UNPACKED", tmp_path / "build" / "gpu")
+    monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: name == "datasets" or None)
+    assert [folder.name for folder in versions.libraries_with("trl.trainer")] == ["trl-1.16.0"]
+    assert [folder.name for folder in versions.libraries_with("trl.experimental.ppo")] == ["trl-1.12.0"]
+    with pytest.raises(SystemExit):
+        versions.libraries_with("trl.dqn")
 
 
 def test_the_checkout_is_used_without_being_installed(command: Any, tmp_path: Path) -> None:
@@ -177,9 +251,80 @@ def test_the_rehearsal_runs_every_line_on_a_cpu(tmp_path: Path) -> None:
     run = script("--device", "cpu", "--page", str(page))
     assert run.returncode == 0, run.stdout[-5000:]
     parts = json.loads(page.with_suffix(".json").read_text())["parts"]
-    peers = {"adam8bit", "grpo_trl", "ppo_trl", "vllm_peer"}
-    assert {name for name, part in parts.items() if part["state"] == "skipped"} <= peers
+    without = {"adam8bit", "grpo_trl", "ppo_trl", "vllm_peer", "scenarios"}
+    assert {name for name, part in parts.items() if part["state"] == "skipped"} <= without
     assert all(part["figures"] for name, part in parts.items() if part["state"] == "done")
+
+
+@pytest.fixture
+def part_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of benchmarks/ or benchmarks/gpu/."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
+    return importlib.import_module
+
+
+def test_a_model_that_does_not_fit_is_freed_and_a_smaller_one_is_next(
+    part_of: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`learn` explains an out-of-memory error by a MemoryError, whose traceback keeps the agent alive."""
+    part = part_of("large_update")
+    agents: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    class Agent:
+        pass
+
+    def measure(size: Any, *rest: Any) -> None:
+        alive.extend(agent() is not None for agent in agents)
+        agent = Agent()
+        agents.append(weakref.ref(agent))
+        if len(agents) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(agents) == 2:
+            raise MemoryError("the GPU was out of memory")
+
+    monkeypatch.setattr(part, "measure", measure)
+    monkeypatch.setattr(part, "start", lambda text: torch.device("cuda"))
+    monkeypatch.setattr(part, "need_bf16", lambda device: None)
+    monkeypatch.setattr(part, "fitting", lambda sizes, *rest, **settings: sizes[0] if sizes else None)
+    part.main()
+    assert len(agents) == 3
+    assert alive == [False] * 3
+    assert capsys.readouterr().out.count("a smaller model is next") == 2
+
+
+def test_a_lap_ends_when_the_gpu_has_finished(
+    part_of: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise the rest of one side's kernels would run during the other side's turn."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("finished"))
+    peers = part_of("measuring.peers")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    monkeypatch.setattr(peers, "say", lambda figures: events.append("told"))
+    clock = peers.Clock()
+    clock.start()
+    clock.lap()
+    assert events[:3] == ["finished", "finished", "told"]
+
+
+@pytest.mark.slow
+def test_every_file_of_tests_and_every_failure_is_told_at_once(tmp_path: Path) -> None:
+    """The process is killed in the second file."""
+    bare = importlib.import_module("bare_checkout")
+    (tmp_path / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    (tmp_path / "test_b.py").write_text("import os\ndef test_good(): pass\ndef test_end(): os._exit(3)\n")
+    code = f"import torch; from tally import run_tests; run_tests({str(tmp_path)!r}, torch.device('cpu'))"
+    variables = bare.environment(ROOT)
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks" / "gpu"), variables["PYTHONPATH"]])
+    run = subprocess.run([sys.executable, "-c", code], env=variables, cwd=tmp_path, capture_output=True, text=True)
+    told = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert run.returncode == 3
+    assert told[0]["note"] == "failed: test_a.py::test_bad: assert 1 == 2"
+    assert told[1]["figure"]["name"] == "test_a.py: tests failed"
+    assert (told[1]["figure"]["value"], told[1]["figure"]["note"]) == (1, "1 passed, 0 skipped")
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:

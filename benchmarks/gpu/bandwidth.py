@@ -29,7 +29,8 @@ def main() -> None:
         judged=on_gpu and size == BILLION[0],
         note=f"{row['parameters, M']:.0f}M weights, {rows} rows; {parts}",
     )
-    tell("a step", row["ms/step"], "ms")
+    tell("a step", row["ms/step"], "ms", note="captured" if on_gpu else "")
+    tell("a step without captured steps", row["without captured steps"], "ms")
     measured = row["device's GB/s"]
     tell("read by a step", row["GB/s"], "GB/s", note=f"of {measured:.0f} measured")
     tell("response tokens a second", rows / row["ms/step"] * 1e3)

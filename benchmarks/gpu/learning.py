@@ -1,4 +1,4 @@
-"""A short PPO run: gain and KL at the end; and the same run, stopped half-way, saved and resumed."""
+"""A short PPO run: gain and KL at the end; and what was saved half-way, loaded and resumed, beside it."""
 
 from __future__ import annotations
 
@@ -46,39 +46,34 @@ def main() -> None:
     rows, new_tokens, updates = (64, 24, 24) if on_gpu else (16, 8, 12)
     total = rows * updates
     config = PPOConfig(episodes_per_update=rows, minibatch_size=rows // 2, learning_rate=3e-4 if on_gpu else 1e-3)
-    figures: dict[str, list[dict[str, float]]] = {"whole": [], "stopped": []}
+    half = updates // 2
+    whole: list[dict[str, float]] = []
+    resumed: list[dict[str, float]] = []
 
-    def noting(name: str, until: int) -> Any:
-        def note_update(agent: Any, metrics: dict[str, float]) -> bool:
-            figures[name].append(metrics)
-            return agent.updates < until
-
-        return note_update
-
-    def make_agent() -> PPO:
-        policy = ActorCritic.from_pretrained("tiny", device=device)
-        return PPO(policy, make_envs(device, rows, new_tokens), config)
-
-    make_agent().learn(total, [noting("whole", updates)])
-    stopped = make_agent().learn(total, [noting("stopped", updates // 2)])
     with tempfile.TemporaryDirectory() as folder:
-        stopped.save(folder)
-        resumed = PPO.load(folder, envs=make_envs(device, rows, new_tokens), device=device)
-    resumed.learn(total, [noting("stopped", updates)])
 
+        def save_at_half(agent: Any, metrics: dict[str, float]) -> None:
+            whole.append(metrics)
+            if agent.updates == half:
+                agent.save(folder)
+
+        policy = ActorCritic.from_pretrained("tiny", device=device)
+        PPO(policy, make_envs(device, rows, new_tokens), config).learn(total, [save_at_half])
+        again = PPO.load(folder, envs=make_envs(device, rows, new_tokens), device=device)
+        again.learn(total, [lambda _, metrics: resumed.append(metrics)])
+
+    figures = {"whole": whole, "resumed": whole[:half] + resumed}
     scores = {name: [row["objective/scores"] for row in history] for name, history in figures.items()}
     size = f"{updates} updates of {rows} episodes of at most {new_tokens} tokens"
     tell("gain of the score", first_and_last(scores["whole"]), at_least=GAIN, note=size)
     tell("score at first", scores["whole"][0])
-    tell("KL at the end", figures["whole"][-1]["objective/kl"], "nats a text")
-    tell("gain of the run that was stopped, saved and resumed", first_and_last(scores["stopped"]), at_least=GAIN)
-    half = updates // 2
-    apart = max(abs(a - b) for a, b in zip(scores["whole"][: half + 1], scores["stopped"][: half + 1], strict=True))
-    tell("scores apart up to the first update after the resume", apart, note="0 where kernels repeat themselves")
-    tell(
-        "seconds an update", statistics.median(row["time/rollout_s"] + row["time/update_s"] for row in figures["whole"])
-    )
-    tell("trained on", str(resumed.policy.device))
+    tell("KL at the end", whole[-1]["objective/kl"], "nats a text")
+    gain = first_and_last(scores["resumed"])
+    tell("gain of the run that was stopped, saved and resumed", gain, at_least=GAIN)
+    apart = abs(scores["whole"][half] - scores["resumed"][half])
+    tell("scores apart at the first update after the resume", apart, note="0 where kernels repeat themselves")
+    tell("seconds an update", statistics.median(row["time/rollout_s"] + row["time/update_s"] for row in whole))
+    tell("trained on", str(again.policy.device))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ that it has to pickle, and then fails to hash them:
     pip install --target .peers/trl-1.12 --no-deps trl==1.12.0
     pip install --target .peers/site-packages --no-deps datasets dill multiprocess pandas pyarrow python-dateutil xxhash
 
+`make gpu WHEELS=folder` does the same with wheels of these packages, of both versions of TRL, and of liger-kernel.
+
 Each side is a script in a process of its own, so that the sides do not share imports, caches or memory. A script does
 one piece of work per request (`Side`, `Clock`), or only one (`run_script`, `say`).
 """
@@ -64,15 +66,24 @@ class Clock:
     """Clock in the script of a `Side`: call `start`, and `lap` after each piece of work."""
 
     def start(self) -> None:
-        """Wait for the next request."""
+        """Wait for the next request, with no work left on a GPU, because the other side's turn is next."""
+        finish()
         sys.stdin.readline()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def lap(self, **figures: float) -> None:
         """Print the time and the metrics of a piece of work, and wait for the next request."""
+        finish()
         spent = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
         say({**spent, **figures})
         self.start()
+
+
+def finish() -> None:
+    """Wait until the GPU has finished, in a script that uses one: kernels run on after their calls have returned."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def run_script(script: str | Path, *arguments: object, libraries: Paths = (), threads: int = 1) -> Figures:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import textgym
 from measuring.episode_timing import synchronize
 from measuring.peers import Figures
+from textgym.models.decoding.generation import ResponseGenerator
 from textgym.models.distributions.log_probs import StopRule
 
 BAR = 0.5
@@ -71,18 +72,27 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def measure(lm: Any, rows: int, prompt_tokens: int, new_tokens: int, repeats: int, megabytes: int) -> Figures:
-    """Return the row of the table. The time of a step is that of a response without its first token, per token."""
+    """Return the row of the table. The time of a step is that of a response without its first token, per token.
+
+    "without captured steps" is the time of a step in milliseconds if none is captured as a CUDA graph.
+    """
     policy = textgym.ActorCritic(lm)
     width = prompt_tokens + new_tokens
     prompts = torch.randint(lm.config.vocab_size, (rows, width), device=policy.device)
     lengths = torch.full((rows,), prompt_tokens, device=policy.device)
 
-    def seconds(tokens: int) -> float:
-        """Return the median of repeats after two warm-up runs: captured steps are replayed from the third run on."""
-        runs = [timed(lambda: policy.generate(prompts, lengths, tokens, StopRule())) for _ in range(2 + repeats)]
-        return statistics.median(runs[2:])
+    def seconds(generate: Callable[[], Any], warm_ups: int) -> float:
+        """Return the median of repeats after warm-up runs."""
+        runs = [timed(generate) for _ in range(warm_ups + repeats)]
+        return statistics.median(runs[warm_ups:])
 
-    step = (seconds(new_tokens) - seconds(1)) / (new_tokens - 1)
+    def captured(tokens: int) -> Any:
+        return policy.generate(prompts, lengths, tokens, StopRule())
+
+    eager = ResponseGenerator(policy, rows, width, new_tokens, StopRule())
+    first = seconds(lambda: captured(1), 2)
+    step = (seconds(lambda: captured(new_tokens), 2) - first) / (new_tokens - 1)  # the third run on replays
+    eager_step = (seconds(lambda: eager.generate(prompts, lengths), 1) - first) / (new_tokens - 1)
     read = bytes_per_step(lm, rows, prompt_tokens + new_tokens / 2)  # the mean over the steps
     policy.reset_cache()
     peak = bandwidth(policy.device, megabytes)
@@ -95,6 +105,7 @@ def measure(lm: Any, rows: int, prompt_tokens: int, new_tokens: int, repeats: in
         "weights, MB": read["weights"] / 1e6,
         "cache, MB": read["cache"] / 1e6,
         "ms/step": step * 1e3,
+        "without captured steps": eager_step * 1e3,
         "GB/s": sum(read.values()) / step / 1e9,
         "device's GB/s": peak / 1e9,
         "share": share,

@@ -105,6 +105,7 @@ def assert_moved_alike(actual: dict[str, Tensor], expected: dict[str, Tensor], b
         assert apart < 0.02 * LEARNING_RATE, f"{name}: {apart / LEARNING_RATE:.3f} learning rates apart"
 
 
+@pytest.mark.usefixtures("the_cpus_numbers")  # Pathwise samples in its update
 @pytest.mark.parametrize("name", AGENTS)
 def test_one_update_moves_the_weights_as_the_cpus(device: torch.device, name: str) -> None:
     one, other = make_agent(name, CPU), make_agent(name, device)
@@ -153,14 +154,14 @@ def test_agents_on_data_move_the_weights_as_the_cpus(device: torch.device, name:
 
 
 def test_a_reward_model_learns_and_scores_as_on_the_cpu(device: torch.device, tmp_path: Any) -> None:
-    """transformers' Trainer takes a GPU where there is one, so only the scores have a CPU to be compared with."""
     mock_lm().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     pairs = [
         {"prompt": "it is ", "chosen": text, "rejected": text[::-1], "group": index} for index, text in enumerate(TEXTS)
     ]
     config = RewardModelConfig(learning_rate=1e-3, matrix_learning_rate=0.0)
-    trained, _ = train_reward_model(pairs, str(tmp_path), config=config, heldout=pairs)
+    trained, _ = train_reward_model(pairs, str(tmp_path), config=config, heldout=pairs, device=device)
+    assert trained.device.type == device.type
     prompts, scores = ["it is "] * len(TEXTS), []
     for place in (CPU, device):
         model = RewardModel(copy.deepcopy(trained.model).to(place), byte_tokenizer())

@@ -7,6 +7,7 @@ Without either they are left out. `tests/test_pretend_cuda.py` runs them on the 
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,10 @@ from textgym.testing import byte_tokenizer, mock_lm
 
 PRETEND = sys.modules.get("tests.pretend_cuda")
 collect_ignore_glob = [] if torch.cuda.is_available() else ["*"]
+if (
+    importlib.util.find_spec("sb3_contrib") is None
+):  # it is optional, and one file that cannot be imported ends them all
+    collect_ignore_glob.append("test_sb3.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,12 +61,11 @@ def two_gpus() -> None:
 
 @pytest.fixture
 def gpus() -> Callable[[int], None]:
-    """Sets the number of GPUs, as on another machine."""
-    if PRETEND is None:
-        pytest.skip("a real machine keeps its GPUs")
+    """Sets the number of GPUs, as on another machine; a real machine keeps those that it has."""
 
     def become(number: int) -> None:
-        assert PRETEND is not None
+        if PRETEND is None:
+            return
         PRETEND.machine.gpus = number
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()

@@ -70,6 +70,7 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith("time/")}
 
 
+@pytest.mark.usefixtures("the_cpus_numbers")
 @pytest.mark.parametrize("name", AGENTS)
 def test_an_agent_learns_as_on_a_cpu(
     name: str, tiny_policy: Callable[..., Any], text_envs: Callable[..., Any], same: Callable[..., None]
@@ -92,9 +93,8 @@ def test_a_reference_follows_the_policy(tiny_policy: Callable[..., Any], text_en
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_adapters_train(critic: str, tiny_policy: Callable[..., Any], text_envs: Callable[..., Any]) -> None:
-    from peft import LoraConfig
-
-    policy = tiny_policy(critic=critic, lora=LoraConfig(r=2, target_modules=["q_proj"]))
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy(critic=critic, lora=peft.LoraConfig(r=2, target_modules=["q_proj"]))
     agent = PPO(policy, text_envs(kl_coef=0.1), PPO.config_class(episodes_per_update=4, num_epochs=1, bf16=True))
     seen: list[dict[str, float]] = []
     agent.learn(8, [lambda agent, metrics: seen.append(metrics)])
@@ -118,19 +118,19 @@ def test_offline_agents_learn_as_on_a_cpu(
         agent = kind(tiny_policy(device), data, byte_tokenizer(), kind.config_class(batch_size=4, **settings))
         agent.learn([lambda agent, metrics, seen=seen: seen.append(metrics["loss"])])
         assert agent.policy.device.type == device
-    same(losses["cuda"], losses["cpu"], 2e-3)
+    same(losses["cuda"], losses["cpu"], 3e-2 if settings.get("bf16") else 2e-3)
 
 
-def test_a_reward_model_trains_as_on_a_cpu(gpus: Callable[[int], None], same: Callable[..., None]) -> None:
+def test_a_reward_model_trains_as_on_a_cpu(same: Callable[..., None]) -> None:
     config = RewardModelConfig(num_layers=1, batch_size=2, max_length=8, allow_faulty_rows=1.0)
     ours, _ = train_reward_model(PAIRS, config=config, heldout=PAIRS[:2])
+    theirs, _ = train_reward_model(PAIRS, config=config, heldout=PAIRS[:2], device="cpu")
     assert ours.device.type == "cuda"
-    scores = ours(["ab"], ["c"])
-    gpus(0)
-    theirs, _ = train_reward_model(PAIRS, config=config, heldout=PAIRS[:2])
-    same(scores, theirs(["ab"], ["c"]), 1e-3)
+    assert theirs.device.type == "cpu"
+    same(ours(["ab"], ["c"]), theirs(["ab"], ["c"]), 1e-3)
 
 
+@pytest.mark.usefixtures("the_cpus_numbers")
 def test_evaluation_gives_the_figures_of_a_cpu(
     tiny_policy: Callable[..., Any], text_envs: Callable[..., Any], same: Callable[..., None]
 ) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from textgym import cli
+from textgym.commands import evaluate, reward_model
+from textgym.commands import train as train_command
 from textgym.models.actor_critic import ActorCritic
 
 EPISODES = ["--total-episodes", "8", "--num-envs", "4", "--episodes-per-update", "4", "--minibatch-size", "4"]
@@ -21,13 +23,13 @@ SHORT = [*EPISODES, "--num-epochs", "1", "--env-kwargs", '{"max_new_tokens": 3, 
 def placed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Where policy and environment were when samples were written."""
     seen: list[tuple[str, str]] = []
-    real = cli._write_samples
+    real = train_command._write_samples
 
-    def write(policy: Any, envs: Any, *rest: Any) -> None:
+    def write(policy: Any, envs: Any, *rest: Any) -> Any:
         seen.append((str(policy.device), str(envs.unwrapped.task.device)))
-        real(policy, envs, *rest)
+        return real(policy, envs, *rest)
 
-    monkeypatch.setattr(cli, "_write_samples", write)
+    monkeypatch.setattr(train_command, "_write_samples", write)
     return seen
 
 
@@ -56,8 +58,13 @@ def test_policies_are_evaluated_on_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[str] = []
-    real = cli.generate
-    monkeypatch.setattr(cli, "generate", lambda policy, *rest: seen.append(str(policy.device)) or real(policy, *rest))
+    real = evaluate.generate
+
+    def generate(policy: Any, *rest: Any, **settings: Any) -> Any:
+        seen.append(str(policy.device))
+        return real(policy, *rest, **settings)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
     flags = ["--prompts", "4", "--num-envs", "4", "--samples", "1", "--env-kwargs", '{"max_new_tokens": 3}']
     cli.main(["evaluate", "--policy", "tiny", "--device", "cuda", *flags])
     assert seen == ["cuda:0", "cuda:0"]
@@ -78,20 +85,21 @@ def test_reward_models_train_where_they_are_told_to(
     pairs = [{"prompt": f"{i}", "chosen": " good.", "rejected": " bad."} for i in range(6)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     seen: list[str] = []
-    real = cli.PreferenceReport.of
-    monkeypatch.setattr(
-        cli.PreferenceReport, "of", lambda reward, *rest: seen.append(reward.device.type) or real(reward, *rest)
-    )
+    report = reward_model.PreferenceReport
+    real = report.of
+    monkeypatch.setattr(report, "of", lambda reward, *rest: seen.append(reward.device.type) or real(reward, *rest))
     flags = ["--preferences", str(tmp_path / "pairs.jsonl"), "--num-layers", "1", "--device", device]
     cli.main(["reward-model", "--output-dir", str(tmp_path / "reward"), *flags])
     assert seen == [device]
 
 
-@pytest.mark.parametrize(("number", "device"), [(0, "cuda"), (2, "cuda:3")])
+@pytest.mark.parametrize(("number", "device"), [(0, "cuda"), (1, "cuda:3")])
 def test_a_gpu_that_is_not_there_is_one_line(
     number: int, device: str, tmp_path: Path, gpus: Callable[[int], None]
 ) -> None:
     gpus(number)
+    if torch.cuda.device_count() != number:
+        pytest.skip("a real machine keeps its GPUs")
     with pytest.raises(SystemExit) as end:
         train(tmp_path, "--device", device)
     message = str(end.value.code)
@@ -104,13 +112,13 @@ def test_out_of_memory_says_what_to_lower_and_leaves_the_checkpoint(
 ) -> None:
     real, calls = ActorCritic.evaluate, []
 
-    def evaluate(self: ActorCritic, *args: Any, **kwargs: Any) -> Any:
+    def evaluated(self: ActorCritic, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(ActorCritic, "evaluate", evaluate)
+    monkeypatch.setattr(ActorCritic, "evaluate", evaluated)
     with pytest.raises(SystemExit) as end:
         train(tmp_path, "--checkpoint-every", "1")
     assert "micro_batch_size" in str(end.value.code) or "micro-batch-size" in str(end.value.code)

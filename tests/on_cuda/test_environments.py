@@ -173,6 +173,7 @@ class Repeats:
         return ">", float(len(action)), self.turn == 3, False, {}
 
 
+@pytest.mark.usefixtures("the_cpus_numbers")
 def test_games_train_as_on_a_cpu(same: Callable[..., None], tiny_policy: Callable[..., Any]) -> None:
     results = []
     for device in ("cuda", "cpu"):

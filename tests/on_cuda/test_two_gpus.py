@@ -10,7 +10,7 @@ import torch
 
 from textgym.agents import PPO
 
-pytestmark = pytest.mark.usefixtures("two_gpus")
+pytestmark = pytest.mark.usefixtures("two_gpus", "the_cpus_numbers")
 
 
 def test_an_agent_learns_on_the_second_gpu(

@@ -7,8 +7,9 @@ generator states of another kind of device, and whatever a CUDA graph's capture 
 are recorded and replayed as CUDA does it, with their Python values as they were and at the addresses of then.
 `machine.syncs` counts, by source line, how often the host waits for the device.
 
-It runs on the CPU's kernels and draws the CPU's random numbers, so results equal the CPU's exactly. That is what the
-scenarios of `tests/on_cuda` compare. It says nothing about kernels, rounding, streams, memory or several processes.
+It runs on the CPU's kernels, so results equal the CPU's up to the rounding of matrix products, which are added up in
+float64. One seed gives other random numbers than on the CPU, as on a real GPU. The scenarios of `tests/on_cuda` compare
+both. It says nothing about kernels, streams, memory or several processes.
 
 Import it before everything else, in a process of its own: `-p` does so, and `tests/test_pretend_cuda.py` starts one.
 """

@@ -13,17 +13,23 @@ from .machine import machine, source_line
 
 IN_PLACE = ("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_")
 STATE_BYTES = 16
+OTHER_NUMBERS = 0x5DEECE66D
+"""Changes the seeds of generators on a GPU."""
 _states: dict[bytes, Tensor] = {}
 """A CUDA generator's state has 16 bytes; here they are a name of the CPU generator's state that they stand for."""
 
 
 class Generator(torch._C.Generator):
-    """A generator of a device that draws the CPU's numbers."""
+    """A generator of a device. On a GPU one seed gives other numbers than on the CPU."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         new = super().__new__(cls, "cpu")
         new._place = machine.device(device)
-        return new
+        return new.manual_seed(new.initial_seed()) if new._place.type == "cuda" else new
+
+    def manual_seed(self, seed: int) -> Generator:
+        super().manual_seed(seed ^ OTHER_NUMBERS if self._place.type == "cuda" else seed)
+        return self
 
     def __init__(self, device: Any = "cpu") -> None:
         pass

@@ -20,6 +20,8 @@ TAKE_CPU_SCALARS = {
     *("aten::clamp", "aten::_foreach_mul", "aten::_foreach_mul_", "aten::_foreach_div_"),
 }
 """Operations that take a CPU tensor of no dimensions beside CUDA tensors, as all pointwise ones do."""
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+"""Matrix products, whose sums a GPU adds up in another order; here they are added up in float64."""
 WAITING = {
     *("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select"),
     *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive"),
@@ -152,9 +154,12 @@ def operate(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def carried_out(operation: Operation, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """The CPU's result, where CUDA's differs in more than rounding made like that."""
+    """The CPU's result, with matrix products that are rounded otherwise, and like CUDA's where those differ by more."""
     if operation.name == "aten::histc" and not args[0].is_floating_point():  # CUDA has it for integers, the CPU not
         return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+    if operation.name in PRODUCTS and args[0].is_floating_point():
+        wide_args, wide_kwargs = tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, (args, kwargs))
+        return func(*wide_args, **wide_kwargs).to(args[0].dtype)
     result = func(*args, **kwargs)
     if machine.uneven_sums and operation.name == "aten::cumsum" and result.is_floating_point():
         result[..., 1::3] *= 1 + machine.uneven_sums
