@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from textgym import cli
-from textgym.commands import evaluate, reward_model
 from textgym.commands import train as train_command
 from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.models.report import PreferenceReport
 
 EPISODES = ["--total-episodes", "8", "--num-envs", "4", "--episodes-per-update", "4", "--minibatch-size", "4"]
 SHORT = [*EPISODES, "--num-epochs", "1", "--env-kwargs", '{"max_new_tokens": 3, "prompts": ["The film is", "It was"]}']
@@ -57,17 +57,17 @@ def test_a_run_goes_on_on_either_device(first: str, then: str, tmp_path: Path, p
 def test_policies_are_evaluated_on_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[str] = []
-    real = evaluate.generate
+    seen: set[str] = set()
+    real = ActorCritic.generate
 
-    def generate(policy: Any, *rest: Any, **settings: Any) -> Any:
-        seen.append(str(policy.device))
-        return real(policy, *rest, **settings)
+    def generate(self: ActorCritic, *args: Any, **kwargs: Any) -> Any:
+        seen.add(str(self.device))
+        return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(ActorCritic, "generate", generate)
     flags = ["--prompts", "4", "--num-envs", "4", "--samples", "1", "--env-kwargs", '{"max_new_tokens": 3}']
     cli.main(["evaluate", "--policy", "tiny", "--device", "cuda", *flags])
-    assert seen == ["cuda:0", "cuda:0"]
+    assert seen == {"cuda:0"}
 
 
 def test_an_offline_agent_trains_on_the_gpu(tmp_path: Path, placed: list[tuple[str, str]]) -> None:
@@ -85,9 +85,8 @@ def test_reward_models_train_where_they_are_told_to(
     pairs = [{"prompt": f"{i}", "chosen": " good.", "rejected": " bad."} for i in range(6)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     seen: list[str] = []
-    report = reward_model.PreferenceReport
-    real = report.of
-    monkeypatch.setattr(report, "of", lambda reward, *rest: seen.append(reward.device.type) or real(reward, *rest))
+    real = PreferenceReport.of
+    monkeypatch.setattr(PreferenceReport, "of", lambda reward, *rest: seen.append(reward.device.type) or real(reward, *rest))
     flags = ["--preferences", str(tmp_path / "pairs.jsonl"), "--num-layers", "1", "--device", device]
     cli.main(["reward-model", "--output-dir", str(tmp_path / "reward"), *flags])
     assert seen == [device]
