@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,12 +64,19 @@ class Tally:
         if outcome == "failed" and self.total["failed"] <= SHOWN:
             lines = str(report.longrepr).splitlines()
             errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")] or lines[-1:]
-            with contextlib.redirect_stdout(self.output):
+            with self.told():
                 note(f"failed: {report.nodeid}: {''.join(errors[:1])[:200]}")
 
     def tell_file(self) -> None:
         """Tell the numbers of the file whose tests have run."""
         if self.file:
             numbers = f"{self.counts['passed']} passed, {self.counts['skipped']} skipped"
-            with contextlib.redirect_stdout(self.output):
+            with self.told():
                 tell(f"{self.file}: tests failed", self.counts["failed"], at_most=0, note=numbers)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Return a context whose prints reach scripts/gpu.py, on a line after the dots of pytest."""
+        with contextlib.redirect_stdout(self.output):
+            print(flush=True)
+            yield

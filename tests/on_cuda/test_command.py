@@ -86,7 +86,12 @@ def test_reward_models_train_where_they_are_told_to(
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     seen: list[str] = []
     real = PreferenceReport.of
-    monkeypatch.setattr(PreferenceReport, "of", lambda reward, *rest: seen.append(reward.device.type) or real(reward, *rest))
+
+    def report(reward: Any, *rest: Any) -> Any:
+        seen.append(reward.device.type)
+        return real(reward, *rest)
+
+    monkeypatch.setattr(PreferenceReport, "of", report)
     flags = ["--preferences", str(tmp_path / "pairs.jsonl"), "--num-layers", "1", "--device", device]
     cli.main(["reward-model", "--output-dir", str(tmp_path / "reward"), *flags])
     assert seen == [device]
