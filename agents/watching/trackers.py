@@ -4,8 +4,8 @@
     agent.learn(4096, folder="runs/ppo", log_with="mlflow")
 
 accelerate's trackers have the settings that their libraries read from the environment, such as `WANDB_MODE=offline`,
-`MLFLOW_TRACKING_URI=sqlite:///runs.db` and `TRACKIO_DIR`. The project is "textgym"; `WANDB_PROJECT`,
-`MLFLOW_EXPERIMENT_NAME` and `TRACKIO_PROJECT` name another one.
+`MLFLOW_TRACKING_URI=sqlite:///runs.db` and `TRACKIO_DIR`; `PATIENCE` has those that say how long they wait. The project
+is "textgym"; `WANDB_PROJECT`, `MLFLOW_EXPERIMENT_NAME` and `TRACKIO_PROJECT` name another one.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ PACKAGES = {
     "swanlab": ("swanlab", "swanlab"),
 }
 """Trackers: the module of each, and the name that pip knows it by."""
+PATIENCE = {
+    "mlflow": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"},
+    "wandb": {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "60"},
+}
+"""Environment variables of trackers, which are set if the user has not. Without them MLflow tries for four minutes to
+reach a server, before and after the training and at the end of the process, and Weights & Biases waits for its server
+at the end of the run for as long as it takes; what is not sent by then can be sent by `wandb sync`."""
 PROJECT = "textgym"
 COLUMNS = ("prompt", "completion", "score")
 SAMPLES = 8
@@ -103,6 +110,8 @@ class Trackers(Callback):
         self.trackers = {}
 
     def _open(self, name: str) -> None:
+        for variable, value in PATIENCE.get(name, {}).items():
+            os.environ.setdefault(variable, value)  # it stays, since libraries send something at the end of the process
         tracker = tracker_of(name, self.folder)
         tracker.start()
         self.trackers[name] = tracker

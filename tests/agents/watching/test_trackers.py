@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sqlite3
+import threading
 import warnings
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -100,6 +104,23 @@ def test_a_tracker_that_cannot_begin_is_warned_of(monkeypatch: pytest.MonkeyPatc
     track(monkeypatch, wandb=broken)
     with pytest.warns(UserWarning, match="the tracker wandb failed.*ZeroDivisionError"):
         assert make().learn(2, log_with="wandb").updates == 1
+
+
+@pytest.mark.parametrize("given", [None, "99"])
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_trackers_wait_for_a_server_as_long_as_the_user_says_and_else_not_for_minutes(
+    name: str, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+    track(monkeypatch, **{name: InMemory()})
+    monkeypatch.setattr(trackers, "tracker_of", lambda *_: seen.update(os.environ) or InMemory())
+    for variable in trackers.PATIENCE[name]:
+        monkeypatch.setenv(variable, given or "")
+        if given is None:
+            monkeypatch.delenv(variable)
+    make().learn(2, log_with=name)
+    for variable, value in trackers.PATIENCE[name].items():
+        assert seen[variable] == (given or value)
 
 
 def test_names_of_trackers_are_checked_before_anything_is_written(tmp_path: Path) -> None:
@@ -254,6 +275,77 @@ def test_mlflow_with_a_database_has_settings_metrics_and_samples(
     table = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/samples.json"))
     assert table["columns"] == ["step", "prompt", "completion", "score"]
     assert len(table["data"]) == 2
+
+
+class Service(BaseHTTPRequestHandler):
+    """What MLflow's client asks of a server; it answers so many requests, and then there is no server any more."""
+
+    answers: int
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        info = {"run_id": "r", "run_uuid": "r", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active"}
+        experiment = {"experiment_id": "1", "name": "textgym", "lifecycle_stage": "active"}
+        text = json.dumps({"experiments": [experiment], "experiment": experiment, "run": {"info": info, "data": {}}})
+        type(self).answers -= 1
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+        self.close_connection = True
+        if type(self).answers <= 0:
+            self.server.socket.close()  # from now on the port refuses
+
+    do_GET = do_PATCH = do_POST
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_accelerate")
+@pytest.mark.parametrize("answers", [0, 4, 6])
+def test_a_server_of_mlflow_that_refuses_is_warned_of_once_and_does_not_stall_the_run(
+    answers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the beginning, or in the middle of the run; MLflow's own client tries it again."""
+    mlflow = pytest.importorskip("mlflow")
+    from urllib3.util.retry import Retry
+
+    waited: list[float] = []
+    seconds = Retry.get_backoff_time
+    monkeypatch.setattr(Retry, "get_backoff_time", lambda self: waited.append(seconds(self)) or 0.0)
+    for variable in trackers.PATIENCE["mlflow"]:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    kind = type("ServiceOfOneTest", (Service,), {"answers": answers})
+    with HTTPServer(("127.0.0.1", 0), kind) as server:
+        if answers:
+            threading.Thread(target=until_closed, args=(server,), daemon=True).start()
+        else:
+            server.socket.close()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{server.server_port}")
+        agent = make()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            agent.learn(12, folder=tmp_path / "run", log_with="mlflow")
+            with contextlib.suppress(mlflow.MlflowException):
+                mlflow.end_run()  # as at the end of the process
+    assert agent.updates == 6
+    messages = [str(warning.message) for warning in caught]
+    assert sum("the tracker mlflow failed" in message for message in messages) == 1, messages
+    assert 0 < sum(waited) < 30, "seconds between attempts"
+    assert max(0, kind.answers) == 0, "the server refused in the middle"
+
+
+def until_closed(server: HTTPServer) -> None:
+    """Answer requests until the socket is closed."""
+    while server.socket.fileno() >= 0:
+        try:
+            server.handle_request()
+        except (OSError, ValueError):
+            return
 
 
 @pytest.mark.slow
