@@ -39,8 +39,7 @@ class Part(NamedTuple):
 
     Attributes:
         title: Title on the page.
-        seconds: About how long it takes on a GPU. It is stopped after twice as long, and is not started if less than
-            half is left.
+        seconds: About how long it takes on a GPU. It is not started if less than half of this is left.
         needs: Import names of the packages that it needs.
         alone: Whether it needs a process of its own.
         all_gpus: Whether it sees all GPUs; other parts see only the one that they measure.
@@ -72,8 +71,10 @@ PARTS = {
     "vllm_peer": Part("Decoding beside vLLM", 90, ("vllm",)),
 }
 NO_DEVICE = "no device"
-SLOWER_ON_CPU = 10.0
-"""Factor of the time limits in a dry run, whose machine may be slow or busy."""
+LONGEST = 2.0
+"""A part is stopped after so many times the time that it takes, unless the parts before it have left more."""
+LONGEST_WITHOUT_LIMIT = 20.0
+"""The same without a time limit, as for a single part or on a CPU: only a part that hangs is stopped."""
 
 
 class Run(NamedTuple):
@@ -230,14 +231,22 @@ def verdict(figure: dict[str, Any]) -> str:
 def run_parts(names: list[str], run: Run, limit: float, results: dict[str, Any]) -> None:
     """Run parts until the time limit; parts that were not started are marked."""
     until = time.monotonic() + limit
-    longest = 2.0 if run.kind == "cuda" else 2.0 * SLOWER_ON_CPU
     with Workers(run.device, ROOT) as workers:
-        for name in names:
-            part, left = PARTS[name], until - time.monotonic()
-            if left < part.seconds / 2:
+        for index, name in enumerate(names):
+            left = until - time.monotonic()
+            if left < PARTS[name].seconds / 2:
                 leave_out(name, left, run, results)
             else:
-                run_part(name, run, min(part.seconds * longest, left), results, workers)
+                run_part(name, run, time_for(name, left, names[index + 1 :]), results, workers)
+
+
+def time_for(name: str, left: float, later: list[str]) -> float:
+    """Return the time limit of a part: more than it takes, if no later part needs it."""
+    seconds = PARTS[name].seconds
+    if left == float("inf"):
+        return LONGEST_WITHOUT_LIMIT * seconds
+    spare = left - sum(PARTS[other].seconds for other in later if not missing(PARTS[other].needs))
+    return min(left, max(LONGEST * seconds, spare))
 
 
 def leave_out(name: str, left: float, run: Run, results: dict[str, Any]) -> None:

@@ -46,10 +46,10 @@ def stubs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder.mkdir(parents=True)
     for name, script in SCRIPTS.items():
         (folder / f"{name}.py").write_text(script)
-    parts = {name: command.Part(name.title(), 30) for name in SCRIPTS}
+    parts = {name: command.Part(name.title(), 300) for name in SCRIPTS}
     parts["hangs"] = command.Part("Hangs", 2)
-    parts["lacking"] = command.Part("Lacking", 30, ("a_library_of_nobody",))
-    parts["alone"] = command.Part("Alone", 30, alone=True)
+    parts["lacking"] = command.Part("Lacking", 300, ("a_library_of_nobody",))
+    parts["alone"] = command.Part("Alone", 300, alone=True)
     monkeypatch.setattr(command, "PARTS", parts)
     monkeypatch.setattr(command, "BASE", ())
     monkeypatch.setattr(command, "ROOT", tmp_path)
@@ -60,7 +60,7 @@ def stubs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(stubs: Any, tmp_path: Path) -> None:
     run = stubs.Run("cuda", "abc", tmp_path / "page.md")
     results: dict[str, Any] = {"parts": {}}
-    stubs.run_parts(["good", "hangs", "fails", "skips", "lacking"], run, 1000.0, results)
+    stubs.run_parts(["good", "hangs", "fails", "skips", "lacking"], run, 602.0, results)  # none to spare
 
     saved = json.loads(run.results.read_text())["parts"]
     assert {name: part["state"] for name, part in saved.items()} == {
@@ -133,6 +133,13 @@ def test_parts_share_a_process_until_one_fails(stubs: Any, tmp_path: Path) -> No
 def test_all_parts_fit_into_the_limit(command: Any) -> None:
     assert sum(part.seconds for name, part in command.PARTS.items() if name != "vllm_peer") == command.LIMIT
     assert list(command.PARTS)[-1] == "vllm_peer"
+
+
+def test_a_part_may_take_what_no_later_part_needs(stubs: Any) -> None:
+    assert stubs.time_for("good", 3000, ["lacking"]) == 3000
+    assert stubs.time_for("good", 3000, ["fails", "skips"]) == 2400
+    assert stubs.time_for("good", 3000, ["fails"] * 20) == 600
+    assert stubs.time_for("good", 400, []) == 400
 
 
 @pytest.mark.parametrize(
