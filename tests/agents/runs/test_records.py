@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from textgym.agents.runs.records import Pieces, Recorder, chosen_rows
 from textgym.data.continuations import decode_continuation
 from textgym.games.game_env import GameVectorEnv
 from textgym.models.actor_critic import ActorCritic
+from textgym.rewards.engine.completions_to_score import RewardError
 from textgym.testing import byte_tokenizer, mock_lm, mock_seq2seq_lm
 from textgym.viewer import write_page
 from textgym.viewer.records import read_record, records_of
@@ -188,6 +190,46 @@ def test_nlpo_has_no_ratios_when_its_mask_is_another_one(tmp_path: Path) -> None
     records = recorded(tmp_path, agent, updates=3, every=1)
     assert ["ratio" in record["numbers"] for record in records] == [True, False, True]
     assert all("advantage" in record["numbers"] for record in records)
+
+
+def test_a_judge_scores_the_texts_of_the_recorded_rows(tmp_path: Path) -> None:
+    heard: list[tuple[str, str]] = []
+
+    def judge(prompts: list[str], completions: list[str]) -> list[float]:
+        heard.extend(zip(prompts, completions, strict=True))
+        return [float(place) if place else math.nan for place in range(len(prompts))]
+
+    [record] = recorded(tmp_path, make(minibatch_size=4), updates=1, rows=3, judge=judge)
+    assert heard == [(row.prompt, row.text) for row in rows_of(record)]
+    assert record["rows"]["judge"] == [None, 1, 2], "of the first row it has no opinion"
+    assert record["judges"] == ["judge"]
+    assert [row.judges for row in rows_of(record)] == [("judge",)] * 3
+
+
+def test_a_judge_with_too_few_scores_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="2 scores for 4 responses"):
+        recorded(tmp_path, make(minibatch_size=4), updates=1, judge=lambda prompts, completions: [0.0, 0.0])
+
+
+@pytest.mark.parametrize(("weights", "judges"), [((1, 0), ["reward/shortness"]), ((1, 1), []), ((0, 0), [])])
+def test_reward_functions_that_the_policy_is_not_trained_on_are_judges(
+    tmp_path: Path, weights: tuple[float, float], judges: list[str]
+) -> None:
+    def shortness(completions: list[str]) -> list[float]:
+        return [-float(len(text)) for text in completions]
+
+    envs = gym.make_vec(
+        "textgym/Text-v0",
+        num_envs=4,
+        prompts=PROMPTS,
+        tokenizer=byte_tokenizer(),
+        reward=[length_or_nothing, shortness],
+        reward_weights=list(weights),
+        max_new_tokens=2,
+    )
+    agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPO.config_class(episodes_per_update=4, minibatch_size=4))
+    [record] = recorded(tmp_path, agent, updates=1)
+    assert record["judges"] == judges
 
 
 def test_a_run_is_the_same_with_and_without_records(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from textgym.algorithms import ALGORITHMS
 from textgym.errors import ConfigError
 from textgym.flags import Train
 from textgym.testing import byte_tokenizer, mock_lm
-from textgym.viewer.records import records_of, update_of
+from textgym.viewer.records import read_record, records_of, update_of
 from textgym.viewer.runs import read_metrics
 
 PROMPTS = ["ab", "c", "de", "f", "g", "hi", "j", "kl", "m", "n"]
@@ -58,6 +58,18 @@ def make() -> PPO:
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def test_the_judge_of_a_task_scores_the_recorded_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(prompts: list[str], completions: list[str]) -> list[float]:
+        return [0.25] * len(prompts)
+
+    monkeypatch.setattr(session, "judge_of", {"textgym/Text-v0": judge}.get)
+    make().learn(2, folder=tmp_path / "run")
+    [path] = records_of(tmp_path / "run")
+    record = read_record(path)
+    assert record["rows"]["judge"] == [0.25, 0.25]
+    assert record["judges"] == ["judge"]
 
 
 def test_a_run_folder_from_python_has_all_that_the_command_writes(
