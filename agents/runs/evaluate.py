@@ -12,6 +12,7 @@ import gymnasium as gym
 import torch
 from rich.table import Table
 
+from textgym.data.manifests import RUN
 from textgym.envs.interface import rollout_env
 from textgym.envs.tasks.base import TaskVectorEnv
 from textgym.errors import ConfigError, RunFolderError
@@ -23,7 +24,6 @@ from textgym.rewards.intervals import Interval
 from textgym.settings import Count, WholeNumber, check_arguments
 
 from ..machine.saved_files import make_environment
-from .claims import RUN
 from .evaluation import Samples, generate, measure, score_intervals
 from .heldout import judge_of
 from .history import Run

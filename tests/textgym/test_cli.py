@@ -348,7 +348,8 @@ def test_a_signal_ends_the_run_after_the_update_with_a_checkpoint(
     assert signal.getsignal(number) is before
     assert len((working_folder / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert Checkpoints("run/checkpoints").newest() == Path("run/checkpoints/step-000002")
-    assert "stopped after update 2: `textgym resume run` goes on" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "stopped after update 2: `textgym resume run --trust-names` goes on" in shown
     monkeypatch.undo()
     monkeypatch.chdir(working_folder)
     cli.main(["train", "--output-dir", "run", *SMALL, *env_kwargs(), "--resume"])
