@@ -61,6 +61,7 @@ __getattr__, __dir__ = on_first_use(
         "deterministic_environment": ".models.machine.determinism",
         "train_reward_model": ".rewards.models",
     },
+    folders=("agents", "data", "envs", "games", "models", "rewards", "sb3", "testing", "viewer", "wrappers"),
 )
 
 

@@ -50,14 +50,25 @@ def expand(words: list[str]) -> list[str]:
         folder, words = _run_among(words)
         if folder is None:
             raise RunFolderError("textgym resume needs the folder of a run: textgym resume runs/x")
-        flags = flags_of(read_settings(folder / CONFIG, trusted))
-        return ["train", *flags, "--output-dir", str(folder), "--resume", *words]
+        settings = read_settings(folder / CONFIG, trusted)
+        if settings.get("model") == "":
+            raise RunFolderError(
+                f"{folder} began in Python from a model without a name, which no command can load: resume it there, "
+                "PPO.load(checkpoint, envs).learn(..., folder=...)"
+            )
+        return ["train", *flags_of(settings), "--output-dir", str(folder), "--resume", *words]
     if command in ("evaluate", "chat"):
         folder, words = _run_among(words)
         if folder is not None:
             settings = read_settings(folder / CONFIG, trusted)
             chosen: dict[str, Any] = {name: settings[name] for name in SHARED if name in settings}
-            chosen |= {"policy": str(folder / "policy"), "reference": settings.get("model")}
+            chosen["policy"] = str(folder / "policy")
+            if settings.get("model"):
+                chosen["reference"] = settings["model"]
+            elif not any(word.partition("=")[0] == "--reference" for word in words):
+                raise RunFolderError(
+                    f"{folder} does not name the model that it began from, which KL is measured to: add --reference"
+                )
             words = [*flags_of(chosen), *words]
     if command == "train":
         file, words = _file_among(words)

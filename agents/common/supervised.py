@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -75,6 +76,7 @@ class SupervisedAgent(ABC):
         self.config = config if config is not None else self.config_class()
         if self.config.gradient_checkpointing:
             policy.checkpoint_layers()
+        self.source = str(data) if isinstance(data, str | os.PathLike) else None  # of data that has a name
         self.read(data)
         self.updates = 0
         self.trainer: SupervisedTrainer | None = None

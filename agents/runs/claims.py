@@ -24,6 +24,8 @@ FILES = (
     "curves.png",
     "samples.md",
     "evaluation.json",
+    "heldout_start.json",
+    "warnings.jsonl",
     "best/best.json",
     "profile.md",
     "profile.json",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -278,11 +277,17 @@ def _check_scored(name: str, scored: np.ndarray, count: int) -> None:
 
 def distinct_2(rollout: Rollout) -> float:
     """Return the share of distinct bigrams of generated tokens; compare it only between samples of the same size."""
-    pairs: set[tuple[int, int]] = set()
-    total = 0
+    return distinct(bigrams(rollout))
+
+
+def bigrams(rollout: Rollout) -> list[np.ndarray]:
+    """Return the bigrams of each row's generated tokens, one number for each."""
     actions, counts = to_host(rollout.sequences.actions, rollout.response_mask.sum(1))
-    for tokens in actions.split(counts.tolist()):
-        bigrams = list(itertools.pairwise(tokens.tolist()))
-        pairs.update(bigrams)
-        total += len(bigrams)
-    return len(pairs) / max(total, 1)
+    rows = [tokens.numpy().astype(np.int64) for tokens in actions.split(counts.tolist())]
+    return [(tokens[:-1] << 32) + tokens[1:] for tokens in rows]
+
+
+def distinct(bigrams: Sequence[np.ndarray]) -> float:
+    """Return the share of distinct ones among the bigrams of rows."""
+    together = np.concatenate(bigrams)
+    return len(np.unique(together)) / max(len(together), 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,11 +13,11 @@ from rich.table import Table
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
 from textgym.rewards.functions import lexicon_sentiment
-from textgym.rewards.intervals import Interval, bootstrap
+from textgym.rewards.intervals import Interval, bootstrap, jackknife
 from textgym.settings import Count, check_arguments
 
 from ..common.rollout_agent import Metrics, RolloutAgent
-from .evaluation import Judge, Samples, distinct_2, generate
+from .evaluation import Judge, Samples, bigrams, distinct, distinct_2, generate
 from .run_folder import RunFolder, figures_table, note
 
 
@@ -76,25 +77,9 @@ class HeldOut:
         means = {name: float(np.nanmean(values)) for name, values in figures(samples, self.reference).items()}
         return {**means, "distinct_2": distinct_2(samples.rollout)}
 
-    def before_and_after(
-        self, before: Samples, policy: ActorCritic, folder: RunFolder | None = None, judge: Judge | None = None
-    ) -> Table:
-        """Return a table of the figures of a policy and of samples of its start; write them into a run folder.
-
-        Args:
-            before: `samples` of the policy at the start of training.
-            policy: The policy.
-            folder: Run folder for completions and figures; `None` to write nothing.
-            judge: Scores by somebody whom the policy was not trained with.
-        """
-        after = self.samples(policy)
-        texts = [transcript["prompt"] for transcript in before.transcripts]
-        columns = comparison(before, after, self.reference, judge)
-        if folder is not None:
-            folder.write_samples({"before": before.completions, "after": after.completions}, texts)
-            folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
-        title = f"{len(texts)} completions of {len(set(texts))} prompts; differences with 95% intervals over prompts"
-        return figures_table(title, columns)
+    def answers(self, policy: ActorCritic) -> Answers:
+        """Return completions of the held-out prompts with their figures, as plain values."""
+        return Answers.of(self.samples(policy), self.reference)
 
 
 def figures(samples: Samples, reference: TokenModel, judge: Judge | None = None) -> dict[str, np.ndarray]:
@@ -116,34 +101,97 @@ def figures(samples: Samples, reference: TokenModel, judge: Judge | None = None)
     return rows
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a policy wrote to held-out prompts, as plain values: a run folder keeps those of the start of its run.
+
+    Attributes:
+        prompts: The prompt of each row.
+        completions: Its completion.
+        figures: `figures` of the rows; `None` where one is not known.
+        bigrams: `bigrams` of the rows.
+    """
+
+    prompts: list[str]
+    completions: list[str]
+    figures: dict[str, list[float | None]]
+    bigrams: list[list[int]]
+
+    @classmethod
+    def of(cls, samples: Samples, reference: TokenModel) -> Answers:
+        """Return the answers of samples."""
+        rows = {
+            name: [None if np.isnan(value) else float(value) for value in values]
+            for name, values in figures(samples, reference).items()
+        }
+        prompts = [str(transcript["prompt"]) for transcript in samples.transcripts]
+        return cls(prompts, samples.completions, rows, [row.tolist() for row in bigrams(samples.rollout)])
+
+    def rows(self, judge: Judge | None = None) -> dict[str, np.ndarray]:
+        """Return the figures of the rows, and what a judge says of them; NaN where one is not known."""
+        rows = {name: np.array(values, dtype=np.float64) for name, values in self.figures.items()}
+        if judge is not None:
+            rows["judge"] = np.array(judge(self.prompts, self.completions))
+        return rows
+
+
+def before_and_after(
+    before: Answers, after: Answers, folder: RunFolder | None = None, judge: Judge | None = None
+) -> Table:
+    """Return a table of the figures of a policy and of its start; write them into a run folder.
+
+    Args:
+        before: `HeldOut.answers` of the policy at the start of training.
+        after: Those of the policy, to the same prompts.
+        folder: Run folder for completions and figures; `None` to write nothing.
+        judge: Scores by somebody whom the policy was not trained with.
+    """
+    texts, columns = before.prompts, compared(before, after, judge)
+    if folder is not None:
+        folder.write_samples({"before": before.completions, "after": after.completions}, texts)
+        folder.write_json("evaluation.json", {"prompts": len(texts), **columns})
+    title = f"{len(texts)} completions of {len(set(texts))} prompts; differences with 95% intervals over prompts"
+    return figures_table(title, columns)
+
+
 def comparison(
     before: Samples, after: Samples, reference: TokenModel, judge: Judge | None = None
 ) -> dict[str, dict[str, float | str]]:
     """Return the columns "before", "after" and "difference" of a table of figures.
 
-    A difference has its 95% confidence interval, by the paired bootstrap over prompts. Rows that only one of both has a
-    score for are left out of the scores.
+    A difference has its 95% confidence interval, by the paired bootstrap over prompts; that of the share of distinct
+    bigrams is by the jackknife. Rows that only one of both has a score for are left out of the scores.
     """
-    old, new = figures(before, reference, judge), figures(after, reference, judge)
+    return compared(Answers.of(before, reference), Answers.of(after, reference), judge)
+
+
+def compared(before: Answers, after: Answers, judge: Judge | None = None) -> dict[str, dict[str, float | str]]:
+    """Return the columns of `comparison` for answers to the same prompts."""
+    old, new = before.rows(judge), after.rows(judge)
     columns: dict[str, dict[str, float | str]] = {"before": {}, "after": {}, "difference": {}}
     for name in old:
         known = ~(np.isnan(old[name]) | np.isnan(new[name]))
         if not known.any():
             continue
-        difference = _paired(old[name][known], new[name][known], _prompts(before, known))
+        prompts = [prompt for prompt, kept in zip(before.prompts, known, strict=True) if kept]
+        difference = _paired(old[name][known], new[name][known], prompts)
         columns["before"][name] = float(old[name][known].mean())
         columns["after"][name] = float(new[name][known].mean())
-        columns["difference"][name] = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    columns["before"]["distinct_2"] = distinct_2(before.rollout)
-    columns["after"]["distinct_2"] = distinct_2(after.rollout)
+        columns["difference"][name] = _signed(difference)
+    first, last = ([np.array(row, dtype=np.int64) for row in answers.bigrams] for answers in (before, after))
+    columns["before"]["distinct_2"], columns["after"]["distinct_2"] = distinct(first), distinct(last)
+
+    def gain(rows: np.ndarray) -> float:
+        return distinct([last[row] for row in rows]) - distinct([first[row] for row in rows])
+
+    columns["difference"]["distinct_2"] = _signed(jackknife(gain, before.prompts))
     return columns
+
+
+def _signed(difference: Interval) -> str:
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def _paired(old: np.ndarray, new: np.ndarray, prompts: Sequence[str]) -> Interval:
     differences = new - old
     return bootstrap(lambda rows: float(differences[rows].mean()), prompts)
-
-
-def _prompts(samples: Samples, known: np.ndarray) -> list[str]:
-    rows: Sequence[Mapping[str, Any]] = samples.transcripts
-    return [repr(row["prompt"]) for row, kept in zip(rows, known, strict=True) if kept]

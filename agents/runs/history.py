@@ -132,7 +132,7 @@ def compared(runs: Sequence[Run]) -> Table:
     table.add_column("", overflow="fold")
     for run in runs:
         table.add_column(rich_text(str(run.folder)), justify="right", overflow="fold")
-    for title, key in {**CURVES, "held-out score": "eval/score"}.items():
+    for title, key in CURVES.items():
         cells = [_at_the_end(run, key) for run in runs]
         if any(cells):
             table.add_row(title, *cells)

@@ -51,8 +51,8 @@ def rates(metrics: Metrics, episodes: int) -> dict[str, str]:
 class LiveProgress:
     """Callback of agents that shows stage, progress, remaining time and the main metrics.
 
-    A terminal shows a table of the last updates and a bar. Elsewhere (a file, a pipe, a notebook) every stage and every
-    update is a line, written at once.
+    A terminal shows a table of the last updates and a bar. Elsewhere (a file, a pipe, a notebook, `TERM=dumb`) every
+    stage and every update is a line, written at once.
 
     Args:
         console: Where to show them; standard output by default.
@@ -64,7 +64,8 @@ class LiveProgress:
             show_all_characters(sys.stdout)  # a name or a reward's error must not end a run
         self.console = console or Console()
         self.quiet = quiet
-        self.on_terminal = self.console.is_terminal and not quiet
+        # A dumb terminal cannot move its cursor, so that a table would show at the end alone.
+        self.on_terminal = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),

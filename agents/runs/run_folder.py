@@ -23,6 +23,7 @@ from .progress import Agent, clock
 
 CURVES = {
     "score": "objective/scores",
+    "held-out score": "eval/score",
     "KL to the reference (nats a sequence)": "objective/kl",
     "response tokens": "val/response_tokens",
     "entropy (nats a token)": "policy/entropy_avg",
@@ -38,6 +39,8 @@ CURVES = {
     "learning rate": "learning_rate",
 }
 """Titles and metrics of the curves; metrics that the agent does not report are left out."""
+
+WARNINGS = "warnings.jsonl"
 
 
 class RunFolder:
@@ -63,6 +66,7 @@ class RunFolder:
         self.history = _read_metrics(path, updates) if updates else []
         self.write(path.name, "".join(json.dumps(row) + "\n" for row in self.history))
         self.metrics = path.open("a")
+        self._keep_warnings(updates)
         if not updates:
             for file in self.folder.glob(EVENTS):  # of updates that a checkpoint did not keep
                 file.unlink()
@@ -77,6 +81,20 @@ class RunFolder:
             self.events.add_scalar(name, value, int(metrics[clock(metrics)]))
         self.events.flush()
 
+    def keep_warning(self, update: int, text: str) -> None:
+        """Append a warning of the run to `warnings.jsonl`."""
+        with (self.folder / WARNINGS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"update": update, "warning": text}) + "\n")
+
+    def _keep_warnings(self, updates: int) -> None:
+        """Remove the warnings of updates that a resumed run plays again."""
+        path = self.folder / WARNINGS
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= updates]
+        self.write(path.name, "".join(kept))
+
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
         with atomic_file(self.folder / name) as temporary:
@@ -86,8 +104,8 @@ class RunFolder:
         """Write a JSON file atomically."""
         self.write(name, json.dumps(value, indent=2, default=str) + "\n")
 
-    def draw_curves(self) -> None:
-        """Plot the metrics so far into `curves.png`."""
+    def draw_curves(self, kl_budget: float | None = None) -> None:
+        """Plot the metrics so far into `curves.png`, and the KL budget where there is one."""
         if not self.history:
             return
         try:
@@ -104,6 +122,9 @@ class RunFolder:
             axis = figure.add_subplot(rows, 3, place)
             seen = [row for row in self.history if key in row]
             axis.plot([row[counted] for row in seen], [row[key] for row in seen], linewidth=1.5)
+            if kl_budget is not None and key == "objective/kl":
+                axis.axhline(kl_budget, linestyle="--", color="gray", label="budget")
+                axis.legend(fontsize=8)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(counted, fontsize=9)
             axis.grid(alpha=0.3)

@@ -16,7 +16,7 @@ from ..common.supervised import SupervisedAgent
 from ..machine.distributed import everyone
 from ..runs.checkpoints import Checkpoints
 from ..runs.display.overview import overview
-from ..runs.display.warning_signs import WarningSigns
+from ..runs.display.warning_signs import WarningSigns, kl_budget
 from ..runs.evaluation import Judge
 from ..runs.heldout import HeldOut
 from ..runs.interrupts import Interrupts
@@ -44,6 +44,7 @@ class WatchedRun:
         profiler: What measures the first updates.
         trackers: Trackers that get metrics, samples and settings too.
         at_the_end: Called after the last update; returns a table that is shown.
+        warn: Called with each warning of how the run goes; by default it is shown where the run is.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class WatchedRun:
         profiler: Profiler | None = None,
         trackers: Trackers | None = None,
         at_the_end: Callable[[], Table | None] | None = None,
+        warn: Callable[[str], object] | None = None,
     ) -> None:
         self.agent, self.live, self.total_episodes = agent, live, total_episodes
         self.folder, self.heldout, self.checkpoints = folder, heldout, checkpoints
         self.record_every, self.judge, self.profiler, self.trackers = record_every, judge, profiler, trackers
         self.at_the_end = at_the_end
+        self.warn = warn if warn is not None else lambda text: live.say(f"warning: {text}")
         self.interrupts = Interrupts(live.console)
 
     @contextmanager
@@ -115,8 +118,14 @@ class WatchedRun:
         found += [*given, plain_numbers, self.folder, self.trackers, self.checkpoints, self.live, self.profiler]
         if isinstance(agent, RolloutAgent):
             history = [] if self.folder is None else self.folder.history
-            found.append(WarningSigns(agent, lambda text: self.live.say(f"warning: {text}"), history))
+            found.append(WarningSigns(agent, self._warn, history))
         return [callback for callback in found if callback is not None]
+
+    def _warn(self, text: str) -> None:
+        """Show a warning, and keep it in the run folder, too."""
+        if self.folder is not None:
+            self.folder.keep_warning(self.agent.updates, text)
+        self.warn(text)
 
     def _say_overview(self) -> None:
         shown = overview(self.agent, self.total_episodes)
@@ -135,7 +144,7 @@ class WatchedRun:
         agent, folder = self.agent, self.folder
         tokenizer = agent.base_env.tokenizer if isinstance(agent, RolloutAgent) else agent.tokenizer
         agent.policy.save_pretrained(folder.folder / "policy", tokenizer, overwrite=True)
-        folder.draw_curves()
+        folder.draw_curves(kl_budget(agent) if isinstance(agent, RolloutAgent) else None)
         folder.close()
         self.live.say(f"run folder: {folder.folder}", always=True)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from textgym.errors import UntrustedNameError
+from textgym.models.machine.devices import device_name
+from textgym.rewards.kl import AdaptiveKL, KLController, ThresholdKL
+from textgym.settings import from_plain
+
 from ..callbacks import CallbackLike, CallbackList
 from ..common.rollout_agent import RolloutAgent
 from ..common.supervised import SupervisedAgent
 from ..machine.distributed import rank
 from ..machine.named_envs import HELD_OUT, heldout_envs
-from ..machine.saved_files import saved_environment
+from ..machine.saved_files import read_json, refuse_foreign_code, saved_environment
 from ..runs.checkpoints import Checkpoints
-from ..runs.heldout import HeldOut, judge_of
+from ..runs.display.warning_signs import python_warning
+from ..runs.heldout import Answers, HeldOut, before_and_after, judge_of
 from ..runs.progress import LiveProgress
 from ..runs.run_folder import RunFolder
 from .run import WatchedRun
@@ -27,6 +34,8 @@ from .trackers import Trackers
 
 EVERY = 10
 """Updates between evaluations and between checkpoints."""
+START = "heldout_start.json"
+"""What the policy wrote to the held-out prompts at the start, for the table at the end of a run that is resumed."""
 RECORD_EVERY = 20
 """Updates between records; one takes three forward passes of its rows."""
 
@@ -52,6 +61,7 @@ def session(
     if rank() > 0:  # the first process writes and shows for all of them
         run = WatchedRun(agent, live, checkpoints=checkpoints)
     else:
+        live.say(f"device: {device_name(agent.policy.device)}")
         settings = settings_of_run(agent, place)
         trackers = Trackers(log_with, place, settings) if log_with else None
         kept = None if place is None else RunFolder(place, settings, agent.updates)
@@ -67,11 +77,14 @@ def session(
             judge=None if evaluation is None else evaluation.judge,
             trackers=trackers,
             at_the_end=None if evaluation is None else evaluation.table,
+            warn=None if progress else python_warning,
         )
     with run.learning(callback, resumed) as callbacks:
         yield callbacks
     if run.interrupts.received is not None:
         raise KeyboardInterrupt
+    if run.folder is not None:
+        live.say(f"go on: {' | '.join(going_on(agent, run.folder.folder))}")
 
 
 class Evaluation:
@@ -84,7 +97,7 @@ class Evaluation:
     def __init__(self, agent: RolloutAgent, folder: RunFolder | None) -> None:
         self.agent, self.folder = agent, folder
         self.heldout: HeldOut | None = None
-        self.before = None
+        self.before: Answers | None = None
         spec = agent.envs.spec
         self.judge = None if spec is None else judge_of(spec.id)
         if agent.named is not None:
@@ -94,14 +107,69 @@ class Evaluation:
         else:
             return
         self.heldout = HeldOut(envs, agent.penalty.reference, EVERY, agent.config.seed, HELD_OUT)
+        self.before = self._start()
+
+    def _start(self) -> Answers | None:
+        """Return what the policy wrote before its first update; of a resumed run, what its folder has of it."""
+        agent, folder, heldout = self.agent, self.folder, self.heldout
+        assert heldout is not None
         if agent.updates == 0:
-            self.before = self.heldout.samples(agent.policy)
+            answers = heldout.answers(agent.policy)
+            if folder is not None:
+                folder.write_json(START, dataclasses.asdict(answers))
+            return answers
+        if folder is None or not (folder.folder / START).exists():
+            return None
+        path = folder.folder / START
+        return from_plain(Answers, read_json(path), str(path))
 
     def table(self) -> Table | None:
         """Return the figures before and after, and write them with the samples; `None` if one of both is not known."""
         if self.heldout is None or self.before is None:
             return None
-        return self.heldout.before_and_after(self.before, self.agent.policy, self.folder, self.judge)
+        after = self.heldout.answers(self.agent.policy)
+        if self.before.prompts != after.prompts:
+            warnings.warn(
+                "there is no table of before and after, since the run began with other held-out prompts than it ended "
+                "with: resume it in the environment that it began in",
+                stacklevel=2,
+            )
+            return None
+        return before_and_after(self.before, after, self.folder, self.judge)
+
+
+def going_on(agent: RolloutAgent | SupervisedAgent, folder: Path) -> list[str]:
+    """Return the commands that go on with a run; if it has objects that none of them can make, what does in Python."""
+    settings, run = read_json(folder / "config.json"), f'"{folder}"' if " " in str(folder) else str(folder)
+    view = f"textgym view {run}"
+    if isinstance(agent, RolloutAgent):
+        named = agent.named is not None or saved_environment(agent.envs) is not None
+        named = named and str(agent.envs.spec.vector_entry_point).startswith("textgym.")
+    else:
+        named = "data" in settings
+    if not (named and settings["model"]):
+        kind, newest = type(agent).__name__, Checkpoints(folder / "checkpoints").newest()
+        return [view, f"in Python: {kind}.load('{newest}', ...).learn(..., folder='{folder}')"]
+    if isinstance(agent, RolloutAgent):
+        longer = f"--total-episodes {2 * agent.total_episodes}"
+    elif agent.config.max_steps is None:
+        longer = f"--epochs {2 * agent.config.epochs:g}"
+    else:
+        longer = f"--max-steps {2 * agent.config.max_steps}"
+    trust = " --trust-names" if names_foreign_code(settings) else ""
+    evaluate, chat, resume = (f"textgym {command} {run}{trust}" for command in ("evaluate", "chat", "resume"))
+    return [view, evaluate, chat, f"{resume} {longer}"]
+
+
+def names_foreign_code(settings: Mapping[str, Any]) -> bool:
+    """Return whether settings name functions that are not textgym's, which commands import only if told to."""
+    try:
+        arguments = json.loads(settings.get("env_kwargs") or "{}")
+        for name, value in {**arguments, "data": settings.get("data")}.items():
+            refuse_foreign_code(name, value, Path("config.json"), "")
+    except UntrustedNameError:
+        return True
+    return False
 
 
 def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) -> dict[str, Any]:
@@ -113,22 +181,43 @@ def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) 
     settings: dict[str, Any] = {
         "output_dir": None if folder is None else str(folder),
         "agent": COMMAND_NAMES.get(type(agent).__name__, type(agent).__name__.lower()),
+        "model": began_with(agent, folder),
         "critic": "shared" if policy.critic is None else "separate",
         "temperature": policy.temperature,
         "config": dataclasses.asdict(agent.config),
     }
     if not isinstance(agent, RolloutAgent):
-        return settings
+        return settings if agent.source is None else {**settings, "data": agent.source}
     settings |= {"total_episodes": agent.total_episodes, "num_envs": agent.envs.num_envs, "env_kwargs": "{}"}
     settings |= {"kl_estimator": agent.penalty.estimator, "eval_every": EVERY, "eval_prompts": HELD_OUT}
+    settings |= kl_settings(agent.penalty.controller)
     if agent.named is not None:
-        return {**settings, "env": agent.named.env, "model": agent.named.model or policy.lm.name_or_path}
+        return {**settings, "env": agent.named.env}
     saved = saved_environment(agent.envs)
     if saved is not None:
         settings |= {"env": saved["id"], "env_kwargs": json.dumps(saved["kwargs"])}
     elif agent.envs.spec is not None:
         settings["env"] = agent.envs.spec.id
-    return {**settings, "model": policy.lm.name_or_path}
+    return settings
+
+
+def began_with(agent: RolloutAgent | SupervisedAgent, folder: Path | None) -> str:
+    """Return the name of the model that a run began from; empty if it has no name.
+
+    A resumed agent was loaded from a checkpoint, which is gone sooner or later, so its folder says what it began from.
+    """
+    if agent.updates and folder is not None and (folder / "config.json").exists():
+        return str(read_json(folder / "config.json").get("model") or "")
+    if isinstance(agent, RolloutAgent) and agent.named is not None and agent.named.model is not None:
+        return agent.named.model
+    return str(agent.policy.lm.name_or_path)
+
+
+def kl_settings(controller: KLController) -> dict[str, Any]:
+    """Return the flags of the command that say what the KL is steered to; of a fixed coefficient there are none."""
+    if isinstance(controller, AdaptiveKL):
+        return {"kl_target": controller.target}
+    return {"kl_bounds": [controller.low, controller.high]} if isinstance(controller, ThresholdKL) else {}
 
 
 COMMAND_NAMES = {"ExpertIteration": "expert-iteration", "OnlineDPO": "online-dpo"}

@@ -262,3 +262,14 @@ def test_other_command_lines_stay_as_they_are() -> None:
 def test_flags_of_every_kind() -> None:
     settings = {"a_b": 1.5, "c": False, "d": None, "e": [1, 2], "f": {"g": 1.5, "h": 2}}
     assert flags_of(settings) == ["--a-b", "1.5", "--no-c", "--d", "None", "--e", "1", "2", "--f", "g", "1.5", "h", "2"]
+
+
+def test_a_run_of_a_model_without_a_name_says_what_to_do(tmp_path: Path) -> None:
+    """Such runs are begun in Python, with models and data that are objects."""
+    folder = run_of(tmp_path / "run", Train(tmp_path / "run", model=""))
+    for name in ("evaluate", "chat"):
+        with pytest.raises(RunFolderError, match=r"does not name the model that it began from.* add --reference"):
+            expand([name, str(folder)])
+        assert cli.parse([name, str(folder), "--reference", "smollm2"]).reference == "smollm2"
+    with pytest.raises(RunFolderError, match=r"from a model without a name.* resume it there"):
+        expand(["resume", str(folder)])

@@ -19,7 +19,7 @@ from textgym.agents.machine.named_envs import heldout_envs
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.claims import RunClaim, check_run_folder
 from textgym.agents.runs.evaluation import Judge
-from textgym.agents.runs.heldout import HeldOut, judge_of
+from textgym.agents.runs.heldout import HeldOut, before_and_after, judge_of
 from textgym.agents.runs.profiling import Profiler
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import RunFolder, changed_settings
@@ -195,7 +195,7 @@ def _write_samples(
     )
     if evaluation is None:
         evaluation = HeldOut(envs, start, seed=command.config.seed, samples=command.eval_prompts)
-    return evaluation.before_and_after(evaluation.samples(start), policy, folder, judge)
+    return before_and_after(evaluation.answers(start), evaluation.answers(policy), folder, judge)
 
 
 def _algorithm(command: Train) -> Any:

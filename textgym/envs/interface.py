@@ -63,6 +63,16 @@ class TextProperties:
         return self.task.rows
 
     @property
+    def prompt_tokens(self) -> np.ndarray | None:
+        """Number of tokens of each prompt before it is cut, `(P,)`; `None` in games, which make theirs later."""
+        return None if self.task.answers else self.task.prompt_tokens
+
+    @property
+    def num_cut_prompts(self) -> int:
+        """How many prompts have lost tokens at their beginning."""
+        return int((self.task.prompt_tokens > self.task.width).sum())
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Maximum number of tokens of a prompt."""
         return self.max_tokens - self.max_new_tokens

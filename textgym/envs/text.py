@@ -107,7 +107,6 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
         self.render_mode = checked_render_mode(config.render_mode)
         self.info_text = config.info_text
         self.info_action_mask = config.info_action_mask
-        self._score: float | None = None
         self._spec: EnvSpec | None = None
 
     @property
@@ -141,7 +140,6 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
             self.task.forget_prompts()
         prompt = prompt_choice(options, 1, len(self.task.rows))
         self.task.begin(np.array([0]), self.task.next_prompts(1, self.np_random) if prompt is None else prompt)
-        self._score = None
         return self._observation(), self._with_mask({})
 
     def step(self, action: int) -> tuple[ObsType, float, bool, bool, dict[str, Any]]:
@@ -153,10 +151,8 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
         by_length, rewards, *shown = to_host(outcome.ends.by_length, outcome.rewards, *observation.values())
         truncated = bool(by_length[0]) and self.task.truncates
         info: dict[str, Any] = {key: value.item() for key, (value,) in outcome.infos.items() if outcome.known(key)[0]}
-        if info:
-            self._score = info.get("score")
-            if self.info_text:
-                info |= self.transcript
+        if info and self.info_text:
+            info |= self.transcript
         terminated = bool(outcome.ended[0]) and not truncated
         if self.render_mode == "human":
             self.render()
@@ -165,7 +161,8 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
 
     def render(self) -> str | None:
         """Render the episode so far, as `render_mode` says."""
-        return render(self.render_mode, self.transcript, self._score)
+        ended = bool(self.task.transcripts[0]) and not bool(self.task.episodes.alive[0])
+        return render(self.render_mode, self.task, 0, self.transcript, ended)
 
     def close(self) -> None:
         """End the threads and processes of reward functions."""

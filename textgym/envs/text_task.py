@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -45,6 +45,14 @@ class Policy(Protocol):
 
     def log_prob(self, observation: Observation, action: Any) -> Tensor:
         """Return the log-probs `(B,)` of actions `(B,)` in the states of an observation."""
+
+
+class Tokens(NamedTuple):
+    """Token ids of an episode, and which of the response the policy generated; `None` if it generated all."""
+
+    prompt: list[int]
+    response: list[int]
+    generated: list[bool] | None
 
 
 class TextTask:
@@ -93,6 +101,8 @@ class TextTask:
         self.current = np.zeros(num_rows, dtype=np.int64)
         self.transcripts: list[dict[str, Any]] = [{} for _ in range(num_rows)]
         self.token_rewards: list[np.ndarray | None] = [None] * num_rows
+        self.finished_tokens: list[Tokens | None] = [None] * num_rows
+        self.scores = np.full(num_rows, np.nan)  # of each row's last finished episode; NaN without one
         self.kl_sum = torch.zeros(num_rows, device=self.device)
         self.kl_paid = torch.zeros(num_rows, device=self.device)
         self.policy: Policy | None = None
@@ -179,6 +189,7 @@ class TextTask:
         self.rows = rows
         self.prompt_texts = [prompt_text(row["prompt"], self.tokenizer) for row in rows]
         encoded = self._encode_prompts([row["prompt"] for row in rows])
+        self.prompt_tokens = np.array([len(ids) for ids in encoded])  # before any are cut
         width = self.max_prompt_tokens or min(max(map(len, encoded)), self._longest_prompt())
         if width > self.width:
             self._lay_out(width)
@@ -308,6 +319,15 @@ class TextTask:
         [(prompt, response)] = self._ids(np.array([row]))
         return self._transcript(row, self._completion(row, prompt, response))
 
+    def tokens(self, row: int) -> Tokens:
+        """Return the tokens of a row's current episode."""
+        [(prompt, response)] = self._ids(np.array([row]))
+        return self._tokens(row, prompt, response)
+
+    def _tokens(self, row: int, prompt: list[int], response: list[int]) -> Tokens:
+        inserted = self.episodes.replied[row]
+        return Tokens(prompt, response, self.episodes.generated[row, : len(response)].tolist() if inserted else None)
+
     def _kl_reward(self, actions: Tensor) -> Tensor | None:
         """Return the KL term of the reward of each row's next token, `(B,)`; `None` if the environment has none."""
         if self.kl_mode == "exact" and self.policy is None:
@@ -352,6 +372,7 @@ class TextTask:
         with phase("reward"):
             scores = self.scorer(finished)
         penalty = self.missing_eos_penalty * (scores.scored & ~by_stop[rows])  # the reward without a score is 0
+        self.scores[rows] = np.where(scores.scored, scores.raw - penalty, np.nan)
         paid = scores.score - penalty
         for rewards, row_penalty in zip(scores.rewards, penalty, strict=True):
             rewards[-1] -= row_penalty
@@ -405,6 +426,7 @@ class TextTask:
             logged = {name: values[i] for name, values in scores.columns.items()}
             self.transcripts[row] = {**logged, **self._transcript(row, content(finished.completions[i]))}
             self.token_rewards[row] = scores.rewards[i]
+            self.finished_tokens[row] = self._tokens(row, finished.prompt_ids[i], finished.completion_ids[i])
 
     def _transcript(self, row: int, completion: str) -> dict[str, Any]:
         index = self.current[row]

@@ -244,8 +244,12 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         self.np_random.bit_generator.state = progress["np_random"]
 
     def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # None for rows that are not rendered
-        """Render the episode so far of every row, as `render_mode` says."""
-        return tuple(render(self.render_mode, transcript, None) for transcript in self.transcript)
+        """Render the last finished episode of every row, or else its current one, as `render_mode` says."""
+        finished = self.task.transcripts
+        return tuple(
+            render(self.render_mode, self.task, row, transcript, ended=bool(finished[row]))
+            for row, transcript in enumerate(self.transcript)
+        )
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads and processes of reward functions; `close` calls it."""

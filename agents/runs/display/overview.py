@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from textgym.envs.interface import RolloutEnv, TextProperties
 from textgym.models.token_model import TokenModel
 
 from ...common.rollout_agent import RolloutAgent
@@ -29,7 +32,8 @@ def overview(agent: RolloutAgent | SupervisedAgent, total_episodes: int = 0) -> 
         parts |= _played(agent, total_episodes)
     else:
         parts["critic"] += ", not trained"
-        parts["data"] = f"{len(agent):,} rows"
+        lengths = [len(text.prompt) + len(text.completion) for text in agent.texts]
+        parts["data"] = f"{len(agent):,} rows, texts of {_span(lengths)}"
         parts["training"] = f"{agent.total_updates:,} updates of {agent.config.batch_size} rows"
     threads = torch.get_num_threads()
     processes = f", {count()} processes" if count() > 1 else ""
@@ -52,10 +56,23 @@ def _played(agent: RolloutAgent, total_episodes: int) -> dict[str, str]:
         "reference": _reference(agent),
         "KL penalty": f"beta {agent.penalty.coef:g} ({type(controller).__name__}), estimator {agent.penalty.estimator}",
         "reward": ", ".join(rewards),
-        "prompts": f"{len(env.prompts):,}",
+        "prompts": _prompts(env),
         "responses": f"up to {env.max_new_tokens} tokens, end at {', '.join(stops) or 'that length alone'}",
         "training": f"{_training(agent, total_episodes)}, {agent.envs.num_envs} at a time",
     }
+
+
+def _prompts(env: RolloutEnv) -> str:
+    """Say how many prompts there are, how long they are, and how many of them are cut."""
+    number = f"{len(env.prompts):,}"
+    if not isinstance(env, TextProperties) or env.prompt_tokens is None:
+        return number
+    cut = f"{env.num_cut_prompts:,} cut at their beginning" if env.num_cut_prompts else "none cut"
+    return f"{number} of {_span(env.prompt_tokens)}, {cut}"
+
+
+def _span(lengths: Sequence[int] | np.ndarray) -> str:
+    return f"{min(lengths):,} to {max(lengths):,} tokens ({np.mean(lengths):.1f} on average)"
 
 
 def _training(agent: RolloutAgent, total_episodes: int) -> str:

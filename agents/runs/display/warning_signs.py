@@ -55,7 +55,7 @@ class WarningSigns:
         self.budget = kl_budget(agent)
         env = agent.base_env
         self.can_stop = bool(env.stop.ids) and env.stop.min_new_tokens < env.max_new_tokens
-        self.say = say if say is not None else _warn
+        self.say = say if say is not None else python_warning
         self.history: deque[Metrics] = deque(maxlen=CRITIC_UPDATES)
         self.first: list[Metrics] = []
         self.said: set[str] = set()
@@ -200,5 +200,6 @@ def kl_budget(agent: RolloutAgent) -> float | None:
     return controller.high if isinstance(controller, ThresholdKL) else None
 
 
-def _warn(text: str) -> None:
+def python_warning(text: str) -> None:
+    """Warn of a text as Python does, with a `TrainingWarning`."""
     warnings.warn(text, TrainingWarning, stacklevel=2)

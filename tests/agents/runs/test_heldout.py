@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -95,15 +96,23 @@ def test_training_does_not_notice_the_evaluation() -> None:
     assert {"eval/kl", "eval/length", "eval/distinct_2", "eval/ended_by_stop"} <= seen[-1].keys()
 
 
+def numbers_in(text: float | str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-+][\d.]+", str(text))]
+
+
 def test_a_policy_that_did_not_change_differs_by_nothing_and_one_that_did_by_something() -> None:
     envs = make_envs(PROMPTS)
-    policy, other = (ActorCritic.from_pretrained(mock_lm(seed=seed)) for seed in (0, 1))
+    policy = ActorCritic.from_pretrained(mock_lm())
+    other = ActorCritic.from_pretrained(mock_lm(seed=1), temperature=0.2)  # it repeats itself
     before = generate(policy, envs, range(16), seed=0)
     same = comparison(before, generate(policy, envs, range(16), seed=0), policy)
-    assert same["difference"]["score"] == "+0.000 [+0.000, +0.000]"
+    assert same["difference"]["score"] == same["difference"]["distinct_2"] == "+0.000 [+0.000, +0.000]"
     assert same["before"] == same["after"]
     changed = comparison(before, generate(other, envs, range(16), seed=0), policy, judge=lambda p, c: lengths(c))
     assert changed["after"]["kl"] != changed["before"]["kl"]
+    value, low, high = numbers_in(changed["difference"]["distinct_2"])
+    assert value == pytest.approx(changed["after"]["distinct_2"] - changed["before"]["distinct_2"], abs=1e-3)
+    assert low < value < high
     assert changed["after"]["judge"] == pytest.approx(changed["after"]["score"])
 
 

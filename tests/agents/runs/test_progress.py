@@ -62,6 +62,12 @@ def test_elsewhere_every_update_is_a_plain_line() -> None:
     assert lines[-1].endswith("left 0:00")
 
 
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines_at_once(term: str) -> None:
+    lines = shown(make_agent(), 8, force_terminal=True, width=300, _environ={"TERM": term}).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["PPO", "update 1", "update 2"]
+
+
 def test_what_is_said_reaches_a_terminal_as_it_is() -> None:
     output = io.StringIO()
     LiveProgress(Console(file=output, force_terminal=True, color_system="standard")).say(

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,6 +20,7 @@ from textgym.agents import DPO, DQN, GRPO, PPO, SFT, DPOConfig, DQNConfig, GRPOC
 from textgym.agents.callbacks import Callback
 from textgym.agents.machine.named_envs import num_rows
 from textgym.agents.runs.checkpoints import Checkpoints
+from textgym.agents.runs.display.warning_signs import TrainingWarning
 from textgym.agents.runs.history import Run
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import RunFolder
@@ -27,6 +29,7 @@ from textgym.agents.watching.run import WatchedRun
 from textgym.algorithms import ALGORITHMS
 from textgym.errors import ConfigError
 from textgym.flags import Train
+from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.testing import byte_tokenizer, mock_lm
 from textgym.viewer.records import read_record, records_of, update_of
 from textgym.viewer.runs import read_metrics
@@ -34,25 +37,26 @@ from textgym.viewer.runs import read_metrics
 PROMPTS = ["ab", "c", "de", "f", "g", "hi", "j", "kl", "m", "n"]
 FILES = {
     *("run.json", "run.lock", "config.json", "metrics.jsonl", "tensorboard"),
-    *("checkpoints", "curves.png", "records", "samples.md", "evaluation.json", "policy"),
+    *("checkpoints", "curves.png", "records", "samples.md", "evaluation.json", "heldout_start.json", "policy"),
 }
 SMALL = PPOConfig(episodes_per_update=8, minibatch_size=8)
 
 
-def make_envs() -> Any:
+def make_envs(prompts: list[str] = PROMPTS, kl_coef: Any = 0.1) -> Any:
     return gym.make_vec(
         "textgym/Text-v0",
         num_envs=2,
-        prompts=PROMPTS,
+        prompts=prompts,
         tokenizer=byte_tokenizer(),
         reward=lambda completions: [float(len(text)) for text in completions],
         max_new_tokens=2,
-        kl_coef=0.1,
+        kl_coef=kl_coef,
     )
 
 
-def make() -> PPO:
-    return PPO(ActorCritic.from_pretrained(mock_lm()), make_envs(), PPOConfig(episodes_per_update=2, minibatch_size=2))
+def make(kl_coef: Any = 0.1) -> PPO:
+    config = PPOConfig(episodes_per_update=2, minibatch_size=2)
+    return PPO(ActorCritic.from_pretrained(mock_lm()), make_envs(kl_coef=kl_coef), config)
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -80,6 +84,8 @@ def test_a_run_folder_from_python_has_all_that_the_command_writes(
     shown = capsys.readouterr().out
     for text in ("agent:       PPO", "update 1 ", "update 2 ", "held-out score", "difference", "run folder:"):
         assert text in shown
+    assert shown.startswith("device: cpu")
+    assert f"go on: textgym view {tmp_path / 'run'} | in Python: PPO.load(" in " ".join(shown.split())
     assert "eval/score" in metrics_of(tmp_path / "run")[-1]
     run = Run.read(tmp_path / "run")
     assert run.state == "finished"
@@ -177,14 +183,20 @@ def test_watching_changes_neither_the_training_nor_the_callers_environment(tmp_p
     assert len(watched.base_env.prompts) == len(PROMPTS)
 
 
+@pytest.mark.filterwarnings("ignore:100% of the rows are cut")
 def test_a_run_is_continued_in_its_folder_from_its_last_update(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     make().learn(6, folder=folder)
     newest = Checkpoints(folder / "checkpoints").newest()
     agent = PPO.load(newest, make_envs(), reward=None)
     assert agent.updates == 3
+    before = json.loads((folder / "evaluation.json").read_text())["before"]
     agent.learn(10, folder=folder)
     assert [row["episodes"] for row in metrics_of(folder)] == [2, 4, 6, 8, 10]
+    after = json.loads((folder / "evaluation.json").read_text())
+    assert after["before"] == before, "the table at the end compares with the start of the run"
+    assert after["after"]["kl"] != before["kl"]
+    assert Run.read(folder).settings["model"] == "", "and not the checkpoint that it went on from"
 
 
 @pytest.mark.slow
@@ -199,6 +211,75 @@ def test_agents_that_learn_from_data_and_from_a_buffer_leave_run_folders(tmp_pat
     for name in ("sft", "dpo", "dqn"):
         run = Run.read(tmp_path / name)
         assert (run.settings["agent"], run.state, len(run.history)) == (name, "finished", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.* was saved with other inputs")
+def test_a_resumed_run_with_other_held_out_prompts_has_no_table_of_both(tmp_path: Path) -> None:
+    make().learn(2, folder=tmp_path)
+    first = (tmp_path / "evaluation.json").read_bytes()
+    other = make_envs(["other", *PROMPTS[1:]])
+    agent = PPO.load(Checkpoints(tmp_path / "checkpoints").newest(), other, reward=None)
+    with pytest.warns(UserWarning, match="began with other held-out prompts"):
+        agent.learn(4, folder=tmp_path)
+    assert (tmp_path / "evaluation.json").read_bytes() == first
+
+
+class Bad(Callback):
+    """Makes each update look as if its steps were too large."""
+
+    def on_update_end(self, agent: Any, metrics: dict[str, Any]) -> None:
+        metrics["policy/clipfrac_avg"] = 0.75
+
+
+def test_warnings_of_a_run_that_shows_nothing_are_pythons_and_stay_in_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(TrainingWarning, match="75% of the ratios were clipped"):
+        make().learn(4, Bad(), folder=tmp_path)
+    assert capsys.readouterr().out == ""
+    [kept] = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert kept["update"] == 1
+    assert "75% of the ratios were clipped" in kept["warning"]
+    folder = RunFolder(tmp_path, {}, updates=2)
+    folder.keep_warning(9, "of an update that is played again")
+    folder.close()
+    RunFolder(tmp_path, {}, updates=2).close()
+    assert [json.loads(line)["update"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("controller", "settings", "budget"),
+    [
+        (AdaptiveKL(target=4.0), {"kl_target": 4.0}, 4.0),
+        (ThresholdKL(2.0, 6.0), {"kl_bounds": [2.0, 6.0]}, 6.0),
+        (0.1, {}, None),
+    ],
+)
+def test_the_kl_budget_of_a_run_from_python_is_in_its_settings_and_its_curves(
+    controller: Any, settings: dict[str, Any], budget: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    make(kl_coef=controller).learn(2, folder=tmp_path)
+    found = Run.read(tmp_path).settings
+    assert {name: found[name] for name in ("kl_target", "kl_bounds") if name in found} == settings
+    axes = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert "held-out score" in axes
+    lines = axes["KL to the reference (nats a sequence)"].get_lines()
+    assert [list(line.get_ydata()) for line in lines[1:]] == ([] if budget is None else [[budget, budget]])
+
+
+def test_a_run_from_data_names_its_data_and_its_model_if_they_have_names(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    model, tokenizer = ActorCritic.from_pretrained(mock_lm()), byte_tokenizer()
+    settings = session.settings_of_run(SFT(model, str(tmp_path / "rows.jsonl"), tokenizer), None)
+    assert (settings["data"], settings["model"]) == (str(tmp_path / "rows.jsonl"), "")
+    agent = SFT(model, rows, tokenizer)
+    agent.policy.lm.name_or_path = "tiny"  # as of a model that was loaded by its name
+    settings = session.settings_of_run(agent, None)
+    assert "data" not in settings
+    assert settings["model"] == "tiny"
 
 
 def test_an_environment_that_there_is_not_is_named() -> None:
@@ -217,14 +298,19 @@ def test_rows_divide_the_episodes_into_whole_groups(episodes: int, group: int | 
 @pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.bit_for_bit
-def test_names_in_python_and_the_command_make_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_python_and_the_command_make_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(16, folder="python")
+    PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(16, progress=True, folder="python")
+    shown = " ".join(capsys.readouterr().out.split())
     flags = ["--num-envs", "8", "--episodes-per-update", "8", "--minibatch-size", "8", "--quiet"]
     cli.main(["train", "--output-dir", "command", "--total-episodes", "16", *flags])
     assert metrics_of(Path("python")) == metrics_of(Path("command"))
     ours, theirs = (load_file(f"{name}/policy/model.safetensors") for name in ("python", "command"))
     assert all(ours[name].equal(weight) for name, weight in theirs.items())
+
+    assert "go on: textgym view python | textgym evaluate python | textgym chat python | textgym resume python" in shown
 
     cli.main(["resume", "python", "--total-episodes", "24"])
     assert [row["episodes"] for row in metrics_of(Path("python"))] == [8, 16, 24]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -282,6 +285,48 @@ def test_rendering(settings: dict[str, Any], capsys: pytest.CaptureFixture[str])
     assert "fourx" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="'rgb_array' is ignored"):
         TextEnv(**settings, render_mode="rgb_array")
+
+
+def test_html_has_a_span_a_token_with_what_the_models_say_of_it(settings: dict[str, Any]) -> None:
+    env = TextEnv(**{**settings, "reference": mock_lm(), "kl_mode": "reference", "render_mode": "html"})
+    env.reset(seed=0)
+    rewards = [env.step(action)[1] for action in (ord("x"), *"é".encode(), ord("<"))]
+    page = env.render()
+    assert page is not None
+    spans = re.findall(r'<span style="[^"]*" title="([^"]*)">([^<]*)</span>', page)
+    assert [text for _, text in spans] == ["x", "", "é", "&lt;"]
+    for (title, _), reward in zip(spans, rewards, strict=True):
+        [shown] = re.findall(r"reference_log_prob (-[\d.e+-]+)", title)
+        assert env.task.kl_coef * float(shown) == pytest.approx(reward, rel=1e-3)
+    assert "score" not in page
+    *_, info = env.step(EOS)
+    page = env.render()
+    assert page is not None
+    titles = re.findall(r'title="([^"]*)"', page)
+    assert len(titles) == 5
+    assert titles[-1].endswith(f"&#10;reward {info['score']:.4g}")
+    assert f"score {info['score']:+.3f}" in page
+
+
+def test_rows_of_a_batch_show_their_score(settings: dict[str, Any]) -> None:
+    envs = TextVectorEnv(2, **{**settings, "render_mode": "html"})
+    envs.reset(seed=0)
+    envs.step(np.array([ord("x"), ord("y")]))
+    assert all(page is not None and "score" not in page for page in envs.render())
+    *_, info = envs.step(np.array([ord("z"), EOS]))
+    playing, ended = envs.render()
+    assert playing is not None
+    assert "score" not in playing
+    assert playing.count("<span") == 3, "the prompt and two tokens"
+    assert f"score {info['score'][1]:+.3f}" in str(ended)
+
+
+def test_packages_are_found_after_importing_textgym_alone() -> None:
+    code = "import sys, textgym; assert 'torch' not in sys.modules; print(textgym.viewer.token_html(['a']))"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert ">a</span>" in shown
+    with pytest.raises(AttributeError, match="has no attribute 'viewers'"):
+        _ = textgym.viewers  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

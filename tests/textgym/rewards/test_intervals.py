@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from textgym.rewards.intervals import bootstrap
+from textgym.rewards.intervals import bootstrap, jackknife
 
 PROMPTS, SAMPLES, DATA_SETS = 30, 8, 100
 
@@ -47,3 +47,32 @@ def test_prompts_of_different_sizes_keep_their_rows_together() -> None:
     assert seen[-1].tolist() == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="at least one row"):
         bootstrap(lambda rows: 0.0, [])
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error_over_prompts() -> None:
+    scores = np.random.default_rng(0).normal(size=12)
+    prompts = np.repeat(np.arange(6), 2)
+    error = scores.reshape(6, 2).mean(1).std(ddof=1) / np.sqrt(6)
+    found = jackknife(lambda rows: float(scores[rows].mean()), prompts.tolist())
+    assert found.value == pytest.approx(scores.mean())
+    assert (found.low, found.high) == pytest.approx((scores.mean() - 1.96 * error, scores.mean() + 1.96 * error))
+    with pytest.raises(ValueError, match="at least one row"):
+        jackknife(lambda rows: 0.0, [])
+    assert jackknife(lambda rows: 2.0, ["a"]).low == 2.0
+
+
+def test_the_jackknife_of_distinct_words_holds_the_truth_where_the_bootstrap_lacks_the_value_itself() -> None:
+    """Rows that a bootstrap sample repeats add no distinct words."""
+    chances = 1 / np.arange(1, 201)
+    rng = np.random.default_rng(0)
+    samples = [rng.choice(200, size=(40, 12), p=chances / chances.sum()) for _ in range(40)]
+
+    def share(words: np.ndarray) -> float:
+        return len(np.unique(words)) / words.size
+
+    truth = np.mean([share(words) for words in samples])
+    found = [jackknife(lambda rows, words=words: share(words[rows]), range(40)) for words in samples]  # type: ignore[misc]
+    assert sum(interval.low < truth < interval.high for interval in found) >= 35
+    assert np.mean([interval.high - interval.low for interval in found]) < 0.1
+    wrong = bootstrap(lambda rows: share(samples[0][rows]), range(40))
+    assert not wrong.low < wrong.value < wrong.high

@@ -370,6 +370,27 @@ def test_a_run_without_records_shows_its_curves(tab: Any, tmp_path: Path) -> Non
     assert tab.locator("#tabs a").count() == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({"kl_target": 5.0, "kl_bounds": None}, True),
+        ({"kl_target": None, "kl_bounds": [2.0, 6.0]}, True),
+        ({"kl_target": None, "kl_bounds": None}, False),
+        ({"kl_bounds": EVIL}, False),
+        ({}, False),
+    ],
+)
+def test_the_kl_budget_is_drawn_whatever_steers_the_kl(
+    tab: Any, tmp_path: Path, settings: dict[str, Any], drawn: bool
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(settings))
+    opened(tab, write_page([run]))
+    legend = tab.locator("figure[data-metric='objective/kl'] .u-legend")
+    legend.wait_for(state="attached")
+    assert ("budget" in legend.text_content()) == drawn
+
+
 def test_the_page_reads_the_numbers_that_were_written(tab: Any, tmp_path: Path) -> None:
     """Of all sizes, those that are not finite, and more pieces than a packed column can name."""
     generator = random.Random(0)

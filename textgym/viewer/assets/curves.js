@@ -48,11 +48,17 @@
     return run.checkpoints.map((update) => update * episodes);
   }
 
+  // The nats that a run's KL is steered to: a target, or the upper one of two bounds. Settings are texts.
+  function budgetOf({ config }) {
+    const bounds = /^\[.*,\s*([^,\]]+)\]$/.exec(config.kl_bounds ?? "");
+    return Number(bounds ? bounds[1] : config.kl_target);
+  }
+
   // Runs that have a metric with their places, the columns of its plot, and the KL budget.
   function columns(name) {
     const having = shown.map((run, i) => [run, i]).filter(([run]) => run.metrics.columns[name]);
     const data = uPlot.join(having.map(([run]) => [run.metrics.x, run.metrics.columns[name]]));
-    const budget = name === "objective/kl" ? having.map(([run]) => Number(run.config.kl_target)).find(Number.isFinite) : undefined;
+    const budget = name === "objective/kl" ? having.map(([run]) => budgetOf(run)).find(Number.isFinite) : undefined;
     if (budget) data.push(data[0].map(() => budget));
     return { having, data, budget };
   }
