@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import textgym
+
+ROOT = Path(__file__).parents[1]
 
 project = "textgym"
 author = "the textgym developers"
@@ -36,6 +41,35 @@ def gymnasium_sections(app: object, what: str, name: str, obj: object, options: 
     lines[:] = [new for line in lines for new in headings.get(line, [line])]
 
 
+def line_of(path: str, name: str) -> int:
+    """Return the line of a function, class or method, such as "PPO.loss", in a file of the repository."""
+    node: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        found = [
+            inner
+            for inner in ast.walk(node)
+            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and inner.name == part
+        ]
+        if not found:
+            raise ValueError(f"{path} has no {name}")
+        node = found[0]
+    assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+    return node.lineno
+
+
+def link_places(app: object, page: str, source: list[str]) -> None:
+    """Links the places in the tables of methods, such as `agents/ppo.py:PPO.loss`, to their lines as they are now."""
+
+    def linked(place: re.Match[str]) -> str:
+        path, name = place.groups()
+        number = line_of(path, name)
+        return f"`{name}` in [{path}:{number}](../{path}#L{number})"
+
+    if page == "methods":
+        source[0] = re.sub(r"`(\w[\w/]*\.py):([A-Za-z_][\w.]*)`(?= \|)", linked, source[0])
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this with the application."""
     app.connect("autodoc-process-docstring", gymnasium_sections, priority=0)
+    app.connect("source-read", link_places)

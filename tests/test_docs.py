@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,11 @@ from textgym.rewards.models import RewardModelConfig
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE = util.spec_from_file_location("site_configuration", ROOT / "docs" / "conf.py")
+assert SITE is not None
+assert SITE.loader is not None
+site = util.module_from_spec(SITE)
+SITE.loader.exec_module(site)
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 RL4LMS_CONFIGS = [
     "common_gen",
@@ -64,17 +69,32 @@ def names_of_tests() -> set[str]:
     return {name for file in files for name in re.findall(r"^def test_(\w+)", file.read_text("utf-8"), re.MULTILINE)}
 
 
-def test_each_method_names_a_function_and_tests_that_exist() -> None:
-    tests = names_of_tests()
+def rows_of_methods() -> list[list[str]]:
     rows = [row.split("|") for row in PAGES["docs/methods.md"].splitlines() if row.count("|") == 5]
-    rows = [row for row in rows if row[1].strip(" -") not in ("", "method")]
-    assert len(rows) > 30
+    return [row for row in rows if row[1].strip(" -") not in ("", "method")]
+
+
+def test_each_method_names_a_place_and_tests_that_exist() -> None:
+    tests, rows = names_of_tests(), rows_of_methods()
+    assert len(rows) > 80
     for row in rows:
-        (path, function) = re.fullmatch(r" `(\S+):(\w+)` ", row[3]).groups()  # type: ignore[union-attr]
-        assert re.search(rf"^ *def {function}\(", (ROOT / path).read_text("utf-8"), re.MULTILINE), row[3]
+        (path, name) = re.fullmatch(r" `(\S+):([\w.]+)` ", row[3]).groups()  # type: ignore[union-attr]
+        assert site.line_of(path, name) > 0, row[3]
         named = set(re.findall(r"`(\w+)`", row[4]))
         assert named, f"nothing proves {row[1]}"
         assert named <= tests, named - tests
+
+
+def test_the_site_links_each_method_to_its_line() -> None:
+    source = [PAGES["docs/methods.md"]]
+    site.link_places(None, "methods", source)
+    links = re.findall(r"`([\w.]+)` in \[(\S+):(\d+)\]\(\.\./\2#L\3\)", source[0])
+    assert len(links) == len(rows_of_methods())
+    for name, path, number in links:
+        line = (ROOT / path).read_text("utf-8").splitlines()[int(number) - 1]
+        assert re.match(rf" *(def|class) {name.split('.')[-1]}\b", line), (path, number, line)
+    with pytest.raises(ValueError, match=r"agents/ppo.py has no PPO.lost"):
+        site.line_of("agents/ppo.py", "PPO.lost")
 
 
 def test_each_pitfall_names_tests_that_exist() -> None:

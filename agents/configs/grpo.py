@@ -44,4 +44,5 @@ class GRPOConfig(PromptGroupConfig):
     """Whether the KL penalty is part of the reward or of the loss."""
     kl_gradient: KLInLoss = "token"
     """Gradient of a KL in the loss: "token" is that of the KL of each state, k3 times the importance ratio; "sequence"
-    is that of the KL of whole texts; "k3" is that of k3 alone, as published."""
+    is that of the KL of whole texts, if `loss_type` gives all tokens one weight, as "dapo" and "dr_grpo" do, while
+    "grpo" gives those of long texts less; "k3" is that of k3 alone, as published."""

@@ -19,7 +19,7 @@ KLInLoss = Literal["token", "sequence", "k3"]
 """Gradient of a KL to the reference that is part of the loss: "token" is k3 times the importance ratio, whose gradient
 is that of the KL of each token's state, while tokens do not pay for the KL of later states; "sequence" has the gradient
 of the KL of whole texts (`textgym.rewards.kl.sequence_kl`), by sums over the vocabulary and one more pass of the
-reference; "k3" is k3 alone, whose gradient is that of KL(pi_ref, pi)."""
+reference, if the loss has one weight for all tokens; "k3" is k3 alone, whose gradient is that of KL(pi_ref, pi)."""
 
 
 @dataclass(kw_only=True)

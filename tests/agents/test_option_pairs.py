@@ -34,7 +34,7 @@ CONFIGS: list[Any] = [
     DemoConfig,
 ]
 
-# Other values than the default of every option of an agent, one of which shows in two updates if the option is used.
+# Other values than the default of every option of an agent, one of which shows in three updates if the option is used.
 OTHERS: dict[str, list[Any]] = {
     "adam_epsilon": [0.1],
     "anneal_learning_rate": [False],
@@ -278,7 +278,7 @@ def test_an_agent_of_an_earlier_version_with_an_option_without_effect_is_loaded(
 
 # --- a search for pairs ---
 
-ROWS, UPDATES = 8, 2
+ROWS, UPDATES = 8, 3
 SIZES: dict[str, dict[str, Any]] = {
     "PPO": {"minibatch_size": 4},
     "NLPO": {"minibatch_size": 4},
@@ -331,7 +331,7 @@ def make_agent(name: str, settings: dict[str, Any]) -> Any:
 
 
 def learned(name: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Everything that two updates change: weights, those of further models, and metrics."""
+    """Everything that three updates change: weights, those of further models, and metrics."""
     agent = make_agent(name, settings)
     history: list[dict[str, float]] = []
     callback = [lambda _, metrics: history.append(metrics)]
