@@ -77,8 +77,9 @@ def test_every_agent_comes_near_the_optimum(name: str) -> None:
 
 @pytest.mark.slow
 def test_an_actor_critic_with_q_and_v_learns() -> None:
-    """Seeds 0 to 3 had 0.72, 0.93, 0.77 and 0.64 after four times as many updates as the others have."""
-    assert np.mean([gain_of("a2c, Q and V", seed, updates=48) for seed in range(4)]) > 0.4
+    """After ten times as many updates as the others have; a false failure has a chance of 4e-5."""
+    gains = [gain_of("a2c, Q and V", seed, updates=120) for seed in range(4)]
+    assert_learns(gains, at_least=0.35, measured=Measured(mean=0.847, standard_deviation=0.099, runs=8))
 
 
 def flip_rewards(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,13 +93,13 @@ def flip_rewards(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("name", [*AGENTS, *SLOWER])
 def test_without_a_learning_rate_or_with_flipped_advantages_they_fail(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each seed by itself is below the bar of the test above."""
     assert gain_of(name, 0, learning_rate=0.0) == pytest.approx(0.0, abs=tolerance(terms=1000))
-    flip_rewards(AGENTS[name][0], monkeypatch)
+    flip_rewards({**AGENTS, **SLOWER}[name][0], monkeypatch)
     assert max(gain_of(name, seed) for seed in range(2)) < 0.0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from textgym.agents.common.rollout import collect
 from textgym.agents.objectives.critic_agent import CriticAgent
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import AdaptiveKL
-from textgym.testing import ExactTask, assert_trained_alike, byte_tokenizer, mock_lm
+from textgym.testing import ExactTask, Measured, assert_learns, assert_trained_alike, byte_tokenizer, mock_lm
 
 LEARNING_RATE = 3e-3
 PROMPTS = ["one", "three", "x"]
@@ -98,26 +99,47 @@ def test_the_unit_of_the_rewards_makes_no_difference(name: str, critic: str) -> 
         assert_trained_alike(*(weights_of(agent) for agent in plain), LEARNING_RATE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-@pytest.mark.parametrize("name", ["ppo", "a2c", "a2c, q", "reinforce"])
-def test_the_learning_curve_is_the_same_in_another_unit(name: str, critic: str) -> None:
+def gain_of(name: str, critic: str, scale: float, shift: float, **changes: Any) -> float:
+    """The share of the way to the optimum; exact, so that a policy that does not move gains 0."""
     kind, settings = AGENTS[name]
     task = ExactTask(vocab_size=5, horizon=2, model="transformer", seed=1)
+    arguments = task.env_kwargs(0.3)
+    arguments["reward"] = lambda completion_ids: [scale * r + shift for r in task.score(completion_ids)]
+    arguments["kl_coef"] = 0.3 * scale
+    envs = gym.make_vec("textgym/Text-v0", num_envs=128, **arguments)
+    policy = ActorCritic.from_pretrained(task.language_model(), critic=critic)
+    further = settings | ({"minibatch_size": 64} if kind is PPO else {}) | changes
+    config = kind.config_class(**{"episodes_per_update": 128, "learning_rate": 3e-3, **further})
+    kind(policy, envs, config).learn(128 * (10 if kind is PPO else 30))
+    return float(task.optimum(0.3).gap_closed(task.log_probs(policy)))
 
-    def gain(scale: float, shift: float) -> float:
-        arguments = task.env_kwargs(0.3)
-        arguments["reward"] = lambda completion_ids: [scale * r + shift for r in task.score(completion_ids)]
-        arguments["kl_coef"] = 0.3 * scale
-        envs = gym.make_vec("textgym/Text-v0", num_envs=128, **arguments)
-        policy = ActorCritic.from_pretrained(task.language_model(), critic=critic)
-        further = settings | ({"minibatch_size": 64} if kind is PPO else {})
-        config = kind.config_class(episodes_per_update=128, learning_rate=3e-3, **further)
-        kind(policy, envs, config).learn(128 * (10 if kind is PPO else 30))
-        return float(task.optimum(0.3).gap_closed(task.log_probs(policy)))
 
-    plain, other = gain(1.0, 0.0), gain(128.0, 1024.0)
-    assert plain > (0.7 if kind is PPO else 0.3)
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_learning_curve_is_the_same_in_another_unit(critic: str) -> None:
+    """That it learns fails falsely with a chance of 5e-6.
+
+    Gains in two units differed by less than 1e-6 in 8 runs. If rounding changes a sampled token, they differ as those
+    of two seeds do, with a standard deviation of 0.008.
+    """
+    plain = [gain_of("ppo", critic, 1.0, 0.0, seed=seed) for seed in range(2)]
+    other = [gain_of("ppo", critic, 128.0, 1024.0, seed=seed) for seed in range(2)]
+    assert_learns(plain, at_least=0.5, measured=Measured(mean=0.863, standard_deviation=0.0068, runs=4))
+    assert np.mean(other) == pytest.approx(np.mean(plain), abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_learning_curve_without_a_scale_or_a_learning_rate_is_another() -> None:
+    assert gain_of("ppo", "shared", 1.0, 0.0, learning_rate=0.0) == pytest.approx(0, abs=1e-6)
+    assert gain_of("ppo", "shared", 128.0, 1024.0, normalise_values=False) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("name", ["a2c", "a2c, q", "reinforce"])
+def test_the_learning_curve_of_other_agents_is_the_same_in_another_unit(name: str, critic: str) -> None:
+    plain, other = gain_of(name, critic, 1.0, 0.0), gain_of(name, critic, 128.0, 1024.0)
+    assert plain > 0.3
     assert other == pytest.approx(plain, abs=0.02)
 
 
