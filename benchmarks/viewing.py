@@ -21,6 +21,8 @@ from typing import Any
 
 import tyro
 
+from textgym.data import manifests
+from textgym.data.manifests import RUN, RUN_KIND
 from textgym.viewer.page import Page
 from textgym.viewer.records import FORMAT, Record, record_path, write_record
 
@@ -87,7 +89,7 @@ def synthetic(args: Args) -> Record:
 def write_run(run: Path, args: Args) -> int:
     """Write a run with so many recorded tokens, and return the number of its records."""
     run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"kind": "textgym run"}))
+    (run / RUN).write_text(json.dumps({"kind": RUN_KIND, "format": manifests.FORMAT}))
     packed = json.loads(gzip.decompress(write_record(run, synthetic(args)).read_bytes()))
     record_path(run, 0).unlink()
     number = -(-args.tokens // (args.rows * args.length))

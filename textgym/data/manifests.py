@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +73,7 @@ def write_manifest(
         files = {path.relative_to(folder).as_posix(): _measured(path) for path in paths}
     versions = {package: importlib.metadata.version(package) for package in ("textgym", "torch")}
     manifest = Manifest(kind, FORMAT, made_by, versions, config, dict(files))
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(vars(manifest), indent=1) + "\n", encoding="utf-8")
 
 
 def owned(folder: Path) -> Manifest | None:
