@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from textgym.data.files import atomic_folder
 from textgym.data.manifests import Manifest, checked_manifest
-from textgym.envs.interface import rollout_env
+from textgym.envs.interface import TextProperties, rollout_env
 from textgym.errors import ConfigError, DamagedFolderError
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.adapters import Adapters, activate, carries_adapters, is_twin, twin, without_adapters
@@ -34,6 +34,7 @@ from textgym.settings import from_plain
 from ..machine import distributed
 from ..machine.circumstances import machine, warn_of_changes, warn_of_differences
 from ..machine.distributed import by_first, everyone, gather_shards, join, load_optimizer
+from ..machine.named_envs import NamedEnvs, heldout_envs
 from ..machine.saved_files import SavedAgent, SavedPolicy, make_environment, read_config, read_json, saved_environment
 
 TENSORS, FROZEN = "tensors.safetensors", "frozen"
@@ -210,7 +211,7 @@ def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[s
         "scorers": scorers,
         "agent": agent.training_state(),
         "environment": agent.base_env.progress(),
-        "env": saved_environment(agent.envs),
+        "env": _environment(agent),
         "machine": machine(agent.policy),
         "inputs": agent.inputs,
     }
@@ -245,12 +246,15 @@ def load_agent(
     place = place_of(folder, saved.policy, device, envs)
     # On the CPU, because the device they were saved on may not exist here; `load_optimizer` moves the moments.
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    named = None
     if envs is None:
         envs = _made_again(saved.env, where, place, reward)
+        named = _held_out(envs, (saved.env or {}).get("held_out", 0))
     elif reward is not None:
         raise ValueError("reward is for an environment that is made again, and envs has its own: give one of them")
     policy = load_policy(folder, saved.policy, place, trust_remote_code)
     agent = kind(policy, envs, config)
+    agent.named = named
 
     # 1. Weights and the optimiser's moments.
     load_optimizer(agent.optimizer, state["optimizer"])
@@ -290,6 +294,19 @@ def load_agent(
     warn_of_differences(folder, saved.machine, policy)
     warn_of_changes(folder, saved.inputs, agent.inputs)
     return agent
+
+
+def _environment(agent: Any) -> dict[str, Any] | None:
+    """Return the arguments that make an agent's environment again, and how many of its prompts are held out."""
+    saved, base = saved_environment(agent.envs), agent.base_env
+    if saved is None or not isinstance(base, TextProperties) or not base.held_out:
+        return saved
+    return {**saved, "held_out": base.held_out}
+
+
+def _held_out(envs: Any, number: int) -> NamedEnvs | None:
+    """Keep the prompts from training that were kept when the agent was saved; `None` if there were none."""
+    return NamedEnvs(envs, heldout_envs(envs, number), envs.spec.id, None) if number else None
 
 
 def _made_again(saved: dict[str, Any] | None, where: Path, place: torch.device, reward: Any) -> Any:

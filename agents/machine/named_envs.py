@@ -112,6 +112,7 @@ def heldout_envs(envs: Any, number: int) -> Any:
         train, heldout = hold_out(base.prompts, number)
         if heldout:
             base.replace_prompts(train)
+            base.held_out = number
         arguments |= {"reward": base.scorer.functions, "reward_weights": base.scorer.weights}
         arguments |= {"reference": base.reference, "prompts": heldout or train}
     return gym.make_vec(spec.id, base.num_envs, **arguments)

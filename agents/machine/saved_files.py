@@ -42,6 +42,7 @@ class SavedEnvironment:
     id: str
     num_envs: Count
     kwargs: dict[str, Any]
+    held_out: WholeNumber = 0
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) 
     settings |= {"total_episodes": agent.total_episodes, "num_envs": agent.envs.num_envs, "env_kwargs": "{}"}
     settings |= {"kl_estimator": agent.penalty.estimator, "eval_every": EVERY, "eval_prompts": HELD_OUT}
     settings |= kl_settings(agent.penalty.controller)
-    if agent.named is not None:
+    if agent.named is not None and not agent.updates:  # a loaded one may have further arguments
         return {**settings, "env": agent.named.env}
     saved = saved_environment(agent.envs)
     if saved is not None:

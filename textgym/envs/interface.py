@@ -31,6 +31,8 @@ class TextProperties:
     """Properties of `TextEnv` and `TextVectorEnv`, read as `env.unwrapped.tokenizer` through any wrappers."""
 
     task: TextTask
+    held_out: int = 0
+    """How many prompts were to be kept from training, as agents are loaded with the same ones; 0 if none were."""
 
     @property
     def device(self) -> torch.device:

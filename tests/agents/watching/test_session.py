@@ -319,6 +319,25 @@ def test_names_in_python_and_the_command_make_the_same_run(
 
 
 @pytest.mark.slow
+def test_a_run_of_names_is_continued_in_python_with_the_same_prompts_held_out(tmp_path: Path) -> None:
+    agent = PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(8, folder=tmp_path)
+    assert agent.named is not None
+    before = json.loads((tmp_path / "evaluation.json").read_text())["before"]
+    loaded = PPO.load(Checkpoints(tmp_path / "checkpoints").newest())
+    assert loaded.named is not None
+    for ours, theirs in ((loaded.envs, agent.envs), (loaded.named.heldout, agent.named.heldout)):
+        assert ours.unwrapped.prompts == theirs.unwrapped.prompts
+    loaded.learn(16, folder=tmp_path)
+    after = json.loads((tmp_path / "evaluation.json").read_text())
+    assert after["before"] == before
+    assert after["after"]["kl"] != before["kl"]
+    settings = Run.read(tmp_path).settings
+    assert (settings["model"], settings["env"]) == ("tiny", "textgym/Sentiment-v0")
+    agent.learn(16)
+    assert all(weight.equal(agent.policy.state_dict()[name]) for name, weight in loaded.policy.state_dict().items())
+
+
+@pytest.mark.slow
 def test_groups_of_named_environments(tmp_path: Path) -> None:
     agent = GRPO("tiny", "textgym/Sentiment-v0", GRPOConfig(episodes_per_update=16, group_size=4))
     agent.learn(16, folder=tmp_path / "run")
