@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,15 @@ COMMAND_LINE_ALONE = ("overwrite", "trust_remote_code")
 """Settings that no file may ask for: one deletes a run, the other runs code."""
 OF_ONE_CALL = (*COMMAND_LINE_ALONE, "output_dir", "resume", "quiet", "profile")
 """Settings in the `config.json` of a run that are of that call alone; a file of the user's own may have them."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML in which 1e-5 is a number, as in JSON; PyYAML asks for a point in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def expand(words: list[str]) -> list[str]:
@@ -173,7 +183,7 @@ def _file_among(words: list[str]) -> tuple[Path | None, list[str]]:
 
 def _loaded(file: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = _parsed(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunFolderError(f"there is no {file}: give the folder of a run, which `textgym train` writes") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -181,6 +191,13 @@ def _loaded(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise RunFolderError(f"{file} must hold settings by name, as the {CONFIG} of a run does")
     return settings
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)  # YAML reads an escaped emoji of JSON as two halves
+    except ValueError:
+        return yaml.load(text, Loader=_Loader)
 
 
 def _as_json(arguments: Any, file: Path) -> str:

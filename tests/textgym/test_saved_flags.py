@@ -19,7 +19,7 @@ from textgym.algorithms import CONFIGS
 from textgym.commands.hints import further_commands, resume_hint
 from textgym.errors import RunFolderError, UntrustedNameError
 from textgym.flags import Train
-from textgym.saved_flags import expand, flags_of, needs_trust
+from textgym.saved_flags import expand, flags_of, needs_trust, read_settings
 
 
 def run_of(folder: Path, settings: Train | dict[str, Any]) -> Path:
@@ -107,6 +107,16 @@ def test_settings_of_one_call_stay_with_it(tmp_path: Path) -> None:
     assert cli.parse(["resume", str(folder)]).log_with == ("wandb", "aim")
 
 
+def test_settings_of_a_run_come_back_as_they_were(tmp_path: Path) -> None:
+    settings = {
+        "env_kwargs": '{"prompts": ["\N{GRINNING FACE}\u4e2d \\u00e9"]}',
+        "model": "\N{GRINNING FACE}",
+        "x": 1e-7,
+    }
+    folder = run_of(tmp_path / "run", settings)
+    assert read_settings(folder / "config.json", trusted=False) == settings
+
+
 def test_a_run_without_trackers_is_resumed_without(tmp_path: Path) -> None:
     command = cli.parse(["resume", str(run_of(tmp_path / "run", Train(tmp_path / "run")))])
     assert (command.log_with, command.total_episodes) == ((), 4096)
@@ -122,14 +132,14 @@ def test_a_file_cannot_delete_runs_or_ask_for_remote_code(name: str, tmp_path: P
 def test_a_file_of_the_users_own_has_all_other_settings(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "output_dir: runs/mine\nlog_with: [wandb]\nquiet: true\nprofile: true\nentropy_coef: -1.0e-05\n"
-        "env_kwargs: {max_new_tokens: 8, reward: tiny}\nkl_bounds: [2, 6]\n"
+        "output_dir: runs/mine\nlog_with: [wandb]\nquiet: true\nprofile: true\nentropy_coef: -1e-05\n"
+        "env_kwargs: {max_new_tokens: 8, kl_coef: 1e-3, reward: tiny}\nkl_bounds: [2, 6]\n"
     )
     assert expand(["train", f"--config={file}"]) == expand(["train", "--config", str(file)])
     command = cli.parse(["train", f"--config={file}", "--num-envs", "8"])
     assert (command.output_dir, command.log_with, command.num_envs) == (Path("runs/mine"), ("wandb",), 8)
     assert (command.quiet, command.profile, command.kl_bounds) == (True, True, (2.0, 6.0))
-    assert json.loads(command.env_kwargs) == {"max_new_tokens": 8, "reward": "tiny"}
+    assert json.loads(command.env_kwargs) == {"max_new_tokens": 8, "kl_coef": 0.001, "reward": "tiny"}
     assert command.config.entropy_coef == -1e-5
     beside = cli.parse(["train", "--no-quiet", "--config", str(file), "--output-dir", "runs/other"])
     assert (beside.quiet, beside.output_dir) == (False, Path("runs/other"))
