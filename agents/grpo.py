@@ -207,7 +207,7 @@ class GRPO(PromptGroupAgent):
         """
         total = torch.zeros(comparable.shape, dtype=torch.float64, device=comparable.device)
         for column, weight in self.all_rewards(rollout):
-            groups = self.compared(column, ~column.isnan())
+            groups = self.compared(column, rollout.scored & ~column.isnan())
             total += weight * groups.differences / (groups.standard_deviation + 1e-4)
         count = sum_over_processes(comparable.sum())
         # The mean of whole groups is 0 up to rounding, which would give equal scores an advantage.

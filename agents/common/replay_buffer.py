@@ -66,8 +66,9 @@ class ReplayBuffer:
     @cached_property
     def host(self) -> HostRows:
         """Prompts and lengths on the host; copied once from loaded tensors, and updated by `add` afterwards."""
-        columns = (self.tensors[name] for name in ("input_ids", "prompt_lengths", "response_lengths"))
-        return HostRows.read(Sequences(*columns, generated=self.tensors["generated"]))
+        tensors = self.tensors
+        lengths = tensors["prompt_lengths"], tensors["response_lengths"]
+        return HostRows.read(Sequences(tensors["input_ids"], *lengths, generated=tensors["generated"]))
 
     def add(self, sequences: Sequences, rewards: Tensor, reference_log_probs: Tensor, longest: int) -> None:
         """Add N episodes, which replace the oldest ones and have the largest priority in the buffer.

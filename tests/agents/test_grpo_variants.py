@@ -214,6 +214,19 @@ def test_costs_of_constraints_length_and_a_missing_end_are_rewards_with_a_unit_o
     )
 
 
+def test_a_row_without_a_score_has_no_part_in_the_unit_of_any_function() -> None:
+    """Such as one that another function failed at; the values of the others say nothing of it."""
+    agent = make_agent([vowels, length], scale="each", overlong_buffer=3)
+    rollout = agent.play()
+    rollout.raw_scores[1] = torch.nan
+    advantages = advantages_of(agent, rollout)
+    rollout.components["reward/length"][1] = 1e6
+    changed = advantages_of(agent, rollout)
+    assert torch.equal(changed, advantages)
+    assert (advantages[1] == 0).all()
+    assert advantages[0].abs().max() > 0.1
+
+
 class Doubled(gym.vector.VectorRewardWrapper):
     """Pays every score twice."""
 

@@ -165,6 +165,7 @@ class RolloutEnv(Protocol):
         restricts_actions: Whether any action is ever masked out.
         scorer: The scorer, which calls the reward functions.
         reference: The reference model that the environment was made with, if any.
+        missing_eos_penalty: Number that is subtracted from the score of a row that ended at the length limit.
         takes_whole_responses: Whether `submit` is possible: a response consists only of the policy's tokens.
         transcript: Prompt, completion and columns of each row's last episode.
     """
@@ -192,6 +193,8 @@ class RolloutEnv(Protocol):
     def scorer(self) -> Scorer: ...  # noqa: D102
     @property
     def reference(self) -> TokenModel | None: ...  # noqa: D102
+    @property
+    def missing_eos_penalty(self) -> float: ...  # noqa: D102
     @property
     def takes_whole_responses(self) -> bool: ...  # noqa: D102
     @property
