@@ -32,19 +32,28 @@ from textgym.testing import mock_lm
 
 OUTPUT = Path(__file__).parents[2] / "tests" / "agents" / "trl" / "updates.safetensors"
 PROMPTS, GROUP, LONGEST, UPDATES, LEARNING_RATE = 6, 4, 6, 2, 1.0
+WEIGHTS, DEVIATION, CAP = [1.0, 0.5], 0.5, 1.5
+WHOLE = {"per_device_train_batch_size": PROMPTS * GROUP, "gradient_accumulation_steps": 1}
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "epsilon_high": 0.28},
     "grpo, kl": {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
     "dapo, kl": {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
-    "bnpo": {"loss_type": "bnpo", "per_device_train_batch_size": PROMPTS * GROUP, "gradient_accumulation_steps": 1},
+    "bnpo": {"loss_type": "bnpo", **WHOLE},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.28},
     "rloo": {"beta": 0.0},
     "rloo, kl": {"beta": 0.1},
+    "gdpo": {"loss_type": "dapo", "multi_objective_aggregation": "normalize_then_sum", "reward_weights": WEIGHTS},
+    "entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.5, "num_iterations": 1, **WHOLE},
+    "importance": {"loss_type": "dapo"},
 }
-"""Arguments of TRL's config for each case; those of RLOO are named after it."""
+"""Arguments of TRL's config for each case; those of RLOO are named after it.
+
+TRL chooses the tokens with high entropy in each micro-batch and in each pass again, so that case has one of each. In
+"importance" the sampler has other log-probs than the trainer, as vLLM would have, and TRL corrects for them.
+"""
 
 
 @dataclass
@@ -60,15 +69,26 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(text.count("b")) - 0.5 * text.count("c") for text in completions]
 
 
+def count_b(completions: list[str], **_: Any) -> list[float]:
+    """Return the first of the two rewards of GDPO."""
+    return [float(text.count("b")) for text in completions]
+
+
+def fewer_c(completions: list[str], **_: Any) -> list[float]:
+    """Return the second of the two rewards of GDPO."""
+    return [-float(text.count("c")) for text in completions]
+
+
 class Steps(TrainerCallback):
     """Keeps the weights after each update."""
 
-    def __init__(self) -> None:
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
         self.weights: list[Tensor] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Keep the weights if the rollout has been used twice."""
-        if state.global_step % 2 == 0:
+        """Keep the weights if the rollout has been used as often as it is."""
+        if state.global_step % self.passes == 0:
             self.weights.append(flat(model))
 
 
@@ -82,7 +102,9 @@ def recorded(trl: Any, name: str, settings: dict[str, Any], seed: int) -> dict[s
     tokenizer = letter_tokenizer(8)
     tokenizer.padding_side = "left"
     prompts = [{"prompt": "abcdefabcdef"[row : row + 1 + row % 3]} for row in range(PROMPTS)]
-    steps, rollouts = Steps(), []
+    passes = settings.get("num_iterations", 2)
+    steps, rollouts = Steps(passes), []
+    rewards = [count_b, fewer_c] if name == "gdpo" else [reward]
     with tempfile.TemporaryDirectory() as folder:
         mock_lm(8, hidden_size=8, num_layers=1, seed=seed).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)  # the reference is loaded from the same folder
@@ -96,7 +118,7 @@ def recorded(trl: Any, name: str, settings: dict[str, Any], seed: int) -> dict[s
             "num_generations": GROUP,
             "num_iterations": 2,
             "max_completion_length": LONGEST,
-            "max_steps": 2 * UPDATES,
+            "max_steps": passes * UPDATES,
             "max_grad_norm": 1e9,
             **PLAIN,
             "seed": seed,
@@ -104,7 +126,7 @@ def recorded(trl: Any, name: str, settings: dict[str, Any], seed: int) -> dict[s
         config = config_kind(**{**common, **settings})
         trainer = kind(
             model=model,
-            reward_funcs=reward,
+            reward_funcs=rewards,
             args=config,
             train_dataset=Dataset.from_list(prompts),
             processing_class=tokenizer,
@@ -115,20 +137,37 @@ def recorded(trl: Any, name: str, settings: dict[str, Any], seed: int) -> dict[s
 
         def kept(inputs: Any) -> Any:
             outputs = score(inputs)
+            if name == "importance":  # TRL's own loss, with log-probs as another engine would have sampled with
+                shape, generator = outputs["old_per_token_logps"].shape, torch.Generator().manual_seed(len(rollouts))
+                outputs["difference"] = DEVIATION * torch.randn(shape, generator=generator)
+                outputs["importance_sampling_ratio"] = outputs["difference"].exp().clamp(max=CAP)
             rollouts.append({key: value.clone() for key, value in outputs.items() if isinstance(value, Tensor)})
             return outputs
 
-        trainer._generate_and_score_completions = kept
+        loss = trainer._compute_loss
+
+        def corrected(model: Any, inputs: Any) -> Tensor:
+            trainer.use_vllm = name == "importance"  # while the loss is computed, and not while it generates
+            value = loss(model, inputs)
+            trainer.use_vllm = False
+            return value
+
+        trainer._generate_and_score_completions, trainer._compute_loss = kept, corrected
         trainer.train()
     tensors = {f"{name}/weights": first}
     for update, (rollout, weights) in enumerate(zip(rollouts, steps.weights, strict=True)):
-        for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"):
+        further = ("difference",) if name == "importance" else ()
+        for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", *further):
             tensors[f"{name}/{update}/{key}"] = rollout[key].contiguous()
         texts = [
             tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
             for ids, mask in zip(rollout["completion_ids"], rollout["completion_mask"], strict=True)
         ]
-        tensors[f"{name}/{update}/scores"] = torch.tensor(reward(texts))
+        columns = torch.tensor([function(texts) for function in rewards])  # (functions, N)
+        weights_of_functions = torch.tensor(WEIGHTS if len(rewards) > 1 else [1.0])
+        tensors[f"{name}/{update}/scores"] = weights_of_functions @ columns
+        if len(rewards) > 1:
+            tensors[f"{name}/{update}/rewards"] = columns
         tensors[f"{name}/{update}/weights"] = weights
     return tensors
 

@@ -299,8 +299,8 @@ def vowels(completions: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
-def length(completion_ids: Any) -> list[float]:
-    return [0.1 * len(ids) for ids in completion_ids]
+def long(completion_ids: Any) -> list[float]:
+    return [float(len(ids) > 3) for ids in completion_ids]
 
 
 def make_envs() -> Any:
@@ -309,7 +309,7 @@ def make_envs() -> Any:
         num_envs=ROWS,
         prompts=["one", "three", "a longer prompt", "x"],
         tokenizer=byte_tokenizer(),
-        reward=[vowels, length],
+        reward=[vowels, long],
         stop=list(range(0, 256, 8)),  # so that lengths differ
         reference=mock_lm(seed=5),
         kl_coef=0.1,

@@ -39,9 +39,23 @@ CASES: dict[str, tuple[Any, dict[str, Any], float]] = {
     "cispo": (GRPO, {"surrogate": "cispo", "loss_type": "dapo", "clip_range_high": 0.28}, 0.0),
     "rloo": (RLOO, {}, 0.0),
     "rloo, kl": (RLOO, {}, 0.1),
+    "gdpo": (GRPO, {"scale": "each"}, 0.0),
+    "entropy": (GRPO, {"entropy_share": 0.5, "num_epochs": 1, "micro_batch_size": None}, 0.0),
+    "importance": (GRPO, {"importance_cap": 1.5}, 0.0),
 }
 """Agent, its settings and beta of each case of the script."""
-FAST = ("grpo", "dapo, kl", "gspo", "rloo, kl")
+FAST = ("grpo", "dapo, kl", "gspo", "rloo, kl", "gdpo")
+
+
+def count_b(completions: list[str]) -> list[float]:
+    return [float(text.count("b")) for text in completions]
+
+
+def fewer_c(completions: list[str]) -> list[float]:
+    return [-float(text.count("c")) for text in completions]
+
+
+OBJECTIVES = (count_b, fewer_c)
 
 
 def recorded(name: str) -> Tensor:
@@ -65,9 +79,17 @@ def rollout_of(case: str, update: int, policy: ActorCritic) -> Rollout:
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     sequences = Sequences(input_ids, prompt_mask.sum(1), lengths)
     log_probs = policy.sequence_log_probs(sequences)
+    if case == "importance":  # those of a sampler that differs from the trainer
+        log_probs = log_probs - torch.where(mask.bool(), recorded(f"{case}/{update}/difference"), 0.0)
     rewards = torch.zeros_like(log_probs).scatter(1, (lengths - 1)[:, None], scores[:, None])
     zeros = torch.zeros_like(log_probs)
-    return Rollout(sequences, log_probs, zeros, rewards, scores, scores, lengths < LONGEST, {})
+    components = {}
+    if case == "gdpo":
+        columns = recorded(f"{case}/{update}/rewards").double()
+        components = {
+            f"reward/{function.__name__}": column for function, column in zip(OBJECTIVES, columns, strict=True)
+        }
+    return Rollout(sequences, log_probs, zeros, rewards, scores, scores, lengths < LONGEST, components)
 
 
 def make_agent(case: str) -> Any:
@@ -79,7 +101,8 @@ def make_agent(case: str) -> Any:
         num_envs=ROWS,
         prompts=["a"],
         tokenizer=letter_tokenizer(8),
-        reward=lambda completions, **_: np.zeros(len(completions)),
+        reward=list(OBJECTIVES) if case == "gdpo" else lambda completions, **_: np.zeros(len(completions)),
+        reward_weights=[1.0, 0.5] if case == "gdpo" else None,
         max_prompt_tokens=4,
         max_new_tokens=LONGEST,
         kl_coef=beta,
@@ -117,7 +140,8 @@ def test_weights_after_whole_updates_are_those_of_trl(case: str) -> None:
         rollout = rollout_of(case, update, agent.policy)
         agent.update(rollout, agent.measure_kl(rollout))
         theirs = recorded(f"{case}/{update}/weights")
-        assert_close(agent.advantages[:, 0], recorded(f"{case}/{update}/advantages"), terms=1000)
+        if case not in ("entropy", "importance"):  # which give tokens of an episode other advantages
+            assert_close(agent.advantages[:, 0], recorded(f"{case}/{update}/advantages"), terms=1000)
         assert_close(flat(agent.policy.lm), theirs, terms=1000)
         before = theirs
     assert (before - recorded(f"{case}/weights")).abs().max() > 0.01
