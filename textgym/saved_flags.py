@@ -38,7 +38,7 @@ OF_ONE_CALL = (*COMMAND_LINE_ALONE, "output_dir", "resume", "quiet", "profile")
 """Settings in the `config.json` of a run that are of that call alone; a file of the user's own may have them."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Reads YAML in which 1e-5 is a number, as in JSON; PyYAML asks for a point in it."""
 
 
