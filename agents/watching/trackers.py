@@ -60,7 +60,7 @@ SAMPLES_EVERY = 10
 
 
 class Trackers(Callback):
-    """Callback that sends settings, metrics of each update and tables of samples to trackers.
+    """Callback that sends settings, metrics of each update, tables of samples and the closing table to trackers.
 
     A tracker that fails is warned of once and left out from then on; the training goes on.
 
@@ -82,6 +82,8 @@ class Trackers(Callback):
         self.folder, self.settings = folder, flat(settings or {})
         self.trackers: dict[str, Any] = {}
         self.samples: list[list[Any]] = []
+        self.step = 0
+        self.earlier = self._closing_figures()  # of the run that this one goes on from
 
     def on_training_start(self, agent: Any) -> None:
         """Open a run in each tracker, with the settings of this one."""
@@ -97,17 +99,36 @@ class Trackers(Callback):
     def on_update_end(self, agent: Any, metrics: Metrics) -> None:
         """Send the metrics of an update, and now and then what the policy wrote."""
         step = int(metrics[clock(metrics)])
-        rows, self.samples = self.samples, []
+        rows, self.samples, self.step = self.samples, [], step
         for name, tracker in list(self.trackers.items()):
             self._attempt(name, partial(tracker.log, allowed(name, metrics), step=step))
             if rows and name in self.trackers:
                 self._attempt(name, partial(log_samples, name, tracker, rows, step))
 
     def close(self) -> None:
-        """Close the run in each tracker."""
+        """Send the figures of the closing table if there is a new one, and close the run in each tracker."""
+        figures = self._closing_figures()
+        for name, tracker in list(self.trackers.items()):
+            if figures and figures != self.earlier:
+                self._attempt(name, partial(tracker.log, allowed(name, figures), step=self.step))
         for name, tracker in list(self.trackers.items()):
             self._attempt(name, tracker.finish)
         self.trackers = {}
+
+    def _closing_figures(self) -> dict[str, float]:
+        """Return the figures before and after the training that are in the run folder."""
+        file = None if self.folder is None else self.folder / "evaluation.json"
+        if file is None or not file.exists():
+            return {}
+        try:
+            columns = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return {}
+        return {
+            f"closing/{column}/{name}": value
+            for column in ("before", "after")
+            for name, value in columns.get(column, {}).items()
+        }
 
     def _open(self, name: str) -> None:
         for variable, value in PATIENCE.get(name, {}).items():

@@ -83,6 +83,26 @@ def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch) 
     assert tracker.finished
 
 
+def test_the_figures_of_the_closing_table_are_sent_once_per_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = InMemory()
+    track(monkeypatch, wandb=tracker)
+    agent = make()
+    agent.learn(4, folder=tmp_path / "run", log_with="wandb")
+    [(step, figures)] = [(step, row) for step, row in tracker.rows if "closing/after/score" in row]
+    assert step == 4
+    table = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert figures == {
+        f"closing/{column}/{name}": value for column in ("before", "after") for name, value in table[column].items()
+    }
+    later = Trackers(["wandb"], tmp_path / "run")
+    later.on_training_start(agent)
+    tracker.rows.clear()
+    later.close()  # the run that goes on was stopped before its table
+    assert tracker.rows == []
+
+
 def test_a_tracker_that_refuses_in_the_middle_of_a_run_is_warned_of_once_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
