@@ -14,7 +14,7 @@ GROUPS = {
     "learn": ["test_agents.py", "test_two_gpus.py"],
     "play": ["test_environments.py", "test_policy.py", "test_pretend_device.py"],
     "keep": ["test_command.py", "test_saving.py"],
-    "place": ["test_placement.py", "test_sb3.py", "test_synchronisations.py"],
+    "place": ["test_measurements.py", "test_placement.py", "test_sb3.py", "test_synchronisations.py"],
 }
 """Pairs of about the same length, since to begin a process takes seconds and two workers run the tests."""
 
