@@ -70,6 +70,8 @@ class Method:
     """Number of episodes in an update."""
     learning_rate: float = 0.05
     """Learning rate with the tabular model."""
+    first_beta: float = 1.0
+    """KL coefficient of the first update, in units of beta; it falls to beta over the first half of the run."""
     transformer: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 3e-3})
     """Settings of the transformer."""
 
@@ -81,13 +83,18 @@ METHODS = {
     "grpo": Method(GRPO, {**GROUPS, "loss_type": "dr_grpo", "scale": "none"}),
     # The ratio of a sequence is a mean over its tokens, so it moves less than that of a token: a narrower clip.
     "gspo": Method(GRPO, {**GROUPS, "ratio": "sequence", "loss_type": "grpo", "scale": "none", "clip_range": 0.05}),
-    "cispo": Method(GRPO, {**GROUPS, "surrogate": "cispo", "loss_type": "dr_grpo", "scale": "none"}),
+    # What is not clipped becomes deterministic earlier: a larger bonus.
+    "cispo": Method(
+        GRPO, {**GROUPS, "surrogate": "cispo", "loss_type": "dr_grpo", "scale": "none", "entropy_coef": 0.2}
+    ),
     "rloo": Method(RLOO, {**GROUPS, "group_size": 16}),
-    "reinforce": Method(REINFORCE, {"baseline": "learned", "entropy_coef": 0.1}, rows=64),
-    "a2c": Method(A2C, {"entropy_coef": 0.1}, rows=64),
+    "reinforce": Method(REINFORCE, {"baseline": "learned", "entropy_coef": 0.3}, rows=64),
+    "a2c": Method(A2C, {"entropy_coef": 0.3}, rows=64),
     "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
     "expert-iteration": Method(ExpertIteration, BEST_OF_GROUPS, rows=256),
-    "online-dpo": Method(OnlineDPO, {**BEST_OF_GROUPS, "group_size": 2, "use_probability": True}, rows=256),
+    "online-dpo": Method(
+        OnlineDPO, {**BEST_OF_GROUPS, "group_size": 2, "use_probability": True}, rows=256, first_beta=4.0
+    ),
     "dpo": Method(DPO, learning_rate=0.3),
     "sb3-ppo": Method("PPO"),
     "sb3-a2c": Method("A2C"),
@@ -160,6 +167,11 @@ class Run:
         """Number of episodes in an update."""
         return int(self.settings.get("rows", self.method.rows))
 
+    @property
+    def first_beta(self) -> float:
+        """KL coefficient of the first update, in units of beta."""
+        return float(self.settings.get("first_beta", self.method.first_beta))
+
     def gap_closed(self, policy: ActorCritic) -> float:
         optimum = self.task.optimum(self.beta)
         if self.args.hard:
@@ -170,7 +182,8 @@ class Run:
 
 def online(run: Run) -> tuple[ActorCritic, float]:
     """Train an agent of textgym; return its policy, and the number of episodes until 95% of the gap was closed."""
-    rows, settings = run.rows, {name: value for name, value in run.settings.items() if name != "rows"}
+    rows = run.rows
+    settings = {name: value for name, value in run.settings.items() if name not in ("rows", "first_beta")}
     envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **run.task.env_kwargs(run.beta))
     policy = ActorCritic.from_pretrained(run.task.language_model(), critic="separate")
     kind, reached = run.method.kind, math.nan
@@ -178,13 +191,21 @@ def online(run: Run) -> tuple[ActorCritic, float]:
 
     bonus = settings.get("entropy_coef", 0.0)
 
+    def fade(learner: Any) -> None:
+        """Lower the bonus and the KL coefficient; at the end neither moves the optimum."""
+        done = learner.episodes / run.args.episodes
+        if bonus:
+            learner.config.entropy_coef = bonus * (1 - done)
+        if run.first_beta > 1:
+            learner.penalty.controller.coef = run.beta * (1 + (run.first_beta - 1) * max(1 - 2 * done, 0.0))
+
     def watch(learner: Any, metrics: dict[str, float]) -> None:
         nonlocal reached
-        if bonus:  # none is left at the end, so it does not move the optimum
-            learner.config.entropy_coef = bonus * (1 - learner.episodes / run.args.episodes)
+        fade(learner)
         if math.isnan(reached) and learner.updates % 4 == 0 and run.gap_closed(policy) >= 0.95:
             reached = learner.episodes
 
+    fade(agent)
     agent.learn(run.args.episodes, [watch])
     return policy, reached
 
