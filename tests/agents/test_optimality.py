@@ -110,20 +110,24 @@ LONG_PPO = {"num_epochs": 2, "minibatch_size": 64, "value_coef": 0.5}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "settings", "rows", "bar"),
+    ("kind", "settings", "rows"),
     [
-        (PPO, LONG_PPO, 256, 0.99),
-        (PPO, {**LONG_PPO, "variant": "penalty"}, 256, 0.99),
-        (NLPO, {**LONG_PPO, "top_p": 1.0}, 256, 0.97),
-        (GRPO, {**LONG_GROUPS, "loss_type": "dr_grpo", "scale": "none"}, 256, 0.99),
-        (RLOO, LONG_GROUPS, 256, 0.99),
-        (OnlineDPO, {**LONG_GROUPS, "group_size": 2, "use_probability": True}, 256, 0.97),
-        (REINFORCE, {"baseline": "learned"}, 64, 0.97),
-        (A2C, {}, 64, 0.97),
+        (PPO, LONG_PPO, 256),
+        (PPO, {**LONG_PPO, "variant": "penalty"}, 256),
+        (NLPO, {**LONG_PPO, "top_p": 1.0}, 256),
+        (GRPO, {**LONG_GROUPS, "loss_type": "dr_grpo", "scale": "none"}, 256),
+        (RLOO, LONG_GROUPS, 256),
+        (OnlineDPO, {**LONG_GROUPS, "group_size": 2, "use_probability": True}, 256),
+        (REINFORCE, {"baseline": "learned"}, 64),
+        (A2C, {}, 64),
     ],
     ids=["ppo", "ppo-penalty", "nlpo", "grpo", "rloo", "online-dpo", "reinforce", "a2c"],
 )
-def test_the_learned_policy_is_the_closed_form(kind: Any, settings: dict[str, Any], rows: int, bar: float) -> None:
+def test_the_learned_policy_is_the_closed_form(kind: Any, settings: dict[str, Any], rows: int) -> None:
+    """Measured over 8 seeds of REINFORCE, whose mean is as low as any: the others have 0.990 to 0.995 on seed 0.
+
+    A false failure has a chance of 2e-5. The policy begins with a gain of 0, and stays there if it does not move.
+    """
     optimum = LONG.optimum(beta=1.0)
     gaps, distances = [], []
     for seed in range(2):
@@ -135,5 +139,6 @@ def test_the_learned_policy_is_the_closed_form(kind: Any, settings: dict[str, An
         log_probs = LONG.log_probs(policy)
         gaps.append(optimum.gap_closed(log_probs))
         distances.append(np.abs(np.exp(log_probs) - optimum.probabilities).sum())
-    assert np.mean(gaps) >= bar
-    assert np.mean(distances) < 0.15, "text by text, not in the mean alone"
+    assert_learns(gaps, at_least=0.96, measured=Measured(mean=0.990, standard_deviation=0.004, runs=8))
+    nearness = [-distance for distance in distances]  # text by text, not in the mean alone
+    assert_learns(nearness, at_least=-0.1, measured=Measured(mean=-0.018, standard_deviation=0.005, runs=8))
