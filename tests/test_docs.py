@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from textgym import cli
 from textgym.agents import PPOConfig
+from textgym.data.manifests import FORMAT, RUN, RUN_KIND
 from textgym.envs.tasks.sentiment import DEFAULTS
 from textgym.registration import TASKS
 from textgym.rewards import functions
@@ -141,7 +143,9 @@ def test_make_targets_exist() -> None:
 def test_textgym_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "ppo").mkdir(parents=True)
-    (tmp_path / "runs" / "ppo" / "config.json").write_text('{"env": "textgym/Sentiment-v0"}')  # of the run they name
+    (tmp_path / "runs" / "ppo" / "config.json").write_text('{"env": "textgym/Sentiment-v0", "model": "tiny"}')
+    (tmp_path / "runs" / "ppo" / RUN).write_text(json.dumps({"kind": RUN_KIND, "format": FORMAT}))
+    (tmp_path / "FILE").write_text("agent: ppo\n")  # of `train --config FILE`
     named = [words[1:] for words in commands() if words[0] == "textgym"]
     complete = [words for words in named if len(words) > 1 and words[-1] != "--help"]
     assert len(complete) >= 4
