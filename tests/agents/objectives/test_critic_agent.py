@@ -71,12 +71,11 @@ def weights_of(agent: CriticAgent) -> dict[str, torch.Tensor]:
     [
         ("ppo", "shared"),
         ("ppo", "separate"),
-        ("a2c, q", "separate"),
         *(
             pytest.param(name, critic, marks=pytest.mark.slow)
             for name in AGENTS
             for critic in ("shared", "separate")
-            if (name, critic) not in (("ppo", "shared"), ("ppo", "separate"), ("a2c, q", "separate"))
+            if (name, critic) not in (("ppo", "shared"), ("ppo", "separate"))
         ),
     ],
 )
