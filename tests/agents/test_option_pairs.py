@@ -76,7 +76,7 @@ OTHERS: dict[str, list[Any]] = {
     "kl_gradient": ["sequence", "k3"],
     "kl_in": ["loss"],
     "kl_max": [1e9],
-    "kl_min": [0.0, 0.0149],
+    "kl_min": [1e8],
     "label_smoothing": [0.1],
     "lam": [0.5],
     "learning_rate": [1e-3],
@@ -128,6 +128,8 @@ OTHERS: dict[str, list[Any]] = {
     "whiten_advantages": [True, False],
     "whiten_rewards": [True],
 }
+# What an option is set with, so that it shows.
+WITH: dict[str, dict[str, Any]] = {"kl_min": {"kl_max": 1e9}}
 OF_OTHER_CONFIGS: dict[str, list[Any]] = {
     "center_coefficient": [0.1],
     "kl_target": [6.0],
@@ -393,12 +395,14 @@ def idle_options(name: str, setting: dict[str, Any]) -> Iterator[str]:
         if option in NO_DIFFERENCE or option in setting:
             continue
         outcomes = []
+        beside = {**setting, **WITH.get(option, {})}
         for value in OTHERS[option]:
-            settings = {**setting, option: value}
+            settings = {**beside, option: value}
             try:
                 if getattr(config_class(**SIZES[name] | settings), option) == defaults_of(config_class)[option]:
                     continue
-                outcomes.append(same(learned(name, settings), expected))
+                other = expected if beside == setting else learned(name, beside)
+                outcomes.append(same(learned(name, settings), other))
             except (ConfigError, TypeError, ValueError):  # refused, or no argument of this optimiser
                 continue
         if outcomes and all(outcomes):
