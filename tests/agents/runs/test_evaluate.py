@@ -89,6 +89,7 @@ def test_what_is_missing_is_named(policy: ActorCritic, tmp_path: Path) -> None:
         evaluate(tmp_path, make_envs())
 
 
+@pytest.mark.slow
 def test_a_run_that_names_somebody_elses_code_needs_the_environment(tmp_path: Path) -> None:
     PPO(ActorCritic.from_pretrained(mock_lm()), make_envs(), PPOConfig(episodes_per_update=2, minibatch_size=2)).learn(
         2, folder=tmp_path

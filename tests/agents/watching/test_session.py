@@ -151,6 +151,7 @@ def test_metrics_that_a_callback_adds_are_kept_and_tracked_like_all_others(tmp_p
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")["columns"]["my/tensor"] == [1.5, 2.5]
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_no_number_is_named(tmp_path: Path) -> None:
     def add(agent: Any, metrics: dict[str, Any]) -> None:
         metrics["my/text"] = "good"
@@ -213,6 +214,7 @@ def test_agents_that_learn_from_data_and_from_a_buffer_leave_run_folders(tmp_pat
         assert (run.settings["agent"], run.state, len(run.history)) == (name, "finished", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* was saved with other inputs")
 def test_a_resumed_run_with_other_held_out_prompts_has_no_table_of_both(tmp_path: Path) -> None:
     make().learn(2, folder=tmp_path)
@@ -231,6 +233,7 @@ class Bad(Callback):
         metrics["policy/clipfrac_avg"] = 0.75
 
 
+@pytest.mark.slow
 def test_warnings_of_a_run_that_shows_nothing_are_pythons_and_stay_in_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +250,7 @@ def test_warnings_of_a_run_that_shows_nothing_are_pythons_and_stay_in_its_folder
     assert [json.loads(line)["update"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("controller", "settings", "budget"),
     [
