@@ -218,7 +218,7 @@ def base85(data: bytes) -> str:
     """Return data as digits, five for four bytes; `base64.b85encode` takes ten times as long.
 
     >>> base85(b"text")
-    'bY*jN'
+    'bY*yS'
     """
     padding = -len(data) % 4
     words = np.frombuffer(data + bytes(padding), dtype=">u4").astype(np.int64)
