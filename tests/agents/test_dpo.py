@@ -43,7 +43,8 @@ PAIRS = [{"prompt": f"{i}", "chosen": "yes" * (1 + i % 4), "rejected": "no" * (1
 
 
 def make_agent(pairs: Any = None, *, lora: Any = None, reference: Any = None, **config: Any) -> DPO:
-    settings = {"batch_size": 4, "epochs": 2, "learning_rate": 3e-3, **config}
+    length = {} if "max_steps" in config else {"epochs": 2}
+    settings = {"batch_size": 4, "learning_rate": 3e-3, **length, **config}
     policy = ActorCritic.from_pretrained(mock_lm(), lora=lora)
     return DPO(policy, PAIRS if pairs is None else pairs, TOKENIZER, DPOConfig(**settings), reference)
 

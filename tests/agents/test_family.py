@@ -501,7 +501,7 @@ def test_advantages_of_reinforce_plus_plus_are_those_of_rloo_whitened_over_the_r
 
 def test_nlpo_wide_open_is_ppo() -> None:
     vectors = []
-    for name, changes in (("ppo", {}), ("nlpo", {"top_p": 1.0})):
+    for name, changes in (("ppo", {}), ("nlpo", {"top_p": 1.0, "mask_update_interval": 20})):
         agent = make_agent(name, **changes).learn(96)
         vectors.append(torch.cat([p.flatten() for p in agent.policy.parameters()]).detach())
     assert_trained_alike(*vectors, agent.config.learning_rate)
@@ -536,7 +536,7 @@ def test_nlpo_says_what_k1_means() -> None:
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", CutPromptsWarning)  # one prompt is too long on purpose
         make_agent("nlpo", make_envs(kl_estimator="k3"))
-        make_agent("nlpo", top_p=1.0)
+        make_agent("nlpo", top_p=1.0, mask_update_interval=20)
 
 
 def test_nlpo_chooses_within_the_mask() -> None:

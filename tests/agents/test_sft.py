@@ -48,7 +48,8 @@ CHAT = (
 
 
 def make_agent(rows: Any = None, *, tokenizer: Any = TOKENIZER, lm: Any = None, lora: Any = None, **config: Any) -> SFT:
-    settings = {"batch_size": 4, "epochs": 2, "learning_rate": 1e-2, **config}
+    length = {} if "max_steps" in config else {"epochs": 2}
+    settings = {"batch_size": 4, "learning_rate": 1e-2, **length, **config}
     policy = ActorCritic.from_pretrained(mock_lm() if lm is None else lm, lora=lora)
     return SFT(policy, ROWS if rows is None else rows, tokenizer, SFTConfig(**settings))
 

@@ -19,11 +19,12 @@ from rich.console import Console
 from textgym.agents.runs.demo import samples_table
 from textgym.agents.runs.run_folder import figures_table
 from textgym.display import html_text, markdown_cell, printable, rich_text
-from textgym.envs.rendering import render
+from textgym.envs.text import TextEnv
 from textgym.errors import TextgymError
 from textgym.rewards.engine.calling import Log
 from textgym.rewards.engine.completions_to_score import Finished, RewardError
 from textgym.rewards.engine.scoring import Scorer
+from textgym.testing import byte_tokenizer
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\r[red]x[/red] | `a` <img src=x onerror=alert(1)> ![y](http://z) \ud800"
 
@@ -48,9 +49,20 @@ def test_what_commands_nothing_stays() -> None:
     assert printable(text) == text
 
 
+def no_reward(completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize("mode", ["ansi", "html", "human"])
 def test_renders_command_nothing(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = render(mode, {"prompt": EVIL, "completion": EVIL}, 1.0) or capsys.readouterr().out
+    evil = EVIL.removesuffix("\ud800")  # no token has a lone surrogate
+    tokens = byte_tokenizer().encode(evil)
+    env = TextEnv([evil], byte_tokenizer(), [no_reward], max_new_tokens=len(tokens) + 1, render_mode=mode)
+    env.reset(seed=0)
+    for token in tokens:
+        env.step(token)
+
+    text = env.render() or capsys.readouterr().out
     text = text.replace("\x1b[1m", "").replace("\x1b[0m", "")  # its own
     assert not set("\x1b\x07\r\u202e\ud800") & set(text)
     assert "[red]x[/red]" in text

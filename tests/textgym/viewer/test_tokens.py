@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textgym.envs.rendering import render
 from textgym.errors import ConfigError
 from textgym.viewer import token_html
 from textgym.viewer.tokens import colours_of
@@ -96,8 +95,3 @@ def test_columns_of_another_length_and_unknown_colours_are_refused() -> None:
         token_html(["a", "b"], mask=[True] * 3)
     with pytest.raises(ConfigError, match=r"color='value' is none of the numbers \['kl'\]"):
         token_html(["a"], {"kl": [1.0]}, color="value")
-
-
-def test_environments_render_html_by_it() -> None:
-    page = render("html", {"prompt": "Say", "completion": " <b>"}, 0.5)
-    assert page == token_html([" <b>"], prompt="Say", note="score +0.500")
