@@ -145,5 +145,5 @@ def test_loading_needs_the_memory_of_one_model(tmp_path: Path) -> None:
     largest = max(weight.nbytes for weight in loaded.parameters())
     needed = memory.peak - before
     assert size > 50e6
-    assert 0.9 * size < needed < size + largest + 8e6, f"{needed:,} bytes for weights of {size:,}"
+    assert needed < size + largest + 8e6, f"{needed:,} bytes for weights of {size:,}"
     assert torch.equal(loaded.get_input_embeddings().weight, lm.get_input_embeddings().weight)
