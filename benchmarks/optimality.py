@@ -88,8 +88,8 @@ METHODS = {
         GRPO, {**GROUPS, "surrogate": "cispo", "loss_type": "dr_grpo", "scale": "none", "entropy_coef": 0.2}
     ),
     "rloo": Method(RLOO, {**GROUPS, "group_size": 16}),
-    "reinforce": Method(REINFORCE, {"baseline": "learned", "entropy_coef": 0.1}, rows=64),
-    "a2c": Method(A2C, {"entropy_coef": 0.1}, rows=64),
+    "reinforce": Method(REINFORCE, {"baseline": "learned", "entropy_coef": 0.3}, rows=64),
+    "a2c": Method(A2C, {"entropy_coef": 0.3}, rows=64),
     "soft-q": Method(DQN, {**OFF_POLICY, "n_steps": 3, "max_grad_norm": 1000.0}, rows=64, learning_rate=0.2),
     "expert-iteration": Method(ExpertIteration, BEST_OF_GROUPS, rows=256),
     "online-dpo": Method(

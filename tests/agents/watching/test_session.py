@@ -64,6 +64,7 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
+@pytest.mark.slow
 def test_the_judge_of_a_task_scores_the_recorded_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(prompts: list[str], completions: list[str]) -> list[float]:
         return [0.25] * len(prompts)

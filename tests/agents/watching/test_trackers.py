@@ -83,6 +83,7 @@ def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch) 
     assert tracker.finished
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_closing_table_are_sent_once_per_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
