@@ -42,34 +42,40 @@ def gymnasium_sections(app: object, what: str, name: str, obj: object, options: 
 
 
 def line_of(path: str, name: str) -> int:
-    """Return the line of a function, class or method, such as "PPO.loss", in a file of the repository."""
+    """Return the line of a function, class or method, such as "PPO.loss", in a file of the repository.
+
+    Raises:
+        ValueError: If the file has none of this name, or more than one.
+    """
     node: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     for part in name.split("."):
         found = [
             inner
             for inner in ast.walk(node)
-            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and inner.name == part
+            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and inner is not node and inner.name == part
         ]
-        if not found:
-            raise ValueError(f"{path} has no {name}")
+        if len(found) != 1:
+            raise ValueError(f"{path} has {len(found) or 'no'} {name}")
         node = found[0]
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
     return node.lineno
 
 
-def link_places(app: object, page: str, source: list[str]) -> None:
-    """Links the places in the tables of methods, such as `agents/ppo.py:PPO.loss`, to their lines as they are now."""
+def show_lines(app: object, page: str, source: list[str]) -> None:
+    """Names the lines of the places in the tables of methods, such as `agents/ppo.py:PPO.loss`, as they are now.
 
-    def linked(place: re.Match[str]) -> str:
+    The link is to the file alone: the site has the file as a download, which has no lines.
+    """
+
+    def shown(place: re.Match[str]) -> str:
         path, name = place.groups()
-        number = line_of(path, name)
-        return f"`{name}` in [{path}:{number}](../{path}#L{number})"
+        return f"`{name}` in [{path}](../{path}), line {line_of(path, name)}"
 
     if page == "methods":
-        source[0] = re.sub(r"`(\w[\w/]*\.py):([A-Za-z_][\w.]*)`(?= \|)", linked, source[0])
+        source[0] = re.sub(r"`(\w[\w/]*\.py):([A-Za-z_][\w.]*)`(?= \|)", shown, source[0])
 
 
 def setup(app: Any) -> None:
     """Sphinx calls this with the application."""
     app.connect("autodoc-process-docstring", gymnasium_sections, priority=0)
-    app.connect("source-read", link_places)
+    app.connect("source-read", show_lines)

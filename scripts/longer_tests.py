@@ -9,6 +9,8 @@ Runs the tests in one process, in about ten minutes, and writes two files:
   take a second together. They are slow tests, so `make test` has some cases of everything, and `make test-slow` the
   rest. Examples, docstrings and documentation (in `tests`) always run.
 
+A failed test has its time too; a run that is interrupted leaves both files as they are.
+
 It counts CPU seconds of a test and of the processes that it starts: they depend less than the clock on what else runs.
 A new test that is in neither file runs always.
 """
@@ -63,10 +65,13 @@ def more_cases(seconds: dict[str, float]) -> list[str]:
 
 def main() -> int:
     clock = Clock()
-    failed = pytest.main(["-q", "-n", "0", "--all-cases"], plugins=[clock])
+    code = pytest.main(["-q", "-n", "0", "--all-cases"], plugins=[clock])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return code  # it was interrupted: the times of the other tests are not known
+
     for name, lines in {"longer_tests": longer_tests, "more_cases": more_cases}.items():
         (TESTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines(clock.seconds)))
-    return failed
+    return code
 
 
 if __name__ == "__main__":

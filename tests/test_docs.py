@@ -87,16 +87,21 @@ def test_each_method_names_a_place_and_tests_that_exist() -> None:
         assert named <= tests, named - tests
 
 
-def test_the_site_links_each_method_to_its_line() -> None:
+def test_the_site_shows_the_line_of_each_method() -> None:
     source = [PAGES["docs/methods.md"]]
-    site.link_places(None, "methods", source)
-    links = re.findall(r"`([\w.]+)` in \[(\S+):(\d+)\]\(\.\./\2#L\3\)", source[0])
-    assert len(links) == len(rows_of_methods())
-    for name, path, number in links:
+    site.show_lines(None, "methods", source)
+    shown = re.findall(r"`([\w.]+)` in \[(\S+)\]\(\.\./\2\), line (\d+) \|", source[0])
+    assert len(shown) == len(rows_of_methods())
+    for name, path, number in shown:
         line = (ROOT / path).read_text("utf-8").splitlines()[int(number) - 1]
         assert re.match(rf" *(def|class) {name.split('.')[-1]}\b", line), (path, number, line)
+
+
+def test_a_place_that_is_missing_or_ambiguous_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"agents/ppo.py has no PPO.lost"):
         site.line_of("agents/ppo.py", "PPO.lost")
+    with pytest.raises(ValueError, match=r"agents/common/q_functions.py has 2 of_actions"):
+        site.line_of("agents/common/q_functions.py", "of_actions")
 
 
 def test_each_pitfall_names_tests_that_exist() -> None:
