@@ -303,7 +303,7 @@ PAIRS = (
 )
 
 
-def _defaults(config_class: Any) -> dict[str, Any]:
+def defaults_of(config_class: Any) -> dict[str, Any]:
     """Return the default of every field that has one."""
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -318,7 +318,7 @@ def refuse_pairs(config: Any) -> None:
     Raises:
         ExcludedOptionError: It names both options, and says what to do.
     """
-    defaults = _defaults(type(config))
+    defaults = defaults_of(type(config))
     for pair in PAIRS:
         if pair.option not in defaults or pair.other not in defaults:
             continue

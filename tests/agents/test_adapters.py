@@ -185,7 +185,7 @@ def test_targets_start_as_the_policy_and_are_loaded_as_they_were(kind: Any, conf
     start, scored = weights_of(policy), log_probs(policy)
     targets = [target.lm for target, _ in agent.follow()]
     agent.learn(4)
-    assert (log_probs(policy) - scored).abs().max() > 0
+    assert (log_probs(policy) - scored).abs().max() > ROUNDING
     for target in targets:
         assert_same_model(TokenModel(target), start, scored)
     agent.save(tmp_path)
@@ -226,7 +226,7 @@ def test_a_reference_that_is_the_policy_itself_stays_what_it_was() -> None:
         start, scored = weights_of(policy), log_probs(policy)
         agent = PPO(policy, make_envs(reference=given), PPOConfig(episodes_per_update=4, learning_rate=0.05)).learn(4)
         assert_same_model(agent.penalty.reference, start, scored)
-        assert (log_probs(policy) - scored).abs().max() > 0
+        assert (log_probs(policy) - scored).abs().max() > ROUNDING
 
 
 def test_a_reference_that_follows_the_policy_takes_the_whole_of_it(tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def test_replayed_games_have_the_steps_of_the_agent_alone(name: str) -> None:
         loss, errors, _ = agent.loss(batch)
     assert loss.isfinite()
     assert (errors[~mask] == 0).all()
+    assert calls, "the loss has n-step returns"
     for rewards, values, given, gamma, n, *best in calls:
         assert torch.equal(given, mask)
         found = original(rewards, values, given, gamma, n, *best)

@@ -227,12 +227,12 @@ def test_n_steps_are_the_agents_own_across_the_turns_of_a_game() -> None:
     rewards = np.array([0.0, 1.0, 2.0, 4.0, 8.0], dtype=np.float32)
     buffer.episodes[0].rewards[:] = rewards
     batch = buffer.sample(5)
-    order = batch.actions.flatten().numpy().tolist()
+    actions = batch.actions.flatten().numpy().tolist()
     found = sorted(
         zip(map(len, contexts(batch.observations)), batch.rewards.flatten().tolist(), strict=True)
     )  # by the length of the state
     assert [value for _, value in found] == [1.0, 3.0, 6.0, 8.0, 8.0]
-    assert sorted(order) == [97, 98, 256, 256, 256]
+    assert sorted(actions) == [97, 98, 256, 256, 256]
     ends = sorted(map(len, contexts(batch.next_observations)))
     assert ends == [6, 9, 10, 10, 10]
 
