@@ -16,7 +16,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from textgym.agents.machine.saved_files import refuse_foreign_code
 from textgym.algorithms import CONFIGS, DEFAULT, agent_named
 from textgym.data.manifests import RUN, read_run
 from textgym.errors import RunFolderError, UntrustedNameError
+from textgym.settings import without_idle
 
 CONFIG, TRUST = "config.json", "--trust-names"
 SHARED = ("env", "env_kwargs", "temperature", "device")
@@ -60,7 +61,7 @@ def expand(words: list[str]) -> list[str]:
         folder, words = _run_among(words)
         if folder is None:
             raise RunFolderError("textgym resume needs the folder of a run: textgym resume runs/x")
-        settings = read_settings(folder / CONFIG, trusted)
+        settings = _for_training(folder / CONFIG, trusted)
         if settings.get("model") == "":
             raise RunFolderError(
                 f"{folder} began in Python from a model without a name, which no command can load: resume it there, "
@@ -83,7 +84,7 @@ def expand(words: list[str]) -> list[str]:
     if command == "train":
         file, words = _file_among(words)
         if file is not None:
-            words = [*flags_of(_for_agent(agent_named(words), read_settings(file, trusted), file)), *words]
+            words = [*flags_of(_for_agent(agent_named(words), _for_training(file, trusted), file)), *words]
     return [command, *words] if command else []
 
 
@@ -94,7 +95,7 @@ def read_settings(file: Path, trusted: bool) -> dict[str, Any]:
         file: `config.json` of a run, or a file that its user wrote.
         trusted: whether functions and environments that it names may be imported.
     """
-    of_run = (file.parent / RUN).exists()
+    of_run = _is_run(file.parent)
     if of_run:
         read_run(file.parent)
     settings = _loaded(file)
@@ -102,6 +103,11 @@ def read_settings(file: Path, trusted: bool) -> dict[str, Any]:
     if not isinstance(own, dict) or not all(isinstance(name, str) for name in own):
         raise RunFolderError(f"{file}: `config` must hold the agent's settings by name, got {own!r}")
     settings |= own
+    for name in settings:
+        if not name.isidentifier():  # it would become another flag than the checks below look at
+            raise RunFolderError(
+                f"{file}: {name!r} is no name of a setting: write it with underscores, as in env_kwargs"
+            )
     for name in COMMAND_LINE_ALONE:
         if settings.get(name) and not of_run:
             flag = f"--{name.replace('_', '-')}"
@@ -128,24 +134,28 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
 
     >>> flags_of({"seed": 3, "bf16": True, "kl_bounds": [2.0, 6.0], "data": None})
     ['--seed', '3', '--bf16', '--kl-bounds', '2.0', '6.0', '--data', 'None']
+
+    Raises:
+        RunFolderError: If a value would become a flag.
     """
-    return [word for name, value in settings.items() for word in _flag(f"--{name.replace('_', '-')}", value)]
+    return [word for name, value in settings.items() for word in _flag(name.replace("_", "-"), value)]
 
 
-def _flag(flag: str, value: Any) -> Iterator[str]:
+def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        yield flag if value else flag.replace("--", "--no-", 1)
-    elif isinstance(value, list | tuple):
-        yield from (flag, *map(str, value))
-    elif isinstance(value, dict):
-        yield from (flag, *(str(word) for pair in value.items() for word in pair))
-    else:
-        yield from (flag, str(value))
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, dict):
+        value = [part for pair in value.items() for part in pair]
+    words = list(map(str, value if isinstance(value, list | tuple) else [value]))
+    for word in words:
+        if word.startswith("--"):
+            raise RunFolderError(f"{word!r} is a flag, but a file has it as a value of --{name}: take it out there")
+    return [f"--{name}", *words]
 
 
 def _run_among(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the folder of a run, which stands first or is the only run among the options, and the other words."""
-    first = words[:1] and not words[0].startswith("-")
+    first = words and not words[0].startswith("-")
     places = [0] if first else [place for place, word in enumerate(words) if _is_run(word)]
     if not places:
         return None, words
@@ -157,9 +167,9 @@ def _run_among(words: list[str]) -> tuple[Path | None, list[str]]:
     return folder, [word for place, word in enumerate(words) if place not in places]
 
 
-def _is_run(word: str) -> bool:
+def _is_run(folder: str | Path) -> bool:
     try:
-        return (Path(word) / RUN).exists()
+        return (Path(folder) / RUN).exists()
     except OSError:  # too long for the name of a file
         return False
 
@@ -212,20 +222,33 @@ def _as_json(arguments: Any, file: Path) -> str:
     return text
 
 
+def _for_training(file: Path, trusted: bool) -> dict[str, Any]:
+    """Return the settings of `read_settings`; of a run without options that had no effect, as earlier versions had."""
+    settings = read_settings(file, trusted)
+    config = CONFIGS.get(str(settings.get("agent") or DEFAULT))
+    if config is None or not _is_run(file.parent):
+        return settings
+    names = {field.name for field in dataclasses.fields(config)}
+    own = {name: value for name, value in settings.items() if name in names}
+    kept = without_idle(config, own, str(file))
+    return {name: value for name, value in settings.items() if name not in own or name in kept}
+
+
 def _for_agent(agent: str | None, settings: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return the settings of a file for another agent than its own.
 
-    Hyperparameters that the file's agent has by default were not chosen, so the other agent has its own ones.
+    A run's file has every hyperparameter. Those that its agent has by default were not chosen, so the other agent has
+    its own ones.
     """
     own = settings.get("agent") or DEFAULT
     if agent in (None, own) or agent not in CONFIGS or own not in CONFIGS:
         return settings
     config = CONFIGS[agent]()
-    defaults = json.loads(json.dumps(dataclasses.asdict(CONFIGS[own]()), default=str))
-    unknown = defaults.keys() - {field.name for field in dataclasses.fields(config)}  # to the other agent
+    hyperparameters = json.loads(json.dumps(dataclasses.asdict(CONFIGS[own]()), default=str))
+    unknown = hyperparameters.keys() - {field.name for field in dataclasses.fields(config)}  # to the other agent
     if suitable_critic(config)[0] == "shared":  # it learns no values
         unknown = unknown | {"critic", "critic_learning_rate"}
-    defaults["critic"] = "auto"
+    defaults = {"critic": "auto", **(hyperparameters if _is_run(file.parent) else {})}
     chosen = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
     if lost := [name for name in chosen if name in unknown]:
         warnings.warn(f"{file} is of {own}, and {agent} goes without its {', '.join(lost)}", stacklevel=2)
@@ -236,7 +259,7 @@ def _refuse_names(settings: Mapping[str, Any], file: Path) -> None:
     """Raise an error for what the settings would import, unless it is textgym's own."""
     remedy = f"if you trust it, add {TRUST}"
     env = settings.get("env")
-    if isinstance(env, str) and env not in gym.registry:
+    if "env" in settings and not (isinstance(env, str) and env in gym.registry):
         raise UntrustedNameError(f"{file} names the environment {env!r}, which textgym does not register: {remedy}")
     for name, value in {**json.loads(settings.get("env_kwargs", "{}")), "data": settings.get("data")}.items():
         refuse_foreign_code(name, value, file, remedy)

@@ -21,8 +21,9 @@ import functools
 import inspect
 import math
 import os
+import warnings
 from collections import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
@@ -32,7 +33,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 import numpy as np
 
-from textgym.errors import ConfigError
+from textgym.errors import ConfigError, ExcludedOptionError
 from textgym.option_pairs import refuse_pairs
 
 P = ParamSpec("P")
@@ -159,6 +160,39 @@ def from_plain(config_class: type[Config], values: Any, where: str) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return config
+
+
+def idle_options(config_class: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options in a file that have no effect beside the others, and why; earlier versions accepted them.
+
+    Args:
+        config_class: The dataclass.
+        values: What the file has, by name.
+    """
+    idle: dict[str, str] = {}
+    while True:
+        try:
+            from_plain(config_class, {name: values[name] for name in values if name not in idle}, "")
+        except ConfigError as error:
+            refused = error.__cause__
+            if isinstance(refused, ExcludedOptionError) and refused.idle:
+                idle[refused.option] = str(refused)
+                continue
+        return idle
+
+
+def without_idle(config_class: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what a file has without options that have no effect, with a warning for each of them.
+
+    Args:
+        config_class: The dataclass.
+        values: What the file has, by name.
+        where: The file, for warnings.
+    """
+    idle = idle_options(config_class, values)
+    for reason in idle.values():
+        warnings.warn(f"{where}: {reason}. It had no effect, and is left out", stacklevel=3)
+    return {name: value for name, value in values.items() if name not in idle}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import gymnasium as gym
 
-from textgym.errors import ConfigError, DamagedFolderError, ExcludedOptionError, UntrustedNameError
-from textgym.settings import Count, Positive, WholeNumber, from_plain
+from textgym.errors import DamagedFolderError, UntrustedNameError
+from textgym.settings import Count, Positive, WholeNumber, from_plain, without_idle
 
 Config = TypeVar("Config")
 OWN_MODULES = ("textgym.rewards.functions", "textgym.data.prompts")
@@ -97,14 +96,8 @@ def read_config(config_class: type[Config], saved: Any, where: str) -> Config:
     Raises:
         ConfigError: If a field is unknown or has a wrong value, or two options exclude each other.
     """
-    try:
-        return from_plain(config_class, saved, where)
-    except ConfigError as error:
-        refused = error.__cause__
-        if not (isinstance(refused, ExcludedOptionError) and refused.idle):
-            raise
-    warnings.warn(f"{where}: {refused}. It had no effect, and is left out", stacklevel=2)
-    return read_config(config_class, {name: saved[name] for name in saved if name != refused.option}, where)
+    values = without_idle(config_class, saved, where) if isinstance(saved, dict) else saved
+    return from_plain(config_class, values, where)
 
 
 def saved_environment(envs: Any) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from textgym.data.files import atomic_file, remove_leftovers
 from textgym.display import markdown_cell, rich_text
 from textgym.errors import DamagedFolderError
+from textgym.settings import idle_options
 
 from ..common.rollout_agent import Metrics
 from .claims import EVENTS, RunClaim
@@ -164,8 +165,9 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
             "there, or continue from a checkpoint in Python"
         ) from error
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    idle = idle_options(type(config.config), was.get("config", {}))  # a run that goes on leaves them out
     was, now = ({**settings.pop("config", {}), **settings} for settings in (was, now))
-    names = [name for name in {**was, **now} if name not in free and was.get(name) != now.get(name)]
+    names = [name for name in {**was, **now} if name not in (*free, *idle) and was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]
 
 

@@ -15,6 +15,7 @@ import pytest
 from textgym import cli
 from textgym.agents import DPOConfig, GRPOConfig, NLPOConfig, PPOConfig, RLOOConfig, SFTConfig
 from textgym.agents.runs.claims import RunClaim
+from textgym.agents.runs.run_folder import changed_settings
 from textgym.algorithms import CONFIGS
 from textgym.commands.hints import further_commands, resume_hint
 from textgym.errors import RunFolderError, UntrustedNameError
@@ -96,6 +97,56 @@ def test_names_in_a_file_are_imported_only_if_trusted(tmp_path: Path, settings: 
         assert "planted" in " ".join(expand([*words, "--trust-names"]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trust-remote-code": True}, "'trust-remote-code' is no name of a setting: write it with underscores"),
+        ({"config": {"env-kwargs": '{"reward": "planted:score"}'}}, "'env-kwargs' is no name of a setting"),
+        ({"env=planted:Own-v0": 1}, "'env=planted:Own-v0' is no name of a setting"),
+        ({"kl_bounds": [2, 6, "--env", "planted:Own-v0"]}, "'--env' is a flag, but a file has it as a value of --kl-b"),
+        ({"optimizer_options": {"--env": "planted:Own-v0"}}, "'--env' is a flag, but"),
+        ({"config": {"optimizer_options": {"eps": "--overwrite"}}}, "'--overwrite' is a flag, but"),
+        ({"no_quiet": "--env=planted:Own-v0"}, "'--env=planted:Own-v0' is a flag, but"),
+    ],
+)
+def test_a_file_cannot_hide_a_flag_in_a_name_or_a_value(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", {"kl_coef": -1, **settings})
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(json.dumps(settings))
+    for words in (["resume", str(folder)], ["train", "--config", str(mine)]):
+        with pytest.raises(RunFolderError, match=message):
+            expand(words)
+
+
+def test_an_environment_in_a_list_is_not_trusted_either(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", {"env": ["planted:Own-v0"]})
+    for command in ("resume", "evaluate"):
+        with pytest.raises(UntrustedNameError, match="names the environment"):
+            expand([command, str(folder), "--reference", "tiny"])
+
+
+def test_options_that_had_no_effect_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    """Earlier versions accepted them; a file of the user's own is refused, and says which option it is."""
+    settings = dataclasses.asdict(CONFIGS["a2c"](estimator="td")) | {"lam": 0.9}
+    plain = dataclasses.asdict(Train(tmp_path / "run", agent="a2c")) | {"config": settings}
+    folder = run_of(tmp_path / "run", plain)
+    file = str(folder / "config.json")
+    for words in (["resume", str(folder)], ["train", "--config", file, "--output-dir", "other"]):
+        with pytest.warns(UserWarning, match="lam=0.9 cannot be used with estimator='td'.* is left out"):
+            command = cli.parse(words)
+        assert command.config == CONFIGS["a2c"](estimator="td")
+    assert changed_settings(folder, command, ["output_dir", "critic"]) == []
+    changed = dataclasses.replace(command, config=dataclasses.replace(command.config, estimator="gae", lam=0.5))
+    assert "estimator was 'td' and is 'gae'" in changed_settings(folder, changed, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # other commands need no hyperparameters
+        cli.parse(["evaluate", str(folder)])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("agent: a2c\nestimator: td\nlam: 0.9\noutput_dir: x\n")
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(["train", "--config", str(mine)])
+
+
 def test_settings_of_one_call_stay_with_it(tmp_path: Path) -> None:
     """Trackers are of the run, and go on with it."""
     call = {"trust_remote_code": True, "overwrite": True, "quiet": True, "profile": True, "resume": True}
@@ -158,6 +209,21 @@ def test_the_agent_of_the_command_line_beats_that_of_the_file(tmp_path: Path) ->
         warnings.simplefilter("error")
         nlpo = cli.parse([*words, "nlpo"])
     assert (nlpo.critic, nlpo.config) == ("separate", NLPOConfig(**dataclasses.asdict(settings)))
+
+
+def test_another_agent_has_all_that_a_users_own_file_says(tmp_path: Path) -> None:
+    """There a value that is the default of the file's agent was chosen, since somebody wrote it down."""
+    file = tmp_path / "mine.yaml"
+    chosen = PPOConfig()
+    file.write_text(
+        f"agent: ppo\nnum_epochs: {chosen.num_epochs}\nlearning_rate: {chosen.learning_rate}\n"
+        f"lam: {chosen.lam}\ncritic: auto\noutput_dir: out\n"
+    )
+    with pytest.warns(UserWarning, match="is of ppo, and grpo goes without its lam$"):
+        command = cli.parse(["train", "--config", str(file), "--agent", "grpo"])
+    assert (command.agent, command.critic) == ("grpo", "auto")
+    assert command.config.num_epochs == chosen.num_epochs != GRPOConfig().num_epochs
+    assert command.config.learning_rate == chosen.learning_rate
 
 
 @pytest.mark.slow

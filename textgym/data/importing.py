@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 
@@ -15,11 +16,11 @@ def import_attribute(name: str) -> Any:
     Raises:
         ValueError: If the name has another form, or the module or the attribute does not exist.
     """
-    module_name, _, path = name.partition(":")
-    if not module_name or not path:
+    if not re.fullmatch(r"[\w.\-]+:[\w.]+", name):
         raise ValueError(
             f"{name!r} does not name an object: write 'module:attribute', such as 'my_package.rewards:brevity'"
         )
+    module_name, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -179,6 +179,15 @@ def test_import_attribute_wants_both_parts(name: str) -> None:
         import_attribute(name)
 
 
+@pytest.mark.parametrize("attribute", ["ROWS now", "ROWS\n", "ROWS,", "a:b", " ROWS"])
+def test_what_is_no_name_imports_no_module(attribute: str, module: str) -> None:
+    """Checks of names in files look for `module:attribute`, so nothing else may load a module."""
+    sys.modules.pop(module, None)
+    with pytest.raises(ValueError, match="write 'module:attribute'"):
+        import_attribute(f"{module}:{attribute}")
+    assert module not in sys.modules
+
+
 @pytest.mark.usefixtures("module")
 def test_import_attribute_tells_a_missing_module_from_a_broken_one() -> None:
     with pytest.raises(ValueError, match=r"there is no module 'json\.nothing'"):
