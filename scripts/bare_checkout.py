@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -119,10 +120,13 @@ def install_missing(wheels: str, root: Path) -> list[str]:
     if wheels and not Path(wheels).is_dir():
         lines.append(f"no folder of wheels at {wheels}")
     elif wheels:
-        found = [wheel_of(names[name], Path(wheels)) for name in missing(names)]
-        lines += install([wheel for wheel in found if wheel is not None], target)
-        for wheel in sorted(Path(wheels).glob("trl-*.whl")):
-            lines += install([wheel], root / "build" / "gpu" / trl_folder(wheel.name))
+        folder = Path(wheels)
+        found = [names[name] for name in missing(names) if has_wheel(names[name], folder)]
+        lines += install(found, folder, target)
+        for requirement in sorted({trl_version(wheel.name) for wheel in folder.glob("trl-*.whl")}):
+            trl = root / "build" / "gpu" / requirement.replace("==", "-")
+            if not trl.is_dir():
+                lines += install([requirement], folder, trl)
         importlib.invalidate_caches()
 
     for group, what in ((REQUIRED, "parts that need it are skipped"), (OPTIONAL, "optional")):
@@ -130,32 +134,42 @@ def install_missing(wheels: str, root: Path) -> list[str]:
     return lines
 
 
-def trl_folder(name: str) -> str:
-    """Return the name of the folder of a version of TRL, from the name of its wheel.
+def trl_version(name: str) -> str:
+    """Return what pip calls a version of TRL, from the name of its wheel.
 
-    >>> trl_folder("trl-1.12.0-py3-none-any.whl")
-    'trl-1.12.0'
+    >>> trl_version("trl-1.12.0-py3-none-any.whl")
+    'trl==1.12.0'
     """
-    return "-".join(name.split("-")[:2])
+    return "==".join(name.split("-")[:2])
 
 
-def wheel_of(package: str, wheels: Path) -> Path | None:
-    """Return the wheel of a package."""
-    stem = package.replace("-", "_")
-    names = {path.name.lower().replace("-", "_"): path for path in sorted(wheels.glob("*.whl"))}
-    return next((path for name, path in names.items() if name.startswith(f"{stem}_")), None)
+def has_wheel(package: str, wheels: Path) -> bool:
+    """Return whether a folder has a wheel of a package, for this Python or another one."""
+    return any(plain(path.name.split("-")[0]) == plain(package) for path in wheels.glob("*.whl"))
 
 
-def install(wheels: list[Path], target: Path) -> list[str]:
-    """Install wheels in a folder, all at once; one by one, if one of them cannot be installed. Return what to say."""
-    if not wheels:
+def plain(package: str) -> str:
+    """Return the name of a package as pip compares it.
+
+    >>> plain("Farama_Notifications")
+    'farama-notifications'
+    """
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def install(packages: list[str], wheels: Path, target: Path) -> list[str]:
+    """Install packages in a folder, all at once; one by one, if one cannot be installed. Return what to say.
+
+    pip gets their names, so that it takes the wheels for this Python and machine.
+    """
+    if not packages:
         return []
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--upgrade", "--target", str(target)]
-    done = subprocess.run([*command, *map(str, wheels)], capture_output=True, text=True)
-    if done.returncode and len(wheels) > 1:
-        return [line for wheel in wheels for line in install([wheel], target)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--find-links", str(wheels)]
+    command += ["--no-deps", "--no-compile", "--upgrade", "--target", str(target)]
+    done = subprocess.run([*command, *packages], capture_output=True, text=True)
+    if done.returncode and len(packages) > 1:
+        return [line for package in packages for line in install([package], wheels, target)]
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        return [f"{wheels[0].name} cannot be installed: {why}"]
-    return [f"{wheel.name}: installed" for wheel in wheels]
+        return [f"{packages[0]} cannot be installed: {why}"]
+    return [f"{package}: installed" for package in packages]

@@ -60,18 +60,21 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it has ended; `exit_code` says so
             print(json.dumps({"script": str(script), "device": device}), file=self.process.stdin, flush=True)
         until = time.monotonic() + seconds
-        while True:
-            left = until - time.monotonic()
+        while (left := until - time.monotonic()) > 0:
+            dead = self.process.poll() is not None  # a child that lives on keeps the pipe open
             try:
-                line = self.lines.get(timeout=max(left, 0) if left < threading.TIMEOUT_MAX else None)
-            except queue.Empty as error:
-                raise TimeoutError from error
+                line = self.lines.get(timeout=min(left, 1.0))
+            except queue.Empty:
+                if dead:
+                    return
+                continue
             if not line:
                 return
             if line.strip():
                 yield line
             if line.startswith('{"ended"'):
                 return
+        raise TimeoutError
 
     def exit_code(self) -> int:
         """Wait until the process has ended, and return its exit code, which is never 0: it ends when it is told to."""
@@ -85,7 +88,7 @@ class Worker:
 
 
 class Workers:
-    """Context manager: the worker that parts share, and workers of parts that run alone.
+    """Context manager: the worker that parts share, which ends with it; a part that runs alone has one of its own.
 
     Args:
         device: Name of the device.
@@ -95,7 +98,6 @@ class Workers:
     def __init__(self, device: str, root: Path) -> None:
         self.device, self.root = device, root
         self.shared: Worker | None = None
-        self.alive: list[Worker] = []
 
     def take(self, part: Any) -> Worker:
         """Return a worker for a part."""
@@ -103,7 +105,6 @@ class Workers:
             return self.shared
         gpus = {} if part.all_gpus and self.device == "cuda" else visible_gpu(self.device)
         worker = Worker(self.root, {**environment(self.root), **gpus})
-        self.alive.append(worker)
         if not part.alone:
             self.shared = worker
         return worker
@@ -111,7 +112,6 @@ class Workers:
     def stop(self, worker: Worker) -> None:
         """End a worker; the next part starts another one."""
         worker.stop()
-        self.alive.remove(worker)
         if worker is self.shared:
             self.shared = None
 
@@ -119,8 +119,8 @@ class Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in list(self.alive):
-            self.stop(worker)
+        if self.shared is not None:
+            self.stop(self.shared)
 
 
 def visible_gpu(device: str) -> dict[str, str]:

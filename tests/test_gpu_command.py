@@ -25,6 +25,7 @@ SCRIPTS = {
     "good": TELL,
     "hangs": f"{TELL}; import subprocess, time; subprocess.Popen(['sleep', '300']); time.sleep(300)",
     "fails": f"{TELL}; raise ValueError('no luck')",
+    "dies": f"{TELL}; import os, subprocess; subprocess.Popen(['sleep', '300']); os._exit(3)",
     "skips": "print('noise'); print('{\"skipped\": \"the library is missing\"}')",
     "lacking": TELL,
     "process": "import json, os; print(json.dumps({'note': str(os.getpid())}))",
@@ -78,6 +79,16 @@ def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(
     assert "| Good | speed | 3 | at least 2 | met |" in page
     assert "`make gpu PART=good`" in page
     assert "- Hangs: stopped: over its time of 4 s" in page
+
+
+def test_a_part_that_dies_while_a_child_lives_has_failed_at_once(stubs: Any, tmp_path: Path) -> None:
+    results: dict[str, Any] = {"parts": {}}
+    stubs.run_parts(["dies", "good"], stubs.Run("cuda", "abc", tmp_path / "page.md"), 1000.0, results)
+    assert results["parts"]["dies"]["state"] == "failed"
+    assert results["parts"]["dies"]["why"] == "exit code 3"
+    assert results["parts"]["dies"]["figures"] == [FIGURE]
+    assert results["parts"]["dies"]["seconds"] < 60
+    assert results["parts"]["good"]["state"] == "done"
 
 
 def test_one_part_again_is_merged_and_what_has_no_time_is_left_out(stubs: Any, tmp_path: Path) -> None:
@@ -178,39 +189,65 @@ def test_a_device_that_is_not_there_is_one_line_and_leaves_no_page(tmp_path: Pat
     assert not (tmp_path / "page.md").exists()
 
 
-def test_missing_wheels_are_named(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheels = importlib.import_module("bare_checkout")
-    monkeypatch.setattr(wheels, "REQUIRED", {"a_library_of_nobody": "a-library-of-nobody"})
-    monkeypatch.setattr(wheels, "OPTIONAL", {"another_of_nobody": "another-of-nobody"})
+def write_wheel(folder: Path, package: str, version: str, tag: str = "py3-none-any", files: Any = ()) -> None:
+    """Write a wheel of a pure Python package with empty files."""
+    name = package.replace("-", "_")
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as wheel:
+        info = f"{name}-{version}.dist-info"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        for file in files:
+            wheel.writestr(file, "")
+
+
+@pytest.fixture
+def bare(command: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that installs wheels, with no package that it asks for."""
+    module = importlib.import_module("bare_checkout")
+    monkeypatch.setattr(module, "REQUIRED", {})
+    monkeypatch.setattr(module, "OPTIONAL", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
+    return module
+
+
+def test_missing_wheels_are_named(bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bare, "REQUIRED", {"a_library_of_nobody": "a-library-of-nobody"})
+    monkeypatch.setattr(bare, "OPTIONAL", {"another_of_nobody": "another-of-nobody"})
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "another_of_nobody-1.0-py3-none-any.whl").write_bytes(b"no zip file")
-    lines = wheels.install_missing(str(tmp_path / "wheels"), tmp_path)
-    assert lines[0].startswith("another_of_nobody-1.0-py3-none-any.whl cannot be installed")
+    lines = bare.install_missing(str(tmp_path / "wheels"), tmp_path)
+    assert lines[0].startswith("another-of-nobody cannot be installed")
     assert lines[1:] == [
         "missing: a-library-of-nobody (parts that need it are skipped)",
         "missing: another-of-nobody (optional)",
     ]
-    assert wheels.install_missing(str(tmp_path / "none"), tmp_path)[0] == f"no folder of wheels at {tmp_path / 'none'}"
+    assert bare.install_missing(str(tmp_path / "none"), tmp_path)[0] == f"no folder of wheels at {tmp_path / 'none'}"
 
 
 @pytest.mark.slow
-def test_each_version_of_trl_has_a_folder_of_its_own(command: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_of_several_wheels_that_for_this_python_is_taken(bare: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """And a package whose name begins in the same way is another one."""
+    monkeypatch.setattr(bare, "OPTIONAL", {"of_nobody": "of-nobody", "of_other": "of-other"})
+    for tag in ("cp27-cp27m-win32", "py3-none-any", "zz9-none-any"):
+        write_wheel(tmp_path, "of-nobody", "1.0", tag, ["of_nobody.py"])
+    write_wheel(tmp_path, "of-nobody-two", "2.0", files=["of_nobody_two.py"])
+    write_wheel(tmp_path, "of-other", "1.0", "cp27-cp27m-win32", ["of_other.py"])
+    lines = bare.install_missing(str(tmp_path), tmp_path)
+    assert lines[0] == "of-nobody: installed"
+    assert lines[1].startswith("of-other cannot be installed: ERROR: No matching distribution")
+    assert lines[2:] == ["missing: of-other (optional)"]
+    assert [path.name for path in bare.unpacked(tmp_path).glob("*.py")] == ["of_nobody.py"]
+
+
+@pytest.mark.slow
+def test_each_version_of_trl_has_a_folder_of_its_own(bare: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Parts take the newest one that has what they need: PPO is in old versions alone."""
-    bare = importlib.import_module("bare_checkout")
-    monkeypatch.setattr(bare, "REQUIRED", {})
-    monkeypatch.setattr(bare, "OPTIONAL", {})
-    monkeypatch.setattr(sys, "path", list(sys.path))
     for version, files in {"1.12.0": ["trl/experimental/ppo/a.py", "trl/grpo.py"], "1.9.0": [], "1.16.0": []}.items():
-        with zipfile.ZipFile(tmp_path / f"trl-{version}-py3-none-any.whl", "w") as wheel:
-            info = f"trl-{version}.dist-info"
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: trl\nVersion: {version}\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
-            for file in ("trl/trainer.py", *files):
-                wheel.writestr(file, "")
+        write_wheel(tmp_path, "trl", version, files=["trl/trainer.py", *files])
     lines = bare.install_missing(str(tmp_path), tmp_path)
     assert [line.endswith("installed") for line in lines] == [True] * 3
+    assert bare.install_missing(str(tmp_path), tmp_path) == [], "they are there"
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
@@ -223,9 +260,8 @@ def test_each_version_of_trl_has_a_folder_of_its_own(command: Any, tmp_path: Pat
         versions.libraries_with("trl.dqn")
 
 
-def test_the_checkout_is_used_without_being_installed(command: Any, tmp_path: Path) -> None:
+def test_the_checkout_is_used_without_being_installed(bare: Any, tmp_path: Path) -> None:
     """With what this Python has but textgym: that of the checkout comes first, with agents and metadata in it."""
-    bare = importlib.import_module("bare_checkout")
     code = (
         "import importlib.metadata as m, importlib.util as u, textgym\n"
         "print(textgym.__file__, u.find_spec('textgym.agents').origin, m.version('textgym'))\n"
@@ -318,9 +354,8 @@ def test_a_lap_ends_when_the_gpu_has_finished(
 
 
 @pytest.mark.slow
-def test_every_file_of_tests_and_every_failure_is_told_at_once(tmp_path: Path) -> None:
+def test_every_file_of_tests_and_every_failure_is_told_at_once(bare: Any, tmp_path: Path) -> None:
     """The process is killed in the second file."""
-    bare = importlib.import_module("bare_checkout")
     (tmp_path / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
     (tmp_path / "test_b.py").write_text("import os\ndef test_good(): pass\ndef test_end(): os._exit(3)\n")
     code = f"import torch; from tally import run_tests; run_tests({str(tmp_path)!r}, torch.device('cpu'))"
