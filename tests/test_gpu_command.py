@@ -142,7 +142,8 @@ def test_parts_share_a_process_until_one_fails(stubs: Any, tmp_path: Path) -> No
 
 
 def test_all_parts_fit_into_the_limit(command: Any) -> None:
-    assert sum(part.seconds for name, part in command.PARTS.items() if name != "vllm_peer") == command.LIMIT
+    planned = sum(part.seconds for name, part in command.PARTS.items() if name != "vllm_peer")
+    assert planned <= command.LIMIT - command.UNPACKING
     assert list(command.PARTS)[-1] == "vllm_peer"
 
 

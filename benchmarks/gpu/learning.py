@@ -69,7 +69,7 @@ def main() -> None:
     tell("score at first", scores["whole"][0])
     tell("KL at the end", whole[-1]["objective/kl"], "nats a text")
     gain = first_and_last(scores["resumed"])
-    tell("gain of the run that was stopped, saved and resumed", gain, at_least=GAIN)
+    tell("gain of the run loaded from its half", gain, at_least=GAIN)
     apart = abs(scores["whole"][half] - scores["resumed"][half])
     tell("scores apart at the first update after the resume", apart, note="0 where kernels repeat themselves")
     tell("seconds an update", statistics.median(row["time/rollout_s"] + row["time/update_s"] for row in whole))
