@@ -30,6 +30,13 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
     assert not {"torch", "transformers", "stable_baselines3", "matplotlib"} & set(loaded)
 
 
+def test_packages_are_found_after_importing_textgym_alone() -> None:
+    code = "import sys, textgym; assert 'torch' not in sys.modules; print(textgym.viewer.token_html(['a']))"
+    assert ">a</span>" in output_of(code)
+    with pytest.raises(AttributeError, match="has no attribute 'viewers'"):
+        _ = textgym.viewers  # type: ignore[attr-defined]
+
+
 def test_import_costs_little_more_than_gymnasium() -> None:
     """Counted in modules, since a busy machine is slow at anything: none of another package, and few of ours."""
     code = "import sys, gymnasium; before = set(sys.modules); import textgym; print(*set(sys.modules) - before)"

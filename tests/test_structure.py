@@ -127,6 +127,8 @@ def test_modules_do_not_import_each_other_in_circles() -> None:
     assert not left, "each of these is in a circle, or imports a module that is"
 
 
-def test_a_folder_is_small_enough_to_take_in() -> None:
-    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in FILES.values())
+@pytest.mark.parametrize("files", [list(FILES.values()), list(ROOT.glob("tests/**/test_*.py"))], ids=["code", "tests"])
+def test_a_folder_is_small_enough_to_take_in(files: list[Path]) -> None:
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in files)
+    assert counts
     assert {folder: count for folder, count in counts.items() if count > MOST} == {}

@@ -1,4 +1,4 @@
-"""Constraints by Lagrange multipliers, and the average of the policy's weights."""
+"""Constraints by Lagrange multipliers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from peft import LoraConfig
 
 from textgym.agents import A2C, GRPO, PPO, REINFORCE, RLOO, ExpertIteration, PPOConfig
 from textgym.agents.common.policy_gradient import PolicyGradientAgent
@@ -21,7 +20,6 @@ from textgym.testing import (
     assert_learns,
     byte_tokenizer,
     mock_lm,
-    terms_of,
 )
 
 AGENTS: dict[str, tuple[type[PolicyGradientAgent], dict[str, Any]]] = {
@@ -139,37 +137,6 @@ def test_multipliers_and_averages_are_saved(name: str, tmp_path: Path) -> None:
     for mean, expected in zip(loaded.averaged.lm.parameters(), agent.averaged.lm.parameters(), strict=True):
         assert torch.equal(mean, expected)
     assert not torch.equal(next(loaded.averaged.lm.parameters()), next(loaded.policy.lm.parameters()))
-
-
-def test_the_average_gives_each_update_its_weight() -> None:
-    agent = make_agent(ema_decay=0.75, learning_rate=1e-2)
-    weights = [next(agent.policy.lm.parameters()).detach().clone()]
-    agent.learn(48, [lambda agent, _: weights.append(next(agent.policy.lm.parameters()).detach().clone())])
-    expected = weights[0]
-    for weight in weights[1:]:
-        expected = 0.75 * expected + 0.25 * weight
-    mean = next(agent.averaged.lm.parameters())
-    assert_close(mean, expected, terms=4)
-    assert not mean.requires_grad
-    assert make_agent().averaged is None
-
-
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_average_can_be_saved_as_a_model_of_its_own(lora: bool, tmp_path: Path) -> None:
-    """A transformers folder, which is loaded and evaluated as any policy."""
-    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False) if lora else None
-    policy = ActorCritic.from_pretrained(mock_lm(), lora=adapter)
-    agent = PPO(policy, make_envs(), PPOConfig(episodes_per_update=16, learning_rate=1e-2, ema_decay=0.5)).learn(32)
-    assert agent.averaged is not None
-    agent.averaged.save_pretrained(tmp_path / "averaged", byte_tokenizer())
-    loaded = ActorCritic.from_pretrained(tmp_path / "averaged")
-    states = agent.play().sequences.states()
-    with torch.no_grad():
-        saved, expected, last = (model.logits(states) for model in (loaded, agent.averaged, agent.policy))
-    assert_close(saved, expected, terms=terms_of(mock_lm()), scale=8.0)
-    assert (saved - last).abs().max() > 1e-3
-    with pytest.raises(FileExistsError):
-        agent.averaged.save_pretrained(tmp_path / "averaged")
 
 
 TASK = ExactTask(vocab_size=5, horizon=2, seed=1)

@@ -23,8 +23,6 @@ from textgym.agents import (
 )
 from textgym.agents.common import rollout_agent
 from textgym.agents.common.rollout import Rollout
-from textgym.agents.runs.display.overview import overview
-from textgym.agents.runs.progress import LiveProgress
 from textgym.models.actor_critic import ActorCritic
 from textgym.rewards.kl import AdaptiveKL
 from textgym.testing import byte_tokenizer, mock_lm
@@ -141,25 +139,3 @@ def test_processes_have_a_whole_group_each(monkeypatch: pytest.MonkeyPatch) -> N
     assert [agent.size_of_update(left) for left in (1, 4, 5, 16, 17)] == [4, 4, 8, 16, 16]
     monkeypatch.setattr(rollout_agent, "count", lambda: 3)
     assert [agent.size_of_update(left) for left in (1, 4, 13, 16, 17)] == [12, 12, 16, 16, 16]
-
-
-@pytest.mark.parametrize(
-    ("total", "training"),
-    [
-        (5, "5 episodes: 1 update(s) of 5 episodes, 4"),
-        (16, "16 episodes: 2 update(s) of 8 episodes, 4"),
-        (21, "21 episodes: 3 update(s) of 8 episodes, the last one of 5, 4"),
-    ],
-)
-def test_the_overview_says_what_is_played(total: int, training: str) -> None:
-    assert overview(make_agent("ppo"), total)["training"] == f"{training} at a time"
-
-
-def test_episodes_a_second_are_those_of_the_update() -> None:
-    live, agent = LiveProgress(quiet=True), make_agent("ppo")
-    live.stage("PPO")
-    history: list[dict[str, float]] = []
-    agent.learn(11, [lambda _, metrics: history.append(metrics), live])
-    for metrics, row, size in zip(history, live.recent, (8, 3), strict=True):
-        seconds = metrics["time/rollout_s"] + metrics["time/update_s"]
-        assert row["episodes/s"] == f"{size / seconds:,.1f}"

@@ -19,13 +19,12 @@ from textgym.agents.runs.evaluation import (
     score_intervals,
     score_samples,
 )
-from textgym.agents.search.best_of_n import best_of_n
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.rewards.engine.completions_to_score import RewardError
 from textgym.rewards.functions import Bleu, Chrf, DistinctN, Rouge
-from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
+from textgym.testing import byte_tokenizer, mock_lm, terms_of, tolerance
 
 FORWARD = terms_of(mock_lm())
 ROUNDING = tolerance(FORWARD, scale=8.0)  # of the mock model's log-probs
@@ -305,8 +304,6 @@ def test_measuring_leaves_the_scales_of_training_alone(policy: ActorCritic) -> N
     assert envs.unwrapped.task.scorer.state() == before
     figures = [measure(s, policy.reference()) for s in samples]
     assert figures[0]["score"] == figures[1]["score"], "in the units of the reward function"
-    chosen = [best_of_n(policy, e, range(5), 3, seed=0).completions for e in (plain, envs)]
-    assert chosen[0] == chosen[1]
 
 
 def test_figures_of_a_policy_to_itself(policy: ActorCritic) -> None:
@@ -337,19 +334,3 @@ def rollout_of(sequences: Sequences) -> Rollout:
     nothing = torch.zeros(sequences.response_mask.shape)
     ended = torch.ones(len(sequences), dtype=torch.bool)
     return Rollout(sequences, nothing, nothing, nothing, nothing.sum(1), nothing.sum(1), ended, {})
-
-
-def test_best_of_n_picks_the_best_scored(policy: ActorCritic) -> None:
-    envs = make_envs()
-    rounds = [generate(policy, envs, range(5), seed) for seed in (7, 8, 9)]
-    best = best_of_n(policy, envs, range(5), n=3, seed=7)
-    scores = torch.stack([samples.rollout.scores for samples in rounds])
-    assert len(set(scores.argmax(0).tolist())) > 1
-    assert torch.equal(best.rollout.scores, scores.max(0).values)
-    assert letters(best.completions) == best.rollout.scores.tolist()
-    assert prompts_of(best) == [transcript["prompt"] for transcript in best.transcripts] == TEXTS
-    for row, score in enumerate(best.rollout.scores):
-        candidates = [samples.completions[row] for samples in rounds if samples.rollout.scores[row] == score]
-        assert best.completions[row] == candidates[0]
-    log_probs = policy.evaluate(best.rollout.sequences).log_prob.detach()
-    assert_close(best.rollout.log_probs, log_probs, terms=FORWARD)

@@ -102,3 +102,13 @@ def test_agents_without_episodes_show_their_updates() -> None:
     agent.learn([live])
     assert [line.split("  ")[0] for line in output.getvalue().splitlines()] == ["SFT", "update 1", "update 2"]
     assert "loss" in output.getvalue()
+
+
+def test_episodes_a_second_are_those_of_the_update() -> None:
+    live, agent = LiveProgress(quiet=True), make_agent()
+    live.stage("PPO")
+    history: list[dict[str, float]] = []
+    agent.learn(7, [lambda _, metrics: history.append(metrics), live])
+    for metrics, row, size in zip(history, live.recent, (4, 3), strict=True):
+        seconds = metrics["time/rollout_s"] + metrics["time/update_s"]
+        assert row["episodes/s"] == f"{size / seconds:,.1f}"

@@ -14,18 +14,22 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.testing import byte_tokenizer, mock_lm
 
 
-def prompts_of(prompts: list[str], **settings: Any) -> str:
+def make_agent(prompts: list[str], rows: int = 2, episodes_per_update: int = 2, **settings: Any) -> PPO:
     envs = gym.make_vec(
         "textgym/Text-v0",
-        num_envs=2,
+        num_envs=rows,
         prompts=prompts,
         tokenizer=byte_tokenizer(),
         reward=lambda completions: [1.0 for _ in completions],
         max_new_tokens=2,
         **settings,
     )
-    agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, PPOConfig(episodes_per_update=2, minibatch_size=2))
-    return overview(agent, 2)["prompts"]
+    config = PPOConfig(episodes_per_update=episodes_per_update, minibatch_size=2)
+    return PPO(ActorCritic.from_pretrained(mock_lm()), envs, config)
+
+
+def prompts_of(prompts: list[str], **settings: Any) -> str:
+    return overview(make_agent(prompts, **settings), 2)["prompts"]
 
 
 def test_the_number_the_length_and_the_cuts_of_prompts() -> None:
@@ -42,3 +46,16 @@ def test_the_number_and_the_length_of_texts_to_learn() -> None:
     lengths = sorted(len(text.prompt) + len(text.completion) for text in agent.texts)
     assert lengths == [4, 7], "with the end token"
     assert overview(agent)["data"] == "2 rows, texts of 4 to 7 tokens (5.5 on average)"
+
+
+@pytest.mark.parametrize(
+    ("total", "training"),
+    [
+        (5, "5 episodes: 1 update(s) of 5 episodes, 4"),
+        (16, "16 episodes: 2 update(s) of 8 episodes, 4"),
+        (21, "21 episodes: 3 update(s) of 8 episodes, the last one of 5, 4"),
+    ],
+)
+def test_the_overview_says_what_is_played(total: int, training: str) -> None:
+    agent = make_agent(["a", "b"], rows=4, episodes_per_update=8)
+    assert overview(agent, total)["training"] == f"{training} at a time"

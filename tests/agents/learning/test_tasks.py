@@ -16,7 +16,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.registration import TASKS
 from textgym.testing import Measured, assert_learns, mock_lm
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+FOLDER = Path(__file__).parents[3] / "benchmarks"
 
 
 def gain_of(seed: int, learning_rate: float = 3e-3) -> float:

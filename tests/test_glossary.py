@@ -1,17 +1,24 @@
-"""What each agent logs: the names of its metrics after a tiny run, for the test of the documentation's glossary."""
+"""docs/metrics.md: it explains each metric that agents log, and no metric that none logs."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import pytest
 from transformers import TrainerCallback
 
 from textgym import ActorCritic, agents
 from textgym.agents.runs.heldout import HeldOut
 from textgym.rewards.models import RewardModelConfig, train_reward_model
 from textgym.testing import byte_tokenizer, mock_lm
+
+PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+NAMES = set(re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE))
+UNTRIED = {"loss/ptx_avg"}
+"""Metrics that only further data bring about."""
 
 PROMPTS = ["ab", "c", "de", "f"]
 
@@ -94,3 +101,32 @@ FURTHER: dict[str, Any] = {
     "ExpertIteration": lambda: of_rollouts("ExpertIteration", {}, group_size=2),
     "Pathwise": lambda: of_rollouts("Pathwise", {}, batch_size=4, learning_starts=4, gradient_steps=1),
 }
+
+
+def general(names: set[str]) -> set[str]:
+    """Names with <name> for that of the reward function."""
+    return {re.sub(r"/length/", "/<name>/", name) for name in names}
+
+
+def test_each_row_of_the_page_is_whole() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(NAMES) > 50
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)
+
+
+@pytest.mark.parametrize("agent", MAIN)
+def test_what_an_agent_logs_is_on_the_page(agent: str) -> None:
+    assert general(MAIN[agent]()) <= NAMES
+
+
+@pytest.mark.slow
+def test_what_a_reward_model_logs_is_on_the_page(tmp_path: Path) -> None:
+    logged = of_reward_model(tmp_path)
+    assert "loss" in logged
+    assert logged <= NAMES
+
+
+@pytest.mark.slow
+def test_what_is_on_the_page_is_logged_by_some_agent() -> None:
+    logged = {name for run in (*MAIN.values(), *FURTHER.values()) for name in general(run())}
+    assert logged == NAMES - UNTRIED
