@@ -107,6 +107,8 @@ class atomic_folder:
 def check_free(folder: str | os.PathLike[str], kind: str, *, overwrite: bool = False) -> None:
     """Check that a folder may be written: it is not there, is empty, or is ours and to be overwritten.
 
+    What a killed process left under a temporary name does not count.
+
     Args:
         folder: The folder.
         kind: What is to be written.
@@ -116,10 +118,12 @@ def check_free(folder: str | os.PathLike[str], kind: str, *, overwrite: bool = F
         FileExistsError: If it may not.
     """
     folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, and a folder of that name is to be written: choose another name")
+    if all(path.name.startswith(TEMPORARY) for path in folder.iterdir()):
+        return
     there = owned(folder)
     if there is None:
         raise FileExistsError(

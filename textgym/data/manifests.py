@@ -52,28 +52,25 @@ class Manifest:
     files: Files = field(repr=False)
 
 
-def write_manifest(
-    folder: Path,
-    kind: str,
-    made_by: str,
-    config: dict[str, Any] | None = None,
-    files: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the manifest of a folder that is complete otherwise.
+def write_manifest(folder: Path, kind: str, made_by: str, config: dict[str, Any] | None = None) -> None:
+    """Write the manifest of a folder that is complete otherwise, and that nobody knows by its name yet.
 
     Args:
         folder: The folder.
         kind: What it holds.
         made_by: Name of the class that is saved.
         config: Its settings.
-        files: Size and SHA-256 of its files; by default those of all that are there.
     """
-    if files is None:
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): _measured(path) for path in paths}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _measured(path) for path in paths}
+    (folder / MANIFEST).write_text(manifest_text(kind, made_by, files, config), encoding="utf-8")
+
+
+def manifest_text(kind: str, made_by: str, files: Mapping[str, Any], config: dict[str, Any] | None = None) -> str:
+    """Return what a manifest says; arguments as of `write_manifest`, and size and SHA-256 of each file."""
     versions = {package: importlib.metadata.version(package) for package in ("textgym", "torch")}
     manifest = Manifest(kind, FORMAT, made_by, versions, config, dict(files))
-    (folder / MANIFEST).write_text(json.dumps(vars(manifest), indent=1) + "\n", encoding="utf-8")
+    return json.dumps(vars(manifest), indent=1) + "\n"
 
 
 def owned(folder: Path) -> Manifest | None:

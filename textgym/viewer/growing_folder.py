@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from textgym.data.files import atomic_file, check_free
-from textgym.data.manifests import owned, write_manifest
+from textgym.data.manifests import MANIFEST, manifest_text, owned
 
 PLANNED = {"size": 0, "sha256": ""}
 """What the manifest says of a file before it is written."""
@@ -85,7 +85,8 @@ class GrowingFolder:
         self.files[name] = entry
 
     def _write_manifest(self, files: Mapping[str, Any]) -> None:
-        write_manifest(self.folder, self.kind, self.made_by, files=files)
+        with atomic_file(self.folder / MANIFEST) as temporary:  # a cut one would not say that the folder is textgym's
+            temporary.write_text(manifest_text(self.kind, self.made_by, files), encoding="utf-8")
 
 
 def _entry(data: bytes) -> dict[str, Any]:

@@ -25,8 +25,8 @@ Found = list[Any]
 def highest_with_low_judge(rows: Sequence[RecordedRow]) -> Values:
     """Return how much better than its judge each row's score is, both in standard deviations over the rows.
 
-    Only rows whose score is above the mean, and whose judge is below it, have a number. Of several judges the one that
-    thinks least of the row counts.
+    Only rows whose score is above the mean, and whose judge is below it, have a number. Of several judges the lowest
+    one counts.
     """
     scores = standardized([row.outcomes["score"] for row in rows])
     judges = [standardized([row.outcomes[name] for row in rows]) for name in (rows[0].judges if rows else ())]
@@ -49,11 +49,13 @@ def disagreements(rows: Sequence[RecordedRow]) -> Values:
 
 
 def standardized(values: Values) -> list[float | None]:
-    """Return numbers less their mean, divided by their standard deviation; `None` for all if they are equal."""
+    """Return numbers less their mean, divided by their standard deviation; `None` for all if it is 0."""
     known = np.array([value for value in values if value is not None])
     if not len(known) or known.min() == known.max():  # the mean of equal numbers can be off by a rounding
         return [None] * len(values)
     mean, deviation = float(known.mean()), float(known.std())
+    if not deviation > 0:  # the squares of tiny numbers are 0
+        return [None] * len(values)
     return [None if value is None else (value - mean) / deviation for value in values]
 
 

@@ -3,7 +3,7 @@
 A column of whole numbers is a string with one character a number: the code of the character is `BASE` for a missing
 number, and otherwise `BASE + 1` plus the number in zigzag order (0, -1, 1, -2, 2, ...). A column with a larger number
 than a character can say stays a list. Other numbers are rounded to multiples of a unit, which follows from their size.
-`assets/records.js` reads the same.
+`assets/data.js` reads the same.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ BASE = 93
 """After the backslash, the last character that JSON would escape."""
 LARGEST = (0xD7FF - BASE - 1) // 2
 """Later characters are surrogates."""
+SMALLEST = 1e-300
+"""Numbers that are nearer to 0 than this are packed as 0, since their unit would be no normal float."""
 
 Column = Sequence[float | None]
 Packed = str | list[int | None]
@@ -32,8 +34,6 @@ def pack(values: Sequence[int | None]) -> Packed:
 
 def unpack(packed: Packed) -> list[int | None]:
     """Return what `pack` was given."""
-    if isinstance(packed, list):
-        return packed
     return _with_gaps(*_values(packed))
 
 
@@ -49,16 +49,17 @@ def pack_numbers(values: Column) -> dict[str, Any]:
 
 def unpack_numbers(packed: dict[str, Any]) -> list[float | None]:
     """Return the numbers of `pack_numbers`, which have up to three significant digits."""
-    unit, column = packed["unit"], packed["values"]
-    if isinstance(column, list):
-        return [None if value is None else float(f"{value * unit:.6g}") for value in column]
-    values, known = _values(column)
-    # Division by a power of ten is exact to the last bit, and multiplication by 0.001 is not.
-    return _with_gaps(values / round(1 / unit) if unit < 1 else values * unit, known)
+    unit = packed["unit"]
+    values, known = _values(packed["values"])
+    # 9 / 1000 is the float nearest to 0.009, and 9 * 0.001 is not, since 0.001 is rounded itself.
+    return _with_gaps(values / float(round(1 / unit)) if unit < 1 else values * unit, known)
 
 
-def _values(packed: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the whole numbers of a packed string, and which of them are known."""
+def _values(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """Return packed whole numbers, and which of them are known."""
+    if isinstance(packed, list):
+        numbers = np.array([value or 0 for value in packed], dtype=object)  # of any size
+        return numbers, np.array([value is not None for value in packed], dtype=bool)
     codes = np.frombuffer(packed.encode("utf-16-le"), dtype="<u2").astype(np.int64) - BASE - 1
     return np.where(codes % 2, -(codes + 1) // 2, codes // 2), codes >= 0
 
@@ -117,7 +118,7 @@ def _reference(alternatives: dict[str, Any], each: int) -> list[tuple[int | None
 def _unit(values: Sequence[float]) -> float:
     """Return a power of ten: below a thirtieth of the root mean square, at most 0.01, and no number is over 20,000."""
     largest = max(map(abs, values), default=0.0)
-    if largest == 0:
+    if largest < SMALLEST:
         return 1.0
     rms = largest * math.sqrt(sum((value / largest) ** 2 for value in values) / len(values))
     fine = min(math.floor(math.log10(rms / 30)), -2)

@@ -58,6 +58,10 @@ def write_page(
     return page.write_single_file() if single_file else page.write(live)
 
 
+class RecordGoneError(Exception):
+    """The run has removed a record since it was listed: it was resumed from an earlier checkpoint, for example."""
+
+
 class PageRecord:
     """A record in a page: the number of its run, its file in the run folder, and its summary."""
 
@@ -69,8 +73,16 @@ class PageRecord:
         self.script_name, self.summary_name = f"{name}.js", f"{name}.json"
 
     def script(self) -> str:
-        """Return the script that hands the record to the page."""
-        return _call("record", self.path.read_bytes(), f"{self.run}/{self.update}", self.summary["prompts"])
+        """Return the script that hands the record to the page.
+
+        Raises:
+            RecordGoneError: If there is no such file any more.
+        """
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError as error:
+            raise RecordGoneError from error
+        return _call("record", data, f"{self.run}/{self.update}", self.summary["prompts"])
 
 
 class Page:
@@ -91,8 +103,23 @@ class Page:
 
     def write(self, live: bool = False) -> Path:
         """Write what is new, and return `index.html`; arguments and errors as of `write_page`."""
+        return self._repeated(lambda: self._write(live))
+
+    def write_single_file(self) -> Path:
+        """Write a page that is one file, and return it; errors as of `write_page`."""
+        return self._repeated(self._write_single_file)
+
+    def _repeated(self, write: Callable[[], Path]) -> Path:
+        """Write the page, and once more if a run has removed a record meanwhile, which is then listed no more."""
         for run in self.runs:
             read_run(run)
+        while True:
+            try:
+                return write()
+            except RecordGoneError:
+                continue
+
+    def _write(self, live: bool) -> Path:
         folder = GrowingFolder(self.folder, KIND, "textgym view")
         runs, records = self._read(folder.files.keys())
         keep: list[str] = []
@@ -110,10 +137,7 @@ class Page:
         folder.update(keep, write)
         return self.folder / "index.html"
 
-    def write_single_file(self) -> Path:
-        """Write a page that is one file, and return it; errors as of `write_page`."""
-        for run in self.runs:
-            read_run(run)
+    def _write_single_file(self) -> Path:
         with atomic_folder(self.folder, KIND, "textgym view", overwrite=True) as temporary:
             runs, records = self._read(set())
             scripts = chain([_index(runs, live=False)], (record.script() for record in records))

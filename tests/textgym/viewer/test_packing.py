@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +60,27 @@ def test_numbers_of_usual_size_have_two_decimals(values: list[float]) -> None:
         for value, back in zip(values, found, strict=True)
         if back is not None
     )
+
+
+@pytest.mark.parametrize("values", [[0.009, 0.003], [1e-21, 3e-21], [3.0], [2e5, -4e5, None], []])
+def test_short_numbers_come_back_as_they_were(values: list[float | None]) -> None:
+    assert unpack_numbers(pack_numbers(values)) == values
+
+
+def test_a_number_that_is_almost_zero_is_zero() -> None:
+    assert unpack_numbers(pack_numbers([5e-324, -1e-310])) == [0.0, 0.0]
+
+
+def test_numbers_in_a_list_are_read_like_those_in_a_string() -> None:
+    numbers = [9, None, -3, 0]
+    assert unpack_numbers({"unit": 0.001, "values": numbers}) == unpack_numbers(
+        {"unit": 0.001, "values": pack(numbers)}
+    )
+
+
+def test_whole_numbers_of_any_size_come_back() -> None:
+    numbers = [2**70, None, -1, 0]
+    assert unpack(pack(numbers)) == numbers
 
 
 ENTRY = st.tuples(st.integers(0, 20), st.integers(0, 100))

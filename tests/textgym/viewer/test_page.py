@@ -15,14 +15,15 @@ import pytest
 
 from textgym import cli
 from textgym.agents.runs.claims import RunClaim
-from textgym.data.manifests import checked_manifest
+from textgym.data.files import TEMPORARY
+from textgym.data.manifests import MANIFEST, checked_manifest
 from textgym.errors import ConfigError, DamagedFolderError, RunFolderError
 from textgym.flags import View
 from textgym.viewer import page as pages
 from textgym.viewer import summaries, write_page
-from textgym.viewer.highlights import Highlights, disagreements, highest_with_low_judge
-from textgym.viewer.page import KIND, SCRIPTS, STYLES, Page
-from textgym.viewer.records import FORMAT, Record, records_of, write_record
+from textgym.viewer.highlights import Highlights, disagreements, highest_with_low_judge, standardized
+from textgym.viewer.page import KIND, SCRIPTS, STYLES, Page, PageRecord
+from textgym.viewer.records import FORMAT, Record, record_path, records_of, write_record
 from textgym.viewer.rows import rows_of
 from textgym.viewer.runs import MOST_POINTS, MOST_UPDATES, describe_run, read_metrics
 from textgym.viewer.summaries import prompt_key
@@ -201,6 +202,53 @@ def test_a_page_whose_writing_was_killed_is_known_as_a_page(tmp_path: Path, monk
     assert read == [], "records that were done stay"
 
 
+def test_a_page_survives_a_crash_while_its_manifest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is what says that the folder is textgym's, so it is always a whole one."""
+    run = make_run(tmp_path / "run", updates=(2,))
+    write_text = Path.write_text
+
+    def cut(path: Path, text: str, **options: Any) -> int:
+        if path.name.endswith(MANIFEST):
+            write_text(path, text[: len(text) // 2], **options)
+            raise KeyboardInterrupt
+        return write_text(path, text, **options)
+
+    for _ in ("the first time", "over another one"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", cut)
+            with pytest.raises(KeyboardInterrupt):
+                write_page([run])
+        checked_manifest(write_page([run]).parent, KIND)
+        write_record(run, record(4))
+
+
+def test_what_a_killed_process_left_does_not_keep_a_page_from_being_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", updates=(2,))
+    (run / "viewer").mkdir()
+    (run / "viewer" / f"{TEMPORARY}0-{MANIFEST}").write_text("{")
+    checked_manifest(write_page([run]).parent, KIND)
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_record_that_the_run_removes_meanwhile_is_left_out(
+    single_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    script = PageRecord.script
+
+    def removed(of: PageRecord) -> str:
+        record_path(run, 4).unlink(missing_ok=True)
+        return script(of)
+
+    monkeypatch.setattr(PageRecord, "script", removed)
+    page = write_page([run], single_file=single_file)
+    if not single_file:
+        [found] = index_of(page)["runs"]
+        assert [entry["update"] for entry in found["records"]] == [2]
+        assert not (page.parent / "data" / "run0-update4.js").exists()
+    checked_manifest(page.parent, KIND)
+
+
 def test_a_prompt_of_many_records_is_shown_at_even_distances(tmp_path: Path) -> None:
     made = summaries.summary_of(write_record(tmp_path, record(1)))
     many = [{**made, "figures": {**made["figures"], "update": update}} for update in range(1, 3 * MOST_UPDATES + 1)]
@@ -321,7 +369,7 @@ def test_rows_with_a_high_score_and_a_low_judge_stand_out() -> None:
 
 
 @pytest.mark.parametrize("worst", ["reward/first", "reward/second"])
-def test_of_several_judges_the_one_that_thinks_least_of_a_row_counts(worst: str) -> None:
+def test_of_several_judges_the_lowest_counts(worst: str) -> None:
     good = {"reward/first": [1.0, 1.0, 1.0, 2.0], "reward/second": [1.0, 1.0, 1.0, 2.0]}
     rows = {
         "prompt": [0] * 4,
@@ -334,6 +382,11 @@ def test_of_several_judges_the_one_that_thinks_least_of_a_row_counts(worst: str)
     tokens = {"piece": [0] * 4, "reward": [0.0] * 4}
     gaps = highest_with_low_judge(rows_of(record(rows=rows, tokens=tokens, numbers={"kl": [0.0] * 4}, judges=[*good])))
     assert [row for row, gap in enumerate(gaps) if gap is not None] == [3]
+
+
+@pytest.mark.parametrize("values", [[0.0, 1e-200], [1.0, 1.0, None], [None], []])
+def test_numbers_without_a_spread_have_no_standard_scores(values: list[float | None]) -> None:
+    assert standardized(values) == [None] * len(values)
 
 
 def test_highlights_of_many_records_are_those_of_all_their_rows() -> None:

@@ -47,9 +47,9 @@
     most: ["at most", (value, limit) => value <= limit],
   };
 
-  // Whether a row's number is within a limit; a row without the number is not.
+  // Whether a row's number is within a limit: null is not, and a column that the record lacks is ignored.
   function withinLimit(row, { limited, side, limit }) {
-    if (limit === "" || !(limited in row)) return true; // nothing is asked, or these rows have no such number
+    if (limit === "" || !(limited in row)) return true;
     return row[limited] !== null && LIMITS[side][1](row[limited], Number(limit));
   }
 
