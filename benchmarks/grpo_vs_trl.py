@@ -29,13 +29,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from measuring.device import DEVICE, WARM_UPS
 from measuring.peers import Clock, Figures, Side, count_flops, in_turns, report, run_script, say
 
 BAR, BETA, LEARNING_RATE = 0.6, 0.04, 1e-5
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Device of both sides. TRL uses a GPU if there is one."""
-WARM_UPS = 2 if DEVICE == "cuda" else 1
-"""Updates before the timed ones; on a GPU the second one captures steps."""
 
 
 @dataclass

@@ -32,11 +32,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from measuring.device import DEVICE
 from measuring.peers import Figures, report, run_script, say
 
 PEAK_BAR, GROWTH_BAR = 0.5, 0.2
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Meter:
     def lap(self) -> int:
         """Return the peak in bytes since the last lap, and reset it."""
         peak = _memory("VmHWM") - self.before
-        if CUDA:
+        if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")
@@ -94,7 +93,7 @@ class Meter:
 
 def _memory(what: Literal["VmRSS", "VmHWM"]) -> int:
     """Return the current or the peak memory in bytes."""
-    if CUDA:
+    if DEVICE == "cuda":
         return torch.cuda.memory_allocated() if what == "VmRSS" else torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
@@ -166,7 +165,7 @@ def trl(config: Config) -> Figures:
         num_sample_generations=0,
         report_to=[],
         save_strategy="no",
-        use_cpu=not CUDA,
+        use_cpu=DEVICE == "cpu",
         bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
+from measuring.device import DEVICE, WARM_UPS
 from measuring.peers import Clock, Side
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -45,10 +46,6 @@ FIRST_ID = 300
 """Smallest token id in random prompts; smaller ids are special tokens and single bytes."""
 LEARNING_RATE = 1e-7
 """So small that the lengths of responses do not change during the benchmark."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""Device of both sides. TRL uses a GPU if there is one."""
-WARM_UPS = 2 if DEVICE == "cuda" else 1
-"""Updates before the timed ones; on a GPU the second one captures steps."""
 BARS = {"full": 0.85, "eos": 0.6, "full-shared": 0.4, "eos-shared": 0.4}
 
 

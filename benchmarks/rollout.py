@@ -23,7 +23,6 @@ of weights and of cached keys and values that a step must read, divided by the t
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 import tyro
-from measuring.episode_timing import Stopwatch, endless_prompts, step_through, synchronize
+from measuring.episode_timing import Stopwatch, clocked, endless_prompts, step_through
 from measuring.peers import Figures, count_flops, in_turns, report
 from measuring.roofline import measure, random_llama
 
@@ -127,26 +126,13 @@ def make_sides(config: Config) -> tuple[dict[str, Play], Play]:
     return {name: partial(way, envs, policy, options) for name, way in ways.items()}, generate
 
 
-def clocked(play: Play) -> Callable[[], Figures]:
-    """Return a function that runs `play` and returns its time."""
-
-    def run() -> Figures:
-        synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        play()
-        synchronize()
-        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-    return run
-
-
-def compare(config: Config, count: bool = True) -> Iterator[Figures]:
-    """Yield the rows of the table, with the ratio of counted operations or without it."""
+def compare(config: Config, flops: bool = True) -> Iterator[Figures]:
+    """Yield the rows of the table, with the ratio of `flops` or without it."""
     ours, generate = make_sides(config)
-    theirs, bar = count_flops(generate) if count else 1, BARS[config.device]
+    theirs, bar = count_flops(generate) if flops else 1, BARS[config.device]
     for name, play in ours.items():
         counted = partial(play, deterministic=True) if name == "write" else play  # captured steps are not counted
-        flops = {"FLOPs ratio": count_flops(counted) / theirs} if count else {}
+        ratio = {"FLOPs ratio": count_flops(counted) / theirs} if flops else {}
         for side in (play, play, generate):  # steps are captured when they run for the second time
             side()
         timed, *_ = in_turns(clocked(play), clocked(generate), config.repeats)
@@ -155,7 +141,7 @@ def compare(config: Config, count: bool = True) -> Iterator[Figures]:
             "ours": name,
             **{key.replace("peer's", "generate's"): figure for key, figure in timed.items()},
             "environment": statistics.median(w.environment / (w.environment + w.decode) for w in watches),
-            **flops,
+            **ratio,
             f"bar {bar}": "-" if name == "step" else "met" if timed["wall time ratio"] <= bar else "missed",
         }
 

@@ -12,8 +12,6 @@ this number for textgym's own PPO on the same work; and the bytes in the buffers
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,7 +21,8 @@ from typing import Any
 import gymnasium as gym
 import torch
 import tyro
-from measuring.episode_timing import synchronize
+from measuring.episode_timing import clocked
+from measuring.peers import in_turns
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,21 +155,12 @@ def compare(config: Config, new_tokens: int) -> dict[str, float]:
             passed.append(positions(model.policy.actor_critic.lm, update(model), tokens))
         flops.append(counter.get_total_flops())
     lm, own_update = own_ppo(config, new_tokens)
-    ratios = []
-    for repeat in range(config.repeats):
-        seconds = {}
-        for model in (ours, plain)[:: 1 if repeat % 2 == 0 else -1]:  # the first side alternates
-            synchronize()
-            started = time.perf_counter()
-            update(model)()
-            synchronize()
-            seconds[model] = time.perf_counter() - started
-        ratios.append(seconds[plain] / seconds[ours])
+    timed, *_ = in_turns(clocked(update(plain)), clocked(update(ours)), config.repeats)
     own = positions(lm, own_update, tokens)
     return {
         "new tokens": new_tokens,
-        "wall time ratio": statistics.median(ratios),
-        "least": min(ratios),
+        "wall time ratio": timed["wall time ratio"],
+        "least": timed["least"],
         "FLOPs ratio": flops[1] / flops[0],
         "positions a token": passed[0],
         "plain": passed[1],

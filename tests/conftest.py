@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import os
 
@@ -96,6 +97,15 @@ def _environment_stays() -> Iterator[None]:
 def device() -> torch.device:
     """Where the tests marked `gpu` run: on the CPU, or on the device that TEXTGYM_DEVICE names; `make gpu` sets it."""
     return torch.device(os.environ.get("TEXTGYM_DEVICE", "cpu"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of benchmarks/ or benchmarks/gpu/."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(folder / "gpu")
+    return importlib.import_module
 
 
 class CpuGenerator(torch.Generator):

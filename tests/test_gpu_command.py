@@ -242,7 +242,9 @@ def test_of_several_wheels_that_for_this_python_is_taken(bare: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_each_version_of_trl_has_a_folder_of_its_own(bare: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_each_version_of_trl_has_a_folder_of_its_own(
+    bare: Any, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parts take the newest one that has what they need: PPO is in old versions alone."""
     for version, files in {"1.12.0": ["trl/experimental/ppo/a.py", "trl/grpo.py"], "1.9.0": [], "1.16.0": []}.items():
         write_wheel(tmp_path, "trl", version, files=["trl/trainer.py", *files])
@@ -250,9 +252,7 @@ def test_each_version_of_trl_has_a_folder_of_its_own(bare: Any, tmp_path: Path, 
     assert [line.endswith("installed") for line in lines] == [True] * 3
     assert bare.install_missing(str(tmp_path), tmp_path) == [], "they are there"
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
-    versions = importlib.import_module("trl_versions")
+    versions = benchmark("trl_versions")
     monkeypatch.setattr(versions, "UNPACKED", tmp_path / "build" / "gpu")
     monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: name == "datasets" or None)
     assert [folder.name for folder in versions.libraries_with("trl.trainer")] == ["trl-1.16.0"]
@@ -300,19 +300,11 @@ def test_the_rehearsal_runs_every_line_on_a_cpu(tmp_path: Path) -> None:
     assert all(part["figures"] for name, part in parts.items() if part["state"] == "done")
 
 
-@pytest.fixture
-def part_of(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of benchmarks/ or benchmarks/gpu/."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
-    return importlib.import_module
-
-
 def test_a_model_that_does_not_fit_is_freed_and_a_smaller_one_is_next(
-    part_of: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`learn` explains an out-of-memory error by a MemoryError, whose traceback keeps the agent alive."""
-    part = part_of("large_update")
+    part = benchmark("large_update")
     agents: list[weakref.ref[Any]] = []
     alive: list[bool] = []
 
@@ -339,13 +331,13 @@ def test_a_model_that_does_not_fit_is_freed_and_a_smaller_one_is_next(
 
 
 def test_a_lap_ends_when_the_gpu_has_finished(
-    part_of: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise the rest of one side's kernels would run during the other side's turn."""
     events: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("finished"))
-    peers = part_of("measuring.peers")
+    peers = benchmark("measuring.peers")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
     monkeypatch.setattr(peers, "say", lambda figures: events.append("told"))
     clock = peers.Clock()
@@ -356,7 +348,8 @@ def test_a_lap_ends_when_the_gpu_has_finished(
 
 @pytest.mark.slow
 def test_every_file_of_tests_and_every_failure_is_told_at_once(bare: Any, tmp_path: Path) -> None:
-    """The process is killed in the second file."""
+    """The process is killed in the third file; the first one cannot be imported."""
+    (tmp_path / "test_0.py").write_text("import a_library_of_nobody\n")
     (tmp_path / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
     (tmp_path / "test_b.py").write_text("import os\ndef test_good(): pass\ndef test_end(): os._exit(3)\n")
     code = f"import torch; from tally import run_tests; run_tests({str(tmp_path)!r}, torch.device('cpu'))"
@@ -365,9 +358,11 @@ def test_every_file_of_tests_and_every_failure_is_told_at_once(bare: Any, tmp_pa
     run = subprocess.run([sys.executable, "-c", code], env=variables, cwd=tmp_path, capture_output=True, text=True)
     told = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert run.returncode == 3
-    assert told[0]["note"] == "failed: test_a.py::test_bad: assert 1 == 2"
-    assert told[1]["figure"]["name"] == "test_a.py: tests failed"
-    assert (told[1]["figure"]["value"], told[1]["figure"]["note"]) == (1, "1 passed, 0 skipped")
+    assert told[0]["note"] == "failed: test_0.py: ModuleNotFoundError: No module named 'a_library_of_nobody'"
+    assert told[1]["figure"]["name"] == "test_0.py: tests failed"
+    assert told[2]["note"] == "failed: test_a.py::test_bad: assert 1 == 2"
+    assert told[3]["figure"]["name"] == "test_a.py: tests failed"
+    assert (told[3]["figure"]["value"], told[3]["figure"]["note"]) == (1, "1 passed, 0 skipped")
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,7 @@ def beside_generate(name: str, config: Config, judged: bool, ways: int = 2) -> N
         judged: Whether the goal is checked.
         ways: 1 for `policy.generate` alone.
     """
-    for row in itertools.islice(compare(config, count=False), ways):
+    for row in itertools.islice(compare(config, flops=False), ways):
         goal = BARS["cuda"] if row["ours"] == "write" else None
         size = f"{config.rows} rows, {config.new_tokens} tokens"
         ours, theirs = row["seconds"], row["generate's seconds"]

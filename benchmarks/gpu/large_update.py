@@ -14,8 +14,7 @@ from unittest import mock
 import gymnasium as gym
 import torch
 from figures import need_bf16, note, skip, start, tell
-from measuring.episode_timing import synchronize
-from measuring.peers import count_flops
+from measuring.peers import count_flops, synchronize
 from models import BILLION, TOY, Size, fitting, make_model, word_prompts, word_tokenizer
 
 from textgym.agents import PPO, PPOConfig
@@ -113,7 +112,7 @@ def main() -> None:
         size = fitting(sizes, device, BYTES_PER_WEIGHT, spare=8e9)
         if size is None:
             skip("too little free memory for PPO on a model of 50M weights")
-        if has_room(size, device, rows, prompt_tokens, new_tokens):
+        if measured(size, device, rows, prompt_tokens, new_tokens):
             return
         gc.collect()  # here, where no exception keeps the agent alive
         torch.cuda.empty_cache()
@@ -121,8 +120,8 @@ def main() -> None:
         sizes = sizes[sizes.index(size) + 1 :]
 
 
-def has_room(size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int) -> bool:
-    """Measure a model; return whether memory sufficed."""
+def measured(size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int) -> bool:
+    """Measure a model; return False if memory ran out."""
     try:
         measure(size, device, rows, prompt_tokens, new_tokens)
     except (torch.OutOfMemoryError, MemoryError):  # `learn` raises a MemoryError, which says what used the memory

@@ -1,4 +1,4 @@
-"""A short PPO run: gain and KL at the end; and what was saved half-way, loaded and resumed, beside it."""
+"""A short PPO run, and a second one that resumes from a checkpoint made after half of the first one's updates."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main() -> None:
     tell("score at first", scores["whole"][0])
     tell("KL at the end", whole[-1]["objective/kl"], "nats a text")
     gain = first_and_last(scores["resumed"])
-    tell("gain of the run loaded from its half", gain, at_least=GAIN)
+    tell("gain of the run resumed after half of the updates", gain, at_least=GAIN)
     apart = abs(scores["whole"][half] - scores["resumed"][half])
     tell("scores apart at the first update after the resume", apart, note="0 where kernels repeat themselves")
     tell("seconds an update", statistics.median(row["time/rollout_s"] + row["time/update_s"] for row in whole))

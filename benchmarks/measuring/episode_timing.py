@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
+from measuring.peers import Figures, synchronize
 from textgym.models.machine.profiled_phases import listen, phase
 
 
@@ -91,10 +90,17 @@ class Stopwatch:
         return self.clock()
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one, so that its remaining work is not timed as part of the next work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def clocked(play: Callable[[], Any]) -> Callable[[], Figures]:
+    """Return a function that runs `play` and returns its time."""
+
+    def run() -> Figures:
+        synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        play()
+        synchronize()
+        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+    return run
 
 
 def endless_prompts(count: int, lines: Sequence[str]) -> list[str]:

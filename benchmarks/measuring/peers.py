@@ -67,20 +67,20 @@ class Clock:
 
     def start(self) -> None:
         """Wait for the next request, with no work left on a GPU, because the other side's turn is next."""
-        finish()
+        synchronize()
         sys.stdin.readline()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def lap(self, **figures: float) -> None:
         """Print the time and the metrics of a piece of work, and wait for the next request."""
-        finish()
+        synchronize()
         spent = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
         say({**spent, **figures})
         self.start()
 
 
-def finish() -> None:
-    """Wait until the GPU has finished, in a script that uses one: kernels run on after their calls have returned."""
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one, so that its remaining work is not timed as part of the next work."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()

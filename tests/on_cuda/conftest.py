@@ -7,7 +7,6 @@ Without either they are left out. `tests/test_pretend_cuda.py` runs them on the 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,10 +25,6 @@ from textgym.testing import byte_tokenizer, mock_lm
 
 PRETEND = sys.modules.get("tests.pretend_cuda")
 collect_ignore_glob = [] if torch.cuda.is_available() else ["*"]
-if (
-    importlib.util.find_spec("sb3_contrib") is None
-):  # it is optional, and one file that cannot be imported ends them all
-    collect_ignore_glob.append("test_sb3.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
