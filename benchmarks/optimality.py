@@ -146,6 +146,26 @@ class Args:
 
 
 @dataclass
+class FallingKL:
+    """A KL coefficient that falls to `last` in a straight line over the first episodes of a run, and then stays."""
+
+    coef: float
+    last: float
+    falling: float
+    """Number of episodes until it is `last`."""
+    episodes: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = self.coef
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Lower the coefficient, whatever the KL."""
+        self.episodes += num_episodes
+        left = max(1 - self.episodes / self.falling, 0.0)
+        self.coef = self.last + (self.first - self.last) * left
+
+
+@dataclass
 class Run:
     """One agent on one task."""
 
@@ -168,9 +188,10 @@ class Run:
         return int(self.settings.get("rows", self.method.rows))
 
     @property
-    def first_beta(self) -> float:
-        """KL coefficient of the first update, in units of beta."""
-        return float(self.settings.get("first_beta", self.method.first_beta))
+    def kl_coef(self) -> Any:
+        """Beta, or the controller whose coefficient falls to it."""
+        first = float(self.settings.get("first_beta", self.method.first_beta))
+        return FallingKL(first * self.beta, self.beta, self.args.episodes / 2) if first > 1 else self.beta
 
     def gap_closed(self, policy: ActorCritic) -> float:
         optimum = self.task.optimum(self.beta)
@@ -184,7 +205,8 @@ def online(run: Run) -> tuple[ActorCritic, float]:
     """Train an agent of textgym; return its policy, and the number of episodes until 95% of the gap was closed."""
     rows = run.rows
     settings = {name: value for name, value in run.settings.items() if name not in ("rows", "first_beta")}
-    envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **run.task.env_kwargs(run.beta))
+    arguments = {**run.task.env_kwargs(run.beta), "kl_coef": run.kl_coef}
+    envs = gym.make_vec("textgym/Text-v0", num_envs=rows, kl_mode="deferred", **arguments)
     policy = ActorCritic.from_pretrained(run.task.language_model(), critic="separate")
     kind, reached = run.method.kind, math.nan
     agent = kind(policy, envs, kind.config_class(episodes_per_update=rows, seed=run.seed, **settings))
@@ -192,12 +214,9 @@ def online(run: Run) -> tuple[ActorCritic, float]:
     bonus = settings.get("entropy_coef", 0.0)
 
     def fade(learner: Any) -> None:
-        """Lower the bonus and the KL coefficient; at the end neither moves the optimum."""
-        done = learner.episodes / run.args.episodes
+        """Lower the bonus; at the end it does not move the optimum."""
         if bonus:
-            learner.config.entropy_coef = bonus * (1 - done)
-        if run.first_beta > 1:
-            learner.penalty.controller.coef = run.beta * (1 + (run.first_beta - 1) * max(1 - 2 * done, 0.0))
+            learner.config.entropy_coef = bonus * (1 - learner.episodes / run.args.episodes)
 
     def watch(learner: Any, metrics: dict[str, float]) -> None:
         nonlocal reached
