@@ -1,4 +1,4 @@
-"""Pairs of options that do not go together: beside some values of the second the first has no effect, or no meaning.
+"""Pairs of options that cannot be used together: the first has no effect or no meaning with some values of the second.
 
 `textgym.settings.check_settings` looks them up for every config, so a pair is refused when the config is made. A pair
 is for all configs with fields of both names. An option counts as set if it differs from its default.
@@ -7,7 +7,6 @@ is for all configs with fields of both names. An option counts as set if it diff
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,35 +31,23 @@ class Pair(NamedTuple):
     idle: bool = True
 
 
-def _takes(argument: str, name: str) -> bool:
-    """Return whether a class of torch.optim has an argument."""
-    if name in ("AdamW", "Adam", "SGD", "RMSprop"):
-        return argument != "eps" or name != "SGD"
-    import torch  # here, since most configs need none of it, and torch takes seconds to load
-
-    return argument in inspect.signature(getattr(torch.optim, name)).parameters
-
-
 def _one_step(config: Any) -> bool:
     return config.num_epochs == 1 and config.minibatch_size is None
 
 
-def _small_buffer(config: Any) -> bool:
-    return bool(config.buffer_size < config.episodes_per_update)
+WITHOUT_DECAY = ("Rprop", "SparseAdam")
+"""Optimisers of torch.optim that have no weight decay."""
 
-
-OF_PAIRS = "it is of pairs: set loss='pairwise', or leave it out"
-CLIP_ALONE = "a penalty limits the update instead of clipping: set variant='clip', or leave it out"
-PENALTY_ALONE = "clipping limits the update, and there is no penalty: set variant='penalty', or leave it out"
-GREEDY_ALONE = (
-    "the soft backup has no greedy token, explores by its own distribution, and always has a value: set "
-    "backup='greedy', or leave it out"
-)
-NO_CRITIC = "only a learned baseline has a critic: set baseline='learned', or leave it out"
-UNTRAINED = "a critic whose loss has no weight is not trained: set value_coef above 0, or leave it out"
+PAIRWISE_ONLY = "it applies to loss='pairwise' only: set that loss, or leave it out"
+SIGMOID_ONLY = "it applies to loss='sigmoid' only: set that loss, or leave it out"
+CLIP_ONLY = "a penalty limits the update instead of clipping: set variant='clip', or leave it out"
+PENALTY_ONLY = "clipping limits the update, and there is no penalty: set variant='penalty', or leave it out"
+GREEDY_ONLY = "it applies to backup='greedy' only: set that backup, or leave it out"
+NO_CRITIC = "only baseline='learned' trains a critic: set that baseline, or leave it out"
+UNTRAINED = "with value_coef=0 the critic is not trained: set value_coef above 0, or leave it out"
 NO_TEXTS = "there are no pretraining texts: give a .jsonl file of them as ptx_data, or leave it out"
 EVERY_TOKEN = "top_p=1 allows every token: set a lower top_p, or leave it out"
-BUFFER = "new episodes would replace each other before they are replayed: set buffer_size to at least this number"
+NO_DECAY = "this optimiser has no weight decay: use another optimiser, or leave it out"
 
 PAIRS = (
     # The optimiser
@@ -74,46 +61,36 @@ PAIRS = (
     Pair(
         "adam_epsilon",
         "optimizer",
-        lambda c: "Adam" not in c.optimizer or not _takes("eps", c.optimizer),
-        "it is the epsilon of Adam and its variants: give that of another optimiser in optimizer_options",
+        lambda c: "Adam" not in c.optimizer,
+        "it applies to Adam and its variants only: give the epsilon of another optimiser in optimizer_options",
     ),
     Pair(
         "adam_epsilon",
         "optimizer_options",
         lambda c: "eps" in c.optimizer_options,
-        'it would be replaced by "eps": give one of them',
+        '"eps" replaces it: leave one of them out',
     ),
     Pair(
         "optimizer_options",
         "learning_rate",
         lambda c: "lr" in c.optimizer_options,
-        'learning_rate replaces "lr": set learning_rate alone',
+        'the option learning_rate replaces "lr": set learning_rate instead',
         idle=False,
     ),
     Pair(
         "optimizer_options",
         "weight_decay",
         lambda c: "weight_decay" in c.optimizer_options,
-        "the option weight_decay replaces the one in optimizer_options: set it by itself",
+        'the option weight_decay replaces "weight_decay" there: set the option instead',
         idle=False,
     ),
-    Pair(
-        "weight_decay",
-        "optimizer",
-        lambda c: not _takes("weight_decay", c.optimizer),
-        "this optimiser has no weight decay: leave it out, or use another optimiser",
-    ),
-    Pair(
-        "critic_weight_decay",
-        "optimizer",
-        lambda c: not _takes("weight_decay", c.optimizer),
-        "this optimiser has no weight decay: leave it out, or use another optimiser",
-    ),
+    Pair("weight_decay", "optimizer", lambda c: c.optimizer in WITHOUT_DECAY, NO_DECAY),
+    Pair("critic_weight_decay", "optimizer", lambda c: c.optimizer in WITHOUT_DECAY, NO_DECAY),
     Pair(
         "annealing",
         "anneal_learning_rate",
         lambda c: not c.anneal_learning_rate,
-        "a constant learning rate does not decrease: leave one of them out",
+        "the learning rate is constant: set anneal_learning_rate=True, or leave it out",
     ),
     # Policy gradients
     Pair(
@@ -145,13 +122,13 @@ PAIRS = (
         "n_steps",
         "estimator",
         lambda c: c.estimator != "n_step",
-        "only this one counts steps: set estimator='n_step', or leave it out",
+        "only estimator='n_step' counts steps: set that estimator, or leave it out",
     ),
     Pair(
         "lam",
         "estimator",
         lambda c: c.estimator != "gae",
-        "only GAE has a lambda: set estimator='gae', or leave it out",
+        "only estimator='gae' has a lambda: set that estimator, or leave it out",
     ),
     # REINFORCE
     Pair(
@@ -167,12 +144,12 @@ PAIRS = (
     Pair("critic_max_grad_norm", "baseline", lambda c: c.baseline != "learned", NO_CRITIC),
     Pair("freezing_actor_steps", "baseline", lambda c: c.baseline != "learned", NO_CRITIC, idle=False),
     # PPO and NLPO
-    Pair("clip_range", "variant", lambda c: c.variant == "penalty", CLIP_ALONE),
-    Pair("clip_range_high", "variant", lambda c: c.variant == "penalty", CLIP_ALONE),
-    Pair("dual_clip", "variant", lambda c: c.variant == "penalty", CLIP_ALONE),
-    Pair("kl_min", "variant", lambda c: c.variant == "clip", PENALTY_ALONE),
-    Pair("kl_max", "variant", lambda c: c.variant == "clip", PENALTY_ALONE),
-    Pair("penalty_coef", "variant", lambda c: c.variant == "clip", PENALTY_ALONE),
+    Pair("clip_range", "variant", lambda c: c.variant == "penalty", CLIP_ONLY),
+    Pair("clip_range_high", "variant", lambda c: c.variant == "penalty", CLIP_ONLY),
+    Pair("dual_clip", "variant", lambda c: c.variant == "penalty", CLIP_ONLY),
+    Pair("kl_min", "variant", lambda c: c.variant == "clip", PENALTY_ONLY),
+    Pair("kl_max", "variant", lambda c: c.variant == "clip", PENALTY_ONLY),
+    Pair("penalty_coef", "variant", lambda c: c.variant == "clip", PENALTY_ONLY),
     Pair("ptx_coef", "ptx_data", lambda c: c.ptx_data is None, NO_TEXTS),
     Pair("ptx_batch_size", "ptx_data", lambda c: c.ptx_data is None, NO_TEXTS),
     Pair("ptx_max_length", "ptx_data", lambda c: c.ptx_data is None, NO_TEXTS),
@@ -204,19 +181,19 @@ PAIRS = (
         "clip_range",
         "surrogate",
         lambda c: c.surrogate == "cispo",
-        "CISPO clips from above alone: set clip_range_high instead",
+        "CISPO clips only ratios that are too high: set clip_range_high instead",
     ),
     Pair(
         "overlong_penalty",
         "overlong_buffer",
         lambda c: c.overlong_buffer is None,
-        "it is what the last tokens of a long response pay: set overlong_buffer, their number, or leave it out",
+        "it is the penalty of the last overlong_buffer tokens: set overlong_buffer to a number, or leave it out",
     ),
     Pair(
         "overlong_buffer",
         "overlong_penalty",
         lambda c: c.overlong_penalty == 0,
-        "its tokens pay nothing: set overlong_penalty above 0, or leave both out",
+        "these tokens have no penalty: set overlong_penalty above 0, or leave both out",
     ),
     # Preferences: DPO, online DPO and reward models
     *(
@@ -224,7 +201,7 @@ PAIRS = (
             option,
             "loss",
             lambda c: c.loss in ("hinge", "ipo"),
-            "it is of loss='sigmoid': use that loss, or leave it out",
+            SIGMOID_ONLY,
         )
         for option in ("label_smoothing", "use_probability")
     ),
@@ -232,16 +209,14 @@ PAIRS = (
         "label_smoothing",
         "use_probability",
         lambda c: c.use_probability,
-        "the probabilities of the labels say already how many are wrong: leave one of them out",
+        "the probabilities already say how many labels are wrong: leave one of them out",
         idle=False,
     ),
     *(
-        Pair(option, "loss", lambda c: c.loss in ("ranked_pairs", "plackett_luce", "regression"), OF_PAIRS)
+        Pair(option, "loss", lambda c: c.loss in ("ranked_pairs", "plackett_luce", "regression"), PAIRWISE_ONLY)
         for option in ("use_margin", "label_smoothing", "use_probability", "center_coefficient")
     ),
     # Agents with a replay buffer
-    Pair("buffer_size", "episodes_per_update", _small_buffer, BUFFER, idle=False),
-    Pair("episodes_per_update", "buffer_size", _small_buffer, BUFFER, idle=False),
     Pair(
         "epsilon_fraction",
         "epsilon_end",
@@ -255,11 +230,11 @@ PAIRS = (
         "no token is sampled from the reference: set epsilon_start or epsilon_end above 0, or leave it out",
     ),
     # Q-learning
-    Pair("q_scale", "backup", lambda c: c.backup == "soft", GREEDY_ALONE),
-    Pair("double", "backup", lambda c: c.backup == "soft", GREEDY_ALONE),
-    Pair("dueling", "backup", lambda c: c.backup == "soft", GREEDY_ALONE),
-    Pair("noisy", "backup", lambda c: c.backup == "soft", GREEDY_ALONE),
-    Pair("n_quantiles", "backup", lambda c: c.backup == "soft", GREEDY_ALONE),
+    Pair("q_scale", "backup", lambda c: c.backup == "soft", GREEDY_ONLY),
+    Pair("double", "backup", lambda c: c.backup == "soft", GREEDY_ONLY),
+    Pair("dueling", "backup", lambda c: c.backup == "soft", GREEDY_ONLY),
+    Pair("noisy", "backup", lambda c: c.backup == "soft", GREEDY_ONLY),
+    Pair("n_quantiles", "backup", lambda c: c.backup == "soft", GREEDY_ONLY),
     Pair(
         "priority_exponent",
         "prioritised",
@@ -283,14 +258,14 @@ PAIRS = (
         "epochs",
         "max_steps",
         lambda c: c.max_steps is not None,
-        "the number of updates replaces the number of epochs: give one of them",
+        "the number of updates replaces the number of epochs: leave one of them out",
     ),
     # Runs
     Pair(
         "kl_target",
         "kl_coef",
         lambda c: c.kl_coef == 0,
-        "the coefficient is multiplied to reach the target, so it stays 0: give one above 0 to start with",
+        "the controller multiplies the coefficient, and a multiple of 0 is 0: set kl_coef above 0, or leave it out",
         idle=False,
     ),
     # Environments
@@ -298,7 +273,7 @@ PAIRS = (
         "max_reward_failures",
         "on_reward_error",
         lambda c: c.on_reward_error == "raise",
-        "the first failure is an error: set on_reward_error to 'skip' or 'penalise', or leave it out",
+        "the first failure is an error then: set on_reward_error to 'skip' or 'penalise', or leave it out",
     ),
 )
 

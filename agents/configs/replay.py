@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from textgym.errors import ConfigError
 from textgym.settings import Count, Positive, PositiveShare, Share, WholeNumber
 
 from .rollout import RolloutAgentConfig
@@ -42,3 +43,11 @@ class ReplayConfig(RolloutAgentConfig):
     """Share of the episodes over which epsilon decreases linearly."""
     exploration_temperature: Positive = 1.0
     """Temperature of the reference in exploration; values above 1 are closer to uniform."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.buffer_size < self.episodes_per_update:
+            raise ConfigError(
+                f"buffer_size must be at least episodes_per_update={self.episodes_per_update}, got {self.buffer_size}: "
+                "new episodes would replace each other before the agent learns from them"
+            )

@@ -6,21 +6,25 @@ import functools
 import json
 import re
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import pytest
+import torch
 
 from textgym import agents, algorithms, option_pairs
 from textgym.agents.configs.demo import DemoConfig
+from textgym.agents.configs.rollout import OptimizerName
 from textgym.agents.machine.saved_files import read_config
 from textgym.envs.config import TextConfig
 from textgym.errors import ConfigError
 from textgym.models.actor_critic import ActorCritic
-from textgym.option_pairs import PAIRS, Pair, defaults_of
+from textgym.option_pairs import PAIRS, WITHOUT_DECAY, Pair, defaults_of
 from textgym.rewards.models.config import RewardModelConfig
+from textgym.settings import unmet
 from textgym.testing import byte_tokenizer, mock_lm
 
 CONFIGS: list[Any] = [
@@ -47,8 +51,6 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("optimizer_options", "weight_decay"): {"optimizer_options": {"weight_decay": 0.1}},
     ("weight_decay", "optimizer"): {"optimizer": "Rprop"},
     ("critic_weight_decay", "optimizer"): {"optimizer": "Rprop"},
-    ("buffer_size", "episodes_per_update"): {"buffer_size": 8},
-    ("episodes_per_update", "buffer_size"): {"episodes_per_update": 10_000},
     ("kl_in", "top_p"): {"kl_in": "loss"},
     ("epsilon_fraction", "epsilon_end"): {"epsilon_start": 0.05},
     ("exploration_temperature", "epsilon_end"): {"epsilon_start": 0.0, "epsilon_end": 0.0},
@@ -136,6 +138,23 @@ def test_defaults_never_exclude_each_other_and_equal_values_are_not_set(config_c
 def test_options_that_go_together_are_accepted(config_class: Any, settings: dict[str, Any]) -> None:
     config = config_class(**settings)
     assert {name: getattr(config, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("settings", [{"buffer_size": 8}, {"episodes_per_update": 10_000}])
+@pytest.mark.parametrize("config_class", [agents.DQNConfig, agents.PathwiseConfig])
+def test_a_replay_buffer_has_room_for_an_update(config_class: Any, settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"buffer_size must be at least episodes_per_update=\d+, got \d+: "):
+        config_class(**settings)
+
+
+def test_the_options_of_optimisers_are_those_of_their_classes() -> None:
+    options = {
+        name: signature(kind).parameters
+        for name, kind in vars(torch.optim).items()
+        if unmet(name, OptimizerName) is None
+    }
+    assert {name for name, known in options.items() if "weight_decay" not in known} == set(WITHOUT_DECAY)
+    assert all("eps" in known for name, known in options.items() if "Adam" in name)
 
 
 # --- saved configs, which earlier versions accepted ---
