@@ -27,7 +27,7 @@ from textgym.models.loading import freeze, load_causal_lm
 from textgym.models.machine.devices import Device, generator_state, resolve_device, restore_generator
 from textgym.models.machine.finite import check_weights
 from textgym.models.machine.seeding import global_generators, restore_global_generators
-from textgym.models.merging import merged, save_plain
+from textgym.models.merging import save_plain
 from textgym.models.token_model import TokenModel
 from textgym.settings import from_plain
 
@@ -156,7 +156,7 @@ def load_policy(folder: Path, saved: Any, device: Device, trust_remote_code: boo
 def save_frozen_model(model: TokenModel, folder: Path, policy: ActorCritic) -> None:
     """Write a transformers folder; for a model that shares weights with the policy, a file with the other weights."""
     if not (carries_adapters(model.lm) and is_twin(model.lm, policy.lm)):
-        save_plain(merged(model.lm) if carries_adapters(model.lm) else model.lm, folder)
+        save_plain(model.plain_lm(), folder)
         return
     folder.parent.mkdir(exist_ok=True)
     active = json.dumps(Adapters.of(model.lm).active)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from textgym.data.files import atomic_folder
 from textgym.data.manifests import MANIFEST, checked_manifest
 from textgym.errors import ConfigError, DamagedFolderError
 from textgym.models.adapters import is_twin, load_lm, split, twin, with_lora, without_peft
@@ -27,7 +26,7 @@ from textgym.models.decoding.generation import ResponseGenerators, Responses
 from textgym.models.decoding.sampling import sample
 from textgym.models.distributions.log_probs import StopRule, full_kl, token_log_probs
 from textgym.models.distributions.sampling_rules import NO_RULES, SamplingRules
-from textgym.models.loading import disable_dropout, is_trained, load_classifier, quiet, resolve
+from textgym.models.loading import disable_dropout, is_trained, load_classifier, resolve
 from textgym.models.machine.devices import Device, on_device, seed_of
 from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
@@ -373,7 +372,7 @@ class ActorCritic(TokenModel):
         return self.lm if self.lora is None else self.lora
 
     def plain_lm(self) -> Any:
-        """The language model without adapters: with one, a copy that it is merged into; else the model itself."""
+        """Return the language model without adapters: a copy that they are merged into, or the model itself."""
         return self.lm if self.lora is None else merged(self.lora)
 
     def weights(self) -> dict[str, Tensor]:
@@ -384,36 +383,19 @@ class ActorCritic(TokenModel):
         weights: dict[str, Tensor] = self.plain_lm().state_dict()
         return weights
 
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
-    ) -> None:
-        """Writes a plain transformers folder (with LoRA merged in a copy), and the critic beside it in safetensors.
-
-        Everything is written under a temporary name first, so a full disk leaves the old folder as it was.
-
-        Args:
-            folder: where to write; it is empty or not there.
-            tokenizer: the policy's, to be written beside it.
-            overwrite: whether to replace a policy that was saved there before.
-
-        Raises:
-            FileExistsError: the folder has files.
-            OSError: the disk is full or the folder not writable.
-        """
-        with atomic_folder(folder, POLICY, type(self).__name__, overwrite=overwrite) as temporary, quiet():
-            lm, trunk = self.plain_lm(), self.critic
-            if trunk is not None and is_twin(trunk, self.lm) and self.lora is not None:
-                trunk = merged(self.lora, trunk).base_model
-            save_plain(lm, temporary)
-            critic = {f"value_head.{name}": weight for name, weight in self.value_head.state_dict().items()}
-            if trunk is not None:
-                critic |= {f"critic.{name}": weight.contiguous() for name, weight in trunk.state_dict().items()}
-            save_file({name: weight.clone() for name, weight in critic.items()}, temporary / CRITIC_FILE)
-            own = trunk is not None and _shapes(trunk) != _shapes(lm.base_model)
-            form = {"separate": trunk is not None, "config": trunk.config.to_dict() if own else None}
-            (temporary / CRITIC_CONFIG).write_text(json.dumps(form))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+    def _write(self, folder: Path) -> None:
+        """Write the language model in the format of transformers, and the critic beside it in safetensors."""
+        lm, trunk = self.plain_lm(), self.critic
+        if trunk is not None and is_twin(trunk, self.lm) and self.lora is not None:
+            trunk = merged(self.lora, trunk).base_model
+        save_plain(lm, folder)
+        critic = {f"value_head.{name}": weight for name, weight in self.value_head.state_dict().items()}
+        if trunk is not None:
+            critic |= {f"critic.{name}": weight.contiguous() for name, weight in trunk.state_dict().items()}
+        save_file({name: weight.clone() for name, weight in critic.items()}, folder / CRITIC_FILE)
+        own = trunk is not None and _shapes(trunk) != _shapes(lm.base_model)
+        form = {"separate": trunk is not None, "config": trunk.config.to_dict() if own else None}
+        (folder / CRITIC_CONFIG).write_text(json.dumps(form))
 
     def sample(self, probabilities: Tensor) -> Tensor:
         """Samples one index `(B,)` from each row `(B, V)`, by one random number a row."""

@@ -23,7 +23,7 @@ from textgym.models.decoding.contexts import read_contexts
 from textgym.models.decoding.encoder_decoder_cache import CachedEncoderDecoder
 from textgym.models.distributions.log_probs import token_log_probs
 from textgym.models.distributions.token_distribution import TokenDistribution
-from textgym.models.loading import EMBEDDED, freeze, is_trained, load_causal_lm, shared_causal_lm
+from textgym.models.loading import EMBEDDED, freeze, is_trained, load_causal_lm, quiet, shared_causal_lm
 from textgym.models.machine.devices import Device
 from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
@@ -116,17 +116,31 @@ class TokenModel(nn.Module):
     def save_pretrained(
         self, folder: str | os.PathLike[str], tokenizer: Any = None, *, overwrite: bool = False
     ) -> None:
-        """Write a plain transformers folder, with adapters merged in a copy.
+        """Write a plain transformers folder, with adapters merged in a copy; a policy's critic is beside it.
+
+        Everything is written under a temporary name first, so a full disk leaves the old folder as it was.
 
         Args:
             folder: Folder to write; it must be empty or not exist.
             tokenizer: The model's tokenizer, to write too.
             overwrite: Whether to replace a model that was saved there before.
+
+        Raises:
+            FileExistsError: If the folder has files.
+            OSError: If the disk is full or the folder not writable.
         """
-        with atomic_folder(folder, POLICY, type(self).__name__, overwrite=overwrite) as temporary:
-            save_plain(merged(self.lm) if carries_adapters(self.lm) else self.lm, temporary)
+        with atomic_folder(folder, POLICY, type(self).__name__, overwrite=overwrite) as temporary, quiet():
+            self._write(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+
+    def plain_lm(self) -> Any:
+        """Return the language model without adapters: a copy that they are merged into, or the model itself."""
+        return merged(self.lm) if carries_adapters(self.lm) else self.lm
+
+    def _write(self, folder: Path) -> None:
+        """Write the weights, in the format of transformers."""
+        save_plain(self.plain_lm(), folder)
 
     def take_along(self, copied: Model) -> Model:
         """Convert a copy together with this model from now on, if it shares weights with it; return the copy."""

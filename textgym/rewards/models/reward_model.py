@@ -378,5 +378,5 @@ def _restore_bias(model: PreTrainedModel, path: str) -> None:
     for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             if "score.bias" in tensors.keys():  # noqa: SIM118  (not a dict)
-                bias = torch.empty_like(head.weight[:, 0]).copy_(tensors.get_tensor("score.bias"))
+                bias = tensors.get_tensor("score.bias").to(head.weight)  # its device and dtype
                 head.bias = nn.Parameter(bias, requires_grad=False)
