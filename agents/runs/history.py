@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,9 @@ def runs_in(folder: Path) -> tuple[list[Run], list[str]]:
         except RunFolderError as error:
             problems.append(str(error))
     if not runs:
+        first = shlex.quote(str(folder / "first"))
         raise RunFolderError(
-            "; ".join(problems)
-            or f"there are no runs in {folder}: `textgym train --output-dir {folder / 'first'}` begins one"
+            "; ".join(problems) or f"there are no runs in {folder}: `textgym train --output-dir {first}` begins one"
         )
     return runs, problems
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,7 @@ class Evaluation:
 
 def going_on(agent: RolloutAgent | SupervisedAgent, folder: Path) -> list[str]:
     """Return the commands that go on with a run; if it has objects that none of them can make, what does in Python."""
-    settings, run = read_json(folder / "config.json"), f'"{folder}"' if " " in str(folder) else str(folder)
+    settings, run = read_json(folder / "config.json"), shlex.quote(str(folder))
     view = f"textgym view {run}"
     if isinstance(agent, RolloutAgent):
         named = agent.named is not None or saved_environment(agent.envs) is not None
@@ -149,7 +150,7 @@ def going_on(agent: RolloutAgent | SupervisedAgent, folder: Path) -> list[str]:
         named = "data" in settings
     if not (named and settings["model"]):
         kind, newest = type(agent).__name__, Checkpoints(folder / "checkpoints").newest()
-        return [view, f"in Python: {kind}.load('{newest}', ...).learn(..., folder='{folder}')"]
+        return [view, f"in Python: {kind}.load({str(newest)!r}, ...).learn(..., folder={str(folder)!r})"]
     if isinstance(agent, RolloutAgent):
         longer = f"--total-episodes {2 * agent.total_episodes}"
     elif agent.config.max_steps is None:

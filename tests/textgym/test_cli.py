@@ -29,8 +29,9 @@ from textgym.commands import models
 from textgym.commands.models import place_of
 from textgym.commands.train import kl_arguments
 from textgym.data.corpora.sources import Snippet
+from textgym.models import loading
 from textgym.models.actor_critic import ActorCritic
-from textgym.models.loading import ASSETS
+from textgym.models.loading import ASSETS, load_tokenizer
 from textgym.rewards.kl import AdaptiveKL, ThresholdKL
 from textgym.rewards.models import RewardModel, RewardModelConfig
 from textgym.testing import byte_tokenizer, mock_seq2seq_lm
@@ -294,6 +295,25 @@ def test_a_launcher_has_given_each_process_its_device(monkeypatch: pytest.Monkey
     assert place_of(parsed("train --output-dir out")) == torch.device("cpu")
     with pytest.raises(ValueError, match="the launcher gives this process cpu, and --device asks for cuda"):
         place_of(parsed("train --output-dir out --device cuda"))
+
+
+def test_evaluate_and_chat_load_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference, from which completions are sampled as well, is that of the environment."""
+    ActorCritic.from_pretrained("tiny").save_pretrained("start", load_tokenizer("tiny"))
+    loaded: list[str] = []
+    load = loading._load
+
+    def counted(auto_class: Any, name: Any, *arguments: Any, **settings: Any) -> Any:
+        loaded.append(str(name))
+        return load(auto_class, name, *arguments, **settings)
+
+    monkeypatch.setattr(loading, "_load", counted)
+    monkeypatch.setattr(sys, "stdin", ["The film"])
+    models = ["--policy", "tiny", "--reference", "start", *env_kwargs()]
+    for words in (["evaluate", "--prompts", "1", "--num-envs", "1"], ["chat"]):
+        loaded.clear()
+        cli.main([*words, *models])
+        assert sorted(loaded) == ["start", "tiny"]
 
 
 def test_evaluate_shows_brackets_as_they_are(

@@ -253,7 +253,7 @@ def test_the_run_may_stand_behind_the_options(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "settings", "longer"),
     [
-        ("with a space", {"env_kwargs": '{"reward": "my:score"}'}, ["total_episodes", 8192]),
+        ('with a space, $HOME and `a quote"', {"env_kwargs": '{"reward": "my:score"}'}, ["total_episodes", 8192]),
         *(
             pytest.param("a", settings, longer, marks=pytest.mark.slow)
             for settings, longer in [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from rich.text import Text
 
 from textgym.agents.runs.chat import chat
 from textgym.agents.runs.evaluate import evaluated
 from textgym.agents.runs.progress import LiveProgress
 from textgym.commands import sheets
-from textgym.commands.models import decoder_start, make_envs, place_of, reference_of
+from textgym.commands.models import decoder_start, make_envs, place_of
 from textgym.display import printable, rich_text
 from textgym.flags import Chat, Evaluate
 from textgym.models.actor_critic import ActorCritic
@@ -24,25 +26,15 @@ def evaluate(command: Evaluate) -> None:
     """Figures and samples of a policy and its reference on the same prompts and seeds; a task's own have intervals."""
     live, place = LiveProgress(), place_of(command)
     live.console.print(f"device: {device_name(place)}", markup=False)
-    policies = {"reference": command.reference, "policy": command.policy}
+    names = {"reference": command.reference, "policy": command.policy}
     if command.against is not None:
-        policies["other policy"] = command.against
-    loaded = {
-        name: ActorCritic.from_pretrained(
-            model, temperature=command.temperature, device=place, trust_remote_code=command.trust_remote_code
-        )
-        for name, model in policies.items()
-    }
-    models = {
-        "tokenizer": command.reference,
-        "reference": reference_of(command.reference, command, place),
-        **decoder_start(loaded["policy"]),
-    }
-    envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **models)
-    for policy in loaded.values():
+        names["other policy"] = command.against
+    policies = {name: _loaded(model, command, place) for name, model in names.items()}
+    envs = make_envs(command.env, command.num_envs, command.env_kwargs, place, **_models(command, **policies))
+    for policy in policies.values():
         policy.rules = SamplingRules(command.min_p, command.repetition_penalty, command.no_repeat_ngram_size)
     found = evaluated(
-        loaded,
+        policies,
         envs,
         envs.unwrapped.reference,
         prompts=command.prompts,
@@ -64,20 +56,26 @@ def evaluate(command: Evaluate) -> None:
 def answer(command: Chat) -> None:
     """Completions of what is typed, until the end of the input."""
     place = place_of(command)
-    policy, reference = (
-        ActorCritic.from_pretrained(
-            model, temperature=command.temperature, device=place, trust_remote_code=command.trust_remote_code
-        )
-        for model in (command.policy, command.reference)
-    )
-    models = {
-        "tokenizer": command.reference,
-        "reference": reference_of(command.reference, command, place),
-        **decoder_start(policy),
-    }
+    policy, reference = (_loaded(model, command, place) for model in (command.policy, command.reference))
+    models = _models(command, policy=policy, reference=reference)
     envs = make_envs(command.env, 1, command.env_kwargs, place, on_reward_error="skip", **models)
     print("Type a prompt and press Enter. Ctrl-D ends it.", flush=True)
     chat(policy, envs, reference, typed(sys.stdin), lambda text: print(printable(text), flush=True), command.seed)
+
+
+def _loaded(model: str, command: Evaluate | Chat, place: torch.device) -> ActorCritic:
+    """Return a policy by its name."""
+    return ActorCritic.from_pretrained(
+        model, temperature=command.temperature, device=place, trust_remote_code=command.trust_remote_code
+    )
+
+
+def _models(
+    command: Evaluate | Chat, policy: ActorCritic, reference: ActorCritic, **others: ActorCritic
+) -> dict[str, Any]:
+    """Return what the environment is told of the models; its reference is the one that is loaded already."""
+    frozen = reference.lm.requires_grad_(False)
+    return {"tokenizer": command.reference, "reference": frozen, **decoder_start(policy)}
 
 
 def typed(stream: Iterable[str]) -> Iterator[str]:

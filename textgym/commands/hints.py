@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from textgym.agents.configs.supervised import SupervisedConfig
 from textgym.flags import Train
 from textgym.saved_flags import TRUST, needs_trust
@@ -24,8 +26,7 @@ def further_commands(command: Train) -> list[str]:
 
 
 def _run(command: Train) -> str:
-    folder = str(command.output_dir)
-    return f'"{folder}"' if " " in folder else folder
+    return shlex.quote(str(command.output_dir))
 
 
 def _consent(command: Train) -> str:

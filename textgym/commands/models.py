@@ -53,7 +53,7 @@ def make_envs(env: str, num_envs: int, env_kwargs: str, place: torch.device, **k
         raise ValueError(f"{env} cannot be made: {error}. Its further arguments go into --env-kwargs") from error
 
 
-def reference_of(model: str, command: Train | Evaluate | Chat, place: torch.device) -> Any:
+def reference_of(model: str, command: Train, place: torch.device) -> Any:
     """The reference as environments take it: a name, or a model whose own code the user trusts."""
     if not command.trust_remote_code:
         return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from textgym.agents.runs.evaluation import Samples
 from textgym.agents.runs.human.sheets import read_sheets, write_sheet
 from textgym.display import printable
@@ -14,7 +16,8 @@ def write(command: Evaluate, samples: dict[str, Samples]) -> list[str]:
     prompts = [transcript["prompt"] for transcript in next(iter(samples.values())).transcripts]
     completions = {name: chosen.completions for name, chosen in samples.items()}
     table, page, key = write_sheet(command.pairwise_sheet, prompts, completions, command.seed)
-    return [f"for raters: {table} or {page}", f"not for raters: {key}", f"then: textgym read-sheet {key} FILE.csv ..."]
+    then = f"textgym read-sheet {shlex.quote(str(key))} FILE.csv ..."
+    return [f"for raters: {table} or {page}", f"not for raters: {key}", f"then: {then}"]
 
 
 def read(command: ReadSheet) -> None:
