@@ -175,7 +175,7 @@ def tracker_of(name: str, folder: Path | None) -> Any:
     if name == "tensorboard":
         return kind(name, logging_dir=str(Path("runs") if folder is None else folder / "trackers"))
     if name == "aim":
-        return kind(PROJECT, logging_dir=str(Path("runs") if folder is None else folder.parent))
+        return kind(run, logging_dir=str(Path("runs") if folder is None else folder.parent), experiment=PROJECT)
     if name == "mlflow":
         return kind(PROJECT, run_name=run)
     if name in ("wandb", "trackio"):

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -297,6 +298,23 @@ def test_mlflow_with_a_database_has_settings_metrics_and_samples(
     table = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/samples.json"))
     assert table["columns"] == ["step", "prompt", "completion", "score"]
     assert len(table["data"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_accelerate")
+def test_aim_has_settings_metrics_and_samples(tmp_path: Path) -> None:
+    aim = pytest.importorskip("aim")
+    make().learn(4, folder=tmp_path / "run", log_with="aim")
+    [folder] = (tmp_path / ".aim" / "meta" / "chunks").iterdir()
+    run = aim.Run(folder.name, repo=str(tmp_path))  # one that is only read lacks what no server has put into an index
+    assert (run.experiment, run.name) == ("textgym", "run")
+    assert run["hparams"]["config/minibatch_size"] == 2
+    everywhere = import_module("aim.storage.context").Context({})
+    assert list(run.get_metric("objective/scores", everywhere).dataframe()["step"]) == [2, 4]
+    [(step, (sample, *_))] = run.get_text_sequence("samples", everywhere).data.items()
+    assert step == 2
+    assert sample.data.startswith("| prompt | completion | score |")
+    run.close()
 
 
 class Service(BaseHTTPRequestHandler):
