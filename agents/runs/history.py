@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console, Group
 from rich.table import Table
 
-from textgym.data.files import atomic_file
+from textgym.data.files import atomic_file, read_json_lines
 from textgym.data.manifests import RUN, read_run
 from textgym.display import rich_text
 from textgym.errors import RunFolderError
@@ -56,7 +56,7 @@ class Run:
             RunFolderError: It holds no run, or one of another version.
         """
         finished = bool(read_run(folder).get("finished"))
-        return cls(folder, _settings(folder), _history(folder), is_running(folder), finished)
+        return cls(folder, _settings(folder), read_json_lines(folder / "metrics.jsonl"), is_running(folder), finished)
 
     @property
     def state(self) -> str:
@@ -88,7 +88,7 @@ def runs_in(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def list_of(folder: Path, width: int) -> Group:
-    """Return the runs in a folder: what each trained, how far it is, and its last score and KL; then what is no run.
+    """Return the runs in a folder, with progress, last score and KL; then the folders that were left out, and why.
 
     Args:
         folder: The folder.
@@ -106,9 +106,9 @@ def list_of(folder: Path, width: int) -> Group:
         return Group(table, *left_out)
     lines = []
     for run, agent, environment, model, state, updates, score, kl in rows:
-        lines += [run, f"  {agent}, {environment}, {model}", f"  {state}, {updates} updates"]
-        if score:
-            lines.append(f"  score {score}, KL {kl}")
+        figures = [f"{name} {figure}" for name, figure in (("score", score), ("KL", kl)) if figure]
+        known = ([agent, environment, model], [state, f"{updates} updates"], figures)  # some have no agent, or no KL
+        lines += [run, *(f"  {', '.join(filter(None, parts))}" for parts in known if any(parts))]
     return Group(*(rich_text(line) for line in lines), *left_out)
 
 
@@ -116,7 +116,7 @@ def _about(run: Run) -> list[str]:
     """Return the cells of a run in the list."""
     last = run.history[-1] if run.history else {}
     figures = [f"{last[key]:.3f}" if key in last else "" for key in ("objective/scores", "objective/kl")]
-    names = [str(run.settings.get(key, "")) for key in ("agent", "env", "model")]
+    names = [str(run.settings.get(key) or "") for key in ("agent", "env", "model")]
     return [str(run.folder), *names, run.state, str(len(run.history)), *figures]
 
 
@@ -180,19 +180,6 @@ def _settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
-
-
-def _history(folder: Path) -> list[Metrics]:
-    """Return the metrics that can be read; the run is writing the last line, or was killed while it did."""
-    path, rows = folder / "metrics.jsonl", []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def is_running(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from textgym.data.files import atomic_file, remove_leftovers
+from textgym.data.files import atomic_file, read_json_lines, remove_leftovers
 from textgym.display import markdown_cell, rich_text
 from textgym.errors import DamagedFolderError
 from textgym.settings import idle_options
@@ -92,9 +92,8 @@ class RunFolder:
         path = self.folder / WARNINGS
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= updates]
-        self.write(path.name, "".join(kept))
+        kept = [row for row in read_json_lines(path) if row.get("update", 0) <= updates]
+        self.write(path.name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, name: str, text: str) -> None:
         """Write a text file atomically."""
@@ -173,15 +172,7 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
 
 def _read_metrics(path: Path, updates: int) -> list[Metrics]:
     """Return the metrics of the first updates, one line each; with a warning, those that can be read."""
-    rows = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines[:updates]:  # later ones are of updates that no checkpoint kept, and the last may be cut
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    rows = read_json_lines(path, updates)  # later ones are of updates that no checkpoint kept
     if len(rows) < updates:
         warnings.warn(
             f"{path} has the metrics of {len(rows)} of {updates} updates; those of the others are lost", stacklevel=3

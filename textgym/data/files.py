@@ -5,6 +5,7 @@ Folders get a manifest, see `textgym.data.manifests`, and only folders with one 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -34,6 +35,24 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json_lines(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, one a line; lines that hold none are left out, such as one that is cut.
+
+    Args:
+        path: The file; if it does not exist, there are none.
+        most: How many lines to read, damaged ones included; `None` for all.
+    """
+    rows = []
+    for line in path.read_bytes().splitlines()[:most] if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 class atomic_folder:

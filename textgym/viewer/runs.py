@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from textgym.data.files import read_json_lines
 from textgym.viewer.highlights import Highlights
 from textgym.viewer.summaries import Summary
 
@@ -52,15 +53,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
     Lines that are incomplete are left out. Metrics that a line lacks, or that are not finite, are `None`.
     """
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    rows = _spread(rows, MOST_POINTS)
+    rows = _spread(read_json_lines(path), MOST_POINTS)
     clock = next((name for name in CLOCKS if rows and name in rows[0]), None)
     names = dict.fromkeys(name for row in rows for name in row if name not in CLOCKS)
     return {

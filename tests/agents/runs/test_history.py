@@ -61,6 +61,30 @@ def test_a_narrow_terminal_lists_each_run_in_lines_of_its_own(tmp_path: Path, mo
     ]
 
 
+def test_what_a_run_does_not_say_is_left_out_of_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of the demo has no agent and no environment in its settings, and SFT has no KL."""
+    monkeypatch.chdir(tmp_path)
+    demo, nothing, sft = (write_run(Path("runs") / name, [0.5]) for name in ("demo", "nothing", "sft"))
+    (demo / "config.json").write_text(json.dumps({"model": "tiny"}))
+    (nothing / "config.json").unlink()
+    (sft / "config.json").write_text(json.dumps({"agent": "sft", "env": None, "model": "tiny"}))
+    (sft / "metrics.jsonl").write_text(json.dumps({"updates": 1, "objective/scores": 0.25}) + "\n")
+    lines = text_of(list_of(Path("runs"), 40), 40).splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "runs/demo",
+        "  tiny",
+        "  stopped, 1 updates",
+        "  score 0.500, KL 0.100",
+        "runs/nothing",
+        "  stopped, 1 updates",
+        "  score 0.500, KL 0.100",
+        "runs/sft",
+        "  sft, tiny",
+        "  stopped, 1 updates",
+        "  score 0.250",
+    ]
+
+
 def test_damaged_lines_of_metrics_are_left_out_and_later_ones_are_not(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [0.0, 1.0, 2.0])
     first, second, third = (run / "metrics.jsonl").read_bytes().splitlines()

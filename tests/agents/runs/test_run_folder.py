@@ -93,6 +93,19 @@ def test_an_interrupt_keeps_what_was_written(tmp_path: Path, agent: PPO) -> None
     assert is_png(tmp_path / "curves.png")
 
 
+def test_a_damaged_line_is_left_out_of_metrics_and_warnings(tmp_path: Path) -> None:
+    """A disk that was full, or a process that was killed, leaves half a line; the lines around it are kept."""
+    RunFolder(tmp_path, {}).close()
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"episodes": 2}\n{"epis\xff\n[4]\n{"episodes": 8}\n{"episodes": 10}\n')
+    (tmp_path / "warnings.jsonl").write_bytes(b'{"update": 1}\n{"upd\n\xff\n3\n{"update": 2}\n{"update": 9}\n{"upd')
+    with pytest.warns(UserWarning, match="the metrics of 2 of 4 updates"):
+        folder = RunFolder(tmp_path, {}, updates=4)
+    folder.close()
+    assert folder.history == [{"episodes": 2}, {"episodes": 8}]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == folder.history
+    assert (tmp_path / "warnings.jsonl").read_text() == '{"update": 1}\n{"update": 2}\n'
+
+
 def test_no_curves_without_metrics(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, Settings())
     folder.draw_curves()
