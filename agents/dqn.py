@@ -92,9 +92,9 @@ class DQN(ReplayAgent):
         self.remember(rollout, kl)
 
         # 2. Optimiser steps on episodes sampled from the buffer, and updates of the target networks in intervals. Their
-        #    weights correct the priorities in full by the end of the run (Schaul et al., 2016, section 3.4).
-        first, done = self.config.priority_correction, self.episodes / max(self.total_episodes, 1)
-        self.memory.beta = first + (1 - first) * min(done, 1.0)
+        #    weights correct the priorities in full in the last update (Schaul et al., 2016, section 3.4).
+        first, before_last = self.config.priority_correction, self.total_episodes - self.update_size
+        self.memory.beta = first + (1 - first) * min(self.episodes / max(before_last, 1), 1.0)
         steps: list[TensorMetrics] = []
         for batch in self.samples():
             steps.append(self.step(batch))

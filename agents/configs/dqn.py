@@ -21,8 +21,8 @@ class DQNConfig(ReplayConfig):
     priority_exponent: NotNegative = 0.6
     """For `prioritised`: the exponent of priorities; 0 samples uniformly."""
     priority_correction: Share = 0.4
-    """For `prioritised`: the first exponent of the weights; it rises linearly to 1, which corrects the priorities
-    completely, over `total_episodes`."""
+    """For `prioritised`: the exponent of the weights in the first update; it rises linearly to 1, which corrects the
+    priorities completely, in the last one."""
     q_scale: float = 1.0
     """For "greedy": initial scale of the language model's log-probs in Q, in reward per nat."""
     double: bool = False

@@ -204,15 +204,16 @@ def test_a_moving_reference_is_refused(name: str) -> None:
         agent.learn(64, [SyncReference(every=4)])
 
 
-def test_the_weights_of_priorities_correct_them_completely_by_the_end_of_the_run() -> None:
+def test_the_weights_of_priorities_correct_them_completely_in_the_last_update() -> None:
+    """Also if that is smaller than the others, or if the run was made longer."""
     agent = make_agent("prioritised", priority_correction=0.2, gradient_steps=1)
     exponents: list[float] = []
     sample = agent.memory.sample
     agent.memory.sample = lambda *args: exponents.append(agent.memory.beta) or sample(*args)  # type: ignore[func-returns-value, method-assign]
-    agent.learn(4 * 32)
-    assert exponents == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    agent.learn(5 * 32)
-    assert exponents[-1] == pytest.approx(0.2 + 0.8 * 4 / 5)
+    agent.learn(3 * 32)
+    assert exponents == pytest.approx([0.2, 0.6, 1.0])
+    agent.learn(4 * 32 + 4)
+    assert exponents[3:] == pytest.approx([0.2 + 0.8 * 96 / 100, 1.0])
 
 
 class Rounds:
