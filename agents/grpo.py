@@ -102,7 +102,9 @@ class GRPO(PromptGroupAgent):
 
         # 3. Episodes with advantage 0 count in the means of the loss: otherwise the gradient of the others would grow
         #    with their number. If nothing else in the loss has a gradient, they need no pass.
-        [comparable, different] = to_host(groups.comparable.flatten(), (advantages != 0).any(1))
+        unknown = self.unknown_reward(rollout) if config.scale == "each" else torch.zeros((), device=mask.device)
+        [comparable, different, unknown] = to_host(groups.comparable.flatten(), (advantages != 0).any(1), unknown)
+        self.refuse_unknown_reward(float(unknown))
         alone = self.reference_log_probs is None and config.entropy_coef == 0 and config.loss_type != "bnpo"
         with_gradient = different if alone else None
 
@@ -222,34 +224,43 @@ class GRPO(PromptGroupAgent):
 
         These are the reward functions, and with negative weights the costs of constraints, which have their multipliers
         as weights, and a missing end and the share of the overlong buffer that is used, which have their penalties.
-
-        Raises:
-            ConfigError: If the score has another part, such as the reward of a wrapper.
         """
+        rewards = self.parts_of_score(rollout)
+        for name, multiplier in self.constraints.multipliers.items():
+            rewards.append((rollout.component(f"reward/{name}"), -multiplier))
+        rewards.append((self.beyond(rollout.sequences.response_lengths), -self.config.overlong_penalty))
+        return [(column, weight) for column, weight in rewards if weight != 0]
+
+    def parts_of_score(self, rollout: Rollout) -> list[tuple[Tensor, float]]:
+        """Return the parts of the environment's score, `(N,)` each and NaN where it is unknown, and their weights."""
         scorer, missing_eos_penalty = self.base_env.scorer, self.base_env.missing_eos_penalty
         rewards = [
             (rollout.component(f"reward/{name}"), weight)
             for name, weight in zip(scorer.names, scorer.weights, strict=True)
         ]
-        rewards.append(((~rollout.ended_by_stop).double(), -missing_eos_penalty))
-        self._check_sum(rollout, rewards)
-        for name, multiplier in self.constraints.multipliers.items():
-            rewards.append((rollout.component(f"reward/{name}"), -multiplier))
-        rewards.append((self.beyond(rollout.sequences.response_lengths), -self.config.overlong_penalty))
-        return rewards
+        return [*rewards, ((~rollout.ended_by_stop).double(), -missing_eos_penalty)]
 
-    def _check_sum(self, rollout: Rollout, rewards: list[tuple[Tensor, float]]) -> None:
-        """Raise an error if the scores are not the weighted sums of these rewards, up to rounding."""
-        parts = torch.stack([masked(weight * column, ~column.isnan()) for column, weight in rewards])
-        unknown = masked(rollout.scores - parts.sum(0), rollout.scored).abs()
-        if bool((unknown > 1e-4 * (1 + parts.abs().sum(0))).any()):
+    def unknown_reward(self, rollout: Rollout) -> Tensor:
+        """Return the reward in the scores of all processes that is none of `parts_of_score`, 0 up to rounding, `()`."""
+        parts = self.parts_of_score(rollout)
+        paid = torch.stack([masked(weight * column, ~column.isnan()) for column, weight in parts])  # (K, N)
+        unknown = masked(rollout.scores - paid.sum(0), rollout.scored).abs()
+        rounding = 1e-4 * (1 + paid.abs().sum(0))
+        return sum_over_processes(masked(unknown, unknown > rounding).sum())
+
+    def refuse_unknown_reward(self, unknown: float) -> None:
+        """Raise an error, in all processes, if `unknown_reward` found any."""
+        if unknown > 0:
             raise ConfigError(
-                f"scale='each' is of reward functions, and a wrapper changes a score by {float(unknown.max()):.4g}: "
+                f"scale='each' is of reward functions, and a wrapper changes scores, by {unknown:.4g} in one rollout: "
                 "make its reward a reward function, or use another scale"
             )
 
     def refuse_changed_sums(self) -> None:
-        """Raise an error if the environment or the KL changes the sum of the reward functions, which "each" has not."""
+        """Raise an error if the score is more than the sum of the reward functions.
+
+        `scale="each"` does not form that sum.
+        """
         if self.config.kl_in == "reward" and self.penalty.coef > 0:
             raise ConfigError(
                 "scale='each' is of reward functions, and the KL in the reward is none of them: set kl_in='loss', or "

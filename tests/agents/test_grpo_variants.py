@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import textgym.agents.grpo as grpo
 from textgym.agents import GRPO, PPO, GRPOConfig, PPOConfig
 from textgym.agents.common.policy_gradient import Batch
 from textgym.agents.common.rollout import Rollout
@@ -238,9 +239,41 @@ def test_a_wrapper_that_changes_scores_is_refused_where_functions_have_their_own
     plain = make_agent([vowels, length], scale="each")
     agent = GRPO(plain.policy, Doubled(plain.envs), plain.config)
     before = [weight.clone() for weight in agent.policy.parameters()]
-    with pytest.raises(ConfigError, match="a wrapper changes a score by"):
+    with pytest.raises(ConfigError, match="a wrapper changes scores, by"):
         agent.learn(16)
     assert all(map(torch.equal, before, agent.policy.parameters()))
+
+
+class Rarely(Doubled):
+    """Pays every score twice from the second rollout on."""
+
+    calls = 0
+
+    def rewards(self, rewards: Any) -> Any:
+        self.calls += 1
+        return rewards if self.calls <= 8 else super().rewards(rewards)
+
+
+def test_a_changed_score_is_found_in_any_rollout() -> None:
+    plain = make_agent([vowels, length], scale="each")
+    agent = GRPO(plain.policy, Rarely(plain.envs), plain.config)
+    with pytest.raises(ConfigError, match="a wrapper changes scores"):
+        agent.learn(100 * agent.config.episodes_per_update)
+    assert agent.updates > 0
+
+
+def test_a_changed_score_of_another_process_stops_this_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would wait in a collective operation for a process that has ended."""
+    agent = make_agent([vowels, length], scale="each")
+    rollout = agent.play()
+    assert float(agent.unknown_reward(rollout)) == 0
+    monkeypatch.setattr(grpo, "sum_over_processes", lambda own: own + 0.5)
+    assert float(agent.unknown_reward(rollout)) == 0.5
+
+
+def test_a_reward_of_weight_zero_has_no_part_in_the_sum() -> None:
+    agent = make_agent([vowels, length], env={"reward_weights": [2.0, 0.0]}, scale="each")
+    assert [weight for _, weight in agent.all_rewards(agent.play())] == [2.0, -1.0]  # and a missing end
 
 
 def test_equal_scores_have_no_advantage_beside_groups_that_differ() -> None:
