@@ -96,6 +96,7 @@ class RolloutAgent(ABC):
         self._refuse_rules(policy)
         self.config = config
         self.named = make_named(envs, policy, model, config) if isinstance(envs, str) else None
+        self.start: str | None = model  # name of the model that it began from; `None` for what the policy says
         envs = envs if self.named is None else self.named.envs
         self.policy, self._envs = policy, envs
         self.base_env = rollout_env(envs)
@@ -261,6 +262,10 @@ class RolloutAgent(ABC):
         groups = max(math.ceil(left / each), count())  # whole groups, at least one in each process
         return min(groups * each, self.config.episodes_per_update)
 
+    def updates_left(self, total_episodes: int) -> int:
+        """Return how many more updates there are until so many episodes have been collected."""
+        return math.ceil(max(total_episodes - self.episodes, 0) / self.config.episodes_per_update)
+
     def next_prompts(self, shares: Sequence[int]) -> np.ndarray:
         """Return the next prompts (indices): all processes take the same prompts in order, and each uses its part.
 
@@ -406,8 +411,8 @@ class RolloutAgent(ABC):
 
     def _tell_rewards(self) -> None:
         """Set the progress that reward functions with an argument `trainer_state` get, for example for a curriculum."""
-        left = math.ceil((self.total_episodes - self.episodes) / self.config.episodes_per_update)
-        self.base_env.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=self.updates + left)
+        total = self.updates + self.updates_left(self.total_episodes)
+        self.base_env.scorer.trainer_state = TrainerState(global_step=self.updates, max_steps=total)
 
     @property
     def sampler(self) -> torch.Generator:

@@ -187,6 +187,14 @@ def check_class(manifest: Manifest, kind: type, folder: Path) -> None:
         )
 
 
+def start_of(agent: Any) -> str:
+    """Return the name of the model that an agent began from, also before it was loaded; empty if it has no name.
+
+    The policy of a loaded agent has the path of its checkpoint as its name, which is gone sooner or later.
+    """
+    return str(agent.policy.lm.name_or_path) if agent.start is None else agent.start
+
+
 def save_agent(agent: Any, folder: Path, overwrite: bool) -> None:
     """Save a `RolloutAgent`; all processes must call this function, and rank 0 writes the files."""
     state = {
@@ -214,6 +222,7 @@ def _write(agent: Any, folder: Path, state: dict[str, Any], scorers: list[dict[s
         "env": _environment(agent),
         "machine": machine(agent.policy),
         "inputs": agent.inputs,
+        "start": start_of(agent),
     }
     with atomic_folder(folder, AGENT, type(agent).__name__, meta["config"], overwrite=overwrite) as temporary:
         meta["policy"] = save_policy(agent.policy, temporary, agent.base_env.tokenizer)
@@ -254,7 +263,7 @@ def load_agent(
         raise ValueError("reward is for an environment that is made again, and envs has its own: give one of them")
     policy = load_policy(folder, saved.policy, place, trust_remote_code)
     agent = kind(policy, envs, config)
-    agent.named = named
+    agent.named, agent.start = named, saved.start
 
     # 1. Weights and the optimiser's moments.
     load_optimizer(agent.optimizer, state["optimizer"])

@@ -43,7 +43,7 @@ from ..machine.circumstances import machine, warn_of_differences
 from ..machine.distributed import broadcast_weights, by_first, explain_lost_processes, join
 from ..machine.out_of_memory import memory_explained
 from ..machine.saved_files import SavedSupervisedAgent, read_config, read_json
-from .saving import AGENT, check_class, load_policy, place_of, save_policy
+from .saving import AGENT, check_class, load_policy, place_of, save_policy, start_of
 from .supervised_trainer import SupervisedTrainer
 
 Batch = dict[str, Tensor]
@@ -70,6 +70,7 @@ class SupervisedAgent(ABC):
 
     def __init__(self, policy: PolicyLike, data: Any, tokenizer: Any = None, config: Any = None) -> None:
         join()
+        self.start = str(policy) if isinstance(policy, str | os.PathLike) else None  # see `start_of`
         policy = as_policy(policy)
         broadcast_weights(policy)
         self.policy, self.tokenizer = policy, _tokenizer_for(policy, tokenizer)
@@ -226,6 +227,7 @@ class SupervisedAgent(ABC):
             "updates": self.updates,
             "data": self.fingerprint(),
             "machine": machine(self.policy),
+            "start": start_of(self),
         }
         config = dataclasses.asdict(self.config)
         with atomic_folder(folder, AGENT, type(self).__name__, config, overwrite=overwrite) as temporary:
@@ -263,6 +265,7 @@ class SupervisedAgent(ABC):
         if agent.fingerprint() != saved.data:
             raise ValueError(f"{folder} was trained on other data: pass what it was made with, load(folder, data)")
         agent.updates, agent._saved_progress = saved.updates, folder / "trainer"
+        agent.start = saved.start
         warn_of_differences(folder, saved.machine, policy)
         return agent
 

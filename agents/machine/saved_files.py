@@ -58,6 +58,7 @@ class SavedAgent:
     machine: dict[str, Any]
     inputs: dict[str, Any]
     policy: dict[str, Any]
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class SavedSupervisedAgent:
     data: str
     machine: dict[str, Any]
     policy: dict[str, Any]
+    start: str = ""
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -155,10 +154,10 @@ class Profiler:
 
     def __init__(self, folder: str | Path, agent: RolloutAgent, total_episodes: int) -> None:
         size = agent.config.episodes_per_update
-        left = math.ceil((total_episodes - agent.episodes) / size)
+        left = agent.updates_left(total_episodes)
         if left < UPDATES:
             raise ValueError(
-                f"a profile takes {UPDATES} updates and this run makes {max(left, 0)}: play at least "
+                f"a profile takes {UPDATES} updates and this run makes {left}: play at least "
                 f"{agent.episodes + UPDATES * size} episodes"
             )
         self.folder, self.agent = Path(folder), agent

@@ -21,6 +21,7 @@ from textgym.settings import from_plain
 
 from ..callbacks import CallbackLike, CallbackList
 from ..common.rollout_agent import RolloutAgent
+from ..common.saving import start_of
 from ..common.supervised import SupervisedAgent
 from ..machine.distributed import rank
 from ..machine.named_envs import HELD_OUT, heldout_envs
@@ -192,11 +193,12 @@ def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) 
     settings |= {"total_episodes": agent.total_episodes, "num_envs": agent.envs.num_envs, "env_kwargs": "{}"}
     settings |= {"kl_estimator": agent.penalty.estimator, "eval_every": EVERY, "eval_prompts": HELD_OUT}
     settings |= kl_settings(agent.penalty.controller)
-    if agent.named is not None and not agent.updates:  # a loaded one may have further arguments
+    if agent.named is not None and agent.named.model is not None:  # a loaded one may have further arguments
         return {**settings, "env": agent.named.env}
     saved = saved_environment(agent.envs)
     if saved is not None:
-        settings |= {"env": saved["id"], "env_kwargs": json.dumps(saved["kwargs"])}
+        kwargs = {name: value for name, value in saved["kwargs"].items() if name != "device"}  # one of the run
+        settings |= {"env": saved["id"], "env_kwargs": json.dumps(kwargs)}
     elif agent.envs.spec is not None:
         settings["env"] = agent.envs.spec.id
     return settings
@@ -205,13 +207,11 @@ def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) 
 def began_with(agent: RolloutAgent | SupervisedAgent, folder: Path | None) -> str:
     """Return the name of the model that a run began from; empty if it has no name.
 
-    A resumed agent was loaded from a checkpoint, which is gone sooner or later, so its folder says what it began from.
+    A run that goes on in its folder keeps the name that it has there.
     """
     if agent.updates and folder is not None and (folder / "config.json").exists():
         return str(read_json(folder / "config.json").get("model") or "")
-    if isinstance(agent, RolloutAgent) and agent.named is not None and agent.named.model is not None:
-        return agent.named.model
-    return str(agent.policy.lm.name_or_path)
+    return start_of(agent)
 
 
 def kl_settings(controller: KLController) -> dict[str, Any]:

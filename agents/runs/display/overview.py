@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,12 +75,12 @@ def _span(lengths: Sequence[int] | np.ndarray) -> str:
 
 
 def _training(agent: RolloutAgent, total_episodes: int) -> str:
-    """Say how many episodes a run has, and in updates of which size."""
-    size = agent.config.episodes_per_update
-    updates = math.ceil(total_episodes / size)
-    last = agent.size_of_update(total_episodes - size * (updates - 1))
-    episodes = size * (updates - 1) + last
-    smaller = f", the last one of {last}" if last < size and updates > 1 else ""
+    """Say how many episodes a run has, and in updates of which size; those before a resumption count as they were."""
+    size, left = agent.config.episodes_per_update, agent.updates_left(total_episodes)
+    before_last = agent.episodes + size * max(left - 1, 0)
+    last = agent.size_of_update(total_episodes - before_last) if left else 0
+    updates, episodes = agent.updates + left, before_last + last
+    smaller = f", the last one of {last}" if 0 < last < size and updates > 1 else ""
     return f"{episodes:,} episodes: {updates:,} update(s) of {min(size, episodes)} episodes{smaller}"
 
 

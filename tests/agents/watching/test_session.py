@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from textgym import ActorCritic, cli
 from textgym.agents import DPO, DQN, GRPO, PPO, SFT, DPOConfig, DQNConfig, GRPOConfig, PPOConfig, SFTConfig
 from textgym.agents.callbacks import Callback
-from textgym.agents.machine.named_envs import num_rows
+from textgym.agents.machine.named_envs import heldout_envs, num_rows
 from textgym.agents.runs.checkpoints import Checkpoints
 from textgym.agents.runs.display.warning_signs import TrainingWarning
 from textgym.agents.runs.history import Run
@@ -285,6 +285,29 @@ def test_a_run_from_data_names_its_data_and_its_model_if_they_have_names(tmp_pat
     settings = session.settings_of_run(agent, None)
     assert "data" not in settings
     assert settings["model"] == "tiny"
+
+
+def test_an_agent_that_is_loaded_keeps_the_name_of_its_start_and_the_arguments_of_its_environment(
+    tmp_path: Path,
+) -> None:
+    """Also one that was saved before its first update; its policy has the path of the checkpoint as its name."""
+    reward, prompts = "textgym.rewards.functions:completion_length", list("abcdefghijkl")
+    envs = {"prompts": prompts, "reward": reward, "tokenizer": "tiny", "reference": "tiny", "kl_coef": 0.25}
+    made = gym.make_vec("textgym/Text-v0", 8, kl_mode="deferred", max_new_tokens=2, **envs)
+    heldout_envs(made, 1)  # as of an agent that is made of names
+    PPO("tiny", made, SMALL).save(tmp_path / "agent")
+    loaded = PPO.load(tmp_path / "agent")
+    assert loaded.named is not None
+    settings = session.settings_of_run(loaded, tmp_path / "new")
+    assert (settings["model"], settings["env"]) == ("tiny", "textgym/Text-v0")
+    assert json.loads(settings["env_kwargs"]).items() >= envs.items()
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    SFT("tiny", tmp_path / "rows.jsonl").save(tmp_path / "sft")
+    again = SFT.load(tmp_path / "sft", tmp_path / "rows.jsonl")
+    again.save(tmp_path / "second")
+    for agent in (again, SFT.load(tmp_path / "second", tmp_path / "rows.jsonl")):
+        assert session.settings_of_run(agent, tmp_path / "new")["model"] == "tiny"
 
 
 def test_an_environment_that_there_is_not_is_named() -> None:
