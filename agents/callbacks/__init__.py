@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from textgym.errors import ConfigError
 
@@ -17,7 +17,8 @@ Function = Callable[[Any, Metrics], bool | None]
 class Callback:
     """Base class of callbacks of `learn`: override the methods that you need.
 
-    A plain function of the agent and the metrics is a callback too; it is called as `on_update_end`.
+    A plain function of the agent and the metrics is a callback too; it is called as `on_update_end`. A callable object
+    that has `on_training_start` is also told of the start.
 
     >>> class StopAtScore(Callback):
     ...     def on_update_end(self, agent, metrics):
@@ -85,14 +86,19 @@ class CallbackList(Callback):
             callback.on_training_end(agent)
 
 
+@runtime_checkable
+class _Prepared(Protocol):
+    """A function that is told of the start of a training, too, such as `textgym.SyncReference`."""
+
+    def on_training_start(self, agent: Any) -> None: ...
+
+
 class _OfFunction(Callback):
     def __init__(self, function: Function) -> None:
         self.function = function
 
     def on_training_start(self, agent: Any) -> None:
-        from textgym.rewards.reference import SyncReference  # here, because it loads torch
-
-        if isinstance(self.function, SyncReference):  # it is below the agents, so it is no `Callback`
+        if isinstance(self.function, _Prepared):
             self.function.on_training_start(agent)
 
     def on_update_end(self, agent: Any, metrics: Metrics) -> bool | None:

@@ -17,7 +17,7 @@ from textgym.rewards.intervals import Interval, bootstrap, jackknife
 from textgym.settings import Count, check_arguments
 
 from ..common.rollout_agent import Metrics, RolloutAgent
-from .evaluation import Judge, Samples, bigrams, distinct, distinct_2, generate
+from .evaluation import Judge, Samples, bigrams, distinct, generate
 from .run_folder import RunFolder, figures_table, note
 
 
@@ -35,7 +35,7 @@ def judge_of(env: str) -> Judge | None:
 
 
 class HeldOut:
-    """Callback of agents that measures the policy on held-out prompts, at the start and every few updates.
+    """Callback of agents that measures the policy on held-out prompts every few updates, and after the last one.
 
     It adds `eval/score`, `eval/kl`, `eval/length`, `eval/distinct_2` and `eval/ended_by_stop` to the metrics of an
     update, so it comes before the callbacks that write or show them. Training is not affected: the environment is
@@ -57,9 +57,11 @@ class HeldOut:
         self.envs, self.reference, self.every, self.seed = envs, reference, every, seed
         number = len(envs.unwrapped.prompts)
         self.prompts = [sample % number for sample in range(samples)]
+        self.last: tuple[list[Any], Answers] | None = None  # the policy after this update, and what it answered
 
     def __call__(self, agent: RolloutAgent, metrics: Metrics) -> None:
         """Measure the policy if it is time; agents call this after each update."""
+        self.last = None
         if agent.updates % self.every == 0 or agent.episodes >= agent.total_episodes:
             metrics |= {f"eval/{name}": value for name, value in self.measure(agent.policy).items()}
 
@@ -73,13 +75,24 @@ class HeldOut:
 
     def measure(self, policy: ActorCritic) -> dict[str, float]:
         """Return the means over completions of the held-out prompts."""
-        samples = self.samples(policy)
-        means = {name: float(np.nanmean(values)) for name, values in figures(samples, self.reference).items()}
-        return {**means, "distinct_2": distinct_2(samples.rollout)}
+        answers = Answers.of(self.samples(policy), self.reference)
+        self.last = _state(policy), answers
+        means = {name: float(np.nanmean(values)) for name, values in answers.rows().items()}
+        return {**means, "distinct_2": distinct(answers.token_pairs())}
 
     def answers(self, policy: ActorCritic) -> Answers:
-        """Return completions of the held-out prompts with their figures, as plain values."""
+        """Return completions of the held-out prompts with their figures, as plain values.
+
+        A policy that was measured after this update and has not changed since does not write them again.
+        """
+        if self.last is not None and self.last[0] == _state(policy):
+            return self.last[1]
         return Answers.of(self.samples(policy), self.reference)
+
+
+def _state(policy: ActorCritic) -> list[Any]:
+    """Return what differs if a policy is another one, or was changed in place."""
+    return [policy, policy.temperature, policy.rules, *(weight._version for weight in policy.parameters())]
 
 
 def figures(samples: Samples, reference: TokenModel, judge: Judge | None = None) -> dict[str, np.ndarray]:
@@ -126,6 +139,10 @@ class Answers:
         }
         prompts = [str(transcript["prompt"]) for transcript in samples.transcripts]
         return cls(prompts, samples.completions, rows, [row.tolist() for row in bigrams(samples.rollout)])
+
+    def token_pairs(self) -> list[np.ndarray]:
+        """Return the bigrams of the rows as arrays."""
+        return [np.array(row, dtype=np.int64) for row in self.bigrams]
 
     def rows(self, judge: Judge | None = None) -> dict[str, np.ndarray]:
         """Return the figures of the rows, and what a judge says of them; NaN where one is not known."""
@@ -178,7 +195,7 @@ def compared(before: Answers, after: Answers, judge: Judge | None = None) -> dic
         columns["before"][name] = float(old[name][known].mean())
         columns["after"][name] = float(new[name][known].mean())
         columns["difference"][name] = _signed(difference)
-    first, last = ([np.array(row, dtype=np.int64) for row in answers.bigrams] for answers in (before, after))
+    first, last = before.token_pairs(), after.token_pairs()
     columns["before"]["distinct_2"], columns["after"]["distinct_2"] = distinct(first), distinct(last)
 
     def gain(rows: np.ndarray) -> float:

@@ -9,7 +9,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
+import textgym.agents.runs.heldout as module
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.machine.named_envs import heldout_envs, hold_out
 from textgym.agents.runs.evaluation import generate
@@ -94,6 +96,47 @@ def test_training_does_not_notice_the_evaluation() -> None:
     assert_trained_alike(watched.policy.state_dict(), alone.policy.state_dict(), watched.config.learning_rate)
     assert [("eval/score" in metrics) for metrics in seen] == [False, True, True], "every second, and the last"
     assert {"eval/kl", "eval/length", "eval/distinct_2", "eval/ended_by_stop"} <= seen[-1].keys()
+
+
+def test_the_answers_of_the_last_update_are_not_written_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a callback has changed the policy since, or it is another one."""
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return generate(*args)
+
+    monkeypatch.setattr(module, "generate", counted)
+    policy, other = (ActorCritic.from_pretrained(mock_lm(seed=seed)) for seed in (0, 1))
+    agent = PPO(policy, make_envs(PROMPTS[:8]), PPOConfig(episodes_per_update=4, minibatch_size=4))
+    evaluation = HeldOut(make_envs(PROMPTS[8:]), agent.penalty.reference, every=1, samples=8)
+    agent.learn(8, evaluation)
+    assert len(calls) == 2
+    assert evaluation.last is not None
+    measured = evaluation.last[1]
+    first = evaluation.answers(other)
+    last = evaluation.answers(policy)
+    assert len(calls) == 3
+    assert last == measured != first
+
+    with torch.no_grad():
+        next(policy.lm.parameters()).mul_(2.0)
+    assert evaluation.answers(policy) != last
+    policy.temperature = 0.5
+    evaluation.answers(policy)
+    assert len(calls) == 5
+
+
+def test_answers_of_an_earlier_update_are_not_those_of_a_later_one() -> None:
+    agent, _ = trained(None)
+    evaluation = HeldOut(make_envs(PROMPTS[8:]), agent.penalty.reference, every=2, samples=8)
+    agent.total_episodes = 100
+    agent.updates = 2
+    evaluation(agent, {})
+    assert evaluation.last is not None
+    agent.updates = 3
+    evaluation(agent, {})
+    assert evaluation.last is None
 
 
 def numbers_in(text: float | str) -> list[float]:

@@ -142,3 +142,18 @@ def test_a_run_stops_when_it_no_longer_gets_better() -> None:
 def test_a_metric_that_nothing_measures_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="EarlyStop saw no update with the metric 'eval/scores'"):
         make().learn(2, EarlyStop(metric="eval/scores"))
+
+
+def test_a_callable_object_that_prepares_itself_is_told_of_the_start_and_a_function_is_not() -> None:
+    lines: list[str] = []
+
+    class Prepared:
+        def on_training_start(self, agent: Any) -> None:
+            lines.append(f"start {agent.updates}")
+
+        def __call__(self, agent: Any, metrics: dict[str, float]) -> None:
+            lines.append(f"update {agent.updates}")
+
+    make().learn(4, [Prepared(), lambda agent, metrics: lines.append("function")])
+    assert lines[:3] == ["start 0", "update 1", "function"]
+    assert lines.count("start 0") == 1
