@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +61,29 @@ def make_named(env: str, policy: ActorCritic, model: str | None, config: Rollout
             f"the policy has no tokenizer, which {env} needs: pass the environment, gym.make_vec({env!r}, "
             "num_envs=..., tokenizer=...)"
         )
-    arguments: dict[str, Any] = {"kl_mode": "deferred", "array": "torch", "tokenizer": tokenizer, "reference": model}
+    arguments = {**arguments_for(policy), "tokenizer": tokenizer, "reference": model}
+    with known_environment(env):
+        envs = gym.make_vec(env, num_rows(config), **arguments)
+    return NamedEnvs(envs, heldout_envs(envs, HELD_OUT), env, model)
+
+
+def arguments_for(policy: ActorCritic) -> dict[str, Any]:
+    """Return what an environment of an id is told so that a policy can play in it, in training and in an evaluation."""
+    arguments: dict[str, Any] = {"kl_mode": "deferred", "array": "torch"}
     if policy.decoder_start_ids:
         arguments["decoder_start_ids"] = policy.decoder_start_ids
     if policy.device.type != "cpu":
         arguments["device"] = str(policy.device)
+    return arguments
+
+
+@contextmanager
+def known_environment(env: str) -> Iterator[None]:
+    """Raise a `ConfigError` if gymnasium does not know an id."""
     try:
-        envs = gym.make_vec(env, num_rows(config), **arguments)
+        yield
     except gym.error.Error as error:
-        raise ConfigError(f"envs={env!r} is no environment: {error}") from error
-    return NamedEnvs(envs, heldout_envs(envs, HELD_OUT), env, model)
+        raise ConfigError(f"{env!r} is no environment: {error}") from error
 
 
 def num_rows(config: RolloutAgentConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from textgym.models.fitting import tokenizer_of
 from textgym.models.token_model import TokenModel
 from textgym.rewards.engine.scoring import RewardSpec
 from textgym.rewards.intervals import Interval
-from textgym.settings import Count, WholeNumber, check_arguments
+from textgym.settings import Count, Positive, WholeNumber, check_arguments, from_plain
 
+from ..machine.named_envs import arguments_for, known_environment
 from ..machine.saved_files import make_environment
 from .evaluation import Samples, generate, measure, score_intervals
 from .heldout import judge_of
@@ -92,7 +93,7 @@ def evaluate(
         env_kwargs: Further arguments of an environment that is made of an id.
 
     Raises:
-        ConfigError: If there is no environment, or no reference.
+        ConfigError: If there is no environment, or no reference, or the settings of a run are wrong.
         RunFolderError: If the folder of a run has no policy.
         UntrustedNameError: If a run names code of somebody else's; pass the environment yourself.
     """
@@ -106,7 +107,8 @@ def evaluate(
         envs = env
     scale = rollout_env(envs).reference
     if reference is not None and not isinstance(env, str | None):
-        scale = TokenModel(as_policy(_lm(reference)).lm.to(chosen.device))
+        scale = TokenModel.load(_lm(reference), device=chosen.device)
+        scale.lm.to(chosen.device)
     if scale is None:
         raise ConfigError(
             "KL and perplexity need a reference, and the environment has none: give reference=, a model or its name, "
@@ -157,39 +159,69 @@ def policy_of(model: TokenModel, temperature: float = 1.0) -> ActorCritic:
         return ActorCritic(model.lm, temperature=temperature)
 
 
-def _made_for(policy: ActorCritic, env: str | None, run: Run | None, num_envs: int, own: dict[str, Any]) -> Any:
+def _made_for(
+    policy: ActorCritic, env: str | None, run: _EvaluatedRun | None, num_envs: int, own: dict[str, Any]
+) -> Any:
     """Return the environment of an id or of a run for a policy; `own` are arguments of the caller, which count most."""
-    settings = {} if run is None or env is not None else run.settings
-    name = settings.get("env") if env is None else env
+    name = env if env is not None or run is None else run.settings.env
     if name is None:
         raise ConfigError("the environment is not known: give env=, the id of one or a TextVectorEnv")
-    saved = json.loads(settings.get("env_kwargs") or "{}")
-    arguments: dict[str, Any] = {"kl_mode": "deferred", "array": "torch"}
+    arguments = arguments_for(policy)
     if (tokenizer := tokenizer_of(policy.lm)) is not None:
         arguments["tokenizer"] = tokenizer
-    if model := (run.settings.get("model") if run is not None else None):
-        arguments["reference"] = model
-    if policy.decoder_start_ids:
-        arguments["decoder_start_ids"] = policy.decoder_start_ids
-    if policy.device.type != "cpu":
-        arguments["device"] = str(policy.device)
-    given = {**{argument: value for argument, value in arguments.items() if argument not in saved}, **own}
+    if run is not None and run.settings.model:
+        arguments["reference"] = run.settings.model
     try:
         if run is None or env is not None:
-            return gym.make_vec(name, num_envs, **given)
-        plain = {"id": name, "num_envs": num_envs, "kwargs": saved}
-        return make_environment(plain, run.folder / "config.json", **given)
+            with known_environment(name):
+                return gym.make_vec(name, num_envs, **{**arguments, **own})
+        saved = run.env_kwargs()
+        given = {**{argument: value for argument, value in arguments.items() if argument not in saved}, **own}
+        return make_environment({"id": name, "num_envs": num_envs, "kwargs": saved}, run.config, **given)
     except TypeError as error:
         raise ConfigError(
             f"{name} cannot be made: {error}. Give env=, or its further arguments as env_kwargs"
         ) from error
 
 
-def _run_of(policy: PolicyLike) -> Run | None:
+@dataclass(frozen=True)
+class _Settings:
+    """Those of a run that its evaluation needs; a run that Python began may have fewer."""
+
+    env: str | None = None
+    env_kwargs: str = "{}"
+    model: str = ""
+    temperature: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class _EvaluatedRun:
+    """A run whose policy is evaluated."""
+
+    folder: Path
+    settings: _Settings
+
+    @property
+    def config(self) -> Path:
+        """The file with its settings."""
+        return self.folder / "config.json"
+
+    def env_kwargs(self) -> Any:
+        """Return the further arguments of its environment, as they were saved."""
+        try:
+            return json.loads(self.settings.env_kwargs)
+        except ValueError as error:
+            raise ConfigError(f"{self.config}: env_kwargs is not JSON: {error}. Give env= and env_kwargs=") from error
+
+
+def _run_of(policy: PolicyLike) -> _EvaluatedRun | None:
     """Return the run of a folder; `None` if it is none."""
-    if isinstance(policy, str | Path) and (Path(policy) / RUN).exists():
-        return Run.read(Path(policy))
-    return None
+    if not isinstance(policy, str | Path) or not (Path(policy) / RUN).exists():
+        return None
+    run = Run.read(Path(policy))
+    names = [field.name for field in fields(_Settings)]
+    known = {name: run.settings[name] for name in names if run.settings.get(name) is not None}
+    return _EvaluatedRun(run.folder, from_plain(_Settings, known, str(run.folder / "config.json")))
 
 
 def _loaded(policy: PolicyLike) -> ActorCritic:
@@ -201,7 +233,7 @@ def _loaded(policy: PolicyLike) -> ActorCritic:
             f"{run.folder} has no policy, which is written when a run ends: evaluate that of a checkpoint, "
             "checkpoints/step-.../policy in the folder"
         )
-    return ActorCritic.from_pretrained(run.folder / "policy", temperature=run.settings.get("temperature") or 1.0)
+    return ActorCritic.from_pretrained(run.folder / "policy", temperature=run.settings.temperature)
 
 
 def _lm(reference: Any) -> Any:

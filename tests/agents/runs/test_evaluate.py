@@ -94,6 +94,39 @@ def test_what_is_missing_is_named(policy: ActorCritic, tmp_path: Path) -> None:
         evaluate(tmp_path, make_envs())
 
 
+WRONG = {
+    "temperature must be": {"temperature": "hot"},
+    "env must be": {"env": 3},
+    "model must be": {"model": ["tiny"]},
+    "env_kwargs is not JSON": {"env_kwargs": "{"},
+    "kwargs must be a mapping": {"env_kwargs": "[1]"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_setting_of_a_run_is_named(policy: ActorCritic, tmp_path: Path, message: str) -> None:
+    RunClaim(tmp_path).release()
+    policy.save_pretrained(tmp_path / "policy")
+    (tmp_path / "config.json").write_text(json.dumps({"env": "textgym/Copy-v0", **WRONG[message]}))
+    with pytest.raises(ConfigError, match=message) as caught:
+        evaluate(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_an_id_that_there_is_not_is_named(policy: ActorCritic) -> None:
+    with pytest.raises(ConfigError, match=r"'textgym/Sentimen-v0' is no environment: .*Did you mean: `Sentiment`"):
+        evaluate(policy, "textgym/Sentimen-v0")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_reference_in_memory_stays_as_it_is(policy: ActorCritic, trained: bool) -> None:
+    """A frozen one needs no word on what an agent could not train."""
+    lm = mock_lm().requires_grad_(trained)
+    evaluate(policy, make_envs(), reference=lm, prompts=1)
+    assert {weight.requires_grad for weight in lm.parameters()} == {trained}
+
+
 @pytest.mark.slow
 def test_a_run_that_names_somebody_elses_code_needs_the_environment(tmp_path: Path) -> None:
     PPO(ActorCritic.from_pretrained(mock_lm()), make_envs(), PPOConfig(episodes_per_update=2, minibatch_size=2)).learn(

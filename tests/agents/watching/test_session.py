@@ -311,7 +311,7 @@ def test_an_agent_that_is_loaded_keeps_the_name_of_its_start_and_the_arguments_o
 
 
 def test_an_environment_that_there_is_not_is_named() -> None:
-    with pytest.raises(ConfigError, match="envs='textgym/Sentimen-v0' is no environment"):
+    with pytest.raises(ConfigError, match="'textgym/Sentimen-v0' is no environment"):
         PPO("tiny", "textgym/Sentimen-v0")
 
 
