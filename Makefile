@@ -30,15 +30,15 @@ test-slow: $(INSTALLED)
 
 .PHONY: test-oldest
 test-oldest:  ## the fast tests with the oldest versions that pyproject.toml allows; downloads several GB
-	$(PYTHON) scripts/test_oldest.py
+	$(PYTHON) scripts/checks/test_oldest.py
 
 test-numerics: $(INSTALLED)  ## the tests marked numerics with 18 settings of threads, vector width and MKL; prints a table
-	$(BIN)/python scripts/test_numerics.py
+	$(BIN)/python scripts/checks/test_numerics.py
 
 # This target does not use .venv, because a GPU machine has its own torch: it uses python3, unless PYTHON is given.
 .PHONY: gpu
 gpu:  ## checks and benchmarks on a GPU, in five minutes; `make gpu DEVICE=cpu` is a dry run on the CPU
-	$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) scripts/gpu.py $(if $(PART),--part $(PART)) \
+	$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) scripts/gpu/gpu.py $(if $(PART),--part $(PART)) \
 		$(if $(DEVICE),--device $(DEVICE)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS)) \
 		$(if $(PAGE),--page $(PAGE))
 
@@ -61,11 +61,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/rollout.py
 
 bench-demo: $(INSTALLED)
-	$(BIN)/python benchmarks/ladder.py
+	$(BIN)/python benchmarks/learning/ladder.py
 
 bench-sb3: $(INSTALLED)
 	$(BIN)/python benchmarks/sb3.py
-	$(BIN)/python benchmarks/sb3_learning.py
+	$(BIN)/python benchmarks/learning/sb3_learning.py
 
 bench-peers: $(INSTALLED)  ## benchmarks that need no other library; benchmarks/measuring/peers.py says how to install those
 	$(BIN)/python benchmarks/scaling.py

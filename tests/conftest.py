@@ -43,7 +43,7 @@ if importlib.util.find_spec("hypothesis") is not None:  # the tests of `make gpu
     settings.load_profile("textgym")
 
 LONGER_TESTS = Path(__file__).parent / "longer_tests.txt"
-"""Test functions that take more than a moment; `python scripts/longer_tests.py` writes the file."""
+"""Test functions that take more than a moment; `python scripts/checks/longer_tests.py` writes the file."""
 MORE_CASES = Path(__file__).parent / "more_cases.txt"
 """Cases of parametrized tests that are slow tests, since others of the same function take a second already."""
 
@@ -101,10 +101,10 @@ def device() -> torch.device:
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports a module of benchmarks/ or benchmarks/gpu/."""
+    """Imports a module of benchmarks/, or of its folders gpu/ and learning/."""
     folder = Path(__file__).parents[1] / "benchmarks"
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.syspath_prepend(folder / "gpu")
+    for each in (folder / "gpu", folder / "learning", folder):
+        monkeypatch.syspath_prepend(each)
     return importlib.import_module
 
 

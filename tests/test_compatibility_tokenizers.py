@@ -12,7 +12,7 @@ import pytest
 from textgym.envs import text_task
 from textgym.testing.small_tokenizers import SMALL, llama
 
-FOLDER = Path(__file__).parents[1] / "scripts"
+FOLDER = Path(__file__).parents[1] / "scripts" / "pages"
 CHECKS = [
     "decoded in context",
     "first space in rewards",

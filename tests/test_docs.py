@@ -210,15 +210,15 @@ def test_tasks_stand_for_the_same_rl4lms_configs_in_docs_and_docstrings() -> Non
 
 
 def test_tables_of_arguments_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "pages")
     page = PAGES["docs/environments.md"]
-    assert import_module("environment_tables").with_tables(page) == page, "run scripts/environment_tables.py"
+    assert import_module("environment_tables").with_tables(page) == page, "run scripts/pages/environment_tables.py"
 
 
 @pytest.mark.slow
 def test_what_is_read_of_public_data_sets_is_what_the_code_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    assert import_module("data_forms").page() == PAGES["docs/data_forms.md"], "run scripts/data_forms.py"
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "pages")
+    assert import_module("data_forms").page() == PAGES["docs/data_forms.md"], "run scripts/pages/data_forms.py"
 
 
 def test_defaults_of_the_sentiment_task_are_those_of_the_code() -> None:

@@ -1,4 +1,4 @@
-"""Wrong values in every field, argument and file: right, or an error that names it. The cases are scripts/fuzz.py's."""
+"""Wrong values in every field, argument and file: right, or an error that names it. See scripts/breaking/fuzz.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from textgym.settings import Share, check_settings
 @pytest.fixture(scope="module")
 def fuzz() -> Iterator[Any]:
     """The script as a module."""
-    folder = str(Path(__file__).parents[1] / "scripts")
+    folder = str(Path(__file__).parents[1] / "scripts" / "breaking")
     sys.path.insert(0, folder)
     try:
         yield importlib.import_module("fuzz")

@@ -36,7 +36,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "gpu")
     return importlib.import_module("gpu")
 
 
@@ -112,7 +112,7 @@ def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "hangs.py").write_text(f"{TELL}; import time; time.sleep(20)")
     code = (
-        f"import sys, os; sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        f"import sys, os; sys.path.insert(0, {str(ROOT / 'scripts' / 'gpu')!r})\n"
         "import gpu, pathlib\n"
         "import gpu_workers; gpu_workers.environment = lambda root: dict(os.environ)\n"
         f"gpu.ROOT = pathlib.Path({str(tmp_path)!r}); gpu.BASE = ()\n"
@@ -252,7 +252,7 @@ def test_each_version_of_trl_has_a_folder_of_its_own(
     assert [line.endswith("installed") for line in lines] == [True] * 3
     assert bare.install_missing(str(tmp_path), tmp_path) == [], "they are there"
 
-    versions = benchmark("trl_versions")
+    versions = benchmark("measuring.trl_versions")
     monkeypatch.setattr(versions, "UNPACKED", tmp_path / "build" / "gpu")
     monkeypatch.setattr(versions.importlib.util, "find_spec", lambda name: name == "datasets" or None)
     assert [folder.name for folder in versions.libraries_with("trl.trainer")] == ["trl-1.16.0"]
@@ -352,9 +352,8 @@ def test_every_file_of_tests_and_every_failure_is_told_at_once(bare: Any, tmp_pa
     (tmp_path / "test_0.py").write_text("import a_library_of_nobody\n")
     (tmp_path / "test_a.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
     (tmp_path / "test_b.py").write_text("import os\ndef test_good(): pass\ndef test_end(): os._exit(3)\n")
-    code = f"import torch; from tally import run_tests; run_tests({str(tmp_path)!r}, torch.device('cpu'))"
+    code = f"import torch; from measuring.tally import run_tests; run_tests({str(tmp_path)!r}, torch.device('cpu'))"
     variables = bare.environment(ROOT)
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks" / "gpu"), variables["PYTHONPATH"]])
     run = subprocess.run([sys.executable, "-c", code], env=variables, cwd=tmp_path, capture_output=True, text=True)
     told = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert run.returncode == 3
@@ -366,5 +365,5 @@ def test_every_file_of_tests_and_every_failure_is_told_at_once(bare: Any, tmp_pa
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / "gpu.py", *arguments]
+    command = [sys.executable, ROOT / "scripts" / "gpu" / "gpu.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

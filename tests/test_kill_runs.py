@@ -1,4 +1,4 @@
-"""Runs of every command that are killed at random moments: scripts/kill_runs.py, with a few kills of each."""
+"""Runs of every command that are killed at random moments: scripts/breaking/kill_runs.py, with a few kills of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "kill_runs.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "breaking" / "kill_runs.py"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`scripts/longer_tests.py` writes its lists only if every test had its time."""
+"""`scripts/checks/longer_tests.py` writes its lists only if every test had its time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 def test_a_run_that_was_interrupted_leaves_the_lists(
     code: pytest.ExitCode, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts" / "checks")
     script = importlib.import_module("longer_tests")
     (tmp_path / "longer_tests.txt").write_text("as before")
 

@@ -1,4 +1,4 @@
-"""scripts/mutate.py goes on from where it was stopped."""
+"""scripts/breaking/mutate.py goes on from where it was stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "mutate.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "breaking" / "mutate.py"
 
 
 @pytest.fixture

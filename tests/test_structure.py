@@ -127,7 +127,16 @@ def test_modules_do_not_import_each_other_in_circles() -> None:
     assert not left, "each of these is in a circle, or imports a module that is"
 
 
-@pytest.mark.parametrize("files", [list(FILES.values()), list(ROOT.glob("tests/**/test_*.py"))], ids=["code", "tests"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        list(FILES.values()),
+        list(ROOT.glob("tests/**/test_*.py")),
+        list(ROOT.glob("scripts/**/*.py")),
+        list(ROOT.glob("benchmarks/**/*.py")),
+    ],
+    ids=["code", "tests", "scripts", "benchmarks"],
+)
 def test_a_folder_is_small_enough_to_take_in(files: list[Path]) -> None:
     counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in files)
     assert counts

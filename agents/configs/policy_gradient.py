@@ -13,7 +13,7 @@ from .rollout import RolloutAgentConfig
 Config = TypeVar("Config")
 CRITIC_STEPS = 3.0
 """Learning rate of a separate critic beside the policy's: with the same one it hardly learns in a few thousand episodes
-(`python benchmarks/defaults.py`)."""
+(`python benchmarks/learning/defaults.py`)."""
 
 KLInLoss = Literal["token", "sequence", "k3"]
 """Gradient of a KL to the reference that is part of the loss: "token" is k3 times the importance ratio, whose gradient

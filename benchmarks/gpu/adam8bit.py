@@ -6,9 +6,9 @@ import gc
 import importlib.util
 
 import torch
-from figures import need_bf16, note, skip, start, tell
 from large_update import BYTES_PER_WEIGHT, make_agent, timed_updates
-from models import BILLION, TOY, fitting
+from measuring.figures import need_bf16, note, skip, start, tell
+from measuring.models import BILLION, TOY, fitting
 
 from textgym.agents.machine.device_limits import reset_peak_memory
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from figures import need_bf16, note, skip, start, tell
+from measuring.figures import need_bf16, note, skip, start, tell
+from measuring.models import BILLION, TOY, fitting, make_model
 from measuring.roofline import BAR, measure
-from models import BILLION, TOY, fitting, make_model
 
 
 def main() -> None:

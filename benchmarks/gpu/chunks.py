@@ -11,7 +11,7 @@ import time
 from unittest import mock
 
 import torch
-from figures import note, start, tell
+from measuring.figures import note, start, tell
 from torch import Tensor, nn
 
 from textgym.agents.machine.device_limits import peak_memory, reset_peak_memory

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from figures import start, tell
+from measuring.figures import start, tell
+from measuring.models import Size, save_model
 from measuring.roofline import timed
-from models import Size, save_model
 from rollout import BARS, Config, compare
 
 from textgym.models.actor_critic import ActorCritic

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from figures import start
-from tally import run_tests
+from measuring.figures import start
+from measuring.tally import run_tests
 
 
 def main() -> None:

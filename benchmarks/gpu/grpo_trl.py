@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from figures import start, tell
 from grpo_vs_trl import BAR, Config, compare
-from trl_versions import libraries_with
+from measuring.figures import start, tell
+from measuring.trl_versions import libraries_with
 
 
 def main() -> None:

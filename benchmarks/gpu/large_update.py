@@ -13,9 +13,9 @@ from unittest import mock
 
 import gymnasium as gym
 import torch
-from figures import need_bf16, note, skip, start, tell
+from measuring.figures import need_bf16, note, skip, start, tell
+from measuring.models import BILLION, TOY, Size, fitting, make_model, word_prompts, word_tokenizer
 from measuring.peers import count_flops, synchronize
-from models import BILLION, TOY, Size, fitting, make_model, word_prompts, word_tokenizer
 
 from textgym.agents import PPO, PPOConfig
 from textgym.agents.machine.device_limits import peak_flops, peak_memory, reset_peak_memory

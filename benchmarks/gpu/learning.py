@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from figures import start, tell
+from measuring.figures import start, tell
 
 import textgym  # noqa: F401  (registers the ids)
 from textgym.agents import PPO, PPOConfig

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 import torch
-from figures import note, start, tell
+from measuring.figures import note, start, tell
 from measuring.peers import say
 from measuring.roofline import bandwidth
 

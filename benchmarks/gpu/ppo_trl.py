@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 
-from figures import note, start, tell
+from measuring.figures import note, start, tell
+from measuring.trl_versions import libraries_with
 from ppo_vs_trl import BARS, Config, compare, load_causal_lm, load_tokenizer
-from trl_versions import libraries_with
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from figures import start, tell
+from measuring.figures import start, tell
 from measuring.roofline import random_llama
 from sb3 import Config, compare
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import need_bf16, skip, start, tell
+from measuring.figures import need_bf16, skip, start, tell
+from measuring.models import Size, save_model
 from measuring.roofline import timed
-from models import Size, save_model
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.log_probs import StopRule

@@ -19,7 +19,7 @@ GPU = torch.device("cuda", 0)
 
 
 def test_bandwidth(benchmark: Any) -> None:
-    models = benchmark("models")
+    models = benchmark("measuring.models")
     lm = models.make_model(models.TOY[0], 24, GPU, torch.bfloat16)
     assert benchmark("measuring.roofline").measure(lm, 3, 8, 12, 1, 1)["ms/step"] > 0
 
@@ -27,7 +27,7 @@ def test_bandwidth(benchmark: Any) -> None:
 def test_one_large_update(benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     part, limits = benchmark("large_update"), benchmark("textgym.agents.machine.device_limits")
     monkeypatch.setattr(part, "peak_flops", lambda *rest: limits.Peak(1e9, "assumed"))
-    part.measure(benchmark("models").TOY[0], GPU, 4, 4, 4)
+    part.measure(benchmark("measuring.models").TOY[0], GPU, 4, 4, 4)
     assert "share of the data sheet's peak FLOPs" in capsys.readouterr().out
 
 

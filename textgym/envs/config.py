@@ -1,7 +1,7 @@
 """TextConfig and TextVectorConfig: every argument of a text environment, declared once.
 
 A field is the argument's name, type, default and check; the sentence below it is its documentation, also in
-`docs/environments.md` (`python scripts/environment_tables.py` copies it there).
+`docs/environments.md` (`python scripts/pages/environment_tables.py` copies it there).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Agents reach the optimum that enumeration knows; benchmarks/optimality.py has the long runs.
+"""Agents reach the optimum that enumeration knows; benchmarks/learning/optimality.py has the long runs.
 
 Gains are exact: the share of the way from the reference to the optimum, by enumeration of all texts. A policy that does
 not move gains 0.

@@ -1,4 +1,4 @@
-"""PPO gets better at the tasks; benchmarks/tasks.py prints how much."""
+"""PPO gets better at the tasks; benchmarks/learning/tasks.py prints how much."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ def write_page(results: dict[str, Any], order: list[str]) -> str:
     lines = [
         "# Results of `make gpu`",
         "",
-        f"Commit {results.get('commit', 'unknown')}, {results.get('date', '')}. Written by scripts/gpu.py.",
+        f"Commit {results.get('commit', 'unknown')}, {results.get('date', '')}. Written by scripts/gpu/gpu.py.",
         "Parts that were measured at another commit say so. Ratios are medians of pairs in one run, sides in turns.",
         "",
     ]

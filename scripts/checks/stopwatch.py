@@ -1,7 +1,7 @@
 """What a new user does in the first minutes, with a stopwatch: from an empty environment to a reward of their own.
 
-    python scripts/stopwatch.py                       # constraints.txt says which versions
-    python scripts/stopwatch.py --episodes 256
+    python scripts/checks/stopwatch.py                       # constraints.txt says which versions
+    python scripts/checks/stopwatch.py --episodes 256
 
 Makes a virtual environment in a temporary folder, installs this checkout into it, and runs the commands that a new user
 types, one after the other, in an empty folder. Prints a table of the commands and the seconds that each took. "A bad
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REWARD = """def brevity(completions):
     return [-abs(len(text.split()) - 5) for text in completions]
 """

@@ -1,7 +1,7 @@
 """Write docs/compatibility.md: models and tokenizers that textgym supports exactly, and those that it rejects.
 
-    python scripts/compatibility.py           # every part
-    python scripts/compatibility.py models    # one part
+    python scripts/pages/compatibility.py           # every part
+    python scripts/pages/compatibility.py models    # one part
 
 Each part is a module `compatibility_<part>.py` in this folder. Its `section()` runs the checks and returns the part's
 section of the page.
@@ -17,7 +17,7 @@ from pathlib import Path
 import compatibility_models
 import compatibility_tokenizers
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 PARTS: dict[str, Callable[[], str]] = {
     "models": compatibility_models.section,
     "tokenizers": compatibility_tokenizers.section,

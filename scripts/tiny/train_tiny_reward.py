@@ -1,7 +1,7 @@
 """Train the embedded reward model on the embedded language model's trunk; write `textgym/models/assets/tiny_reward`.
 
-    python scripts/train_tiny_reward.py                            # the shipped model: one CPU core, a minute
-    python scripts/train_tiny_reward.py --reward-model.epochs 0.1 --output-dir runs/tiny_reward    # a trial
+    python scripts/tiny/train_tiny_reward.py                            # the shipped model: one CPU core, a minute
+    python scripts/tiny/train_tiny_reward.py --reward-model.epochs 0.1 --output-dir runs/tiny_reward    # a trial
 
 Preferences come from the human ratings of the train split; accuracy is on pairs of the other two splits. Gain and
 bias are calibrated on the reference's completions of the bundled openings, so that the score of

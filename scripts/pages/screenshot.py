@@ -1,7 +1,7 @@
 """Draw what a command shows on a terminal, as an SVG for the documentation.
 
     pip install pyte
-    python scripts/screenshot.py --command "textgym train --total-episodes 1024 --output-dir runs/first" --output x.svg
+    python scripts/pages/screenshot.py --command "textgym train --total-episodes 1024" --output train.svg
 
 The command runs in a terminal of its own. Its screen is drawn at the end, or when `--wait-for` is on it for the first
 time.

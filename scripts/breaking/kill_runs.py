@@ -1,7 +1,7 @@
 """Kill runs of the `textgym` command at random moments, resume them, and compare them with undisturbed ones.
 
-    python scripts/kill_runs.py                       # 200 kills over six commands
-    python scripts/kill_runs.py --kills 20 ppo sft
+    python scripts/breaking/kill_runs.py                       # 200 kills over six commands
+    python scripts/breaking/kill_runs.py --kills 20 ppo sft
 
 Of ten signals eight are SIGKILL, one SIGTERM and one SIGINT (Ctrl-C). A run that was killed is resumed until it has
 come to its end; weights, metrics, samples and the names of all files must then be those of a run that was left alone. A

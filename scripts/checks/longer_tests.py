@@ -1,6 +1,6 @@
 """Note what takes long, for `make test-fast` and `make test`.
 
-    python scripts/longer_tests.py
+    python scripts/checks/longer_tests.py
 
 Runs the tests in one process, in about ten minutes, and writes two files:
 
@@ -27,7 +27,7 @@ import pytest
 
 MOMENT = 0.06  # CPU seconds of a case
 CASES = 1.0  # CPU seconds of the cases of a function
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Find a version of TRL: the installed one, or one that scripts/gpu.py has unpacked from a wheel."""
+"""Find a version of TRL: the installed one, or one that scripts/gpu/gpu.py has unpacked from a wheel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from figures import skip
+from measuring.figures import skip
 
 UNPACKED = Path(__file__).parents[2] / "build" / "gpu"
 

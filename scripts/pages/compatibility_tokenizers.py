@@ -296,8 +296,8 @@ def outcome(check: Callable[[Any], bool], tokenizer: Any) -> str:
 def section() -> str:
     """Make all checks and return the table."""
     introduction = (
-        "Each row is a tokenizer and each column a check of `scripts/compatibility_tokenizers.py`. The upper rows come "
-        "from packages; the lower ones are trained in memory (`textgym.testing.small_tokenizers`)."
+        "Each row is a tokenizer and each column a check of `scripts/pages/compatibility_tokenizers.py`. The upper "
+        "rows come from packages; the lower ones are trained in memory (`textgym.testing.small_tokenizers`)."
     )
     lines = [
         introduction,

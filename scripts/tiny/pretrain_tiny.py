@@ -1,8 +1,8 @@
 """Pretrain the embedded language model and write `textgym/models/assets/tiny`.
 
-    python scripts/pretrain_tiny.py                       # the shipped model: one CPU core, about an hour and a half
-    python scripts/pretrain_tiny.py --steps 50 --output-dir runs/tiny      # a trial
-    python scripts/pretrain_tiny.py --evaluate                            # the metrics of the model card, a few minutes
+    python scripts/tiny/pretrain_tiny.py                  # the shipped model: one CPU core, about an hour and a half
+    python scripts/tiny/pretrain_tiny.py --steps 50 --output-dir runs/tiny  # a trial
+    python scripts/tiny/pretrain_tiny.py --evaluate       # the metrics of the model card, a few minutes
 
 A byte-level BPE and a Llama-architecture decoder, trained on chitchat-dataset and the train split of the movie-review
 snippets. Every row of a batch starts at the start of a document, as generation does. Left out, because a model of two

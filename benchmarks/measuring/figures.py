@@ -1,4 +1,4 @@
-"""Output of a part of `make gpu`: for each metric a line of text, and a JSON object that scripts/gpu.py collects."""
+"""Output of a part of `make gpu`: for each metric a line of text, and a JSON object for scripts/gpu/gpu.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from typing import Any, NoReturn
 
 import torch
-from measuring.peers import say
 
+from measuring.peers import say
 from textgym.models.machine.devices import resolve_device
 
 

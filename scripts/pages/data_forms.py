@@ -1,6 +1,6 @@
 """Write docs/data_forms.md: what SFT, DPO and reward models read of the forms that public data sets have.
 
-    python scripts/data_forms.py
+    python scripts/pages/data_forms.py
 
 `examples/data/` has a small file of each form. `tests/test_docs.py` fails if the page is not what this prints.
 """
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from textgym.agents.runs.data_report import READERS, Texts
 from textgym.models.loading import ASSETS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "data_forms.md"
 FORMS = {
     "ultrafeedback": "UltraFeedback, binarized (H4): a prompt beside whole conversations",
@@ -35,7 +35,7 @@ TEMPLATE = (
 )
 HEADER = """# Forms of public data sets
 
-What models read of the forms that public data sets have, by `python scripts/data_forms.py`. The files are in
+What models read of the forms that public data sets have, by `python scripts/pages/data_forms.py`. The files are in
 [examples/data](../examples/data); each has two rows that were written for this page in the schema of the data set. The
 tokenizer is that of `"tiny"` with a chat template, `<user> ...`, and `<|endoftext|>` is its EOS. [Your data](data.md)
 lists all accepted forms, and `textgym data FILE` prints this for your own file.

@@ -1,7 +1,7 @@
 """Run the fast tests with the oldest versions that pyproject.toml allows.
 
     make test-oldest
-    python scripts/test_oldest.py --python python3.12 --folder /tmp/oldest -- -x tests/agents
+    python scripts/checks/test_oldest.py --python python3.12 --folder /tmp/oldest -- -x tests/agents
 
 It makes a virtual environment of several GB, because PyPI's torch contains CUDA, and installs every lower bound
 `name>=version` of the dependencies and of the extras below as `name==version`. Their own dependencies have the newest
@@ -18,7 +18,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXTRAS = ("contrib", "lora", "metrics", "tasks", "trackers", "dev")
 NOT_TESTED = ("mypy", "pre-commit", "ruff")  # tools that no test imports
 

@@ -1,7 +1,7 @@
 """Plant faults in the code, run the tests that reach them, and count how many are noticed.
 
-    python scripts/mutate.py --faults 20 --seed 0
-    python scripts/mutate.py --folders agents --faults 100 --output mutants.json
+    python scripts/breaking/mutate.py --faults 20 --seed 0
+    python scripts/breaking/mutate.py --folders agents --faults 100 --output mutants.json
 
 Faults are drawn by a seed from all places in the folders where an operator, a comparison, a condition or a constant can
 be another one (faults.py). Each is planted alone, in a copy of the repository. Its tests are those that run its

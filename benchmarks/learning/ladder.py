@@ -1,7 +1,7 @@
 """All agents on `textgym/Sentiment-v0` with a learned reward, with the same number of tokens, over several seeds.
 
-    python benchmarks/ladder.py                            # `make bench-demo`: all methods, three seeds
-    python benchmarks/ladder.py --methods PPO --seeds 0    # one method; the table has all results in the folder
+    python benchmarks/learning/ladder.py                          # `make bench-demo`: all methods, three seeds
+    python benchmarks/learning/ladder.py --methods PPO --seeds 0  # one method; the table has all results in the folder
 
 Each seed trains its own reward model, which all methods share. All agents that sample have the same number of episodes
 of the same length and the same KL coefficient beta. All methods are evaluated on held-out prompts.

@@ -1,6 +1,6 @@
 """Write the tables of arguments in docs/environments.md from `TextConfig` and `TextVectorConfig`.
 
-    python scripts/environment_tables.py
+    python scripts/pages/environment_tables.py
 
 `tests/test_docs.py` fails if the page and the configs differ.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from textgym.envs.config import Rows, TextConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "environments.md"
+PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
 HEADER = "| argument | default | meaning |\n| --- | --- | --- |\n"
 
 

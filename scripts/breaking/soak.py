@@ -1,7 +1,7 @@
 """Play for a long time, and print whether memory, threads and file descriptors grow.
 
-    python scripts/soak.py                        # 30 minutes of a thousand rows, then 100,000 resets
-    python scripts/soak.py --minutes 1 --resets 1000
+    python scripts/breaking/soak.py                        # 30 minutes of a thousand rows, then 100,000 resets
+    python scripts/breaking/soak.py --minutes 1 --resets 1000
 
 A thousand rows are scored by an async function that asks a server, by a plain one with a time limit, and by one in a
 process of its own. The server dies and returns every few seconds, so calls of the first fail and are penalised. The

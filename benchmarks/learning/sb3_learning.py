@@ -1,7 +1,7 @@
 """Learning of stock SB3 and sb3-contrib algorithms: held-out score on text, and a task whose best text is known.
 
-    python benchmarks/sb3_learning.py      # everything, three seeds
-    python benchmarks/sb3_learning.py --algorithms PPO --seeds 0
+    python benchmarks/learning/sb3_learning.py      # everything, three seeds
+    python benchmarks/learning/sb3_learning.py --algorithms PPO --seeds 0
 
 `textgym/Sentiment-v0` with its embedded reward model. Training prompts are prompts that no model was trained on, and
 256 other prompts are used for the evaluation only. `gain` is in standard deviations of the reference's scores, and KL

@@ -29,7 +29,7 @@ from bare_checkout import REQUIRED, install_missing, missing
 from gpu_page import write_page
 from gpu_workers import Workers, is_gpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMIT = 300.0
 """Time limit of all parts together on a GPU, in seconds, with the unpacking of wheels."""
 UNPACKING = 20.0
@@ -189,7 +189,7 @@ def run_script(
 
 
 def as_object(line: str) -> dict[str, Any] | None:
-    """Return the JSON object of a line, see benchmarks/gpu/figures.py; `None` for any other line."""
+    """Return the JSON object of a line, see benchmarks/measuring/figures.py; `None` for any other line."""
     if not line.startswith("{"):
         return None
     try:

@@ -1,7 +1,7 @@
 """Give settings, environments and files wrong values, and count what happens.
 
-    python scripts/fuzz.py              # settings, environments and saved folders: the table
-    python scripts/fuzz.py settings     # one of them, with every bad case
+    python scripts/breaking/fuzz.py              # settings, environments and saved folders: the table
+    python scripts/breaking/fuzz.py settings     # one of them, with every bad case
 
 A case is right if the value is allowed and works, or if it ends in an error of textgym's that names the field or the
 file. It is bad if a value that cannot be right is accepted, or if the error names nothing. `tests/test_fuzz.py` has the

@@ -1,7 +1,7 @@
 """Run the tests that are sensitive to rounding with several numerical settings, and print a table.
 
-    python scripts/test_numerics.py
-    python scripts/test_numerics.py --capabilities default --cbwr COMPATIBLE --threads 1
+    python scripts/checks/test_numerics.py
+    python scripts/checks/test_numerics.py --capabilities default --cbwr COMPATIBLE --threads 1
 
 `ATEN_CPU_CAPABILITY` selects PyTorch's kernels ("native" for PyTorch's own choice), `MKL_CBWR` those of MKL, and
 `OMP_NUM_THREADS` the number of parts of sums. A row runs the tests marked `numerics`, then trains for a few updates,
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = [
     *("--env", "textgym/Sentiment-v0", "--env-kwargs", json.dumps({"max_new_tokens": 4})),
     *("--num-envs", "16", "--episodes-per-update", "16", "--total-episodes", "64", "--checkpoint-every", "1"),

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from bare_checkout import environment
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "worker.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "worker.py"
 
 
 class Worker:

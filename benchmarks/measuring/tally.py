@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from figures import note, tell
+
+from measuring.figures import note, tell
 from measuring.peers import say
 
 SHOWN = 20

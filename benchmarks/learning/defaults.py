@@ -1,7 +1,7 @@
 """Whether the default commands learn without collapsing: the critic, the size of steps, length and diversity.
 
-    python benchmarks/defaults.py                                    # 4,096 episodes, seeds 1 to 3
-    python benchmarks/defaults.py --total-episodes 1024 --seeds 1
+    python benchmarks/learning/defaults.py                                    # 4,096 episodes, seeds 1 to 3
+    python benchmarks/learning/defaults.py --total-episodes 1024 --seeds 1
 
 Runs SB3's PPO with the settings of the README, and `textgym train` as the README does, once for each seed. Explained
 variances are means over the last quarter of the updates, clip fraction and approximate KL are the largest of an update,

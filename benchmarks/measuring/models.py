@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring.roofline import random_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from measuring.roofline import random_llama
 
 
 class Size(NamedTuple):

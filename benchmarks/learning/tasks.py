@@ -1,7 +1,7 @@
 """All tasks: metrics of the embedded model on held-out prompts before and after PPO, with 95% confidence intervals.
 
-    python benchmarks/tasks.py                       # all tasks, a few minutes each on one thread
-    python benchmarks/tasks.py --tasks Copy Answer --episodes 2048
+    python benchmarks/learning/tasks.py                       # all tasks, a few minutes each on one thread
+    python benchmarks/learning/tasks.py --tasks Copy Answer --episodes 2048
 
 The embedded model has 2.2M parameters and was trained only on short reviews and chats, so it can neither answer
 questions nor translate German. Tasks with reference answers are therefore trained like "supervised + RL" of RL4LMs

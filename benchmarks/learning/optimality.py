@@ -1,9 +1,9 @@
 """Distance of agents from the exact optimum, on tasks where it is known by enumeration.
 
-    python benchmarks/optimality.py --jobs 2                          # all agents, dense rewards, five seeds
-    python benchmarks/optimality.py --rewards sparse --betas 0.2
-    python benchmarks/optimality.py --agents ppo soft-q --seeds 0 --models transformer
-    python benchmarks/optimality.py --hard                            # the text with the highest reward, beta = 0
+    python benchmarks/learning/optimality.py --jobs 2             # all agents, dense rewards, five seeds
+    python benchmarks/learning/optimality.py --rewards sparse --betas 0.2
+    python benchmarks/learning/optimality.py --agents ppo soft-q --seeds 0 --models transformer
+    python benchmarks/learning/optimality.py --hard               # the text with the highest reward, beta = 0
 
 For each agent, reward and beta the table has the share of the gap from the reference to the optimum that the agent
 closed, the KL from its policy to the optimal policy, and the number of episodes after which it had closed 95%. See
