@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from textgym.models.actor_critic import ActorCritic
 from textgym.models.token_model import TokenModel
@@ -18,7 +17,7 @@ from textgym.settings import Count, check_arguments
 
 from ..common.rollout_agent import Metrics, RolloutAgent
 from .evaluation import Judge, Samples, bigrams, distinct, generate
-from .run_folder import RunFolder, figures_table, note
+from .run_folder import FiguresTable, RunFolder, figures_table, note
 
 
 def judge_of(env: str) -> Judge | None:
@@ -154,7 +153,7 @@ class Answers:
 
 def before_and_after(
     before: Answers, after: Answers, folder: RunFolder | None = None, judge: Judge | None = None
-) -> Table:
+) -> FiguresTable:
     """Return a table of the figures of a policy and of its start; write them into a run folder.
 
     Args:

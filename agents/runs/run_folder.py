@@ -180,9 +180,16 @@ def _read_metrics(path: Path, updates: int) -> list[Metrics]:
     return rows
 
 
-def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> Table:
+class FiguresTable(Table):
+    """A table of metrics that keeps its values as `figures`, by policy and name."""
+
+    figures: Mapping[str, Mapping[str, float | str]]
+
+
+def figures_table(title: str, rows: Mapping[str, Mapping[str, float | str]]) -> FiguresTable:
     """Return a table of metrics with one column per policy; values are numbers or formatted texts."""
-    table = Table(title=rich_text(title), title_justify="left")
+    table = FiguresTable(title=rich_text(title), title_justify="left")
+    table.figures = rows
     table.add_column("", overflow="fold")
     for label in rows:
         table.add_column(rich_text(label), justify="right", overflow="fold")

@@ -23,7 +23,7 @@ from ..runs.interrupts import Interrupts
 from ..runs.profiling import Profiler
 from ..runs.progress import LiveProgress
 from ..runs.records import Recorder
-from ..runs.run_folder import RunFolder
+from ..runs.run_folder import FiguresTable, RunFolder
 from .trackers import Trackers
 
 
@@ -43,7 +43,8 @@ class WatchedRun:
         judge: Scores the recorded rows; the policy is not trained on it.
         profiler: What measures the first updates.
         trackers: Trackers that get metrics, samples and settings too.
-        at_the_end: Called after the last update; returns a table that is shown.
+        at_the_end: Called after the last update; returns a table that is shown. If it is a `FiguresTable`, trackers get
+            its figures.
         warn: Called with each warning of how the run goes; by default it is shown where the run is.
     """
 
@@ -95,6 +96,8 @@ class WatchedRun:
                 if not stopped and self.at_the_end is not None:
                     live.stage("writing samples")
                     table = self.at_the_end()
+                    if self.trackers is not None and isinstance(table, FiguresTable):
+                        self.trackers.send_figures(table.figures)
                 live.finish()
             if self.folder is not None and not stopped:
                 self.folder.claim.finish()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from textgym.errors import UntrustedNameError
 from textgym.models.machine.devices import device_name
@@ -30,7 +29,7 @@ from ..runs.checkpoints import Checkpoints
 from ..runs.display.warning_signs import python_warning
 from ..runs.heldout import Answers, HeldOut, before_and_after, judge_of
 from ..runs.progress import LiveProgress
-from ..runs.run_folder import RunFolder
+from ..runs.run_folder import FiguresTable, RunFolder
 from .run import WatchedRun
 from .trackers import Trackers
 
@@ -125,7 +124,7 @@ class Evaluation:
         path = folder.folder / START
         return from_plain(Answers, read_json(path), str(path))
 
-    def table(self) -> Table | None:
+    def table(self) -> FiguresTable | None:
         """Return the figures before and after, and write them with the samples; `None` if one of both is not known."""
         if self.heldout is None or self.before is None:
             return None

@@ -83,7 +83,6 @@ class Trackers(Callback):
         self.trackers: dict[str, Any] = {}
         self.samples: list[list[Any]] = []
         self.step = 0
-        self.earlier = self._closing_figures()  # of the run that this one goes on from
 
     def on_training_start(self, agent: Any) -> None:
         """Open a run in each tracker, with the settings of this one."""
@@ -105,30 +104,20 @@ class Trackers(Callback):
             if rows and name in self.trackers:
                 self._attempt(name, partial(log_samples, name, tracker, rows, step))
 
-    def close(self) -> None:
-        """Send the figures of the closing table if there is a new one, and close the run in each tracker."""
-        figures = self._closing_figures()
+    def send_figures(self, table: Mapping[str, Mapping[str, float | str]]) -> None:
+        """Send the figures before and after the training, unless it made no update: then they were sent before."""
+        if not self.step:
+            return
+        columns = {column: table[column] for column in ("before", "after")}
+        figures = flat({"closing": columns})
         for name, tracker in list(self.trackers.items()):
-            if figures and figures != self.earlier:
-                self._attempt(name, partial(tracker.log, allowed(name, figures), step=self.step))
+            self._attempt(name, partial(tracker.log, allowed(name, figures), step=self.step))
+
+    def close(self) -> None:
+        """Close the run in each tracker."""
         for name, tracker in list(self.trackers.items()):
             self._attempt(name, tracker.finish)
         self.trackers = {}
-
-    def _closing_figures(self) -> dict[str, float]:
-        """Return the figures before and after the training that are in the run folder."""
-        file = None if self.folder is None else self.folder / "evaluation.json"
-        if file is None or not file.exists():
-            return {}
-        try:
-            columns = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            return {}
-        return {
-            f"closing/{column}/{name}": value
-            for column in ("before", "after")
-            for name, value in columns.get(column, {}).items()
-        }
 
     def _open(self, name: str) -> None:
         for variable, value in PATIENCE.get(name, {}).items():

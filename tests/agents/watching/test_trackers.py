@@ -76,7 +76,9 @@ def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch) 
     make().learn(4, lambda agent, new: metrics.append(new), log_with="wandb")
     assert tracker.settings["agent"] == "ppo"
     assert tracker.settings["config/minibatch_size"] == 2
-    assert [(step, row) for step, row in tracker.rows if "samples" not in row] == [(2, metrics[0]), (4, metrics[1])]
+    *updates, (last, figures) = [(step, row) for step, row in tracker.rows if "samples" not in row]
+    assert updates == [(2, metrics[0]), (4, metrics[1])]
+    assert (last, figures["closing/after/score"]) == (4, metrics[1]["eval/score"]), "without a folder, too"
     [(step, row)] = [(step, row) for step, row in tracker.rows if "samples" in row]
     assert step == 2
     assert sorted(prompt for prompt, _, _ in row["samples"]) == ["ab|", "c"]
@@ -88,6 +90,7 @@ def test_settings_metrics_and_samples_are_sent(monkeypatch: pytest.MonkeyPatch) 
 def test_the_figures_of_the_closing_table_are_sent_once_per_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run that is finished has no new ones if it is begun again."""
     tracker = InMemory()
     track(monkeypatch, wandb=tracker)
     agent = make()
@@ -98,10 +101,8 @@ def test_the_figures_of_the_closing_table_are_sent_once_per_run(
     assert figures == {
         f"closing/{column}/{name}": value for column in ("before", "after") for name, value in table[column].items()
     }
-    later = Trackers(["wandb"], tmp_path / "run")
-    later.on_training_start(agent)
     tracker.rows.clear()
-    later.close()  # the run that goes on was stopped before its table
+    agent.learn(4, folder=tmp_path / "run", log_with="wandb")
     assert tracker.rows == []
 
 
@@ -116,7 +117,7 @@ def test_a_tracker_that_refuses_in_the_middle_of_a_run_is_warned_of_once_and_the
     assert sum("the tracker" in str(warning.message) for warning in caught) == 1
     assert agent.updates == 4
     assert [step for step, row in broken.rows if "samples" not in row] == [2]
-    assert [step for step, row in whole.rows if "samples" not in row] == [2, 4, 6, 8]
+    assert [step for step, row in whole.rows if "samples" not in row] == [2, 4, 6, 8, 8]
     assert whole.finished
 
 
@@ -187,7 +188,7 @@ def test_samples_are_sent_in_the_form_that_a_tracker_has_for_them(name: str, cal
     ("name", "with_folder", "without"),
     [
         ("tensorboard", {"logging_dir": "a/run/trackers"}, {"logging_dir": "runs"}),
-        ("aim", {"logging_dir": "a"}, {"logging_dir": "runs"}),
+        ("aim", {"logging_dir": "a", "experiment": "textgym"}, {"logging_dir": "runs", "experiment": "textgym"}),
         ("mlflow", {"run_name": "run"}, {"run_name": "run"}),
         ("wandb", {"name": "run"}, {"name": "run"}),
         ("trackio", {"name": "run"}, {"name": "run"}),
