@@ -94,7 +94,7 @@ class A2C(CriticAgent):
         return self.finish(steps, self.explained(rollout, returns))
 
     def fit_scale(self, rollout: Rollout, returns: Tensor) -> Rollout:
-        """Fit the scale of the values, see `CriticAgent`; Q(s, a) - v(s) stays what it is, too."""
+        """Fit the scale of the values, see `CriticAgent`; Q(s, a) - v(s) does not change either."""
         if self.action_values is None:
             return super().fit_scale(rollout, returns)
         self.actions_before = self.action_values.weight.detach().clone()
@@ -143,7 +143,7 @@ class A2C(CriticAgent):
         return new._replace(value=self.action_values.of_sequences(policy, batch.sequences)[0])
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Return the weights of Q besides the critic's, for a checkpoint."""
+        """Return the weights that Q adds to the critic's, for a checkpoint."""
         own = {} if self.action_values is None else {"action_values": self.action_values.weight.detach()}
         return {**super().training_tensors(), **own}
 

@@ -252,8 +252,8 @@ class GRPO(PromptGroupAgent):
         """Raise an error, in all processes, if `unknown_reward` found any."""
         if unknown > 0:
             raise ConfigError(
-                f"scale='each' is of reward functions, and a wrapper changes scores, by {unknown:.4g} in one rollout: "
-                "make its reward a reward function, or use another scale"
+                f"scale='each' normalises each reward function alone, and a wrapper changes scores, by {unknown:.4g} "
+                "in one rollout: make its reward a reward function, or use another scale"
             )
 
     def refuse_changed_sums(self) -> None:
@@ -263,14 +263,14 @@ class GRPO(PromptGroupAgent):
         """
         if self.config.kl_in == "reward" and self.penalty.coef > 0:
             raise ConfigError(
-                "scale='each' is of reward functions, and the KL in the reward is none of them: set kl_in='loss', or "
-                "kl_coef=0 in the environment"
+                "scale='each' normalises each reward function alone, and the KL in the reward is not one of them: set "
+                "kl_in='loss', or kl_coef=0 in the environment"
             )
         scale = self.base_env.scorer.scale
         for name, value in (("score_scaling", scale.scaling), ("score_clip", scale.clip)):
             if value is not None:
                 raise ConfigError(
-                    f"scale='each' gives each reward function its own unit, and {name}={value!r} is of their sum: "
+                    f"scale='each' normalises each reward function alone, and {name}={value!r} changes their sum: "
                     "leave one of them out"
                 )
 

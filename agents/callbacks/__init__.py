@@ -106,7 +106,7 @@ class _OfFunction(Callback):
 
 
 class Session(Protocol):
-    """What shows and keeps a run while it learns; `textgym.agents.watching.session` is the one."""
+    """Type of the function that shows and keeps a run while it learns: `textgym.agents.watching.session.session`."""
 
     def __call__(  # noqa: D102
         self, agent: Any, callback: CallbackLike, progress: bool, folder: str | Path | None, log_with: Sequence[str]
@@ -117,7 +117,7 @@ _session: Session | None = None
 
 
 def use_session(session: Session) -> None:
-    """Set what shows and keeps runs: it stands on the agents, which therefore cannot import it."""
+    """Set what shows and keeps runs. It imports the agents, so the agents cannot import it."""
     global _session
     _session = session
 

@@ -48,7 +48,7 @@ class Constraints:
     def charge(self, rollout: Rollout, learns: bool = True) -> Tensor:
         """Update the multipliers, and return the rewards `(N, T)` minus the costs, which are at the last tokens.
 
-        A row that the cost function did not score has no cost. If it scored none, its multiplier stays what it is.
+        A row that the cost function did not score has no cost. If it scored no row, its multiplier does not change.
 
         Args:
             rollout: The episodes.

@@ -347,7 +347,7 @@ class PolicyGradientAgent(RolloutAgent):
 def exchanged(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
     """Return a batch with these rows of all processes, and where they are in it.
 
-    A single process keeps its batch. If no process has any rows, the result has some that nobody is to train on.
+    A single process keeps its batch. If no process has any rows, the result has some rows that must not be trained on.
     """
     if count() == 1:
         return batch, rows

@@ -60,7 +60,7 @@ class SoftQ:
 
 
 class Heads(nn.Module):
-    """Weights of a `GreedyQ` besides language model and critic.
+    """Weights that a `GreedyQ` adds to the language model and the critic.
 
     Args:
         actor: The language model and critic, for the sizes.

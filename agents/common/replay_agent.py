@@ -100,7 +100,7 @@ class Behaviour:
 class ReplayAgent(RolloutAgent):
     """Base class of agents with a replay buffer; arguments as `RolloutAgent`.
 
-    An algorithm implements `modules` (networks besides the policy), `follow` (target networks), `update` and `loss`.
+    An algorithm implements `modules` (further networks), `follow` (target networks), `update` and `loss`.
 
     Raises:
         ValueError: If the weights are sharded, the KL coefficient has a controller, or the KL estimator is not k1 or
@@ -111,7 +111,7 @@ class ReplayAgent(RolloutAgent):
     greedy: bool
     reference_may_move = False  # the replay buffer stores log-probs of the reference
     has_separate_critic: ClassVar[bool] = False
-    """Whether the further networks learn from a loss of their own, so that their gradient is clipped by itself."""
+    """Whether the further networks have their own loss, so that their gradient is clipped separately."""
 
     def __init__(self, policy: PolicyLike, envs: Any, config: Any = None) -> None:
         super().__init__(policy, envs, config)
@@ -141,7 +141,7 @@ class ReplayAgent(RolloutAgent):
 
     @abstractmethod
     def modules(self) -> nn.ModuleDict:
-        """Return the networks besides the policy; they are saved with the agent, and trained unless they are frozen."""
+        """Return the further networks; they are saved with the agent, and trained unless they are frozen."""
 
     @abstractmethod
     def follow(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -233,7 +233,7 @@ class ReplayAgent(RolloutAgent):
         metrics = dict(zip(metrics, sum_over_processes(torch.stack(list(metrics.values()))), strict=True))
         norm = self.apply_gradients(metrics.pop("loss"))
         metrics["val/grad_norm"] = norm
-        if self.memory.alpha > 0 and not bool(norm.isnan()):  # the errors of a skipped step are no priorities
+        if self.memory.alpha > 0 and not bool(norm.isnan()):  # a skipped step has no valid errors
             if count() > 1:
                 priorities = [(indices.cpu(), values.cpu()) for indices, values in priorities]
             for indices, values in itertools.chain(*everyone(priorities)):
@@ -263,7 +263,7 @@ class ReplayAgent(RolloutAgent):
         self.steps, self.memory.added = state["steps"], state["added"]
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Return the replay buffer, and the weights of networks besides the policy, for a checkpoint."""
+        """Return the replay buffer, and the weights of networks other than the policy, for a checkpoint."""
         memory = {f"memory.{name}": values for name, values in self.memory.tensors.items()}
         return {**memory, **dict(self.further.named_parameters(prefix="module"))}
 

@@ -1,6 +1,6 @@
 """RolloutAgent: the learn loop of all agents that learn from rollouts: collect, measure the KL, update, report.
 
-The loop calls `update` of the algorithm, which is in a file of its own in agents/. On-policy algorithms derive from
+The loop calls `update` of the algorithm, which has its own file in agents/. On-policy algorithms derive from
 policy_gradient.py, and algorithms with a replay buffer from replay_agent.py.
 """
 
@@ -325,7 +325,7 @@ class RolloutAgent(ABC):
     def apply_gradients(self, loss: Tensor) -> Tensor:
         """Make one optimiser step; return the norm of the whole gradient before clipping, on the device.
 
-        The norm of each part of the weights is clipped by itself: a large value loss must not scale down the gradient
+        The norm of each part of the weights is clipped separately: a large value loss must not scale down the gradient
         of the policy.
 
         Args:

@@ -1,4 +1,4 @@
-"""Save and load agents: the policy as a folder of its own, and the training state.
+"""Save and load agents: the policy in its own folder, and the training state.
 
 Weights are in safetensors. The rest is plain values in JSON, and one file that is loaded with `weights_only=True`.
 """
@@ -93,7 +93,7 @@ def tensors_apart(module: nn.Module, of: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def place_of(folder: Path, saved: dict[str, Any], device: Device = None, envs: Any = None) -> torch.device:
-    """Return the device to load an agent on: the caller's, else the environment's, else the one it was saved on.
+    """Return the device to load an agent on: the caller's, or the environment's, or the one it was saved on.
 
     In a run of several processes it is the device that the launcher assigned to this process.
 

@@ -188,7 +188,7 @@ class _Report(TrainerCallback):
             "updates": state.global_step,
             "time/update_s": now - self.started,
         }
-        if trainer.agent.config.on_nonfinite == "skip":  # the figures of a skipped step are no numbers
+        if trainer.agent.config.on_nonfinite == "skip":  # the figures of a skipped step are NaN
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             metrics["val/skipped_steps"] = trainer.finite_steps.skipped
         trainer.metrics, self.started = {}, now

@@ -30,6 +30,6 @@ class DQNConfig(ReplayConfig):
     dueling: bool = True
     """For "greedy": a value of the state plus advantages of tokens, instead of plain outputs (Wang et al., 2016)."""
     noisy: bool = False
-    """For "greedy": explore by learned noise on the output weights (Fortunato et al., 2018), besides epsilon."""
+    """For "greedy": explore by learned noise on the output weights (Fortunato et al., 2018), in addition to epsilon."""
     n_quantiles: Count = 1
     """For "greedy": number of quantiles of the return (Dabney et al., 2018); 1 for the mean only."""

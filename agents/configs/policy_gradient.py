@@ -67,7 +67,7 @@ class CriticConfig(PolicyGradientConfig):
     critic_weight_decay: NotNegative | None = None
     """Weight decay of a separate critic; None for `weight_decay`."""
     critic_max_grad_norm: Positive | None = None
-    """Maximum norm of the gradient of a separate critic, which is clipped by itself; None for `max_grad_norm`."""
+    """Maximum norm of the gradient of a separate critic, which is clipped separately; None for `max_grad_norm`."""
     freezing_actor_steps: Count | None = None
     """Number of updates at the start in which only a separate critic is trained, so that the first steps of the policy
     follow a critic that has seen some returns; None for none."""

@@ -109,7 +109,7 @@ def everyone(value: T) -> list[T]:
 
 
 def by_first(write: Callable[[], None]) -> None:
-    """Let the first process write files: none begins before all are here, and none goes on before the files exist.
+    """Let the first process write files: none begins before all have arrived or continues before the files exist.
 
     All processes must call it. Without the barrier before it, the first one could replace what another still reads.
 

@@ -86,7 +86,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_config(config_class: type[Config], saved: Any, where: str) -> Config:
-    """Make the config that was saved; an option that has no effect beside the others is left out, with a warning.
+    """Make the config that was saved; an option that has no effect with the others is left out, with a warning.
 
     Earlier versions accepted such options.
 

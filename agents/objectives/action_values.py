@@ -20,7 +20,7 @@ from textgym.models.sequences import Sequences
 
 
 class ActionValues(nn.Module):
-    """Weights of Q besides the critic's, and its values.
+    """Weights that Q adds to the critic's, and the values of Q.
 
     Args:
         policy: The policy, whose critic has v and h.

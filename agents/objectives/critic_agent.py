@@ -1,7 +1,7 @@
 """CriticAgent: base class of policy-gradient algorithms with a critic: its scale, its optimiser settings, its start.
 
 Values are learned on a running scale of the returns, so the unit of the rewards makes no difference: the critic's loss
-and its clip range are in standard deviations of the returns. A separate critic is a part of the optimiser of its own.
+and its clip range are in standard deviations of the returns. A separate critic is its own part of the optimiser.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Checkpoints:
             self.save(agent)
 
     def finish(self, agent: RolloutAgent | SupervisedAgent) -> None:
-        """Save a checkpoint of the last update, unless there is one: a longer run goes on from there."""
+        """Save a checkpoint of the last update, unless there is one: a longer run continues from there."""
         if agent.updates % self.every != 0:
             self.save(agent)
 

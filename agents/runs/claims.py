@@ -1,4 +1,4 @@
-"""RunClaim: whose a run folder is. One process at a time writes there, and never over somebody else's files."""
+"""RunClaim: ownership of a run folder. One process at a time writes there, and it never overwrites other files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunClaim:
 
     Args:
         folder: the folder.
-        resume: whether the run that is there goes on.
+        resume: whether to continue the run that is there.
         overwrite: whether it is deleted first. Files that textgym did not write stay.
 
     Raises:
@@ -83,7 +83,7 @@ class RunClaim:
         self.lock.release(force=True)
 
     def finish(self) -> None:
-        """Note that the run has ended by itself; it can still be made longer."""
+        """Note that the run reached its end; it can still be made longer."""
         self._sign(finished=True)
 
     def _sign(self, finished: bool = False) -> None:

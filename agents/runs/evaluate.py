@@ -1,4 +1,4 @@
-"""evaluate: what a policy writes and how good it is, beside its reference; `textgym evaluate` prints the same."""
+"""evaluate: what a policy and its reference write, and how good it is; `textgym evaluate` prints the same."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def evaluate(
     Raises:
         ConfigError: If there is no environment, or no reference, or the settings of a run are wrong.
         RunFolderError: If the folder of a run has no policy.
-        UntrustedNameError: If a run names code of somebody else's; pass the environment yourself.
+        UntrustedNameError: If a run names code that is not textgym's; pass the environment yourself.
     """
     chosen = _loaded(policy)
     if isinstance(env, str | None):

@@ -168,8 +168,8 @@ def score_intervals(
 ) -> dict[str, Interval]:
     """Return the metrics of `score_samples` with 95% confidence intervals, by the percentile bootstrap over prompts.
 
-    Prompts are resampled, and all samples of a prompt come with it; see `textgym.rewards.intervals.bootstrap`. Prompts
-    without a sample that a metric scores are no prompts of that metric.
+    Prompts are resampled, and all samples of a prompt come with it; see `textgym.rewards.intervals.bootstrap`. A prompt
+    is left out of a metric that scores none of its samples.
 
     Args:
         samples: Samples from `generate`.

@@ -21,7 +21,7 @@ from .run_folder import FiguresTable, RunFolder, figures_table, note
 
 
 def judge_of(env: str) -> Judge | None:
-    """Return what judges the texts of an environment besides its reward; `None` if there is nothing.
+    """Return a second judge of the texts of an environment, in addition to its reward; `None` if there is none.
 
     The texts of `textgym/Sentiment-v0` are judged by a lexicon of sentiment, if the package that has it is installed.
     """
@@ -160,7 +160,7 @@ def before_and_after(
         before: `HeldOut.answers` of the policy at the start of training.
         after: Those of the policy, to the same prompts.
         folder: Run folder for completions and figures; `None` to write nothing.
-        judge: Scores by somebody whom the policy was not trained with.
+        judge: A scoring function that the policy was not trained with.
     """
     texts, columns = before.prompts, compared(before, after, judge)
     if folder is not None:

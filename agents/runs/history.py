@@ -1,4 +1,4 @@
-"""Runs of the past: a list of those in a folder, and several beside each other."""
+"""Runs of the past: a list of those in a folder, and a comparison of several."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Run:
         settings: Those of the command.
         history: Metrics of each update.
         running: Whether a process is writing there now.
-        finished: Whether it ended by itself.
+        finished: Whether it reached its end and was not stopped.
     """
 
     folder: Path

@@ -85,7 +85,7 @@ class Recorder(Callback):
             self.before = Before.of(agent, rollout, kl, torch.tensor(rows), [prompts[row] for row in rows])
 
     def on_update_end(self, agent: RolloutAgent, metrics: Metrics) -> None:
-        """Write the record of the update; a disk that refuses it is warned of, and the run goes on."""
+        """Write the record of the update; if the disk refuses it, there is a warning, and the run continues."""
         if self.before is None:
             return
         record = self._record(agent, metrics, self.before)
@@ -341,7 +341,7 @@ def clip_bounds(config: Any) -> tuple[float, float] | None:
 
 
 def _prompts_in(path: Path) -> set[str]:
-    """Return the prompts of a record; none if it is damaged, which is no reason to stop a run."""
+    """Return the prompts of a record; none if it is damaged, because this must not stop a run."""
     try:
         return set(read_record(path)["prompts"])
     except DamagedFolderError:

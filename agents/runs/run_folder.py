@@ -164,7 +164,7 @@ def changed_settings(folder: Path, config: Any, free: Sequence[str]) -> list[str
             "there, or continue from a checkpoint in Python"
         ) from error
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    idle = idle_options(type(config.config), was.get("config", {}))  # a run that goes on leaves them out
+    idle = idle_options(type(config.config), was.get("config", {}))  # a resumed run leaves them out
     was, now = ({**settings.pop("config", {}), **settings} for settings in (was, now))
     names = [name for name in {**was, **now} if name not in (*free, *idle) and was.get(name) != now.get(name)]
     return [f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in names]

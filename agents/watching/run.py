@@ -111,7 +111,7 @@ class WatchedRun:
     def _callbacks(self, given: Sequence[Callback]) -> list[Any]:
         """Return the run's own callbacks around the given ones.
 
-        The given ones read the evaluation, and may add metrics, so they stand between it and what keeps metrics.
+        The given ones read the evaluation, and may add metrics, so they come after it and before what keeps metrics.
         Metrics and records come before the checkpoint that goes on after them.
         """
         agent = self.agent
@@ -156,7 +156,7 @@ def plain_numbers(agent: Any, metrics: Metrics) -> None:
     """Callback that makes plain numbers, as JSON has them, of metrics that other callbacks added, such as tensors.
 
     Raises:
-        ConfigError: If one is no number.
+        ConfigError: If one is not a number.
     """
     for name, value in metrics.items():
         if type(value) in (int, float):

@@ -91,8 +91,8 @@ def session(
 class Evaluation:
     """The policy on held-out prompts before, while and after it learns.
 
-    The prompts are those that an agent made of names keeps from training; of a caller's environment they are those of
-    training, since it is left as it is. There is no evaluation if the environment cannot be made a second time.
+    An agent made of names keeps these prompts from training. The environment of a caller is not changed, so there they
+    are the prompts of training. There is no evaluation if the environment cannot be made a second time.
     """
 
     def __init__(self, agent: RolloutAgent, folder: RunFolder | None) -> None:
@@ -111,7 +111,7 @@ class Evaluation:
         self.before = self._start()
 
     def _start(self) -> Answers | None:
-        """Return what the policy wrote before its first update; of a resumed run, what its folder has of it."""
+        """Return what the policy wrote before its first update; for a resumed run it is read from the folder."""
         agent, folder, heldout = self.agent, self.folder, self.heldout
         assert heldout is not None
         if agent.updates == 0:
@@ -140,7 +140,7 @@ class Evaluation:
 
 
 def going_on(agent: RolloutAgent | SupervisedAgent, folder: Path) -> list[str]:
-    """Return the commands that go on with a run; if it has objects that none of them can make, what does in Python."""
+    """Return the commands to type next; if a run has objects that no command can make, what to write in Python."""
     settings, run = read_json(folder / "config.json"), shlex.quote(str(folder))
     view = f"textgym view {run}"
     if isinstance(agent, RolloutAgent):
@@ -206,7 +206,7 @@ def settings_of_run(agent: RolloutAgent | SupervisedAgent, folder: Path | None) 
 def began_with(agent: RolloutAgent | SupervisedAgent, folder: Path | None) -> str:
     """Return the name of the model that a run began from; empty if it has no name.
 
-    A run that goes on in its folder keeps the name that it has there.
+    A run that is continued in its folder keeps the name in its `config.json`.
     """
     if agent.updates and folder is not None and (folder / "config.json").exists():
         return str(read_json(folder / "config.json").get("model") or "")

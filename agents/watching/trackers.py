@@ -62,7 +62,7 @@ SAMPLES_EVERY = 10
 class Trackers(Callback):
     """Callback that sends settings, metrics of each update, tables of samples and the closing table to trackers.
 
-    A tracker that fails is warned of once and left out from then on; the training goes on.
+    If a tracker fails, there is one warning, it gets nothing more, and the training continues.
 
     Args:
         names: Names of trackers, each of them one of `PACKAGES` or several with commas between them.
@@ -91,7 +91,7 @@ class Trackers(Callback):
             self._attempt(name, partial(self._open, name))
 
     def on_rollout_end(self, agent: Any, rollout: Rollout, kl: Any) -> None:
-        """Keep some of what the policy wrote, of the first and every tenth update."""
+        """Keep some of what the policy wrote in the first and in every tenth update."""
         if self.trackers and (agent.updates == 0 or (agent.updates + 1) % SAMPLES_EVERY == 0):
             self.samples = samples_of(rollout[:SAMPLES], agent.base_env.tokenizer)
 

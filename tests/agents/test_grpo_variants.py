@@ -380,9 +380,12 @@ def test_each_variant_starts_at_ratio_one_with_a_gradient(settings: dict[str, An
         (lambda: GRPOConfig(overlong_penalty=2.0), "overlong_penalty=2.0 cannot be used with overlong_buffer=None"),
         (lambda: GRPOConfig(entropy_share=0.0), "entropy_share must be above 0"),
         (lambda: PPOConfig(importance_cap=0.0), "importance_cap must be above 0"),
-        (lambda: make_agent(scale="each", env={"kl_coef": 0.1}), "scale='each' is of reward functions"),
-        (lambda: make_agent(scale="each", env={"score_clip": 2.0}), "unit, and score_clip=2.0 is of their sum"),
-        (lambda: make_agent(scale="each", env={"score_scaling": "running"}), "unit, and score_scaling='running' is"),
+        (lambda: make_agent(scale="each", env={"kl_coef": 0.1}), "the KL in the reward is not one of them"),
+        (lambda: make_agent(scale="each", env={"score_clip": 2.0}), "alone, and score_clip=2.0 changes their sum"),
+        (
+            lambda: make_agent(scale="each", env={"score_scaling": "running"}),
+            "alone, and score_scaling='running' changes",
+        ),
         (lambda: make_agent(overlong_buffer=7), "overlong_buffer=7 is more than the max_new_tokens=6"),
     ],
 )

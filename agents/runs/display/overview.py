@@ -85,7 +85,7 @@ def _training(agent: RolloutAgent, total_episodes: int) -> str:
 
 
 def _reference(agent: RolloutAgent) -> str:
-    """Say what the reference is, and how much memory it costs beside the policy."""
+    """Say what the reference is, and how much memory it needs in addition to the policy."""
     reference = agent.penalty.reference
     mine = {weight.data_ptr() for weight in agent.policy.parameters()}
     own = [weight for weight in reference.parameters() if weight.data_ptr() not in mine]

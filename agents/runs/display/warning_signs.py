@@ -17,7 +17,7 @@ from ...objectives.critic_agent import EXPLAINED, WITHIN_PROMPTS
 FIRST = 3
 """Updates at the start of a run that later ones are compared with."""
 LAST = 5
-"""Updates that a figure is the mean of, so that a single odd rollout is no sign."""
+"""Updates over which a figure is averaged, so that a single odd rollout does not cause a warning."""
 CRITIC_UPDATES = 10
 """Updates that a critic has to learn something. Those whose prompts all differ do not report what it explains within
 prompts, so at least `LAST` of them must."""

@@ -12,8 +12,8 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
 
         kappa = (p - e) / (1 - e)
 
-    with p the share of items that both put into the same category, and e what it would be by chance, the sum over
-    categories of the product of both raters' shares. It is NaN if both put all items into one category.
+    with p the share of items that both put into the same category, and e this share if both chose by chance:
+    the sum over categories of the product of both raters' shares. It is NaN if both put all items into one category.
 
     >>> cohen_kappa("aabb", "aabb"), cohen_kappa("abab", "aabb")
     (1.0, 0.0)

@@ -156,7 +156,7 @@ def read_sheets(key: Path, sheets: Sequence[Path], resamples: int = 1000, seed: 
     Args:
         key: The key of the sheet.
         sheets: CSV files with the columns `id` and `choice`, one of each rater: 1, 2, or 0 if both texts are alike;
-            an empty choice is no answer.
+            an empty choice counts as no answer.
         resamples: Number of bootstrap samples of the prompts.
         seed: Seed of the bootstrap.
 
