@@ -94,7 +94,7 @@ __getattr__, __dir__ = on_first_use(
 def _session(
     agent: Any, callback: CallbackLike, progress: bool, folder: str | Path | None, log_with: Sequence[str]
 ) -> Any:
-    """Open what shows and keeps a run of `learn`; here, since it stands on the agents that call it."""
+    """Show and keep a run of `learn`. The import is here, because that module imports the agents."""
     from .watching.session import session
 
     return session(agent, callback, progress, folder, log_with)

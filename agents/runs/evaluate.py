@@ -162,7 +162,7 @@ def policy_of(model: TokenModel, temperature: float = 1.0) -> ActorCritic:
 def _made_for(
     policy: ActorCritic, env: str | None, run: _EvaluatedRun | None, num_envs: int, own: dict[str, Any]
 ) -> Any:
-    """Return the environment of an id or of a run for a policy; `own` are arguments of the caller, which count most."""
+    """Return the environment of an id or of a run for a policy; arguments of the caller, `own`, replace all others."""
     name = env if env is not None or run is None else run.settings.env
     if name is None:
         raise ConfigError("the environment is not known: give env=, the id of one or a TextVectorEnv")
@@ -186,7 +186,7 @@ def _made_for(
 
 @dataclass(frozen=True)
 class _Settings:
-    """Those of a run that its evaluation needs; a run that Python began may have fewer."""
+    """Settings of a run that its evaluation needs; a run that was begun in Python may have fewer."""
 
     env: str | None = None
     env_kwargs: str = "{}"
