@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from textgym.data.continuations import HALF, LONGEST_CHARACTER, added_text
 from textgym.display import printable, rich_text
-from textgym.envs.text_task import TextTask, Tokens
+from textgym.envs.text_task import LastEpisode, TextTask, Tokens
 from textgym.models.sequences import Sequences
 from textgym.models.token_model import TokenModel
 from textgym.viewer.tokens import token_html
@@ -28,36 +30,60 @@ def checked_render_mode(render_mode: str | None) -> str | None:
     return None
 
 
-def render(mode: str | None, task: TextTask, row: int, transcript: dict[str, Any], ended: bool) -> str | None:
-    """Return an episode as a string (`"ansi"`, `"html"`), or print it (`"human"`).
+def render(
+    mode: str | None,
+    task: TextTask,
+    transcripts: Sequence[dict[str, Any]],
+    finished: Sequence[LastEpisode | None],
+) -> list[str | None]:
+    """Return each row's episode as a string (`"ansi"`, `"html"`), or print it (`"human"`).
 
     Args:
         mode: The mode.
         task: The environment's task.
-        row: The row.
-        transcript: Prompt and completion.
-        ended: Whether it is the row's last finished episode, which has a score, and not the current one.
+        transcripts: Prompt and completion of each row.
+        finished: The row's last finished episode, if it is the one to render; `None` if it is the current one.
     """
-    prompt, completion = transcript["prompt"], transcript["completion"]
-    score = task.scores[row]
-    note = f"score {score:+.3f}" if ended and score == score else ""  # NaN is not equal to itself
+    texts = [(transcript["prompt"], transcript["completion"]) for transcript in transcripts]
+    notes = [_note(episode) for episode in finished]
     if mode == "ansi":
-        return f"{printable(prompt)}\x1b[1m{printable(completion)}\x1b[0m" + (f"\n{note}" if note else "")
+        return [_ansi(*parts, note) for parts, note in zip(texts, notes, strict=True)]
     if mode == "html":
-        tokens = task.finished_tokens[row] if ended else None
-        tokens = task.tokens(row) if tokens is None else tokens
-        numbers = numbers_of(task, tokens)
-        if ended and task.token_rewards[row] is not None:
-            numbers["reward"] = list(task.token_rewards[row])  # type: ignore[arg-type]
-        texts = texts_of(task.tokenizer, list(task.decoder_start) or tokens.prompt, tokens.response)
-        return token_html(texts, numbers, prompt=prompt, mask=tokens.generated, note=note)
+        return list(_html(task, [prompt for prompt, _ in texts], finished, notes))
     if mode == "human":
-        from rich import print as rich_print
-        from rich.text import Text
+        for parts, note in zip(texts, notes, strict=True):
+            _print(*parts, note)
+    return [None] * len(transcripts)
 
-        parts = rich_text(prompt), rich_text(completion, "bold"), (f"  [{note}]" if note else "", "dim")
-        rich_print(Text.assemble(*parts))
-    return None
+
+def _note(episode: LastEpisode | None) -> str:
+    """Return the line below an episode: its score, if it has one."""
+    return "" if episode is None or math.isnan(episode.score) else f"score {episode.score:+.3f}"
+
+
+def _ansi(prompt: str, completion: str, note: str) -> str:
+    return f"{printable(prompt)}\x1b[1m{printable(completion)}\x1b[0m" + (f"\n{note}" if note else "")
+
+
+def _print(prompt: str, completion: str, note: str) -> None:
+    from rich import print as rich_print
+    from rich.text import Text
+
+    parts = rich_text(prompt), rich_text(completion, "bold"), (f"  [{note}]" if note else "", "dim")
+    rich_print(Text.assemble(*parts))
+
+
+def _html(
+    task: TextTask, prompts: Sequence[str], finished: Sequence[LastEpisode | None], notes: Sequence[str]
+) -> Iterator[str]:
+    playing = iter(task.current_tokens([row for row, episode in enumerate(finished) if episode is None]))
+    tokens = [next(playing) if episode is None else episode.tokens for episode in finished]
+    for row, numbers in enumerate(numbers_of(task, tokens)):
+        own, episode = tokens[row], finished[row]
+        if episode is not None:
+            numbers["reward"] = episode.rewards.tolist()
+        texts = texts_of(task.tokenizer, list(task.decoder_start) or own.prompt, own.response)
+        yield token_html(texts, numbers, prompt=prompts[row], mask=own.generated, note=notes[row])
 
 
 def texts_of(tokenizer: Any, context: Sequence[int], response: Sequence[int]) -> list[str]:
@@ -79,31 +105,50 @@ def texts_of(tokenizer: Any, context: Sequence[int], response: Sequence[int]) ->
 
 
 @torch.no_grad()
-def numbers_of(task: TextTask, tokens: Tokens) -> dict[str, list[float | None]]:
-    """Return what the models of an environment say of each token: log-probs, and the KL with an attached policy.
+def numbers_of(task: TextTask, tokens: Sequence[Tokens]) -> list[dict[str, list[float | None]]]:
+    """Return what the models say of each token of each row: log-probs, and the KL with an attached policy.
 
     There is nothing with an action mask, which may depend on each state.
     """
     models: dict[str, Any] = {"log_prob": task.policy}
     if task.penalty is not None:
         models["reference_log_prob"] = task.penalty.reference
-    if not tokens.response or task.action_mask is not None:
-        return {}
-    length, generated = len(tokens.response), tokens.generated
-    sequences = Sequences(
-        torch.tensor([[*tokens.prompt, *tokens.response]], device=task.device),
-        torch.tensor([len(tokens.prompt)], device=task.device),
-        torch.tensor([length], device=task.device),
+    models = {name: model for name, model in models.items() if isinstance(model, TokenModel)}
+    begun = [row for row in tokens if row.response]
+    if not (begun and models) or task.action_mask is not None:
+        return [{} for _ in tokens]
+
+    sequences = _sequences(task, begun)
+    log_probs = {name: model.sequence_log_probs(sequences.to(model.device)) for name, model in models.items()}  # (N, T)
+    rows = zip(*(of_model.tolist() for of_model in log_probs.values()), strict=True)
+    return [_numbers(row, dict(zip(log_probs, next(rows), strict=True))) if row.response else {} for row in tokens]
+
+
+def _numbers(tokens: Tokens, log_probs: dict[str, list[float]]) -> dict[str, list[float | None]]:
+    """Return log-probs of a row's response, and their difference; `None` for tokens that the environment inserted."""
+    length = len(tokens.response)
+    generated = tokens.generated or [True] * length
+    found: dict[str, list[float | None]] = {
+        name: [value if own else None for value, own in zip(values[:length], generated, strict=True)]
+        for name, values in log_probs.items()
+    }
+    if len(found) < 2:
+        return found
+    pairs = zip(found["log_prob"], found["reference_log_prob"], strict=True)
+    return {"kl": [None if p is None or q is None else p - q for p, q in pairs], **found}
+
+
+def _sequences(task: TextTask, tokens: Sequence[Tokens]) -> Sequences:
+    """Return rows as sequences in the host's memory."""
+    generated = None
+    if any(row.generated is not None for row in tokens):
+        masks = [torch.tensor(row.generated or [True] * len(row.response)) for row in tokens]
+        generated = pad_sequence(masks, batch_first=True)  # (N, T)
+    return Sequences(
+        pad_sequence([torch.tensor([*row.prompt, *row.response]) for row in tokens], batch_first=True),  # (N, W)
+        torch.tensor([len(row.prompt) for row in tokens]),
+        torch.tensor([len(row.response) for row in tokens]),
         task.stop_rule,
-        None if generated is None else torch.tensor([generated], device=task.device),
+        generated,
         task.decoder_start,
     )
-    found: dict[str, list[float | None]] = {}
-    for name, model in models.items():
-        if isinstance(model, TokenModel):
-            values = model.sequence_log_probs(sequences)[0, :length].tolist()
-            found[name] = [value if generated is None or generated[t] else None for t, value in enumerate(values)]
-    if len(found) == 2:
-        pairs = zip(found["log_prob"], found["reference_log_prob"], strict=True)
-        found = {"kl": [None if p is None or q is None else p - q for p, q in pairs], **found}
-    return found

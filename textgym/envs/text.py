@@ -161,8 +161,8 @@ class TextEnv(TextProperties, gym.Env[ObsType, int]):
 
     def render(self) -> str | None:
         """Render the episode so far, as `render_mode` says."""
-        ended = bool(self.task.transcripts[0]) and not bool(self.task.episodes.alive[0])
-        return render(self.render_mode, self.task, 0, self.transcript, ended)
+        finished = None if bool(self.task.episodes.alive[0]) else self.task.last[0]
+        return render(self.render_mode, self.task, [self.transcript], [finished])[0]
 
     def close(self) -> None:
         """End the threads and processes of reward functions."""

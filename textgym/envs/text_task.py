@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -55,6 +56,22 @@ class Tokens(NamedTuple):
     generated: list[bool] | None
 
 
+class LastEpisode(NamedTuple):
+    """What stays of a row's last finished episode.
+
+    Attributes:
+        transcript: Prompt, completion, columns of the prompt, and what reward functions logged.
+        tokens: Its token ids.
+        rewards: What reward functions pay for each token of the response.
+        score: Its score, as in infos; NaN if no reward function scored it.
+    """
+
+    transcript: dict[str, Any]
+    tokens: Tokens
+    rewards: np.ndarray
+    score: float
+
+
 class TextTask:
     """Prompts, stop rule, reward and KL penalty of B rows, by a config."""
 
@@ -99,10 +116,7 @@ class TextTask:
         self.num_rows, self.width = num_rows, 0
         self.take_prompts(load_prompts(config.prompts))
         self.current = np.zeros(num_rows, dtype=np.int64)
-        self.transcripts: list[dict[str, Any]] = [{} for _ in range(num_rows)]
-        self.token_rewards: list[np.ndarray | None] = [None] * num_rows
-        self.finished_tokens: list[Tokens | None] = [None] * num_rows
-        self.scores = np.full(num_rows, np.nan)  # of each row's last finished episode; NaN without one
+        self.last: list[LastEpisode | None] = [None] * num_rows
         self.kl_sum = torch.zeros(num_rows, device=self.device)
         self.kl_paid = torch.zeros(num_rows, device=self.device)
         self.policy: Policy | None = None
@@ -314,19 +328,31 @@ class TextTask:
 
     def transcript(self, row: int) -> dict[str, Any]:
         """Return prompt, completion and columns of a row's last finished episode, or of its current one."""
-        if self.transcripts[row] and not bool(self.episodes.alive[row]):
-            return self.transcripts[row]
-        [(prompt, response)] = self._ids(np.array([row]))
-        return self._transcript(row, self._completion(row, prompt, response))
+        last = self.last[row]
+        if last is not None and not bool(self.episodes.alive[row]):
+            return last.transcript
+        return self.current_transcripts([row])[0]
 
-    def tokens(self, row: int) -> Tokens:
-        """Return the tokens of a row's current episode."""
-        [(prompt, response)] = self._ids(np.array([row]))
-        return self._tokens(row, prompt, response)
+    def current_transcripts(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Return prompt, completion and columns of the current episodes of rows."""
+        return [
+            self._transcript(row, self._completion(row, *ids)) for row, ids in zip(rows, self._ids(rows), strict=True)
+        ]
 
-    def _tokens(self, row: int, prompt: list[int], response: list[int]) -> Tokens:
-        inserted = self.episodes.replied[row]
-        return Tokens(prompt, response, self.episodes.generated[row, : len(response)].tolist() if inserted else None)
+    def current_tokens(self, rows: Sequence[int]) -> list[Tokens]:
+        """Return the tokens of the current episodes of rows."""
+        return self._tokens(rows, self._ids(rows))
+
+    def _tokens(self, rows: Sequence[int], ids: Sequence[tuple[list[int], list[int]]]) -> list[Tokens]:
+        """Return the tokens of rows, of which the ids are known."""
+        replied = self.episodes.replied
+        if not replied[rows].any():
+            return [Tokens(prompt, response, None) for prompt, response in ids]
+        [generated] = to_host(self.episodes.generated)
+        return [
+            Tokens(prompt, response, generated[row, : len(response)].tolist() if replied[row] else None)
+            for row, (prompt, response) in zip(rows, ids, strict=True)
+        ]
 
     def _kl_reward(self, actions: Tensor) -> Tensor | None:
         """Return the KL term of the reward of each row's next token, `(B,)`; `None` if the environment has none."""
@@ -359,7 +385,7 @@ class TextTask:
         rows = np.flatnonzero(playing & long_enough & self.stop_strings.can_complete(tokens)).tolist()
         if not rows:
             return ends
-        turns = zip(rows, self._ids(np.array(rows, dtype=np.int64)), strict=True)
+        turns = zip(rows, self._ids(rows), strict=True)
         hits = [row for row, ids in turns if self.stop_strings.found_in(self._turn(row, *ids), self._early(row, *ids))]
         by_string = torch.zeros_like(ends.by_stop)
         by_string[hits] = True
@@ -372,11 +398,10 @@ class TextTask:
         with phase("reward"):
             scores = self.scorer(finished)
         penalty = self.missing_eos_penalty * (scores.scored & ~by_stop[rows])  # the reward without a score is 0
-        self.scores[rows] = np.where(scores.scored, scores.raw - penalty, np.nan)
         paid = scores.score - penalty
         for rewards, row_penalty in zip(scores.rewards, penalty, strict=True):
             rewards[-1] -= row_penalty
-        self._remember(rows, finished, scores)
+        self._remember(rows.tolist(), finished, scores, penalty)
         [everywhere] = to_device(self.device, torch.from_numpy(_scatter(paid, rows, len(by_stop))).float())
         kl_paid, kl_sum = np.zeros(len(rows)), np.zeros(len(rows))
         if self.kl_mode != "deferred":
@@ -405,7 +430,7 @@ class TextTask:
         """Return the arguments of reward functions for rows (indices) that have ended."""
         columns = [self.rows[index] for index in self.current[rows]]
         names = [name for name in columns[0] if name != "prompt"]
-        ids = self._ids(rows)
+        ids = self._ids(rows.tolist())
         texts = [self._completion(row, *parts) for row, parts in zip(rows.tolist(), ids, strict=True)]
         text_ids = [self._text_ids(*parts, text) for parts, text in zip(ids, texts, strict=True)]
         return Finished(
@@ -420,21 +445,24 @@ class TextTask:
             text_ids=text_ids,
         )
 
-    def _remember(self, rows: np.ndarray, finished: Finished, scores: Scores) -> None:
-        """Store transcripts and token rewards of rows that ended."""
-        for i, row in enumerate(rows):
+    def _remember(self, rows: list[int], finished: Finished, scores: Scores, penalty: np.ndarray) -> None:
+        """Store what stays of the episodes of rows that ended."""
+        ids = list(zip(finished.prompt_ids, finished.completion_ids, strict=True))
+        for i, (row, tokens) in enumerate(zip(rows, self._tokens(rows, ids), strict=True)):
             logged = {name: values[i] for name, values in scores.columns.items()}
-            self.transcripts[row] = {**logged, **self._transcript(row, content(finished.completions[i]))}
-            self.token_rewards[row] = scores.rewards[i]
-            self.finished_tokens[row] = self._tokens(row, finished.prompt_ids[i], finished.completion_ids[i])
+            transcript = {**logged, **self._transcript(row, content(finished.completions[i]))}
+            score = float(scores.raw[i] - penalty[i]) if scores.scored[i] else math.nan
+            self.last[row] = LastEpisode(transcript, tokens, scores.rewards[i], score)
 
     def _transcript(self, row: int, completion: str) -> dict[str, Any]:
         index = self.current[row]
         columns = copy.deepcopy(self.rows[index])  # a caller who changes them must not change the prompts
         return {**columns, "prompt": self.prompt_texts[index], "completion": completion}
 
-    def _ids(self, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
-        """Return the ids of prompt and response of rows (indices)."""
+    def _ids(self, rows: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of prompt and response of rows."""
+        if not rows:
+            return []
         [ids] = to_host(self.episodes.input_ids)
         first, last = self.episodes.host_prompt_lengths, self.episodes.host_lengths
         return [(ids[row, : first[row]].tolist(), ids[row, first[row] : last[row]].tolist()) for row in rows]

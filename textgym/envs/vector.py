@@ -228,7 +228,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
 
     def token_rewards(self) -> list[np.ndarray]:
         """Return the rewards of each row's response tokens, none for a row whose first episode has not ended."""
-        return [np.zeros(0) if rewards is None else rewards for rewards in self.task.token_rewards]
+        return [np.zeros(0) if last is None else last.rewards for last in self.task.last]
 
     def finished(self, rows: np.ndarray) -> Finished:
         """Return the arguments of reward functions for rows (indices) that have ended."""
@@ -245,11 +245,7 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
 
     def render(self) -> tuple[str | None, ...]:  # type: ignore[override]  # None for rows that are not rendered
         """Render the last finished episode of every row, or else its current one, as `render_mode` says."""
-        finished = self.task.transcripts
-        return tuple(
-            render(self.render_mode, self.task, row, transcript, ended=bool(finished[row]))
-            for row, transcript in enumerate(self.transcript)
-        )
+        return tuple(render(self.render_mode, self.task, self.transcript, self.task.last))
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads and processes of reward functions; `close` calls it."""
@@ -272,8 +268,9 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
     @property
     def transcript(self) -> list[dict[str, Any]]:
         """`prompt`, `completion` and columns of each row's last finished episode, or else of its current episode."""
-        finished = self.task.transcripts
-        return [finished[row] or self.task.transcript(row) for row in range(self.num_envs)]
+        first = [row for row, last in enumerate(self.task.last) if last is None]
+        current = iter(self.task.current_transcripts(first))
+        return [next(current) if last is None else last.transcript for last in self.task.last]
 
     def _seed(self, seed: int | Sequence[int]) -> None:
         """Seed the generator of all rows; with several numbers `np_random_seed` is -1, as Gymnasium defines it."""
@@ -304,10 +301,9 @@ class TextVectorEnv(TextProperties, VectorEnv[dict[str, Array], Array, Array]):
         known = {key: outcome.known(key) for key in outcome.infos}
         infos: dict[str, Any] = {key: values for key, values in outcome.infos.items() if known[key].any()}
         if infos and self.info_text:
-            for key in self.task.transcript(int(np.argmax(outcome.ended))):
-                texts = [
-                    self.task.transcripts[row].get(key) if outcome.ended[row] else None for row in range(self.num_envs)
-                ]
+            last = [episode if ended else None for episode, ended in zip(self.task.last, outcome.ended, strict=True)]
+            for key in {key: None for episode in last if episode is not None for key in episode.transcript}:
+                texts = [None if episode is None else episode.transcript.get(key) for episode in last]
                 infos[key] = np.array([*texts, None], dtype=object)[:-1]
         return {**infos, **{f"_{key}": known.get(key, outcome.ended).copy() for key in infos}}
 

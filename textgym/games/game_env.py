@@ -67,8 +67,8 @@ class GameTask(TextTask):
     def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
         """Plays the turns that have just been closed; a game that goes on writes its reply and the row lives on."""
         stopped, by_length = ends.by_stop.clone(), ends.by_length.clone()
-        for row in np.flatnonzero(by_stop).tolist():
-            [(prompt, response)] = self._ids(np.array([row]))
+        rows = np.flatnonzero(by_stop).tolist()
+        for row, (prompt, response) in zip(rows, self._ids(rows), strict=True):
             turn = self.stop_strings.cut(self._turn(row, prompt, response), self._early(row, prompt, response))
             reply, reward, terminated, truncated, _ = self.games[row].step(turn)
             self.turn_rewards[row][len(response) - 1] = float(reward)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import textgym
@@ -19,6 +20,7 @@ from textgym.envs.text import TextEnv
 from textgym.envs.vector import TextVectorEnv
 from textgym.errors import CutPromptsWarning
 from textgym.models.actor_critic import ActorCritic
+from textgym.models.token_model import TokenModel
 from textgym.testing import assert_close, byte_tokenizer, mock_lm, terms_of, tolerance
 
 FORWARD = terms_of(mock_lm())
@@ -317,6 +319,47 @@ def test_rows_of_a_batch_show_their_score(settings: dict[str, Any]) -> None:
     assert "score" not in playing
     assert playing.count("<span") == 3, "the prompt and two tokens"
     assert f"score {info['score'][1]:+.3f}" in str(ended)
+
+
+def test_all_rows_are_rendered_in_one_pass_of_each_model(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of finished, playing and new episodes alike, and each shows what it shows in an environment of its own."""
+    settings = {**settings, "reference": mock_lm(), "kl_mode": "exact", "render_mode": "html"}
+    policy = TokenModel(mock_lm(seed=3))
+    actions = [[ord("x"), *"é".encode(), EOS], [*b"yzyz"], [EOS]]
+    envs = TextVectorEnv(3, **settings, autoreset_mode=AutoresetMode.DISABLED)
+    envs.attach_policy(policy)
+    envs.reset(seed=0)
+    assert [str(page).count("<span") for page in envs.render()] == [1, 1, 1], "the prompts"
+    for step in range(4):
+        envs.step(np.array([row[min(step, len(row) - 1)] for row in actions]))
+
+    passes: list[int] = []
+    score = TokenModel.sequence_log_probs
+
+    def counted(model: TokenModel, sequences: Any) -> Any:
+        passes.append(len(sequences))
+        return score(model, sequences)
+
+    monkeypatch.setattr(TokenModel, "sequence_log_probs", counted)
+    pages = envs.render()
+    assert passes == [3, 3]
+
+    prompts = [row["prompt"] for row in envs.transcript]
+    for page, prompt, row in zip(pages, prompts, actions, strict=True):
+        env = TextEnv(**{**settings, "prompts": [prompt]})
+        env.attach_policy(policy)
+        env.reset(seed=0)
+        for action in row:
+            env.step(action)
+        assert figures_of(page) == pytest.approx(figures_of(env.render()), abs=1e-3)
+
+
+def figures_of(page: str | None) -> list[float]:
+    assert page is not None
+    assert "kl " in page
+    return [float(number) for number in re.findall(r"(?:kl|log_prob|reward) (-?[\d.e+-]+)", page)]
 
 
 @pytest.mark.parametrize(

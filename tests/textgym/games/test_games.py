@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -46,6 +47,19 @@ class Hints:
 SETTINGS: dict[str, Any] = {"tokenizer": byte_tokenizer(), "max_prompt_tokens": 6, "max_new_tokens": 16}
 
 
+def test_replies_are_grey_and_without_numbers() -> None:
+    envs = GameVectorEnv(2, Hints, **{**SETTINGS, "reference": mock_lm(), "render_mode": "html"})
+    envs.reset(options={"prompt_index": [5, 5]})
+    for actions in ([ord("3"), ord("4")], [EOS, ord("4")]):
+        envs.step(np.array(actions))
+    with_reply, without = envs.render()
+    assert re.findall(r'style="(opacity:.6)?[^"]*" title="([^"]*log_prob none)?', with_reply) == [
+        *[("", "")] * 2,
+        *[("opacity:.6", "reference_log_prob none")] * 3,
+    ]
+    assert "none" not in without
+
+
 def test_a_scripted_player_plays_to_the_end() -> None:
     env = TurnActions(TextObservation(GameEnv(Hints, **SETTINGS)))
     assert env.reset(options={"prompt_index": 5})[0] == "5?"
@@ -54,6 +68,7 @@ def test_a_scripted_player_plays_to_the_end() -> None:
     observation, reward, terminated, _, info = env.step("5")
     assert (observation, terminated, info["ended_by_stop"]) == ("5?3<eos>>up5<eos>", True, True)
     assert reward == info["score"] == 0.75
+    assert env.unwrapped.task.last[0].tokens.generated == [True, True, False, False, False, True, True]
     sequences = env.unwrapped.task.episodes.sequences()
     assert sequences.response_mask.tolist() == [[True, True, False, False, False, True, True]]
     assert bytes(token for token in sequences.actions.tolist() if token != EOS) == b"35"

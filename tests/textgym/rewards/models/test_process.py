@@ -93,9 +93,10 @@ def test_it_is_a_token_level_reward(tmp_path: Path) -> None:
     env.reset()
     for token in (98, 99, EOS):
         _, score, *_ = env.step(token)
-    given = env.task.token_rewards[0]
-    assert given is not None
-    assert score == pytest.approx(given.sum())
+    last = env.task.last[0]
+    assert last is not None
+    assert score == pytest.approx(last.rewards.sum())
+    assert last.score == pytest.approx(score)
     with pytest.raises(ValueError, match="its tokenizer differs from the policy's"):
         TextEnv(["ab"], letter_tokenizer(), reward)
     with pytest.raises(ValueError, match="no trained reward head"):
