@@ -56,7 +56,7 @@ def main(updates: int = 9, every: int = 10) -> None:
         agent.learn(updates * agent.config.episodes_per_update, [folder, recorder, lap])
         folder.close()
         seconds = [after - before for before, after in itertools.pairwise(laps)]
-        recorded = range(1, updates, 2)  # update 2, 4, ...; the first is slow at anything
+        recorded = range(1, updates, 2)  # update 2, 4, ...; the first one is always slow
         shares = [own[i] / (seconds[i] - own[i]) for i in recorded]
         page = write_page([run])
         in_page = [path.stat().st_size for path in page.parent.glob("data/run*.js")]

@@ -187,7 +187,7 @@ def megabytes(run: Path) -> tuple[float, float]:
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     warm, _ = make_agent(seed=0)
-    warm.learn(warm.config.episodes_per_update)  # the first update of a process is slow at anything
+    warm.learn(warm.config.episodes_per_update)  # the first update of a process is always slow
     for pair in range(args.pairs):
         with tempfile.TemporaryDirectory() as temporary:
             run = Path(temporary) / "run"

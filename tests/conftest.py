@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Everything imported so far stays, so that collections of garbage need not look at it again and again."""
+    """Exempt all that is imported so far from garbage collection, which would look at it again and again."""
     gc.collect()
     gc.freeze()
 

@@ -162,7 +162,7 @@ def test_an_example_of_another_library_has_at_most_60_lines(name: str) -> None:
 def test_train_reward_model(
     working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On made-up ratings, for tests download nothing."""
+    """On invented ratings, because tests download nothing."""
     rated = [(f"{word} film {i}", rating) for i in range(30) for word, rating in (("good", 3.0), ("bad", -3.0))]
     monkeypatch.setattr(sources, "movie_snippets", lambda: [sources.Snippet(*row) for row in rated])
     folder = working_folder / "reward"

@@ -42,7 +42,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def stubs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command with parts of our own, whose scripts need no library."""
+    """The command, with short scripts as its parts, which need no library."""
     folder = tmp_path / "benchmarks" / "gpu"
     folder.mkdir(parents=True)
     for name, script in SCRIPTS.items():
@@ -228,7 +228,7 @@ def test_missing_wheels_are_named(bare: Any, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_of_several_wheels_that_for_this_python_is_taken(bare: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """And a package whose name begins in the same way is another one."""
+    """A package whose name only begins with the same letters is not taken for it."""
     monkeypatch.setattr(bare, "OPTIONAL", {"of_nobody": "of-nobody", "of_other": "of-other"})
     for tag in ("cp27-cp27m-win32", "py3-none-any", "zz9-none-any"):
         write_wheel(tmp_path, "of-nobody", "1.0", tag, ["of_nobody.py"])
@@ -262,7 +262,7 @@ def test_each_version_of_trl_has_a_folder_of_its_own(
 
 
 def test_the_checkout_is_used_without_being_installed(bare: Any, tmp_path: Path) -> None:
-    """With what this Python has but textgym: that of the checkout comes first, with agents and metadata in it."""
+    """Packages are those of this Python, except textgym: that is the checkout's, with agents and metadata."""
     code = (
         "import importlib.metadata as m, importlib.util as u, textgym\n"
         "print(textgym.__file__, u.find_spec('textgym.agents').origin, m.version('textgym'))\n"

@@ -38,7 +38,7 @@ def test_packages_are_found_after_importing_textgym_alone() -> None:
 
 
 def test_import_costs_little_more_than_gymnasium() -> None:
-    """Counted in modules, since a busy machine is slow at anything: none of another package, and few of ours."""
+    """Modules are counted, since times depend on other processes: none of another package, and few of ours."""
     code = "import sys, gymnasium; before = set(sys.modules); import textgym; print(*set(sys.modules) - before)"
     added = {name for name in output_of(code).split() if name.partition(".")[0] not in sys.stdlib_module_names}
     assert added == {"textgym", "textgym.lazy", "textgym.registration"}

@@ -70,7 +70,7 @@ IMPORTS = {name: imports_of(name) for name in FILES}
 
 
 def layer(name: str) -> tuple[int, int]:
-    """How high a module stands: in textgym, and in agents."""
+    """Return the position of a module among the layers of textgym, and among those of agents."""
     parts = name.split(".")
     folder = parts[1]
     height = next(height for height, names in enumerate(LAYERS) if folder in names.split())

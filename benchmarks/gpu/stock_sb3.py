@@ -14,7 +14,7 @@ from sb3 import Config, compare
 from textgym.models.loading import load_tokenizer
 
 GOAL = 20
-"""Goal: times as fast as the plain side."""
+"""Goal: how many times as fast as the plain side."""
 
 
 def save_model(folder: Path, hidden_size: int, layers: int, context: int) -> float:

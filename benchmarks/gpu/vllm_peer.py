@@ -17,7 +17,7 @@ from textgym.models.actor_critic import ActorCritic
 from textgym.models.distributions.log_probs import StopRule
 
 GOAL = 0.9
-"""Of vLLM's tokens a second."""
+"""Goal: tokens a second, as a share of vLLM's."""
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ class Args:
     total_episodes: int = 4096
     """Episodes of `textgym train`."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """A run each."""
+    """Seeds; each has a run of its own."""
     sb3_timesteps: int = 512
     """Timesteps of SB3's PPO."""
     flags: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ def main(args: Args) -> None:
 
 
 def train(args: Args, seed: int) -> Figures:
-    """Run `textgym train`, and return what it reached."""
+    """Run `textgym train`, and return its metrics at the end."""
     started = time.process_time()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"

@@ -68,7 +68,7 @@ ZERO = NEGATIVE | {
 
 @dataclass(frozen=True)
 class Case:
-    """What came of one value.
+    """The outcome of one value.
 
     Attributes:
         where: The field, argument or file.
@@ -84,7 +84,7 @@ class Case:
 
 
 def judged(where: str, name: str, value: str, attempt: Callable[[], Any], possible: bool) -> Case:
-    """Return what comes of an attempt.
+    """Return the outcome of an attempt.
 
     Args:
         where: What is tried, for the table.

@@ -53,7 +53,7 @@ FAILED = 3
 
 ZYGOTE = """
 import json, os, signal, sys
-import matplotlib.figure, torch.utils.tensorboard  # what a run imports by and by
+import matplotlib.figure, torch.utils.tensorboard  # which a run imports later
 from textgym import cli
 
 sys.path.append(os.getcwd())
@@ -111,7 +111,7 @@ class Runner:
         """Run a command, and send it a signal after so many seconds; return whether it came to its end.
 
         Raises:
-            RuntimeError: If it failed of itself.
+            RuntimeError: If it failed without having been killed.
         """
         assert self.zygote.stdin is not None
         self.zygote.stdin.write(json.dumps(arguments) + "\n")
@@ -180,15 +180,17 @@ def content(path: Path) -> Any:
     if path.name == "agent.json":
         return {name: value for name, value in json.loads(path.read_text()).items() if name != "machine"}
     if path.suffix == ".pt" or path.name == "trainer_state.json":
-        return None  # pickled with ids of objects; what is in them shows in the weights that come of it
+        return (
+            None  # its bytes depend on memory addresses; wrong content would change the weights
+        )
     return path.read_bytes()
 
 
 def kill(kind: str, kills: int, moments: random.Random, runner: Runner) -> list[str]:
-    """Kill runs of a command so many times, and return in what the resumed runs differ from an undisturbed one."""
+    """Kill runs of a command at random moments; return the differences of the resumed runs from an undisturbed one."""
     whole, again = f"{kind}-whole", "--overwrite" if kind == "reward-model" else "--resume"
     runner.run(command(kind, whole))
-    shutil.rmtree(whole)  # that run warmed up the disk
+    shutil.rmtree(whole)  # that run only filled the caches of the disk
     started = time.perf_counter()
     runner.run(command(kind, whole))
     length = time.perf_counter() - started

@@ -148,7 +148,7 @@ def in_a_fork(copy: Path, arguments: Sequence[str], timeout: float | None = None
         status = os.waitstatus_to_exitcode(wait_status) if ended else None
         time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # with what the tests have started
+        os.killpg(child, signal.SIGKILL)  # and the processes that the tests have started
     if status is None:
         os.waitpid(child, 0)
         return -1

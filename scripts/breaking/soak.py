@@ -83,7 +83,7 @@ Progress = Iterator[tuple[float, str]]
 
 
 def rows(seconds: float) -> Progress:
-    """Play a thousand rows for so many seconds."""
+    """Play a thousand rows for the given number of seconds."""
     server = Server()
 
     async def asks(completions: list[str]) -> list[float]:

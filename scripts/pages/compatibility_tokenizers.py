@@ -48,7 +48,7 @@ def folder_of(package: str) -> Path:
 
 
 def mistral_common(file: str, name: str) -> Any:
-    """Return a tokenizer of mistral-common, which wants its file alone in a folder."""
+    """Return a tokenizer of mistral-common, which needs a folder with its file and no other."""
     from transformers import MistralCommonBackend
 
     data = folder_of("mistral_common") / "data" / file

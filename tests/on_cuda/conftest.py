@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_machine() -> Iterator[None]:
-    """One GPU again, and accelerate, which remembers devices, asks anew."""
+    """Each test begins with one GPU; accelerate, which remembers devices, is made to look again."""
     yield
     if PRETEND is not None:
         PRETEND.machine.gpus, PRETEND.machine.current, PRETEND.machine.uneven_sums = 1, 0, 0.0
