@@ -19,7 +19,7 @@
     textgym compare runs/ppo runs/grpo
     accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym.cli train --output-dir runs/ppo
 
-It sits on top of both packages, so it and its flags alone in `textgym` may import `textgym.agents`.
+Only the command line, its flags and `commands/` import `textgym.agents`; the rest of `textgym` does not.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RUNS: dict[type, tuple[str, str]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with 130 after Ctrl-C, and with one line after an error of the user's making."""
+    """Run the command line; exit with 130 after Ctrl-C, and with a message of one line after a wrong input."""
     show_all_characters(sys.stdout, sys.stderr)
     sys.path.append(str(Path.cwd()))  # for "module:attribute" of a file beside the user; last, so it hides no module
     if arguments is None:

@@ -97,40 +97,40 @@ class Train:
     agent: AgentName = "ppo"
     """Which algorithm; its own settings are further flags, and `--agent NAME --help` lists them."""
     data: str | None = None
-    """What "sft" and "dpo" learn from, and they alone: a .jsonl file or 'module:attribute'."""
+    """Data of "sft" and "dpo": a .jsonl file or 'module:attribute'. The other agents read no data."""
     env: str = "textgym/Sentiment-v0"
     """Id of the environment; "sft" and "dpo" write samples in it."""
     model: str = "tiny"
     """The policy's start: 'tiny', 'smollm2', a hub id or a path."""
     total_episodes: Count = 4096
-    """Episodes to play, the last update with the rest of them; not of "sft" and "dpo", which have `epochs`."""
+    """Number of episodes; the last update has what is left of them. "sft" and "dpo" have `epochs` instead."""
     num_envs: Count = 64
-    """Rows of the environment; of each process's, where there are several."""
+    """Rows of the environment; with several processes, rows of each one."""
     critic: str = "auto"
     """'shared', 'separate', a model whose trunk the critic starts from, or 'auto': for agents that learn values
     'separate' with three times the policy's learning rate, and 'shared' for the others."""
     temperature: Positive = 1.0
-    """Divides the logits, in sampling and training alike."""
+    """Divisor of the logits, in sampling and in training."""
     kl_coef: NotNegative | None = None
-    """beta; the environment's own if not given."""
+    """beta, the weight of the KL penalty; the environment's default if not given."""
     kl_target: Positive | None = None
-    """Steer beta so that the KL comes to this many nats an episode."""
+    """Adapt beta so that the KL reaches this many nats per episode."""
     kl_bounds: tuple[float, float] | None = None
-    """Double beta while the KL is above the second of these nats an episode, halve it while it is below the first."""
+    """Halve beta while the KL is below the first number, double it while it is above the second; nats per episode."""
     kl_clamp: Positive | None = None
-    """The KL estimate of a token is cut to minus this and this."""
+    """Clip the KL estimate of each token to this many nats, above and below 0."""
     kl_estimator: Estimator = "k1"
     """How the KL is estimated."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
     checkpoint_every: Count = 10
-    """Updates from one checkpoint to the next."""
+    """Number of updates between checkpoints."""
     keep_checkpoints: Count = 2
-    """How many checkpoints stay, the newest ones."""
+    """Number of checkpoints to keep, the newest ones."""
     record_every: WholeNumber = 20
-    """Updates from one record of tokens for `textgym view` to the next; 0 for none."""
+    """Number of updates between records of tokens for `textgym view`; 0 for none."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run begins anew."""
+    """Continue from the newest checkpoint in `output_dir`, after a kill or a crash; without one the run starts anew."""
     overwrite: bool = False
     """Delete the run that is in `output_dir`; files that textgym did not write stay."""
     profile: bool = False
@@ -142,13 +142,13 @@ class Train:
     deterministic: bool = False
     """Repeat the same run bit for bit on the same machine: one number of threads, kernels that always add up alike."""
     eval_every: WholeNumber = 10
-    """Updates from one evaluation on held-out prompts to the next, and one at the end; 0 for none at all."""
+    """Number of updates between evaluations on held-out prompts; one more is at the end. 0 for none."""
     eval_prompts: Count = 64
-    """How many prompts are kept from training for the evaluation, at most a tenth of them."""
+    """Number of prompts that are held out for the evaluation, at most a tenth of all."""
     keep_best: bool = False
-    """Keep the agent of the evaluation with the highest score minus KL penalty in `best`."""
+    """Keep in `best` the agent whose evaluation has the highest score minus KL penalty."""
     patience: Count | None = None
-    """End the run after so many evaluations in a row without a higher score minus KL penalty."""
+    """End the run after this many evaluations in a row without a higher score minus KL penalty."""
     quiet: bool = False
     """Show nothing but errors and the table at the end."""
     log_with: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ def with_critic(command: Train) -> Train:
 
 
 def check_agent(command: Train) -> None:
-    """Offline agents need data, and the others would not read them; what is said of episodes is not for the former."""
+    """Check that an agent has the data that it needs, and no options that it would ignore."""
     if command.agent in OFFLINE and command.data is None:
         rows = "'prompt' and 'completion'" if command.agent == "sft" else "'prompt', 'chosen' and 'rejected'"
         raise ValueError(f"--agent {command.agent} learns from data: give --data FILE.jsonl, with {rows} a line")
@@ -206,7 +206,7 @@ class TrainReward:
     """A .jsonl file of pairs with 'chosen' and 'rejected', or of rankings with 'completions' and 'ranks' or 'ratings';
     made from human ratings of movie snippets if not given."""
     heldout: Path | None = None
-    """A .jsonl file of such to measure on; a share of `preferences` if not given."""
+    """A .jsonl file of the same form for the evaluation; a share of `preferences` if not given."""
     overwrite: bool = False
     """Replace the reward model that is in `output_dir`; files that textgym did not write stay."""
     device: str = "auto"
@@ -229,9 +229,9 @@ class Data:
     file: tyro.conf.Positional[str]
     """A .jsonl file, or 'module:attribute'."""
     model: str = "tiny"
-    """The model that is to be trained: its tokenizer and its number of positions count."""
+    """The model to train; the report uses its tokenizer and its maximum length."""
     reader: Reader | None = None
-    """What reads the data; all that can if not given."""
+    """What will be trained on the data; all that can read it if not given."""
     max_length: Count = 512
     """Maximum number of tokens of a text."""
     examples: WholeNumber = 3
@@ -251,11 +251,11 @@ class Chat:
     env: str = "textgym/Sentiment-v0"
     """Id of the environment, which scores the completions."""
     reference: str = "tiny"
-    """What the KL is measured to."""
+    """The reference model of the KL."""
     temperature: Positive = 1.0
     """Divides the logits of both; `textgym chat runs/x` takes that of the run."""
     seed: Seed = 0
-    """Of the first completion."""
+    """Seed of the first completion."""
     env_kwargs: str = "{}"
     """Further arguments of the environment, as JSON."""
     device: str = "auto"
@@ -280,7 +280,7 @@ class ListRuns:
 
 @dataclass
 class Compare:
-    """Prints the metrics of several runs beside each other, with intervals, and draws their curves over each other."""
+    """Prints the metrics of several runs side by side, with intervals, and draws their curves in one picture."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """The folders of the runs."""
@@ -295,18 +295,18 @@ class Compare:
 
 @dataclass
 class Evaluate:
-    """Prints what a policy writes and how good it is, beside its reference."""
+    """Prints samples and metrics of a policy and of its reference."""
 
     policy: str
     """A policy folder, or any model name."""
     env: str = "textgym/Sentiment-v0"
     """Id of the environment."""
     reference: str = "tiny"
-    """What KL and perplexity are measured to, and what the policy is compared with."""
+    """The model that the policy is compared with; KL and perplexity are measured against it."""
     temperature: Positive = 1.0
     """Divides the logits of all policies and of the reference; `textgym evaluate runs/x` takes that of the run."""
     prompts: Count = 128
-    """How many prompts, the environment's first ones."""
+    """Number of prompts; the first ones of the environment are used."""
     num_envs: Count = 64
     """Rows of the environment."""
     metrics: tuple[str, ...] = ()
@@ -319,7 +319,7 @@ class Evaluate:
     """Write a sheet for raters, with this name and '.csv', '.html', '.key.json': completions of the policy and of
     `against`, or of the reference, in blinded pairs."""
     seed: Seed = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     min_p: PositiveShare | None = None
     """Only sample tokens that are at least this share as likely as the most likely one."""
     repetition_penalty: Positive = 1.0

@@ -137,13 +137,13 @@ def _learn(agent: RolloutAgent | SupervisedAgent, total_episodes: int, callback:
 
 
 def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgress) -> Path | None:
-    """Where a run goes on from, `None` at its beginning."""
+    """Return the checkpoint from which a run continues; `None` at its beginning."""
     if not command.resume:
         return None
     # The first process looks, since it renames damaged ones; the others go where it goes.
     newest = everyone(checkpoints.newest_whole() if rank() == 0 else None)[0]
     if newest is None:
-        live.say(f"{command.output_dir} has no checkpoint to resume from: beginning anew")
+        live.say(f"{command.output_dir} has no checkpoint to resume from: it starts again")
     elif changed := changed_settings(command.output_dir, command, FREE):
         raise ValueError(
             f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "

@@ -24,7 +24,7 @@ class Game(Protocol):
     """A game in strings, as those of GEM are."""
 
     def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
-        """Begins the game of this seed: what the player reads first, and infos, which nobody reads."""
+        """Start the game of this seed; return what the player reads first, and infos, which are not used."""
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Takes a turn: what the player reads next, reward, terminated, truncated, infos."""
@@ -65,7 +65,7 @@ class GameTask(TextTask):
         super().begin(rows, prompts)
 
     def answer(self, ends: Ends, by_stop: np.ndarray) -> Ends:
-        """Plays the turns that have just been closed; a game that goes on writes its reply and the row lives on."""
+        """Play the turns that have just ended; append the reply of a game that goes on, whose row stays alive."""
         stopped, by_length = ends.by_stop.clone(), ends.by_length.clone()
         rows = np.flatnonzero(by_stop).tolist()
         for row, (prompt, response) in zip(rows, self._ids(rows), strict=True):

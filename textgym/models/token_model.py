@@ -29,17 +29,17 @@ from textgym.models.merging import merged, save_plain
 from textgym.models.sequences import Sequences
 
 Observation = Mapping[str, Any]
-Model = TypeVar("Model", bound="TokenModel")
 """An environment's observation: `input_ids` and `attention_mask`, `(B, W)` or `(W,)`, numpy or torch.
 
 For encoder-decoder models these are the prompt, and there are also `decoder_input_ids` and `decoder_attention_mask`.
 """
 
-
 POLICY = "textgym policy"
 """Kind of saved models in their manifest."""
 RECORDING_HOOK = "output_capturing_hook"
 """Name of the forward hook that transformers registers on layers to record their outputs."""
+
+Model = TypeVar("Model", bound="TokenModel")
 
 
 class TokenModel(nn.Module):

@@ -284,7 +284,7 @@ def test_resuming_a_finished_run_changes_nothing(working_folder: Path) -> None:
 @pytest.mark.slow
 def test_resuming_without_a_checkpoint_begins_anew(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(*train("ppo", "run", "--resume"))
-    assert "run has no checkpoint to resume from: beginning anew" in " ".join(capsys.readouterr().out.split())
+    assert "run has no checkpoint to resume from: it starts again" in " ".join(capsys.readouterr().out.split())
     assert len(metrics_in(working_folder / "run")) == 8
 
 

@@ -46,7 +46,7 @@ class CopyEnv(TaskEnv):
     Args:
         length: how many words.
         split: `"train"`, `"validation"` or `"test"`.
-        kwargs: all of `TextEnv`'s; what is not given is as above.
+        kwargs: arguments of `TextEnv`; the defaults are described above.
 
     Raises:
         ValueError: an unknown split, or a length that is not from 1 to 14.

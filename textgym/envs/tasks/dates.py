@@ -44,7 +44,7 @@ class DatesEnv(TaskEnv):
 
     ## Arguments
     Args:
-        kwargs: all of `TextEnv`'s; what is not given is as above.
+        kwargs: arguments of `TextEnv`; the defaults are described above.
     """
 
     metrics = ("textgym.envs.tasks.dates:date_share", "textgym.envs.tasks.dates:has_date")

@@ -10,12 +10,12 @@ from textgym.envs.tasks.base import Settings, StandInEnv, TaskVectorEnv
 
 
 class DialogueEnv(StandInEnv):
-    """A conversation to be gone on with: a stand-in for DailyDialog (RL4LMs' `dialog`, a task of GRUE).
+    """Continue a conversation: a stand-in for DailyDialog (RL4LMs' `dialog`, a task of GRUE).
 
     ## Description
-    Two turns of a chat between people who do not know each other; the reference is what was replied. The text is
-    fetched once, see `textgym.data.corpora.dialogues`; it is what people wrote and, since the source marks nothing as
-    crude, not filtered for it. Figures are not those of DailyDialog.
+    Two turns of a chat between people who do not know each other; the reference is the reply that was given. The text
+    is fetched once, see `textgym.data.corpora.dialogues`. It is not filtered for rude words, since the source does not
+    mark them. Results cannot be compared with those on DailyDialog.
 
     ## Action Space
     `Discrete(2048)`, the embedded tokenizer's vocabulary.
@@ -43,7 +43,7 @@ class DialogueEnv(StandInEnv):
         split: `"train"`, `"validation"` or `"test"`.
         original: take DailyDialog from the hub instead (`DAILY_DIALOG`); a model that reads longer prompts
             is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
-        kwargs: all of `TextEnv`'s; what is not given is as above.
+        kwargs: arguments of `TextEnv`; the defaults are described above.
 
     Raises:
         ValueError: an unknown split.

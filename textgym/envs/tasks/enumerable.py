@@ -42,7 +42,7 @@ class EnumerableEnv(TaskEnv):
 
     ## Arguments
     Args:
-        kwargs: all of `TextEnv`'s; what is not given is as above. A model of 12 tokens is
+        kwargs: arguments of `TextEnv`; the defaults are described above. A model of 12 tokens is
             `textgym.testing.mock_lm(12)`.
 
     Raises:

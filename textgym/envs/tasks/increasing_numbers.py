@@ -63,7 +63,7 @@ class IncreasingNumbersEnv(TaskEnv):
     ## Arguments
     Args:
         min_words: a text of fewer words is taken for one of so many; RL4LMs' `min_tokens` is twice this.
-        kwargs: all of `TextEnv`'s; what is not given is as above.
+        kwargs: arguments of `TextEnv`; the defaults are described above.
     """
 
     metrics = (IncreasingNumbers(min_words=10),)

@@ -46,7 +46,7 @@ class ReasoningGymEnv(TaskEnv):
         size: questions of a split.
         seed: of the questions.
         config: settings of the family, such as `{"max_terms": 2, "max_digits": 1}`.
-        kwargs: all of `TextEnv`'s; what is not given is as above.
+        kwargs: arguments of `TextEnv`; the defaults are described above.
 
     Raises:
         ImportError: without the reasoning-gym package; the message is the pip line.

@@ -43,7 +43,7 @@ class SentimentEnv(TaskEnv):
     The model's end-of-text token, or 24 tokens.
 
     ## Arguments
-    All of `TextEnv`'s; what is not given is as above.
+    Those of `TextEnv`; the defaults are described above.
     """
 
     @classmethod

@@ -39,7 +39,7 @@ class TranslateEnv(StandInEnv):
         split: `"train"`, `"validation"` or `"test"`.
         original: take IWSLT 2017 from the hub instead (`IWSLT`); a model that reads longer prompts
             is then in order, and so are larger `max_prompt_tokens` and `max_new_tokens`.
-        kwargs: all of `TextEnv`'s; what is not given is as above.
+        kwargs: arguments of `TextEnv`; the defaults are described above.
 
     Raises:
         ValueError: an unknown split.
