@@ -180,9 +180,7 @@ def content(path: Path) -> Any:
     if path.name == "agent.json":
         return {name: value for name, value in json.loads(path.read_text()).items() if name != "machine"}
     if path.suffix == ".pt" or path.name == "trainer_state.json":
-        return (
-            None  # its bytes depend on memory addresses; wrong content would change the weights
-        )
+        return None  # its bytes depend on memory addresses; wrong content would change the weights
     return path.read_bytes()
 
 
