@@ -184,7 +184,7 @@ def check_agent(command: Train) -> None:
         )
     if command.agent not in OFFLINE and command.data is not None:
         raise ValueError(
-            f"--agent {command.agent} learns from the episodes it plays and would not read --data: leave it out, give "
+            f"--agent {command.agent} learns from episodes and does not read --data: leave it out, give "
             'prompts as --env-kwargs \'{"prompts": "FILE.jsonl"}\', or use --agent sft or dpo'
         )
     judges = [flag for flag, given in (("--keep-best", command.keep_best), ("--patience", command.patience)) if given]

@@ -251,7 +251,7 @@ def _for_agent(agent: str | None, settings: dict[str, Any], file: Path) -> dict[
     defaults = {"critic": "auto", **(hyperparameters if _is_run(file.parent) else {})}
     chosen = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
     if lost := [name for name in chosen if name in unknown]:
-        warnings.warn(f"{file} is of {own}, and {agent} goes without its {', '.join(lost)}", stacklevel=2)
+        warnings.warn(f"{file} is for {own}; {agent} ignores its {', '.join(lost)}", stacklevel=2)
     return {name: value for name, value in chosen.items() if name not in unknown}
 
 

@@ -552,7 +552,7 @@ def test_evaluate_prints_the_metrics_of_a_task_with_intervals(capsys: pytest.Cap
             "=8 must consist of whole groups of group_size=3",
         ),
         (["--output-dir", "my_rewards.py"], "my_rewards.py"),
-        (["--data", "rows.jsonl"], "--agent ppo learns from the episodes it plays and would not read --data"),
+        (["--data", "rows.jsonl"], "--agent ppo learns from episodes and does not read --data"),
     ],
 )
 def test_errors_of_the_users_making_are_one_line(arguments: list[str], message: str, working_folder: Path) -> None:

@@ -201,7 +201,7 @@ def test_the_agent_of_the_command_line_beats_that_of_the_file(tmp_path: Path) ->
     settings = PPOConfig(seed=3, clip_range=0.1, num_epochs=3, critic_learning_rate=1e-3)
     folder = run_of(tmp_path / "run", Train(tmp_path / "run", num_envs=8, critic="separate", config=settings))
     words = ["train", "--config", str(folder / "config.json"), "--output-dir", "out", "--agent"]
-    with pytest.warns(UserWarning, match="is of ppo, and rloo goes without its critic, critic_learning_rate"):
+    with pytest.warns(UserWarning, match="is for ppo; rloo ignores its critic, critic_learning_rate"):
         command = cli.parse([*words, "rloo"])
     assert (command.agent, command.num_envs, command.critic) == ("rloo", 8, "auto")
     assert command.config == RLOOConfig(seed=3, clip_range=0.1, num_epochs=3)
@@ -219,7 +219,7 @@ def test_another_agent_has_all_that_a_users_own_file_says(tmp_path: Path) -> Non
         f"agent: ppo\nnum_epochs: {chosen.num_epochs}\nlearning_rate: {chosen.learning_rate}\n"
         f"lam: {chosen.lam}\ncritic: auto\noutput_dir: out\n"
     )
-    with pytest.warns(UserWarning, match="is of ppo, and grpo goes without its lam$"):
+    with pytest.warns(UserWarning, match="is for ppo; grpo ignores its lam$"):
         command = cli.parse(["train", "--config", str(file), "--agent", "grpo"])
     assert (command.agent, command.critic) == ("grpo", "auto")
     assert command.config.num_epochs == chosen.num_epochs != GRPOConfig().num_epochs

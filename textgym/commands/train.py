@@ -146,8 +146,7 @@ def _newest_checkpoint(command: Train, checkpoints: Checkpoints, live: LiveProgr
         live.say(f"{command.output_dir} has no checkpoint to resume from: it starts again")
     elif changed := changed_settings(command.output_dir, command, FREE):
         raise ValueError(
-            f"{command.output_dir} was begun with other settings, and --resume goes on with the same: "
-            f"{'; '.join(changed)}"
+            f"{command.output_dir} started with other settings, and --resume must have the same: {'; '.join(changed)}"
         )
     return newest
 

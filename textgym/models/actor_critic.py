@@ -133,7 +133,7 @@ class ActorCritic(TokenModel):
         if lora is None and not is_trained(lm):
             warnings.warn(
                 "all weights of the model are frozen, as peft leaves them after merge_and_unload(), so agents would "
-                "train the critic alone: call model.requires_grad_(True) first",
+                "train only the critic: call model.requires_grad_(True) first",
                 stacklevel=2,
             )
         folder = None if isinstance(name_or_module, nn.Module) else Path(resolve(name_or_module))

@@ -255,13 +255,13 @@ def _tuner_layers(model: nn.Module) -> Any:
 def _check_kind(config: Any) -> None:
     if config.is_prompt_learning:
         raise ConfigError(
-            f"{type(config).__name__} trains a prompt that exists in peft's own forward pass alone, and textgym "
+            f"{type(config).__name__} trains a prompt that exists only in peft's own forward pass, and textgym "
             "decodes the language model itself, which would not see it: use an adapter in the layers, such as "
             "peft.LoraConfig"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ConfigError(
-            "alora_invocation_tokens switches an adapter on inside peft's own forward pass alone, and textgym decodes "
+            "alora_invocation_tokens switches an adapter on only inside peft's own forward pass, and textgym decodes "
             "the language model itself: leave it out"
         )
 

@@ -143,7 +143,7 @@ def test_an_exception_a_crash_and_a_result_that_is_no_result_fail_the_rows(finis
     [b'{"values": []', b"[]", b"3", b'{"values": [1.0]}', b'{"values": [], "logged": [], "error": "x"}', b'{"a": 1}'],
 )
 def test_an_answer_of_another_form_is_refused(content: bytes) -> None:
-    with pytest.raises(IsolatedError, match="the process answered with something else than"):
+    with pytest.raises(IsolatedError, match="the process answered with something that is not"):
         _checked(content)
 
 

@@ -229,11 +229,13 @@ def checkpoint_layers(trunk: Any) -> None:
         trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trunk.eval()
     if not checkpointing_layers(trunk):
-        raise ValueError(f"no layer of {type(trunk).__name__} can be run again going backward: leave checkpointing off")
+        raise ValueError(
+            f"no layer of {type(trunk).__name__} can be computed again in the backward pass: leave checkpointing off"
+        )
 
 
 def checkpointing_layers(trunk: Any) -> list[Any]:
-    """The layers that keep what goes into them alone, in training mode."""
+    """Return the layers that store only their inputs in training, and compute the rest again for the gradient."""
     layers = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
     return [layer for layer in layers if layer.gradient_checkpointing]
 

@@ -144,7 +144,7 @@ class Rouge:
     def __post_init__(self) -> None:
         check_settings(self)
         if self.use_stemmer and self.tokenize == "unicode":
-            raise ValueError("use_stemmer knows English alone: leave it out with tokenize='unicode'")
+            raise ValueError("use_stemmer supports only English: leave it out with tokenize='unicode'")
 
     def __call__(self, completions: Sequence[Text], references: References, **_: Any) -> list[float | None]:
         """Score completions."""

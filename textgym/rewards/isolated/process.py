@@ -169,9 +169,9 @@ def _checked(content: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(content)
     except ValueError as error:
-        raise IsolatedError(f"the process answered with something else than JSON ({error})") from error
+        raise IsolatedError(f"the process answered with something that is not JSON ({error})") from error
     if not (isinstance(answer, dict) and answer.keys() in ANSWERS):
-        raise IsolatedError("the process answered with something else than a function's result")
+        raise IsolatedError("the process answered with something that is not a function's result")
     return answer
 
 
