@@ -18,7 +18,7 @@ from textgym.testing import Played, play
 
 @dataclass
 class Args:
-    total_timesteps: int = 15_360
+    total_timesteps: int = 30_720
     num_envs: int = 32
     eval_episodes: int = 256
 
@@ -28,7 +28,7 @@ def main(args: Args, beta: float = 0.05, clip: float = 0.2) -> tuple[Played, Pla
     torch.manual_seed(0)
     envs = gym.make_vec("textgym/Sentiment-v0", args.num_envs, kl_coef=beta, array="torch", autoreset_mode="SameStep")
     agent = ActorCritic.from_pretrained("tiny")
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=3e-4, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-4, eps=1e-5, weight_decay=0.0)
     before = play("textgym/Sentiment-v0", lambda observations: agent.act(observations).action, args.eval_episodes)
     observation, _ = envs.reset(seed=0)
     for _ in range(args.total_timesteps // (24 * args.num_envs)):
