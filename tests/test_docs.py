@@ -166,7 +166,7 @@ def test_launched_commands_parse_and_their_settings_exist() -> None:
     assert launched
     for words in launched:
         assert (ROOT / words[words.index("--config_file") + 1]).exists()
-        cli.parse(words[words.index("textgym.cli") + 1 :])
+        cli.parse(words[words.index("-m") + 2 :])
 
 
 def test_scripts_exist() -> None:

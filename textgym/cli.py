@@ -17,7 +17,7 @@
     textgym chat runs/ppo
     textgym list runs
     textgym compare runs/ppo runs/grpo
-    accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym.cli train --output-dir runs/ppo
+    accelerate launch --config_file examples/accelerate/ddp.yaml -m textgym train --output-dir runs/ppo
 
 Only the command line, its flags and `commands/` import `textgym.agents`; the rest of `textgym` does not.
 """
@@ -32,7 +32,6 @@ from typing import Any
 import gymnasium as gym
 
 from textgym.agents.configs.demo import DemoConfig
-from textgym.announce import announce
 from textgym.display import printable, show_all_characters
 from textgym.errors import TextgymError
 from textgym.flags import Chat, Compare, Data, Evaluate, ListRuns, ReadSheet, Train, TrainReward, View, parse
@@ -82,5 +81,4 @@ def run(command: Any) -> None:
 
 
 if __name__ == "__main__":
-    announce(sys.argv[1:])
     main()

@@ -1,6 +1,6 @@
 """Data-parallel training: each process collects its own episodes, and all take the same optimiser steps.
 
-    accelerate launch --multi_gpu --num_processes 8 -m textgym.cli train --output-dir runs/ppo
+    accelerate launch --multi_gpu --num_processes 8 -m textgym train --output-dir runs/ppo
 
 Sums and means are over the rollouts of all processes, and a minibatch is sampled from the episodes
 of all. So n processes train as one process with all episodes, up to rounding, also if n does not divide their number.

@@ -783,7 +783,7 @@ def train_launched(settings: str, folder: Path, reward: str) -> subprocess.Compl
     launcher += ["--main_process_port", "0"]  # any that is free
     sizes = ["--num-envs", "4", "--episodes-per-update", "16", "--minibatch-size", "8", "--total-episodes", "32"]
     env = ["--env-kwargs", json.dumps({"max_new_tokens": 4, "reward": reward})]
-    train = ["-m", "textgym.cli", "train", "--output-dir", str(folder / "run"), *sizes, *env]
+    train = ["-m", "textgym", "train", "--output-dir", str(folder / "run"), *sizes, *env]
     return subprocess.run([*launcher, *train], cwd=folder, capture_output=True, text=True, check=False)
 
 
