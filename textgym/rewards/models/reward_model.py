@@ -378,5 +378,5 @@ def _restore_bias(model: PreTrainedModel, path: str) -> None:
     for file in Path(str(cached_file(path, "config.json"))).parent.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             if "score.bias" in tensors.keys():  # noqa: SIM118  (not a dict)
-                bias = tensors.get_tensor("score.bias").to(head.weight)  # its device and dtype
+                bias = tensors.get_tensor("score.bias").to(head.weight, copy=True)  # out of the file, which is mapped
                 head.bias = nn.Parameter(bias, requires_grad=False)
