@@ -58,6 +58,7 @@ def stubs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return command
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(stubs: Any, tmp_path: Path) -> None:
     run = stubs.Run("cuda", "abc", tmp_path / "page.md")
     results: dict[str, Any] = {"parts": {}}
@@ -81,6 +82,7 @@ def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(
     assert "- Hangs: stopped: over its time of 4 s" in page
 
 
+@pytest.mark.slow
 def test_a_part_that_dies_while_a_child_lives_has_failed_at_once(stubs: Any, tmp_path: Path) -> None:
     results: dict[str, Any] = {"parts": {}}
     stubs.run_parts(["dies", "good"], stubs.Run("cuda", "abc", tmp_path / "page.md"), 1000.0, results)
@@ -278,7 +280,12 @@ def test_the_checkout_is_used_without_being_installed(bare: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("part", "package"), [("grpo_trl", "trl"), ("vllm_peer", "vllm"), ("adam8bit", "bitsandbytes")]
+    ("part", "package"),
+    [
+        ("adam8bit", "bitsandbytes"),
+        pytest.param("grpo_trl", "trl", marks=pytest.mark.slow),
+        pytest.param("vllm_peer", "vllm", marks=pytest.mark.slow),
+    ],
 )
 def test_a_part_without_its_peer_says_so(part: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package) is not None:

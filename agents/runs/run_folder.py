@@ -116,12 +116,15 @@ class RunFolder:
         counted = clock(self.history[0])
         curves = {title: key for title, key in CURVES.items() if any(key in row for row in self.history)}
         rows = math.ceil(len(curves) / 3)
-        # Without pyplot, which would change a notebook's backend.
-        figure = Figure(figsize=(13, 3.25 * rows), layout="constrained")
+        height = 3.25 * rows
+        # Without pyplot, which would change a notebook's backend; with fixed margins, since a layout draws all twice.
+        figure = Figure(figsize=(13, height))
+        figure.subplots_adjust(0.06, 0.55 / height, 0.985, 1 - 0.35 / height, wspace=0.2, hspace=0.35)
         for place, (title, key) in enumerate(curves.items(), start=1):
             axis = figure.add_subplot(rows, 3, place)
             seen = [row for row in self.history if key in row]
-            axis.plot([row[counted] for row in seen], [row[key] for row in seen], linewidth=1.5)
+            marker = "." if len(seen) < 50 else ""  # a line through a single point is invisible
+            axis.plot([row[counted] for row in seen], [row[key] for row in seen], linewidth=1.5, marker=marker)
             if kl_budget is not None and key == "objective/kl":
                 axis.axhline(kl_budget, linestyle="--", color="gray", label="budget")
                 axis.legend(fontsize=8)
