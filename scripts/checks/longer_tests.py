@@ -6,8 +6,8 @@ Runs the tests in one process, in about ten minutes, and writes two files:
 
 - `tests/longer_tests.txt`: functions that take longer than a moment. `make test-fast` leaves them out.
 - `tests/more_cases.txt`: of a function with many cases in `tests/textgym` or `tests/agents`, all but the first that
-  take half a second together. They are slow tests, so `make test` has some cases of everything, and `make test-slow` the
-  rest. Examples, docstrings and documentation (in `tests`) always run.
+  take half a second together. They are slow tests, so `make test` has some cases of everything, and `make test-slow`
+  the rest. Examples, docstrings and documentation (in `tests`) always run.
 
 A failed test has its time too; a run that is interrupted leaves both files as they are.
 
