@@ -1,4 +1,4 @@
-"""Token-level PPO as one loop in plain PyTorch, in the style of CleanRL; one minute on one CPU thread.
+"""Token-level PPO as one loop in plain PyTorch, in the style of CleanRL; some six minutes on one CPU thread.
 
     python examples/cleanrl_loop.py
 

@@ -29,7 +29,7 @@ if importlib.util.find_spec("hypothesis") is not None:  # the tests of `make gpu
 LONGER_TESTS = Path(__file__).parent / "longer_tests.txt"
 """Test functions that take more than a moment; `python scripts/checks/longer_tests.py` writes the file."""
 MORE_CASES = Path(__file__).parent / "more_cases.txt"
-"""Cases of parametrized tests that are slow tests, since others of the same function take half a second already."""
+"""Cases of parametrized tests that are slow tests, since others of the same function take a quarter of a second."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

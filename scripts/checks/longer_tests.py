@@ -6,8 +6,8 @@ Runs the tests in one process, in about ten minutes, and writes two files:
 
 - `tests/longer_tests.txt`: functions that take longer than a moment. `make test-fast` leaves them out.
 - `tests/more_cases.txt`: of a function with many cases in `tests/textgym` or `tests/agents`, all but the first that
-  take half a second together. They are slow tests, so `make test` has some cases of everything, and `make test-slow`
-  the rest. Examples, docstrings and documentation (in `tests`) always run.
+  take a quarter of a second together. They are slow tests, so `make test` has some cases of everything, and
+  `make test-slow` the rest. Examples, docstrings and documentation (in `tests`) always run.
 
 A failed test has its time too; a run that is interrupted leaves both files as they are.
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 MOMENT = 0.06  # CPU seconds of a case
-CASES = 0.5  # CPU seconds of the cases of a function
+CASES = 0.25  # CPU seconds of the cases of a function
 TESTS = Path(__file__).parents[2] / "tests"
 
 
@@ -50,7 +50,7 @@ def longer_tests(seconds: dict[str, float]) -> list[str]:
 
 
 def more_cases(seconds: dict[str, float]) -> list[str]:
-    """Return the cases of functions whose earlier cases take half a second; each function keeps at least one case."""
+    """Return the cases of functions whose earlier cases take `CASES` seconds; each function keeps at least one case."""
     kept: collections.defaultdict[str, float] = collections.defaultdict(float)
     left_out: list[str] = []
     for case, taken in seconds.items():

@@ -349,7 +349,10 @@ def assert_shared_alike(
 @pytest.mark.parametrize(
     ("name", "processes", "changes"),
     [
-        ("ppo", 3, {"episodes_per_update": 7, "minibatch_size": 4, "micro_batch_size": 1}),
+        pytest.param(
+            *("ppo", 3, {"episodes_per_update": 7, "minibatch_size": 4, "micro_batch_size": 1}),
+            marks=pytest.mark.slow,
+        ),
         ("grpo", 2, {"episodes_per_update": 12, "minibatch_size": 5}),
     ],
 )

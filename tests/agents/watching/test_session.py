@@ -115,6 +115,7 @@ def test_a_run_that_goes_on_replaces_the_policy_of_its_folder(tmp_path: Path) ->
         torch.nn.init.zeros_(agent.policy.lm.get_input_embeddings().weight)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_after_the_metrics_and_the_record_of_its_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
