@@ -35,7 +35,7 @@ from textgym.agents import PPO, PPOConfig
 from textgym.agents.callbacks import Callback, CallbackList
 from textgym.agents.machine.named_envs import heldout_envs
 from textgym.agents.runs.checkpoints import Checkpoints
-from textgym.agents.runs.heldout import HeldOut, judge_of
+from textgym.agents.runs.heldout import HeldOut, before_and_after, judge_of
 from textgym.agents.runs.progress import LiveProgress
 from textgym.agents.runs.run_folder import RunFolder
 from textgym.agents.watching.run import WatchedRun
@@ -46,7 +46,7 @@ from textgym.viewer import write_page
 ENV = "textgym/Sentiment-v0"
 EVALUATIONS = 8
 PROMPTS = 64
-OF_EVALUATION = ("HeldOut", "samples of the start", "closing table")
+OF_EVALUATION = ("HeldOut", "answers of the start", "closing table")
 """Parts that belong to the evaluation; those with a capital are callbacks."""
 WEIGHTS = ("checkpoints", "policy")
 """Folders of a run that hold weights."""
@@ -149,12 +149,12 @@ def watched(episodes: int, seed: int, run: Path) -> tuple[float, Parts]:
     started = time.process_time()
     folder = RunFolder(run, agent.config)
     judge = judge_of(ENV)
-    with parts.timed("samples of the start"):
-        before = heldout.samples(agent.policy)
+    with parts.timed("answers of the start"):
+        before = heldout.answers(agent.policy)
 
     def closing_table() -> Any:
         with parts.timed("closing table"):
-            return heldout.before_and_after(before, agent.policy, folder, judge)
+            return before_and_after(before, heldout.answers(agent.policy), folder, judge)
 
     watching = TimedRun(
         agent,

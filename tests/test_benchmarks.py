@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from textgym.agents.runs import demo
+from textgym.data.corpora.sources import Snippet
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -149,3 +153,32 @@ def test_scaling(benchmark: Any) -> None:
     assert long["MFLOPs/token: layers"] == pytest.approx(short["MFLOPs/token: layers"], rel=1e-3)
     assert short["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 15 / 1e6)  # layers, QK and PV, 15 tokens
     assert long["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 47 / 1e6)
+
+
+@pytest.mark.slow
+def test_a_watched_run_has_all_of_its_parts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark("watching")
+    module.main(module.Args(episodes=128))
+    printed = capsys.readouterr().out
+    assert "pair 1: off " in printed
+    for part in ("answers of the start", "HeldOut", "closing table", "checkpoints", "page"):
+        assert f"  {part}: " in printed
+
+
+@pytest.mark.slow
+def test_a_method_of_the_ladder_is_trained_and_measured(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On invented ratings, because tests download nothing."""
+    module = benchmark("ladder")
+    rated = [(f"{word} film {i}", rating) for i in range(60) for word, rating in (("good", 3.0), ("bad", -3.0))]
+    monkeypatch.setattr(module, "movie_snippets", lambda: [Snippet(*row) for row in rated])
+    for place in (module, demo):
+        monkeypatch.setattr(place, "snippet_prompts", lambda split: ["This film is", "A story of"])
+    args = module.Args(total_episodes=64, output_dir=tmp_path)
+    monkeypatch.setattr(module.Args, "demo", lambda self, seed: module.DemoConfig(seed=seed, eval_prompts=2))
+    module.prepare(args, 0)
+    module.climb(args, "REINFORCE", 0)
+    figures = json.loads((tmp_path / "seed-0" / "REINFORCE.json").read_text())
+    assert len(figures["history"]) == 1
+    assert len(figures["samples"]) == 2

@@ -103,7 +103,7 @@ def prepare(args: Args, seed: int) -> None:
     if (folder / "reward_model").exists():
         return
     with LiveProgress(Console(quiet=True)) as live:
-        reward, accuracies = learn_reward(demo, movie_snippets(), live)
+        reward, accuracies = learn_reward(demo, movie_snippets(), None, live)
     calibrate(reward, ActorCritic.from_pretrained(demo.model), demo)
     reward.save_pretrained(folder / "reward_model", overwrite=True)
     (folder / "accuracy.json").write_text(json.dumps(accuracies))
