@@ -11,6 +11,7 @@ and the length and distinct-2 of responses to held-out prompts are divided by th
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,8 +37,8 @@ class Args:
     """Seeds; each has a run of its own."""
     sb3_timesteps: int = 512
     """Timesteps of SB3's PPO."""
-    flags: tuple[str, ...] = ()
-    """Further flags of `textgym train`, to compare with the defaults."""
+    flags: str = ""
+    """Further flags of `textgym train`, to compare with the defaults, in quotes: `--flags="--kl-coef 0.15"`."""
 
 
 def main(args: Args) -> None:
@@ -52,7 +53,7 @@ def train(args: Args, seed: int) -> Figures:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         episodes = str(args.total_episodes)
-        flags = ["--total-episodes", episodes, "--output-dir", str(folder), "--seed", str(seed), "--quiet", *args.flags]
+        flags = ["--total-episodes", episodes, "--output-dir", str(folder), "--seed", str(seed), "--quiet", *shlex.split(args.flags)]
         textgym(["train", *flags])
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         evaluation = json.loads((folder / "evaluation.json").read_text())
