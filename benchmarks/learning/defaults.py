@@ -53,8 +53,8 @@ def train(args: Args, seed: int) -> Figures:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         episodes = str(args.total_episodes)
-        flags = ["--total-episodes", episodes, "--output-dir", str(folder), "--seed", str(seed), "--quiet", *shlex.split(args.flags)]
-        textgym(["train", *flags])
+        flags = ["--total-episodes", episodes, "--output-dir", str(folder), "--seed", str(seed), "--quiet"]
+        textgym(["train", *flags, *shlex.split(args.flags)])
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         evaluation = json.loads((folder / "evaluation.json").read_text())
     before, after = evaluation["before"], evaluation["after"]
