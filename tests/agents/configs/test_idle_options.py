@@ -175,7 +175,6 @@ def idle_options(name: str, setting: dict[str, Any]) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.numerics
 @pytest.mark.bit_for_bit
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
