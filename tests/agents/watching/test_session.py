@@ -331,6 +331,8 @@ def test_names_in_python_and_the_command_make_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the command does
     PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(16, progress=True, folder="python")
     shown = " ".join(capsys.readouterr().out.split())
     flags = ["--num-envs", "8", "--episodes-per-update", "8", "--minibatch-size", "8", "--quiet"]
@@ -345,6 +347,7 @@ def test_names_in_python_and_the_command_make_the_same_run(
     assert [row["episodes"] for row in metrics_of(Path("python"))] == [8, 16, 24]
     cli.main(["view", "python"])
     assert Path("python/viewer/index.html").exists()
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
