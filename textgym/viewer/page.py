@@ -110,7 +110,7 @@ class Page:
         return self._repeated(self._write_single_file)
 
     def _repeated(self, write: Callable[[], Path]) -> Path:
-        """Write the page, and once more if a run has removed a record meanwhile, which is then listed no more."""
+        """Write the page; start again each time that a run has removed a record meanwhile, which is then not listed."""
         for run in self.runs:
             read_run(run)
         while True:

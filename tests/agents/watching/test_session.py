@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -324,15 +325,23 @@ def test_rows_divide_the_episodes_into_whole_groups(episodes: int, group: int | 
         assert num_rows(GRPOConfig(episodes_per_update=episodes, group_size=group)) == rows
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Computes as the command does, also where `OMP_NUM_THREADS` is 2."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @pytest.mark.numerics
 @pytest.mark.bit_for_bit
+@pytest.mark.usefixtures("one_thread")
 def test_names_in_python_and_the_command_make_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the command does
     PPO("tiny", "textgym/Sentiment-v0", SMALL).learn(16, progress=True, folder="python")
     shown = " ".join(capsys.readouterr().out.split())
     flags = ["--num-envs", "8", "--episodes-per-update", "8", "--minibatch-size", "8", "--quiet"]
@@ -347,7 +356,6 @@ def test_names_in_python_and_the_command_make_the_same_run(
     assert [row["episodes"] for row in metrics_of(Path("python"))] == [8, 16, 24]
     cli.main(["view", "python"])
     assert Path("python/viewer/index.html").exists()
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
