@@ -18,6 +18,7 @@ from textgym.models.machine.determinism import missing_variables
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # it runs many tests, each of which has the time of one
 @pytest.mark.skipif("MKL_CBWR" not in missing_variables(), reason="the tests marked bit_for_bit run in this process")
 @pytest.mark.parametrize("tests", ["agents", "textgym"])
 def test_promises_of_equal_bits_hold_where_what_they_need_is_set(tests: str) -> None:

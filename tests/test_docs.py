@@ -97,11 +97,15 @@ def test_the_site_shows_the_line_of_each_method() -> None:
         assert re.match(rf" *(def|class) {name.split('.')[-1]}\b", line), (path, number, line)
 
 
-def test_a_place_that_is_missing_or_ambiguous_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"agents/ppo.py has no PPO.lost"):
-        site.line_of("agents/ppo.py", "PPO.lost")
-    with pytest.raises(ValueError, match=r"agents/common/q_functions.py has 2 of_actions"):
-        site.line_of("agents/common/q_functions.py", "of_actions")
+def test_a_place_that_is_missing_or_ambiguous_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    methods = [f"class {name}:\n    def loss(self):\n        pass\n" for name in ("First", "Second")]
+    (tmp_path / "two.py").write_text("\n".join(methods))
+    assert site.line_of("two.py", "Second.loss") == 6
+    with pytest.raises(ValueError, match=r"two.py has no First.lost"):
+        site.line_of("two.py", "First.lost")
+    with pytest.raises(ValueError, match=r"two.py has 2 loss"):
+        site.line_of("two.py", "loss")
 
 
 def test_each_pitfall_names_tests_that_exist() -> None:
@@ -166,7 +170,9 @@ def test_launched_commands_parse_and_their_settings_exist() -> None:
     assert launched
     for words in launched:
         assert (ROOT / words[words.index("--config_file") + 1]).exists()
-        cli.parse(words[words.index("-m") + 2 :])
+        module, *arguments = words[words.index("-m") + 1 :]
+        assert module == "textgym"
+        cli.parse(arguments)
 
 
 def test_scripts_exist() -> None:

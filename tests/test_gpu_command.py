@@ -84,12 +84,12 @@ def test_a_part_that_hangs_or_fails_keeps_its_figures_and_the_next_part_goes_on(
 
 @pytest.mark.slow
 def test_a_part_that_dies_while_a_child_lives_has_failed_at_once(stubs: Any, tmp_path: Path) -> None:
+    """Its child lives for 300 s, so a command that waits for it would stop the part after its 250 s."""
     results: dict[str, Any] = {"parts": {}}
-    stubs.run_parts(["dies", "good"], stubs.Run("cuda", "abc", tmp_path / "page.md"), 1000.0, results)
+    stubs.run_parts(["dies", "good"], stubs.Run("cuda", "abc", tmp_path / "page.md"), 250.0, results)
     assert results["parts"]["dies"]["state"] == "failed"
     assert results["parts"]["dies"]["why"] == "exit code 3"
     assert results["parts"]["dies"]["figures"] == [FIGURE]
-    assert results["parts"]["dies"]["seconds"] < 60
     assert results["parts"]["good"]["state"] == "done"
 
 
@@ -145,7 +145,7 @@ def test_parts_share_a_process_until_one_fails(stubs: Any, tmp_path: Path) -> No
 
 def test_all_parts_fit_into_the_limit(command: Any) -> None:
     planned = sum(part.seconds for name, part in command.PARTS.items() if name != "vllm_peer")
-    assert planned <= command.LIMIT - command.UNPACKING
+    assert planned <= command.LIMIT - 20, "the unpacking of wheels takes 20 seconds"
     assert list(command.PARTS)[-1] == "vllm_peer"
 
 
@@ -238,7 +238,7 @@ def test_of_several_wheels_that_for_this_python_is_taken(bare: Any, tmp_path: Pa
     write_wheel(tmp_path, "of-other", "1.0", "cp27-cp27m-win32", ["of_other.py"])
     lines = bare.install_missing(str(tmp_path), tmp_path)
     assert lines[0] == "of-nobody: installed"
-    assert lines[1].startswith("of-other cannot be installed: ERROR: No matching distribution")
+    assert lines[1].startswith("of-other cannot be installed: ")
     assert lines[2:] == ["missing: of-other (optional)"]
     assert [path.name for path in bare.unpacked(tmp_path).glob("*.py")] == ["of_nobody.py"]
 

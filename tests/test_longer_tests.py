@@ -8,28 +8,35 @@ from typing import Any
 
 import pytest
 
+CASES = [f"tests/agents/test_a.py::test_b[{case}]" for case in range(3)]
+WRITTEN = {
+    "longer_tests.txt": "tests/agents/test_a.py::test_b\n",
+    "more_cases.txt": f"{CASES[1]}\n{CASES[2]}\n",  # two of the cases would take more than `CASES` seconds
+}
+
 
 @pytest.mark.parametrize(
     ("code", "written"),
     [
-        (pytest.ExitCode.OK, "tests/test_a.py::test_b\n"),
-        (pytest.ExitCode.TESTS_FAILED, "tests/test_a.py::test_b\n"),
-        (pytest.ExitCode.INTERRUPTED, "as before"),
-        (pytest.ExitCode.INTERNAL_ERROR, "as before"),
+        (pytest.ExitCode.OK, WRITTEN),
+        (pytest.ExitCode.TESTS_FAILED, WRITTEN),
+        (pytest.ExitCode.INTERRUPTED, dict.fromkeys(WRITTEN, "as before")),
+        (pytest.ExitCode.INTERNAL_ERROR, dict.fromkeys(WRITTEN, "as before")),
     ],
 )
 def test_a_run_that_was_interrupted_leaves_the_lists(
-    code: pytest.ExitCode, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: pytest.ExitCode, written: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts" / "checks")
     script = importlib.import_module("longer_tests")
-    (tmp_path / "longer_tests.txt").write_text("as before")
+    for name in written:
+        (tmp_path / name).write_text("as before")
 
     def run(options: list[str], plugins: list[Any]) -> pytest.ExitCode:
-        plugins[0].seconds["tests/test_a.py::test_b[1]"] = 1.0
+        plugins[0].seconds.update(dict.fromkeys(CASES, 0.2))
         return code
 
     monkeypatch.setattr(script, "TESTS", tmp_path)
     monkeypatch.setattr(pytest, "main", run)
     assert script.main() == code
-    assert (tmp_path / "longer_tests.txt").read_text() == written
+    assert {name: (tmp_path / name).read_text() for name in written} == written

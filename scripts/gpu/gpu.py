@@ -32,8 +32,6 @@ from gpu_workers import Workers, is_gpu
 ROOT = Path(__file__).parents[2]
 LIMIT = 300.0
 """Time limit of all parts together on a GPU, in seconds, with the unpacking of wheels."""
-UNPACKING = 20.0
-"""Seconds for the unpacking of wheels."""
 
 
 class Part(NamedTuple):
@@ -55,7 +53,7 @@ class Part(NamedTuple):
 
 
 # In the order in which they run: the most important first, because there may be no time for the last ones. Without
-# vLLM the times leave UNPACKING for wheels.
+# vLLM the times leave 20 seconds for the unpacking of wheels.
 BASE = tuple(name for name in REQUIRED if name != "pytest")
 PARTS = {
     "machine": Part("Machine", 20),

@@ -23,11 +23,21 @@ ALGORITHMS = list(algorithms.ALGORITHMS.values())
 OTHERS: dict[str, list[Any]] = json.loads((Path(__file__).parent / "other_values.json").read_text())
 """Other values than the default of every option of an agent, one of which shows in three updates if it is used."""
 # What an option is set with, so that it shows.
-WITH: dict[str, dict[str, Any]] = {"kl_min": {"kl_max": 1e9}}
+WITH: dict[str, dict[str, Any]] = {
+    "kl_min": {"kl_max": 1e9},
+    "max_length": {"allow_faulty_rows": 1.0},  # a cut row is a faulty one
+    "max_steps": {"epochs": 1.0},  # the default: it replaces other numbers of epochs
+}
 # What makes no difference to the numbers that are learned, or not on this machine.
 NO_DIFFERENCE = {
     *("adam_8bit", "bf16", "gradient_checkpointing", "micro_batch_size", "on_nonfinite"),
     *("add_special_tokens", "allow_faulty_rows", "append_eos"),
+}
+# What an agent refuses whatever else is set.
+ALWAYS_REFUSED: dict[str, set[str]] = {
+    "A2C": {"num_epochs", "minibatch_size", "target_kl"},  # it makes one step of a rollout
+    "REINFORCE": {"num_epochs", "minibatch_size", "target_kl"},
+    "NLPO": {"kl_in", "kl_gradient"},  # its mask is not in the KL of the loss
 }
 ROWS, UPDATES = 8, 3
 SIZES: dict[str, dict[str, Any]] = {
@@ -87,13 +97,9 @@ def make_agent(name: str, config: Any) -> Any:
 
 
 def accepted(name: str, settings: dict[str, Any]) -> Any | None:
-    """An agent with these settings, unless its config refuses them or its optimiser has no such argument."""
+    """An agent with these settings, unless its optimiser has no such argument."""
     try:
-        config = config_of(name, settings)
-    except ConfigError:
-        return None
-    try:
-        return make_agent(name, config)
+        return make_agent(name, config_of(name, settings))
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -154,9 +160,35 @@ def test_the_search_knows_another_value_of_every_option() -> None:
     assert SIZES.keys() == set(ALGORITHMS)
 
 
+def other_values(name: str, option: str, setting: dict[str, Any]) -> list[Any]:
+    """Values of an option, other than the one in force, that a config accepts beside a setting and what shows them."""
+    in_force = getattr(config_of(name, setting), option)
+    return [value for value in OTHERS[option] if value != in_force and accepts(name, setting, option, value)]
+
+
+def accepts(name: str, setting: dict[str, Any], option: str, value: Any) -> bool:
+    try:
+        config_of(name, {**setting, **WITH.get(option, {}), option: value})
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_search_tries_every_option_that_is_not_always_refused(name: str) -> None:
+    """In one circumstance at least; otherwise an option that makes no difference would not be found."""
+    options = set(options_of(name)) - NO_DIFFERENCE
+    tried = {
+        option
+        for setting in circumstances(name)
+        for option in options - setting.keys()
+        if other_values(name, option, setting)
+    }
+    assert options - tried == ALWAYS_REFUSED.get(name, set())
+
+
 def idle_options(name: str, setting: dict[str, Any]) -> Iterator[str]:
     """Options that are accepted beside a setting, and whose values make no difference to what is learned."""
-    defaults = defaults_of(getattr(agents, f"{name}Config"))
     expected = learned(accepted(name, setting))
     for option in options_of(name):
         if option in NO_DIFFERENCE or option in setting:
@@ -164,8 +196,8 @@ def idle_options(name: str, setting: dict[str, Any]) -> Iterator[str]:
         beside = {**setting, **WITH.get(option, {})}
         found = [
             agent
-            for value in OTHERS[option]
-            if value != defaults[option] and (agent := accepted(name, {**beside, option: value})) is not None
+            for value in other_values(name, option, setting)
+            if (agent := accepted(name, {**beside, option: value})) is not None
         ]
         if not found:
             continue

@@ -304,6 +304,7 @@ def test_mlflow_with_a_database_has_settings_metrics_and_samples(
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_accelerate")
 def test_aim_has_settings_metrics_and_samples(tmp_path: Path) -> None:
+    """Run with aim 3.29.1, installed by `pip install aim`; aim is in no extra because it is large."""
     aim = pytest.importorskip("aim")
     make().learn(4, folder=tmp_path / "run", log_with="aim")
     [folder] = (tmp_path / ".aim" / "meta" / "chunks").iterdir()
