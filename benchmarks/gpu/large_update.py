@@ -112,7 +112,7 @@ def main() -> None:
         size = fitting(sizes, device, BYTES_PER_WEIGHT, spare=8e9)
         if size is None:
             skip("too little free memory for PPO on a model of 50M weights")
-        if measured(size, device, rows, prompt_tokens, new_tokens):
+        if memory_suffices(size, device, rows, prompt_tokens, new_tokens):
             return
         gc.collect()  # here, where no exception keeps the agent alive
         torch.cuda.empty_cache()
@@ -120,8 +120,8 @@ def main() -> None:
         sizes = sizes[sizes.index(size) + 1 :]
 
 
-def measured(size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int) -> bool:
-    """Measure a model; return False if memory ran out."""
+def memory_suffices(size: Size, device: torch.device, rows: int, prompt_tokens: int, new_tokens: int) -> bool:
+    """Measure a model; return whether its memory was enough."""
     try:
         measure(size, device, rows, prompt_tokens, new_tokens)
     except (torch.OutOfMemoryError, MemoryError):  # `learn` raises a MemoryError, which says what used the memory

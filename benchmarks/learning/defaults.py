@@ -36,7 +36,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds; each has a run of its own."""
     sb3_timesteps: int = 512
-    """Timesteps of SB3's PPO."""
+    """Timesteps of SB3's PPO: at least 256, those of one rollout."""
     flags: str = ""
     """Further flags of `textgym train`, to compare with the defaults, in quotes: `--flags="--kl-coef 0.15"`."""
 

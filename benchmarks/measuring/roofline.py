@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import textgym
 from measuring.peers import Figures, synchronize
-from textgym.models.decoding.generation import ResponseGenerator
+from textgym.models.decoding.generation import ResponseGenerator, can_capture
 from textgym.models.distributions.log_probs import StopRule
 
 BAR = 0.5
@@ -88,7 +88,7 @@ def measure(lm: Any, rows: int, prompt_tokens: int, new_tokens: int, repeats: in
     def generate(tokens: int) -> Any:
         return policy.generate(prompts, lengths, tokens, StopRule())
 
-    captures = policy.device.type == "cuda"
+    captures = can_capture(policy.device)
     warm_ups = 2 if captures else 1  # the third run on replays
     first = seconds(lambda: generate(1), warm_ups)
     step = eager_step = (seconds(lambda: generate(new_tokens), warm_ups) - first) / (new_tokens - 1)

@@ -42,16 +42,7 @@ def test_the_number_the_length_and_the_cuts_of_prompts() -> None:
 
 def test_a_run_that_is_made_longer_counts_the_updates_that_it_makes() -> None:
     """The last update of the shorter run was smaller, so later ones do not begin at multiples of their size."""
-    envs = gym.make_vec(
-        "textgym/Text-v0",
-        num_envs=2,
-        prompts=["a"],
-        tokenizer=byte_tokenizer(),
-        reward=lambda completions: [1.0 for _ in completions],
-        max_new_tokens=1,
-    )
-    config = PPOConfig(episodes_per_update=8, minibatch_size=8)
-    agent = PPO(ActorCritic.from_pretrained(mock_lm()), envs, config)
+    agent = make_agent(["a"], episodes_per_update=8)
     assert overview(agent, 12)["training"] == "12 episodes: 2 update(s) of 8 episodes, the last one of 4, 2 at a time"
     assert overview(agent, 4)["training"] == "4 episodes: 1 update(s) of 4 episodes, 2 at a time"
     agent.learn(12)
