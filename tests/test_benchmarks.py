@@ -155,6 +155,15 @@ def test_scaling(benchmark: Any) -> None:
     assert long["MFLOPs/token: attention"] == pytest.approx(4 * 2 * 2 * 192 * 47 / 1e6)
 
 
+def test_a_falling_kl_coefficient_is_a_straight_line_and_then_stays(benchmark: Any) -> None:
+    coefficient = benchmark("optimality").FallingKL(4.0, last=1.0, left=6)
+    found = []
+    for episodes in (2, 1, 4):
+        coefficient.update(kl=0.5, num_episodes=episodes)
+        found.append(coefficient.coef)
+    assert found == [3.0, 2.5, 1.0]  # by half for each episode, until 1
+
+
 @pytest.mark.slow
 def test_a_watched_run_has_all_of_its_parts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     module = benchmark("watching")

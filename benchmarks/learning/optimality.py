@@ -147,22 +147,21 @@ class Args:
 
 @dataclass
 class FallingKL:
-    """A KL coefficient that falls to `last` in a straight line over the first episodes of a run, and then stays."""
+    """A KL coefficient that falls in a straight line over the first episodes of a run, and then stays."""
 
     coef: float
     last: float
-    falling: float
+    """What it falls to."""
+    left: float
     """Number of episodes until it is `last`."""
-    episodes: int = 0
-
-    def __post_init__(self) -> None:
-        self.first = self.coef
 
     def update(self, kl: float, num_episodes: int) -> None:
         """Lower the coefficient, whatever the KL."""
-        self.episodes += num_episodes
-        left = max(1 - self.episodes / self.falling, 0.0)
-        self.coef = self.last + (self.first - self.last) * left
+        if num_episodes < self.left:
+            self.coef -= (self.coef - self.last) * num_episodes / self.left
+            self.left -= num_episodes
+        else:
+            self.coef, self.left = self.last, 0
 
 
 @dataclass

@@ -26,6 +26,7 @@ OTHERS: dict[str, list[Any]] = json.loads((Path(__file__).parent / "other_values
 WITH: dict[str, dict[str, Any]] = {
     "kl_min": {"kl_max": 1e9},
     "max_length": {"allow_faulty_rows": 1.0},  # a cut row is a faulty one
+    "scale": {"kl_in": "loss"},  # scale="each" refuses a KL in the reward
     "max_steps": {"epochs": 1.0},  # the default: it replaces other numbers of epochs
 }
 # What makes no difference to the numbers that are learned, or not on this machine.
